@@ -1,0 +1,81 @@
+"""Distribution matching distillation: DMD (arXiv 2311.18828), DMD2 (2405.14867); CausVid and Self-Forcing are the same
+objective over other rollouts.
+
+B batch  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.diffusion import flow_matching_loss
+from model.schedule import mix
+from model.score import ScoreNet
+from model.types import Conditioning, LossOutput, Rollout
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance of the two scores, `uncond + w (cond - uncond)`, and the negative prompt's text [B, L, D]."""
+
+    negative: Tensor
+    real: float
+    fake: float = 1.0
+
+
+def kl_gradient(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
+    """(F - T) / mean|x - T|, the mean over each sample's own elements (DMD, eq. 7 and 8). [B, F, C, H, W], fp32.
+
+    Non-finite values are left in: the trainer counts them and skips the step.
+    """
+    scale = (x0.float() - real_x0.float()).abs().flatten(1).mean(1)
+    return (fake_x0.float() - real_x0.float()) / scale.reshape(-1, *(1,) * (x0.ndim - 1))
+
+
+def per_sample_mean(x: Tensor, frame_mask: Tensor | None) -> Tensor:
+    """[B] means over the frames of x [B, F, ...] that the mask [F] keeps."""
+    return (x if frame_mask is None else x[:, frame_mask]).flatten(1).mean(1)
+
+
+def dmd_loss(
+    rollout: Rollout,
+    real: ScoreNet,
+    fake: ScoreNet,
+    conditioning: Conditioning,
+    guidance: Guidance,
+    sigma: Tensor,
+    noise: Tensor,
+) -> LossOutput:
+    """1/2 mean (x - sg(x - g))^2 with g = `kl_gradient`: its gradient in x is g over the number of elements.
+
+    Both scores see the same x_sigma. sigma: [B], one noise level a sample; noise: like x0. Nothing is trained here but
+    what made `rollout.x0`.
+    """
+    x0 = rollout.x0
+    with torch.no_grad():
+        x_sigma = mix(x0.detach(), noise, sigma)
+        fake_x0 = fake.guided_x0(x_sigma, sigma, conditioning.text, guidance.negative, guidance.fake)
+        real_x0 = real.guided_x0(x_sigma, sigma, conditioning.text, guidance.negative, guidance.real)
+        gradient = kl_gradient(x0, fake_x0, real_x0)
+        target = x0.float() - gradient
+    loss = 0.5 * per_sample_mean((x0.float() - target).square(), rollout.frame_mask).mean()
+    metrics = {
+        "loss": loss.detach(),
+        "dmd_gradient_norm": per_sample_mean(gradient.square(), rollout.frame_mask).sqrt().mean(),
+        "score_gap": per_sample_mean((fake_x0 - real_x0).abs(), rollout.frame_mask).mean(),
+    }
+    return LossOutput(loss, metrics, kl_gradient=gradient)
+
+
+def critic_loss(
+    rollout: Rollout, fake: ScoreNet, conditioning: Conditioning, sigma: Tensor, noise: Tensor, *, x0_target: bool = False
+) -> LossOutput:
+    """Flow matching of the critic on the student's samples, conditional only, at its own draw of sigma [B] and noise."""
+    x0 = rollout.x0.detach()
+    weight = None if rollout.frame_mask is None else rollout.frame_mask.float().expand(x0.shape[:2])
+    return flow_matching_loss(
+        lambda x, s: fake.velocity(x, s, conditioning.text), x0, noise, sigma, weight=weight, x0_target=x0_target
+    )

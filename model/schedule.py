@@ -1,0 +1,68 @@
+"""The flow schedule: pure functions of sigma in [0, 1], all in fp32.
+
+x_sigma = (1 - sigma) x0 + sigma eps,  v = eps - x0,  x0 = x_sigma - sigma v   (rectified flow, arXiv 2209.03003)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from model.types import expand_like
+
+Number = TypeVar("Number", float, Tensor)
+
+TIMESTEPS = 1000.0  # the network's time embedding and YAML step lists count 0..1000; nothing else does
+
+
+def shift_sigma(u: Number, shift: float) -> Number:
+    """s u / (1 + (s - 1) u): moves uniform noise levels towards noise (SD3, arXiv 2403.03206, eq. 23)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def unshift_sigma(sigma: Number, shift: float) -> Number:
+    """The inverse of `shift_sigma`."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def mix(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x_sigma for x0, noise [B, F, ...] and sigma [B] or [B, F]. Returns x0's dtype."""
+    s = expand_like(sigma, x0)
+    return ((1 - s) * x0.float() + s * noise.float()).to(x0.dtype)
+
+
+def velocity_to_x0(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """x0 = x - sigma v, in fp32. Exact at sigma 0 too: nothing is divided."""
+    return x.float() - expand_like(sigma, x) * velocity.float()
+
+
+def step_sigmas(timesteps: Sequence[float], *, warp: bool, shift: float) -> tuple[float, ...]:
+    """A YAML step list (1000 = pure noise) as noise levels; `warp` passes them through the shift.
+
+    [1000, 750, 500, 250] warped by 5 is 1, 0.9375, 0.8333, 0.625 (Self-Forcing's steps).
+    Raises ValueError unless the list is strictly decreasing within (0, 1000].
+    """
+    ordered = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+    if not timesteps or not ordered or timesteps[0] > TIMESTEPS or timesteps[-1] <= 0:
+        raise ValueError(f"denoising steps must strictly decrease within (0, 1000], got {list(timesteps)}")
+    return tuple(shift_sigma(t / TIMESTEPS, shift) if warp else t / TIMESTEPS for t in timesteps)
+
+
+def uniform_sigmas(steps: int, shift: float) -> tuple[float, ...]:
+    """`steps` shifted levels from 1 towards 0, without the final 0: the grid of a many-step Euler sampler."""
+    return tuple(shift_sigma(1 - i / steps, shift) for i in range(steps))
+
+
+def score_sigma(
+    u: Tensor, *, shift: float, low: float, high: float, clamp: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """The noise level at which a score is taken: u ~ U[0, 1] -> shifted, within [low, high], then clamped.
+
+    `low` and `high` bound sigma itself (min_score_timestep, ts_schedule, ts_schedule_max): u is stretched over
+    [unshift(low), unshift(high)], so the shifted density is the same one, truncated.
+    """
+    a, b = unshift_sigma(low, shift), unshift_sigma(high, shift)
+    return shift_sigma(a + (b - a) * u.to(torch.float32), shift).clamp(*clamp)

@@ -1,0 +1,97 @@
+"""The values that rollouts, objectives and trainers hand to each other. No logic beyond slicing.
+
+B batch  F latent frames  C channels  H W latent size  L text tokens  D text width
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a sample is conditioned on.
+
+    text: [B, L, D], encoded, zeros after each prompt's length.
+    initial: [B, Fi, C, H, W] clean latents that the video starts with (image-to-video), or None.
+    """
+
+    text: Tensor
+    initial: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.text.shape[0]
+
+    @property
+    def initial_frames(self) -> int:
+        return 0 if self.initial is None else self.initial.shape[1]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A student's sample and where it left its step list.
+
+    x0: [B, F, C, H, W], with gradient where the rollout had one; given initial frames come first.
+    sigma_from: noise level of the exit step, in [0, 1]; None when blocks left at different steps.
+    sigma_to: noise level that the exit step leads to (0 after the last step); None likewise.
+    frame_mask: [F] bool, the frames that a loss may judge; None means all.
+    exit_steps: the exit step of each block, for logs.
+    """
+
+    x0: Tensor
+    sigma_from: float | None = None
+    sigma_to: float | None = None
+    frame_mask: Tensor | None = None
+    exit_steps: tuple[int, ...] = ()
+
+    def detach(self) -> Rollout:
+        return Rollout(self.x0.detach(), self.sigma_from, self.sigma_to, self.frame_mask, self.exit_steps)
+
+
+@dataclass
+class LossOutput:
+    """loss: a scalar with gradient, the mean over the samples. metrics: detached scalars for the log."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    kl_gradient: Tensor | None = None
+
+
+class NoiseSource(Protocol):
+    """Where a rollout's draws come from: a keyed generator in training, given tensors in a replay."""
+
+    def normal(self, role: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal [B, *shape]; the same role gives the same numbers again."""
+
+
+@dataclass
+class Evaluations:
+    """Network evaluations, counted where they happen: calls, latent frames and tokens by network name."""
+
+    calls: dict[str, int] = field(default_factory=dict)
+    frames: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, *, frames: int, tokens: int) -> None:
+        for counts, amount in ((self.calls, 1), (self.frames, frames), (self.tokens, tokens)):
+            counts[name] = counts.get(name, 0) + amount
+
+    @property
+    def total_frames(self) -> int:
+        return sum(self.frames.values())
+
+    def state(self) -> dict[str, dict[str, int]]:
+        return {"calls": dict(self.calls), "frames": dict(self.frames), "tokens": dict(self.tokens)}
+
+    def load(self, state: dict[str, dict[str, int]]) -> None:
+        self.calls, self.frames, self.tokens = dict(state["calls"]), dict(state["frames"]), dict(state["tokens"])
+
+
+def expand_like(sigma: Tensor, x: Tensor) -> Tensor:
+    """sigma [B] or [B, F] shaped so that it broadcasts over x [B, F, ...], in fp32."""
+    return sigma.to(torch.float32).reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))

@@ -1,0 +1,77 @@
+"""Wan geometry: what a checkpoint's config.json says, under Wan's own names, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Geometry of one Wan DiT (arXiv 2503.20314, section 4.2). All of it is derived from here, none typed elsewhere.
+
+    Raises ValueError when the heads do not divide the width or a head cannot carry the 3-D RoPE.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    qk_norm: bool = True
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    model_type: str = "t2v"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide dim {self.dim}: choose a divisor of dim")
+        if self.head_dim % 2 or self.head_dim < 6:
+            raise ValueError(f"head dim {self.head_dim} (dim {self.dim} / heads {self.num_heads}) must be even and >= 6")
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim {self.freq_dim} must be even: half of it is cosines")
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ValueError(f"patch_size {self.patch_size} must be three positive numbers (frames, height, width)")
+        if self.patch_size[0] != 1:
+            raise ValueError(f"patch_size {self.patch_size} must not join frames: Wan's patches are (1, h, w)")
+        if self.model_type != "t2v":
+            raise ValueError(f"model_type '{self.model_type}' is not supported: only 't2v' is")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame of `height` x `width`; ValueError unless patches tile it."""
+        _, ph, pw = self.patch_size
+        if height % ph or width % pw:
+            raise ValueError(f"latent size {height}x{width} is not a multiple of the patch {ph}x{pw}")
+        return (height // ph) * (width // pw)
+
+
+PRESETS: dict[str, WanConfig] = {
+    "tiny": WanConfig(dim=96, ffn_dim=192, num_heads=3, num_layers=2, in_dim=4, out_dim=4, text_dim=48, text_len=24, freq_dim=64),
+    "toy": WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=4, in_dim=4, out_dim=4, text_dim=64, text_len=8, freq_dim=64),
+    "bench": WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8, text_dim=256, text_len=64),
+    "1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "5b": WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
+}
+
+
+def geometry(preset: str, overrides: dict[str, Any] | None = None) -> WanConfig:
+    """A preset with some fields replaced. Raises ValueError naming the legal presets or fields."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown geometry preset '{preset}': choose one of {', '.join(PRESETS)}")
+    fields = {field.name for field in dataclasses.fields(WanConfig)}
+    unknown = sorted(set(overrides or {}) - fields)
+    if unknown:
+        raise ValueError(f"unknown geometry field '{unknown[0]}': choose among {', '.join(sorted(fields))}")
+    return dataclasses.replace(PRESETS[preset], **(overrides or {}))

@@ -1,0 +1,134 @@
+"""The key/value cache of a causal rollout: a typed object, written only through its methods, never through autograd.
+
+B batch  T tokens of a frame  N heads  D head dim
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.wan.masks import check_window
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Geometry of a cache. `context_frames` is the most that it holds beside the block being computed."""
+
+    layers: int
+    batch: int
+    context_frames: int
+    tokens_per_frame: int
+    heads: int
+    head_dim: int
+
+
+class KVCache:
+    """Rotated keys and values of the clean frames so far, for every layer.
+
+    The first `sinks` frames stay for good; the others are kept in a ring over the last `context_frames - sinks`.
+    Softmax attention does not care about the order of its keys, so a full ring is read as it lies. Positions are
+    absolute: keys are rotated before they come here.
+
+    rolling: whether frames may be evicted. Without it overflow is an error, and what `context` returns stays as it is
+    until `reset`, so checkpointed blocks may read it again; with it a pass with gradient gets a copy.
+    """
+
+    def __init__(
+        self, shape: CacheShape, *, sinks: int = 0, rolling: bool = False, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        if sinks > shape.context_frames:
+            raise ValueError(f"{sinks} sink frames do not fit a context of {shape.context_frames} frames")
+        self.shape, self.sinks, self.rolling = shape, sinks, rolling
+        size = (shape.layers, 2, shape.batch, shape.context_frames * shape.tokens_per_frame, shape.heads, shape.head_dim)
+        self._kv = torch.empty(size, dtype=dtype, device=device)
+        self._text: dict[int, tuple[Tensor, Tensor]] = {}
+        self.frames = 0
+        self.generation = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._kv.nbytes
+
+    @property
+    def held_frames(self) -> int:
+        return min(self.frames, self.shape.context_frames)
+
+    @property
+    def positions(self) -> list[int]:
+        """Absolute frame position of each slot in use."""
+        out = [-1] * self.held_frames
+        for frame in range(self.frames):
+            if (slot := self._slot(frame)) is not None:
+                out[slot] = frame
+        return out
+
+    def reset(self) -> None:
+        """Forgets everything but keeps the memory, for the next rollout."""
+        self.frames = 0
+        self.generation += 1
+        self._text.clear()
+
+    def forget_text(self) -> None:
+        """Drops cross-attention keys and values: the prompt has changed."""
+        self._text.clear()
+
+    def context(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """K and V [B, held * T, N, D] that the next block may see, without gradient; None while empty."""
+        if self.held_frames == 0:
+            return None
+        k, v = self._kv[layer, :, :, : self.held_frames * self.shape.tokens_per_frame]
+        if self.rolling and torch.is_grad_enabled():
+            return k.clone(), v.clone()
+        return k, v
+
+    @torch.no_grad()
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Stores one layer's K and V [B, F * T, N, D] of the frames that follow; `advance` then moves on.
+
+        Raises ValueError when the cache overflows and is not rolling.
+        """
+        t = self.shape.tokens_per_frame
+        frames = k.shape[1] // t
+        if not self.rolling and self.frames + frames > self.shape.context_frames:
+            raise ValueError(
+                f"KV cache holds {self.shape.context_frames} frames, frame {self.frames + frames} does not fit: "
+                "make it larger, or rolling with a window"
+            )
+        buffer = self._kv[layer]
+        for i in range(frames):
+            slot = self._slot(self.frames + i)
+            if slot is None:
+                continue
+            buffer[0, :, slot * t : (slot + 1) * t].copy_(k[:, i * t : (i + 1) * t])
+            buffer[1, :, slot * t : (slot + 1) * t].copy_(v[:, i * t : (i + 1) * t])
+
+    def advance(self, frames: int) -> None:
+        """Marks `frames` more as seen, once every layer has appended them."""
+        self.frames += frames
+
+    def text(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Cross-attention K and V, only in passes without gradient: with one they must reach the text projections."""
+        return None if torch.is_grad_enabled() else self._text.get(layer)
+
+    def keep_text(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            self._text[layer] = (k, v)
+
+    def _slot(self, frame: int) -> int | None:
+        if frame < self.shape.context_frames:
+            return frame
+        ring = self.shape.context_frames - self.sinks
+        return self.sinks + (frame - self.sinks) % ring if ring else None
+
+
+def context_frames(total: int, block: int, window: int | None, sinks: int) -> int:
+    """How many frames a cache must hold for `total` frames in blocks of `block` under a window of `window` frames.
+
+    The last block is never read back, and a window counts the block being computed. ValueError if the window is too small.
+    """
+    check_window(window, sinks, block)
+    needed = max(total - block, 0)
+    return needed if window is None else min(needed, window - block)

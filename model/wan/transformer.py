@@ -1,0 +1,274 @@
+"""The Wan DiT (arXiv 2503.20314), one class for bidirectional, block-causal, teacher-forcing and KV-cached use.
+
+B batch  F latent frames  C channels  H W latent size  S tokens of a frame  L = F * S tokens  M text tokens
+N heads  D head dim  d model width.  Parameter names are Wan's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.schedule import TIMESTEPS
+from model.wan.attention import Backend, attend
+from model.wan.config import WanConfig
+from model.wan.kv_cache import CacheShape, KVCache
+from model.wan.masks import FrameMask
+from model.wan.rope import apply_rope, rope_table
+
+KV = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in fp32; Wan applies it across heads, before they are split."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+def fp32_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer in fp32, whatever its weights are stored in."""
+    bias = None if layer.bias is None else layer.bias.float()
+    return functional.linear(x.float(), layer.weight.float(), bias)
+
+
+def modulate(x_BLd: Tensor, shift_BFd: Tensor, scale_BFd: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift in fp32; shift and scale are per frame, or one for all frames (F = 1)."""
+    normed = functional.layer_norm(x_BLd.float(), x_BLd.shape[-1:], eps=eps)
+    per_frame = normed.unflatten(1, (shift_BFd.shape[1], -1))
+    return torch.addcmul(shift_BFd[:, :, None], per_frame, 1 + scale_BFd[:, :, None]).flatten(1, 2)
+
+
+def gated_add(x_BLd: Tensor, y_BLd: Tensor, gate_BFd: Tensor) -> Tensor:
+    """x + gate y: multiplied and added in fp32, stored in x's dtype."""
+    frames = gate_BFd.shape[1]
+    out = torch.addcmul(
+        x_BLd.float().unflatten(1, (frames, -1)), y_BLd.float().unflatten(1, (frames, -1)), gate_BFd[:, :, None]
+    )
+    return out.flatten(1, 2).type_as(x_BLd)
+
+
+class Attention(nn.Module):
+    """Projections of one attention: q, k, v, o and the norms of q and k. Which keys are seen is the caller's business."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q = RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
+
+    def query(self, x_BLd: Tensor) -> Tensor:
+        return self.norm_q(self.q(x_BLd)).unflatten(-1, (self.heads, -1))
+
+    def key_value(self, x_BLd: Tensor) -> KV:
+        k, v = self.norm_k(self.k(x_BLd)), self.v(x_BLd)
+        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, MLP; the first and the last modulated by time (AdaLN)."""
+
+    def __init__(self, config: WanConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.eps = layer, config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.self_attn = Attention(config)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps) if config.cross_attn_norm else nn.Identity()
+        self.cross_attn = Attention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+
+    def forward(
+        self, x: Tensor, time_BF6d: Tensor, text_BMd: Tensor | None, text_kv: KV | None, rope: Tensor, mask: FrameMask | None,
+        context: KV | None, backend: Backend,
+    ) -> tuple[Tensor, KV, KV]:
+        """x [B, L, d] -> x, this pass's rotated (k, v) and the text's (k, v), each [B, tokens, N, D].
+
+        context: keys and values that precede these tokens and are seen by all of them.
+        """
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (time_BF6d + self.modulation.float()).unbind(2)
+        h = modulate(x, shift, scale, self.eps).type_as(x)
+        k, v = self.self_attn.key_value(h)
+        k, q = apply_rope(k, rope), apply_rope(self.self_attn.query(h), rope)
+        keys, values = (k, v) if context is None else (torch.cat([context[0], k], 1), torch.cat([context[1], v], 1))
+        out = attend(q, keys, values, mask=mask, backend=backend)
+        x = gated_add(x, self.self_attn.o(out.flatten(2)), gate)
+
+        if text_kv is None:
+            assert text_BMd is not None
+            text_kv = self.cross_attn.key_value(text_BMd)
+        query = self.cross_attn.query(self._norm3(x))
+        x = x + self.cross_attn.o(attend(query, *text_kv, backend=backend).flatten(2)).type_as(x)
+
+        h = modulate(x, mlp_shift, mlp_scale, self.eps).type_as(x)
+        return gated_add(x, self.ffn(h), mlp_gate), (k, v), text_kv
+
+    def _norm3(self, x: Tensor) -> Tensor:
+        if isinstance(self.norm3, nn.Identity):
+            return x
+        weight, bias = self.norm3.weight.float(), self.norm3.bias.float()
+        return functional.layer_norm(x.float(), weight.shape, weight, bias, self.eps).type_as(x)
+
+
+class Head(nn.Module):
+    """Last modulation and projection to patches."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, config.out_dim * math.prod(config.patch_size))
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, time_BFd: Tensor) -> Tensor:
+        shift, scale = (time_BFd[:, :, None] + self.modulation.float()).unbind(2)
+        return self.head(modulate(x, shift, scale, self.eps).type_as(x))
+
+
+class WanTransformer(nn.Module):
+    """Velocity network. Causal or bidirectional is a mask or a cache, never another class.
+
+    backend: attention backend. checkpointing: recompute each block in backward instead of keeping its activations.
+    """
+
+    def __init__(self, config: WanConfig, backend: Backend = Backend.SDPA, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config, self.backend, self.checkpointing = config, backend, checkpointing
+        self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, config.dim * 6))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.head = Head(config)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Wan's initialisation: Xavier for linear layers, N(0, 0.02) for text and time embeddings, a zero head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        nn.init.zeros_(self.patch_embedding.bias)
+        for sequence in (self.text_embedding, self.time_embedding):
+            for module in sequence:
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def fsdp_units(self) -> list[nn.Module]:
+        """The modules to shard one by one; what is left is the root's."""
+        return list(self.blocks)
+
+    def new_cache(
+        self, batch: int, context_frames: int, height: int, width: int, *, sinks: int = 0, rolling: bool = False,
+        dtype: torch.dtype, device: torch.device | str,
+    ) -> KVCache:
+        """An empty cache for latents of `height` x `width`, holding `context_frames` frames."""
+        c = self.config
+        tokens = c.tokens_per_frame(height, width)
+        shape = CacheShape(c.num_layers, batch, context_frames, tokens, c.num_heads, c.head_dim)
+        return KVCache(shape, sinks=sinks, rolling=rolling, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        *,
+        positions: Sequence[int] | None = None,
+        mask: FrameMask | None = None,
+        cache: KVCache | None = None,
+        write_cache: bool = False,
+    ) -> Tensor:
+        """Velocity [B, F, C, H, W] at x [B, F, C, H, W].
+
+        sigma: noise level in [0, 1], [B] or one a frame [B, F]. text: [B, M, D], zeros after its length.
+        positions: absolute frame positions for RoPE; default 0.. or, with a cache, what follows the cached frames.
+        mask: who sees whom (default: all see all). cache: frames before these; `write_cache` stores these after them.
+        Raises ValueError for latents or text of another geometry.
+        """
+        self._check(x, sigma, text)
+        frames, height, width = x.shape[1], x.shape[3] // self.config.patch_size[1], x.shape[4] // self.config.patch_size[2]
+        if positions is None:
+            start = 0 if cache is None else cache.frames
+            positions = range(start, start + frames)
+        rope = rope_table(positions, height, width, self.config.head_dim, x.device)
+        tokens = self._patchify(x)
+        time, time6 = self._time(sigma)
+        tokens = self._run_blocks(tokens, time6, text, rope, mask, cache, write_cache)
+        if cache is not None and write_cache:
+            cache.advance(frames)
+        return self._unpatchify(self.head(tokens, time), frames, height, width)
+
+    def _run_blocks(
+        self, x: Tensor, time6: Tensor, text: Tensor, rope: Tensor, mask: FrameMask | None, cache: KVCache | None, write: bool
+    ) -> Tensor:
+        embedded: Tensor | None = None
+        for layer, block in enumerate(self.blocks):
+            context = None if cache is None else cache.context(layer)
+            text_kv = None if cache is None else cache.text(layer)
+            if text_kv is None and embedded is None:
+                embedded = self.text_embedding(text)
+            arguments = (x, time6, embedded, text_kv, rope, mask, context, self.backend)
+            if self.checkpointing and torch.is_grad_enabled():
+                x, kv, text_kv = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, kv, text_kv = block(*arguments)
+            if cache is not None:
+                cache.keep_text(layer, *text_kv)
+                if write:
+                    cache.append(layer, *kv)
+        return x
+
+    def _time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 time embedding [B, F, d] and its projection [B, F, 6, d]; F = 1 when all frames share a time."""
+        with torch.autocast(sigma.device.type, enabled=False):
+            sigma = sigma.unsqueeze(1) if sigma.ndim == 1 else sigma
+            half = self.config.freq_dim // 2
+            frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=sigma.device) / half)
+            angle = (TIMESTEPS * sigma.double()).unsqueeze(-1) * frequency
+            wave = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+            first, activation, second = self.time_embedding
+            time = fp32_linear(second, activation(fp32_linear(first, wave)))
+            activation, projection = self.time_projection
+            return time, fp32_linear(projection, activation(time)).unflatten(-1, (6, -1))
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        # A convolution whose stride is its kernel is a linear layer on patches, and faster as one.
+        _, ph, pw = self.config.patch_size
+        b, f, c, h, w = x.shape
+        patches = x.reshape(b, f, c, h // ph, ph, w // pw, pw).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+        weight = self.patch_embedding.weight.flatten(1)
+        return functional.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
+
+    def _unpatchify(self, x: Tensor, frames: int, height: int, width: int) -> Tensor:
+        _, ph, pw = self.config.patch_size
+        grid = x.reshape(x.shape[0], frames, height, width, ph, pw, self.config.out_dim)
+        return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape[0], frames, -1, height * ph, width * pw)
+
+    def _check(self, x: Tensor, sigma: Tensor, text: Tensor) -> None:
+        c = self.config
+        if x.ndim != 5 or x.shape[2] != c.in_dim:
+            raise ValueError(f"latents must be [B, F, {c.in_dim}, H, W], got {list(x.shape)}")
+        c.tokens_per_frame(x.shape[3], x.shape[4])
+        if sigma.shape not in (x.shape[:1], x.shape[:2]):
+            raise ValueError(f"sigma must be [{x.shape[0]}] or {list(x.shape[:2])}, got {list(sigma.shape)}")
+        if text.shape != (x.shape[0], c.text_len, c.text_dim):
+            raise ValueError(f"text must be {[x.shape[0], c.text_len, c.text_dim]}, got {list(text.shape)}")

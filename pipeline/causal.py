@@ -1,0 +1,71 @@
+"""What every causal rollout has: blocks, a window with sinks, and a cache that fits them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from model.wan.kv_cache import KVCache, context_frames
+from model.wan.masks import FrameMask, block_causal_mask, check_window, frame_blocks, teacher_forcing_mask
+from model.wan.transformer import WanTransformer
+
+
+@dataclass
+class CausalConfig:
+    """Blocks and context of a causal student.
+
+    num_frame_per_block: latent frames denoised together. independent_first_frame: the first block has one frame.
+    window_frames: frames that a block sees in all, its own and the sinks included; null is all.
+    sink_frames: first frames of the video that stay in the window. context_noise: timestep 0..1000 to which a
+    finished block is noised before its keys and values are cached.
+    """
+
+    num_frame_per_block: int = 3
+    independent_first_frame: bool = False
+    window_frames: int | None = None
+    sink_frames: int = 0
+    context_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_frame_per_block < 1:
+            raise ValueError(f"num_frame_per_block must be at least 1, got {self.num_frame_per_block}")
+        if not 0 <= self.context_noise < 1000:
+            raise ValueError(f"context_noise is a timestep in [0, 1000), got {self.context_noise}")
+        check_window(self.window_frames, self.sink_frames, self.num_frame_per_block)
+
+    @property
+    def context_sigma(self) -> float:
+        return self.context_noise / 1000
+
+    def blocks(self, frames: int) -> tuple[int, ...]:
+        return frame_blocks(frames, self.num_frame_per_block, self.independent_first_frame)
+
+    def mask(self, frames: int) -> FrameMask:
+        return block_causal_mask(self.blocks(frames), self.window_frames, self.sink_frames)
+
+    def teacher_forcing_mask(self, frames: int) -> FrameMask:
+        return teacher_forcing_mask(self.blocks(frames), self.window_frames, self.sink_frames)
+
+    def split(self, initial: int, frames: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Blocks of the given frames and of those to generate. ValueError unless the given ones are whole blocks."""
+        blocks = self.blocks(initial + frames)
+        given: tuple[int, ...] = ()
+        while sum(given) < initial:
+            given = blocks[: len(given) + 1]
+        if sum(given) != initial:
+            raise ValueError(f"{initial} initial latent frames do not end at a block: use {sum(given)} or {sum(given[:-1])}")
+        return given, blocks[len(given) :]
+
+    def cache_frames(self, frames: int) -> int:
+        return context_frames(frames, self.num_frame_per_block, self.window_frames, self.sink_frames)
+
+    def new_cache(
+        self, net: WanTransformer, batch: int, frames: int, height: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """A cache for a video of `frames` frames in all, as small as the window allows."""
+        held = self.cache_frames(frames)
+        rolling = held < max(frames - self.num_frame_per_block, 0)
+        return net.new_cache(
+            batch, held, height, width, sinks=min(self.sink_frames, held), rolling=rolling, dtype=dtype, device=device
+        )

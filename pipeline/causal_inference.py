@@ -1,0 +1,67 @@
+"""Causal few-step generation, one block at a time.
+
+B batch  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from model.score import ScoreNet
+from model.types import Conditioning, NoiseSource
+from model.wan.kv_cache import KVCache
+from pipeline.causal import CausalConfig
+from pipeline.denoise import denoise_block, write_context
+
+
+@torch.no_grad()
+def cache_initial(
+    student: ScoreNet, initial: Tensor, text: Tensor, blocks: Sequence[int], source: NoiseSource, cache: KVCache
+) -> None:
+    """Puts given clean frames [B, Fi, C, H, W] into the cache, block by block, at sigma 0."""
+    for index, part in enumerate(initial.split(list(blocks), dim=1)):
+        write_context(student, part, text, sigma=0.0, block=-1 - index, source=source, cache=cache)
+
+
+@torch.no_grad()
+def stream(
+    student: ScoreNet,
+    noise: Tensor,
+    conditioning: Conditioning,
+    sigmas: Sequence[float],
+    causal: CausalConfig,
+    source: NoiseSource,
+    cache: KVCache,
+) -> Iterator[Tensor]:
+    """Yields x0 [B, f, C, H, W] of each new block as it is done.
+
+    noise: [B, F, C, H, W], the frames to generate, after any initial ones of the conditioning. cache: an empty one from
+    `causal.new_cache`. Raises ValueError unless the frames fill whole blocks.
+    """
+    text, initial = conditioning.text, conditioning.initial
+    given, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
+    if initial is not None:
+        cache_initial(student, initial, text, given, source, cache)
+    for index, part in enumerate(noise.split(list(blocks), dim=1)):
+        last = len(sigmas) - 1
+        x0 = denoise_block(student, part, text, sigmas, exit_step=last, block=index, source=source, cache=cache)
+        yield x0
+        if index < len(blocks) - 1:  # nothing reads what the last block would write
+            write_context(student, x0, text, sigma=causal.context_sigma, block=index, source=source, cache=cache)
+
+
+def generate(
+    student: ScoreNet,
+    noise: Tensor,
+    conditioning: Conditioning,
+    sigmas: Sequence[float],
+    causal: CausalConfig,
+    source: NoiseSource,
+    cache: KVCache,
+) -> Tensor:
+    """The whole video [B, Fi + F, C, H, W], given frames first."""
+    parts = [] if conditioning.initial is None else [conditioning.initial.to(noise.dtype)]
+    return torch.cat(parts + list(stream(student, noise, conditioning, sigmas, causal, source, cache)), dim=1)

@@ -1,0 +1,39 @@
+"""Inputs of causal training without rollouts: diffusion forcing and teacher forcing.
+
+B batch  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.score import ScoreNet
+from pipeline.causal import CausalConfig
+
+
+def per_frame(values_Bb: Tensor, blocks: Sequence[int]) -> Tensor:
+    """One value a block, [B, blocks], repeated for each of its frames: [B, F]."""
+    sizes = torch.tensor(list(blocks), device=values_Bb.device)
+    return values_Bb.repeat_interleave(sizes, dim=1)
+
+
+def teacher_forced_velocity(
+    net: ScoreNet, x: Tensor, sigma_BF: Tensor, clean: Tensor, clean_sigma_BF: Tensor, text: Tensor, causal: CausalConfig
+) -> Tensor:
+    """Velocity [B, F, C, H, W] of noisy frames x, each block looking back at the clean ones (CausVid, section 4.1).
+
+    One pass over [clean | noisy], both halves at the same RoPE positions. clean_sigma_BF: the clean half's own time;
+    0 unless it is noise-augmented.
+    """
+    frames = x.shape[1]
+    velocity = net.velocity(
+        torch.cat([clean, x], 1),
+        torch.cat([clean_sigma_BF, sigma_BF], 1),
+        text,
+        positions=[*range(frames), *range(frames)],
+        mask=causal.teacher_forcing_mask(frames),
+    )
+    return velocity[:, frames:]

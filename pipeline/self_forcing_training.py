@@ -1,0 +1,109 @@
+"""The Self-Forcing rollout: a student generates as it will at inference, block by block over its own KV cache.
+
+B batch  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.score import ScoreNet
+from model.types import Conditioning, NoiseSource, Rollout
+from model.wan.kv_cache import KVCache
+from pipeline.causal import CausalConfig
+from pipeline.causal_inference import cache_initial
+from pipeline.denoise import denoise_block, write_context
+
+Reencode = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """What is drawn once for all ranks before a rollout.
+
+    exit_steps: per generated block. score_frames: the last frames of the rollout, which carry gradient and are judged.
+    """
+
+    exit_steps: tuple[int, ...]
+    score_frames: int
+
+
+def rollout_lengths(frames: int, num_training_frames: int, frames_per_block: int) -> list[int]:
+    """The lengths that a long rollout may have: from `frames` up to `num_training_frames` in whole blocks."""
+    if num_training_frames < frames or (num_training_frames - frames) % frames_per_block:
+        raise ValueError(
+            f"num_training_frames {num_training_frames} must be {frames} plus a multiple of the block of {frames_per_block}"
+        )
+    return list(range(frames, num_training_frames + 1, frames_per_block))
+
+
+def self_forcing_rollout(
+    student: ScoreNet,
+    noise: Tensor,
+    conditioning: Conditioning,
+    sigmas: Sequence[float],
+    causal: CausalConfig,
+    plan: RolloutPlan,
+    source: NoiseSource,
+    cache: KVCache,
+    *,
+    with_gradient: bool,
+    reencode: Reencode | None = None,
+) -> Rollout:
+    """Self-Forcing (arXiv 2506.08009, algorithm 1): x0 with the gradient of each block's own exit step.
+
+    noise: [B, F, C, H, W] of the frames to generate. cache: an empty one that holds all of them but the last block; its
+    keys and values are never differentiated. reencode: given all latents before the judged window's second frame, the
+    window's first frame as an image latent [B, 1, C, H, W] (a VAE's first frame is coded alone; a frame in mid-video is
+    not); used when the rollout is longer than the window, whose first frame is then left out of the loss.
+    """
+    text = conditioning.text
+    given, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
+    if len(plan.exit_steps) != len(blocks):
+        raise ValueError(f"{len(plan.exit_steps)} exit steps for {len(blocks)} blocks")
+    parts: list[Tensor] = []
+    if conditioning.initial is not None:
+        cache_initial(student, conditioning.initial, text, given, source, cache)
+        parts.append(conditioning.initial.to(noise.dtype))
+    total = conditioning.initial_frames + noise.shape[1]
+    done = conditioning.initial_frames
+    for index, (part, exit_step) in enumerate(zip(noise.split(list(blocks), 1), plan.exit_steps, strict=True)):
+        done += part.shape[1]
+        judged = done > total - plan.score_frames
+        x0 = denoise_block(
+            student, part, text, sigmas, exit_step=exit_step, block=index, source=source, cache=cache,
+            with_gradient=with_gradient and judged,
+        )
+        parts.append(x0)
+        if index < len(blocks) - 1:  # nothing reads what the last block would write
+            write_context(student, x0, text, sigma=causal.context_sigma, block=index, source=source, cache=cache)
+    return _judged_window(torch.cat(parts, 1), conditioning.initial_frames, sigmas, plan, reencode)
+
+
+def _judged_window(
+    video: Tensor, initial: int, sigmas: Sequence[float], plan: RolloutPlan, reencode: Reencode | None
+) -> Rollout:
+    start = video.shape[1] - plan.score_frames
+    mask = torch.ones(plan.score_frames, dtype=torch.bool, device=video.device)
+    mask[: max(initial - start, 0)] = False  # given frames are not the student's
+    window = video[:, start:]
+    if start > 0:
+        if reencode is not None:
+            with torch.no_grad():
+                first = reencode(video[:, : start + 1].detach())
+            window = torch.cat([first.to(window.dtype), window[:, 1:]], 1)
+        mask[0] = False
+    same = len(set(plan.exit_steps)) == 1
+    levels = (*sigmas, 0.0)
+    exit_step = plan.exit_steps[-1]
+    return Rollout(
+        x0=window,
+        sigma_from=levels[exit_step] if same else None,
+        sigma_to=levels[exit_step + 1] if same else None,
+        frame_mask=None if bool(mask.all()) else mask,
+        exit_steps=plan.exit_steps,
+    )
