@@ -6,6 +6,7 @@ x_sigma = (1 - sigma) x0 + sigma eps,  v = eps - x0,  x0 = x_sigma - sigma v   (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -47,7 +48,7 @@ def step_sigmas(timesteps: Sequence[float], *, warp: bool, shift: float) -> tupl
     """
     ordered = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
     if not timesteps or not ordered or timesteps[0] > TIMESTEPS or timesteps[-1] <= 0:
-        raise ValueError(f"denoising steps must strictly decrease within (0, 1000], got {list(timesteps)}")
+        raise ValueError(f"denoising_step_list must strictly decrease within (0, 1000], got {list(timesteps)}")
     return tuple(shift_sigma(t / TIMESTEPS, shift) if warp else t / TIMESTEPS for t in timesteps)
 
 
@@ -66,3 +67,50 @@ def score_sigma(
     """
     a, b = unshift_sigma(low, shift), unshift_sigma(high, shift)
     return shift_sigma(a + (b - a) * u.to(torch.float32), shift).clamp(*clamp)
+
+
+@dataclass
+class ScheduleConfig:
+    """Noise levels of the student's steps, of the scores and of flow-matching training. Timesteps count 0..1000.
+
+    denoising_step_list: the student's steps; warp_denoising_step: pass them through timestep_shift.
+    timestep_shift: of the student's steps and of flow-matching training. score_timestep_shift: of the noise level at
+    which scores are taken and the critic is trained. min_sigma, max_sigma: its clamp. min_score_timestep: its lower bound.
+    ts_schedule, ts_schedule_max: bound it by the exit step instead, from below by the level that the step leads to, from
+    above by the level that it starts at.
+    """
+
+    denoising_step_list: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
+    warp_denoising_step: bool = True
+    timestep_shift: float = 5.0
+    score_timestep_shift: float = 5.0
+    min_sigma: float = 0.02
+    max_sigma: float = 0.98
+    min_score_timestep: float = 0.0
+    ts_schedule: bool = False
+    ts_schedule_max: bool = False
+
+    def __post_init__(self) -> None:
+        self.sigmas()
+        for name, shift in (("timestep_shift", self.timestep_shift), ("score_timestep_shift", self.score_timestep_shift)):
+            if shift <= 0:
+                raise ValueError(f"{name} must be positive (1 = none), got {shift}")
+        if not 0 <= self.min_sigma < self.max_sigma <= 1:
+            raise ValueError(f"min_sigma and max_sigma must satisfy 0 <= min < max <= 1, got {self.min_sigma} and {self.max_sigma}")
+        if not 0 <= self.min_score_timestep < TIMESTEPS:
+            raise ValueError(f"min_score_timestep must be in [0, 1000), got {self.min_score_timestep}")
+
+    def sigmas(self) -> tuple[float, ...]:
+        """The student's step list as noise levels."""
+        return step_sigmas(self.denoising_step_list, warp=self.warp_denoising_step, shift=self.timestep_shift)
+
+    def score_sigma(self, u: Tensor, sigma_from: float | None = None, sigma_to: float | None = None) -> Tensor:
+        """Noise level [B] of a score from u ~ U[0, 1], given the levels between which the rollout's exit step went."""
+        low, high = self.min_score_timestep / TIMESTEPS, 1.0
+        if self.ts_schedule and sigma_to is not None:
+            low = sigma_to
+        if self.ts_schedule_max and sigma_from is not None:
+            high = sigma_from
+        return score_sigma(
+            u, shift=self.score_timestep_shift, low=low, high=high, clamp=(self.min_sigma, self.max_sigma)
+        )

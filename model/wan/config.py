@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -75,3 +75,31 @@ def geometry(preset: str, overrides: dict[str, Any] | None = None) -> WanConfig:
     if unknown:
         raise ValueError(f"unknown geometry field '{unknown[0]}': choose among {', '.join(sorted(fields))}")
     return dataclasses.replace(PRESETS[preset], **(overrides or {}))
+
+
+@dataclass
+class NetworkConfig:
+    """One network of a run.
+
+    preset, overrides: geometry (see PRESETS and WanConfig's fields). init: where its weights come from: a run or
+    checkpoint folder of ours, a safetensors file or folder, null for random. init_weights: which weights of a run,
+    'ema' (raw where it has none) or 'raw'. attention: backend. checkpointing: recompute activations in backward.
+    """
+
+    preset: str = "toy"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    init: str | None = None
+    init_weights: str = "ema"
+    attention: str = "sdpa"
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        self.geometry()
+        backends = ("sdpa", "plain", "flex", "flash")
+        if self.attention not in backends:
+            raise ValueError(f"attention '{self.attention}' is unknown: choose one of {', '.join(backends)}")
+        if self.init_weights not in ("ema", "raw"):
+            raise ValueError(f"init_weights '{self.init_weights}' is unknown: choose ema or raw")
+
+    def geometry(self) -> WanConfig:
+        return geometry(self.preset, self.overrides)

@@ -1,0 +1,81 @@
+# Each target sets up .venv by itself. Needs make and Python >= 3.11; choose one with `make venv PYTHON=/path/to/python3`.
+# TORCH_INDEX=URL takes torch from that package index instead, for instance one with the smaller CPU-only builds.
+
+SHELL := /bin/bash
+VENV := .venv
+RUN := $(VENV)/bin/python
+# named after what is asked for, so that an edited pin installs again and a touched file does not
+STAMP := $(VENV)/.stamp-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+
+# idle OpenMP threads that spin would take the cores from each other's processes
+export OMP_WAIT_POLICY := passive
+# deepspeed compiles its kernels at first use, not at installation
+export DS_BUILD_OPS := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-fast lint format bench bench-gpu clean distclean
+
+help:
+	@echo 'make quickstart   the whole way on 2 CPU cores: teacher, causal student, distillation, videos, report (15 min)'
+	@echo 'make test         all tests            make test-fast   without the slow ones'
+	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'
+	@echo 'make bench        cost of a training step; make bench-gpu: at 1.3B geometry on one GPU'
+	@echo 'make venv         only set up .venv    make clean       remove caches (distclean: .venv too)'
+
+venv: $(STAMP)
+
+$(STAMP): requirements.txt requirements-dev.txt
+	@set -e; \
+	works() { "$$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
+	python=; \
+	for candidate in $(if $(PYTHON),'$(PYTHON)',python3 python3.13 python3.12 python3.11 python3.14); do \
+	  if works "$$candidate"; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: no usable Python: $(if $(PYTHON),$(PYTHON),python3) must be >= 3.11 with the venv and ensurepip" \
+	    "modules (on Debian: apt-get install python3-venv); name another with PYTHON=/path/to/python3" >&2; \
+	  exit 1; \
+	fi; \
+	if ! $(RUN) -c '' 2>/dev/null; then \
+	  echo "==> making $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv --clear $(VENV); \
+	fi; \
+	rm -f $(VENV)/.stamp-*; \
+	echo "==> installing torch (the longest part; a couple of minutes in all, more on a slow line)"; \
+	$(PIP) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') "$$(grep '^torch==' requirements.txt)"; \
+	echo "==> installing the rest of requirements-dev.txt"; \
+	$(PIP) -r requirements-dev.txt; \
+	touch $@; \
+	echo "==> $(VENV) is ready"
+
+quickstart: $(STAMP)
+	@bash scripts/quickstart.sh
+
+test: $(STAMP)
+	@$(RUN) -m pytest
+
+test-fast: $(STAMP)
+	@$(RUN) -m pytest -m 'not slow'
+
+lint: $(STAMP)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy .
+
+format: $(STAMP)
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+bench: $(STAMP)
+	@$(RUN) -m benchmarks.train_step
+
+bench-gpu: $(STAMP)
+	@$(RUN) -m benchmarks.train_step --size 1.3b
+
+clean:
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf $(VENV)

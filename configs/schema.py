@@ -1,0 +1,332 @@
+"""What a run's YAML may say. Sections that have an owner are defined beside it; this file joins them and refuses
+combinations that cannot work. Every error is one line: key, value, remedy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from model.ema import EMAConfig
+from model.schedule import ScheduleConfig
+from model.wan.config import NetworkConfig
+from pipeline.causal import CausalConfig
+from pipeline.self_forcing_training import rollout_lengths
+from utils.data.toy_world import ToyWorldConfig
+from utils.optim import LRScheduleConfig, OptimizerConfig
+
+# Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
+
+
+class TrainerKind(Enum):
+    score_distillation = "score_distillation"  # a student by distribution matching
+    diffusion = "diffusion"  # a teacher, or a causal initialisation, by flow matching
+    ode = "ode"  # a causal initialisation by regression on a teacher's trajectories
+
+
+class ObjectiveKind(Enum):
+    dmd = "dmd"
+    sid = "sid"
+
+
+class RolloutKind(Enum):
+    self_forcing = "self_forcing"  # causal, block by block over the KV cache
+    backward_simulation = "backward_simulation"  # bidirectional, from noise
+    noised_data = "noised_data"  # bidirectional, from real data
+    diffusion_forcing = "diffusion_forcing"  # causal, from real data (CausVid)
+
+
+class DiffusionMode(Enum):
+    bidirectional = "bidirectional"
+    diffusion_forcing = "diffusion_forcing"  # an own noise level for each block
+    teacher_forcing = "teacher_forcing"  # noisy blocks look back at clean ones
+
+
+class CriticLoss(Enum):
+    flow = "flow"
+    x0 = "x0"
+
+
+class UpdateSchedule(Enum):
+    joint = "joint"  # critic every iteration, student each `generator_update_interval`-th beside it
+    alternating = "alternating"  # student each `generator_update_interval`-th instead of the critic
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"  # fp32 master weights of what is trained, bf16 autocast; frozen networks stored in bf16
+
+
+class SampleWeights(Enum):
+    ema = "ema"
+    raw = "raw"
+    both = "both"
+
+
+@dataclass
+class DataConfig:
+    """kind: 'toy', the world made on the fly. frames of a video are `toy.frames`.
+
+    prompts: a file of prompts to train on (.txt, .csv, .jsonl), null for the world's own captions.
+    text_seed: of the tiny frozen text encoder.
+    """
+
+    kind: str = "toy"
+    toy: ToyWorldConfig = field(default_factory=ToyWorldConfig)
+    prompts: str | None = None
+    negative_prompt: str = ""
+    text_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind != "toy":
+            raise ValueError(f"kind '{self.kind}' is unknown: choose toy")
+
+
+@dataclass
+class RolloutConfig:
+    """Where the student's samples come from.
+
+    same_step_across_blocks: one exit step for all blocks, else one a block. last_step_only: always leave at the last
+    step instead of a uniform draw over all steps. num_training_frames: latent frames of the longest rollout, null for
+    the data's own; lengths are drawn in whole blocks and the last `data` frames are judged.
+    reuse_rollout: in iterations that train both networks the critic learns from the generator's sample (made before
+    its update, for the same prompts) instead of making its own: the critic then sees the student of one update ago and
+    the batch that the student was just judged on, and an iteration costs one rollout less.
+    """
+
+    kind: RolloutKind = RolloutKind.self_forcing
+    same_step_across_blocks: bool = True
+    last_step_only: bool = False
+    num_training_frames: int | None = None
+    reuse_rollout: bool = False
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the student is trained on. Guidance is `uncond + w (cond - uncond)`: 1 is none. sid_alpha: SiD's alpha."""
+
+    kind: ObjectiveKind = ObjectiveKind.dmd
+    real_guidance_scale: float = 4.0
+    fake_guidance_scale: float = 1.0
+    sid_alpha: float = 1.0
+    critic_loss: CriticLoss = CriticLoss.flow
+
+
+@dataclass
+class DiffusionConfig:
+    """Flow-matching training. caption_dropout: share of samples trained with the negative prompt.
+
+    clean_block_share: diffusion forcing's share of blocks given clean and left out of the loss.
+    clean_noise_max: teacher forcing noises its clean half to U(0, this) timesteps.
+    """
+
+    mode: DiffusionMode = DiffusionMode.bidirectional
+    caption_dropout: float = 0.1
+    clean_block_share: float = 0.0
+    clean_noise_max: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
+        if not 0 <= self.clean_block_share < 1:
+            raise ValueError(f"clean_block_share must be in [0, 1), got {self.clean_block_share}")
+        if not 0 <= self.clean_noise_max < 1000:
+            raise ValueError(f"clean_noise_max is a timestep in [0, 1000), got {self.clean_noise_max}")
+
+
+@dataclass
+class ODEConfig:
+    """ODE initialisation (CausVid): trajectories of the teacher, and regression on their clean end.
+
+    pairs: how many trajectories are made before training. steps, shift, guidance: the teacher's Euler sampler.
+    """
+
+    pairs: int = 256
+    steps: int = 48
+    shift: float = 8.0
+    guidance: float = 6.0
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1 or self.steps < 1:
+            raise ValueError(f"pairs and steps must be at least 1, got {self.pairs} and {self.steps}")
+
+
+@dataclass
+class TrainedConfig:
+    """How one trained network is updated."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
+
+
+@dataclass
+class TrainingConfig:
+    """The loop.
+
+    max_steps: iterations. global_batch_size: samples an update, over all ranks and accumulation steps;
+    micro_batch_size: samples a rank runs at once. generator_update_interval: see UpdateSchedule; critic_warmup_steps:
+    first iterations, in which only the critic learns. non_finite_limit: consecutive skipped updates that abort the run.
+    threads: CPU threads of a rank, null for torch's choice.
+    """
+
+    max_steps: int = 600
+    global_batch_size: int = 64
+    micro_batch_size: int = 1
+    update_schedule: UpdateSchedule = UpdateSchedule.joint
+    generator_update_interval: int = 5
+    critic_warmup_steps: int = 0
+    precision: Precision = Precision.bf16
+    non_finite_limit: int = 10
+    log_every: int = 1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("max_steps", self.max_steps, 1), ("global_batch_size", self.global_batch_size, 1),
+            ("micro_batch_size", self.micro_batch_size, 1), ("generator_update_interval", self.generator_update_interval, 1),
+            ("critic_warmup_steps", self.critic_warmup_steps, 0), ("non_finite_limit", self.non_finite_limit, 1),
+            ("log_every", self.log_every, 1),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def generator_updates(self, steps: int) -> int:
+        """How many of the first `steps` iterations train the student."""
+        return sum(self.trains_generator(step) for step in range(steps))
+
+    def critic_updates(self, steps: int) -> int:
+        return sum(self.trains_critic(step) for step in range(steps))
+
+    def trains_generator(self, step: int) -> bool:
+        after = step - self.critic_warmup_steps
+        return after >= 0 and after % self.generator_update_interval == 0
+
+    def trains_critic(self, step: int) -> bool:
+        return self.update_schedule is UpdateSchedule.joint or not self.trains_generator(step)
+
+
+@dataclass
+class CheckpointConfig:
+    """every: iterations between saves; keep_last: how many to keep; keep_every: keep multiples of this for good."""
+
+    every: int = 100
+    keep_last: int = 2
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep_last < 1 or (self.keep_every is not None and self.keep_every < 1):
+            raise ValueError(
+                f"every, keep_last and keep_every must be at least 1, got {self.every}, {self.keep_last}, "
+                f"{self.keep_every}"
+            )
+
+
+@dataclass
+class ValidationConfig:
+    """Sample videos on a fixed prompt library and seed.
+
+    every: iterations between them, null for none. prompts: a file; null takes the data's own prompts. count: how many.
+    steps: many-step samplers' step count (diffusion trainer); weights: which to sample with. guidance: of that sampler.
+    """
+
+    every: int | None = 100
+    prompts: str | None = None
+    count: int = 8
+    seed: int = 1234
+    steps: int = 50
+    guidance: float = 1.0
+    weights: SampleWeights = SampleWeights.ema
+    fps: int = 8
+
+    def __post_init__(self) -> None:
+        if (self.every is not None and self.every < 1) or self.count < 1 or self.steps < 1:
+            raise ValueError(
+                f"every, count and steps must be at least 1, got {self.every}, {self.count}, {self.steps}"
+            )
+
+
+@dataclass
+class LoggingConfig:
+    """JSONL is always written. wandb runs offline unless a key is set; neither can stop a run."""
+
+    tensorboard: bool = True
+    wandb: bool = False
+
+
+@dataclass
+class RunConfig:
+    """One run. student: the network that is trained, in every trainer. teacher: frozen. critic: the fake score."""
+
+    name: str = "run"
+    trainer: TrainerKind = TrainerKind.score_distillation
+    seed: int = 0
+    student: NetworkConfig = field(default_factory=NetworkConfig)
+    teacher: NetworkConfig | None = None
+    critic: NetworkConfig | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    causal: CausalConfig = field(default_factory=CausalConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    ode: ODEConfig = field(default_factory=ODEConfig)
+    generator_training: TrainedConfig = field(default_factory=TrainedConfig)
+    critic_training: TrainedConfig = field(default_factory=TrainedConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the trained network generates block by block."""
+        match self.trainer:
+            case TrainerKind.score_distillation:
+                return self.rollout.kind in (RolloutKind.self_forcing, RolloutKind.diffusion_forcing)
+            case TrainerKind.diffusion:
+                return self.diffusion.mode is not DiffusionMode.bidirectional
+            case TrainerKind.ode:
+                return True
+
+    def __post_init__(self) -> None:
+        if self.trainer is TrainerKind.score_distillation:
+            self._check_distillation()
+        if self.trainer is TrainerKind.ode and self.teacher is None:
+            raise ValueError("teacher is null: the ode trainer makes its trajectories with one")
+        if self.is_causal:
+            self.causal.blocks(self.data.toy.frames)
+        self._check_networks()
+
+    def _check_distillation(self) -> None:
+        if self.teacher is None or self.critic is None:
+            missing = "teacher" if self.teacher is None else "critic"
+            raise ValueError(f"{missing} is null: the score_distillation trainer needs both a teacher and a critic")
+        rollout, schedule = self.rollout, self.schedule
+        if (schedule.ts_schedule or schedule.ts_schedule_max) and not rollout.same_step_across_blocks:
+            raise ValueError(
+                "schedule.ts_schedule needs one exit step for all blocks: set rollout.same_step_across_blocks to true"
+            )
+        if rollout.num_training_frames is not None:
+            if rollout.kind is not RolloutKind.self_forcing:
+                raise ValueError(f"rollout.num_training_frames needs kind self_forcing, not {rollout.kind.value}: set it null")
+            rollout_lengths(self.data.toy.frames, rollout.num_training_frames, self.causal.num_frame_per_block)
+        if rollout.reuse_rollout and self.training.update_schedule is UpdateSchedule.alternating:
+            raise ValueError(
+                "rollout.reuse_rollout needs iterations that train both networks: set training.update_schedule to joint"
+            )
+        if self.training.max_steps <= self.training.critic_warmup_steps:
+            raise ValueError(
+                f"training.max_steps {self.training.max_steps} ends within critic_warmup_steps "
+                f"{self.training.critic_warmup_steps}: the student would never train"
+            )
+
+    def _check_networks(self) -> None:
+        mine = self.student.geometry()
+        for name, network in (("teacher", self.teacher), ("critic", self.critic)):
+            if network is None:
+                continue
+            other = network.geometry()
+            for field_name in ("in_dim", "out_dim", "text_dim", "text_len"):
+                a, b = getattr(mine, field_name), getattr(other, field_name)
+                if a != b:
+                    raise ValueError(f"{name} has {field_name} {b} and student {a}: they must see the same latents and text")

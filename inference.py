@@ -1,0 +1,18 @@
+"""`python inference.py --run logs/x --prompt "..." --out videos`: videos from a run, block by block."""
+
+from __future__ import annotations
+
+from trainer.generate import Generator
+from trainer.generate_cli import generate_videos, inference_args
+from utils import distributed
+from utils.cli import run_cli
+
+
+def main() -> int:
+    args = inference_args()
+    generator = Generator.load(args.source, distributed.device(), weights=args.weights)
+    return generate_videos(generator, args)
+
+
+if __name__ == "__main__":
+    run_cli(main)

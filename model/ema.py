@@ -1,0 +1,75 @@
+"""Exponential moving average of a network's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class EMAConfig:
+    """decay: null for no average. start: the first update that is averaged; until then it is a copy. every: cadence.
+
+    All count generator updates, not iterations.
+    """
+
+    decay: float | None = 0.99
+    start: int = 0
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1) or null for none, got {self.decay}")
+        if self.start < 0 or self.every < 1:
+            raise ValueError(f"start must be >= 0 and every >= 1, got {self.start} and {self.every}")
+
+
+class EMA:
+    """fp32 shadow of the trained parameters, on the shards that this rank holds: nothing is gathered."""
+
+    def __init__(self, net: nn.Module, decay: float, start: int, every: int) -> None:
+        self.net, self.decay, self.start, self.every = net, decay, start, every
+        self.shadow: dict[str, Tensor] = {
+            name: p.detach().clone().float() for name, p in net.named_parameters() if p.requires_grad
+        }
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """After the `updates`-th generator update (counted from 1)."""
+        if updates % self.every:
+            return
+        decay = 0.0 if updates <= self.start else self.decay
+        live = dict(self.net.named_parameters())
+        names = list(self.shadow)
+        torch._foreach_lerp_([self.shadow[n] for n in names], [live[n].detach().float() for n in names], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The network carries the average inside, and its own weights again after, bit for bit."""
+        live = {name: p for name, p in self.net.named_parameters() if name in self.shadow}
+        own = {name: p.detach().clone() for name, p in live.items()}
+        self._copy(live, self.shadow)
+        try:
+            yield
+        finally:
+            self._copy(live, own)
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(into: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+        for name, p in into.items():
+            p.copy_(values[name])
+
+    def load(self, shadow: dict[str, Tensor]) -> None:
+        """Raises ValueError unless the names and shapes are this network's."""
+        mine = {name: value.shape for name, value in self.shadow.items()}
+        theirs = {name: value.shape for name, value in shadow.items()}
+        if mine != theirs:
+            odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+            raise ValueError(f"EMA weights of another network: {len(odd)} names or shapes differ, first {odd[0]}")
+        for name, value in shadow.items():
+            self.shadow[name].copy_(value)

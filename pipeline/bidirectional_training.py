@@ -1,0 +1,75 @@
+"""Rollouts of a student that sees the whole video, and of one trained on noised data.
+
+B batch  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.schedule import mix
+from model.score import ScoreNet
+from model.types import Conditioning, NoiseSource, Rollout
+from pipeline.causal import CausalConfig
+from pipeline.denoise import denoise_block
+from pipeline.diffusion_forcing import per_frame
+
+
+def backward_simulation(
+    student: ScoreNet,
+    noise: Tensor,
+    conditioning: Conditioning,
+    sigmas: Sequence[float],
+    exit_step: int,
+    source: NoiseSource,
+    *,
+    with_gradient: bool,
+) -> Rollout:
+    """DMD2's simulated input (arXiv 2405.14867, section 4.5): the student's own steps from pure noise [B, F, C, H, W]."""
+    x0 = denoise_block(
+        student, noise, conditioning.text, sigmas, exit_step=exit_step, block=0, source=source, cache=None,
+        with_gradient=with_gradient,
+    )
+    return Rollout(x0, sigmas[exit_step], (*sigmas, 0.0)[exit_step + 1], exit_steps=(exit_step,))
+
+
+def noised_data(
+    student: ScoreNet,
+    latents: Tensor,
+    conditioning: Conditioning,
+    sigmas: Sequence[float],
+    exit_step: int,
+    source: NoiseSource,
+    *,
+    with_gradient: bool,
+) -> Rollout:
+    """DMD's input: real latents [B, F, C, H, W] noised to a level of the step list, the last step included."""
+    sigma = torch.full(latents.shape[:1], sigmas[exit_step], device=latents.device)
+    x = mix(latents, source.normal("input_noise", tuple(latents.shape[1:])), sigma)
+    with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
+        x0 = student.x0(x, sigma, conditioning.text)
+    return Rollout(x0, sigmas[exit_step], (*sigmas, 0.0)[exit_step + 1], exit_steps=(exit_step,))
+
+
+def diffusion_forcing_input(
+    student: ScoreNet,
+    latents: Tensor,
+    conditioning: Conditioning,
+    sigmas: Sequence[float],
+    steps_Bb: Tensor,
+    causal: CausalConfig,
+    source: NoiseSource,
+    *,
+    with_gradient: bool,
+) -> Rollout:
+    """CausVid's input (arXiv 2412.07772, algorithm 1): real latents [B, F, C, H, W], each block at its own level of the
+    step list (steps_Bb: index per sample and block), through the block-causal student."""
+    blocks = causal.blocks(latents.shape[1])
+    sigma_BF = per_frame(torch.tensor(sigmas, device=latents.device)[steps_Bb], blocks)
+    x = mix(latents, source.normal("input_noise", tuple(latents.shape[1:])), sigma_BF)
+    with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
+        x0 = student.x0(x, sigma_BF, conditioning.text, mask=causal.mask(latents.shape[1]))
+    return Rollout(x0)

@@ -1,0 +1,124 @@
+"""Our DiT is Diffusers' WanTransformer3DModel on the same weights: outputs and every gradient, in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.wan.attention import Backend
+from model.wan.config import WanConfig
+from model.wan.transformer import WanTransformer
+from model.wan.weights import to_diffusers_key, to_native, to_native_key
+
+diffusers = pytest.importorskip("diffusers")
+
+CONFIGS = {
+    "tiny": WanConfig(dim=96, ffn_dim=160, num_heads=3, num_layers=2, in_dim=4, out_dim=4, text_dim=24, text_len=7, freq_dim=32),
+    "uneven_head": WanConfig(
+        dim=40, ffn_dim=64, num_heads=2, num_layers=1, in_dim=3, out_dim=5, text_dim=12, text_len=5, freq_dim=256
+    ),
+    "no_cross_norm": WanConfig(
+        dim=48, ffn_dim=64, num_heads=2, num_layers=1, in_dim=4, out_dim=4, text_dim=12, text_len=5, freq_dim=16,
+        cross_attn_norm=False, eps=1e-5,
+    ),
+}  # fmt: skip
+
+
+def theirs(config: WanConfig) -> Any:
+    return diffusers.WanTransformer3DModel(
+        patch_size=config.patch_size,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.in_dim,
+        out_channels=config.out_dim,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        cross_attn_norm=config.cross_attn_norm,
+        qk_norm="rms_norm_across_heads",
+        eps=config.eps,
+    )
+
+
+def pair(config: WanConfig, seed: int) -> tuple[WanTransformer, Any]:
+    """Both networks with the same weights, none of them zero or one, so that every parameter matters."""
+    generator = torch.Generator().manual_seed(seed)
+    other = theirs(config).train(False)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            base = 1.0 if name.endswith(("norm_q.weight", "norm_k.weight", "norm2.weight")) else 0.0
+            scale = 0.3 if p.ndim == 1 or "scale_shift" in name else p[0].numel() ** -0.5
+            p.copy_(base + scale * torch.randn(p.shape, generator=generator))
+    net = WanTransformer(config, Backend.PLAIN)
+    net.load_state_dict(to_native(other.state_dict()))
+    return net, other
+
+
+def inputs(config: WanConfig, batch: int, frames: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(batch, frames, config.in_dim, height, width, generator=generator)
+    sigma = torch.rand(batch, generator=generator)
+    text = torch.randn(batch, config.text_len, config.text_dim, generator=generator)
+    text[-1, config.text_len // 2 :] = 0  # a shorter prompt
+    return x, sigma, text
+
+
+def worst(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).detach().norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 4, 6), (3, 5, 6, 4)])
+def test_outputs_and_gradients_equal_diffusers(name: str, shape: tuple[int, int, int, int]) -> None:
+    config = CONFIGS[name]
+    net, other = pair(config, seed=3)
+    x, sigma, text = inputs(config, *shape)
+    ours_x, theirs_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+
+    ours = net(ours_x, sigma, text)
+    expected = other(
+        hidden_states=theirs_x.transpose(1, 2), timestep=1000 * sigma, encoder_hidden_states=text, return_dict=False
+    )[0].transpose(1, 2)
+    assert ours.shape == expected.shape
+    assert worst(ours, expected) < 1e-5
+
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (ours * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert ours_x.grad is not None and theirs_x.grad is not None
+    assert worst(ours_x.grad, theirs_x.grad) < 2e-5
+    gradients = dict(other.named_parameters())
+    checked = 0
+    for key, p in net.named_parameters():
+        want = gradients[to_diffusers_key(key)].grad
+        assert p.grad is not None and want is not None, key
+        if want.norm() < 1e-4 * weight.norm():  # q and k over a single token: softmax of one score has no gradient
+            assert p.grad.norm() < 1e-3 * weight.norm(), key
+            continue
+        assert worst(p.grad, want) < 5e-5, key
+        checked += 1
+    assert checked >= (len(gradients) - 12 * config.num_layers if shape == (1, 1, 2, 2) else len(gradients) - config.num_layers * 2)
+
+
+def test_time_per_frame_equals_diffusers_time_per_token() -> None:
+    """TI2V's time per token, constant within a frame, is our time per frame."""
+    config = CONFIGS["tiny"]
+    net, other = pair(config, seed=5)
+    x, _, text = inputs(config, 2, 3, 4, 4)
+    sigma = torch.tensor([[0.0, 0.5, 1.0], [0.9, 0.1, 0.3]])
+    per_token = (1000 * sigma).repeat_interleave(4, dim=1)
+    with torch.no_grad():
+        expected = other(x.transpose(1, 2), per_token, text, return_dict=False)[0].transpose(1, 2)
+        assert worst(net(x, sigma, text), expected) < 1e-5
+
+
+def test_key_map_is_a_bijection() -> None:
+    net, other = pair(CONFIGS["tiny"], seed=0)
+    ours, their_names = list(net.state_dict()), list(other.state_dict())
+    assert sorted(map(to_diffusers_key, ours)) == sorted(their_names)
+    assert [to_native_key(to_diffusers_key(key)) for key in ours] == ours
+    assert sum(to_diffusers_key(key) != key for key in ours) == len(ours) - 2  # only patch_embedding is alike

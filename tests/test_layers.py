@@ -1,0 +1,131 @@
+"""Imports run one way, losses know no networks, and the core runs without the optional packages."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ["utils", "model.wan", "model", "pipeline", "configs", "trainer", "entry points", "tests"]
+ENTRY_FOLDERS = {"benchmarks", "scripts"}
+PACKAGES = {"utils", "model", "pipeline", "configs", "trainer", "tests", *ENTRY_FOLDERS}
+OPTIONAL = [
+    *("diffusers", "transformers", "wandb", "deepspeed", "matplotlib"),
+    *("av", "sklearn", "tensorboard", "flash_attn", "flash_attn_interface"),
+]
+
+
+def module_of(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def project_files(root: Path) -> list[Path]:
+    """Python files of the project, relative to ``root``."""
+    files = [*root.glob("*.py"), *(file for name in PACKAGES for file in root.glob(f"{name}/**/*.py"))]
+    return sorted(file.relative_to(root) for file in files)
+
+
+def layer(module: str) -> int:
+    name = next((name for name in LAYERS if module == name or module.startswith(name + ".")), "entry points")
+    return LAYERS.index(name)
+
+
+def imports(path: Path, root: Path, modules: set[str]) -> Iterator[tuple[int, str]]:
+    """(line, module of the project) for each import anywhere in the file, also in functions."""
+    for node in ast.walk(ast.parse((root / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                above = ".".join(path.parts[: len(path.parts) - node.level])
+                source = f"{above}.{source}".strip(".")
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                # `from model import wan` imports model.wan; a file or a folder of files
+                is_module = any(known == inner or known.startswith(inner + ".") for known in modules)
+                yield node.lineno, inner if is_module else source
+
+
+def violations(root: Path) -> list[str]:
+    files = project_files(root)
+    modules = {module_of(path) for path in files}
+    tops = PACKAGES | {module.split(".")[0] for module in modules}
+    found = []
+    for path in files:
+        ours = module_of(path)
+        is_loss = path.parent == Path("model")
+        for line, target in imports(path, root, modules):
+            if target.split(".")[0] not in tops:
+                continue
+            where = f"{path.as_posix()}:{line} imports {target}"
+            if layer(target) > layer(ours):
+                found.append(f"{where}: {LAYERS[layer(ours)]} must not know {LAYERS[layer(target)]}")
+            elif is_loss and layer(target) == LAYERS.index("model.wan"):
+                found.append(f"{where}: objectives receive networks, they do not know one")
+    return found
+
+
+def test_imports_run_one_way() -> None:
+    assert violations(ROOT) == []
+
+
+BAD = {
+    "utils/a.py": "import model.dmd",
+    "utils/b.py": "def f():\n    from trainer import base",
+    "model/wan/c.py": "from ..types import Rollout",
+    "model/dmd.py": "from model import wan",
+    "model/gan.py": "from .wan.transformer import WanTransformer",
+    "pipeline/d.py": "from configs import schema",
+    "configs/schema.py": "import trainer.base as base",
+    "trainer/base.py": "from train import main",
+    "train.py": "from tests import conftest",
+}
+GOOD = {
+    "utils/fine.py": "from utils.a import x\nimport torch",
+    "model/types.py": "from utils import a",
+    "model/wan/transformer.py": "from . import c\nfrom utils.a import x",
+    "pipeline/fine.py": "from model.wan.transformer import WanTransformer\nfrom model import dmd, wan",
+    "trainer/fine.py": "from configs.schema import Config\nfrom pipeline import d",
+    "scripts/fine.py": "import trainer.base",
+    "inference.py": "from trainer import base",
+}
+
+
+def test_each_kind_of_wrong_import_is_found_and_no_right_one(tmp_path: Path) -> None:
+    for name, text in {**BAD, **GOOD}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert sorted({line.split(":")[0] for line in violations(tmp_path)}) == sorted(BAD)
+
+
+CORE = [
+    module_of(path)
+    for path in project_files(ROOT)
+    if path.parts[0] in {"utils", "model", "pipeline", "configs", "trainer", "train.py", "inference.py"}
+]
+
+PROBE = """
+import importlib, json, sys, traceback
+modules, blocked = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+sys.modules.update(dict.fromkeys(blocked))
+failed = {}
+for name in modules:
+    try:
+        importlib.import_module(name)
+    except Exception:
+        failed[name] = traceback.format_exc().strip().splitlines()[-3:]
+print(json.dumps(failed))
+"""
+
+
+def test_core_imports_without_optional_packages() -> None:
+    command = [sys.executable, "-c", PROBE, json.dumps(CORE), json.dumps(OPTIONAL)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == {}

@@ -1,0 +1,392 @@
+"""The DiT in its modes: masked, cached, rolling, checkpointed, batched, in bf16; RoPE and masks by their definitions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.score import ScoreNet
+from model.wan.attention import Backend
+from model.wan.kv_cache import KVCache
+from model.wan.masks import FrameMask, block_causal_mask, frame_blocks, teacher_forcing_mask
+from model.wan.rope import apply_rope, axis_dims, rope_table
+from model.wan.transformer import WanTransformer
+from pipeline.causal import CausalConfig
+from pipeline.diffusion_forcing import teacher_forced_velocity
+from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
+from tests.nets import MICRO, KeyedNoise, conditioning, gradients, latents, random_net, relative, texts
+
+CPU = torch.device("cpu")
+
+
+def new_cache(net: WanTransformer, causal: CausalConfig, x: Tensor, dtype: torch.dtype = torch.float32) -> KVCache:
+    return causal.new_cache(net, x.shape[0], x.shape[1], x.shape[3], x.shape[4], dtype, x.device)
+
+
+@torch.no_grad()
+def block_by_block(
+    net: WanTransformer, x: Tensor, sigma: Tensor, clean: Tensor, clean_sigma: Tensor, text: Tensor, causal: CausalConfig
+) -> Tensor:
+    """Velocity of each noisy block over a cache of the clean ones before it."""
+    cache, out, start = new_cache(net, causal, x), [], 0
+    for size in causal.blocks(x.shape[1]):
+        part = slice(start, start + size)
+        out.append(net(x[:, part], sigma[:, part], text, cache=cache))
+        if start + size < x.shape[1]:
+            net(clean[:, part], clean_sigma[:, part], text, cache=cache, write_cache=True)
+        start += size
+    return torch.cat(out, 1)
+
+
+CAUSAL = [
+    (CausalConfig(num_frame_per_block=3), 9),
+    (CausalConfig(num_frame_per_block=1), 5),
+    (CausalConfig(num_frame_per_block=2, independent_first_frame=True), 7),
+    (CausalConfig(num_frame_per_block=2, window_frames=4), 10),
+    (CausalConfig(num_frame_per_block=2, window_frames=5), 12),  # not a multiple of the block
+    (CausalConfig(num_frame_per_block=2, window_frames=6, sink_frames=2), 12),
+    (CausalConfig(num_frame_per_block=3, window_frames=7, sink_frames=2), 12),
+    (CausalConfig(num_frame_per_block=2, window_frames=4, sink_frames=1, independent_first_frame=True), 13),
+    (CausalConfig(num_frame_per_block=2, window_frames=5, independent_first_frame=True), 11),
+    (CausalConfig(num_frame_per_block=2, window_frames=4, sink_frames=2), 8),  # sinks and the own block only
+    (CausalConfig(num_frame_per_block=2, window_frames=2), 6),  # the own block only
+    (CausalConfig(num_frame_per_block=2, window_frames=40, sink_frames=3), 6),  # a window longer than the video
+]
+IDS = [f"{c.num_frame_per_block}x{f}_w{c.window_frames}_s{c.sink_frames}{'_i' * c.independent_first_frame}" for c, f in CAUSAL]
+
+
+@pytest.mark.parametrize(("causal", "frames"), CAUSAL, ids=IDS)
+def test_cached_equals_masked(causal: CausalConfig, frames: int) -> None:
+    """Clean frames through the cache, block by block = one pass under the mask; so a rolling cache = the windowed mask."""
+    net, x, text = random_net(1), latents(2, 2, frames), texts(3, 2)
+    sigma = torch.rand(2, frames, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        masked = net(x, sigma, text, mask=causal.mask(frames))
+    assert relative(block_by_block(net, x, sigma, x, sigma, text, causal), masked) < 2e-6
+
+
+@pytest.mark.parametrize(("causal", "frames"), CAUSAL, ids=IDS)
+def test_teacher_forcing_equals_cached_clean_context(causal: CausalConfig, frames: int) -> None:
+    net, x, clean, text = random_net(1), latents(2, 2, frames), latents(9, 2, frames), texts(3, 2)
+    generator = torch.Generator().manual_seed(4)
+    sigma, clean_sigma = torch.rand(2, frames, generator=generator), 0.1 * torch.rand(2, frames, generator=generator)
+    with torch.no_grad():
+        forced = teacher_forced_velocity(ScoreNet(net, "student"), x, sigma, clean, clean_sigma, text, causal)
+    assert relative(block_by_block(net, x, sigma, clean, clean_sigma, text, causal), forced) < 2e-6
+
+
+def test_the_mask_matters() -> None:
+    """The comparisons above could not fail if attention across frames changed nothing."""
+    net, x, text = random_net(1), latents(2, 2, 8), texts(3, 2)
+    sigma = torch.full((2, 8), 0.5)
+    with torch.no_grad():
+        outs = [
+            net(x, sigma, text, mask=None if c is None else c.mask(8))
+            for c in (None, CausalConfig(2), CausalConfig(2, window_frames=4), CausalConfig(2, window_frames=4, sink_frames=1))
+        ]
+    for a, b in itertools.combinations(outs, 2):
+        assert relative(a, b) > 1e-3
+
+
+def test_rolling_cache_over_a_long_sequence() -> None:
+    causal, frames = CausalConfig(num_frame_per_block=2, window_frames=7, sink_frames=1), 60
+    net, x, text = random_net(1), latents(2, 1, frames), texts(3, 1)
+    sigma = torch.full((1, frames), 0.4)
+    with torch.no_grad():
+        masked = net(x, sigma, text, mask=causal.mask(frames))
+    assert new_cache(net, causal, x).shape.context_frames == 5
+    assert relative(block_by_block(net, x, sigma, x, sigma, text, causal), masked) < 2e-6
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(7, 2), (6, 0), (4, 2), (5, 2)])
+def test_cache_positions_are_the_sinks_and_the_last_frames(window: int, sinks: int) -> None:
+    causal = CausalConfig(num_frame_per_block=2, window_frames=window, sink_frames=sinks)
+    net, x = random_net(1), latents(2, 1, 20)
+    cache, held = new_cache(net, causal, x), window - 2
+    assert cache.positions == []
+    for start in range(0, 20, 2):
+        with torch.no_grad():
+            net(x[:, start : start + 2], torch.zeros(1), texts(3, 1), cache=cache, write_cache=True)
+        end = start + 2
+        expected = set(range(end)) if end <= held else set(range(sinks)) | set(range(end - (held - sinks), end))
+        assert sorted(cache.positions) == sorted(expected)
+
+
+def test_defect_04_cache_overflow_is_an_error_and_no_length_is_typed_in() -> None:
+    net, x, text = random_net(1), latents(2, 1, 26), texts(3, 1)  # beyond the 21 frames of the public code
+    causal = CausalConfig(num_frame_per_block=2)
+    cache = new_cache(net, causal, x)
+    with torch.no_grad():
+        for start in range(0, 24, 2):
+            net(x[:, start : start + 2], torch.zeros(1), text, cache=cache, write_cache=True)
+        with pytest.raises(ValueError, match="KV cache holds 24 frames, frame 26 does not fit"):
+            net(x[:, 24:], torch.zeros(1), text, cache=cache, write_cache=True)
+
+
+def test_defect_04_reset_cache_gives_the_same_numbers_in_the_same_memory() -> None:
+    causal, source = CausalConfig(num_frame_per_block=2, window_frames=4, sink_frames=1), KeyedNoise(5, 2)
+    net, noise = random_net(1), latents(2, 2, 10)
+    student, plan = ScoreNet(net, "student"), RolloutPlan((1, 0, 1, 1, 0), 10)
+    cache = new_cache(net, causal, noise)
+
+    def rollout(text_seed: int, cache: KVCache) -> Tensor:
+        return self_forcing_rollout(
+            student, noise, conditioning(text_seed, 2), (1.0, 0.6), causal, plan, source, cache, with_gradient=False
+        ).x0
+
+    first, memory = rollout(3, cache), cache.context(0)
+    assert memory is not None
+    address = memory[0].data_ptr()
+    cache.reset()
+    other = rollout(4, cache)  # another prompt: cached text must not survive a reset
+    assert torch.equal(other, rollout(4, new_cache(net, causal, noise)))
+    assert relative(other, first) > 1e-3
+    cache.reset()
+    assert torch.equal(rollout(3, cache), first)
+    memory = cache.context(0)
+    assert memory is not None and memory[0].data_ptr() == address
+
+
+@pytest.mark.parametrize(
+    "causal",
+    [CausalConfig(2), CausalConfig(2, window_frames=5), CausalConfig(2, window_frames=4, sink_frames=1), CausalConfig(2, context_noise=100)],
+    ids=["full", "rolling", "rolling_sinks", "context_noise"],
+)
+@pytest.mark.parametrize("backend", [Backend.PLAIN, Backend.SDPA], ids=lambda b: b.value)
+def test_defect_03_checkpointing_changes_no_gradient(causal: CausalConfig, backend: Backend) -> None:
+    """Recomputing in backward, when the cache has moved on, gives the numbers of the forward pass."""
+    noise, text = latents(2, 2, 8), conditioning(3, 2)
+    weight = latents(6, 2, 8)
+    results = []
+    for checkpointing in (False, True):
+        net = random_net(1, backend=backend, checkpointing=checkpointing)
+        out = self_forcing_rollout(
+            ScoreNet(net, "student"), noise, text, (1.0, 0.8, 0.5), causal, RolloutPlan((0, 2, 1, 1), 8), KeyedNoise(5, 2),
+            new_cache(net, causal, noise), with_gradient=True,
+        )  # fmt: skip
+        (out.x0 * weight).sum().backward()
+        results.append((out.x0.detach(), gradients(net)))
+    (plain_x0, plain), (again_x0, again) = results
+    assert torch.equal(plain_x0, again_x0)
+    assert len(plain) == len(again) == len(dict(random_net(1).named_parameters()))
+    for name in plain:
+        assert relative(again[name], plain[name]) < 1e-6, name
+
+
+def test_equal_times_per_frame_are_one_shared_time() -> None:
+    net, x, text = random_net(1), latents(2, 2, 3), texts(3, 2)
+    sigma = torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        shared = net(x, sigma, text)
+        assert relative(net(x, sigma[:, None].expand(2, 3), text), shared) < 1e-6
+        other = torch.tensor([[0.3, 0.3, 0.5], [0.9, 0.9, 0.9]])
+        assert relative(net(x, other, text)[0], shared[0]) > 1e-3
+
+
+def test_defect_05_batch_equals_one_by_one() -> None:
+    net, x, text = random_net(1), latents(2, 3, 4), texts(3, 3)
+    sigma, mask = torch.tensor([0.1, 0.5, 1.0]), CausalConfig(2).mask(4)
+    with torch.no_grad():
+        batched = net(x, sigma, text, mask=mask)
+        for i in range(3):
+            single = net(x[i : i + 1], sigma[i : i + 1], text[i : i + 1], mask=mask)
+            assert relative(batched[i : i + 1], single) < 2e-6
+
+
+def test_defect_05_batched_training_rollout_equals_one_by_one() -> None:
+    causal, noise, text = CausalConfig(2, window_frames=4, sink_frames=1), latents(2, 2, 8), conditioning(3, 2)
+    net, source = random_net(1), KeyedNoise(5, 2)
+
+    class Row(KeyedNoise):
+        def normal(self, role: str, shape: tuple[int, ...]) -> Tensor:
+            return source.normal(role, shape)[1:]
+
+    def rollout(noise: Tensor, text: Tensor, source: KeyedNoise) -> tuple[Tensor, dict[str, Tensor]]:
+        net.zero_grad(set_to_none=True)
+        given = type(conditioning(3, 2))(text)
+        plan = RolloutPlan((1, 0, 2, 1), 8)
+        cache = new_cache(net, causal, noise)
+        out = self_forcing_rollout(
+            ScoreNet(net, "s"), noise, given, (1.0, 0.8, 0.5), causal, plan, source, cache, with_gradient=True
+        )
+        out.x0[-1].square().sum().backward()  # the last sample only
+        return out.x0.detach()[-1], gradients(net)
+
+    both_x0, both = rollout(noise, text.text, source)
+    one_x0, one = rollout(noise[1:], text.text[1:], Row(5, 1))
+    assert relative(both_x0, one_x0) < 2e-6
+    for name in one:
+        assert relative(both[name], one[name]) < 1e-4, name
+
+
+def test_bf16_autocast_is_close_to_fp32() -> None:
+    net, x, text, sigma = random_net(1), latents(2, 2, 4), texts(3, 2), torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        exact = ScoreNet(net, "n").velocity(x, sigma, text)
+        rough = ScoreNet(net, "n", compute_dtype=torch.bfloat16).velocity(x, sigma, text)
+    assert rough.dtype is torch.float32
+    assert 1e-4 < relative(rough, exact) < 3e-2
+
+
+def test_bad_input_is_one_line() -> None:
+    net, x, text = random_net(1), latents(2, 2, 4), texts(3, 2)
+    half = torch.full((2,), 0.5)
+    for bad, message in (
+        ((x.transpose(1, 2), half, text), r"latents must be \[B, F, 3, H, W\]"),
+        ((x[..., :3], half, text), "not a multiple of the patch"),
+        ((x, half[:1], text), "sigma must be"),
+        ((x, half[:, None].expand(2, 3), text), "sigma must be"),
+        ((x, half, text[:, :2]), "text must be"),
+        ((x, half, text[:1]), "text must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net(*bad)
+    with pytest.raises(ValueError, match="mask of 2 x 2 frames does not fit"):
+        net(x[:, :3], half, text, mask=CausalConfig(1).mask(2))
+
+
+# RoPE
+
+
+def rotated(seed: int, position: int, row: int, column: int, head_dim: int) -> Tensor:
+    """One random vector [D], rotated to a place: the grid is made as large as the place needs."""
+    vector = torch.randn(head_dim, generator=torch.Generator().manual_seed(seed))
+    table = rope_table([position], row + 1, column + 1, head_dim, CPU)[:, -1:]
+    return apply_rope(vector[None, None, None], table)[0, 0, 0]
+
+
+@pytest.mark.parametrize("head_dim", [128, 20, 24, 6])
+def test_rope_scores_depend_on_differences_only(head_dim: int) -> None:
+    def score(q: tuple[int, int, int], k: tuple[int, int, int]) -> float:
+        return float(rotated(1, *q, head_dim).double() @ rotated(2, *k, head_dim).double())
+
+    base = score((2, 1, 3), (0, 4, 1))
+    for df, dh, dw in ((5, 0, 0), (0, 7, 0), (0, 0, 9), (40, 3, 2)):
+        assert score((2 + df, 1 + dh, 3 + dw), (df, 4 + dh, 1 + dw)) == pytest.approx(base, abs=2e-5)
+    for k in ((1, 4, 1), (0, 3, 1), (0, 4, 2)):  # and each axis does matter
+        assert abs(score((2, 1, 3), k) - base) > 1e-3
+
+
+def test_rope_closed_form() -> None:
+    """Channels (2i, 2i + 1) of axis a turn by position_a * 10000^(-2i / dim_a)."""
+    head_dim, place = 128, (7, 3, 5)
+    assert axis_dims(head_dim) == (44, 42, 42)  # Wan's split
+    table = rope_table(range(8), 4, 6, head_dim, CPU)[:, -1]
+    pair = 0
+    for position, dim in zip(place, axis_dims(head_dim), strict=True):
+        for i in range(dim // 2):
+            angle = position * 10000 ** (-2 * i / dim)
+            assert float(table[0, pair]) == pytest.approx(math.cos(angle), abs=1e-7)
+            assert float(table[1, pair]) == pytest.approx(math.sin(angle), abs=1e-7)
+            pair += 1
+    turned = apply_rope(torch.tensor([1.0, 0.0] * 64)[None, None, None], table[:, None])[0, 0, 0]
+    assert torch.allclose(turned[0::2], table[0]) and torch.allclose(turned[1::2], table[1])
+
+
+def test_rope_keeps_precision_at_long_positions() -> None:
+    """An hour of video: scores of two nearby frames are what they are at the start."""
+    far = 60_000
+    here = rotated(1, 2, 0, 0, 128).double() @ rotated(2, 0, 0, 0, 128).double()
+    there = rotated(1, far + 2, 0, 0, 128).double() @ rotated(2, far, 0, 0, 128).double()
+    assert abs(float(here - there)) < 2e-5
+
+
+def test_rope_order_of_tokens_is_frame_row_column() -> None:
+    table = rope_table([4, 9], 2, 3, 24, CPU).reshape(2, 2, 2, 3, 12)
+    frame, spatial = 4, 4  # channel pairs: 8 / 2 of each axis
+    assert torch.equal(table[:, 1, 0, 0, :frame], rope_table([9], 1, 1, 24, CPU)[:, 0, :frame])
+    assert torch.equal(table[:, 0, 1, 2, frame : frame + spatial], table[:, 1, 1, 0, frame : frame + spatial])
+    assert torch.equal(table[:, 0, 0, 2, frame + spatial :], table[:, 1, 1, 2, frame + spatial :])
+
+
+# masks, by definitions written without looking at the tables' code
+
+
+def visible(q: int, k: int, blocks: tuple[int, ...], window: int | None, sinks: int) -> bool:
+    """k is in q's block or an earlier one; and a sink, or among the window's last frames that are left beside the sinks."""
+    ends = list(itertools.accumulate(blocks))
+    end = next(e for e in ends if q < e)
+    if k >= end:
+        return False
+    if window is None or end <= window:
+        return True
+    return k < sinks or k + (window - sinks) >= end
+
+
+MASKS = [
+    ((2, 2, 2), None, 0), ((1, 2, 2, 2), 4, 0), ((3, 3, 3, 3), 7, 1), ((2,) * 6, 5, 2), ((1, 1, 1, 1, 1), 2, 1), ((4,), None, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("blocks", "window", "sinks"), MASKS)
+def test_block_causal_mask_by_definition(blocks: tuple[int, ...], window: int | None, sinks: int) -> None:
+    mask, total = block_causal_mask(blocks, window, sinks), sum(blocks)
+    assert mask.allowed == tuple(tuple(visible(q, k, blocks, window, sinks) for k in range(total)) for q in range(total))
+    if window is not None:
+        assert max(sum(row) for row in mask.allowed) <= window
+
+
+@pytest.mark.parametrize(("blocks", "window", "sinks"), MASKS)
+def test_teacher_forcing_mask_by_definition(blocks: tuple[int, ...], window: int | None, sinks: int) -> None:
+    mask, total = teacher_forcing_mask(blocks, window, sinks), sum(blocks)
+    block = [b for b, size in enumerate(blocks) for _ in range(size)]
+    for q, k in itertools.product(range(2 * total), repeat=2):
+        q_noisy, k_noisy, i, j = q >= total, k >= total, q % total, k % total
+        if k_noisy:
+            expected = q_noisy and block[i] == block[j]
+        elif q_noisy:
+            expected = block[j] < block[i] and visible(i, j, blocks, window, sinks)
+        else:
+            expected = visible(i, j, blocks, window, sinks)
+        assert mask.allowed[q][k] == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_segments_and_tokens_are_the_same_mask(seed: int) -> None:
+    table = torch.rand(6, 7, generator=torch.Generator().manual_seed(seed)) > 0.5
+    table[3] = table[2]  # two queries in one segment
+    table[:, 0] = True  # no query without a key
+    mask = FrameMask(tuple(map(tuple, table.tolist())))
+    from_segments = torch.zeros(6, 7, dtype=torch.bool)
+    covered: list[int] = []
+    for queries, runs in mask.segments:
+        covered += range(queries.start, queries.stop)
+        for keys in runs:
+            from_segments[queries, keys] = True
+    assert covered == list(range(6)) and len(mask.segments) < 6
+    assert torch.equal(from_segments, table)
+    tokens = mask.tokens(3, CPU)
+    assert all(tokens[q, k] == table[q // 3, k // 3] for q in range(18) for k in range(21))
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "first", "expected"),
+    [(6, 2, False, (2, 2, 2)), (7, 2, True, (1, 2, 2, 2)), (1, 3, True, (1,)), (21, 3, False, (3,) * 7)],
+)
+def test_frame_blocks(frames: int, size: int, first: bool, expected: tuple[int, ...]) -> None:
+    assert frame_blocks(frames, size, first) == expected
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "first", "legal"),
+    [(31, 3, False, "30 or 33"), (2, 3, False, "use 3"), (8, 2, True, "7 or 9"), (0, 2, True, "use 3")],
+)
+def test_defect_09_frames_that_are_not_whole_blocks(frames: int, size: int, first: bool, legal: str) -> None:
+    """121 frames are 31 latents, not divisible by 3: said at once, with the nearest legal counts."""
+    with pytest.raises(ValueError, match=legal):
+        frame_blocks(frames, size, first)
+
+
+def test_windows_that_hold_no_block_are_refused() -> None:
+    with pytest.raises(ValueError, match="window of 3 frames cannot hold 2 sink frames and a block of 2"):
+        CausalConfig(num_frame_per_block=2, window_frames=3, sink_frames=2)
+    with pytest.raises(ValueError, match="sink"):
+        block_causal_mask((2, 2), 1, 0)
+
+
+def test_micro_geometry_exercises_every_axis() -> None:
+    assert all(dim >= 2 for dim in axis_dims(MICRO.head_dim))

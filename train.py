@@ -1,0 +1,27 @@
+"""`torchrun train.py --config_path configs/... [key=value ...]`: trains or distils what the YAML describes."""
+
+from __future__ import annotations
+
+from configs.schema import RunConfig
+from trainer.base import RunOptions
+from trainer.build import build_trainer
+from utils import distributed
+from utils.cli import run_cli, train_args
+from utils.config import load, to_yaml
+from utils.logging import setup_console
+
+
+def main() -> int:
+    args = train_args()
+    config = load(RunConfig, args.config_path, args.overrides)
+    if args.print_config:
+        if distributed.is_main():
+            print(to_yaml(config), end="")
+        return 0
+    setup_console(distributed.rank(), distributed.world_size())
+    options = RunOptions(args.logdir, args.resume, args.max_steps, args.wandb, args.save, args.visualize)
+    return build_trainer(config, options).train()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,313 @@
+"""The training loop: micro-batches, accumulation, one update of a network, logging, checkpoints, resume, preemption."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.schema import RunConfig, SampleWeights, TrainingConfig
+from model.types import Conditioning, Evaluations, LossOutput
+from trainer.build import build_task
+from trainer.networks import Trained
+from trainer.sampling import sample
+from trainer.state import load_run, save_run
+from utils import checkpoint, distributed
+from utils.config import ConfigError, UserError, save, to_plain
+from utils.logging import Progress, RunLogger, console, peak_memory_gib
+from utils.metrics import luma, saturation
+from utils.random import Noise, keyed_seed
+from utils.video import grid, write_video
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says beside the config."""
+
+    logdir: Path
+    resume: str = "auto"
+    max_steps: int | None = None
+    wandb: bool = True
+    save: bool = True
+    visualize: bool = True
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A part of the global batch. positions: global sample numbers, which key every draw; weight: its share of the mean."""
+
+    positions: range
+    noise: Noise
+    weight: float
+
+
+class Trainer(ABC):
+    """One run. Subclasses make the networks and say what an iteration does; this class does what all runs share."""
+
+    def __init__(self, config: RunConfig, options: RunOptions) -> None:
+        self.config, self.options = config, options
+        self.device = distributed.device()
+        self.evaluations = Evaluations()
+        self.task = build_task(config, self.device)
+        self.micro_batches_per_rank = micro_batches(config.training, distributed.world_size())
+        self.step = 0
+        self.cursor = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.stop_signal: int | None = None
+        self.networks: dict[str, Trained] = {}
+        self.build()
+        self.checkpoints = options.logdir / "checkpoints"
+        resumed = self._resume()
+        self.logger = RunLogger(
+            options.logdir, to_plain(config), tensorboard=config.logging.tensorboard,
+            wandb=config.logging.wandb and options.wandb, is_main=distributed.is_main(),
+        )  # fmt: skip
+        if resumed or options.resume == "never":
+            self.logger.truncate_after(self.step)
+
+    # ------------------------------------------------------------------------------------------- what subclasses say
+
+    @abstractmethod
+    def build(self) -> None:
+        """Fills `self.networks` and whatever else the trainer needs."""
+
+    @abstractmethod
+    def training_step(self) -> dict[str, float]:
+        """One iteration: rollout -> loss -> backward -> update. Returns what to log."""
+
+    def sample(self, conditioning: Conditioning, negative: Tensor, noise: Noise) -> Tensor:
+        """Latents [B, F, C, H, W] from the student as it is."""
+        return sample(
+            self.config, self.networks["student"].score, self.task.latent_shape, conditioning, negative, noise
+        )
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def train(self) -> int:
+        """Trains to the end and returns the exit code: 0, or 128 + n after signal n, whose state was saved first."""
+        total = min(self.config.training.max_steps, self.options.max_steps or self.config.training.max_steps)
+        progress = Progress(total, self.step, desc=self.config.name, is_main=distributed.is_main())
+        if distributed.is_main():
+            save(self.config, self.options.logdir / "config.yaml")
+        with self._signals():
+            while self.step < total and not self._stopping():
+                started = time.perf_counter()
+                metrics = self.training_step()
+                self.step += 1
+                metrics |= self._vitals(time.perf_counter() - started)
+                if self.step % self.config.training.log_every == 0 or self.step == total:
+                    self.logger.scalars(self.step, metrics)
+                progress.update(self.step, {k: v for k, v in metrics.items() if k in self.headline})
+                if self.step % self.config.checkpoint.every == 0 or self.step == total:
+                    self.save_checkpoint()
+                if self.config.validation.every and (self.step % self.config.validation.every == 0 or self.step == total):
+                    self.validate()
+            if self.stop_signal is not None and self.step < total:
+                self.save_checkpoint()
+        progress.close()
+        self.logger.close()
+        distributed.barrier()
+        return 0 if self.stop_signal is None else 128 + self.stop_signal
+
+    headline: tuple[str, ...] = ("student/loss", "student/grad_norm", "samples_per_second", "peak_memory_gib")
+
+    def _vitals(self, seconds: float) -> dict[str, float]:
+        return {
+            "step_seconds": seconds,
+            "samples_per_second": self.config.training.global_batch_size / seconds,
+            "peak_memory_gib": distributed.all_reduce_scalars({"gib": peak_memory_gib()}, "max")["gib"],
+            "network_evaluations": float(self.total_evaluations()),
+            "skipped_updates": float(self.skipped),
+        }
+
+    def total_evaluations(self) -> float:
+        """Videos through a network so far, in training, over all ranks: latent frames evaluated / frames of a video."""
+        frames = distributed.all_reduce_scalars({"frames": float(self.evaluations.total_frames)})["frames"]
+        return frames / self.task.latent_shape[0]
+
+    # ----------------------------------------------------------------------------------------------------- an update
+
+    def batch(self, phase: str) -> list[MicroBatch]:
+        """This rank's micro-batches of the next global batch; draws are keyed by (seed, phase, step, sample number)."""
+        training = self.config.training
+        size, parts = training.micro_batch_size, self.micro_batches_per_rank
+        first = self.cursor + distributed.rank() * size * parts
+        self.cursor += training.global_batch_size
+        out = []
+        for part in range(parts):
+            positions = range(first + part * size, first + (part + 1) * size)
+            noise = Noise(keyed_seed(self.config.seed, phase), self.step, positions, self.device)
+            out.append(MicroBatch(positions, noise, size / training.global_batch_size))
+        return out
+
+    def update(self, trained: Trained, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], LossOutput]) -> dict[str, float]:
+        """Accumulates a global batch's gradient and takes one optimizer step, unless a number is not finite."""
+        trained.optimizer.zero_grad()
+        sums: dict[str, float] = {}
+        for micro in batch:
+            output = loss_of(micro)
+            (output.loss * micro.weight).backward()
+            for name, value in output.metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value) * micro.weight
+        gradients = [p.grad for p in trained.optimizer.parameters if p.grad is not None]
+        distributed.all_reduce_sum_(gradients)
+        metrics = distributed.all_reduce_scalars(sums)
+        metrics["grad_norm"] = float(trained.optimizer.clip())
+        if self._finite(trained.name, metrics):
+            metrics["lr"] = trained.optimizer.step()
+            if trained.ema is not None:
+                trained.ema.update(trained.optimizer.updates)
+        trained.optimizer.zero_grad()
+        return {f"{trained.name}/{name}": value for name, value in metrics.items()}
+
+    def _finite(self, name: str, metrics: dict[str, float]) -> bool:
+        bad = [key for key, value in metrics.items() if not math.isfinite(value)]
+        if not bad:
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        console.warning("step %d: %s of %s not finite, update skipped", self.step, ", ".join(bad), name)
+        if self.skipped_in_a_row >= self.config.training.non_finite_limit:
+            self.save_checkpoint()
+            raise UserError(
+                f"{self.skipped_in_a_row} updates in a row were not finite (last: {', '.join(bad)} of {name} at step "
+                f"{self.step}); the state is saved: lower the learning rate or look at the data"
+            )
+        return False
+
+    # ---------------------------------------------------------------------------------------------------- validation
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Videos of the fixed prompt library from a fixed seed, with the average, the raw weights, or both."""
+        if not self.options.visualize or not distributed.is_main():
+            return
+        config = self.config.validation
+        student = self.networks["student"]
+        for which in ("ema", "raw"):
+            wanted = config.weights.value in (which, SampleWeights.both.value)
+            if which == "raw" and config.weights is SampleWeights.ema and student.ema is None:
+                wanted = True  # there is no average to show
+            if not wanted or (which == "ema" and student.ema is None):
+                continue
+            if which == "ema" and student.ema is not None:
+                with student.ema.applied():
+                    self._validation_video(which)
+            else:
+                self._validation_video(which)
+
+    def _validation_video(self, which: str) -> None:
+        config = self.config.validation
+        prompts = self.validation_prompts()
+        before = self.evaluations.state()
+        noise = Noise(config.seed, 0, range(len(prompts)), self.device)
+        latents = self.sample(self.task.conditioning(prompts), self.task.negative(len(prompts)), noise)
+        self.evaluations.load(before)  # the count is training's
+        pixels = self.task.decode(latents)
+        path = self.options.logdir / "validation" / f"step_{self.step:06d}_{which}.mp4"
+        write_video(path, grid(pixels), config.fps, scale=max(1, 96 // pixels.shape[-1]))
+        self.logger.video(self.step, f"validation/{which}", path)
+        looks = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
+        self.logger.scalars(self.step, {f"validation/{which}_{name}": float(value) for name, value in looks.items()})
+
+    def validation_prompts(self) -> list[str]:
+        from utils.data.prompts import load_prompts
+
+        config = self.config.validation
+        if config.prompts is not None:
+            return load_prompts(config.prompts)[: config.count]
+        return self.task.validation_prompts(config.count)
+
+    # --------------------------------------------------------------------------------------------- state and signals
+
+    def save_checkpoint(self) -> None:
+        if not self.options.save:
+            return
+        evaluations = sum_evaluations(self.evaluations)
+        if distributed.is_main():
+            tensors, state = save_run(self.networks)
+            state |= {
+                "step": self.step, "cursor": self.cursor, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
+                "evaluations": evaluations, "seed": self.config.seed, "config": to_plain(self.config),
+            }  # fmt: skip
+            checkpoint.save(self.checkpoints, self.step, tensors, state)
+            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        distributed.barrier()
+
+    def _resume(self) -> bool:
+        path = checkpoint.resolve_resume(self.options.resume, self.checkpoints)
+        if path is None:
+            return False
+        state = checkpoint.load_state(path)
+        load_run(self.networks, path, state, self.device)
+        self.step, self.cursor = state["step"], state["cursor"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        if distributed.is_main():  # the count is over all ranks; one of them carries it on
+            self.evaluations.load(state["evaluations"])
+        console.info("resumed from %s at step %d", path, self.step)
+        return True
+
+    def _stopping(self) -> bool:
+        # Agreed by all: a rank that stopped alone would leave the others waiting in a collective.
+        numbers = distributed.all_reduce_scalars({"signal": float(self.stop_signal or 0)}, "max")
+        self.stop_signal = int(numbers["signal"]) or None
+        return self.stop_signal is not None
+
+    def _signals(self) -> Any:
+        return _SignalScope(self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.stop_signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        self.stop_signal = number
+        console.warning("%s: saving after this step, then stopping", signal.Signals(number).name)
+
+
+class _SignalScope:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a save and a stop inside; what they did before is put back after."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
+        self.handler = handler
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self.previous[number] = signal.signal(number, self.handler)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def micro_batches(training: TrainingConfig, ranks: int) -> int:
+    """Micro-batches of a rank for one update. Raises ConfigError unless the global batch splits evenly."""
+    each = ranks * training.micro_batch_size
+    if training.global_batch_size % each:
+        raise ConfigError(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of {ranks} ranks x "
+            f"training.micro_batch_size {training.micro_batch_size}: change one of them"
+        )
+    return training.global_batch_size // each
+
+
+def sum_evaluations(evaluations: Evaluations) -> dict[str, dict[str, int]]:
+    """The counts over all ranks."""
+    flat = {f"{kind}.{name}": float(n) for kind, counts in evaluations.state().items() for name, n in counts.items()}
+    out: dict[str, dict[str, int]] = {"calls": {}, "frames": {}, "tokens": {}}
+    for key, value in distributed.all_reduce_scalars(flat).items():
+        kind, name = key.split(".", 1)
+        out[kind][name] = int(value)
+    return out
+
+

@@ -1,0 +1,81 @@
+"""DiffusionTrainer: flow matching of a bidirectional teacher, or of a causal network (diffusion or teacher forcing).
+
+B batch  F latent frames
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from configs.schema import DiffusionMode
+from model.diffusion import flow_matching_loss
+from model.schedule import TIMESTEPS, mix, shift_sigma
+from model.types import LossOutput
+from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
+from trainer.base import MicroBatch, Trainer
+from trainer.build import build_trained
+
+
+class DiffusionTrainer(Trainer):
+    """Trains `student` on the task's real data."""
+
+    def build(self) -> None:
+        config = self.config
+        self.networks = {
+            "student": build_trained(
+                config, config.student, "student", config.generator_training, config.training.max_steps,
+                self.evaluations, self.device, with_ema=True,
+            )
+        }  # fmt: skip
+
+    def training_step(self) -> dict[str, float]:
+        return self.update(self.networks["student"], self.batch("diffusion"), self.loss)
+
+    def loss(self, micro: MicroBatch) -> LossOutput:
+        """Flow matching at the mode's noise levels."""
+        config = self.config.diffusion
+        latents, captions = self.task.real(micro.positions)
+        dropped = micro.noise.uniform("caption_dropout") < config.caption_dropout
+        prompts = [self.task.negative_prompt if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
+        text = self.task.conditioning(prompts).text
+        noise = micro.noise.normal("noise", tuple(latents.shape[1:]))
+        match config.mode:
+            case DiffusionMode.bidirectional:
+                return self._bidirectional(micro, latents, noise, text)
+            case DiffusionMode.diffusion_forcing:
+                return self._diffusion_forcing(micro, latents, noise, text)
+            case DiffusionMode.teacher_forcing:
+                return self._teacher_forcing(micro, latents, noise, text)
+
+    def _bidirectional(self, micro: MicroBatch, latents: Tensor, noise: Tensor, text: Tensor) -> LossOutput:
+        sigma = shift_sigma(micro.noise.uniform("sigma"), self.config.schedule.timestep_shift)
+        score = self.networks["student"].score
+        return flow_matching_loss(lambda x, s: score.velocity(x, s, text), latents, noise, sigma)
+
+    def _block_sigmas(self, micro: MicroBatch, frames: int) -> Tensor:
+        blocks = self.config.causal.blocks(frames)
+        u = micro.noise.uniform("sigma", (len(blocks),))
+        return per_frame(shift_sigma(u, self.config.schedule.timestep_shift), blocks)
+
+    def _diffusion_forcing(self, micro: MicroBatch, latents: Tensor, noise: Tensor, text: Tensor) -> LossOutput:
+        frames = latents.shape[1]
+        sigma_BF, causal = self._block_sigmas(micro, frames), self.config.causal
+        blocks = causal.blocks(frames)
+        clean = per_frame(micro.noise.uniform("clean", (len(blocks),)), blocks) < self.config.diffusion.clean_block_share
+        clean &= ~clean.all(dim=1, keepdim=True)  # a sample with nothing left to learn from is noised after all
+        sigma_BF = sigma_BF.masked_fill(clean, 0.0)
+        score, mask = self.networks["student"].score, causal.mask(frames)
+        return flow_matching_loss(
+            lambda x, s: score.velocity(x, s, text, mask=mask), latents, noise, sigma_BF, weight=(~clean).float()
+        )
+
+    def _teacher_forcing(self, micro: MicroBatch, latents: Tensor, noise: Tensor, text: Tensor) -> LossOutput:
+        frames, score = latents.shape[1], self.networks["student"].score
+        most = self.config.diffusion.clean_noise_max / TIMESTEPS
+        clean_sigma_BF = micro.noise.uniform("clean_sigma")[:, None].expand(-1, frames) * most
+        clean = mix(latents, micro.noise.normal("clean_noise", tuple(latents.shape[1:])), clean_sigma_BF)
+
+        def predict(x: Tensor, sigma_BF: Tensor) -> Tensor:
+            return teacher_forced_velocity(score, x, sigma_BF, clean, clean_sigma_BF, text, self.config.causal)
+
+        return flow_matching_loss(predict, latents, noise, self._block_sigmas(micro, frames))

@@ -1,0 +1,130 @@
+"""Generation from a run: what inference.py, evaluation and the report use.
+
+B batch  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.schema import RunConfig
+from model.schedule import step_sigmas
+from model.score import ScoreNet
+from model.types import Evaluations
+from model.wan.config import NetworkConfig
+from pipeline.causal import CausalConfig
+from trainer.build import build_task, build_for_inference, compute_dtype
+from trainer.sampling import euler, few_step_sample
+from utils import checkpoint
+from utils.config import UserError, from_plain
+from utils.random import Noise
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. steps: null takes the run's own. frames: latent frames in all, given ones included; null takes the
+    run's. window, sinks: of a causal student, null takes the run's. guidance: of a many-step teacher."""
+
+    steps: int | None = None
+    frames: int | None = None
+    window: int | None = None
+    sinks: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+
+
+class Generator:
+    """A trained network with its task, ready to sample."""
+
+    def __init__(self, config: RunConfig, score: ScoreNet, device: torch.device, *, causal: bool | None = None) -> None:
+        self.config, self.score, self.device = config, score, device
+        self.causal = config.is_causal if causal is None else causal
+        self.task = build_task(config, device)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device, *, weights: str = "ema") -> Generator:
+        """From a run folder or one checkpoint; its average unless `weights` is 'raw'. Raises UserError."""
+        folder = checkpoint.resolve_resume(str(path), path)
+        assert folder is not None
+        config = from_plain(RunConfig, checkpoint.load_state(folder)["config"])
+        network: NetworkConfig = replace(config.student, init=str(folder), init_weights=weights, checkpointing=False)
+        net = build_for_inference(network, "student", device, compute_dtype(config))
+        return cls(config, ScoreNet(net, "student", Evaluations(), compute_dtype(config)), device)
+
+    def as_causal(self, causal: CausalConfig, steps: Sequence[float]) -> Generator:
+        """The same weights run block by block with a step list: the undistilled baseline of a causal student."""
+        schedule = replace(self.config.schedule, denoising_step_list=list(steps), warp_denoising_step=False)
+        return Generator(replace(self.config, causal=causal, schedule=schedule), self.score, self.device, causal=True)
+
+    @property
+    def few_steps(self) -> bool:
+        """Whether this network is sampled by its own step list, and not by a many-step solver."""
+        return self.causal or self.config.trainer.value != "diffusion"
+
+    def step_list(self, steps: int | None) -> tuple[float, ...]:
+        """The student's noise levels, or an even choice among them. Raises UserError for more steps than it has."""
+        schedule = self.config.schedule
+        own = schedule.denoising_step_list
+        if steps is None:
+            return schedule.sigmas()
+        if not 1 <= steps <= len(own):
+            raise UserError(f"--steps {steps}: this student has {len(own)} steps: choose 1 to {len(own)}")
+        chosen = [own[i * len(own) // steps] for i in range(steps)]
+        return step_sigmas(chosen, warp=schedule.warp_denoising_step, shift=schedule.timestep_shift)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int], first_frame: Tensor | None = None) -> Tensor:
+        """Latents [B, F, C, H, W] for prompts. ids: what keys each video's draws beside the seed, so that a video is the
+        same in any batch. first_frame: pixels [1, C, h, w] in [0, 1] that all videos start with."""
+        initial = None
+        if first_frame is not None:
+            initial = self.task.encode(first_frame[None]).expand(len(prompts), -1, -1, -1, -1)
+        conditioning = self.task.conditioning(prompts, initial)
+        source = Noise(sampling.seed, 0, ids, self.device)
+        given = conditioning.initial_frames
+        frames, *rest = self.task.latent_shape
+        if sampling.frames is not None:
+            frames = sampling.frames
+        elif self.causal and given:
+            frames += given
+        shape = (frames - given, *rest)
+        if not self.few_steps:
+            return self._many_steps(source, shape, conditioning.text, sampling, given)
+        causal = self._causal(sampling, frames, given) if self.causal else None
+        noise = source.normal("noise", shape)
+        return few_step_sample(self.score, noise, conditioning, self.step_list(sampling.steps), causal, source)
+
+    def _many_steps(self, source: Noise, shape: tuple[int, ...], text: Tensor, sampling: Sampling, given: int) -> Tensor:
+        if given:
+            raise UserError("--image: a bidirectional text-to-video network takes no first frame: use a causal student")
+        validation = self.config.validation
+        guidance = validation.guidance if sampling.guidance is None else sampling.guidance
+        steps = sampling.steps or validation.steps
+        shift = self.config.schedule.timestep_shift
+        return euler(self.score, source, shape, text, self.task.negative(text.shape[0]), steps, shift, guidance)
+
+    def _causal(self, sampling: Sampling, frames: int, given: int) -> CausalConfig:
+        own = self.config.causal
+        try:
+            causal = replace(
+                own,
+                # one given frame is a block of its own, whatever the student was trained with
+                independent_first_frame=own.independent_first_frame or given == 1,
+                window_frames=own.window_frames if sampling.window is None else sampling.window,
+                sink_frames=own.sink_frames if sampling.sinks is None else sampling.sinks,
+            )
+            causal.split(given, frames - given)
+        except ValueError as problem:
+            raise UserError(str(problem)) from None
+        return causal
+
+
+def slug(prompt: str, most: int = 48) -> str:
+    """A file name made of a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:most].rstrip("-") or "empty"

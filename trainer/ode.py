@@ -1,0 +1,92 @@
+"""ODETrainer: a causal student learns from the ODE trajectories of a bidirectional teacher.
+
+B batch  S stored points  F latent frames
+"""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.ode_regression import ode_regression_loss, pick_stored, store_levels
+from model.schedule import uniform_sigmas
+from model.types import LossOutput
+from pipeline.diffusion_forcing import per_frame
+from trainer.base import MicroBatch, Trainer
+from trainer.build import build_frozen, build_trained
+from utils import distributed
+from utils.config import config_hash
+from utils.logging import Progress
+from utils.random import Noise, keyed_seed
+
+
+class ODETrainer(Trainer):
+    """Makes `ode.pairs` trajectories once, keeps them in the run folder, and regresses the student on them."""
+
+    def build(self) -> None:
+        config = self.config
+        assert config.teacher is not None
+        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device)
+        self.networks = {
+            "student": build_trained(
+                config, config.student, "student", config.generator_training, config.training.max_steps,
+                self.evaluations, self.device, with_ema=True,
+            )
+        }  # fmt: skip
+        self.trajectories, self.sigmas_S = self._load_or_make()
+
+    def training_step(self) -> dict[str, float]:
+        return self.update(self.networks["student"], self.batch("ode"), self.loss)
+
+    def loss(self, micro: MicroBatch) -> LossOutput:
+        pairs = [position % self.config.ode.pairs for position in micro.positions]
+        trajectory = self.trajectories[pairs].to(self.device).float()
+        frames = trajectory.shape[2]
+        blocks = self.config.causal.blocks(frames)
+        points = len(self.sigmas_S)
+        index_BF = per_frame((micro.noise.uniform("stored_index", (len(blocks),)) * points).long(), blocks)
+        # the first block is never given clean: all samples have something to learn from
+        index_BF[:, : blocks[0]] %= points - 1
+        x, sigma_BF = pick_stored(trajectory, self.sigmas_S.to(self.device), index_BF)
+        text = torch.cat([self._text(pair) for pair in pairs])
+        x0 = self.networks["student"].score.x0(x, sigma_BF, text, mask=self.config.causal.mask(frames))
+        return ode_regression_loss(x0, trajectory[:, -1], sigma_BF)
+
+    def _text(self, pair: int) -> Tensor:
+        return self.task.conditioning(self.task.prompts(range(pair, pair + 1))).text
+
+    def _load_or_make(self) -> tuple[Tensor, Tensor]:
+        key = config_hash([self.config.ode, self.config.teacher, self.config.data, self.config.schedule, self.config.seed])
+        path = self.options.logdir / f"ode_pairs_{key[:12]}.safetensors"
+        if distributed.is_main() and not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            save_file(self._make(), partial)
+            partial.rename(path)
+        distributed.barrier()
+        stored = load_file(path)
+        return stored["x"], stored["sigma"]
+
+    @torch.no_grad()
+    def _make(self) -> dict[str, Tensor]:
+        """x [pairs, S, F, C, H, W] at the student's step levels and at 0, and those levels [S]."""
+        config = self.config.ode
+        grid = uniform_sigmas(config.steps, config.shift)
+        keep = store_levels(grid, self.config.schedule.sigmas())
+        size, parts = 16, []
+        progress = Progress(config.pairs, desc="ODE pairs", is_main=True)
+        for start in range(0, config.pairs, size):
+            positions = range(start, min(start + size, config.pairs))
+            x = Noise(keyed_seed(self.config.seed, "ode_pairs"), 0, positions, self.device).normal("noise", self.task.latent_shape)
+            text = self.task.conditioning(self.task.prompts(positions)).text
+            negative = self.task.negative(len(positions))
+            points = {}
+            for index, (sigma, target) in enumerate(zip(grid, (*grid[1:], 0.0), strict=True)):
+                points[index] = x
+                level = torch.full((len(positions),), sigma, device=self.device)
+                x = x + (target - sigma) * self.teacher.guided_velocity(x, level, text, negative, config.guidance)
+            parts.append(torch.stack([*(points[i] for i in keep), x], dim=1).cpu())
+            progress.update(positions.stop, {})
+        progress.close()
+        return {"x": torch.cat(parts), "sigma": torch.tensor([*(grid[i] for i in keep), 0.0])}

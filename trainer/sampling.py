@@ -1,0 +1,62 @@
+"""Sampling as a run's config says: used by validation, evaluation and inference alike.
+
+B batch  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from configs.schema import RunConfig, TrainerKind
+from model.schedule import uniform_sigmas
+from model.score import ScoreNet
+from model.types import Conditioning, NoiseSource
+from model.wan.transformer import WanTransformer
+from pipeline.bidirectional_inference import euler_sample
+from pipeline.causal import CausalConfig
+from pipeline.causal_inference import generate
+from pipeline.denoise import denoise_block
+
+
+def cache_dtype(score: ScoreNet) -> torch.dtype:
+    """Keys and values are kept in the precision in which they are computed."""
+    return score.compute_dtype or next(score.net.parameters()).dtype
+
+
+def few_step_sample(
+    score: ScoreNet, noise: Tensor, conditioning: Conditioning, sigmas: Sequence[float], causal: CausalConfig | None, source: NoiseSource
+) -> Tensor:
+    """A student's video [B, Fi + F, C, H, W]: block by block over a cache, or all at once where `causal` is None."""
+    with torch.no_grad():
+        if causal is None:
+            last = len(sigmas) - 1
+            return denoise_block(
+                score, noise, conditioning.text, sigmas, exit_step=last, block=0, source=source, cache=None
+            )
+        assert isinstance(score.net, WanTransformer)
+        total = conditioning.initial_frames + noise.shape[1]
+        cache = causal.new_cache(
+            score.net, noise.shape[0], total, noise.shape[3], noise.shape[4], cache_dtype(score), noise.device
+        )
+        return generate(score, noise, conditioning, sigmas, causal, source, cache)
+
+
+def euler(
+    score: ScoreNet, source: NoiseSource, shape: tuple[int, ...], text: Tensor, negative: Tensor, steps: int, shift: float, guidance: float
+) -> Tensor:
+    """A many-step network's video [B, F, C, H, W]: Euler over a shifted uniform grid with guidance."""
+    return euler_sample(score, source.normal("noise", shape), text, negative, uniform_sigmas(steps, shift), guidance)
+
+
+def sample(
+    config: RunConfig, score: ScoreNet, shape: tuple[int, ...], conditioning: Conditioning, negative: Tensor, source: NoiseSource
+) -> Tensor:
+    """Latents [B, F, C, H, W] the way the run's network is meant to be sampled; `shape` is (F, C, H, W)."""
+    if config.trainer is TrainerKind.diffusion and not config.is_causal:
+        v = config.validation
+        return euler(score, source, shape, conditioning.text, negative, v.steps, config.schedule.timestep_shift, v.guidance)
+    causal = config.causal if config.is_causal else None
+    return few_step_sample(score, source.normal("noise", shape), conditioning, config.schedule.sigmas(), causal, source)

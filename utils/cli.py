@@ -1,0 +1,104 @@
+"""Command line of ``train.py`` and the one place where an error becomes one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from utils import distributed
+from utils.config import UserError
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """What ``train.py`` was asked to do."""
+
+    config_path: Path
+    overrides: tuple[str, ...]  # key=value, laid over the YAML in this order
+    logdir: Path
+    resume: str  # "auto", "never" or a path: see checkpoint.resolve_resume
+    max_steps: int | None  # stop after this step whatever the config says
+    wandb: bool
+    save: bool
+    visualize: bool
+    print_config: bool
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors of one line; no abbreviations, so a typo is never taken for an option."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            unknown = message.removeprefix(prefix).split()[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown.split("=")[0], flags, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+            message = f"unknown option {unknown}: {hint}"
+        raise UserError(message)
+
+
+def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
+    """Parse the arguments of ``train.py`` (``sys.argv`` by default). Raises UserError."""
+    parser = Parser(prog="train.py", description="Train or distil what a YAML file describes.")
+    parser.add_argument("--config_path", "--config-path", type=Path, required=True, metavar="YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the YAML, e.g. seed=1")
+    parser.add_argument("--logdir", type=Path, help="run folder (default: logs/<family>/<method> of the YAML's path)")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
+    parser.add_argument("--max_steps", "--max-steps", type=_positive, metavar="N", help="stop after step N")
+    parser.add_argument("--disable-wandb", "--disable_wandb", action="store_true")
+    parser.add_argument("--no_save", "--no-save", action="store_true", help="write no checkpoints")
+    parser.add_argument("--no_visualize", "--no-visualize", action="store_true", help="make no validation videos")
+    parser.add_argument("--print_config", "--print-config", action="store_true", help="print it checked, and exit")
+    # intermixed: overrides may stand before, between and after options
+    space = parser.parse_intermixed_args(argv)
+    return TrainArgs(
+        config_path=space.config_path,
+        overrides=tuple(space.overrides),
+        logdir=space.logdir or default_logdir(space.config_path),
+        resume=space.resume,
+        max_steps=space.max_steps,
+        wandb=not space.disable_wandb,
+        save=not space.no_save,
+        visualize=not space.no_visualize,
+        print_config=space.print_config,
+    )
+
+
+def default_logdir(config_path: Path) -> Path:
+    """``configs/toy/dmd.yaml`` -> ``logs/toy/dmd``; a YAML outside ``configs`` -> ``logs/<stem>``."""
+    parts = config_path.with_suffix("").parts
+    below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts else parts[-1:]
+    return Path("logs", *below)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
+    """Run ``main`` and exit: 0 or its return value; a UserError is one line on stderr (of rank 0) and exit code 2.
+
+    Anything else is a defect of ours and keeps its traceback.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        if distributed.is_main():
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    # only on success: after a failure of one rank, taking the group down would wait for the others
+    distributed.shutdown()
+    sys.exit(code)

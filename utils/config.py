@@ -1,0 +1,343 @@
+"""Typed configuration: YAML + ``key=value`` overrides -> instance of a dataclass, by OmegaConf structured configs.
+
+Knows nothing of the project's schema. Whatever a user can get wrong ends in a ``ConfigError`` of one line which names
+the key's full path, the offending value and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+T = TypeVar("T")
+
+_SHOWN = 60  # characters of an offending value that are worth showing in an error
+_WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
+
+
+class UserError(ValueError):
+    """Something that a user got wrong or can put right; ``cli.run_cli`` shows it as one line, without a traceback."""
+
+
+class ConfigError(UserError):
+    """One line: key path, offending value, remedy."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read ``path`` (YAML), lay ``overrides`` (``a.b=value``) over it, return a checked instance of ``schema``.
+
+    A YAML file may have a top-level ``base: other.yaml`` (relative to the file): it is merged under the file.
+    Mappings merge, lists are replaced. An enum is written by its value (or name). ``__post_init__`` may raise
+    ``ValueError``: when the message begins with a field's name, the path of the section is put before it.
+
+    Raises ConfigError: missing or malformed file, unknown key, wrong type, illegal value, failed ``__post_init__``.
+    """
+    node = OmegaConf.structured(schema)
+    for values in [*_read_chain(Path(path), ()), *map(_parse_override, overrides)]:
+        _apply(node, schema, values, "", schema)
+    return _instantiate(node, schema)
+
+
+def from_plain(schema: type[T], plain: Mapping[str, Any]) -> T:
+    """The inverse of ``to_plain``: a checked instance of ``schema``. Raises ConfigError as ``load`` does."""
+    node = OmegaConf.structured(schema)
+    _apply(node, schema, plain, "", schema)
+    return _instantiate(node, schema)
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict[Any, Any]]:
+    """Plain contents of ``path`` preceded by those of its bases, furthest first."""
+    resolved = path.resolve()
+    if resolved in seen:
+        raise ConfigError(f"base: cycle {' -> '.join(p.name for p in (*seen, resolved))}: remove one `base:` line")
+    values = _read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        return [values]
+    if not isinstance(base, str):
+        raise ConfigError(f"base: {_show(base)} in {path} is not a path: give one YAML file relative to this one")
+    target = path.parent / base
+    if not target.is_file():
+        raise ConfigError(f"base: {base!r} in {path} does not exist (looked for {target}): {_nearby(target)}")
+    return [*_read_chain(target, (*seen, resolved)), values]
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise ConfigError(f"config file {str(path)!r} does not exist: {_nearby(path)}")
+    try:
+        loaded = OmegaConf.create(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {error.problem}: fix the file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}: fix the file") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key}: {error.msg}: close the ${{...}} or quote it as text") from None
+    values = OmegaConf.to_container(loaded, resolve=False)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__} at its top: write `key: value` lines")
+    return values
+
+
+def _nearby(path: Path) -> str:
+    """What the folder of a missing file offers instead."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no folder {str(folder)!r}"
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml"))
+    near = difflib.get_close_matches(path.name, names, n=1)
+    if near:
+        return f"did you mean {str(folder / near[0])!r}?"
+    return f"{str(folder)!r} has {_short_list(names)}" if names else f"{str(folder)!r} has no YAML file"
+
+
+def _parse_override(text: str) -> dict[Any, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key or not all(key.split(".")):
+        raise ConfigError(f"override {text!r} is not of the form key=value (for instance seed=1 or data.batch_size=8)")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException):
+        raise ConfigError(f"{key}: {_show(value)} is not a valid YAML value: close its brackets or quote it") from None
+    assert isinstance(values, dict)
+    return values
+
+
+# -------------------------------------------------------------------------------------------- user values -> typed node
+
+
+def _apply(node: DictConfig, schema: type, values: Mapping[Any, Any], path: str, root: type) -> None:
+    """Write user ``values`` into the structured ``node``, leaf by leaf, so that each error has its path."""
+    hints = _field_types(schema)
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            raise ConfigError(f"{where}: unknown key (value {_show(value)}): {_suggest(str(key), schema, path, root)}")
+        hint = hints[key]
+        section = _section(hint)
+        if section is not None and isinstance(value, Mapping):
+            if OmegaConf.is_missing(node, key) or node[key] is None:
+                OmegaConf.update(node, key, OmegaConf.structured(section))
+            _apply(node[key], section, value, where, root)
+        else:
+            _set_leaf(node, key, _convert(value, hint, where, root), hint, where)
+
+
+def _set_leaf(node: DictConfig, key: str, value: Any, hint: Any, where: str) -> None:
+    try:
+        OmegaConf.update(node, key, value, merge=not isinstance(value, (list, ListConfig)))
+    except (OmegaConfBaseException, ValueError):
+        raise ConfigError(f"{where}: {_show(value)} is not allowed: give {_describe(hint)}") from None
+
+
+def _convert(value: Any, hint: Any, where: str, root: type) -> Any:
+    """Enum values to members and mappings in lists to sections; everything else is OmegaConf's to check."""
+    options = _options(hint)
+    if value is None:
+        return value
+    for option in options:
+        if isinstance(option, type) and issubclass(option, Enum):
+            return _enum_member(option, value, hint, where)
+        items = typing.get_args(option)
+        if typing.get_origin(option) in (list, tuple) and items and isinstance(value, (list, tuple)):
+            return [_convert_item(item, items[0], f"{where}[{i}]", root) for i, item in enumerate(value)]
+    return value
+
+
+def _convert_item(value: Any, hint: Any, where: str, root: type) -> Any:
+    section = _section(hint)
+    if section is None or not isinstance(value, Mapping):
+        return _convert(value, hint, where, root)
+    node = OmegaConf.structured(section)
+    _apply(node, section, value, where, root)
+    return node
+
+
+def _enum_member(enum: type[Enum], value: Any, hint: Any, where: str) -> Any:
+    if isinstance(value, str) and "${" in value:
+        return value
+    for member in enum:
+        if value == member.value or value == member.name or (isinstance(value, enum) and value is member):
+            return member
+    quote = " (in quotes: bare yes, no, on and off are booleans in YAML)" if isinstance(value, bool) else ""
+    near = difflib.get_close_matches(str(value), [str(member.value) for member in enum], n=1)
+    hinted = f"did you mean {near[0]!r}? allowed: " if near else "give "
+    raise ConfigError(f"{where}: {_show(value)} is not allowed: {hinted}{_describe(hint)}{quote}")
+
+
+# ------------------------------------------------------------------------------------------- typed node -> dataclass
+
+
+def _instantiate(node: DictConfig, schema: type[T]) -> T:
+    try:
+        return typing.cast(T, OmegaConf.to_object(node))
+    except MissingMandatoryValue as error:
+        hint = _hint_at(schema, str(error.full_key))
+        raise ConfigError(f"{error.full_key}: has no value and no default: give {_describe(hint)}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {error.msg}: name an existing key in ${{...}}") from None
+    except ValueError as error:
+        path, owner, message = _locate(node, schema, "", str(error))
+        first = message.split()[0].split(":")[0].split(".")[0] if message.split() else ""
+        glue = "" if not path else "." if first in _field_types(owner) else ": "
+        raise ConfigError(path + glue + message) from None
+
+
+def _locate(node: DictConfig, schema: type, path: str, message: str) -> tuple[str, type, str]:
+    """(path, class, message) of the innermost section whose ``__post_init__`` refuses."""
+    for key, hint in _field_types(schema).items():
+        section = _section(hint)
+        if section is None or OmegaConf.is_missing(node, key) or node[key] is None:
+            continue
+        try:
+            OmegaConf.to_object(node[key])
+        except ValueError as error:
+            return _locate(node[key], section, f"{path}.{key}" if path else key, str(error))
+    return path, schema, message
+
+
+# --------------------------------------------------------------------------------------------------- types into words
+
+
+def _field_types(schema: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(schema)
+    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """Members of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _section(hint: Any) -> type | None:
+    """The dataclass of a nested section, when ``hint`` is one (or an optional one)."""
+    return next((o for o in _options(hint) if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
+
+
+def _describe(hint: Any) -> str:
+    """What is allowed, in words: ``a number or null``."""
+    return " or ".join(_describe_one(option) for option in _options(hint))
+
+
+def _describe_one(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple and args[-1] is not Ellipsis:
+        return f"a list of {len(args)} values ({', '.join(map(_describe, args))})"
+    if origin in (list, tuple):
+        return f"a list, each item {_describe(args[0])}"
+    if origin is dict:
+        return f"key: value lines, each value {_describe(args[1])}"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(str(member.value) for member in hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return f"a section with keys {_short_list(list(_field_types(hint)))}"
+    return _WORDS.get(hint, str(hint))
+
+
+def _hint_at(schema: type, path: str) -> Any:
+    hint: Any = schema
+    for key in path.split("."):
+        owner = _section(hint)
+        if owner is None or key not in _field_types(owner):
+            return hint
+        hint = _field_types(owner)[key]
+    return hint
+
+
+def _suggest(key: str, schema: type, path: str, root: type) -> str:
+    legal = list(_field_types(schema))
+    near = difflib.get_close_matches(key, legal, n=1)
+    if near:
+        return f"did you mean {path + '.' + near[0] if path else near[0]!r}?"
+    elsewhere = [other for other in _key_paths(root) if other.split(".")[-1] == key]
+    if elsewhere:
+        return f"did you mean {_short_list(elsewhere, 3)}?"
+    return f"allowed in {path or 'the top level'}: {_short_list(legal, 40)}"
+
+
+def _key_paths(schema: type, prefix: str = "") -> Iterator[str]:
+    for key, hint in _field_types(schema).items():
+        yield prefix + key
+        section = _section(hint)
+        if section is not None and section is not schema:
+            yield from _key_paths(section, f"{prefix}{key}.")
+
+
+def _short_list(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _show(value: Any) -> str:
+    text = str(value) if isinstance(value, Enum) else repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+# ------------------------------------------------------------------------------------------------- dataclass -> text
+
+
+def to_plain(config: Any) -> Any:
+    """Dataclass (or mapping) -> dicts, lists and scalars as YAML or JSON would hold them; enums by value."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Enum):
+        return config.value if isinstance(config.value, (str, int, float)) else config.name
+    if isinstance(config, Mapping):
+        return {key: to_plain(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_plain(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def to_yaml(config: Any) -> str:
+    """YAML text which ``load`` reads back to an equal config."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+
+
+def save(config: Any, path: str | Path) -> None:
+    """Write ``to_yaml(config)``; folders on the way are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(to_yaml(config), encoding="utf-8")
+
+
+def config_hash(config: Any) -> str:
+    """sha256 (hex) of the canonical form: equal for equal configs, whatever the process or the order of keys."""
+    canonical = json.dumps(to_plain(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def diff(a: Any, b: Any) -> list[str]:
+    """Key paths, sorted, whose values differ between two configs (dataclasses or what ``to_plain`` made of them)."""
+    flat_a, flat_b = dict(_flatten(to_plain(a))), dict(_flatten(to_plain(b)))
+    absent = object()
+    keys = flat_a.keys() | flat_b.keys()
+    return sorted(key for key in keys if flat_a.get(key, absent) != flat_b.get(key, absent))
+
+
+def _flatten(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(plain, dict) or not plain:
+        yield path, plain
+        return
+    for key, value in plain.items():
+        yield from _flatten(value, f"{path}.{key}" if path else str(key))

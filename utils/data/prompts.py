@@ -1,0 +1,90 @@
+"""Prompt files, and the endless shuffled order in which a training run reads them."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+_COLUMNS = ("prompt", "caption")
+
+
+def load_prompts(path: str | Path) -> list[str]:
+    """Prompts of a .txt (one a line), .csv or .jsonl file (field `prompt` or `caption`), in order; blanks are skipped.
+
+    Raises ValueError if the file is absent, of another kind, without such a field, or holds no prompt.
+    """
+    path = Path(path)
+    readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    if path.suffix not in readers:
+        raise ValueError(f"prompts: cannot read {path}; give a {', '.join(readers)} file")
+    if not path.is_file():
+        raise ValueError(f"prompts: no such file: {path}")
+    prompts = [prompt.strip() for prompt in readers[path.suffix](path) if prompt.strip()]
+    if not prompts:
+        raise ValueError(f"prompts: {path} holds no prompt; write at least one")
+    return prompts
+
+
+def _read_txt(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8-sig").splitlines()
+
+
+def _read_csv(path: Path) -> list[str]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        found = list(reader.fieldnames or [])
+        column = next((name for name in _COLUMNS if name in found), None)
+        if column is None:
+            raise ValueError(f"prompts: {path} needs a column 'prompt' or 'caption', it has {found}")
+        return [row[column] or "" for row in reader]
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"prompts: {path}, line {number} is not JSON: {error}") from error
+        value = next((row[name] for name in _COLUMNS if name in row), None) if isinstance(row, dict) else None
+        if not isinstance(value, str):
+            raise ValueError(f"prompts: {path}, line {number} needs a text field 'prompt' or 'caption'")
+        prompts.append(value)
+    return prompts
+
+
+class PromptStream:
+    """An endless order over `size` items, reshuffled every epoch, with no state: position p holds
+    permutation(seed, p // size)[p % size].
+
+    So a checkpoint keeps one integer (the position), ranks slice one global batch, and a run at another world size reads
+    the same items. Raises ValueError if size < 1.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        if size < 1:
+            raise ValueError(f"prompt stream: needs at least one item, got {size}")
+        self.size = size
+        self.seed = seed
+
+    def indices(self, cursor: int, count: int) -> list[int]:
+        """The `count` items at positions cursor, cursor + 1, ... Raises ValueError on a negative argument."""
+        if cursor < 0 or count < 0:
+            raise ValueError(f"prompt stream: cursor and count must be >= 0, got {cursor} and {count}")
+        return [
+            _permutation(self.size, self.seed, p // self.size)[p % self.size] for p in range(cursor, cursor + count)
+        ]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, epoch: int) -> list[int]:
+    key = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+    return torch.randperm(size, generator=generator).tolist()

@@ -1,0 +1,271 @@
+"""What a run says: metrics (JSONL always; TensorBoard and W&B when asked), a progress bar, the console, peak memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+_WANDB_SECONDS = 60  # how long W&B may take to start or to finish before the run goes on without it
+
+console = logging.getLogger("fewstep")
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes above a progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "tqdm" in sys.modules:
+            from tqdm import tqdm
+
+            tqdm.write(self.format(record), file=sys.stderr)
+        else:
+            super().emit(record)
+
+
+def setup_console(rank: int = 0, world_size: int = 1, level: int = logging.INFO) -> logging.Logger:
+    """Set up and return ``console``: time and (with several processes) rank; other ranks than 0 only speak to warn."""
+    handler = _Handler(sys.stderr)
+    who = f" [rank {rank}]" if world_size > 1 else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s{who} %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    console.handlers[:] = [handler]
+    console.setLevel(level if rank == 0 else logging.WARNING)
+    console.propagate = False
+    return console
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; a last line cut short by a kill is left out. None for a missing file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # what follows the last newline is "" or half a line
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+class RunLogger:
+    """Metrics of a run: ``metrics.jsonl`` (one object a line: step, time, ...) and, when asked, TensorBoard and W&B.
+
+    ``time`` is in seconds since the epoch. NaN and inf are written as Python's json does. Other processes than the main
+    one write nothing. W&B works offline unless WANDB_API_KEY is set, and is given up with one warning when it fails.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config_dict: Mapping[str, Any],
+        *,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        is_main: bool = True,
+    ):
+        self.run_dir, self.is_main = Path(run_dir), is_main
+        self.path = self.run_dir / "metrics.jsonl"
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._wandb: Any = None
+        self._want_board = tensorboard and is_main
+        self._purge_step: int | None = None
+        if not is_main:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._rewrite(lambda entry: True)
+        if wandb:
+            self._wandb = _start_wandb(self.run_dir, config_dict)
+
+    def truncate_after(self, step: int) -> None:
+        """Drop what was logged beyond ``step``, from which the run is resumed: no curve has doubled points."""
+        if self.is_main:
+            self._rewrite(lambda entry: entry["step"] <= step)
+            self._purge_step = step + 1
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Log numbers by name at ``step``."""
+        if not self.is_main:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        self._write({"step": step, "time": time.time(), **numbers})
+        if self._want_board:
+            board = self._tensorboard()
+            for name, value in numbers.items():
+                board.add_scalar(name, value, step)
+        self._to_wandb(step, numbers)
+
+    def video(self, step: int, name: str, path: Path) -> None:
+        """Log a video file that lies at ``path``: its place in the JSONL and TensorBoard, the file itself in W&B."""
+        if not self.is_main:
+            return
+        self._write({"step": step, "time": time.time(), "video": {name: os.path.relpath(path, self.run_dir)}})
+        if self._want_board:
+            self._tensorboard().add_text(name, str(path), step)
+        if self._wandb is not None:
+            import wandb
+
+            self._to_wandb(step, {name: wandb.Video(str(path))})
+
+    def close(self) -> None:
+        """Flush and close everything; W&B gets a bounded time for it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        if self._wandb is not None:
+            _within(_WANDB_SECONDS, self._wandb.finish, "W&B did not finish: `wandb sync` can upload the run later")
+            self._wandb = None
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def _rewrite(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Keep some lines, and no half line at the end; replaced as a whole, so that a kill loses nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if not self.path.is_file():
+            return
+        entries = [entry for entry in read_jsonl(self.path) if keep(entry)]
+        fresh = self.path.with_suffix(".jsonl.tmp")
+        fresh.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+        os.replace(fresh, self.path)
+
+    def _tensorboard(self) -> Any:
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self._purge_step)
+        return self._board
+
+    def _to_wandb(self, step: int, values: Mapping[str, Any]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log(dict(values), step=step)
+        except Exception as error:  # a tracker must not end a run, whatever it raises
+            console.warning("W&B failed (%s): going on without it", " ".join(str(error).split()))
+            self._wandb = None
+
+
+def _start_wandb(run_dir: Path, config: Mapping[str, Any]) -> Any:
+    """A W&B run, or None with one warning line. Its id is kept in the run folder, so that a resume goes on in it."""
+    online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE", "online") == "online"
+    mode = "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "online" if online else "offline"
+    id_file = run_dir / "wandb_id.txt"
+    started: list[Any] = []
+
+    def start() -> None:
+        import wandb
+
+        known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
+        run = wandb.init(
+            project="fewstep",
+            name="/".join(run_dir.resolve().parts[-2:]),
+            id=known,
+            resume="allow" if online else None,
+            dir=str(run_dir),
+            config=dict(config),
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(init_timeout=_WANDB_SECONDS / 2, silent=True, console="off"),
+        )
+        id_file.write_text(str(run.id), encoding="utf-8")
+        started.append(run)
+
+    _within(_WANDB_SECONDS, start, "W&B did not start: metrics are in metrics.jsonl")
+    return started[0] if started else None
+
+
+def _within(seconds: float, action: Callable[[], object], lament: str) -> None:
+    """Run ``action`` in a thread; when it fails or takes longer than ``seconds``, warn in one line and go on."""
+    failure: list[str] = []
+
+    def guarded() -> None:
+        try:
+            action()
+        except Exception as error:  # a tracker must not end a run, whatever it raises
+            failure.append(" ".join(f"{type(error).__name__}: {error}".split()))
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        failure.append(f"no answer in {seconds:.0f} s")
+    if failure:
+        console.warning("%s (%s)", lament, failure[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+
+
+class Progress:
+    """Progress over ``total`` steps with time left and the numbers that matter.
+
+    A bar on a terminal; elsewhere one plain line every ``every`` steps and at the end; silent on other ranks.
+    """
+
+    def __init__(self, total: int, initial: int = 0, *, desc: str = "train", every: int = 50, is_main: bool = True):
+        self.total, self.initial, self.desc, self.every = total, initial, desc, every
+        self._done, self._start = initial, time.monotonic()
+        self._is_main = is_main
+        self._bar: Any = None
+        if is_main and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=initial, desc=desc, dynamic_ncols=True, file=sys.stderr)
+
+    def update(self, step: int, numbers: Mapping[str, float]) -> None:
+        """``step`` steps are done; ``numbers`` are shown beside the bar in their order."""
+        if not self._is_main:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(_compact(numbers), refresh=False)
+            self._bar.update(step - self._done)
+        elif step % self.every == 0 or step == self.total:
+            print(self._line(step, numbers), file=sys.stderr, flush=True)
+        self._done = step
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _line(self, step: int, numbers: Mapping[str, float]) -> str:
+        rate = (step - self.initial) / max(time.monotonic() - self._start, 1e-9)
+        left = _clock((self.total - step) / rate) if rate > 0 else "?"
+        return f"{self.desc} {step}/{self.total}  {rate:.2f} it/s  {left} left  {_compact(numbers)}".rstrip()
+
+
+def _compact(numbers: Mapping[str, float]) -> str:
+    return " ".join(f"{name}={value:.4g}" for name, value in numbers.items())
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(math.ceil(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
+
+
+def peak_memory_gib() -> float:
+    """Most memory (GiB) in use so far: allocated on this process's GPU, or without CUDA resident in this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    # kilobytes on Linux, bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

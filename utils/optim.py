@@ -1,0 +1,137 @@
+"""Optimizers, learning-rate schedules, clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class OptimizerConfig:
+    """kind: adamw, or muon for the hidden matrices with adamw for the rest.
+
+    lr, betas, eps, weight_decay: AdamW's. muon_lr, momentum, muon_weight_decay: Muon's (Jordan et al. 2024).
+    clip_norm: by global norm, clip_value: by element; null for none, not both.
+    """
+
+    kind: str = "adamw"
+    lr: float = 2e-6
+    betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    muon_lr: float = 0.02
+    momentum: float = 0.95
+    muon_weight_decay: float = 0.0
+    clip_norm: float | None = 10.0
+    clip_value: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("adamw", "muon"):
+            raise ValueError(f"kind '{self.kind}' is unknown: choose adamw or muon")
+        if self.lr <= 0 or self.muon_lr <= 0:
+            raise ValueError(f"lr and muon_lr must be positive, got lr {self.lr} and muon_lr {self.muon_lr}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError("clip_norm and clip_value are both set: set one of them to null")
+        for name, clip in (("clip_norm", self.clip_norm), ("clip_value", self.clip_value)):
+            if clip is not None and clip <= 0:
+                raise ValueError(f"{name} must be positive, or null for none, got {clip}")
+
+
+@dataclass
+class LRScheduleConfig:
+    """kind: constant, linear or cosine decay, after `warmup_steps` of linear warm-up; counted in the network's updates.
+
+    decay_start: share of the run at which the decay begins. floor: share of the peak where it ends.
+    """
+
+    kind: str = "constant"
+    warmup_steps: int = 0
+    decay_start: float = 0.0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("constant", "linear", "cosine"):
+            raise ValueError(f"kind '{self.kind}' is unknown: choose constant, linear or cosine")
+        if self.warmup_steps < 0 or not 0 <= self.decay_start < 1 or not 0 <= self.floor <= 1:
+            raise ValueError(
+                f"warmup_steps must be >= 0, decay_start in [0, 1), floor in [0, 1], got {self.warmup_steps}, "
+                f"{self.decay_start}, {self.floor}"
+            )
+
+    def factor(self, update: int, total: int) -> float:
+        """Share of the peak rate at update number `update` (from 0) of `total`. A pure function: nothing to resume."""
+        warmup = min(1.0, (update + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.kind == "constant":
+            return warmup
+        start = max(self.decay_start * total, self.warmup_steps)
+        progress = min(max((update - start) / max(total - start, 1), 0.0), 1.0)
+        decay = 1 - progress if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return warmup * (self.floor + (1 - self.floor) * decay)
+
+
+class NetworkOptimizer:
+    """All that updates one network: its optimizers, its schedule, its clipping.
+
+    matrices: names of the parameters that Muon may take; the others are AdamW's.
+    """
+
+    def __init__(
+        self, net: nn.Module, config: OptimizerConfig, schedule: LRScheduleConfig, total_updates: int, matrices: Iterable[str] = ()
+    ) -> None:
+        self.config, self.schedule, self.total = config, schedule, total_updates
+        self.named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        hidden = set(matrices) if config.kind == "muon" else set()
+        rest = [p for name, p in self.named.items() if name not in hidden]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "adamw": torch.optim.AdamW(
+                rest, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, weight_decay=config.weight_decay
+            )
+        }
+        if hidden:
+            self.optimizers["muon"] = torch.optim.Muon(
+                [p for name, p in self.named.items() if name in hidden],
+                lr=config.muon_lr, momentum=config.momentum, weight_decay=config.muon_weight_decay,
+            )
+        self.peak = {"adamw": config.lr, "muon": config.muon_lr}
+        self.updates = 0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.named.values())
+
+    def names_of(self, kind: str) -> dict[str, nn.Parameter]:
+        """The parameters of one of the optimizers, by name."""
+        held = {id(p) for group in self.optimizers[kind].param_groups for p in group["params"]}
+        return {name: p for name, p in self.named.items() if id(p) in held}
+
+    def clip(self) -> Tensor:
+        """Clips as configured and returns the gradient's global norm before that, a scalar tensor."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not gradients:
+            raise ValueError("no parameter has a gradient: the loss does not reach this network")
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
+        elif self.config.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(self.parameters, self.config.clip_value)
+        return norm
+
+    def step(self) -> float:
+        """One update at the scheduled rate; returns the AdamW rate used."""
+        factor = self.schedule.factor(self.updates, self.total)
+        for kind, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = self.peak[kind] * factor
+            optimizer.step()
+        self.updates += 1
+        return self.peak["adamw"] * factor
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None

@@ -1,0 +1,158 @@
+"""Videos and images on disk: MP4 (H.264), GIF, PNG strip. Pixels are floats in [0, 1], [T, C, H, W] with C = 1 or 3."""
+
+# B batch  T frames  C channels  H W pixels
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Frames = NDArray[np.uint8]  # [T, H, W, 3]
+
+
+def write_video(path: str | Path, pixels_TCHW: Tensor, fps: float, scale: int = 1) -> Path:
+    """Writes .mp4 (H.264, yuv420p), .gif, or .png (all frames side by side), by suffix; returns the path.
+
+    `scale` repeats each pixel that many times a side. Odd MP4 sizes are padded by their last row or column, which
+    yuv420p needs. A GIF counts time in 1/100 s and merges equal neighbouring frames. The file appears whole or not at
+    all; missing folders are made. Raises ValueError on an unknown suffix, a wrong shape, fps <= 0 or scale < 1.
+    """
+    path = Path(path)
+    writers: dict[str, Callable[[Path, Frames, float], None]] = {
+        ".mp4": _write_mp4,
+        ".gif": _write_gif,
+        ".png": _write_png,
+    }
+    if path.suffix not in writers:
+        raise ValueError(f"video: cannot write {path.name!r}; the suffix must be one of {', '.join(writers)}")
+    if fps <= 0 or scale < 1:
+        raise ValueError(f"video: fps must be positive and scale at least 1, got fps {fps} and scale {scale}")
+    frames = _to_uint8(pixels_TCHW, scale)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as temporary:
+        writers[path.suffix](temporary, frames, fps)
+    return path
+
+
+def read_video(path: str | Path) -> Tensor:
+    """All frames of an MP4 or GIF (or anything else PyAV decodes): [T, 3, H, W] in [0, 1].
+
+    Raises ValueError if there is no such file or no video in it.
+    """
+    import av
+
+    path = _existing(path)
+    if path.suffix == ".gif":
+        return _to_float(_read_gif(path))
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"video: cannot decode {path}: {error}") from error
+    return _to_float(np.stack(frames))
+
+
+def read_image(path: str | Path) -> Tensor:
+    """An image file as RGB [3, H, W] in [0, 1]. Raises ValueError if there is no such file or it is no image."""
+    from PIL import Image, UnidentifiedImageError
+
+    path = _existing(path)
+    try:
+        with Image.open(path) as image:
+            return _to_float(np.asarray(image.convert("RGB"))[None])[0]
+    except UnidentifiedImageError as error:
+        raise ValueError(f"image: cannot decode {path}") from error
+
+
+def grid(videos_BTCHW: Tensor, columns: int | None = None, padding: int = 1, value: float = 0.5) -> Tensor:
+    """One video [T, C, H', W'] of a batch laid out in rows of `columns` (near-square if None), `padding` pixels of
+    grey `value` around each. Missing places of the last row are filled with `value`."""
+    batch, frames, channels, height, width = videos_BTCHW.shape
+    if batch < 1 or (columns is not None and columns < 1) or padding < 0:
+        raise ValueError(f"grid: needs videos, columns >= 1, padding >= 0; got {batch}, {columns}, {padding}")
+    columns = min(columns or math.ceil(math.sqrt(batch)), batch)
+    rows = math.ceil(batch / columns)
+    pitch_h, pitch_w = height + padding, width + padding
+    canvas = videos_BTCHW.new_full((frames, channels, rows * pitch_h + padding, columns * pitch_w + padding), value)
+    for i, video in enumerate(videos_BTCHW):
+        top, left = (i // columns) * pitch_h + padding, (i % columns) * pitch_w + padding
+        canvas[..., top : top + height, left : left + width] = video
+    return canvas
+
+
+def _to_uint8(pixels_TCHW: Tensor, scale: int) -> Frames:
+    if pixels_TCHW.ndim != 4 or pixels_TCHW.shape[1] not in (1, 3) or 0 in pixels_TCHW.shape:
+        raise ValueError(f"video: pixels must be [T, 1 or 3, H, W] and not empty, got {list(pixels_TCHW.shape)}")
+    pixels = pixels_TCHW.detach().float().cpu()
+    if not torch.isfinite(pixels).all():
+        raise ValueError("video: pixels hold NaN or infinity")
+    levels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    enlarged = levels.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+    return np.ascontiguousarray(enlarged.permute(0, 2, 3, 1).numpy())
+
+
+def _to_float(frames: Frames) -> Tensor:
+    return torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2).float() / 255
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"video: no such file: {path}")
+    return path
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour that becomes `path` on success and vanishes on failure."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
+    import av
+
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "14"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _write_gif(path: Path, frames: Frames, fps: float) -> None:
+    from PIL import Image
+
+    first, *rest = [Image.fromarray(frame).quantize(256) for frame in frames]
+    first.save(path, save_all=True, append_images=rest, duration=max(round(1000 / fps), 20), loop=0, disposal=1)
+
+
+def _read_gif(path: Path) -> Frames:
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as image:
+        return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+
+
+def _write_png(path: Path, frames: Frames, fps: float) -> None:
+    from PIL import Image
+
+    del fps  # a strip has no time
+    Image.fromarray(np.concatenate(list(frames), axis=1)).save(path)
