@@ -66,11 +66,13 @@ class SampleWeights(Enum):
 class DataConfig:
     """kind: 'toy', the world made on the fly. frames of a video are `toy.frames`.
 
+    real: whether training may look at real videos; false is data-free, from prompts alone.
     prompts: a file of prompts to train on (.txt, .csv, .jsonl), null for the world's own captions.
     text_seed: of the tiny frozen text encoder.
     """
 
     kind: str = "toy"
+    real: bool = True
     toy: ToyWorldConfig = field(default_factory=ToyWorldConfig)
     prompts: str | None = None
     negative_prompt: str = ""
@@ -293,9 +295,20 @@ class RunConfig:
             self._check_distillation()
         if self.trainer is TrainerKind.ode and self.teacher is None:
             raise ValueError("teacher is null: the ode trainer makes its trajectories with one")
+        needs = self._needs_data()
+        if needs and not self.data.real:
+            raise ValueError(f"data.real is false, but {needs} needs real videos: set it to true")
         if self.is_causal:
             self.causal.blocks(self.data.toy.frames)
         self._check_networks()
+
+    def _needs_data(self) -> str | None:
+        if self.trainer is TrainerKind.diffusion:
+            return "trainer diffusion"
+        from_data = (RolloutKind.noised_data, RolloutKind.diffusion_forcing)
+        if self.trainer is TrainerKind.score_distillation and self.rollout.kind in from_data:
+            return f"rollout.kind {self.rollout.kind.value}"
+        return None
 
     def _check_distillation(self) -> None:
         if self.teacher is None or self.critic is None:

@@ -37,13 +37,16 @@ class ToyTask:
             self.world.parse(prompt)
         self.stream = PromptStream(len(self.library), seed)
         self.negative_prompt = config.negative_prompt
+        self.may_use_data = config.real
 
     def prompts(self, positions: range) -> list[str]:
         """Training prompts at these positions of the endless shuffled library."""
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
     def real(self, positions: range) -> tuple[Tensor, list[str]]:
-        """Real latents [B, F, C, H, W] at these positions, with their captions."""
+        """Real latents [B, F, C, H, W] at these positions, with their captions. RuntimeError in a data-free run."""
+        if not self.may_use_data:
+            raise RuntimeError("a data-free run asked for real videos")
         batch = self.world.batch(positions, "train")
         return batch.latents_BFCHW.to(self.device), batch.captions
 

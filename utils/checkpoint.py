@@ -205,7 +205,7 @@ def resolve_resume(arg: str, root: Path) -> Path | None:
         return path
     found = latest(path / "checkpoints") or latest(path)
     if found is None:
-        raise UserError(f"--resume {arg}: no checkpoint: {_whats_there(path)}; give auto, never or a run's folder")
+        raise UserError(f"no checkpoint in {arg}: {_whats_there(path)}; give a run's folder, or a checkpoint's")
     return found
 
 
@@ -236,7 +236,7 @@ def prune(root: Path, keep_last: int, keep_every: int | None = None) -> list[Pat
 
 # ----------------------------------------------------------------------------------------------------------- optimizer
 
-Names = Mapping[Tensor, str] | Iterable[tuple[str, Tensor]]
+Names = Mapping[Any, str] | Iterable[tuple[str, Tensor]]  # parameter -> name, or named_parameters()
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, names: Names) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +85,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     if not path.is_file():
         raise ConfigError(f"config file {str(path)!r} does not exist: {_nearby(path)}")
     try:
-        loaded = OmegaConf.create(path.read_text(encoding="utf-8"))
+        loaded = OmegaConf.load(path)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
@@ -93,6 +94,8 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}: fix the file") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key}: {error.msg}: close the ${{...}} or quote it as text") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}: give a readable file of `key: value` lines") from None
     values = OmegaConf.to_container(loaded, resolve=False)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds a {type(values).__name__} at its top: write `key: value` lines")
@@ -198,8 +201,8 @@ def _instantiate(node: DictConfig, schema: type[T]) -> T:
         raise ConfigError(f"{error.full_key}: {error.msg}: name an existing key in ${{...}}") from None
     except ValueError as error:
         path, owner, message = _locate(node, schema, "", str(error))
-        first = message.split()[0].split(":")[0].split(".")[0] if message.split() else ""
-        glue = "" if not path else "." if first in _field_types(owner) else ": "
+        first = re.match(r"\w*", message)
+        glue = "" if not path else "." if first and first[0] in _field_types(owner) else ": "
         raise ConfigError(path + glue + message) from None
 
 

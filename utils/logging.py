@@ -266,6 +266,11 @@ def peak_memory_gib() -> float:
     """Most memory (GiB) in use so far: allocated on this process's GPU, or without CUDA resident in this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    # kilobytes on Linux, bytes on macOS
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # not ru_maxrss: Linux carries that over from the process which started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 2**20
+    # bytes on macOS
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -15,7 +15,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +48,7 @@ _BATCH: Final = 64
 _LR: Final = 5e-3
 _ACCURACY_VIDEOS: Final = 2000
 _REFERENCE_VIDEOS: Final = 2000  # at least: real videos behind the Frechet distance and the diversity
+_FLOOR_DRAWS: Final = 5
 _CHUNK: Final = 256  # videos a forward
 
 
@@ -66,6 +67,16 @@ class _DigitNet(nn.Module):
         return functional.relu(self.project(x.flatten(1)))
 
 
+@dataclass(frozen=True)
+class _Reference:
+    """Real training videos of the evaluated captions, each repeated equally often, and the distance's floor."""
+
+    features: Tensor  # [R, D]
+    ink: Tensor  # [R, F]
+    floor: float
+    floor_sd: float
+
+
 class ToyJudge:
     """Judges latents against captions. Trains its CNN on first use (CPU seconds, fixed seed, global random state
     untouched) and keeps it in `cache_dir`, so that every row of a table comes from the same judge.
@@ -78,11 +89,10 @@ class ToyJudge:
             raise ValueError(f"toy judge: motion needs at least 2 frames, the world has {world.config.frames}")
         self.world = world
         key = json.dumps([_RECIPE, asdict(world.config)], sort_keys=True)
-        self.path = (
-            Path(cache_dir) / f"toy_judge_{hashlib.blake2b(key.encode(), digest_size=6).hexdigest()}.safetensors"
-        )
+        digest = hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
+        self.path = Path(cache_dir) / f"toy_judge_{digest}.safetensors"
         self._net, self.accuracy = _load(self.path, world) if self.path.exists() else _train_and_save(world, self.path)
-        self._references: dict[tuple[str, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._references: dict[tuple[str, ...], _Reference] = {}
 
     def evaluate(self, latents_BFCHW: Tensor, captions: Sequence[str]) -> dict[str, float]:
         """Every measure of these videos, by name. n >= 400 makes the Frechet distance worth reading.
@@ -92,20 +102,25 @@ class ToyJudge:
             true speed.
         appearance_fd: Frechet distance of the videos' mean CNN features to those of real training videos of the same
             captions, in percent of the real features' total variance; appearance_fd_floor: the same for as many real
-            held-out videos, what a perfect generator would score.
+            held-out videos, what a perfect generator would score (mean of several draws, and their deviation *_sd).
+            Far below the floor hints at copies of the training digits.
         motion_error: mean |speed - true speed| in px/frame. jitter: standard deviation, in px, of the frame-to-frame
-            displacement about its mean over the video. Both of the ink's centroid.
+            displacement about its mean over the video. Both of the ink's centroid, with standard errors *_se.
         flicker: mean frame-to-frame |change of total ink|, as a share of real ink, beyond that of real videos.
-        intensity: mean pixel, and intensity_real: that of the real videos. clipped: share of values outside [0, 1].
+        intensity: mean pixel, with *_se; intensity_real: that of real videos. clipped: share of values outside [0, 1].
         diversity: mean feature distance between videos of one caption, relative to real; nan if no caption is repeated.
 
         Raises ValueError if sizes disagree, fewer than 2 videos are given, or latents are not finite.
         """
         self._check(latents_BFCHW, captions)
+        latents_BFCHW = latents_BFCHW.detach().cpu()
         pixels = self.world.decode(latents_BFCHW)[:, :, :1]
+        told_digits, told_directions = zip(*(self.world.parse(caption) for caption in captions), strict=True)
         features_BD, digits = self._appearance(pixels)
-        digit_ok, direction_ok, speed_error, jitter = self._content(pixels, digits, captions)
-        ref_features, ref_ink, floor_features = self._reference(captions)
+        digit_ok = digits == torch.tensor(told_digits)
+        direction_ok, speed_error, jitter = self._motion(pixels, told_directions)
+        reference = self._reference(captions)
+        real_ink = reference.ink.mean()
         count = len(captions)
         shares = {
             "prompt_right": (digit_ok & direction_ok).double().mean().item(),
@@ -115,15 +130,16 @@ class ToyJudge:
         return {
             **shares,
             **{f"{name}_se": binomial_error(share, count) for name, share in shares.items()},
-            "appearance_fd": _relative_distance(features_BD, ref_features),
-            "appearance_fd_floor": _relative_distance(floor_features, ref_features),
-            "motion_error": speed_error.mean().item(),
-            "jitter": jitter.mean().item(),
-            "flicker": max(_flicker(_ink(pixels), ref_ink.mean()) - _flicker(ref_ink, ref_ink.mean()), 0.0),
-            "intensity": pixels.mean().item(),
-            "intensity_real": ref_ink.mean().item() / self.world.config.canvas**2,
+            "appearance_fd": _relative_distance(features_BD, reference.features),
+            "appearance_fd_floor": reference.floor,
+            "appearance_fd_floor_sd": reference.floor_sd,
+            **_mean_and_error("motion_error", speed_error),
+            **_mean_and_error("jitter", jitter),
+            **_mean_and_error("intensity", pixels.mean(dim=(1, 2, 3, 4))),
+            "intensity_real": real_ink.item() / self.world.config.canvas**2,
+            "flicker": max(_flicker(_ink(pixels), real_ink) - _flicker(reference.ink, real_ink), 0.0),
             "clipped": clipped_share(self.world.decode(latents_BFCHW, clamp=False)).mean().item(),
-            "diversity": _diversity(features_BD, captions, ref_features),
+            "diversity": _diversity(features_BD, captions, reference.features),
             "videos": float(count),
         }
 
@@ -140,20 +156,17 @@ class ToyJudge:
         if not torch.isfinite(latents_BFCHW).all():
             raise ValueError("toy judge: latents hold NaN or infinity; the generator has diverged")
 
-    def _content(
-        self, pixels: Tensor, digits: Tensor, captions: Sequence[str]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(digit right, direction right, speed error in px/frame, jitter in px), each [B]."""
-        told = [self.world.parse(caption) for caption in captions]
+    def _motion(self, pixels: Tensor, directions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """(direction right, speed error in px/frame, jitter in px), each [B]."""
         step_BFxy = displacement(pixels)
         velocity_Bxy = step_BFxy.mean(dim=1)
         along_BV = velocity_Bxy @ torch.tensor(list(DIRECTIONS.values()), dtype=torch.float64).T
-        wanted = torch.tensor([list(DIRECTIONS).index(direction) for _, direction in told])
+        wanted = torch.tensor([list(DIRECTIONS).index(direction) for direction in directions])
         moving = along_BV.amax(dim=1) >= self.world.config.speed / 3
         direction_ok = (along_BV.argmax(dim=1) == wanted) & moving
         speed_error = (velocity_Bxy.norm(dim=1) - self.world.config.speed).abs()
         jitter = (step_BFxy - velocity_Bxy[:, None]).square().sum(dim=2).mean(dim=1).sqrt()
-        return digits == torch.tensor([digit for digit, _ in told]), direction_ok, speed_error, jitter
+        return direction_ok, speed_error, jitter
 
     def _appearance(self, pixels_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
         """(CNN features averaged over frames [B, D], digit by the frames' joint likelihood [B])."""
@@ -165,17 +178,20 @@ class ToyJudge:
                 digits.append(self._net.head(features_BFD).log_softmax(-1).mean(dim=1).argmax(-1))
         return torch.cat(features), torch.cat(digits)
 
-    def _reference(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of real training videos of the same captions, each repeated equally often: features [R, D] and ink [R, F];
-        and the features [B, D] of one real held-out video a caption."""
+    def _reference(self, captions: Sequence[str]) -> _Reference:
         key = tuple(captions)
         if key not in self._references:
             repeats = math.ceil(_REFERENCE_VIDEOS / len(captions))
-            videos = self.world.real_videos_for(list(captions) * repeats, seed=_SEED, split="train")
-            pixels = self.world.decode(videos)[:, :, :1]
-            held_out = self.world.decode(self.world.real_videos_for(captions, seed=_SEED))[:, :, :1]
-            self._references = {key: (self._appearance(pixels)[0], _ink(pixels), self._appearance(held_out)[0])}
+            pixels, features = self._real(list(captions) * repeats, _SEED, "train")
+            held_out = [self._real(captions, _SEED + draw, "test")[1] for draw in range(_FLOOR_DRAWS)]
+            floors = torch.tensor([_relative_distance(draw, features) for draw in held_out])
+            self._references[key] = _Reference(features, _ink(pixels), floors.mean().item(), floors.std().item())
         return self._references[key]
+
+    def _real(self, captions: Sequence[str], seed: int, split: Split) -> tuple[Tensor, Tensor]:
+        """Real videos' (pixels, features)."""
+        pixels = self.world.decode(self.world.real_videos_for(captions, seed, split))[:, :, :1]
+        return pixels, self._appearance(pixels)[0]
 
 
 def centroid_phase(pixels_BFCHW: Tensor) -> Tensor:
@@ -214,6 +230,10 @@ def centred(pixels_BFCHW: Tensor) -> Tensor:
 def _ink(pixels_BFCHW: Tensor) -> Tensor:
     """Total of each frame's pixels, [B, F]."""
     return pixels_BFCHW.sum(dim=(2, 3, 4))
+
+
+def _mean_and_error(name: str, values_B: Tensor) -> dict[str, float]:
+    return {name: values_B.mean().item(), f"{name}_se": values_B.std().item() / math.sqrt(len(values_B))}
 
 
 def _flicker(ink_BF: Tensor, real_ink: Tensor) -> float:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Frames = NDArray[np.uint8]  # [T, H, W, 3]
+Writer = Callable[[Path, Frames, float], None]
 
 
 def write_video(path: str | Path, pixels_TCHW: Tensor, fps: float, scale: int = 1) -> Path:
@@ -27,11 +28,7 @@ def write_video(path: str | Path, pixels_TCHW: Tensor, fps: float, scale: int = 
     all; missing folders are made. Raises ValueError on an unknown suffix, a wrong shape, fps <= 0 or scale < 1.
     """
     path = Path(path)
-    writers: dict[str, Callable[[Path, Frames, float], None]] = {
-        ".mp4": _write_mp4,
-        ".gif": _write_gif,
-        ".png": _write_png,
-    }
+    writers: dict[str, Writer] = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
     if path.suffix not in writers:
         raise ValueError(f"video: cannot write {path.name!r}; the suffix must be one of {', '.join(writers)}")
     if fps <= 0 or scale < 1:
@@ -58,6 +55,8 @@ def read_video(path: str | Path) -> Tensor:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"video: cannot decode {path}: {error}") from error
+    if not frames:
+        raise ValueError(f"video: {path} holds no frame")
     return _to_float(np.stack(frames))
 
 

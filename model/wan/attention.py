@@ -102,6 +102,8 @@ def _compiled_flex() -> Any:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
+    if q.device.type == "cpu" and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("attention 'flex' has no backward on a CPU: train with 'sdpa' or 'plain' here")
     out = _compiled_flex()(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=block_mask)
     return cast(Tensor, out).transpose(1, 2)
 

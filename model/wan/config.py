@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+TIME_SCALE = 1000.0  # Wan embeds its noise level as a timestep in 0..1000
+
 
 @dataclass(frozen=True)
 class WanConfig:

@@ -14,9 +14,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.schedule import TIMESTEPS
 from model.wan.attention import Backend, attend
-from model.wan.config import WanConfig
+from model.wan.config import TIME_SCALE, WanConfig
 from model.wan.kv_cache import CacheShape, KVCache
 from model.wan.masks import FrameMask
 from model.wan.rope import apply_rope, rope_table
@@ -202,9 +201,10 @@ class WanTransformer(nn.Module):
         sigma: noise level in [0, 1], [B] or one a frame [B, F]. text: [B, M, D], zeros after its length.
         positions: absolute frame positions for RoPE; default 0.. or, with a cache, what follows the cached frames.
         mask: who sees whom (default: all see all). cache: frames before these; `write_cache` stores these after them.
-        Raises ValueError for latents or text of another geometry.
+        Raises ValueError for latents, text or a mask of another geometry.
         """
         self._check(x, sigma, text)
+        self._check_mask(x.shape[1], mask, cache)
         frames, height, width = x.shape[1], x.shape[3] // self.config.patch_size[1], x.shape[4] // self.config.patch_size[2]
         if positions is None:
             start = 0 if cache is None else cache.frames
@@ -243,7 +243,7 @@ class WanTransformer(nn.Module):
             sigma = sigma.unsqueeze(1) if sigma.ndim == 1 else sigma
             half = self.config.freq_dim // 2
             frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=sigma.device) / half)
-            angle = (TIMESTEPS * sigma.double()).unsqueeze(-1) * frequency
+            angle = (TIME_SCALE * sigma.double()).unsqueeze(-1) * frequency
             wave = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
             first, activation, second = self.time_embedding
             time = fp32_linear(second, activation(fp32_linear(first, wave)))
@@ -272,3 +272,11 @@ class WanTransformer(nn.Module):
             raise ValueError(f"sigma must be [{x.shape[0]}] or {list(x.shape[:2])}, got {list(sigma.shape)}")
         if text.shape != (x.shape[0], c.text_len, c.text_dim):
             raise ValueError(f"text must be {[x.shape[0], c.text_len, c.text_dim]}, got {list(text.shape)}")
+
+    def _check_mask(self, frames: int, mask: FrameMask | None, cache: KVCache | None) -> None:
+        """Attention sees tokens only: a mask of other frames would still fit where the counts happen to divide."""
+        keys = frames + (0 if cache is None else cache.held_frames)
+        if mask is not None and (mask.query_frames, mask.key_frames) != (frames, keys):
+            raise ValueError(
+                f"mask of {mask.query_frames} x {mask.key_frames} frames does not fit {frames} frames that see {keys}"
+            )

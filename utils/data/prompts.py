@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import functools
-import hashlib
 import json
 from pathlib import Path
 
 import torch
+
+from utils.random import generator
 
 _COLUMNS = ("prompt", "caption")
 
@@ -64,8 +65,8 @@ class PromptStream:
     """An endless order over `size` items, reshuffled every epoch, with no state: position p holds
     permutation(seed, p // size)[p % size].
 
-    So a checkpoint keeps one integer (the position), ranks slice one global batch, and a run at another world size reads
-    the same items. Raises ValueError if size < 1.
+    So a checkpoint keeps one integer (the position), ranks slice one global batch, and a run at another world size
+    reads the same items. Raises ValueError if size < 1.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -78,13 +79,10 @@ class PromptStream:
         """The `count` items at positions cursor, cursor + 1, ... Raises ValueError on a negative argument."""
         if cursor < 0 or count < 0:
             raise ValueError(f"prompt stream: cursor and count must be >= 0, got {cursor} and {count}")
-        return [
-            _permutation(self.size, self.seed, p // self.size)[p % self.size] for p in range(cursor, cursor + count)
-        ]
+        places = (divmod(position, self.size) for position in range(cursor, cursor + count))
+        return [_permutation(self.size, self.seed, epoch)[place] for epoch, place in places]
 
 
 @functools.lru_cache(maxsize=4)
 def _permutation(size: int, seed: int, epoch: int) -> list[int]:
-    key = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-    return torch.randperm(size, generator=generator).tolist()
+    return torch.randperm(size, generator=generator(seed, "prompt order", epoch)).tolist()

@@ -37,7 +37,7 @@ PIXEL_STD: Final = 0.22
 _STREAMS: Final = {"train": 0, "test": 1, "real": 2}
 
 
-@dataclass(frozen=True)
+@dataclass
 class ToyWorldConfig:
     """Geometry and randomness of the world. Lengths in pixels, speed in pixels a frame.
 
@@ -98,10 +98,9 @@ class ToyWorld:
 
     def parse(self, caption: str) -> tuple[int, str]:
         """(digit, direction) of a caption; the inverse of `caption`. Raises ValueError on any other sentence."""
-        words = caption.lower().split()
-        if len(words) == 5 and [*words[:2], words[3]] == ["the", "digit", "moving"]:
-            if words[2] in DIGIT_WORDS and words[4] in DIRECTIONS:
-                return DIGIT_WORDS.index(words[2]), words[4]
+        match caption.lower().split():
+            case ["the", "digit", word, "moving", direction] if word in DIGIT_WORDS and direction in DIRECTIONS:
+                return DIGIT_WORDS.index(word), direction
         raise ValueError(
             f"toy world: cannot read caption {caption!r}; write 'the digit D moving V', "
             f"D one of {', '.join(DIGIT_WORDS)}, V one of {', '.join(DIRECTIONS)}"

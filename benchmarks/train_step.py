@@ -1,0 +1,247 @@
+"""What a Self-Forcing + DMD update costs: `python -m benchmarks.train_step [--size cpu|1.3b] [--precision fp32|bf16] ...`
+
+Times are in units of ONE full-sequence bidirectional forward without gradient of the same network, in the same process
+and precision. A generator step is a rollout, the DMD loss (critic, teacher with and without prompt) and backward; a
+critic step is a rollout without gradient, its loss and backward; neither counts the optimizer's update. The exit step
+is forced to each of the four in turn. All three networks and both AdamW states are in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import fresh_process, machine, peak_gb, seconds, table, write_json
+from model.dmd import Guidance, critic_loss, dmd_loss
+from model.schedule import step_sigmas
+from model.score import ScoreNet
+from model.types import Conditioning, Evaluations, Rollout
+from model.wan.attention import Backend
+from model.wan.config import PRESETS, WanConfig
+from model.wan.transformer import WanTransformer
+from pipeline.causal import CausalConfig
+from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
+
+STEPS = step_sigmas([1000, 750, 500, 250], warp=True, shift=5.0)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A network and its latents [1, F, C, H, W] in blocks of three frames."""
+
+    preset: str
+    frames: int
+    height: int
+    width: int
+    device: str
+
+    @property
+    def config(self) -> WanConfig:
+        return PRESETS[self.preset]
+
+
+SIZES = {
+    "cpu": Size("bench", 21, 16, 16, "cpu"),
+    "1.3b": Size("1.3b", 21, 60, 104, "cuda"),  # 81 frames of 480x832
+    "smoke": Size("tiny", 6, 4, 4, "cpu"),  # for the tests
+}
+
+# Self-Forcing (commit 33593df) made to run on a CPU, at size `cpu`: units at exit 0..3, and GB. Measured in another run
+# and perhaps on another machine; fp32 without checkpointing runs there only with a patch.
+PUBLIC: dict[tuple[str, str], dict[str, Any]] = {
+    ("fp32", "on"): {"forward": 1.20, "generator": [8.3, 9.3, 10.3, 11.3], "critic": [6.2, 7.2, 8.2, 9.1], "gb": 1.77},
+    ("fp32", "off"): {"forward": 1.19, "generator": [7.1, 8.2, 9.1, 9.8], "critic": [5.1, 6.1, 7.2, 8.3], "gb": 2.40},
+    ("bf16", "on"): {"forward": 0.64, "generator": [7.9, 8.5, 9.2, 10.4], "critic": [5.3, 6.0, 6.8, 7.6], "gb": 1.75},
+}
+
+
+class KeyedDraws:
+    """A NoiseSource that makes each draw anew from its role."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def normal(self, role: str, shape: tuple[int, ...]) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(sum(role.encode()))
+        return torch.randn(1, *shape, generator=generator, device=self.device)
+
+
+class Workload:
+    """Three networks with random weights, both optimizers' states, and one update's inputs."""
+
+    def __init__(self, size: Size, precision: str, checkpointing: bool, backend: Backend) -> None:
+        self.size, self.device = size, torch.device(size.device)
+        self.compute_dtype = torch.bfloat16 if precision == "bf16" else None
+        self.evaluations = Evaluations()
+        torch.manual_seed(0)
+        self.student, self.critic, self.teacher = (
+            self._score(name, backend, checkpointing and name != "teacher") for name in ("student", "critic", "teacher")
+        )
+        self.optimizers = {net.name: self._optimizer(net) for net in (self.student, self.critic)}
+        c = size.config
+        shape = (size.frames, c.in_dim, size.height, size.width)
+        self.source = KeyedDraws(self.device)
+        self.noise = self.source.normal("noise", shape)
+        self.score_noise = self.source.normal("score", shape)
+        self.sigma = torch.full((1,), 0.5, device=self.device)
+        self.conditioning = Conditioning(self.source.normal("text", (c.text_len, c.text_dim)))
+        self.guidance = Guidance(self.source.normal("negative", (c.text_len, c.text_dim)), 4.0)
+        self.causal = CausalConfig(num_frame_per_block=3)
+        dtype = self.compute_dtype or torch.float32
+        self.cache = self.causal.new_cache(
+            self.student_net, 1, size.frames, size.height, size.width, dtype, self.device
+        )
+
+    @property
+    def student_net(self) -> WanTransformer:
+        assert isinstance(self.student.net, WanTransformer)
+        return self.student.net
+
+    def _score(self, name: str, backend: Backend, checkpointing: bool) -> ScoreNet:
+        with self.device:
+            net = WanTransformer(self.size.config, backend, checkpointing)
+        torch.nn.init.normal_(net.head.head.weight, std=0.02)  # Wan's zero head would make some gradients zero
+        if name == "teacher":  # frozen, so in the precision in which it runs, as the trainer has it
+            net = net.to(self.compute_dtype or torch.float32).requires_grad_(False)
+        return ScoreNet(net, name, self.evaluations, self.compute_dtype)
+
+    def _optimizer(self, score: ScoreNet) -> torch.optim.AdamW:
+        """AdamW with its state allocated, by one update that changes nothing."""
+        optimizer = torch.optim.AdamW(score.net.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+        for p in score.net.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        """The unit."""
+        self.student.velocity(self.noise, self.sigma, self.conditioning.text)
+
+    def rollout(self, exit_step: int, with_gradient: bool) -> Rollout:
+        self.cache.reset()
+        plan = RolloutPlan((exit_step,) * len(self.causal.blocks(self.size.frames)), self.size.frames)
+        return self_forcing_rollout(
+            self.student, self.noise, self.conditioning, STEPS, self.causal, plan, self.source, self.cache,
+            with_gradient=with_gradient,
+        )  # fmt: skip
+
+    def generator_step(self, exit_step: int) -> None:
+        made = self.rollout(exit_step, True)
+        loss = dmd_loss(
+            made, self.teacher, self.critic, self.conditioning, self.guidance, self.sigma, self.score_noise
+        ).loss
+        loss.backward()
+        self.optimizers["student"].zero_grad()
+
+    def critic_step(self, exit_step: int) -> None:
+        made = self.rollout(exit_step, False)
+        critic_loss(made, self.critic, self.conditioning, self.sigma, self.score_noise).loss.backward()
+        self.optimizers["critic"].zero_grad()
+
+    def minimum_frames(self, exit_step: int, *, generator: bool) -> int:
+        """Frame evaluations that the algorithm needs: each step up to the exit, a cache pass for all blocks but the
+        last, and the scores (critic and, for the generator, the teacher twice)."""
+        frames = self.size.frames
+        rollout = frames * (exit_step + 1) + frames - self.causal.num_frame_per_block
+        return rollout + frames * (3 if generator else 1)
+
+
+def measure(size: Size, precision: str, checkpointing: bool, backend: Backend, repeats: int) -> dict[str, Any]:
+    """One configuration, in this process. `tokens` counts forward evaluations, recomputation left out."""
+    work = Workload(size, precision, checkpointing, backend)
+    tokens = size.config.tokens_per_frame(size.height, size.width)
+    seconds(work.forward, work.device, 1)  # first calls allocate and choose kernels
+    unit = seconds(work.forward, work.device, 3)
+    out: dict[str, Any] = {"forward_seconds": unit, "generator": [], "critic": [], "tokens": [], "tokens_minimum": []}
+    for kind, step in (("generator", work.generator_step), ("critic", work.critic_step)):
+        for exit_step in range(len(STEPS)):
+            before = work.evaluations.total_frames
+            taken = seconds(lambda e=exit_step, s=step: s(e), work.device, repeats)  # type: ignore[misc]
+            out[kind].append(taken / unit)
+            out["tokens"].append((work.evaluations.total_frames - before) // repeats * tokens)
+            out["tokens_minimum"].append(work.minimum_frames(exit_step, generator=kind == "generator") * tokens)
+    return out | {"peak_gb": peak_gb(work.device), "machine": machine(work.device)}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def report(results: list[dict[str, Any]], public: bool) -> str:
+    """The table; with `public`, the public implementation's figures under each configuration that it has."""
+    header = ["configuration", "forward s", "generator at exit 0/1/2/3", "mean", "critic at exit 0/1/2/3", "mean", "GB", "tokens"]
+    rows = []
+    for result in results:
+        name = f"{result['precision']}, checkpointing {result['checkpointing']}, {result['backend']}"
+        spent, least = sum(result["tokens"]), sum(result["tokens_minimum"])
+        rows.append(_row(name, result["forward_seconds"], result, result["peak_gb"], f"{spent / least:.3f} x min"))
+        known = PUBLIC.get((result["precision"], result["checkpointing"]))
+        if public and known is not None:
+            rows.append(_row("  public Self-Forcing", known["forward"], known, known["gb"], ""))
+    return table(header, rows)
+
+
+def _row(name: str, forward: float, units: dict[str, Any], gigabytes: float, tokens: str) -> list[str]:
+    cells = [name, f"{forward:.3f}"]
+    for kind in ("generator", "critic"):
+        cells += [" / ".join(f"{value:.1f}" for value in units[kind]), f"{_mean(units[kind]):.2f}"]
+    return [*cells, f"{gigabytes:.2f}", tokens]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.train_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=list(SIZES), default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: both")
+    parser.add_argument("--checkpointing", choices=["on", "off"], help="default: both")
+    parser.add_argument("--backend", choices=[b.value for b in Backend], help="default: plain on a CPU, sdpa on a GPU")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/train_step_SIZE.json")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    size = SIZES[options.size]
+    if size.device == "cuda" and not torch.cuda.is_available():
+        print(f"benchmarks.train_step: --size {options.size} needs a CUDA GPU, and torch sees none", file=sys.stderr)
+        return 2
+    backend = options.backend or ("plain" if size.device == "cpu" else "sdpa")
+    if options.worker:
+        torch.set_num_threads(options.threads)
+        result = measure(size, options.precision, options.checkpointing == "on", Backend(backend), options.repeats)
+        print(json.dumps(result))
+        return 0
+    results = []
+    for precision in [options.precision] if options.precision else ["fp32", "bf16"]:
+        for checkpointing in [options.checkpointing] if options.checkpointing else ["on", "off"]:
+            chosen = {"precision": precision, "checkpointing": checkpointing, "backend": backend}
+            flags = [text for key, value in chosen.items() for text in (f"--{key}", value)]
+            flags += ["--worker", "--size", options.size, "--threads", str(options.threads), "--repeats", str(options.repeats)]
+            results.append(chosen | fresh_process("benchmarks.train_step", flags, options.threads))
+    public = options.size == "cpu" and options.threads == 1
+    print(report(results, public))
+    if public:
+        print("public Self-Forcing (33593df): its own run, perhaps on another machine; compare units, not seconds")
+    out = options.out or Path("benchmarks/results") / f"train_step_{options.size}.json"
+    write_json(out, {"size": options.size, "results": results, "public": _public_json() if public else None})
+    print(f"wrote {out}")
+    return 0
+
+
+def _public_json() -> list[dict[str, Any]]:
+    return [{"precision": p, "checkpointing": c} | figures for (p, c), figures in PUBLIC.items()]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

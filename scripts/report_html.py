@@ -1,0 +1,269 @@
+"""The report as one HTML page that needs nothing else: no network, no file beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from trainer.evaluate import Row
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table. scale: what the number is multiplied by; error: key of its standard error."""
+
+    key: str
+    head: str
+    form: str
+    good: str
+    says: str
+    scale: float = 1.0
+    error: str | None = None
+
+
+COLUMNS = (
+    Column("prompt_right", "prompt right, %", "{:.1f}", "high", "Share of videos in which both the digit and the "
+           "direction of motion are what the prompt says.", 100, "prompt_right_se"),
+    Column("digit_right", "digit, %", "{:.1f}", "high", "Share in which a small classifier, trained on real videos "
+           "only, sees the digit that was asked for.", 100, "digit_right_se"),
+    Column("direction_right", "direction, %", "{:.1f}", "high", "Share in which the tracked centre of the ink moves the "
+           "way that was asked for, at no less than a third of the true speed.", 100, "direction_right_se"),
+    Column("appearance_fd", "appearance FD, %", "{:.2f}", "low", "Fréchet distance between the classifier's features of "
+           "these videos and of real ones, in percent of the real features' variance: how far the digits' looks, and "
+           "their variety, are from real ones."),
+    Column("motion_error", "speed error, px/frame", "{:.3f}", "low", "How far the speed is from the true 0.75 pixels a "
+           "frame, on average over the videos.", 1, "motion_error_se"),
+    Column("jitter", "jitter, px", "{:.3f}", "low", "How much the motion from frame to frame departs from an even glide, "
+           "as a standard deviation.", 1, "jitter_se"),
+    Column("flicker", "flicker", "{:.3f}", "low", "How much the total ink changes from frame to frame, as a share of the "
+           "ink, beyond what it does in real videos."),
+    Column("intensity", "intensity", "{:.4f}", "real", "Mean brightness of all pixels.", 1, "intensity_se"),
+    Column("diversity", "diversity", "{:.2f}", "real", "How different the videos of one prompt are from each other, "
+           "relative to real ones: below 1 the generator repeats itself."),
+    Column("evaluations", "network evaluations", "{:.1f}", "low", "Passes of a whole video through the network for one "
+           "video. Guidance costs the teacher two a step; a causal student pays one a step, and one more for each block "
+           "but the last, to remember it."),
+    Column("milliseconds", "ms a video", "{:.1f}", "low", "Processor time for one video on one core, many videos at a "
+           "time."),
+)  # fmt: skip
+GOOD = {"high": "higher is better", "low": "lower is better", "real": "the nearer to real videos the better"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table with its heading; `row` is None where the run was not there."""
+
+    group: str
+    label: str
+    row: Row | None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One method's videos of the shown prompts, side by side."""
+
+    group: str
+    label: str
+    mp4: bytes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a run cost. seconds: of its iterations; evaluations: of any network, in videos."""
+
+    title: str
+    iterations: int
+    seconds: float
+    evaluations: float
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class Page:
+    summary: str
+    prompts: tuple[str, ...]
+    clips: tuple[Clip, ...]
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...]
+    curves: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    commands: str
+    configs: tuple[tuple[str, str], ...]
+    machine: tuple[tuple[str, str], ...]
+
+
+def value(row: Row, column: Column) -> float:
+    own = {"evaluations": row.evaluations, "milliseconds": row.seconds * 1000}
+    return own[column.key] if column.key in own else row.metrics[column.key]
+
+
+def cell(row: Row, column: Column) -> tuple[str, str]:
+    """(number, its standard error or ""), as they are shown."""
+    if row.evaluations == 0 and column.key in ("evaluations", "milliseconds"):
+        return "–", ""
+    error = "" if column.error is None else column.form.format(row.metrics[column.error] * column.scale)
+    return column.form.format(value(row, column) * column.scale), error
+
+
+def text_table(lines: Sequence[Line]) -> str:
+    """The table for a terminal, with standard errors for the first column alone."""
+    heads = ["", *(column.head for column in COLUMNS)]
+    body = []
+    for line in lines:
+        if line.row is not None:
+            cells = [cell(line.row, column) for column in COLUMNS]
+            first = f"{cells[0][0]} ±{cells[0][1]}"
+            body.append([line.label, first, *(number for number, _ in cells[1:])])
+    split = [_halves(head) for head in heads]
+    table = [[top for top, _ in split], [low for _, low in split], *body]
+    widths = [max(len(r[i]) for r in table) for i in range(len(heads))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in table)
+
+
+def _halves(head: str) -> tuple[str, str]:
+    first, _, rest = head.partition(" ")
+    return (first, rest) if rest else ("", first)
+
+
+def page(content: Page) -> str:
+    """The whole document."""
+    sections = [
+        f"<header><h1>fewstep quickstart</h1>{_summary(content.summary)}</header>",
+        _section("Videos", _videos(content)),
+        _section("Numbers", _table(content.lines) + _paragraphs(content.notes) + _columns()),
+        _section("Curves", '<div class="curves">' + "".join(f"<figure>{svg}</figure>" for svg in content.curves) + "</div>"),
+        _section("What it cost", _stages(content.stages)),
+        _section("How it was made", _made(content)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>fewstep quickstart</title><style>{_CSS}</style></head>\n<body><main>\n"
+        + "\n".join(sections)
+        + f"\n</main><script>{_SCRIPT}</script></body></html>\n"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _paragraphs(texts: Sequence[str]) -> str:
+    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+
+
+def _summary(text: str) -> str:
+    return f'<p class="summary">{escape(text)}</p>'
+
+
+def _videos(content: Page) -> str:
+    heads = "".join(f"<span>{escape(prompt)}</span>" for prompt in content.prompts)
+    out = [f'<p>The same prompts and the same seed in every row. <button type="button" id="pause">pause</button></p>'
+           f'<div class="clips" style="--columns:{len(content.prompts)}"><div class="heads"><b></b><div>{heads}</div></div>']  # fmt: skip
+    group = None
+    for clip in content.clips:
+        if clip.group != group:
+            out.append(f'<p class="group">{escape(clip.group)}</p>')
+            group = clip.group
+        data = base64.b64encode(clip.mp4).decode()
+        out.append(
+            f'<div class="clip"><b>{escape(clip.label)}</b><video autoplay loop muted playsinline '
+            f'src="data:video/mp4;base64,{data}"></video></div>'
+        )
+    return "".join(out) + "</div>"
+
+
+def _table(lines: Sequence[Line]) -> str:
+    heads = "".join(f'<th scope="col">{escape(c.head)}<small>{_SIGN[c.good]}</small></th>' for c in COLUMNS)
+    body, group = [], None
+    for line in lines:
+        if line.group != group:
+            body.append(f'<tr class="group"><th colspan="{len(COLUMNS) + 1}"><span>{escape(line.group)}</span></th></tr>')
+            group = line.group
+        if line.row is None:
+            body.append(f'<tr><th scope="row">{escape(line.label)}</th><td colspan="{len(COLUMNS)}">not trained</td></tr>')
+            continue
+        cells = [cell(line.row, column) for column in COLUMNS]
+        shown = "".join(f"<td>{n}{f'<small>±{e}</small>' if e else ''}</td>" for n, e in cells)
+        body.append(f'<tr><th scope="row">{escape(line.label)}</th>{shown}</tr>')
+    return f'<div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _columns() -> str:
+    items = "".join(f"<dt>{escape(c.head)}</dt><dd>{escape(c.says)} <em>{GOOD[c.good].capitalize()}.</em></dd>" for c in COLUMNS)
+    return f'<h3>What the columns say</h3><dl class="says">{items}</dl>'
+
+
+def _stages(stages: Sequence[Stage]) -> str:
+    heads = ("", "iterations", "time, s", "network evaluations, videos", "peak memory of a process, GiB")
+    rows = [
+        (s.title, str(s.iterations) if s.iterations else "", f"{s.seconds:.0f}", f"{s.evaluations:,.0f}", f"{s.memory_gib:.2f}" if s.memory_gib else "")
+        for s in stages
+    ]
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+    body = "".join(f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(c)}</td>" for c in rest) + "</tr>" for first, *rest in rows)
+    note = (
+        "Time is that of the training iterations, without start-up, checkpoints and validation; for the evaluation it is "
+        "processor time. A network evaluation is one pass of a whole video through a network, forward; backward passes "
+        "are not counted."
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><p>{note}</p>'
+
+
+def _made(content: Page) -> str:
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in content.machine)
+    configs = "".join(f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>" for name, text in content.configs)
+    commands = f"<h3>Commands</h3><pre>{escape(content.commands)}</pre>" if content.commands else ""
+    return f'<dl class="facts">{facts}</dl>{commands}<h3>Configurations</h3>{configs}'
+
+
+_SIGN = {"high": "↑ better", "low": "↓ better", "real": "≈ real"}
+
+_SCRIPT = """
+const videos = [...document.querySelectorAll('video')], button = document.getElementById('pause');
+const together = () => videos.forEach(video => { video.currentTime = 0; video.play().catch(() => {}); });
+Promise.all(videos.map(video => video.readyState > 1 ? 0 : new Promise(done => {
+  video.addEventListener('loadeddata', done, {once: true}); video.addEventListener('error', done, {once: true});
+}))).then(() => { if (button.textContent === 'pause') together(); });
+button.onclick = () => {
+  const stop = button.textContent === 'pause';
+  stop ? videos.forEach(video => video.pause()) : together();
+  button.textContent = stop ? 'play' : 'pause';
+};
+"""
+
+_CSS = """
+:root{color-scheme:light dark;--bg:#fff;--fg:#1c2230;--dim:#5b6475;--line:#dfe3ea;--soft:#f4f6f9;--accent:#2563eb}
+@media(prefers-color-scheme:dark){:root{--bg:#12151c;--fg:#e4e7ee;--dim:#9aa3b5;--line:#2c3342;--soft:#1a1f2a;--accent:#7aa5ff}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1180px;margin:0 auto;padding:24px 16px 64px}
+h1{font-size:1.7rem;margin:.2em 0}h2{font-size:1.25rem;margin:2.2em 0 .6em;padding-bottom:.25em;border-bottom:1px solid var(--line)}
+h3{font-size:1rem;margin:1.6em 0 .4em}
+p,dl{max-width:76ch}.summary{font-size:1.08rem}
+button{font:inherit;color:var(--accent);background:none;border:1px solid var(--line);border-radius:6px;padding:1px 10px;cursor:pointer}
+.clips{max-width:1060px}
+.clip,.heads{display:grid;grid-template-columns:290px 1fr;gap:12px;align-items:center;margin:4px 0}
+.heads div{display:grid;grid-template-columns:repeat(var(--columns),1fr);text-align:center;font-size:.8rem;color:var(--dim)}
+.clip b{font-weight:500;font-size:.92rem}.group{margin:14px 0 4px;color:var(--dim);font-size:.8rem;letter-spacing:.03em}
+video{width:100%;display:block;border-radius:4px;image-rendering:pixelated;background:#111}
+.scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
+table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
+th,td{padding:6px 9px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
+thead th{white-space:normal;vertical-align:bottom;font-weight:600;line-height:1.25}
+th:first-child{text-align:left;position:sticky;left:0;background:var(--bg);font-weight:500}
+td small,th small{display:block;white-space:nowrap;color:var(--dim);font-weight:400;font-size:.76rem}
+tr.group th{font-size:.78rem;color:var(--dim);background:var(--soft);position:static}
+tr.group span{position:sticky;left:9px}
+dt{font-weight:600;margin-top:.6em}dd{margin:0 0 0 0}dd em{color:var(--dim)}
+.says{display:grid;grid-template-columns:12rem 1fr;gap:6px 18px;max-width:96ch}.says dt{margin:0}
+.facts{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px}.facts dt,.facts dd{margin:0}
+.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(310px,1fr));gap:14px}
+figure{margin:0;min-width:0}svg{width:100%;height:auto;font-family:inherit}svg text{font-family:inherit!important}
+pre{background:var(--soft);border:1px solid var(--line);border-radius:6px;padding:12px;overflow-x:auto;font-size:.8rem;line-height:1.45}
+details{margin:6px 0}summary{cursor:pointer}
+@media(max-width:640px){.clip,.heads{grid-template-columns:1fr;gap:2px}.heads b{display:none}.heads div{font-size:.58rem}
+main{padding:12px 12px 48px}.facts,.says{grid-template-columns:1fr;gap:0}.facts dt,.says dt{margin-top:.6em}}
+"""

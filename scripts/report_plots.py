@@ -1,0 +1,169 @@
+"""The report's pictures: loss curves as inline SVG, and all methods beside each other as one video, GIF and PNG strip.
+
+M methods  P prompts  T frames  C channels  H W pixels
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from utils.video import write_video
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+COLOURS = ("#3b82f6", "#f97316", "#10b981", "#c026d3")  # legible on white and on black
+_INK = "#010203"  # stands for the page's text colour, which is not known here
+_POINTS = 160  # of a curve: a run's steps are averaged down to these
+ARROWS = {"left": "←", "right": "→", "up": "↑", "down": "↓"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot. lines: (legend, key in a run's metrics, that run's entries)."""
+
+    title: str
+    lines: tuple[tuple[str, str, Sequence[dict[str, Any]]], ...]
+    log: bool = False
+    level: tuple[str, float] | None = None
+
+
+def curves(panels: Sequence[Panel]) -> list[str]:
+    """An SVG for each panel that has numbers; it takes its text colour from the page."""
+    return [svg for number, panel in enumerate(panels) if (svg := _curve(panel, number))]
+
+
+def _curve(panel: Panel, number: int) -> str:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    style = {
+        "svg.fonttype": "none", "svg.hashsalt": f"panel {number}", "font.size": 9, "axes.spines.top": False,
+        "axes.spines.right": False, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK,
+        "xtick.color": _INK, "ytick.color": _INK, "axes.titlesize": 10,
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure, axes = pyplot.subplots(figsize=(4.2, 2.5), layout="constrained")
+        drawn = 0
+        for colour, (legend, key, entries) in zip(COLOURS, panel.lines, strict=False):
+            steps, values = thinned([(e["step"], e[key]) for e in entries if key in e])
+            if steps:
+                axes.plot(steps, values, color=colour, linewidth=1.4, label=legend)
+                drawn += 1
+        if panel.level is not None:
+            axes.axhline(panel.level[1], color=_INK, linewidth=0.8, linestyle="--", label=panel.level[0])
+        axes.set_title(panel.title, loc="left")
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.2)
+        if panel.log:
+            axes.set_yscale("log")
+        if drawn > 1 or panel.level is not None:
+            axes.legend(frameon=False, fontsize=8)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+        pyplot.close(figure)
+    return _inline(buffer.getvalue()) if drawn else ""
+
+
+def thinned(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    """Steps and values, averaged over equal stretches to at most _POINTS of them."""
+    size = -(-len(points) // _POINTS) or 1
+    chunks = [points[i : i + size] for i in range(0, len(points), size)]
+    return tuple([sum(p[axis] for p in chunk) / len(chunk) for chunk in chunks] for axis in (0, 1))  # type: ignore[return-value]
+
+
+def _inline(svg: str) -> str:
+    """matplotlib's file as an element of an HTML page: no prologue, no metadata, nothing that names an address."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", svg, count=1)
+    return svg.replace(_INK, "currentColor")
+
+
+# ------------------------------------------------------------------------------------------------------ moving pictures
+
+
+def short(prompt: str) -> str:
+    """ "the digit seven moving left" -> "seven ←"; another prompt as it is."""
+    words = prompt.split()
+    return f"{words[2]} {ARROWS[words[-1]]}" if len(words) == 5 and words[-1] in ARROWS else prompt
+
+
+def held(pixels: Tensor, frames: int = 4) -> Tensor:
+    """Frames [..., T, C, H, W] whose last one stays for a while, so that a loop's seam is seen as such."""
+    return torch.cat([pixels, pixels[..., -1:, :, :, :].expand(*pixels.shape[:-4], frames, *pixels.shape[-3:])], dim=-4)
+
+
+def side_by_side(videos: Tensor, padding: int = 1, value: float = 0.25) -> Tensor:
+    """Videos [P, T, C, H, W] in one row: [T, C, H, P (W + padding) - padding]."""
+    gap = videos.new_full((*videos.shape[1:4], padding), value)
+    return torch.cat([piece for video in videos for piece in (video, gap)][:-1], dim=-1)
+
+
+def write_comparison(root: Path, labels: Sequence[str], prompts: Sequence[str], videos: Tensor, fps: int) -> None:
+    """comparison.mp4 and .gif (a row for each method, a column for each prompt) and comparison.png (the same for the
+    first two prompts, frame by frame). videos: [M, P, T, C, H, W] in [0, 1]."""
+    heads = [short(prompt) for prompt in prompts]
+    for name, scale, columns, levels in (("comparison.mp4", 4, len(heads), 255), ("comparison.gif", 3, 6, 11)):
+        # few grey levels keep the GIF small: noise that nobody sees is most of its bytes
+        rows = [side_by_side((held(video[:columns, :, :1]) * levels).round() / levels) for video in videos]
+        write_video(root / name, _sheet(rows, labels, heads[:columns], scale), fps)
+    first = videos[:, :2, :, :1]
+    strips = [side_by_side(video.flatten(0, 1)[:, None]) for video in first]
+    titles = [head if frame == 0 else "" for head in heads[:2] for frame in range(videos.shape[2])]
+    write_video(root / "comparison.png", _sheet(strips, labels, titles, 3), fps)
+
+
+def _sheet(rows: Sequence[Tensor], labels: Sequence[str], heads: Sequence[str], scale: int) -> Tensor:
+    """Rows of frames [T, 1, h, w] under each other, enlarged, labels on their left, heads above: [T, 3, H, W]."""
+    pad = scale
+    enlarged = [row.repeat_interleave(scale, -2).repeat_interleave(scale, -1) for row in rows]
+    frames, _, height, width = enlarged[0].shape
+    font = _font(3 * scale + 3)
+    left = int(max(font.getlength(label) for label in labels)) + 2 * pad + 4
+    top = 6 * scale + 4
+    background = _background(labels, heads, font, left, top, height, width, pad)
+    sheet = background.expand(frames, -1, -1, -1).clone()
+    for number, row in enumerate(enlarged):
+        y = top + number * (height + pad)
+        sheet[:, :, y : y + height, left : left + width] = row
+    return sheet
+
+
+def _background(
+    labels: Sequence[str], heads: Sequence[str], font: FreeTypeFont | ImageFont, left: int, top: int, height: int, width: int, pad: int
+) -> Tensor:
+    """What stands still, [1, 3, H, W]."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    size = (left + width + pad, top + len(labels) * (height + pad))
+    picture = Image.new("RGB", size, (24, 26, 32))
+    draw = ImageDraw.Draw(picture)
+    pitch = (width + pad) / len(heads)
+    for number, head in enumerate(heads):
+        x = left + number * pitch + (0 if "" in heads else pitch / 2)
+        draw.text((x, top / 2), head, font=font, fill=(220, 222, 228), anchor="lm" if "" in heads else "mm")
+    for number, label in enumerate(labels):
+        y = top + number * (height + pad) + height / 2
+        draw.text((pad + 2, y), label, font=font, fill=(220, 222, 228), anchor="lm")
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def _font(size: int) -> FreeTypeFont | ImageFont:
+    """matplotlib's own DejaVu: it has the arrows, and is there wherever the curves can be drawn."""
+    from matplotlib import font_manager
+    from PIL import ImageFont
+
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)

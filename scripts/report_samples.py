@@ -1,0 +1,218 @@
+"""The videos behind the report: each method's samples for the judged prompts and for the shown ones, made by worker
+processes in parts of which each is a file, so that a broken-off evaluation goes on where it stopped.
+
+N videos  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from time import process_time
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs.schema import RunConfig
+from trainer.generate import Generator, Sampling
+from utils import checkpoint, distributed
+from utils.config import UserError, from_plain
+
+TEACHER, CAUSAL_INIT, DMD, DMD_2STEP = "teacher", "causal_init", "self_forcing_dmd", "self_forcing_dmd_2step"
+RUNS = {
+    TEACHER: "Teacher",
+    CAUSAL_INIT: "Causal initialisation (diffusion forcing)",
+    DMD: "Self-Forcing + DMD, 4 steps",
+    DMD_2STEP: "Self-Forcing + DMD, 2 steps",
+}
+PART = 50  # judged videos a file
+BATCH_MANY_STEPS, BATCH_FEW_STEPS = 10, 50  # videos at once: measured on CPU, the bidirectional net likes them small
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table. run: whose weights, null for real videos; causal_from: a bidirectional run's weights are used
+    block by block with the blocks and the step list of this other run."""
+
+    key: str
+    label: str
+    group: str
+    run: str | None = None
+    steps: int | None = None
+    causal_from: str | None = None
+
+
+_TEACHER_GROUP, _BEFORE, _AFTER = "Teacher, bidirectional", "Causal, before distillation", "Causal, distilled"
+METHODS = (
+    Method("real", "Real, held out", "Data"),
+    *(Method(f"teacher_{n}", f"Teacher, {n} step{'s'[: n > 1]}", _TEACHER_GROUP, TEACHER, n) for n in (50, 4, 2, 1)),
+    *(Method(f"causal_teacher_{n}", f"Causal, teacher's weights, {n} steps", _BEFORE, TEACHER, n, CAUSAL_INIT) for n in (4, 2)),
+    *(Method(f"causal_init_{n}", f"Causal, diffusion forcing, {n} steps", _BEFORE, CAUSAL_INIT, n) for n in (4, 2)),
+    Method("dmd_4", "Causal, Self-Forcing + DMD, 4 steps", _AFTER, DMD, 4),
+    Method("dmd_2", "Causal, Self-Forcing + DMD, 2 steps", _AFTER, DMD_2STEP, 2),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some videos of one method. ids key the noise of each; identity: all that their pixels depend on."""
+
+    root: str
+    method: Method
+    name: str
+    prompts: tuple[str, ...]
+    ids: tuple[int, ...]
+    seed: int
+    identity: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.root, "evaluation", self.method.key, f"{self.name}.safetensors")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """latents [N, F, C, H, W]; evaluations: of the network, a video; seconds: processor time, a video."""
+
+    latents: Tensor
+    evaluations: float
+    seconds: float
+
+
+def run_config(root: Path, run: str) -> RunConfig:
+    """The config that a run was trained with. Raises UserError."""
+    folder = checkpoint.resolve_resume(str(root / run), root / run)
+    assert folder is not None
+    return from_plain(RunConfig, checkpoint.load_state(folder)["config"])
+
+
+def available(root: Path) -> tuple[list[Method], list[Method]]:
+    """(methods whose runs have a checkpoint, the others)."""
+    there = {run for run in RUNS if checkpoint.latest(root / run / "checkpoints") is not None}
+    split: tuple[list[Method], list[Method]] = ([], [])
+    for method in METHODS:
+        split[not {method.run, method.causal_from} <= {*there, None}].append(method)
+    return split
+
+
+def parts(root: Path, method: Method, name: str, prompts: Sequence[str], seed: int, size: int = PART) -> list[Part]:
+    """A method's videos of these prompts, `size` a file; video i is keyed by (seed, i) whatever the size."""
+    identity = _identity(root, method)
+    starts = range(0, len(prompts), size)
+    chunks = [range(start, min(start + size, len(prompts))) for start in starts]
+    return [
+        Part(str(root), method, f"{name}_{ids[0]:04d}", tuple(prompts[i] for i in ids), tuple(ids), seed, identity)
+        for ids in chunks
+    ]
+
+
+def make(todo: Sequence[Part], workers: int) -> Iterable[Part]:
+    """Makes these parts in `workers` processes of one thread each, the dear ones first; yields each as it is done."""
+    order = sorted(todo, key=_cost, reverse=True)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        waiting = {pool.submit(make_part, part): part for part in order}
+        for future in as_completed(waiting):
+            future.result()
+            yield waiting[future]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def make_part(part: Part) -> None:
+    """Generates one part and writes it, whole or not at all."""
+    assert part.method.run is not None
+    generator = _generator(Path(part.root), part.method.run, part.method.causal_from)
+    evaluations, started = generator.score.evaluations, process_time()
+    before = evaluations.total_frames
+    batch = BATCH_FEW_STEPS if generator.few_steps else BATCH_MANY_STEPS
+    sampling = Sampling(steps=part.method.steps, seed=part.seed)
+    starts = range(0, len(part.ids), batch)
+    chunks = [slice(start, start + batch) for start in starts]
+    latents = torch.cat([generator(part.prompts[c], sampling, part.ids[c]).float().cpu() for c in chunks])
+    evaluated = (evaluations.total_frames - before) / latents.shape[1]
+    about = {"key": _key(part), "evaluations": repr(evaluated), "seconds": repr(process_time() - started)}
+    part.path.parent.mkdir(parents=True, exist_ok=True)
+    partial = part.path.with_suffix(f".{os.getpid()}.partial")
+    save_file({"latents": latents.contiguous()}, partial, metadata=about)
+    os.replace(partial, part.path)
+
+
+def is_done(part: Part) -> bool:
+    """Whether the part's file is there, whole, and made of the same weights, prompts and seed."""
+    try:
+        with safe_open(part.path, framework="pt") as file:
+            return file.metadata().get("key") == _key(part) and len(file.get_tensor("latents")) == len(part.ids)
+    except (OSError, SafetensorError):
+        return False
+
+
+def load(made: Sequence[Part]) -> Samples:
+    """The parts put together."""
+    latents, evaluations, seconds = [], 0.0, 0.0
+    for part in made:
+        with safe_open(part.path, framework="pt") as file:
+            latents.append(file.get_tensor("latents"))
+            evaluations += float(file.metadata()["evaluations"])
+            seconds += float(file.metadata()["seconds"])
+    count = sum(len(part.ids) for part in made)
+    return Samples(torch.cat(latents), evaluations / count, seconds / count)
+
+
+def _cost(part: Part) -> int:
+    many_steps = part.method.run == TEACHER and part.method.causal_from is None
+    return (part.method.steps or 0) * len(part.ids) * (2 if many_steps else 1)
+
+
+def _key(part: Part) -> str:
+    said = json.dumps([part.identity, part.prompts, part.ids, part.seed])
+    return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+
+def _identity(root: Path, method: Method) -> str:
+    """The method, the weights, and the configs that say how they are sampled."""
+    digest = hashlib.blake2b(json.dumps([method.run, method.steps, method.causal_from]).encode(), digest_size=16)
+    for run in filter(None, (method.run, method.causal_from)):
+        folder = checkpoint.latest(root / run / "checkpoints")
+        if folder is None:
+            raise UserError(f"{root / run} holds no checkpoint: train it first")
+        digest.update(json.dumps(checkpoint.load_state(folder)["config"], sort_keys=True).encode())
+        if run == method.run:
+            averaged = folder / "student_ema.safetensors"
+            digest.update((averaged if averaged.is_file() else folder / "student.safetensors").read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _generator(root: Path, run: str, causal_from: str | None) -> Generator:
+    generator = Generator.load(root / run, distributed.device())
+    if causal_from is None:
+        return generator
+    other = run_config(root, causal_from)
+    return generator.as_causal(other.causal, other.schedule.denoising_step_list)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its workers, which would wait for work for good."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

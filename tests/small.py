@@ -1,0 +1,57 @@
+"""A run small enough to train in a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from configs.schema import RunConfig
+from trainer.base import RunOptions, Trainer
+from trainer.build import build_trainer
+from utils.config import from_plain
+
+NETWORK = {"preset": "toy", "overrides": {"dim": 32, "ffn_dim": 64, "num_layers": 2}, "attention": "plain"}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in changes.items():
+        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+DISTILLATION: dict[str, Any] = {
+    "name": "small",
+    "student": NETWORK,
+    "teacher": NETWORK,
+    "critic": NETWORK,
+    "schedule": {"denoising_step_list": [1000, 750, 500], "timestep_shift": 3.0, "score_timestep_shift": 1.0},
+    "objective": {"real_guidance_scale": 2.0},
+    "generator_training": {"optimizer": {"lr": 1e-3}, "lr_schedule": {"kind": "cosine", "warmup_steps": 2, "floor": 0.1}},
+    "critic_training": {"optimizer": {"lr": 1e-3}},
+    "ema": {"decay": 0.9, "start": 1},
+    "training": {
+        "max_steps": 10, "critic_warmup_steps": 1, "generator_update_interval": 2, "global_batch_size": 4,
+        "micro_batch_size": 4, "precision": "fp32", "threads": 1,
+    },
+    "checkpoint": {"every": 5, "keep_last": 3},
+    "validation": {"every": None, "count": 2},
+    "logging": {"tensorboard": False},
+}  # fmt: skip
+
+DIFFUSION: dict[str, Any] = merged(
+    DISTILLATION,
+    {"trainer": "diffusion", "teacher": None, "critic": None, "training": {"critic_warmup_steps": 0}},
+)
+ODE: dict[str, Any] = merged(
+    DISTILLATION,
+    {"trainer": "ode", "critic": None, "ode": {"pairs": 6, "steps": 6, "shift": 3.0, "guidance": 2.0}, "training": {"critic_warmup_steps": 0}},
+)
+
+
+def config(base: dict[str, Any] = DISTILLATION, **changes: Any) -> RunConfig:
+    return from_plain(RunConfig, merged(base, changes))
+
+
+def trainer(path: Path, base: dict[str, Any] = DISTILLATION, *, resume: str = "auto", max_steps: int | None = None, **changes: Any) -> Trainer:
+    return build_trainer(config(base, **changes), RunOptions(path, resume, max_steps, wandb=False))

@@ -1,0 +1,309 @@
+"""utils.config and utils.cli: what is accepted, and that each mistake ends in one line with path, value and remedy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from utils import cli, config
+from utils.config import ConfigError, UserError
+
+
+class Kind(Enum):
+    DMD = "dmd"
+    SID = "sid"
+
+
+@dataclass
+class Optimizer:
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    fused: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr={self.lr} is not positive: give a number above 0")
+
+
+@dataclass
+class Head:
+    layer: int = 0
+
+
+@dataclass
+class Demanding:
+    name: str | None
+    a: int = 0
+
+
+@dataclass
+class Net:
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    steps: list[int] = field(default_factory=lambda: [1000, 500])
+
+
+@dataclass
+class Schema:
+    data: str = "toy"
+    student: Net = field(default_factory=Net)
+    critic: Net = field(default_factory=Net)
+    kind: Kind = Kind.DMD
+    gan: Optimizer | None = None
+    heads: list[Head] = field(default_factory=list)
+    weights: dict[str, float] = field(default_factory=dict)
+    backend: Literal["sdpa", "flex"] = "sdpa"
+    seed: int = 0
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed == 13:
+            raise ValueError("seed: 13 with window is impossible:\n  give another")
+
+
+def read(tmp_path: Path, text: str, *overrides: str) -> Schema:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return config.load(Schema, path, overrides)
+
+
+def test_yaml_base_and_overrides_merge_in_this_order(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "base.yaml").write_text("data: base\nseed: 1\nstudent: {optimizer: {lr: 1e-3, fused: yes}, steps: [3]}")
+    (tmp_path / "middle.yaml").write_text("base: base.yaml\nseed: 2\nwindow: 5")
+    path = tmp_path / "folder" / "run.yaml"
+    path.write_text("base: ../middle.yaml\nkind: sid\nstudent: {optimizer: {lr: 2e-3}}\nweights: {a: 1}")
+    loaded = config.load(Schema, path, ["seed=4", "student.steps=[8,7]", "gan.lr=1", "weights.b=2", "window=null"])
+    assert loaded == Schema(
+        data="base",
+        seed=4,
+        kind=Kind.SID,
+        student=Net(Optimizer(lr=2e-3, fused=True), [8, 7]),
+        gan=Optimizer(lr=1.0),
+        weights={"a": 1.0, "b": 2.0},
+    )
+    assert isinstance(loaded.student.optimizer.betas, tuple)
+
+
+def test_sections_in_lists_and_interpolation(tmp_path: Path) -> None:
+    loaded = read(tmp_path, "data: x\nseed: 7\nwindow: ${seed}\nheads: [{layer: 2}, {}]")
+    assert loaded.heads == [Head(2), Head(0)]
+    assert loaded.window == 7
+
+
+# text of the YAML, overrides, what the line must have: key path, value, remedy
+MISTAKES = [
+    ("student: {optimizer: {lrr: 3}}", [], ["student.optimizer.lrr:", "3", "did you mean 'student.optimizer.lr'?"]),
+    ("lr: 3", [], ["lr:", "student.optimizer.lr, critic.optimizer.lr, gan.lr"]),
+    ("xyzzy: 3", [], ["xyzzy:", "data, student, critic, kind"]),
+    ("1: 2", [], ["1:", "unknown key"]),
+    ("critic: {optimizer: {lr: fast}}", [], ["critic.optimizer.lr:", "'fast'", "give a number"]),
+    ("seed: 2.5", [], ["seed:", "2.5", "give a whole number"]),
+    ("seed: [1, 2]", [], ["seed:", "[1, 2]", "give a whole number"]),
+    ("seed: {a: 1}", [], ["seed:", "{'a': 1}", "give a whole number"]),
+    ("seed: null", [], ["seed:", "None", "give a whole number"]),
+    ("window: wide", [], ["window:", "'wide'", "give a whole number or null"]),
+    ("data: [a]", [], ["data:", "['a']", "give text"]),
+    ("student: 3", [], ["student:", "3", "give a section with keys optimizer, steps"]),
+    ("student: [1]", [], ["student:", "[1]", "give a section with keys optimizer, steps"]),
+    ("student: null", [], ["student:", "None", "give a section"]),
+    ("student: {steps: 3}", [], ["student.steps:", "3", "give a list, each item a whole number"]),
+    ("student: {steps: [1, b]}", [], ["student.steps:", "[1, 'b']", "each item a whole number"]),
+    ("student: {optimizer: {betas: [1]}}", [], ["student.optimizer.betas:", "[1]", "list of 2 values"]),
+    ("student: {optimizer: {fused: maybe}}", [], ["student.optimizer.fused:", "'maybe'", "give true or false"]),
+    ("kind: did", [], ["kind:", "'did'", "allowed: one of dmd, sid"]),
+    ("kind: false", [], ["kind:", "False", "give one of dmd, sid", "quotes"]),
+    ("backend: cudnn", [], ["backend:", "'cudnn'", "give one of sdpa, flex"]),
+    ("weights: {a: b}", [], ["weights:", "{'a': 'b'}", "each value a number"]),
+    ("heads: [{layer: 1}, {layr: 2}]", [], ["heads[1].layr:", "2", "did you mean 'heads[1].layer'?"]),
+    ("heads: [{layer: x}]", [], ["heads[0].layer:", "'x'", "give a whole number"]),
+    ("heads: [3]", [], ["heads:", "[3]", "each item a section with keys layer"]),
+    ("window: ${sed}", [], ["window:", "sed", "name an existing key"]),
+    ("window: ${seed", [], ["window:", "close the ${...}"]),
+    ("critic: {optimizer: {lr: -1}}", [], ["critic.optimizer.lr=-1.0 is not positive: give a number above 0"]),
+    ("gan: {lr: -1}", [], ["gan.lr=-1.0 is not positive"]),
+    ("seed: 13", [], ["seed: 13 with window is impossible: give another"]),
+    ("student:\n  steps: [1,\nseed: 3", [], ["run.yaml, line 4", "not valid YAML"]),
+    ("seed: 1\nseed: 2", [], ["run.yaml, line 2", "duplicate key seed"]),
+    ("a: 1\n\tb: 2", [], ["run.yaml, line 2", "tab"]),
+    ("- 1", [], ["run.yaml", "holds a list", "key: value"]),
+    ("3", [], ["run.yaml", "int", "key: value"]),
+    ("base: [a]", [], ["base:", "['a']", "relative to this one"]),
+    ("base: other.yml", [], ["base:", "'other.yml'", "run.yaml"]),
+    ("base: run.yaml", [], ["base:", "cycle", "run.yaml -> run.yaml"]),
+    ("", ["seed"], ["'seed'", "key=value"]),
+    ("", ["=3"], ["'=3'", "key=value"]),
+    ("", ["student..lr=3"], ["'student..lr=3'", "key=value"]),
+    ("", ["student.steps=[1,2"], ["student.steps:", "'[1,2'", "close its brackets"]),
+    ("", ["critic.optimizer.lr=x"], ["critic.optimizer.lr:", "'x'", "give a number"]),
+    ("", ["student.optimiser.lr=1"], ["student.optimiser:", "did you mean 'student.optimizer'?"]),
+    ("", ["student.steps.0=1"], ["student.steps:", "{'0': 1}", "give a list"]),
+]
+
+
+@pytest.mark.parametrize(("text", "overrides", "needles"), MISTAKES, ids=[f"{t}{o or ''}" for t, o, _ in MISTAKES])
+def test_a_mistake_is_one_line_with_path_value_and_remedy(
+    tmp_path: Path, text: str, overrides: list[str], needles: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 300 + len(str(tmp_path)) * 2
+    for needle in needles:
+        assert needle in message
+
+
+def test_mandatory_key_and_missing_file(tmp_path: Path) -> None:
+    @dataclass
+    class Mandatory:
+        data: Demanding
+
+    (tmp_path / "run.yaml").write_text("data: {a: 1}")
+    with pytest.raises(ConfigError, match="^data.name: has no value and no default: give text or null$"):
+        config.load(Mandatory, tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match=r"'.*/rum.yaml' does not exist: did you mean '.*/run.yaml'"):
+        config.load(Schema, tmp_path / "rum.yaml")
+    with pytest.raises(ConfigError, match="does not exist: there is no folder"):
+        config.load(Schema, tmp_path / "nowhere" / "run.yaml")
+
+
+def test_a_longer_cycle_of_bases_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(ConfigError, match=r"cycle a.yaml -> b.yaml -> a.yaml"):
+        config.load(Schema, tmp_path / "a.yaml")
+
+
+def test_a_defect_in_post_init_is_not_dressed_up_as_a_user_error(tmp_path: Path) -> None:
+    @dataclass
+    class Broken:
+        seed: int = 0
+
+        def __post_init__(self) -> None:
+            raise ZeroDivisionError
+
+    (tmp_path / "run.yaml").write_text("seed: 1")
+    with pytest.raises(ZeroDivisionError):
+        config.load(Broken, tmp_path / "run.yaml")
+
+
+ODD = Schema(
+    data="a: [odd] 1e-4 'text'\nüñ",
+    kind=Kind.SID,
+    gan=Optimizer(lr=1e-05, betas=(0.1, 1 / 3)),
+    heads=[Head(3)],
+    weights={"a b": 0.1},
+    window=4,
+)
+
+
+def test_saved_config_reads_back_equal(tmp_path: Path) -> None:
+    config.save(ODD, tmp_path / "new" / "c.yaml")
+    again = config.load(Schema, tmp_path / "new" / "c.yaml")
+    assert again == ODD
+    assert config.from_plain(Schema, config.to_plain(ODD)) == ODD
+    assert config.config_hash(again) == config.config_hash(ODD)
+    assert "kind: sid" in config.to_yaml(ODD)
+
+
+def test_from_plain_checks_as_load_does() -> None:
+    with pytest.raises(ConfigError, match="^student.optimizer.lr: 'x' is not allowed: give a number$"):
+        config.from_plain(Schema, {"data": "", "student": {"optimizer": {"lr": "x"}}})
+
+
+def test_hash_is_pinned_and_blind_to_the_order_of_keys() -> None:
+    pinned = sha256(b'{"a":1,"b":{"c":2.5}}').hexdigest()
+    assert config.config_hash({"a": 1, "b": {"c": 2.5}}) == config.config_hash({"b": {"c": 2.5}, "a": 1}) == pinned
+    assert config.config_hash({"a": 1, "b": {"c": 2.25}}) != pinned
+
+
+def test_diff_names_what_differs() -> None:
+    other = replace(ODD, seed=5, gan=Optimizer(lr=2.0, betas=(0.1, 1 / 3)), student=Net(steps=[1]))
+    assert config.diff(ODD, other) == ["gan.lr", "seed", "student.steps"]
+    assert config.diff(ODD, config.to_plain(ODD)) == []
+    assert config.diff(Schema("x"), Schema("x", gan=Optimizer())) == ["gan", "gan.betas", "gan.fused", "gan.lr"]
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def test_overrides_may_stand_anywhere() -> None:
+    args = cli.train_args(
+        ["a=1", "--config_path", "configs/toy/dmd.yaml", "b.c=[1,2]", "--max_steps", "5", "--no_save", "d==x"]
+    )
+    assert args == cli.TrainArgs(
+        config_path=Path("configs/toy/dmd.yaml"),
+        overrides=("a=1", "b.c=[1,2]", "d==x"),
+        logdir=Path("logs/toy/dmd"),
+        resume="auto",
+        max_steps=5,
+        wandb=True,
+        save=False,
+        visualize=True,
+        print_config=False,
+    )
+
+
+def test_switches() -> None:
+    args = cli.train_args(
+        "--config_path x.yaml --logdir d --resume never --disable-wandb --no_visualize --print_config".split()
+    )
+    assert (args.logdir, args.resume, args.save) == (Path("d"), "never", True)
+    assert (args.wandb, args.visualize, args.print_config, args.max_steps) == (False, False, True, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "needles"),
+    [
+        ("", ["--config_path", "required"]),
+        ("--config_path x --no_sav", ["--no_sav", "did you mean --no_save?"]),
+        ("--config_path x --max_steps 0", ["--max_steps", "'0'", "at least 1"]),
+        ("--config_path x --max_steps", ["--max_steps"]),
+        ("--config_path x --quux", ["--quux", "--help"]),
+    ],
+)
+def test_wrong_options_are_one_line(argv: str, needles: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        cli.train_args(argv.split())
+    assert "\n" not in str(caught.value)
+    for needle in needles:
+        assert needle in str(caught.value)
+
+
+def exit_code(main: Callable[[], int | None]) -> int | str | None:
+    with pytest.raises(SystemExit) as caught:
+        cli.run_cli(main)
+    return caught.value.code
+
+
+def refuse() -> None:
+    raise UserError("lr: 3\n is wrong")
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
+    assert exit_code(refuse) == 2
+    assert capsys.readouterr() == ("", "train.py: error: lr: 3 is wrong\n")
+    monkeypatch.setenv("RANK", "1")
+    assert exit_code(refuse) == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_run_cli_passes_on_return_values_and_our_own_defects() -> None:
+    assert exit_code(lambda: None) == 0
+    assert exit_code(lambda: 3) == 3
+    with pytest.raises(ValueError, match="^ours$"):
+        cli.run_cli(lambda: _raise(ValueError("ours")))
+
+
+def _raise(error: Exception) -> int:
+    raise error

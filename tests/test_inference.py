@@ -1,0 +1,150 @@
+"""Generation from runs: lengths, windows, first frames, step lists, resumable prompt files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.small import DIFFUSION, DISTILLATION, trainer
+from trainer.generate import Generator, Sampling, slug
+from trainer.generate_cli import generate_videos, inference_args
+from utils.config import UserError
+from utils.video import read_video, write_video
+
+CPU = torch.device("cpu")
+PROMPTS = ["the digit three moving left", "the digit seven moving up"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("student")
+    trainer(path, DISTILLATION, max_steps=6, generator_training={"optimizer": {"lr": 0.02}}).train()
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher")
+    trainer(path, DIFFUSION, max_steps=2, validation={"steps": 3, "guidance": 2.0}).train()
+    return path
+
+
+def test_average_is_the_default_and_raw_weights_differ(run: Path) -> None:
+    videos = {w: Generator.load(run, CPU, weights=w)(PROMPTS, Sampling(), [0, 1]) for w in ("ema", "raw")}
+    assert videos["ema"].shape == (2, 9, 4, 8, 8)
+    assert not torch.equal(videos["ema"], videos["raw"])
+
+
+def test_a_video_does_not_depend_on_its_batch_and_depends_on_its_seed(run: Path) -> None:
+    generator = Generator.load(run, CPU)
+    both = generator(PROMPTS, Sampling(seed=5), [0, 1])
+    alone = generator(PROMPTS[1:], Sampling(seed=5), [1])
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone, generator(PROMPTS[1:], Sampling(seed=6), [1]), atol=1e-2)
+
+
+def test_longer_than_trained_with_a_window_costs_constant_memory(run: Path) -> None:
+    generator = Generator.load(run, CPU)
+    held = []
+    new_cache = type(generator.score.net).new_cache
+
+    def spy(net, batch, context_frames, *rest, **options):  # type: ignore[no-untyped-def]
+        held.append(context_frames)
+        return new_cache(net, batch, context_frames, *rest, **options)
+
+    type(generator.score.net).new_cache = spy  # type: ignore[method-assign]
+    try:
+        for frames in (18, 60):
+            assert generator(PROMPTS, Sampling(frames=frames, window=9, sinks=3), [0, 1]).shape[1] == frames
+        assert generator(PROMPTS, Sampling(frames=18), [0, 1]).shape[1] == 18
+    finally:
+        type(generator.score.net).new_cache = new_cache  # type: ignore[method-assign]
+    assert held == [6, 6, 15]
+
+
+def test_a_longer_video_begins_like_a_shorter_one(run: Path) -> None:
+    generator = Generator.load(run, CPU)
+    short, long = (generator(PROMPTS, Sampling(frames=frames), [0, 1]) for frames in (9, 18))
+    torch.testing.assert_close(short, long[:, :9], rtol=1e-4, atol=1e-5)
+
+
+def test_first_frame_is_kept_and_steers_the_rest(run: Path) -> None:
+    generator = Generator.load(run, CPU)
+    world = generator.task.world
+    frame = world.decode(world.batch([3], "test").latents_BFCHW)[0, :1]
+    video = generator(PROMPTS, Sampling(), [0, 1], frame)
+    assert video.shape[1] == 10  # the given frame, then three blocks
+    torch.testing.assert_close(world.decode(video)[:, :1], frame[None].expand(2, -1, -1, -1, -1), atol=1e-5, rtol=0)
+    other = generator(PROMPTS, Sampling(), [0, 1], 1 - frame)
+    assert not torch.allclose(video[:, 1:], other[:, 1:], atol=1e-3)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, (1.0,)), (2, (1.0, 0.9)), (3, (1.0, 0.9, 0.75))])
+def test_fewer_steps_are_a_choice_among_the_trained_ones(run: Path, steps: int, expected: tuple[float, ...]) -> None:
+    assert Generator.load(run, CPU).step_list(steps) == pytest.approx(expected, abs=1e-6)
+
+
+def test_teacher_takes_as_many_steps_as_asked(teacher: Path) -> None:
+    generator = Generator.load(teacher, CPU)
+    for steps in (1, 5):
+        before = generator.score.evaluations.total_frames
+        generator(PROMPTS, Sampling(steps=steps), [0, 1])
+        assert generator.score.evaluations.total_frames - before == steps * 2 * 2 * 9  # steps x guidance x batch x frames
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (Sampling(frames=10), "10 latent frames are not whole blocks of 3: use 9 or 12"),
+        (Sampling(steps=5), "this student has 3 steps"),
+        (Sampling(window=2), "window of 2"),
+    ],
+)
+def test_impossible_requests_are_refused(run: Path, sampling: Sampling, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Generator.load(run, CPU)(PROMPTS, sampling, [0, 1])
+
+
+def test_prompt_file_is_resumed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    out = tmp_path / "videos"
+    args = inference_args(["--run", str(run), "--prompts", str(prompts), "--out", str(out), "--batch", "1", "--scale", "2"])
+    generator = Generator.load(run, CPU)
+    assert generate_videos(generator, args) == 0
+    made = sorted(out.iterdir())
+    assert [p.name for p in made] == [f"{i:04d}_{slug(p)}.mp4" for i, p in enumerate(PROMPTS)]
+    assert read_video(made[0]).shape == (9, 3, 32, 32)
+    stamps = made[0].stat().st_mtime_ns
+    before = read_video(made[1])
+    made[1].unlink()
+    generate_videos(generator, args)
+    assert "1 of 2 videos are there already" in capsys.readouterr().out
+    assert made[0].stat().st_mtime_ns == stamps
+    # the encoder, not the sampler, varies in its last bits from call to call
+    assert (read_video(made[1]) - before).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
+def test_one_prompt_to_one_file_of_each_format(run: Path, tmp_path: Path, suffix: str) -> None:
+    args = inference_args(["--run", str(run), "--prompt", PROMPTS[0], "--out", str(tmp_path / f"v.{suffix}")])
+    generate_videos(Generator.load(run, CPU), args)
+    assert (tmp_path / f"v.{suffix}").stat().st_size > 100
+
+
+def test_image_option_reads_a_file(run: Path, tmp_path: Path) -> None:
+    write_video(tmp_path / "first.png", torch.rand(1, 3, 16, 16), 8)
+    out = tmp_path / "v.mp4"
+    args = inference_args(["--run", str(run), "--prompt", PROMPTS[0], "--image", str(tmp_path / "first.png"), "--out", str(out)])
+    generate_videos(Generator.load(run, CPU), args)
+    assert read_video(out).shape[0] == 10
+
+
+def test_bad_runs_are_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint in") as caught:
+        Generator.load(tmp_path / "nothing", CPU)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="--out x.avi: unknown format"):
+        inference_args(["--run", "x", "--prompt", "y", "--out", "x.avi"])

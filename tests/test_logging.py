@@ -1,0 +1,247 @@
+"""Metrics survive kills and resumes; trackers never stop a run; progress is plain where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+import logging as python_logging
+import math
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from utils import logging
+from utils.logging import Progress, RunLogger, peak_memory_gib, read_jsonl
+
+
+def write_run(folder: Path, steps: range) -> RunLogger:
+    logger = RunLogger(folder, {})
+    for step in steps:
+        logger.scalars(step, {"loss": step / 7, "norm": torch.tensor(2.0)})  # type: ignore[dict-item]
+    return logger
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [entry["step"] for entry in read_jsonl(folder / "metrics.jsonl")]
+
+
+def test_one_object_a_line_with_exact_numbers(tmp_path: Path) -> None:
+    before = time.time()
+    logger = write_run(tmp_path, range(3))
+    logger.scalars(3, {"loss": math.nan, "norm": math.inf})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # on disk before the logger is closed
+    entries = [json.loads(line) for line in lines]
+    assert [entry["step"] for entry in entries] == [0, 1, 2, 3]
+    assert entries[1]["loss"] == 1 / 7 and entries[1]["norm"] == 2.0
+    assert math.isnan(entries[3]["loss"]) and entries[3]["norm"] == math.inf
+    assert before <= entries[0]["time"] <= entries[3]["time"] <= time.time()
+
+
+def test_resume_leaves_no_doubled_points(tmp_path: Path) -> None:
+    write_run(tmp_path, range(10)).close()
+    logger = RunLogger(tmp_path, {})
+    logger.truncate_after(4)
+    logger.scalars(5, {"loss": 55.0})
+    logger.truncate_after(5)  # with the file open
+    logger.scalars(6, {"loss": 66.0})
+    assert steps_of(tmp_path) == [0, 1, 2, 3, 4, 5, 6]
+    assert [entry["loss"] for entry in read_jsonl(logger.path)[4:]] == [4 / 7, 55.0, 66.0]
+
+
+def test_a_run_that_is_not_truncated_is_gone_on_with(tmp_path: Path) -> None:
+    write_run(tmp_path, range(2)).close()
+    write_run(tmp_path, range(2, 4)).close()
+    assert steps_of(tmp_path) == [0, 1, 2, 3]
+
+
+def test_half_a_last_line_is_dropped(tmp_path: Path) -> None:
+    write_run(tmp_path, range(3)).close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "ti')
+    assert steps_of(tmp_path) == [0, 1, 2]
+    write_run(tmp_path, range(3, 5)).close()
+    assert steps_of(tmp_path) == [0, 1, 2, 3, 4]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    logger = RunLogger(tmp_path / "run", {}, tensorboard=True, wandb=True, is_main=False)
+    logger.truncate_after(0)
+    logger.scalars(0, {"loss": 1.0})
+    logger.video(0, "sample", tmp_path / "a.mp4")
+    logger.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_video_is_named_relative_to_the_run(tmp_path: Path) -> None:
+    logger = RunLogger(tmp_path / "run", {})
+    logger.video(7, "ema/0", tmp_path / "run" / "samples" / "a.mp4")
+    (entry,) = read_jsonl(logger.path)
+    assert entry["step"] == 7 and entry["video"] == {"ema/0": "samples/a.mp4"}
+
+
+def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = RunLogger(tmp_path, {}, tensorboard=True)
+    logger.scalars(3, {"student/loss": 0.5})
+    logger.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("student/loss")] == [(3, 0.5)]
+
+
+# ----------------------------------------------------------------------------------------------------------------- W&B
+
+
+class FakeRun:
+    id = "abc"
+
+    def __init__(self, fail: bool = False):
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.finished, self.fail = False, fail
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        if self.fail:
+            raise ConnectionError("lost\nthe line")
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(logging.console, "warning", lambda text, *args: said.append(text % args))
+    return said
+
+
+def fake_wandb(monkeypatch: pytest.MonkeyPatch, init: Any) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+
+    def recorded(**options: Any) -> Any:
+        calls.append(options)
+        return init()
+
+    module = SimpleNamespace(init=recorded, Settings=lambda **options: options, Video=lambda path: f"video {path}")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("key", "mode", "expected"),
+    [(None, None, "offline"), ("k", None, "online"), ("k", "offline", "offline"), ("k", "disabled", "disabled")],
+)
+def test_wandb_is_offline_without_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None, mode: str | None, expected: str
+) -> None:
+    for name, value in (("WANDB_API_KEY", key), ("WANDB_MODE", mode)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    run = FakeRun()
+    calls = fake_wandb(monkeypatch, lambda: run)
+    logger = RunLogger(tmp_path, {"seed": 1}, wandb=True)
+    logger.scalars(2, {"loss": 0.5})
+    logger.video(3, "sample", tmp_path / "a.mp4")
+    logger.close()
+    assert calls[0]["mode"] == expected and calls[0]["config"] == {"seed": 1} and calls[0]["id"] is None
+    assert run.logged == [(2, {"loss": 0.5}), (3, {"sample": f"video {tmp_path / 'a.mp4'}"})]
+    assert run.finished
+    RunLogger(tmp_path, {}, wandb=True)
+    assert calls[1]["id"] == "abc"  # a resume goes on in the same W&B run
+
+
+def test_wandb_that_fails_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
+    def broken() -> None:
+        raise RuntimeError("no\nnetwork")
+
+    fake_wandb(monkeypatch, broken)
+    logger = RunLogger(tmp_path, {}, wandb=True)
+    logger.scalars(0, {"loss": 1.0})
+    fake_wandb(monkeypatch, lambda: FakeRun(fail=True))
+    logger = RunLogger(tmp_path, {}, wandb=True)
+    logger.scalars(1, {"loss": 1.0})
+    logger.scalars(2, {"loss": 1.0})
+    logger.close()
+    assert len(warnings) == 2 and not any("\n" in line for line in warnings)
+    assert "no network" in warnings[0] and "lost the line" in warnings[1]
+    assert steps_of(tmp_path) == [0, 1, 2]
+
+
+def test_wandb_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
+    monkeypatch.setattr(logging, "_WANDB_SECONDS", 0.05)
+    release = threading.Event()
+    fake_wandb(monkeypatch, lambda: release.wait(30))
+    logger = RunLogger(tmp_path, {}, wandb=True)
+    logger.scalars(0, {"loss": 1.0})
+    release.set()
+    assert len(warnings) == 1 and "no answer" in warnings[0]
+    assert steps_of(tmp_path) == [0]
+
+
+# ------------------------------------------------------------------------------------------------- progress and console
+
+
+def test_progress_without_a_terminal_is_a_line_every_so_often(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(25, initial=5, every=10)
+    for step in range(6, 26):
+        progress.update(step, {"loss": step / 3, "norm": 1e-9})
+    progress.close()
+    out, lines = capsys.readouterr()
+    assert out == "" and [line.split()[1] for line in lines.splitlines()] == ["10/25", "20/25", "25/25"]
+    assert "loss=3.333 norm=1e-09" in lines and "0:00:0" in lines and "it/s" in lines
+
+
+def test_time_left_is_that_of_the_steps_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(logging.time, "monotonic", lambda: now[0])
+    progress = Progress(10_000, initial=1000, every=1)
+    now[0] += 50
+    # 100 steps in 50 s leave 8900, that is 4450 s
+    assert progress._line(1100, {}) == "train 1100/10000  2.00 it/s  1:14:10 left"
+
+
+def test_progress_on_a_terminal_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Progress(4, initial=1)
+    progress.update(4, {"loss": 0.25})
+    progress.close()
+    assert "100%" in (shown := capsys.readouterr().err) and "4/4" in shown and "loss=0.25" in shown
+
+
+def test_other_ranks_show_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(2, every=1, is_main=False)
+    progress.update(2, {"loss": 1.0})
+    progress.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_console_names_the_rank_and_other_ranks_only_warn(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in (0, 1):
+        console = logging.setup_console(rank, 2)
+        console.info("hello")
+        console.warning("careful")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == [
+        *("[rank 0] I hello", "[rank 0] W careful", "[rank 1] W careful"),
+    ]
+    logging.console.handlers.clear()
+    logging.console.setLevel(python_logging.NOTSET)
+    logging.console.propagate = True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="units of Linux")
+def test_peak_memory_is_between_what_is_resident_now_and_the_most_there_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    block = torch.ones(2**24)  # 64 MiB
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    assert 0.99 * now <= peak_memory_gib() <= 1.01 * most
+    assert block.numel() * 4 / 2**30 < now

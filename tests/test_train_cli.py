@@ -1,0 +1,83 @@
+"""train.py as a user meets it: one line for a mistake, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.schema import RunConfig, TrainerKind
+from utils.config import ConfigError, load
+
+ROOT = Path(__file__).parents[1]
+YAML = "configs/toy/self_forcing_dmd.yaml"
+
+MISTAKES = [
+    ("training.max_stepz=5", ["training.max_stepz", "max_steps"]),
+    ("training.max_steps=many", ["training.max_steps", "many", "whole number"]),
+    ("trainer=ddpo", ["trainer", "ddpo", "score_distillation", "diffusion", "ode"]),
+    ("objective.kind=gan", ["objective.kind", "gan", "dmd"]),
+    ("causal.num_frame_per_block=2", ["9 latent frames", "blocks of 2", "8 or 10"]),
+    ("student.overrides={num_heads: 3}", ["student", "num_heads 3", "dim 128", "divisor"]),
+    ("schedule.denoising_step_list=[500,750]", ["schedule.denoising_step_list", "500", "decrease"]),
+    ("schedule.min_sigma=0.99", ["schedule.min_sigma", "0.99"]),
+    ("rollout.kind=noised_data", ["data.real", "noised_data", "set it to true"]),
+    ("teacher.overrides={text_len: 9}", ["teacher", "text_len 9", "8"]),
+    ("causal.window_frames=2", ["causal", "window of 2", "widen"]),
+    ("rollout.num_training_frames=10", ["num_training_frames 10", "block of 3"]),
+    ("student.attention=fast", ["student.attention", "fast", "sdpa"]),
+    ("student.preset=2b", ["student", "2b", "1.3b"]),
+    ("ema.decay=1.5", ["ema.decay", "1.5"]),
+    ("generator_training.optimizer.clip_value=1", ["clip_norm", "clip_value", "null"]),
+    ("generator_training.lr_schedule.kind=step", ["generator_training.lr_schedule.kind", "step", "cosine"]),
+    ("teacher=null", ["teacher is null"]),
+    ("training.critic_warmup_steps=400", ["critic_warmup_steps", "400"]),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), MISTAKES, ids=[override for override, _ in MISTAKES])
+def test_mistake_is_one_line_with_key_value_and_remedy(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(RunConfig, ROOT / YAML, [override])
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_ts_schedule_needs_one_exit_step_for_all_blocks() -> None:
+    with pytest.raises(ConfigError, match="same_step_across_blocks"):
+        load(RunConfig, ROOT / YAML, ["schedule.ts_schedule=true", "rollout.same_step_across_blocks=false"])
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=str)
+def test_every_recipe_loads_and_says_how_to_run_it(path: Path) -> None:
+    load(RunConfig, path)
+    header = path.read_text().split("\nname:")[0]
+    assert f"--config_path {path.relative_to(ROOT)}" in header and "Hardware" in header
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_a_mistake_exits_with_2_and_no_traceback() -> None:
+    done = run("train.py", "--config_path", YAML, "training.max_stepz=5")
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and "training.max_stepz" in done.stderr
+
+
+def test_missing_weights_name_the_network_and_the_path(tmp_path: Path) -> None:
+    done = run("train.py", "--config_path", YAML, "--logdir", str(tmp_path), "teacher.init=/no/such/run")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "teacher.init" in done.stderr and "/no/such/run" in done.stderr
+
+
+def test_print_config_gives_a_yaml_that_loads_to_the_same(tmp_path: Path) -> None:
+    done = run("train.py", "--config_path", YAML, "seed=3", "--print_config")
+    assert done.returncode == 0
+    (tmp_path / "c.yaml").write_text(done.stdout)
+    again = load(RunConfig, tmp_path / "c.yaml")
+    assert again == load(RunConfig, ROOT / YAML, ["seed=3"]) and again.trainer is TrainerKind.score_distillation

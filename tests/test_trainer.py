@@ -1,0 +1,295 @@
+"""The training loop: exact resume, accumulation, cadence, skipped steps, signals, every trainer and rollout."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.types import LossOutput
+from tests.small import DIFFUSION, DISTILLATION, NETWORK, ODE, config, trainer
+from utils import checkpoint
+from utils.config import UserError
+from utils.logging import read_jsonl
+
+Losses = list[dict[str, float]]
+
+
+def curve(path: Path) -> Losses:
+    """What a run logged, without what depends on the clock or the machine."""
+    drop = ("time", "step_seconds", "samples_per_second", "peak_memory_gib")
+    return [{k: v for k, v in entry.items() if k not in drop} for entry in read_jsonl(path / "metrics.jsonl")]
+
+
+def tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    folder = checkpoint.latest(path / "checkpoints")
+    assert folder is not None
+    return {name: checkpoint.load_tensors(folder, name) for name in checkpoint.tensor_names(folder)}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert curve(a) == curve(b)
+    one, other = tensors(a), tensors(b)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert all(torch.equal(value, other[name][key]) for key, value in one[name].items()), name
+
+
+@pytest.mark.parametrize("base", [DISTILLATION, DIFFUSION, ODE], ids=["distillation", "diffusion", "ode"])
+def test_defect_10_resume_is_exact(base: dict[str, Any], tmp_path: Path) -> None:
+    """losses(10) == losses(5) + resume + losses(5), bit for bit, and so are weights, averages and optimizers."""
+    assert trainer(tmp_path / "whole", base).train() == 0
+    assert trainer(tmp_path / "parts", base, max_steps=5).train() == 0
+    assert trainer(tmp_path / "parts", base).train() == 0
+    assert len(curve(tmp_path / "whole")) == 10
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resume_from_an_older_checkpoint_rewrites_the_curve(tmp_path: Path) -> None:
+    trainer(tmp_path / "a").train()
+    before = curve(tmp_path / "a")
+    trainer(tmp_path / "a", resume=str(tmp_path / "a/checkpoints/step_00000005")).train()
+    assert curve(tmp_path / "a") == before
+
+
+def test_muon_resumes_exactly_too(tmp_path: Path) -> None:
+    muon = {"generator_training": {"optimizer": {"kind": "muon", "clip_norm": None, "clip_value": 0.1}}}
+    trainer(tmp_path / "whole", DIFFUSION, **muon).train()
+    trainer(tmp_path / "parts", DIFFUSION, max_steps=5, **muon).train()
+    trainer(tmp_path / "parts", DIFFUSION, **muon).train()
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("base", [DISTILLATION, DIFFUSION], ids=["distillation", "diffusion"])
+def test_defect_10_accumulation_gives_the_same_losses(base: dict[str, Any], tmp_path: Path) -> None:
+    """A fixed global batch in one, two or four parts: the same samples, the same draws, the same mean."""
+    curves = []
+    for size in (4, 2, 1):
+        trainer(tmp_path / str(size), base, training={"micro_batch_size": size}).train()
+        curves.append(curve(tmp_path / str(size)))
+    for other in curves[1:]:
+        for a, b in zip(curves[0], other, strict=True):
+            assert a.keys() == b.keys()
+            for key in a:
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+
+
+def test_defect_10_accumulation_never_reuses_a_sample(tmp_path: Path) -> None:
+    run = trainer(tmp_path, training={"micro_batch_size": 1})
+    seen = [position for _ in range(3) for micro in run.batch("generator") for position in micro.positions]
+    assert seen == list(range(12))
+
+
+def test_cadence_of_student_critic_and_average(tmp_path: Path) -> None:
+    """Critic every iteration, student each second after a critic-only one; the average counts student updates."""
+    run = trainer(tmp_path)
+    run.train()
+    trained = ["student/loss" in entry for entry in curve(tmp_path)]
+    assert trained == [False, True, False, True, False, True, False, True, False, True]
+    assert all("critic/loss" in entry for entry in curve(tmp_path))
+    assert (run.networks["student"].optimizer.updates, run.networks["critic"].optimizer.updates) == (5, 10)
+
+
+def test_alternating_schedule_trains_one_network_an_iteration(tmp_path: Path) -> None:
+    trainer(tmp_path, training={"update_schedule": "alternating", "generator_update_interval": 5}).train()
+    for entry in curve(tmp_path):
+        assert ("student/loss" in entry) != ("critic/loss" in entry)
+
+
+def test_defect_10_average_moves_once_a_student_update(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=4, ema={"decay": 0.5, "start": 0})
+    student = run.networks["student"]
+    assert student.ema is not None
+    name = "blocks.0.ffn.0.weight"
+    expected = student.ema.shadow[name].clone()
+    weight = dict(student.net.named_parameters())[name]
+    for _ in range(4):
+        before = student.optimizer.updates
+        run.training_step()
+        run.step += 1
+        if student.optimizer.updates > before:
+            expected = 0.5 * expected + 0.5 * weight.detach()
+    torch.testing.assert_close(student.ema.shadow[name], expected)
+
+
+def test_average_is_a_copy_until_it_starts_and_swaps_back_bit_for_bit(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=2, ema={"decay": 0.9, "start": 1})
+    run.train()
+    student = run.networks["student"]
+    assert student.ema is not None and student.optimizer.updates == 1
+    own = {name: p.detach().clone() for name, p in student.net.named_parameters()}
+    assert all(torch.equal(student.ema.shadow[name], value) for name, value in own.items())
+    student.ema.shadow["head.head.weight"].add_(1)
+    with student.ema.applied():
+        assert torch.equal(student.net.head.head.weight, own["head.head.weight"] + 1)
+    assert all(torch.equal(p, own[name]) for name, p in student.net.named_parameters())
+
+
+def test_no_average_trains_and_saves(tmp_path: Path) -> None:
+    """Defect 10: an average switched off broke the save."""
+    trainer(tmp_path, max_steps=5, ema={"decay": None}).train()
+    assert "student_ema" not in tensors(tmp_path)
+
+
+def _poison(run: Any, steps: set[int]) -> None:
+    healthy = run.objective
+
+    def objective(*arguments: Any) -> LossOutput:
+        output = healthy(*arguments)
+        return LossOutput(output.loss * float("nan"), output.metrics) if run.step in steps else output
+
+    run.objective = objective
+
+
+def test_non_finite_step_is_skipped_and_counted(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=4)
+    _poison(run, {1})
+    before = {name: p.detach().clone() for name, p in run.networks["student"].net.named_parameters()}
+    run.train()
+    assert run.skipped == 1 and run.networks["student"].optimizer.updates == 1
+    assert all(bool(p.isfinite().all()) for p in run.networks["student"].net.parameters())
+    assert not torch.equal(before["head.head.weight"], run.networks["student"].net.head.head.weight)
+    assert [entry["skipped_updates"] for entry in curve(tmp_path)] == [0, 1, 1, 1]
+
+
+def test_too_many_non_finite_steps_abort_with_a_checkpoint(tmp_path: Path) -> None:
+    run = trainer(tmp_path, DIFFUSION, training={"non_finite_limit": 3})
+    run.networks["student"].net.head.head.bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="3 updates in a row were not finite.*student at step 2"):
+        run.train()
+    assert checkpoint.latest(tmp_path / "checkpoints") is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_saves_and_the_run_goes_on_exactly(number: signal.Signals, tmp_path: Path) -> None:
+    trainer(tmp_path / "whole").train()
+    run = trainer(tmp_path / "parts")
+    step = run.training_step
+
+    def training_step() -> dict[str, float]:
+        if run.step == 6:
+            os.kill(os.getpid(), number)
+        return step()
+
+    run.training_step = training_step  # type: ignore[method-assign]
+    assert run.train() == 128 + number
+    assert checkpoint.latest(tmp_path / "parts/checkpoints") == tmp_path / "parts/checkpoints/step_00000007"
+    assert trainer(tmp_path / "parts").train() == 0
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
+    assert all(torch.equal(value, parts["student"][key]) for key, value in whole["student"].items())
+
+
+@pytest.mark.parametrize("kind", ["self_forcing", "backward_simulation", "noised_data", "diffusion_forcing"])
+@pytest.mark.parametrize("objective", ["dmd", "sid"])
+def test_every_rollout_trains_under_every_objective(kind: str, objective: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=2, rollout={"kind": kind}, objective={"kind": objective})
+    before = {name: p.detach().clone() for name, p in run.networks["student"].net.named_parameters()}
+    run.train()
+    changed = [name for name, p in run.networks["student"].net.named_parameters() if not torch.equal(p, before[name])]
+    assert "head.head.weight" in changed and run.skipped == 0
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "diffusion_forcing", "teacher_forcing"])
+def test_flow_matching_learns_in_every_mode(mode: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "diffusion": {"mode": mode, "clean_block_share": 0.3, "clean_noise_max": 100.0},
+        "training": {"max_steps": 60}, "generator_training": {"optimizer": {"lr": 3e-3}},
+    }  # fmt: skip
+    trainer(tmp_path, DIFFUSION, **changes).train()
+    losses = [entry["student/loss"] for entry in curve(tmp_path)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_long_rollouts_judge_only_the_last_window(tmp_path: Path) -> None:
+    run = trainer(tmp_path, rollout={"num_training_frames": 15}, causal={"window_frames": 9, "sink_frames": 3})
+    lengths = set()
+    for step in range(12):
+        run.step = step
+        micro = run.batch("generator")[0]
+        rollout, _ = run.rollout(micro, with_gradient=True)  # type: ignore[attr-defined]
+        lengths.add(len(rollout.exit_steps) * 3)
+        assert rollout.x0.shape[1] == 9
+        if len(rollout.exit_steps) > 3:
+            assert rollout.frame_mask is not None and rollout.frame_mask.tolist() == [False] + [True] * 8
+    assert lengths == {9, 12, 15}
+
+
+def test_reused_rollout_costs_the_critic_nothing(tmp_path: Path) -> None:
+    runs = {reuse: trainer(tmp_path / str(reuse), max_steps=2, rollout={"reuse_rollout": reuse}) for reuse in (True, False)}
+    for run in runs.values():
+        run.train()
+    calls = {reuse: run.evaluations.calls["student"] for reuse, run in runs.items()}
+    entries = {reuse: curve(tmp_path / str(reuse)) for reuse in runs}
+    assert entries[True][0] == entries[False][0]  # critic alone: nothing to reuse
+    assert entries[True][1]["student/loss"] == entries[False][1]["student/loss"]
+    assert calls[True] < calls[False]
+    assert runs[True].cursor == 8 and runs[False].cursor == 12
+
+
+def test_exit_steps_cover_the_whole_list_and_obey_their_switches(tmp_path: Path) -> None:
+    """Defects 7 and 8: the last step is trained too, and the draw belongs to the step, not to the rank or sample."""
+    for switch, check in (
+        ({}, lambda s: len(set(s)) == 1),
+        ({"same_step_across_blocks": False}, lambda s: len(s) == 3),
+        ({"last_step_only": True}, lambda s: s == (2, 2, 2)),
+    ):
+        run = trainer(tmp_path / str(len(switch)) / str(switch), rollout=switch)
+        drawn = []
+        for step in range(30):
+            run.step = step
+            (micro,) = run.batch("generator")
+            drawn.append(run._exit_steps(micro, 3))  # type: ignore[attr-defined]
+        assert all(check(steps) for steps in drawn)
+        assert {step for steps in drawn for step in steps} == ({2} if "last_step_only" in switch else {0, 1, 2})
+        assert any(len(set(steps)) > 1 for steps in drawn) == ("same_step_across_blocks" in switch)
+
+
+def test_teacher_is_frozen_in_bf16_and_trained_networks_are_fp32_masters(tmp_path: Path) -> None:
+    """Defect 11: a frozen teacher kept in fp32 master weights."""
+    run = trainer(tmp_path, max_steps=2, training={"precision": "bf16"})
+    teacher = run.teacher.net  # type: ignore[attr-defined]
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in teacher.parameters())
+    run.train()
+    for trained in run.networks.values():
+        assert {p.dtype for p in trained.net.parameters()} == {torch.float32}
+
+
+def test_validation_writes_videos_without_touching_the_run(tmp_path: Path) -> None:
+    trainer(tmp_path / "with", max_steps=4, validation={"every": 2, "weights": "both"}).train()
+    trainer(tmp_path / "without", max_steps=4).train()
+    assert sorted(p.name for p in (tmp_path / "with/validation").iterdir()) == [
+        "step_000002_ema.mp4", "step_000002_raw.mp4", "step_000004_ema.mp4", "step_000004_raw.mp4",
+    ]  # fmt: skip
+    steps = [entry for entry in curve(tmp_path / "with") if "critic/loss" in entry]
+    assert steps == curve(tmp_path / "without")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": {"overrides": {"dim": 48}}, "teacher": NETWORK}, "another geometry"),
+        ({"generator_training": {"optimizer": {"kind": "muon"}}}, "student was trained with adamw"),
+        ({"ema": {"decay": None}}, None),
+    ],
+)
+def test_resume_of_another_run_is_refused_in_one_line(changes: dict[str, Any], message: str | None, tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=5).train()
+    if message is None:  # an average that is no longer wanted is no obstacle
+        trainer(tmp_path, max_steps=6, **changes).train()
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        trainer(tmp_path, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_uneven_global_batch_is_refused() -> None:
+    from trainer.base import micro_batches
+
+    with pytest.raises(UserError, match="global_batch_size 4 is not a multiple of 3 ranks x"):
+        micro_batches(config(training={"micro_batch_size": 1}).training, 3)
