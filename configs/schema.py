@@ -182,14 +182,18 @@ class TrainingConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("max_steps", self.max_steps, 1), ("global_batch_size", self.global_batch_size, 1),
-            ("micro_batch_size", self.micro_batch_size, 1), ("generator_update_interval", self.generator_update_interval, 1),
-            ("critic_warmup_steps", self.critic_warmup_steps, 0), ("non_finite_limit", self.non_finite_limit, 1),
-            ("log_every", self.log_every, 1),
-        ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        least = {"critic_warmup_steps": 0}
+        for name in (
+            "max_steps",
+            "global_batch_size",
+            "micro_batch_size",
+            "generator_update_interval",
+            "critic_warmup_steps",
+            "non_finite_limit",
+            "log_every",
+        ):
+            if getattr(self, name) < least.get(name, 1):
+                raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {getattr(self, name)}")
 
     def generator_updates(self, steps: int) -> int:
         """How many of the first `steps` iterations train the student."""
@@ -241,9 +245,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         if (self.every is not None and self.every < 1) or self.count < 1 or self.steps < 1:
-            raise ValueError(
-                f"every, count and steps must be at least 1, got {self.every}, {self.count}, {self.steps}"
-            )
+            raise ValueError(f"every, count and steps must be at least 1, got {self.every}, {self.count}, {self.steps}")
 
 
 @dataclass
@@ -321,7 +323,9 @@ class RunConfig:
             )
         if rollout.num_training_frames is not None:
             if rollout.kind is not RolloutKind.self_forcing:
-                raise ValueError(f"rollout.num_training_frames needs kind self_forcing, not {rollout.kind.value}: set it null")
+                raise ValueError(
+                    f"rollout.num_training_frames needs kind self_forcing, not {rollout.kind.value}: set it null"
+                )
             rollout_lengths(self.data.toy.frames, rollout.num_training_frames, self.causal.num_frame_per_block)
         if rollout.reuse_rollout and self.training.update_schedule is UpdateSchedule.alternating:
             raise ValueError(
@@ -342,4 +346,6 @@ class RunConfig:
             for field_name in ("in_dim", "out_dim", "text_dim", "text_len"):
                 a, b = getattr(mine, field_name), getattr(other, field_name)
                 if a != b:
-                    raise ValueError(f"{name} has {field_name} {b} and student {a}: they must see the same latents and text")
+                    raise ValueError(
+                        f"{name} has {field_name} {b} and student {a}: they must see the same latents and text"
+                    )

@@ -71,9 +71,15 @@ def dmd_loss(
 
 
 def critic_loss(
-    rollout: Rollout, fake: ScoreNet, conditioning: Conditioning, sigma: Tensor, noise: Tensor, *, x0_target: bool = False
+    rollout: Rollout,
+    fake: ScoreNet,
+    conditioning: Conditioning,
+    sigma: Tensor,
+    noise: Tensor,
+    *,
+    x0_target: bool = False,
 ) -> LossOutput:
-    """Flow matching of the critic on the student's samples, conditional only, at its own draw of sigma [B] and noise."""
+    """Flow matching of the critic on the student's samples, conditional only, at its own draw of sigma [B], noise."""
     x0 = rollout.x0.detach()
     weight = None if rollout.frame_mask is None else rollout.frame_mask.float().expand(x0.shape[:2])
     return flow_matching_loss(

@@ -57,9 +57,7 @@ def uniform_sigmas(steps: int, shift: float) -> tuple[float, ...]:
     return tuple(shift_sigma(1 - i / steps, shift) for i in range(steps))
 
 
-def score_sigma(
-    u: Tensor, *, shift: float, low: float, high: float, clamp: tuple[float, float] = (0.0, 1.0)
-) -> Tensor:
+def score_sigma(u: Tensor, *, shift: float, low: float, high: float, clamp: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """The noise level at which a score is taken: u ~ U[0, 1] -> shifted, within [low, high], then clamped.
 
     `low` and `high` bound sigma itself (min_score_timestep, ts_schedule, ts_schedule_max): u is stretched over
@@ -74,10 +72,10 @@ class ScheduleConfig:
     """Noise levels of the student's steps, of the scores and of flow-matching training. Timesteps count 0..1000.
 
     denoising_step_list: the student's steps; warp_denoising_step: pass them through timestep_shift.
-    timestep_shift: of the student's steps and of flow-matching training. score_timestep_shift: of the noise level at
-    which scores are taken and the critic is trained. min_sigma, max_sigma: its clamp. min_score_timestep: its lower bound.
-    ts_schedule, ts_schedule_max: bound it by the exit step instead, from below by the level that the step leads to, from
-    above by the level that it starts at.
+    timestep_shift: of the student's steps and of flow-matching training.
+    score_timestep_shift: of the noise level at which scores are taken and the critic is trained; min_sigma, max_sigma:
+    its clamp; min_score_timestep: its lower bound. ts_schedule, ts_schedule_max: bound it by the exit step instead,
+    from below by the level that the step leads to, from above by the level that it starts at.
     """
 
     denoising_step_list: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
@@ -92,11 +90,16 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         self.sigmas()
-        for name, shift in (("timestep_shift", self.timestep_shift), ("score_timestep_shift", self.score_timestep_shift)):
+        for name, shift in (
+            ("timestep_shift", self.timestep_shift),
+            ("score_timestep_shift", self.score_timestep_shift),
+        ):
             if shift <= 0:
                 raise ValueError(f"{name} must be positive (1 = none), got {shift}")
         if not 0 <= self.min_sigma < self.max_sigma <= 1:
-            raise ValueError(f"min_sigma and max_sigma must satisfy 0 <= min < max <= 1, got {self.min_sigma} and {self.max_sigma}")
+            raise ValueError(
+                f"min_sigma and max_sigma must satisfy 0 <= min < max <= 1, got {self.min_sigma} and {self.max_sigma}"
+            )
         if not 0 <= self.min_score_timestep < TIMESTEPS:
             raise ValueError(f"min_score_timestep must be in [0, 1000), got {self.min_score_timestep}")
 

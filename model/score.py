@@ -24,7 +24,11 @@ class ScoreNet:
     """
 
     def __init__(
-        self, net: nn.Module, name: str, evaluations: Evaluations | None = None, compute_dtype: torch.dtype | None = None
+        self,
+        net: nn.Module,
+        name: str,
+        evaluations: Evaluations | None = None,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         self.net = net
         self.name = name

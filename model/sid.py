@@ -5,11 +5,12 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from model.dmd import Guidance, per_sample_mean
 from model.schedule import mix
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
-from torch import Tensor
 
 
 def sid_loss(

@@ -28,9 +28,16 @@ def backward_simulation(
     *,
     with_gradient: bool,
 ) -> Rollout:
-    """DMD2's simulated input (arXiv 2405.14867, section 4.5): the student's own steps from pure noise [B, F, C, H, W]."""
+    """DMD2's simulated input (arXiv 2405.14867, section 4.5): the student's steps from pure noise [B, F, C, H, W]."""
     x0 = denoise_block(
-        student, noise, conditioning.text, sigmas, exit_step=exit_step, block=0, source=source, cache=None,
+        student,
+        noise,
+        conditioning.text,
+        sigmas,
+        exit_step=exit_step,
+        block=0,
+        source=source,
+        cache=None,
         with_gradient=with_gradient,
     )
     return Rollout(x0, sigmas[exit_step], (*sigmas, 0.0)[exit_step + 1], exit_steps=(exit_step,))

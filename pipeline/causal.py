@@ -54,14 +54,23 @@ class CausalConfig:
         while sum(given) < initial:
             given = blocks[: len(given) + 1]
         if sum(given) != initial:
-            raise ValueError(f"{initial} initial latent frames do not end at a block: use {sum(given)} or {sum(given[:-1])}")
+            raise ValueError(
+                f"{initial} initial latent frames do not end at a block: use {sum(given)} or {sum(given[:-1])}"
+            )
         return given, blocks[len(given) :]
 
     def cache_frames(self, frames: int) -> int:
         return context_frames(frames, self.num_frame_per_block, self.window_frames, self.sink_frames)
 
     def new_cache(
-        self, net: WanTransformer, batch: int, frames: int, height: int, width: int, dtype: torch.dtype, device: torch.device
+        self,
+        net: WanTransformer,
+        batch: int,
+        frames: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> KVCache:
         """A cache for a video of `frames` frames in all, as small as the window allows."""
         held = self.cache_frames(frames)

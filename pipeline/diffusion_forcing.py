@@ -21,7 +21,13 @@ def per_frame(values_Bb: Tensor, blocks: Sequence[int]) -> Tensor:
 
 
 def teacher_forced_velocity(
-    net: ScoreNet, x: Tensor, sigma_BF: Tensor, clean: Tensor, clean_sigma_BF: Tensor, text: Tensor, causal: CausalConfig
+    net: ScoreNet,
+    x: Tensor,
+    sigma_BF: Tensor,
+    clean: Tensor,
+    clean_sigma_BF: Tensor,
+    text: Tensor,
+    causal: CausalConfig,
 ) -> Tensor:
     """Velocity [B, F, C, H, W] of noisy frames x, each block looking back at the clean ones (CausVid, section 4.1).
 

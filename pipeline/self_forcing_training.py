@@ -36,7 +36,8 @@ def rollout_lengths(frames: int, num_training_frames: int, frames_per_block: int
     """The lengths that a long rollout may have: from `frames` up to `num_training_frames` in whole blocks."""
     if num_training_frames < frames or (num_training_frames - frames) % frames_per_block:
         raise ValueError(
-            f"num_training_frames {num_training_frames} must be {frames} plus a multiple of the block of {frames_per_block}"
+            f"num_training_frames {num_training_frames} must be {frames} plus a multiple of the block of "
+            f"{frames_per_block}"
         )
     return list(range(frames, num_training_frames + 1, frames_per_block))
 
@@ -75,7 +76,14 @@ def self_forcing_rollout(
         done += part.shape[1]
         judged = done > total - plan.score_frames
         x0 = denoise_block(
-            student, part, text, sigmas, exit_step=exit_step, block=index, source=source, cache=cache,
+            student,
+            part,
+            text,
+            sigmas,
+            exit_step=exit_step,
+            block=index,
+            source=source,
+            cache=cache,
             with_gradient=with_gradient and judged,
         )
         parts.append(x0)

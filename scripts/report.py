@@ -49,9 +49,9 @@ class Evaluation:
         listed = [part for parts in (*self.judged.values(), *self.shown.values()) for part in parts]
         return [part for part in listed if not samples.is_done(part)]
 
-    def run(self, workers: int) -> None:
-        """Makes what is missing."""
-        todo = self.todo()
+    def run(self, workers: int, runs: Sequence[str] = tuple(RUNS)) -> None:
+        """Makes what these runs' methods lack."""
+        todo = [part for part in self.todo() if part.method.run in runs]
         if todo:
             bar = tqdm(samples.make(todo, workers), total=len(todo), desc="sampling", unit="part", mininterval=5)
             for _ in bar:
@@ -201,13 +201,13 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, default=Path("configs/toy/prompts.txt"), help="prompts whose videos are shown")
     parser.add_argument("--cache", type=Path, default=Path("logs/cache"), help="where the judge is kept")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that sample")
-    parser.add_argument("--sample-only", action="store_true", help="make the videos that can be made by now, no report")
+    parser.add_argument("--sample", nargs="+", choices=tuple(RUNS), metavar="RUN", help="only make these runs' videos")
     args = parser.parse_args()
     if args.workers < 1 or args.count < 2:
         raise UserError(f"--workers {args.workers} --count {args.count}: at least 1 worker and 2 videos")
     evaluation = Evaluation(args.root, args.prompts, args.count, args.split)
-    evaluation.run(args.workers)
-    if args.sample_only:
+    evaluation.run(args.workers, args.sample or tuple(RUNS))
+    if args.sample:
         return 0
     rows = evaluation.rows(ToyJudge(evaluation.world, args.cache))
     write_rows(args.root / "evaluation" / "rows.json", rows)

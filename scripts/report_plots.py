@@ -67,6 +67,8 @@ def _curve(panel: Panel, number: int) -> str:
         axes.grid(alpha=0.2)
         if panel.log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         if drawn > 1 or panel.level is not None:
             axes.legend(frameon=False, fontsize=8)
         buffer = io.StringIO()
@@ -115,7 +117,7 @@ def write_comparison(root: Path, labels: Sequence[str], prompts: Sequence[str], 
     """comparison.mp4 and .gif (a row for each method, a column for each prompt) and comparison.png (the same for the
     first two prompts, frame by frame). videos: [M, P, T, C, H, W] in [0, 1]."""
     heads = [short(prompt) for prompt in prompts]
-    for name, scale, columns, levels in (("comparison.mp4", 4, len(heads), 255), ("comparison.gif", 3, 6, 11)):
+    for name, scale, columns, levels in (("comparison.mp4", 4, len(heads), 255), ("comparison.gif", 3, 6, 15)):
         # few grey levels keep the GIF small: noise that nobody sees is most of its bytes
         rows = [side_by_side((held(video[:columns, :, :1]) * levels).round() / levels) for video in videos]
         write_video(root / name, _sheet(rows, labels, heads[:columns], scale), fps)

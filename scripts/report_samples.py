@@ -36,8 +36,8 @@ RUNS = {
     DMD: "Self-Forcing + DMD, 4 steps",
     DMD_2STEP: "Self-Forcing + DMD, 2 steps",
 }
-PART = 50  # judged videos a file
-BATCH_MANY_STEPS, BATCH_FEW_STEPS = 10, 50  # videos at once: measured on CPU, the bidirectional net likes them small
+PART = 25  # judged videos a file
+BATCH_MANY_STEPS, BATCH_FEW_STEPS = 10, 25  # videos at once: measured on CPU, the bidirectional net likes them small
 
 
 @dataclass(frozen=True)

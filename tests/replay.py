@@ -138,8 +138,15 @@ def _rollout(case: Case, with_gradient: bool) -> Rollout:
     frames = noise.shape[1] + case.conditioning.initial_frames
     plan = RolloutPlan(tuple(case.settings["exit_steps"]), frames)
     return self_forcing_rollout(
-        case.score("student"), noise, case.conditioning, case.settings["step_sigmas"], case.causal, plan,
-        GivenNoise(case.inputs), case.cache(noise), with_gradient=with_gradient,
+        case.score("student"),
+        noise,
+        case.conditioning,
+        case.settings["step_sigmas"],
+        case.causal,
+        plan,
+        GivenNoise(case.inputs),
+        case.cache(noise),
+        with_gradient=with_gradient,
     )
 
 
@@ -150,7 +157,9 @@ def rollout(case: Case) -> Tensors:
 def stream(case: Case) -> Tensors:
     noise, steps = case.inputs["noise"], case.settings["step_sigmas"]
     source = GivenNoise(case.inputs)
-    return {"x0": generate(case.score("student"), noise, case.conditioning, steps, case.causal, source, case.cache(noise))}
+    return {
+        "x0": generate(case.score("student"), noise, case.conditioning, steps, case.causal, source, case.cache(noise))
+    }
 
 
 def _backward(case: Case, trained: str, output: LossOutput, x0: Tensor) -> Tensors:
@@ -190,14 +199,21 @@ def dmd(case: Case) -> Tensors:
 def critic(case: Case) -> Tensors:
     _prepare(case, "critic")
     made = _rollout(case, False)
-    return _backward(case, "critic", critic_loss(made, case.score("critic"), case.conditioning, *_score_draw(case)), made.x0)
+    return _backward(
+        case, "critic", critic_loss(made, case.score("critic"), case.conditioning, *_score_draw(case)), made.x0
+    )
 
 
 def sid(case: Case) -> Tensors:
     _prepare(case, "student")
     made = _rollout(case, True)
     output = sid_loss(
-        made, case.score("teacher"), case.score("critic"), case.conditioning, _guidance(case), *_score_draw(case),
+        made,
+        case.score("teacher"),
+        case.score("critic"),
+        case.conditioning,
+        _guidance(case),
+        *_score_draw(case),
         alpha=case.settings.get("alpha", 1.0),
     )
     return _backward(case, "student", output, made.x0)
@@ -249,9 +265,7 @@ class Folder:
         unknown = sorted(set(settings) - SETTINGS[kind] - {"batch", "frames"})
         if unknown:
             raise ValueError(f"{name}: setting '{unknown[0]}' of a {kind} case is not known")
-        return Case(
-            kind, settings, self.part(name, "in"), entry.get("grad_norm_order", []), self.nets, checkpointing
-        )
+        return Case(kind, settings, self.part(name, "in"), entry.get("grad_norm_order", []), self.nets, checkpointing)
 
     def part(self, name: str, side: str) -> Tensors:
         prefix = f"{name}/{side}."

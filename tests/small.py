@@ -45,7 +45,12 @@ DIFFUSION: dict[str, Any] = merged(
 )
 ODE: dict[str, Any] = merged(
     DISTILLATION,
-    {"trainer": "ode", "critic": None, "ode": {"pairs": 6, "steps": 6, "shift": 3.0, "guidance": 2.0}, "training": {"critic_warmup_steps": 0}},
+    {
+        "trainer": "ode",
+        "critic": None,
+        "ode": {"pairs": 6, "steps": 6, "shift": 3.0, "guidance": 2.0},
+        "training": {"critic_warmup_steps": 0},
+    },
 )
 
 
@@ -53,5 +58,12 @@ def config(base: dict[str, Any] = DISTILLATION, **changes: Any) -> RunConfig:
     return from_plain(RunConfig, merged(base, changes))
 
 
-def trainer(path: Path, base: dict[str, Any] = DISTILLATION, *, resume: str = "auto", max_steps: int | None = None, **changes: Any) -> Trainer:
+def trainer(
+    path: Path,
+    base: dict[str, Any] = DISTILLATION,
+    *,
+    resume: str = "auto",
+    max_steps: int | None = None,
+    **changes: Any,
+) -> Trainer:
     return build_trainer(config(base, **changes), RunOptions(path, resume, max_steps, wandb=False))

@@ -91,7 +91,9 @@ def test_teacher_takes_as_many_steps_as_asked(teacher: Path) -> None:
     for steps in (1, 5):
         before = generator.score.evaluations.total_frames
         generator(PROMPTS, Sampling(steps=steps), [0, 1])
-        assert generator.score.evaluations.total_frames - before == steps * 2 * 2 * 9  # steps x guidance x batch x frames
+        assert (
+            generator.score.evaluations.total_frames - before == steps * 2 * 2 * 9
+        )  # steps x guidance x batch x frames
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,9 @@ def test_prompt_file_is_resumed(run: Path, tmp_path: Path, capsys: pytest.Captur
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     out = tmp_path / "videos"
-    args = inference_args(["--run", str(run), "--prompts", str(prompts), "--out", str(out), "--batch", "1", "--scale", "2"])
+    args = inference_args(
+        ["--run", str(run), "--prompts", str(prompts), "--out", str(out), "--batch", "1", "--scale", "2"]
+    )
     generator = Generator.load(run, CPU)
     assert generate_videos(generator, args) == 0
     made = sorted(out.iterdir())
@@ -137,7 +141,9 @@ def test_one_prompt_to_one_file_of_each_format(run: Path, tmp_path: Path, suffix
 def test_image_option_reads_a_file(run: Path, tmp_path: Path) -> None:
     write_video(tmp_path / "first.png", torch.rand(1, 3, 16, 16), 8)
     out = tmp_path / "v.mp4"
-    args = inference_args(["--run", str(run), "--prompt", PROMPTS[0], "--image", str(tmp_path / "first.png"), "--out", str(out)])
+    args = inference_args(
+        ["--run", str(run), "--prompt", PROMPTS[0], "--image", str(tmp_path / "first.png"), "--out", str(out)]
+    )
     generate_videos(Generator.load(run, CPU), args)
     assert read_video(out).shape[0] == 10
 

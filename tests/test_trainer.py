@@ -220,7 +220,9 @@ def test_long_rollouts_judge_only_the_last_window(tmp_path: Path) -> None:
 
 
 def test_reused_rollout_costs_the_critic_nothing(tmp_path: Path) -> None:
-    runs = {reuse: trainer(tmp_path / str(reuse), max_steps=2, rollout={"reuse_rollout": reuse}) for reuse in (True, False)}
+    runs = {
+        reuse: trainer(tmp_path / str(reuse), max_steps=2, rollout={"reuse_rollout": reuse}) for reuse in (True, False)
+    }
     for run in runs.values():
         run.train()
     calls = {reuse: run.evaluations.calls["student"] for reuse, run in runs.items()}
@@ -278,7 +280,9 @@ def test_validation_writes_videos_without_touching_the_run(tmp_path: Path) -> No
         ({"ema": {"decay": None}}, None),
     ],
 )
-def test_resume_of_another_run_is_refused_in_one_line(changes: dict[str, Any], message: str | None, tmp_path: Path) -> None:
+def test_resume_of_another_run_is_refused_in_one_line(
+    changes: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
     trainer(tmp_path, max_steps=5).train()
     if message is None:  # an average that is no longer wanted is no obstacle
         trainer(tmp_path, max_steps=6, **changes).train()

@@ -43,7 +43,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of the global batch. positions: global sample numbers, which key every draw; weight: its share of the mean."""
+    """A part of the global batch. positions: global sample numbers, which key every draw; weight: share of the mean."""
 
     positions: range
     noise: Noise
@@ -110,7 +110,9 @@ class Trainer(ABC):
                 progress.update(self.step, {k: v for k, v in metrics.items() if k in self.headline})
                 if self.step % self.config.checkpoint.every == 0 or self.step == total:
                     self.save_checkpoint()
-                if self.config.validation.every and (self.step % self.config.validation.every == 0 or self.step == total):
+                if self.config.validation.every and (
+                    self.step % self.config.validation.every == 0 or self.step == total
+                ):
                     self.validate()
             if self.stop_signal is not None and self.step < total:
                 self.save_checkpoint()
@@ -150,7 +152,9 @@ class Trainer(ABC):
             out.append(MicroBatch(positions, noise, size / training.global_batch_size))
         return out
 
-    def update(self, trained: Trained, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], LossOutput]) -> dict[str, float]:
+    def update(
+        self, trained: Trained, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], LossOutput]
+    ) -> dict[str, float]:
         """Accumulates a global batch's gradient and takes one optimizer step, unless a number is not finite."""
         trained.optimizer.zero_grad()
         sums: dict[str, float] = {}
@@ -238,9 +242,13 @@ class Trainer(ABC):
         if distributed.is_main():
             tensors, state = save_run(self.networks)
             state |= {
-                "step": self.step, "cursor": self.cursor, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row,
-                "evaluations": evaluations, "seed": self.config.seed, "config": to_plain(self.config),
-            }  # fmt: skip
+                "step": self.step,
+                "cursor": self.cursor,
+                "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "evaluations": evaluations,
+                "config": to_plain(self.config),
+            }
             checkpoint.save(self.checkpoints, self.step, tensors, state)
             checkpoint.prune(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
         distributed.barrier()
@@ -309,5 +317,3 @@ def sum_evaluations(evaluations: Evaluations) -> dict[str, dict[str, int]]:
         kind, name = key.split(".", 1)
         out[kind][name] = int(value)
     return out
-
-

@@ -80,8 +80,15 @@ def build_for_inference(
 
 
 def build_trained(
-    config: RunConfig, network: NetworkConfig, name: str, training: TrainedConfig, updates: int, evaluations: Evaluations,
-    device: torch.device, *, with_ema: bool,
+    config: RunConfig,
+    network: NetworkConfig,
+    name: str,
+    training: TrainedConfig,
+    updates: int,
+    evaluations: Evaluations,
+    device: torch.device,
+    *,
+    with_ema: bool,
 ) -> Trained:
     """A network with fp32 master weights, its optimizer and schedule over `updates` updates, and maybe its EMA."""
     net = build_network(network, name, config.seed, device)

@@ -36,7 +36,9 @@ class DiffusionTrainer(Trainer):
         config = self.config.diffusion
         latents, captions = self.task.real(micro.positions)
         dropped = micro.noise.uniform("caption_dropout") < config.caption_dropout
-        prompts = [self.task.negative_prompt if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)]
+        prompts = [
+            self.task.negative_prompt if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)
+        ]
         text = self.task.conditioning(prompts).text
         noise = micro.noise.normal("noise", tuple(latents.shape[1:]))
         match config.mode:
@@ -61,7 +63,9 @@ class DiffusionTrainer(Trainer):
         frames = latents.shape[1]
         sigma_BF, causal = self._block_sigmas(micro, frames), self.config.causal
         blocks = causal.blocks(frames)
-        clean = per_frame(micro.noise.uniform("clean", (len(blocks),)), blocks) < self.config.diffusion.clean_block_share
+        clean = (
+            per_frame(micro.noise.uniform("clean", (len(blocks),)), blocks) < self.config.diffusion.clean_block_share
+        )
         clean &= ~clean.all(dim=1, keepdim=True)  # a sample with nothing left to learn from is noised after all
         sigma_BF = sigma_BF.masked_fill(clean, 0.0)
         score, mask = self.networks["student"].score, causal.mask(frames)

@@ -51,7 +51,8 @@ class ScoreDistillationTrainer(Trainer):
         self._cache: KVCache | None = None
 
     def training_step(self) -> dict[str, float]:
-        training, metrics = self.config.training, {}
+        training = self.config.training
+        metrics: dict[str, float] = {}
         shared: list[Rollout] = []
         batch: list[MicroBatch] = []
         if training.trains_generator(self.step):
@@ -85,16 +86,16 @@ class ScoreDistillationTrainer(Trainer):
             sigma = self._score_sigma(micro, "critic_sigma", rollout)
             noise = micro.noise.normal("critic_noise", tuple(rollout.x0.shape[1:]))
             x0_target = self.config.objective.critic_loss is CriticLoss.x0
-            return critic_loss(
-                rollout, self.networks["critic"].score, conditioning, sigma, noise, x0_target=x0_target
-            )
+            return critic_loss(rollout, self.networks["critic"].score, conditioning, sigma, noise, x0_target=x0_target)
 
         return self.update(self.networks["critic"], batch, loss_of)
 
     def objective(self, micro: MicroBatch, rollout: Rollout, conditioning: Conditioning) -> LossOutput:
         """The student's loss on its rollout."""
         config = self.config.objective
-        guidance = Guidance(self.task.negative(conditioning.batch), config.real_guidance_scale, config.fake_guidance_scale)
+        guidance = Guidance(
+            self.task.negative(conditioning.batch), config.real_guidance_scale, config.fake_guidance_scale
+        )
         sigma = self._score_sigma(micro, "score_sigma", rollout)
         noise = micro.noise.normal("score_noise", tuple(rollout.x0.shape[1:]))
         fake = self.networks["critic"].score
@@ -133,7 +134,14 @@ class ScoreDistillationTrainer(Trainer):
                     blocks = len(config.causal.blocks(shape[0]))
                     steps = (noise.uniform("input_step", (blocks,)) * len(self.sigmas)).long()
                     made = diffusion_forcing_input(
-                        student, latents, conditioning, self.sigmas, steps, config.causal, noise, with_gradient=with_gradient
+                        student,
+                        latents,
+                        conditioning,
+                        self.sigmas,
+                        steps,
+                        config.causal,
+                        noise,
+                        with_gradient=with_gradient,
                     )
         return made, conditioning
 

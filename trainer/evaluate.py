@@ -28,7 +28,7 @@ SPLITS = {"dev": 7001, "test": 9001}  # seeds of prompts and noise
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. metrics: the judge's; evaluations: network evaluations a video; seconds: CPU or GPU, a video."""
+    """One line of the table. metrics: the judge's; evaluations: of networks, a video; seconds: of CPU, a video."""
 
     name: str
     metrics: dict[str, float]
@@ -72,10 +72,16 @@ def evaluate_real(judge: ToyJudge, *, count: int, split: str) -> Row:
 
 
 COLUMNS = (
-    ("prompt right", "prompt_right", "{:.3f}"), ("digit", "digit_right", "{:.3f}"), ("direction", "direction_right", "{:.3f}"),
-    ("appearance FD", "appearance_fd", "{:.2f}"), ("motion error", "motion_error", "{:.3f}"), ("jitter px", "jitter", "{:.2f}"),
-    ("flicker", "flicker", "{:.3f}"), ("intensity", "intensity", "{:.4f}"), ("diversity", "diversity", "{:.2f}"),
-)  # fmt: skip
+    ("prompt right", "prompt_right", "{:.3f}"),
+    ("digit", "digit_right", "{:.3f}"),
+    ("direction", "direction_right", "{:.3f}"),
+    ("appearance FD", "appearance_fd", "{:.2f}"),
+    ("motion error", "motion_error", "{:.3f}"),
+    ("jitter px", "jitter", "{:.2f}"),
+    ("flicker", "flicker", "{:.3f}"),
+    ("intensity", "intensity", "{:.4f}"),
+    ("diversity", "diversity", "{:.2f}"),
+)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -83,7 +89,10 @@ def table(rows: Sequence[Row]) -> str:
     heads = ["", *(head for head, _, _ in COLUMNS), "evaluations"]
     lines = [[r.name, *(form.format(r.metrics[key]) for _, key, form in COLUMNS), f"{r.evaluations:.1f}"] for r in rows]
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
-    show = [[line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))] for line in [heads, *lines]]
+    show = [
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        for line in [heads, *lines]
+    ]
     return "\n".join("  ".join(line) for line in show)
 
 

@@ -19,7 +19,7 @@ from model.score import ScoreNet
 from model.types import Evaluations
 from model.wan.config import NetworkConfig
 from pipeline.causal import CausalConfig
-from trainer.build import build_task, build_for_inference, compute_dtype
+from trainer.build import build_for_inference, build_task, compute_dtype
 from trainer.sampling import euler, few_step_sample
 from utils import checkpoint
 from utils.config import UserError, from_plain
@@ -79,9 +79,11 @@ class Generator:
         return step_sigmas(chosen, warp=schedule.warp_denoising_step, shift=schedule.timestep_shift)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int], first_frame: Tensor | None = None) -> Tensor:
-        """Latents [B, F, C, H, W] for prompts. ids: what keys each video's draws beside the seed, so that a video is the
-        same in any batch. first_frame: pixels [1, C, h, w] in [0, 1] that all videos start with."""
+    def __call__(
+        self, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int], first_frame: Tensor | None = None
+    ) -> Tensor:
+        """Latents [B, F, C, H, W] for prompts. ids: what keys each video's draws beside the seed, so a video is the same
+        in any batch. first_frame: pixels [1, C, h, w] in [0, 1] that all videos start with."""
         initial = None
         if first_frame is not None:
             initial = self.task.encode(first_frame[None]).expand(len(prompts), -1, -1, -1, -1)
@@ -100,7 +102,9 @@ class Generator:
         noise = source.normal("noise", shape)
         return few_step_sample(self.score, noise, conditioning, self.step_list(sampling.steps), causal, source)
 
-    def _many_steps(self, source: Noise, shape: tuple[int, ...], text: Tensor, sampling: Sampling, given: int) -> Tensor:
+    def _many_steps(
+        self, source: Noise, shape: tuple[int, ...], text: Tensor, sampling: Sampling, given: int
+    ) -> Tensor:
         if given:
             raise UserError("--image: a bidirectional text-to-video network takes no first frame: use a causal student")
         validation = self.config.validation

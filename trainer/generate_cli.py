@@ -18,7 +18,7 @@ from utils.video import read_image, write_video
 
 @dataclass(frozen=True)
 class InferenceArgs:
-    """What inference.py was asked to do. source: a run or checkpoint folder; out: a folder, or one file for one prompt."""
+    """What inference.py was asked to do. source: run or checkpoint folder; out: a folder, or a file for one prompt."""
 
     source: Path
     prompts: tuple[str, ...]
@@ -89,5 +89,8 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
             write_video(paths[index], pixels, args.fps, args.scale)
             frames += pixels.shape[0]
     seconds = time.perf_counter() - started
-    print(f"{len(todo)} videos, {frames} frames in {seconds:.1f} s ({frames / max(seconds, 1e-9):.1f} frames/s) -> {args.out}")
+    print(
+        f"{len(todo)} videos, {frames} frames in {seconds:.1f} s ({frames / max(seconds, 1e-9):.1f} frames/s) "
+        f"-> {args.out}"
+    )
     return 0

@@ -57,7 +57,9 @@ class ODETrainer(Trainer):
         return self.task.conditioning(self.task.prompts(range(pair, pair + 1))).text
 
     def _load_or_make(self) -> tuple[Tensor, Tensor]:
-        key = config_hash([self.config.ode, self.config.teacher, self.config.data, self.config.schedule, self.config.seed])
+        key = config_hash(
+            [self.config.ode, self.config.teacher, self.config.data, self.config.schedule, self.config.seed]
+        )
         path = self.options.logdir / f"ode_pairs_{key[:12]}.safetensors"
         if distributed.is_main() and not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,9 @@ class ODETrainer(Trainer):
         progress = Progress(config.pairs, desc="ODE pairs", is_main=True)
         for start in range(0, config.pairs, size):
             positions = range(start, min(start + size, config.pairs))
-            x = Noise(keyed_seed(self.config.seed, "ode_pairs"), 0, positions, self.device).normal("noise", self.task.latent_shape)
+            x = Noise(keyed_seed(self.config.seed, "ode_pairs"), 0, positions, self.device).normal(
+                "noise", self.task.latent_shape
+            )
             text = self.task.conditioning(self.task.prompts(positions)).text
             negative = self.task.negative(len(positions))
             points = {}

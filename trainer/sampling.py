@@ -27,7 +27,12 @@ def cache_dtype(score: ScoreNet) -> torch.dtype:
 
 
 def few_step_sample(
-    score: ScoreNet, noise: Tensor, conditioning: Conditioning, sigmas: Sequence[float], causal: CausalConfig | None, source: NoiseSource
+    score: ScoreNet,
+    noise: Tensor,
+    conditioning: Conditioning,
+    sigmas: Sequence[float],
+    causal: CausalConfig | None,
+    source: NoiseSource,
 ) -> Tensor:
     """A student's video [B, Fi + F, C, H, W]: block by block over a cache, or all at once where `causal` is None."""
     with torch.no_grad():
@@ -45,18 +50,32 @@ def few_step_sample(
 
 
 def euler(
-    score: ScoreNet, source: NoiseSource, shape: tuple[int, ...], text: Tensor, negative: Tensor, steps: int, shift: float, guidance: float
+    score: ScoreNet,
+    source: NoiseSource,
+    shape: tuple[int, ...],
+    text: Tensor,
+    negative: Tensor,
+    steps: int,
+    shift: float,
+    guidance: float,
 ) -> Tensor:
     """A many-step network's video [B, F, C, H, W]: Euler over a shifted uniform grid with guidance."""
     return euler_sample(score, source.normal("noise", shape), text, negative, uniform_sigmas(steps, shift), guidance)
 
 
 def sample(
-    config: RunConfig, score: ScoreNet, shape: tuple[int, ...], conditioning: Conditioning, negative: Tensor, source: NoiseSource
+    config: RunConfig,
+    score: ScoreNet,
+    shape: tuple[int, ...],
+    conditioning: Conditioning,
+    negative: Tensor,
+    source: NoiseSource,
 ) -> Tensor:
     """Latents [B, F, C, H, W] the way the run's network is meant to be sampled; `shape` is (F, C, H, W)."""
     if config.trainer is TrainerKind.diffusion and not config.is_causal:
         v = config.validation
-        return euler(score, source, shape, conditioning.text, negative, v.steps, config.schedule.timestep_shift, v.guidance)
+        return euler(
+            score, source, shape, conditioning.text, negative, v.steps, config.schedule.timestep_shift, v.guidance
+        )
     causal = config.causal if config.is_causal else None
     return few_step_sample(score, source.normal("noise", shape), conditioning, config.schedule.sigmas(), causal, source)

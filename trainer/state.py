@@ -44,7 +44,9 @@ def load_run(networks: dict[str, Trained], path: Path, state: dict[str, Any], de
         _refuse_other_geometry(trained, weights, path)
         trained.net.load_state_dict(weights)
         if set(saved["optimizers"]) != set(trained.optimizer.optimizers):
-            raise UserError(f"{path}: {name} was trained with {', '.join(saved['optimizers'])}: set that optimizer kind")
+            raise UserError(
+                f"{path}: {name} was trained with {', '.join(saved['optimizers'])}: set that optimizer kind"
+            )
         for kind, optimizer in trained.optimizer.optimizers.items():
             tensors = checkpoint.load_tensors(path, f"{name}_{kind}", device)
             named = trained.optimizer.names_of(kind).items()

@@ -28,7 +28,9 @@ class ToyTask:
         self.latent_shape = self.world.latent_shape
         channels = self.latent_shape[1]
         if geometry.in_dim != channels or geometry.out_dim != channels:
-            raise ConfigError(f"student: in_dim {geometry.in_dim} does not fit the toy world's {channels} latent channels")
+            raise ConfigError(
+                f"student: in_dim {geometry.in_dim} does not fit the toy world's {channels} latent channels"
+            )
         geometry.tokens_per_frame(*self.latent_shape[2:])
         self.encoder = toy_text_encoder(self.world.captions, geometry.text_len, geometry.text_dim, config.text_seed)
         self.encoder.to(device)

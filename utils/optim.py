@@ -82,7 +82,12 @@ class NetworkOptimizer:
     """
 
     def __init__(
-        self, net: nn.Module, config: OptimizerConfig, schedule: LRScheduleConfig, total_updates: int, matrices: Iterable[str] = ()
+        self,
+        net: nn.Module,
+        config: OptimizerConfig,
+        schedule: LRScheduleConfig,
+        total_updates: int,
+        matrices: Iterable[str] = (),
     ) -> None:
         self.config, self.schedule, self.total = config, schedule, total_updates
         self.named = {name: p for name, p in net.named_parameters() if p.requires_grad}
@@ -90,13 +95,19 @@ class NetworkOptimizer:
         rest = [p for name, p in self.named.items() if name not in hidden]
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "adamw": torch.optim.AdamW(
-                rest, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, weight_decay=config.weight_decay
+                rest,
+                lr=config.lr,
+                betas=(config.betas[0], config.betas[1]),
+                eps=config.eps,
+                weight_decay=config.weight_decay,
             )
         }
         if hidden:
             self.optimizers["muon"] = torch.optim.Muon(
                 [p for name, p in self.named.items() if name in hidden],
-                lr=config.muon_lr, momentum=config.momentum, weight_decay=config.muon_weight_decay,
+                lr=config.muon_lr,
+                momentum=config.momentum,
+                weight_decay=config.muon_weight_decay,
             )
         self.peak = {"adamw": config.lr, "muon": config.muon_lr}
         self.updates = 0

@@ -23,7 +23,7 @@ class Backend(Enum):
     """How attention is computed. All give the same numbers up to rounding; tests hold it."""
 
     SDPA = "sdpa"  # torch's fused kernels
-    PLAIN = "plain"  # softmax(q k^T) v as two matmuls: faster for the small shapes of a CPU run, whose fused bf16 backward is slow
+    PLAIN = "plain"  # softmax(q k^T) v as two matmuls: on a CPU the fused bf16 backward is slower for small shapes
     FLEX = "flex"  # FlexAttention, compiled: skips masked blocks
     FLASH = "flash"  # flash-attn 3 or 2, where installed
 
@@ -31,7 +31,7 @@ class Backend(Enum):
 def available(backend: Backend) -> str | None:
     """None if the backend can run here, else one line saying what it needs."""
     if backend is Backend.FLASH and _flash() is None:
-        return "attention 'flash' needs the flash_attn_interface or flash_attn package: install requirements-gpu.txt or use 'sdpa'"
+        return "attention 'flash' needs the flash_attn package: install requirements-gpu.txt or use 'sdpa'"
     return None
 
 
@@ -48,7 +48,8 @@ def attend(
     tokens = q.shape[1] // mask.query_frames
     if q.shape[1] != tokens * mask.query_frames or k.shape[1] != tokens * mask.key_frames:
         raise ValueError(
-            f"mask of {mask.query_frames} x {mask.key_frames} frames does not fit {q.shape[1]} queries and {k.shape[1]} keys"
+            f"mask of {mask.query_frames} x {mask.key_frames} frames does not fit {q.shape[1]} queries and "
+            f"{k.shape[1]} keys"
         )
     if backend is Backend.FLEX:
         return _flex(q, k, v, _flex_mask(mask, tokens, q.device))
@@ -80,17 +81,17 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> Tensor:
 
 @cache
 def _flash() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    for package in ("flash_attn_interface", "flash_attn"):  # version 3 first
-        if importlib.util.find_spec(package) is None:
-            continue
-        function = importlib.import_module(package).flash_attn_func
+    packages = ("flash_attn_interface", "flash_attn")  # version 3 first
+    found = next((package for package in packages if importlib.util.find_spec(package) is not None), None)
+    if found is None:
+        return None
+    function = importlib.import_module(found).flash_attn_func
 
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = function(q, k, v)
-            return cast(Tensor, out[0] if isinstance(out, tuple) else out)
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = function(q, k, v)
+        return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
-        return run
-    return None
+    return run
 
 
 @cache

@@ -36,7 +36,9 @@ class WanConfig:
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide dim {self.dim}: choose a divisor of dim")
         if self.head_dim % 2 or self.head_dim < 6:
-            raise ValueError(f"head dim {self.head_dim} (dim {self.dim} / heads {self.num_heads}) must be even and >= 6")
+            raise ValueError(
+                f"head dim {self.head_dim} (dim {self.dim} / heads {self.num_heads}) must be even and >= 6"
+            )
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim {self.freq_dim} must be even: half of it is cosines")
         if len(self.patch_size) != 3 or min(self.patch_size) < 1:
@@ -59,8 +61,12 @@ class WanConfig:
 
 
 PRESETS: dict[str, WanConfig] = {
-    "tiny": WanConfig(dim=96, ffn_dim=192, num_heads=3, num_layers=2, in_dim=4, out_dim=4, text_dim=48, text_len=24, freq_dim=64),
-    "toy": WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=4, in_dim=4, out_dim=4, text_dim=64, text_len=8, freq_dim=64),
+    "tiny": WanConfig(
+        dim=96, ffn_dim=192, num_heads=3, num_layers=2, in_dim=4, out_dim=4, text_dim=48, text_len=24, freq_dim=64
+    ),
+    "toy": WanConfig(
+        dim=128, ffn_dim=512, num_heads=2, num_layers=4, in_dim=4, out_dim=4, text_dim=64, text_len=8, freq_dim=64
+    ),
     "bench": WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8, text_dim=256, text_len=64),
     "1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),

@@ -37,12 +37,25 @@ class KVCache:
     """
 
     def __init__(
-        self, shape: CacheShape, *, sinks: int = 0, rolling: bool = False, dtype: torch.dtype, device: torch.device | str
+        self,
+        shape: CacheShape,
+        *,
+        sinks: int = 0,
+        rolling: bool = False,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         if sinks > shape.context_frames:
             raise ValueError(f"{sinks} sink frames do not fit a context of {shape.context_frames} frames")
         self.shape, self.sinks, self.rolling = shape, sinks, rolling
-        size = (shape.layers, 2, shape.batch, shape.context_frames * shape.tokens_per_frame, shape.heads, shape.head_dim)
+        size = (
+            shape.layers,
+            2,
+            shape.batch,
+            shape.context_frames * shape.tokens_per_frame,
+            shape.heads,
+            shape.head_dim,
+        )
         self._kv = torch.empty(size, dtype=dtype, device=device)
         self._text: dict[int, tuple[Tensor, Tensor]] = {}
         self.frames = 0
@@ -127,7 +140,7 @@ class KVCache:
 def context_frames(total: int, block: int, window: int | None, sinks: int) -> int:
     """How many frames a cache must hold for `total` frames in blocks of `block` under a window of `window` frames.
 
-    The last block is never read back, and a window counts the block being computed. ValueError if the window is too small.
+    The last block is never read back, and a window counts the block being computed. ValueError if it is too small.
     """
     check_window(window, sinks, block)
     needed = max(total - block, 0)

@@ -46,7 +46,7 @@ class FrameMask:
 
     @cached_property
     def segments(self) -> tuple[tuple[slice, tuple[slice, ...]], ...]:
-        """Runs of query frames that see the same keys, with those keys as runs of frames: attention within one is dense."""
+        """Runs of query frames that see the same keys, and those keys as runs of frames: each a dense problem."""
         out = []
         start = 0
         for q in range(1, self.query_frames + 1):
@@ -89,7 +89,7 @@ def block_causal_mask(blocks: tuple[int, ...], window: int | None = None, sinks:
 
 @lru_cache(maxsize=64)
 def teacher_forcing_mask(blocks: tuple[int, ...], window: int | None = None, sinks: int = 0) -> FrameMask:
-    """Over the sequence [clean | noisy]: clean is block-causal; a noisy block sees itself and the clean blocks before it."""
+    """Over [clean | noisy]: clean is block-causal; a noisy block sees itself and the clean blocks before it."""
     causal = block_causal_mask(blocks, window, sinks).allowed
     total = len(causal)
     block_of = [b for b, size in enumerate(blocks) for _ in range(size)]

@@ -58,7 +58,7 @@ def gated_add(x_BLd: Tensor, y_BLd: Tensor, gate_BFd: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Projections of one attention: q, k, v, o and the norms of q and k. Which keys are seen is the caller's business."""
+    """Projections of one attention: q, k, v, o and the norms of q and k. Which keys are seen is the caller's."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -90,8 +90,15 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, time_BF6d: Tensor, text_BMd: Tensor | None, text_kv: KV | None, rope: Tensor, mask: FrameMask | None,
-        context: KV | None, backend: Backend,
+        self,
+        x: Tensor,
+        time_BF6d: Tensor,
+        text_BMd: Tensor | None,
+        text_kv: KV | None,
+        rope: Tensor,
+        mask: FrameMask | None,
+        context: KV | None,
+        backend: Backend,
     ) -> tuple[Tensor, KV, KV]:
         """x [B, L, d] -> x, this pass's rotated (k, v) and the text's (k, v), each [B, tokens, N, D].
 
@@ -176,8 +183,16 @@ class WanTransformer(nn.Module):
         return list(self.blocks)
 
     def new_cache(
-        self, batch: int, context_frames: int, height: int, width: int, *, sinks: int = 0, rolling: bool = False,
-        dtype: torch.dtype, device: torch.device | str,
+        self,
+        batch: int,
+        context_frames: int,
+        height: int,
+        width: int,
+        *,
+        sinks: int = 0,
+        rolling: bool = False,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> KVCache:
         """An empty cache for latents of `height` x `width`, holding `context_frames` frames."""
         c = self.config
@@ -205,7 +220,11 @@ class WanTransformer(nn.Module):
         """
         self._check(x, sigma, text)
         self._check_mask(x.shape[1], mask, cache)
-        frames, height, width = x.shape[1], x.shape[3] // self.config.patch_size[1], x.shape[4] // self.config.patch_size[2]
+        frames, height, width = (
+            x.shape[1],
+            x.shape[3] // self.config.patch_size[1],
+            x.shape[4] // self.config.patch_size[2],
+        )
         if positions is None:
             start = 0 if cache is None else cache.frames
             positions = range(start, start + frames)
@@ -218,7 +237,14 @@ class WanTransformer(nn.Module):
         return self._unpatchify(self.head(tokens, time), frames, height, width)
 
     def _run_blocks(
-        self, x: Tensor, time6: Tensor, text: Tensor, rope: Tensor, mask: FrameMask | None, cache: KVCache | None, write: bool
+        self,
+        x: Tensor,
+        time6: Tensor,
+        text: Tensor,
+        rope: Tensor,
+        mask: FrameMask | None,
+        cache: KVCache | None,
+        write: bool,
     ) -> Tensor:
         embedded: Tensor | None = None
         for layer, block in enumerate(self.blocks):

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 State = dict[str, Tensor]
 
-PREFIXES = ("model.", "_fsdp_wrapped_module.", "_orig_mod.")  # what trainers' wrappers leave in front of, or within, names
+PREFIXES = (
+    "model.",
+    "_fsdp_wrapped_module.",
+    "_orig_mod.",
+)  # what trainers' wrappers leave in front of, or within, names
 
 # native name -> Diffusers' name, of modules and bare parameters
 TOP = {
@@ -51,7 +55,9 @@ def detect_format(keys: Iterable[str]) -> Format:
         return Format.DIFFUSERS
     if any(".self_attn." in name or name.startswith("time_projection.") for name in names):
         return Format.NATIVE
-    raise ValueError(f"no Wan DiT: names like {names[:3]} are neither Wan's (blocks.0.self_attn.q) nor Diffusers' (attn1.to_q)")
+    raise ValueError(
+        f"no Wan DiT: names like {names[:3]} are neither Wan's (blocks.0.self_attn.q) nor Diffusers' (attn1.to_q)"
+    )
 
 
 def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
@@ -122,9 +128,15 @@ def load_native(net: nn.Module, state: Mapping[str, Tensor]) -> None:
             ],
         ),
     ]
-    found = [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for what, keys in problems if keys]
+    found = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in problems
+        if keys
+    ]
     if found:
-        raise ValueError(f"weights do not fit this geometry: {'; '.join(found)}: choose the preset that they were made for")
+        raise ValueError(
+            f"weights do not fit this geometry: {'; '.join(found)}: choose the preset that they were made for"
+        )
     net.load_state_dict(dict(state))
 
 

@@ -1,0 +1,147 @@
+#!/usr/bin/env bash
+# The whole way on CPU cores: teacher -> causal initialisation -> Self-Forcing + DMD -> videos -> report.
+#   RUN_DIR=logs/quickstart  where everything goes      PYTHON=.venv/bin/python  which interpreter
+# Started again after Ctrl-C, a kill or a failure it goes on where it stopped; finished stages are skipped.
+set -euo pipefail
+# job control gives each stage a process group of its own: Ctrl-C reaches only this script, which asks the stage to
+# stop just once (a second signal would make a training stop without saving)
+set -m
+cd "$(dirname "$0")/.."
+
+RUN_DIR=${RUN_DIR:-logs/quickstart}
+PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+CORES=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+RANKS=$((CORES > 1 ? 2 : 1))
+GLOBAL_BATCH=16 # of configs/toy/*.yaml: split over the ranks it stays the same, and so do the losses
+export PYTHON OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive CUDA_VISIBLE_DEVICES= PYTHONUNBUFFERED=1
+
+say() { printf '\n==> [%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
+die() { printf 'quickstart: %s\n' "$*" >&2; exit 1; }
+
+# ------------------------------------------------------------------------------------------------ stages as processes
+
+groups=()
+launch() { # starts a command in the background, in its own process group: its id is $!
+  "$@" </dev/null &
+  groups+=("$!")
+}
+finish() { # finish ID STAGE: waits for it, and ends everything if it failed
+  local code=0
+  wait "$1" || code=$?
+  ((code == 0)) && return
+  halt
+  die "the stage $2 failed (exit code $code, see above); the same command goes on from here"
+}
+end() { # asks a group to stop and waits until all of it has
+  kill -TERM -- "-$1" 2>/dev/null || return 0
+  while kill -0 -- "-$1" 2>/dev/null; do
+    wait "$1" 2>/dev/null || true
+    sleep 0.1
+  done
+}
+halt() {
+  trap '' INT TERM HUP
+  local id
+  for id in ${groups[@]+"${groups[@]}"}; do kill -TERM -- "-$id" 2>/dev/null || true; done
+  for id in ${groups[@]+"${groups[@]}"}; do end "$id"; done
+}
+stopped() {
+  halt
+  printf '\nquickstart: stopped, and saved; the same command goes on from here\n' >&2
+  exit "$1"
+}
+trap 'stopped 130' INT
+trap 'stopped 143' TERM
+trap 'stopped 129' HUP
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+note() { # note NUMBER_STAGE COMMAND...: for the report
+  local file=$RUN_DIR/commands/$1.txt
+  shift
+  mkdir -p "$RUN_DIR/commands"
+  printf '%s\n' "$*" >"$file"
+}
+stamp() { # stamp STAGE [NETWORK=STAGE ...]: names what the stage is made of
+  local start
+  {
+    cat "configs/toy/$1.yaml"
+    printf '%s\n' "$@"
+    for start in "${@:2}"; do cat "$RUN_DIR/${start#*=}/.begun"; done
+  } | cksum
+}
+train() { # train NUMBER STAGE RANKS [NETWORK=STAGE ...]: the named networks start from these stages
+  local number=$1 stage=$2 ranks=$3 made_of start
+  shift 3
+  local run=$RUN_DIR/$stage
+  made_of=$(stamp "$stage" "$@")
+  if [[ -f $run/.begun && $(<"$run/.begun") != "$made_of" ]]; then
+    die "configs/toy/$stage.yaml, or a run that it starts from, has changed since $run was begun:" \
+      "remove that folder, or choose another with RUN_DIR=..."
+  fi
+  [[ -f $run/.done ]] && return
+  local arguments=(--standalone --nproc_per_node "$ranks" train.py --config_path "configs/toy/$stage.yaml"
+    --logdir "$run" --resume auto "training.micro_batch_size=$((GLOBAL_BATCH / ranks))")
+  for start in "$@"; do arguments+=("${start%%=*}.init=$RUN_DIR/${start#*=}"); done
+  mkdir -p "$run"
+  printf '%s\n' "$made_of" >"$run/.begun"
+  note "${number}_$stage" OMP_NUM_THREADS=1 torchrun "${arguments[@]}"
+  "$PYTHON" -m torch.distributed.run "${arguments[@]}"
+  touch "$run/.done"
+}
+logged() { # logged FILE COMMAND...: what it prints goes to the file, and to the screen if it fails
+  local file=$1 code=0
+  shift
+  (set -e; "$@") >"$file" 2>&1 || code=$?
+  ((code == 0)) || tail -n 20 "$file" >&2
+  return "$code"
+}
+
+mkdir -p "$RUN_DIR"
+if command -v flock >/dev/null; then
+  exec 9>"$RUN_DIR/.lock"
+  flock -n 9 || die "another quickstart is at work in $RUN_DIR: wait for it or end it"
+fi
+
+say "1/6 teacher: bidirectional, many steps"
+launch train 1 teacher "$RANKS"
+finish $! teacher
+
+say "2/6 causal initialisation by diffusion forcing"
+launch train 2 causal_init "$RANKS" student=teacher
+finish $! causal_init
+
+distil=(student=causal_init teacher=teacher critic=teacher)
+if ((RANKS > 1)); then
+  say "3/6 and 4/6 Self-Forcing + DMD to 4 and to 2 steps, side by side (the latter writes $RUN_DIR/2step.log)"
+  launch train 3 self_forcing_dmd 1 "${distil[@]}"
+  four=$!
+  launch logged "$RUN_DIR/2step.log" train 4 self_forcing_dmd_2step 1 "${distil[@]}"
+  finish $! self_forcing_dmd_2step
+  # two steps are done sooner than four: the idle core begins with what the report will need
+  launch logged "$RUN_DIR/sampling.log" "$PYTHON" -m scripts.report --root "$RUN_DIR" --workers 1 \
+    --sample teacher causal_init self_forcing_dmd_2step
+  ahead=$!
+  finish "$four" self_forcing_dmd
+  end "$ahead" 2>/dev/null
+else
+  say "3/6 Self-Forcing + DMD to 4 steps"
+  launch train 3 self_forcing_dmd 1 "${distil[@]}"
+  finish $! self_forcing_dmd
+  say "4/6 Self-Forcing + DMD to 2 steps"
+  launch train 4 self_forcing_dmd_2step 1 "${distil[@]}"
+  finish $! self_forcing_dmd_2step
+fi
+
+say "5/6 videos of the distilled student"
+inference=(bash inference.sh --run "$RUN_DIR/self_forcing_dmd" --prompts configs/toy/prompts.txt --out "$RUN_DIR/videos")
+note 5_videos "${inference[@]}"
+launch "${inference[@]}"
+finish $! videos
+
+say "6/6 evaluation and report"
+report=(-m scripts.report --root "$RUN_DIR")
+note 6_report python "${report[@]}"
+launch "$PYTHON" "${report[@]}" --workers "$RANKS"
+finish $! report
+say "done"
