@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The whole way on CPU cores: teacher -> causal initialisation -> Self-Forcing + DMD -> videos -> report.
-#   RUN_DIR=logs/quickstart  where everything goes      PYTHON=.venv/bin/python  which interpreter
+#   bash scripts/quickstart.sh [key=value ...]   (overrides for all trainings)
+#   RUN_DIR=logs/quickstart  where everything goes   PYTHON=.venv/bin/python  which interpreter
+#   COUNT=400  videos judged a row of the table
 # Started again after Ctrl-C, a kill or a failure it goes on where it stopped; finished stages are skipped.
 set -euo pipefail
 # job control gives each stage a process group of its own: Ctrl-C reaches only this script, which asks the stage to
@@ -9,6 +11,8 @@ set -m
 cd "$(dirname "$0")/.."
 
 RUN_DIR=${RUN_DIR:-logs/quickstart}
+COUNT=${COUNT:-400}
+overrides=("$@")
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 CORES=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 RANKS=$((CORES > 1 ? 2 : 1))
@@ -20,20 +24,25 @@ die() { printf 'quickstart: %s\n' "$*" >&2; exit 1; }
 
 # ------------------------------------------------------------------------------------------------ stages as processes
 
-groups=()
+groups=" " # ids of those that are running
 launch() { # starts a command in the background, in its own process group: its id is $!
   "$@" </dev/null &
-  groups+=("$!")
+  groups+="$! "
 }
 finish() { # finish ID STAGE: waits for it, and ends everything if it failed
   local code=0
   wait "$1" || code=$?
+  groups=${groups/ $1 / }
   ((code == 0)) && return
   halt
   die "the stage $2 failed (exit code $code, see above); the same command goes on from here"
 }
 end() { # asks a group to stop and waits until all of it has
-  kill -TERM -- "-$1" 2>/dev/null || return 0
+  groups=${groups/ $1 / }
+  kill -TERM -- "-$1" 2>/dev/null || true
+  gone "$1"
+}
+gone() { # waits until nothing of a group is left
   while kill -0 -- "-$1" 2>/dev/null; do
     wait "$1" 2>/dev/null || true
     sleep 0.1
@@ -42,8 +51,8 @@ end() { # asks a group to stop and waits until all of it has
 halt() {
   trap '' INT TERM HUP
   local id
-  for id in ${groups[@]+"${groups[@]}"}; do kill -TERM -- "-$id" 2>/dev/null || true; done
-  for id in ${groups[@]+"${groups[@]}"}; do end "$id"; done
+  for id in $groups; do kill -TERM -- "-$id" 2>/dev/null || true; done
+  for id in $groups; do gone "$id"; done
 }
 stopped() {
   halt
@@ -66,7 +75,7 @@ stamp() { # stamp STAGE [NETWORK=STAGE ...]: names what the stage is made of
   local start
   {
     cat "configs/toy/$1.yaml"
-    printf '%s\n' "$@"
+    printf '%s\n' "$@" ${overrides[@]+"${overrides[@]}"}
     for start in "${@:2}"; do cat "$RUN_DIR/${start#*=}/.begun"; done
   } | cksum
 }
@@ -76,23 +85,24 @@ train() { # train NUMBER STAGE RANKS [NETWORK=STAGE ...]: the named networks sta
   local run=$RUN_DIR/$stage
   made_of=$(stamp "$stage" "$@")
   if [[ -f $run/.begun && $(<"$run/.begun") != "$made_of" ]]; then
-    die "configs/toy/$stage.yaml, or a run that it starts from, has changed since $run was begun:" \
+    die "configs/toy/$stage.yaml, an override, or a run that it starts from, has changed since $run was begun:" \
       "remove that folder, or choose another with RUN_DIR=..."
   fi
   [[ -f $run/.done ]] && return
   local arguments=(--standalone --nproc_per_node "$ranks" train.py --config_path "configs/toy/$stage.yaml"
     --logdir "$run" --resume auto "training.micro_batch_size=$((GLOBAL_BATCH / ranks))")
   for start in "$@"; do arguments+=("${start%%=*}.init=$RUN_DIR/${start#*=}"); done
+  arguments+=(${overrides[@]+"${overrides[@]}"})
   mkdir -p "$run"
   printf '%s\n' "$made_of" >"$run/.begun"
   note "${number}_$stage" OMP_NUM_THREADS=1 torchrun "${arguments[@]}"
-  "$PYTHON" -m torch.distributed.run "${arguments[@]}"
+  "$PYTHON" -m torch.distributed.run "${arguments[@]}" || return
   touch "$run/.done"
 }
 logged() { # logged FILE COMMAND...: what it prints goes to the file, and to the screen if it fails
   local file=$1 code=0
   shift
-  (set -e; "$@") >"$file" 2>&1 || code=$?
+  "$@" >"$file" 2>&1 || code=$?
   ((code == 0)) || tail -n 20 "$file" >&2
   return "$code"
 }
@@ -119,8 +129,8 @@ if ((RANKS > 1)); then
   launch logged "$RUN_DIR/2step.log" train 4 self_forcing_dmd_2step 1 "${distil[@]}"
   finish $! self_forcing_dmd_2step
   # two steps are done sooner than four: the idle core begins with what the report will need
-  launch logged "$RUN_DIR/sampling.log" "$PYTHON" -m scripts.report --root "$RUN_DIR" --workers 1 \
-    --sample teacher causal_init self_forcing_dmd_2step
+  launch logged "$RUN_DIR/sampling.log" "$PYTHON" -m scripts.report --root "$RUN_DIR" --count "$COUNT" \
+    --workers 1 --sample teacher causal_init self_forcing_dmd_2step
   ahead=$!
   finish "$four" self_forcing_dmd
   end "$ahead" 2>/dev/null
@@ -140,7 +150,7 @@ launch "${inference[@]}"
 finish $! videos
 
 say "6/6 evaluation and report"
-report=(-m scripts.report --root "$RUN_DIR")
+report=(-m scripts.report --root "$RUN_DIR" --count "$COUNT")
 note 6_report python "${report[@]}"
 launch "$PYTHON" "${report[@]}" --workers "$RANKS"
 finish $! report

@@ -56,6 +56,22 @@ def test_resume_from_an_older_checkpoint_rewrites_the_curve(tmp_path: Path) -> N
     assert curve(tmp_path / "a") == before
 
 
+def test_a_run_that_died_before_its_first_save_leaves_no_doubled_points(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=3, checkpoint={"every": 100})
+    run = trainer(tmp_path, max_steps=3)
+    run.logger.scalars(1, {"critic/loss": 1.0})
+    trainer(tmp_path, max_steps=3).train()
+    assert [entry["step"] for entry in curve(tmp_path)] == [1, 2, 3]
+
+
+def test_never_resuming_keeps_the_earlier_run_out_of_the_way(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=6).train()
+    before = curve(tmp_path)
+    trainer(tmp_path, max_steps=2, resume="never", seed=1).train()
+    assert curve(tmp_path / "previous_1") == before and len(curve(tmp_path)) == 2
+    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints/step_00000002"
+
+
 def test_muon_resumes_exactly_too(tmp_path: Path) -> None:
     muon = {"generator_training": {"optimizer": {"kind": "muon", "clip_norm": None, "clip_value": 0.1}}}
     trainer(tmp_path / "whole", DIFFUSION, **muon).train()

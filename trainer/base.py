@@ -22,7 +22,7 @@ from trainer.networks import Trained
 from trainer.sampling import sample
 from trainer.state import load_run, save_run
 from utils import checkpoint, distributed
-from utils.config import ConfigError, UserError, save, to_plain
+from utils.config import ConfigError, UserError, diff, save, to_plain
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
 from utils.random import Noise, keyed_seed
@@ -67,13 +67,14 @@ class Trainer(ABC):
         self.networks: dict[str, Trained] = {}
         self.build()
         self.checkpoints = options.logdir / "checkpoints"
-        resumed = self._resume()
+        if options.resume == "never":
+            set_aside(options.logdir)
+        self._resume()
         self.logger = RunLogger(
             options.logdir, to_plain(config), tensorboard=config.logging.tensorboard,
             wandb=config.logging.wandb and options.wandb, is_main=distributed.is_main(),
         )  # fmt: skip
-        if resumed or options.resume == "never":
-            self.logger.truncate_after(self.step)
+        self.logger.truncate_after(self.step)  # also what a run logged that died before its first save
 
     # ------------------------------------------------------------------------------------------- what subclasses say
 
@@ -253,10 +254,10 @@ class Trainer(ABC):
             checkpoint.prune(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
         distributed.barrier()
 
-    def _resume(self) -> bool:
+    def _resume(self) -> None:
         path = checkpoint.resolve_resume(self.options.resume, self.checkpoints)
         if path is None:
-            return False
+            return
         state = checkpoint.load_state(path)
         load_run(self.networks, path, state, self.device)
         self.step, self.cursor = state["step"], state["cursor"]
@@ -264,7 +265,8 @@ class Trainer(ABC):
         if distributed.is_main():  # the count is over all ranks; one of them carries it on
             self.evaluations.load(state["evaluations"])
         console.info("resumed from %s at step %d", path, self.step)
-        return True
+        if changed := diff(state["config"], to_plain(self.config)):
+            console.warning("the config is not that of the checkpoint: %s", ", ".join(changed))
 
     def _stopping(self) -> bool:
         # Agreed by all: a rank that stopped alone would leave the others waiting in a collective.
@@ -296,6 +298,21 @@ class _SignalScope:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+
+def set_aside(logdir: Path) -> None:
+    """Moves an earlier run of this folder to `previous_N`: a new one must not resume from it, and nothing is lost."""
+    old = [logdir / name for name in ("checkpoints", "metrics.jsonl", "config.yaml", "validation", "tensorboard")]
+    if distributed.is_main() and any(path.exists() for path in old):
+        number = 1
+        while (logdir / f"previous_{number}").exists():
+            number += 1
+        (logdir / f"previous_{number}").mkdir()
+        for path in old:
+            if path.exists():
+                path.rename(logdir / f"previous_{number}" / path.name)
+        console.warning("an earlier run in %s was moved to %s", logdir, f"previous_{number}")
+    distributed.barrier()
 
 
 def micro_batches(training: TrainingConfig, ranks: int) -> int:

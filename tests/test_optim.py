@@ -1,0 +1,92 @@
+"""Optimizers, schedules and clipping against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from utils.optim import LRScheduleConfig, NetworkOptimizer, OptimizerConfig
+
+
+def linear() -> nn.Linear:
+    net = nn.Linear(3, 2)
+    nn.init.ones_(net.weight)
+    nn.init.zeros_(net.bias)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("config", "update", "expected"),
+    [
+        (LRScheduleConfig("constant"), 77, 1.0),
+        (LRScheduleConfig("constant", warmup_steps=4), 1, 0.5),
+        (LRScheduleConfig("linear", decay_start=0.5), 50, 1.0),
+        (LRScheduleConfig("linear", decay_start=0.5), 75, 0.5),
+        (LRScheduleConfig("linear", floor=0.2), 100, 0.2),
+        (LRScheduleConfig("cosine"), 50, 0.5),
+        (LRScheduleConfig("cosine", floor=0.1), 25, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))),
+        (LRScheduleConfig("cosine", warmup_steps=20), 20, 1.0),
+        (LRScheduleConfig("cosine", warmup_steps=20), 60, 0.5),
+    ],
+)
+def test_schedule_has_its_closed_form(config: LRScheduleConfig, update: int, expected: float) -> None:
+    assert config.factor(update, 100) == pytest.approx(expected)
+
+
+def test_first_adamw_update_has_its_closed_form() -> None:
+    """With beta1 = 0 the step is -lr sign(g) (eps aside), after decoupled decay."""
+    net = linear()
+    optimizer = NetworkOptimizer(net, OptimizerConfig(lr=0.1, weight_decay=0.5, clip_norm=None), LRScheduleConfig(), 10)
+    net.weight.grad = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])
+    net.bias.grad = torch.ones(2)
+    assert optimizer.clip() == pytest.approx(math.sqrt(1 + 4 + 9 + 16 + 25 + 36 + 2))
+    assert optimizer.step() == pytest.approx(0.1)
+    torch.testing.assert_close(net.weight.detach(), 0.95 - 0.1 * net.weight.grad.sign())
+
+
+def test_clipping_by_norm_and_by_value() -> None:
+    gradient = torch.tensor([[3.0, 0.0, 0.0], [0.0, -4.0, 0.0]])
+    for config, expected in (
+        (OptimizerConfig(clip_norm=1.0), gradient / 5),
+        (OptimizerConfig(clip_norm=9.0), gradient),
+        (OptimizerConfig(clip_norm=None, clip_value=2.0), gradient.clamp(-2, 2)),
+    ):
+        net = linear()
+        net.weight.grad, net.bias.grad = gradient.clone(), torch.zeros(2)
+        norm = NetworkOptimizer(net, config, LRScheduleConfig(), 1).clip()
+        assert norm == pytest.approx(5.0)  # as it was, not as clipped
+        torch.testing.assert_close(net.weight.grad, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_defect_10_clipping_never_turns_itself_off() -> None:
+    """A non-finite norm is reported as one, and the next finite gradient is clipped as ever."""
+    net = linear()
+    optimizer = NetworkOptimizer(net, OptimizerConfig(clip_norm=1.0), LRScheduleConfig(), 1)
+    net.weight.grad, net.bias.grad = torch.full((2, 3), float("inf")), torch.zeros(2)
+    assert not math.isfinite(optimizer.clip())
+    net.weight.grad = torch.full((2, 3), 100.0)
+    optimizer.clip()
+    assert net.weight.grad.norm() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_muon_takes_the_hidden_matrices_and_orthogonalises_their_update() -> None:
+    net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8))
+    config = OptimizerConfig("muon", lr=1e-3, muon_lr=0.1, momentum=0.0, clip_norm=None)
+    optimizer = NetworkOptimizer(net, config, LRScheduleConfig(), 1, matrices=["0.weight"])
+    assert set(optimizer.names_of("muon")) == {"0.weight"}
+    assert set(optimizer.names_of("adamw")) == {"1.weight", "1.bias"}
+    before = net[0].weight.detach().clone()
+    net(torch.randn(16, 8)).square().sum().backward()
+    optimizer.step()
+    singular = torch.linalg.svdvals((before - net[0].weight.detach()) / 0.1)
+    own = torch.linalg.svdvals(net[0].weight.grad)
+    assert own.max() / own.median() > 2  # the gradient is far from orthogonal, its update is near it
+    assert singular.max() < 1.3 and singular.median() > 0.6
+
+
+def test_a_loss_that_reaches_no_parameter_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no parameter has a gradient"):
+        NetworkOptimizer(linear(), OptimizerConfig(), LRScheduleConfig(), 1).clip()
