@@ -89,7 +89,6 @@ class ScheduleConfig:
     ts_schedule_max: bool = False
 
     def __post_init__(self) -> None:
-        self.sigmas()
         for name, shift in (
             ("timestep_shift", self.timestep_shift),
             ("score_timestep_shift", self.score_timestep_shift),
@@ -102,6 +101,7 @@ class ScheduleConfig:
             )
         if not 0 <= self.min_score_timestep < TIMESTEPS:
             raise ValueError(f"min_score_timestep must be in [0, 1000), got {self.min_score_timestep}")
+        self.sigmas()
 
     def sigmas(self) -> tuple[float, ...]:
         """The student's step list as noise levels."""

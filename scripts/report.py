@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,15 +81,15 @@ def build(evaluation: Evaluation, rows: Sequence[Row], root: Path) -> html.Page:
     pixels = {method: evaluation.shown_pixels(method) for method in evaluation.methods}
     labels = [method.label for method in pixels]
     write_comparison(root, labels, evaluation.shown_prompts, torch.stack(list(pixels.values())), FPS)
-    clips = tuple(html.Clip(m.group, m.label, _clip(root / "evaluation" / f"{m.key}.mp4", v)) for m, v in pixels.items())
+    strips = {m: _clip(root / "evaluation" / f"{m.key}.mp4", videos) for m, videos in pixels.items()}
     found = {row.name: row for row in rows}
     entries = {run: read_jsonl(root / run / "metrics.jsonl") for run in RUNS}
     real = found["real"].metrics["intensity"]
     return html.Page(
         summary=_summary(found),
         prompts=tuple(short(prompt) for prompt in evaluation.shown_prompts),
-        clips=clips,
-        lines=tuple(html.Line(m.group, m.label, found.get(m.key)) for m in samples.METHODS),
+        clips=tuple(html.Clip(m.group, m.short, mp4) for m, mp4 in strips.items()),
+        lines=tuple(html.Line(m.group, m.label, m.short, found.get(m.key)) for m in samples.METHODS),
         notes=_notes(evaluation, found["real"]),
         curves=tuple(curves(_panels(entries, real))),
         stages=(*_training_stages(entries), _evaluation_stage(rows, evaluation.count)),
@@ -108,38 +109,36 @@ def _trained(evaluation: Evaluation, run: str) -> bool:
 
 def _summary(rows: dict[str, Row]) -> str:
     """The numbers that the whole thing is about, without a verdict."""
-
-    def right(key: str) -> str:
-        number, error = html.cell(rows[key], html.COLUMNS[0])
-        return f"{number} ± {error} % of prompts right"
-
-    said = [f"Real videos: {right('real')}."]
-    if "teacher_50" in rows:
-        said.append(f"The teacher at 50 steps: {right('teacher_50')}, {rows['teacher_50'].evaluations:.0f} network evaluations a video.")
-    for key, name in (("dmd_4", "4"), ("dmd_2", "2")):
+    named = (
+        ("real", "Real videos"), ("teacher_50", "The teacher at 50 steps"),
+        ("dmd_4", "The causal student distilled to 4 steps"), ("dmd_2", "The causal student distilled to 2 steps"),
+        ("causal_init_4", "The causal network before distillation, at 4 steps"),
+    )  # fmt: skip
+    said = []
+    for key, name in named:
         if key in rows:
-            said.append(f"The causal student distilled to {name} steps: {right(key)}, {rows[key].evaluations:.1f} evaluations.")
-    if "causal_init_4" in rows:
-        said.append(f"The same causal network before distillation, 4 steps: {right('causal_init_4')}.")
+            number, error = html.cell(rows[key], html.COLUMNS[0])
+            spent = f" with {rows[key].evaluations:.1f} network evaluations a video" if rows[key].evaluations else ""
+            said.append(f"{name}: {number} ± {error} % of prompts right{spent}.")
     return " ".join(said)
 
 
 def _notes(evaluation: Evaluation, real: Row) -> tuple[str, ...]:
     m = real.metrics
     return (
-        f"n = {evaluation.count} videos a row, of prompts and seeds of the split '{evaluation.split}'. Hyper-parameters were "
-        "chosen on the split 'dev', which shares neither prompt list nor noise with it. ± is one standard error from the "
-        "number of videos alone: training again with another seed varies too.",
-        f"The appearance distance of as many real held-out videos, which no generator can be expected to undercut, is "
+        f"n = {evaluation.count} videos a row, of prompts and seeds of the split '{evaluation.split}'. Hyper-parameters "
+        "were chosen on the split 'dev', which shares neither prompt list nor noise with 'test'. ± is one standard error "
+        "from the number of videos alone: training again with another seed varies too.",
+        "The appearance distance of as many real held-out videos, which no generator can be expected to undercut, is "
         f"{m['appearance_fd_floor']:.2f} ± {m['appearance_fd_floor_sd']:.2f}; the mean intensity of real videos is "
         f"{m['intensity_real']:.4f}.",
-    )  # fmt: skip
+    )
 
 
-def _panels(entries: dict[str, list[dict[str, object]]], real_intensity: float) -> list[Panel]:
+def _panels(entries: dict[str, list[dict[str, Any]]], real_intensity: float) -> list[Panel]:
     teacher, init, four, two = (entries[run] for run in (TEACHER, CAUSAL_INIT, DMD, DMD_2STEP))
 
-    def both(key: str) -> tuple[tuple[str, str, list[dict[str, object]]], ...]:
+    def both(key: str) -> tuple[tuple[str, str, list[dict[str, Any]]], ...]:
         return (("4 steps", key, four), ("2 steps", key, two))
 
     return [
@@ -156,15 +155,14 @@ def _panels(entries: dict[str, list[dict[str, object]]], real_intensity: float) 
     ]  # fmt: skip
 
 
-def _training_stages(entries: dict[str, list[dict[str, object]]]) -> list[html.Stage]:
+def _training_stages(entries: dict[str, list[dict[str, Any]]]) -> list[html.Stage]:
     out = []
     for run, lines in entries.items():
         steps = [line for line in lines if "step_seconds" in line]
         if steps:
-            total = sum(float(str(line["step_seconds"])) for line in steps)
-            memory = max(float(str(line["peak_memory_gib"])) for line in steps)
-            last = steps[-1]
-            out.append(html.Stage(RUNS[run], int(str(last["step"])), total, float(str(last["network_evaluations"])), memory))
+            seconds = sum(line["step_seconds"] for line in steps)
+            memory, last = max(line["peak_memory_gib"] for line in steps), steps[-1]
+            out.append(html.Stage(RUNS[run], last["step"], seconds, last["network_evaluations"], memory))
     return out
 
 
@@ -180,7 +178,8 @@ def _commands(root: Path) -> str:
 
 def _machine() -> tuple[tuple[str, str], ...]:
     info = Path("/proc/cpuinfo")
-    models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     facts = [
         ("Processor", models[0] if models else platform.processor() or platform.machine()),
         ("Cores", str(os.cpu_count())),
@@ -198,7 +197,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, required=True, help="folder of the runs; the report is written there")
     parser.add_argument("--count", type=int, default=400, help="videos judged a row")
     parser.add_argument("--split", choices=tuple(SPLITS), default="test")
-    parser.add_argument("--prompts", type=Path, default=Path("configs/toy/prompts.txt"), help="prompts whose videos are shown")
+    parser.add_argument("--prompts", type=Path, default=Path("configs/toy/prompts.txt"), help="file of those shown")
     parser.add_argument("--cache", type=Path, default=Path("logs/cache"), help="where the judge is kept")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that sample")
     parser.add_argument("--sample", nargs="+", choices=tuple(RUNS), metavar="RUN", help="only make these runs' videos")

@@ -28,35 +28,37 @@ COLUMNS = (
            "direction of motion are what the prompt says.", 100, "prompt_right_se"),
     Column("digit_right", "digit, %", "{:.1f}", "high", "Share in which a small classifier, trained on real videos "
            "only, sees the digit that was asked for.", 100, "digit_right_se"),
-    Column("direction_right", "direction, %", "{:.1f}", "high", "Share in which the tracked centre of the ink moves the "
-           "way that was asked for, at no less than a third of the true speed.", 100, "direction_right_se"),
-    Column("appearance_fd", "appearance FD, %", "{:.2f}", "low", "Fréchet distance between the classifier's features of "
-           "these videos and of real ones, in percent of the real features' variance: how far the digits' looks, and "
-           "their variety, are from real ones."),
-    Column("motion_error", "speed error, px/frame", "{:.3f}", "low", "How far the speed is from the true 0.75 pixels a "
-           "frame, on average over the videos.", 1, "motion_error_se"),
-    Column("jitter", "jitter, px", "{:.3f}", "low", "How much the motion from frame to frame departs from an even glide, "
-           "as a standard deviation.", 1, "jitter_se"),
-    Column("flicker", "flicker", "{:.3f}", "low", "How much the total ink changes from frame to frame, as a share of the "
-           "ink, beyond what it does in real videos."),
-    Column("intensity", "intensity", "{:.4f}", "real", "Mean brightness of all pixels.", 1, "intensity_se"),
+    Column("direction_right", "direction, %", "{:.1f}", "high", "Share in which the tracked centre of the ink moves "
+           "the way that was asked for, at no less than a third of the true speed.", 100, "direction_right_se"),
+    Column("appearance_fd", "appearance FD, %", "{:.2f}", "low", "Fréchet distance between the classifier's features "
+           "of these videos and of real ones, in percent of the real features' variance: how far the digits' looks, "
+           "and their variety, are from real ones."),
+    Column("motion_error", "speed error, px/frame", "{:.3f}", "low", "How far the speed is from the true one (0.75 "
+           "pixels a frame unless configured otherwise), on average over the videos.", 1, "motion_error_se"),
+    Column("jitter", "jitter, px", "{:.3f}", "low", "How much the motion from frame to frame departs from an even "
+           "glide, as a standard deviation.", 1, "jitter_se"),
+    Column("flicker", "flicker", "{:.3f}", "low", "How much the total ink changes from frame to frame, as a share of "
+           "the ink, beyond what it does in real videos."),
+    Column("intensity", "intensity", "{:.4f}", "real", "Mean brightness of all pixels, 0 black and 1 white.", 1,
+           "intensity_se"),
     Column("diversity", "diversity", "{:.2f}", "real", "How different the videos of one prompt are from each other, "
            "relative to real ones: below 1 the generator repeats itself."),
-    Column("evaluations", "network evaluations", "{:.1f}", "low", "Passes of a whole video through the network for one "
-           "video. Guidance costs the teacher two a step; a causal student pays one a step, and one more for each block "
-           "but the last, to remember it."),
-    Column("milliseconds", "ms a video", "{:.1f}", "low", "Processor time for one video on one core, many videos at a "
-           "time."),
+    Column("evaluations", "network evaluations", "{:.1f}", "low", "Passes of a whole video through the network for "
+           "one video. Guidance costs the teacher two a step; a causal student pays one a step, and one more of each "
+           "block but the last, to remember it."),
+    Column("milliseconds", "ms a video", "{:.1f}", "low", "Processor time for one video on one core, many videos at "
+           "a time."),
 )  # fmt: skip
 GOOD = {"high": "higher is better", "low": "lower is better", "real": "the nearer to real videos the better"}
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table with its heading; `row` is None where the run was not there."""
+    """A row of the table with its heading; short: its label below the heading; `row` is None if there was no run."""
 
     group: str
     label: str
+    short: str
     row: Row | None
 
 
@@ -119,7 +121,8 @@ def text_table(lines: Sequence[Line]) -> str:
     split = [_halves(head) for head in heads]
     table = [[top for top, _ in split], [low for _, low in split], *body]
     widths = [max(len(r[i]) for r in table) for i in range(len(heads))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in table)
+    padded = [[r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=True))] for r in table]
+    return "\n".join("  ".join(r) for r in padded)
 
 
 def _halves(head: str) -> tuple[str, str]:
@@ -129,11 +132,12 @@ def _halves(head: str) -> tuple[str, str]:
 
 def page(content: Page) -> str:
     """The whole document."""
+    figures = "".join(f"<figure>{svg}</figure>" for svg in content.curves)
     sections = [
         f"<header><h1>fewstep quickstart</h1>{_summary(content.summary)}</header>",
         _section("Videos", _videos(content)),
         _section("Numbers", _table(content.lines) + _paragraphs(content.notes) + _columns()),
-        _section("Curves", '<div class="curves">' + "".join(f"<figure>{svg}</figure>" for svg in content.curves) + "</div>"),
+        _section("Curves", f'<div class="curves">{figures}</div>'),
         _section("What it cost", _stages(content.stages)),
         _section("How it was made", _made(content)),
     ]
@@ -160,8 +164,11 @@ def _summary(text: str) -> str:
 
 def _videos(content: Page) -> str:
     heads = "".join(f"<span>{escape(prompt)}</span>" for prompt in content.prompts)
-    out = [f'<p>The same prompts and the same seed in every row. <button type="button" id="pause">pause</button></p>'
-           f'<div class="clips" style="--columns:{len(content.prompts)}"><div class="heads"><b></b><div>{heads}</div></div>']  # fmt: skip
+    out = [
+        '<p>The same prompts and the same seed in every row. <button type="button" id="pause">pause</button></p>'
+        f'<div class="clips" style="--columns:{len(content.prompts)}">'
+        f'<div class="heads"><b></b><div>{heads}</div></div>'
+    ]
     group = None
     for clip in content.clips:
         if clip.group != group:
@@ -180,43 +187,52 @@ def _table(lines: Sequence[Line]) -> str:
     body, group = [], None
     for line in lines:
         if line.group != group:
-            body.append(f'<tr class="group"><th colspan="{len(COLUMNS) + 1}"><span>{escape(line.group)}</span></th></tr>')
             group = line.group
-        if line.row is None:
-            body.append(f'<tr><th scope="row">{escape(line.label)}</th><td colspan="{len(COLUMNS)}">not trained</td></tr>')
-            continue
-        cells = [cell(line.row, column) for column in COLUMNS]
-        shown = "".join(f"<td>{n}{f'<small>±{e}</small>' if e else ''}</td>" for n, e in cells)
-        body.append(f'<tr><th scope="row">{escape(line.label)}</th>{shown}</tr>')
-    return f'<div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+            body.append(f'<tr class="group"><th colspan="{len(COLUMNS) + 1}"><span>{escape(group)}</span></th></tr>')
+        shown = f'<td colspan="{len(COLUMNS)}">not trained</td>'
+        if line.row is not None:
+            cells = [cell(line.row, column) for column in COLUMNS]
+            shown = "".join(f"<td>{n}{f'<small>±{e}</small>' if e else ''}</td>" for n, e in cells)
+        body.append(f'<tr><th scope="row">{escape(line.short)}</th>{shown}</tr>')
+    return _scrolling(f"<th></th>{heads}", "".join(body))
+
+
+def _scrolling(heads: str, body: str) -> str:
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _columns() -> str:
-    items = "".join(f"<dt>{escape(c.head)}</dt><dd>{escape(c.says)} <em>{GOOD[c.good].capitalize()}.</em></dd>" for c in COLUMNS)
-    return f'<h3>What the columns say</h3><dl class="says">{items}</dl>'
+    items = [(escape(c.head), f"{escape(c.says)} <em>{GOOD[c.good].capitalize()}.</em>") for c in COLUMNS]
+    return '<h3>What the columns say</h3><dl class="says">' + _definitions(items) + "</dl>"
+
+
+def _definitions(items: Sequence[tuple[str, str]]) -> str:
+    return "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in items)
 
 
 def _stages(stages: Sequence[Stage]) -> str:
     heads = ("", "iterations", "time, s", "network evaluations, videos", "peak memory of a process, GiB")
-    rows = [
-        (s.title, str(s.iterations) if s.iterations else "", f"{s.seconds:.0f}", f"{s.evaluations:,.0f}", f"{s.memory_gib:.2f}" if s.memory_gib else "")
-        for s in stages
-    ]
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    body = "".join(f'<tr><th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(c)}</td>" for c in rest) + "</tr>" for first, *rest in rows)
+    body = []
+    for s in stages:
+        iterations, memory = str(s.iterations or ""), f"{s.memory_gib:.2f}" if s.memory_gib else ""
+        cells = "".join(f"<td>{c}</td>" for c in (iterations, f"{s.seconds:.0f}", f"{s.evaluations:,.0f}", memory))
+        body.append(f'<tr><th scope="row">{escape(s.title)}</th>{cells}</tr>')
     note = (
-        "Time is that of the training iterations, without start-up, checkpoints and validation; for the evaluation it is "
-        "processor time. A network evaluation is one pass of a whole video through a network, forward; backward passes "
-        "are not counted."
+        "Time is that of the training iterations, without start-up, checkpoints and validation; for the evaluation it "
+        "is processor time. A network evaluation is one pass of a whole video through a network, forward; backward "
+        "passes are not counted."
     )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><p>{note}</p>'
+    return _scrolling("".join(f'<th scope="col">{text}</th>' for text in heads), "".join(body)) + f"<p>{note}</p>"
 
 
 def _made(content: Page) -> str:
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in content.machine)
-    configs = "".join(f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>" for name, text in content.configs)
+    facts = _definitions([(escape(name), escape(text)) for name, text in content.machine])
+    configs = [
+        f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
+        for name, text in content.configs
+    ]
     commands = f"<h3>Commands</h3><pre>{escape(content.commands)}</pre>" if content.commands else ""
-    return f'<dl class="facts">{facts}</dl>{commands}<h3>Configurations</h3>{configs}'
+    return f'<dl class="facts">{facts}</dl>{commands}<h3>Configurations</h3>{"".join(configs)}'
 
 
 _SIGN = {"high": "↑ better", "low": "↓ better", "real": "≈ real"}
@@ -236,18 +252,24 @@ button.onclick = () => {
 
 _CSS = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1c2230;--dim:#5b6475;--line:#dfe3ea;--soft:#f4f6f9;--accent:#2563eb}
-@media(prefers-color-scheme:dark){:root{--bg:#12151c;--fg:#e4e7ee;--dim:#9aa3b5;--line:#2c3342;--soft:#1a1f2a;--accent:#7aa5ff}}
+@media(prefers-color-scheme:dark){:root{--bg:#12151c;--fg:#e4e7ee;--dim:#9aa3b5;--line:#2c3342;
+--soft:#1a1f2a;--accent:#7aa5ff}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:var(--bg);color:var(--fg);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1180px;margin:0 auto;padding:24px 16px 64px}
-h1{font-size:1.7rem;margin:.2em 0}h2{font-size:1.25rem;margin:2.2em 0 .6em;padding-bottom:.25em;border-bottom:1px solid var(--line)}
+h1{font-size:1.7rem;margin:.2em 0}h2{font-size:1.25rem;margin:2.2em 0 .6em;padding-bottom:.25em;
+border-bottom:1px solid var(--line)}
 h3{font-size:1rem;margin:1.6em 0 .4em}
 p,dl{max-width:76ch}.summary{font-size:1.08rem}
-button{font:inherit;color:var(--accent);background:none;border:1px solid var(--line);border-radius:6px;padding:1px 10px;cursor:pointer}
-.clips{max-width:1060px}
-.clip,.heads{display:grid;grid-template-columns:290px 1fr;gap:12px;align-items:center;margin:4px 0}
-.heads div{display:grid;grid-template-columns:repeat(var(--columns),1fr);text-align:center;font-size:.8rem;color:var(--dim)}
-.clip b{font-weight:500;font-size:.92rem}.group{margin:14px 0 4px;color:var(--dim);font-size:.8rem;letter-spacing:.03em}
+button{font:inherit;color:var(--accent);background:none;border:1px solid var(--line);border-radius:6px;
+padding:1px 10px;cursor:pointer}
+.clips{max-width:980px}
+.clip,.heads{display:grid;grid-template-columns:210px 1fr;gap:12px;align-items:center;margin:4px 0}
+.heads div{display:grid;grid-template-columns:repeat(var(--columns),1fr);text-align:center;font-size:.8rem;
+color:var(--dim)}
+.clip b{font-weight:500;font-size:.92rem}.group{margin:14px 0 4px;color:var(--dim);font-size:.8rem;
+letter-spacing:.03em}
 video{width:100%;display:block;border-radius:4px;image-rendering:pixelated;background:#111}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;width:100%}
@@ -262,8 +284,11 @@ dt{font-weight:600;margin-top:.6em}dd{margin:0 0 0 0}dd em{color:var(--dim)}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:2px 18px}.facts dt,.facts dd{margin:0}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(310px,1fr));gap:14px}
 figure{margin:0;min-width:0}svg{width:100%;height:auto;font-family:inherit}svg text{font-family:inherit!important}
-pre{background:var(--soft);border:1px solid var(--line);border-radius:6px;padding:12px;overflow-x:auto;font-size:.8rem;line-height:1.45}
+pre{background:var(--soft);border:1px solid var(--line);border-radius:6px;padding:12px;overflow-x:auto;
+font-size:.8rem;line-height:1.45}
 details{margin:6px 0}summary{cursor:pointer}
-@media(max-width:640px){.clip,.heads{grid-template-columns:1fr;gap:2px}.heads b{display:none}.heads div{font-size:.58rem}
-main{padding:12px 12px 48px}.facts,.says{grid-template-columns:1fr;gap:0}.facts dt,.says dt{margin-top:.6em}}
+@media(max-width:640px){.clip,.heads{grid-template-columns:1fr;gap:2px}.heads b{display:none}
+.heads div{font-size:.58rem}
+main{padding:12px 12px 48px}.facts,.says{grid-template-columns:1fr;gap:0}.facts dt,.says dt{margin-top:.6em}
+tbody th{white-space:normal!important;min-width:8rem}}
 """

@@ -47,7 +47,7 @@ def _curve(panel: Panel, number: int) -> str:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": f"panel {number}", "font.size": 9, "axes.spines.top": False,
         "axes.spines.right": False, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK,
         "xtick.color": _INK, "ytick.color": _INK, "axes.titlesize": 10,
@@ -81,7 +81,8 @@ def thinned(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[floa
     """Steps and values, averaged over equal stretches to at most _POINTS of them."""
     size = -(-len(points) // _POINTS) or 1
     chunks = [points[i : i + size] for i in range(0, len(points), size)]
-    return tuple([sum(p[axis] for p in chunk) / len(chunk) for chunk in chunks] for axis in (0, 1))  # type: ignore[return-value]
+    steps, values = ([sum(p[axis] for p in chunk) / len(chunk) for chunk in chunks] for axis in (0, 1))
+    return steps, values
 
 
 def _inline(svg: str) -> str:
@@ -135,31 +136,29 @@ def _sheet(rows: Sequence[Tensor], labels: Sequence[str], heads: Sequence[str], 
     font = _font(3 * scale + 3)
     left = int(max(font.getlength(label) for label in labels)) + 2 * pad + 4
     top = 6 * scale + 4
-    background = _background(labels, heads, font, left, top, height, width, pad)
-    sheet = background.expand(frames, -1, -1, -1).clone()
-    for number, row in enumerate(enlarged):
-        y = top + number * (height + pad)
+    rows_y = [top + number * (height + pad) for number in range(len(rows))]
+    size = (left + width + pad, rows_y[-1] + height + pad)
+    texts = [(pad + 2, y + height / 2, label, "lm") for y, label in zip(rows_y, labels, strict=True)]
+    pitch, anchor = (width + pad) / len(heads), "lm" if "" in heads else "mm"
+    start = 0 if "" in heads else pitch / 2
+    texts += [(left + start + number * pitch, top / 2, head, anchor) for number, head in enumerate(heads)]
+    sheet = _written(size, texts, font).expand(frames, -1, -1, -1).clone()
+    for y, row in zip(rows_y, enlarged, strict=True):
         sheet[:, :, y : y + height, left : left + width] = row
     return sheet
 
 
-def _background(
-    labels: Sequence[str], heads: Sequence[str], font: FreeTypeFont | ImageFont, left: int, top: int, height: int, width: int, pad: int
+def _written(
+    size: tuple[int, int], texts: Sequence[tuple[float, float, str, str]], font: FreeTypeFont | ImageFont
 ) -> Tensor:
-    """What stands still, [1, 3, H, W]."""
+    """What stands still: texts (x, y, what, PIL's anchor) on a dark ground, [1, 3, H, W]."""
     import numpy as np
     from PIL import Image, ImageDraw
 
-    size = (left + width + pad, top + len(labels) * (height + pad))
     picture = Image.new("RGB", size, (24, 26, 32))
     draw = ImageDraw.Draw(picture)
-    pitch = (width + pad) / len(heads)
-    for number, head in enumerate(heads):
-        x = left + number * pitch + (0 if "" in heads else pitch / 2)
-        draw.text((x, top / 2), head, font=font, fill=(220, 222, 228), anchor="lm" if "" in heads else "mm")
-    for number, label in enumerate(labels):
-        y = top + number * (height + pad) + height / 2
-        draw.text((pad + 2, y), label, font=font, fill=(220, 222, 228), anchor="lm")
+    for x, y, text, anchor in texts:
+        draw.text((x, y), text, font=font, fill=(220, 222, 228), anchor=anchor)
     return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 255
 
 

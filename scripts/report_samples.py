@@ -52,12 +52,21 @@ class Method:
     steps: int | None = None
     causal_from: str | None = None
 
+    @property
+    def short(self) -> str:
+        """The label below its group's heading."""
+        said = self.label.removeprefix("Causal, ")
+        return said[:1].upper() + said[1:]
+
 
 _TEACHER_GROUP, _BEFORE, _AFTER = "Teacher, bidirectional", "Causal, before distillation", "Causal, distilled"
 METHODS = (
     Method("real", "Real, held out", "Data"),
     *(Method(f"teacher_{n}", f"Teacher, {n} step{'s'[: n > 1]}", _TEACHER_GROUP, TEACHER, n) for n in (50, 4, 2, 1)),
-    *(Method(f"causal_teacher_{n}", f"Causal, teacher's weights, {n} steps", _BEFORE, TEACHER, n, CAUSAL_INIT) for n in (4, 2)),
+    *(
+        Method(f"causal_teacher_{n}", f"Causal, teacher's weights, {n} steps", _BEFORE, TEACHER, n, CAUSAL_INIT)
+        for n in (4, 2)
+    ),
     *(Method(f"causal_init_{n}", f"Causal, diffusion forcing, {n} steps", _BEFORE, CAUSAL_INIT, n) for n in (4, 2)),
     Method("dmd_4", "Causal, Self-Forcing + DMD, 4 steps", _AFTER, DMD, 4),
     Method("dmd_2", "Causal, Self-Forcing + DMD, 2 steps", _AFTER, DMD_2STEP, 2),

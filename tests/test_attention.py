@@ -120,7 +120,7 @@ def test_mask_that_does_not_fit() -> None:
 
 @pytest.mark.skipif(available(Backend.FLASH) is None, reason="flash-attn is installed here")
 def test_flash_that_is_not_installed_says_so() -> None:
-    with pytest.raises(ValueError, match="needs the flash_attn_interface or flash_attn package") as error:
+    with pytest.raises(ValueError, match="needs the flash_attn package") as error:
         attend(*qkv(4, 4), backend=Backend.FLASH)
     assert "\n" not in str(error.value) and "sdpa" in str(error.value)
     with pytest.raises(ValueError, match="flash_attn"):
