@@ -301,7 +301,10 @@ class RunConfig:
         if needs and not self.data.real:
             raise ValueError(f"data.real is false, but {needs} needs real videos: set it to true")
         if self.is_causal:
-            self.causal.blocks(self.data.toy.frames)
+            try:
+                self.causal.blocks(self.data.toy.frames)
+            except ValueError as problem:
+                raise ValueError(f"data.toy.frames and causal.num_frame_per_block disagree: {problem}") from None
         self._check_networks()
 
     def _needs_data(self) -> str | None:

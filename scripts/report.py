@@ -126,9 +126,9 @@ def _summary(rows: dict[str, Row]) -> str:
 def _notes(evaluation: Evaluation, real: Row) -> tuple[str, ...]:
     m = real.metrics
     return (
-        f"n = {evaluation.count} videos a row, of prompts and seeds of the split '{evaluation.split}'. Hyper-parameters "
-        "were chosen on the split 'dev', which shares neither prompt list nor noise with 'test'. ± is one standard error "
-        "from the number of videos alone: training again with another seed varies too.",
+        f"n = {evaluation.count} videos a row, of prompts and seeds of the split '{evaluation.split}'. "
+        "Hyper-parameters were chosen on the split 'dev', which shares neither prompt list nor noise with 'test'. "
+        "± is one standard error from the number of videos alone: training again with another seed varies too.",
         "The appearance distance of as many real held-out videos, which no generator can be expected to undercut, is "
         f"{m['appearance_fd_floor']:.2f} ± {m['appearance_fd_floor_sd']:.2f}; the mean intensity of real videos is "
         f"{m['intensity_real']:.4f}.",

@@ -90,6 +90,8 @@ def _inline(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
+    used = set(re.findall(r"#([\w.-]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     svg = re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", svg, count=1)
     return svg.replace(_INK, "currentColor")
 
@@ -138,7 +140,7 @@ def _sheet(rows: Sequence[Tensor], labels: Sequence[str], heads: Sequence[str], 
     top = 6 * scale + 4
     rows_y = [top + number * (height + pad) for number in range(len(rows))]
     size = (left + width + pad, rows_y[-1] + height + pad)
-    texts = [(pad + 2, y + height / 2, label, "lm") for y, label in zip(rows_y, labels, strict=True)]
+    texts = [(float(pad + 2), y + height / 2, label, "lm") for y, label in zip(rows_y, labels, strict=True)]
     pitch, anchor = (width + pad) / len(heads), "lm" if "" in heads else "mm"
     start = 0 if "" in heads else pitch / 2
     texts += [(left + start + number * pitch, top / 2, head, anchor) for number, head in enumerate(heads)]

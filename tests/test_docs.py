@@ -1,0 +1,366 @@
+"""What the pages for people name exists: files, modules, config keys, options, tests, error messages, examples."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from configs.schema import RunConfig
+from model.dmd import Guidance
+from model.types import Conditioning, Rollout
+from tests.small import trainer
+from utils.cli import train_args
+from utils.config import ConfigError, UserError, from_plain, load
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
+PEOPLE = (*PAGES, "LOG.md", "CITATION.cff", "docs/papers.bib")
+SUFFIXES = "py|sh|yaml|toml|md|txt|bib|cff|gif|json|jsonl|safetensors|html"
+MADE_BY_RUNS = ("logs/", ".venv/", "benchmarks/results/")  # not in the repository, or not yet
+SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
+NEW_IN_AN_EXAMPLE = {"model/my_dmd.py", "objective.kind=huber_dmd", 'huber_dmd = "huber_dmd"'}
+PROGRAMS = {
+    "train.py": "utils/cli.py",
+    "inference.py": "trainer/generate_cli.py",
+    "inference.sh": "trainer/generate_cli.py",
+    "trainer.evaluate": "trainer/evaluate.py",
+    "benchmarks.train_step": "benchmarks/train_step.py",
+    "scripts.report": "scripts/report.py",
+}
+OPTIONS_OF_OTHERS = {"torchrun": {"--standalone", "--nproc_per_node"}, "ruff": {"--check"}}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def fences(text: str, language: str) -> list[str]:
+    return [body for name, body in FENCE.findall(text) if name == language]
+
+
+def spans(text: str) -> list[str]:
+    """Inline code."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+# ------------------------------------------------------------------------------------------------------ what there is
+
+
+@cache
+def words() -> frozenset[str]:
+    """Every identifier in the project's sources, these tests left out."""
+    files = [p for p in ROOT.glob("*/**/*.py") if p.relative_to(ROOT).parts[0] not in (".venv", "logs")]
+    files += [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "Makefile"]
+    found: set[str] = set()
+    for path in files:
+        if path != Path(__file__).resolve():
+            found |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
+    return frozenset(found)
+
+
+@cache
+def options(source: str) -> frozenset[str]:
+    """Options that a file gives to argparse."""
+    calls = (node for node in ast.walk(ast.parse(read(source))) if isinstance(node, ast.Call))
+    return frozenset(
+        arg.value
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"
+        for arg in call.args
+        if isinstance(arg, ast.Constant) and str(arg.value).startswith("--")
+    )
+
+
+@cache
+def all_options() -> frozenset[str]:
+    return frozenset().union(*map(options, PROGRAMS.values()), *OPTIONS_OF_OTHERS.values())
+
+
+def is_key(path: str) -> bool:
+    """Whether the config takes this key: asked of the loader, which names unknown ones."""
+    nested: object = None
+    for part in reversed(path.split(".")):
+        nested = {part: nested}
+    assert isinstance(nested, dict)
+    try:
+        from_plain(RunConfig, nested)
+    except ConfigError as error:
+        return "unknown key" not in str(error)
+    return path.split(".")[0] in SECTIONS
+
+
+def resolves(dotted: str) -> bool:
+    """Whether `a.b.c` is a module, or something in one."""
+    parts = dotted.split(".")
+    for n in range(len(parts), 0, -1):
+        name = ".".join(parts[:n])
+        path = ROOT / Path(*parts[:n])
+        if not (path.with_suffix(".py").is_file() or path.is_dir()):
+            continue
+        thing: object = importlib.import_module(name)
+        for part in parts[n:]:
+            if not hasattr(thing, part):
+                return False
+            thing = getattr(thing, part)
+        return True
+    return False
+
+
+# -------------------------------------------------------------------------------------------------- what a span claims
+
+
+def problem(span: str) -> str | None:
+    """Why this piece of inline code is wrong, or None. Formulae (no path, key, option or name) are not judged."""
+    if span in NEW_IN_AN_EXAMPLE or span.startswith(MADE_BY_RUNS):
+        return None
+    if test := re.fullmatch(r"(tests/[\w/]+\.py)::(\w+)", span):
+        there = (ROOT / test[1]).is_file() and f"def {test[2]}(" in read(test[1])
+        return None if there else f"there is no test {span}"
+    if target := re.fullmatch(r"make ([\w-]+)( .*)?", span):
+        return None if re.search(rf"^{target[1]}:", read("Makefile"), re.M) else f"no target in the Makefile: {span}"
+    unknown = [option for option in re.findall(r"(?<!\S)--[\w-]+", span) if option not in all_options()]
+    if unknown:
+        return f"no program has the option {unknown[0]}"
+    if span.startswith(("--", "torchrun ")) and " " in span or span.startswith("python -m "):
+        return command_problem(span)
+    if "*" in span and "/" in span:
+        return None if list(ROOT.glob(span)) else f"no file matches {span}"
+    if re.fullmatch(rf"[\w.-]+(/[\w.-]+)*(/|\.({SUFFIXES}))|[\w.]+(/[\w.]+)+", span):
+        return path_problem(span)
+    key = re.fullmatch(r"([a-z_]+(?:\.[a-z_0-9]+)+)(?:(?:=|: ).+)?", span)
+    if key and key[1].split(".")[0] in SECTIONS:
+        return None if is_key(key[1]) else f"the config has no key {key[1]}"
+    if key and resolves(key[1]):
+        return None
+    if re.fullmatch(r"[A-Za-z_]\w+(\.[A-Za-z_]\w*)+", span):  # Class.method, module.name
+        parts = span.split(".")
+        return None if all(part in words() for part in parts) else f"nothing is called {span}"
+    if re.fullmatch(r"[A-Za-z_]\w{2,}(\(\))?", span):
+        return None if span.removesuffix("()") in words() else f"nothing is called {span}"
+    return None
+
+
+def path_problem(path: str) -> str | None:
+    if (ROOT / path).exists():
+        return None
+    # a file that runs make is named in the code that makes it
+    name = Path(path).name
+    made = "/" not in path and any(f'"{name}"' in read(str(p.relative_to(ROOT))) for p in ROOT.glob("utils/*.py"))
+    return None if made else f"there is no file {path}"
+
+
+def command_problem(line: str) -> str | None:
+    """Whether the programs, modules, files and options of a command line exist."""
+    tokens = shlex.split(line, comments=True)
+    program = next((name for name in PROGRAMS if name in tokens), None)
+    allowed = set(OPTIONS_OF_OTHERS["torchrun"]) if "torchrun" in tokens else set()
+    allowed |= options(PROGRAMS[program]) if program else set()
+    for before, token in zip(["", *tokens], tokens, strict=False):
+        if before == "-m" and not resolves(token):
+            return f"no module {token}"
+        if program and token.startswith("--") and token.split("=")[0] not in allowed:
+            return f"{program} has no option {token}"
+        if re.fullmatch(r"(configs|tests|scripts)/[\w./]+|\w+\.(py|sh)", token) and not (ROOT / token).exists():
+            return f"there is no file {token}"
+        if token.startswith("make ") or before == "make":
+            return problem(f"make {token}")
+        if key := re.fullmatch(r"([a-z_.]+)=.*", token):
+            if program == "train.py" and not is_key(key[1]):
+                return f"the config has no key {key[1]}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_names_exists(page: str) -> None:
+    found = spans(read(page))
+    assert len(found) > 20
+    assert [wrong for span in found if (wrong := problem(span))] == []
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        "trainer/distil.py", "pipeline/*.yml", "tests/test_dmd.py::test_nothing", "make tests", "--config-file X",
+        "--no-such", "schedule.ts_sched", "rollout.kinds: self_forcing", "utils.config.lode", "RunConfig.is_casual",
+        "denoise_blocks", "python -m trainer.evaluat", "python -m trainer.evaluate --runs x", "model/wan2/", "no.jsonl",
+    ],
+)  # fmt: skip
+def test_a_wrong_name_is_found(span: str) -> None:
+    assert problem(span)
+
+
+def commands(text: str) -> Iterator[str]:
+    """Lines of shell examples. Those that quote an error are a test of their own."""
+    for body in fences(text, "bash"):
+        yield from (line for line in body.splitlines() if line.strip() and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_commands_name_programs_files_and_options_that_exist(page: str) -> None:
+    lines = list(commands(read(page)))
+    assert len(lines) > 3
+    assert [wrong for line in lines if (wrong := command_problem(line))] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torchrun train.py --config x",
+        "python inference.py --seeds 1",
+        "torchrun train.py --config_path configs/toy/x.yaml",
+        "make quikstart",
+        "torchrun train.py --config_path configs/toy/teacher.yaml training.max_step=3",
+    ],
+)
+def test_a_wrong_command_is_found(line: str) -> None:
+    assert command_problem(line)
+
+
+@pytest.mark.parametrize("page", [*PAGES, "LOG.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = read(page)
+    anchors = {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in re.findall(r"^#+ (.+)$", text, re.M)}
+    links = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text))
+    wrong = [
+        link
+        for link in links
+        if not (link[1:] in anchors if link.startswith("#") else link.startswith("https://") or (ROOT / link).exists())
+    ]
+    assert wrong == []
+
+
+def test_option_table_is_complete() -> None:
+    table = read("README.md").split("| option of `train.py` |")[1].split("\n\n")[0]
+    said = set(re.findall(r"(?<!\S)`?(--[\w-]+)", table))
+    assert said <= options("utils/cli.py")
+    assert {name.replace("-", "_") for name in options("utils/cli.py")} == {name.replace("-", "_") for name in said}
+
+
+def test_every_option_of_inference_is_explained() -> None:
+    section = read("README.md").split("## Inference")[1].split("\n## ")[0]
+    assert [option for option in sorted(options("trainer/generate_cli.py")) if option not in section] == []
+
+
+def test_yaml_examples_load(tmp_path: Path) -> None:
+    examples = fences(read("README.md"), "yaml")
+    shutil.copytree(ROOT / "configs/toy", tmp_path / "toy")
+    configs = []
+    for number, text in enumerate(examples):
+        (tmp_path / f"toy/example_{number}.yaml").write_text(text, encoding="utf-8")
+        configs.append(load(RunConfig, tmp_path / f"toy/example_{number}.yaml"))
+    assert [config.name for config in configs] == ["my_student", "random_exit"]
+    assert [config.rollout.last_step_only for config in configs] == [True, False]
+
+
+def test_quoted_errors_are_what_is_said() -> None:
+    block = fences(read("README.md"), "console")[0].splitlines()
+    assert len(block) >= 6
+    for line, said in zip(block[::2], block[1::2], strict=True):
+        args = train_args(shlex.split(line.removeprefix("$ torchrun train.py ")))
+        with pytest.raises(UserError) as error:
+            load(RunConfig, ROOT / args.config_path, args.overrides)
+        assert said == f"train.py: error: {error.value}"
+
+
+def test_run_folder_is_as_drawn(tmp_path: Path) -> None:
+    drawn = fences(read("README.md").split("<!-- run-folder -->")[1], "")[0].splitlines()[1:]
+    expected, folder = set(), ""
+    for line in drawn:
+        name, indent = line.split()[0], len(line) - len(line.lstrip())
+        folder = folder if indent > 2 else ""
+        if name.endswith("/"):
+            folder = name
+        expected.add(re.sub(r"\d{6,}", "N", folder + name if not name.endswith("/") else name))
+    run = trainer(
+        tmp_path, max_steps=2, schedule={"denoising_step_list": [1000]}, logging={"tensorboard": True},
+        validation={"every": 2, "count": 1}, checkpoint={"every": 2}, ema={"start": 0},
+    )  # fmt: skip
+    run.train()
+    made = {re.sub(r"\d{6,}", "N", p.relative_to(tmp_path).as_posix()) + "/" * p.is_dir() for p in tmp_path.rglob("*")}
+    events = {name for name in made if name.startswith("tensorboard/") and name != "tensorboard/"}
+    assert made - events - {"checkpoints/", "validation/"} == expected
+
+
+def test_the_example_loss_is_right(tmp_path: Path) -> None:
+    """README's objective as it stands: its gradient in x is g / sqrt(1 + (g / c)^2) over the number of elements."""
+    source = fences(read("README.md"), "python")[0]
+    (tmp_path / "my_dmd.py").write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("my_dmd", tmp_path / "my_dmd.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    class Score:
+        def __init__(self, shift: float) -> None:
+            self.shift = shift
+
+        def guided_x0(self, x, *_):  # type: ignore[no-untyped-def]
+            return torch.sin(3 * x) + self.shift
+
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(2, 3, 1, 2, 2, generator=generator) for _ in range(2))
+    x0.requires_grad_()
+    text, sigma = torch.zeros(2, 1, 1), torch.full((2,), 0.5)
+    real, fake = Score(0.2), Score(3.0)
+    out = module.huber_dmd_loss(Rollout(x0), real, fake, Conditioning(text), Guidance(text, 1.0), sigma, noise, c=0.7)
+    out.loss.backward()
+    g = out.kl_gradient
+    assert g.abs().min() > 0.1
+    torch.testing.assert_close(x0.grad, g / (1 + (g / 0.7).square()).sqrt() / x0.numel())
+
+
+def test_every_paper_in_the_code_and_the_status_table_is_cited() -> None:
+    cited = set(re.findall(r"eprint = \{([\d.]+)\}", read("docs/papers.bib")))
+    number = re.compile(r"(?<![\d.])(\d{4}\.\d{5})(?![\d.])")
+    sources = [p for d in ("model", "pipeline", "trainer", "utils") for p in (ROOT / d).rglob("*.py")]
+    in_code = {match for path in sources for match in number.findall(path.read_text(encoding="utf-8"))}
+    table = read("README.md").split("## Methods and status")[1].split("\n## ")[0]
+    here = {match for row in table.splitlines() if "planned" not in row for match in number.findall(row)}
+    assert len(in_code) > 8 and len(here) > 5
+    assert (in_code | here) - cited == set()
+
+
+def test_citation_file_has_what_the_format_asks_for() -> None:
+    cff = yaml.safe_load(read("CITATION.cff"))
+    assert {"cff-version", "message", "title", "authors"} <= cff.keys() and cff["license"] == "Apache-2.0"
+    for reference in cff["references"]:
+        assert {"type", "title", "authors"} <= reference.keys()
+        assert reference["title"] in read("docs/papers.bib")
+        assert reference["url"].rsplit("/", 1)[1] in read("docs/papers.bib")
+
+
+def test_log_is_one_dated_line_an_entry() -> None:
+    entries = [line for line in read("LOG.md").splitlines() if line.startswith("-")]
+    assert len(entries) > 5
+    assert [line for line in entries if not re.match(r"- 20\d\d-\d\d-\d\d · .{20,}\.$", line)] == []
+
+
+@pytest.mark.parametrize("page", PEOPLE)
+def test_no_absolute_path_of_a_machine(page: str) -> None:
+    assert absolute_paths(read(page)) == []
+
+
+def absolute_paths(text: str) -> list[str]:
+    return re.findall(r"(?<![\w./:~<*)\]}-])/[A-Za-z_]\w*/[\w./-]*|\b[A-Z]:\\\w+", text)
+
+
+def test_absolute_paths_are_found() -> None:
+    found: Callable[[str], list[str]] = absolute_paths
+    assert found("see /data/runs/x and `/opt/a/b`, C:\\runs") == ["/data/runs/x", "/opt/a/b", "C:\\runs"]
+    assert found("a/b/c, https://x.org/y/z, and/or, 1 / 2, <!-- /quickstart-table -->") == []
