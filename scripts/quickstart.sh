@@ -19,6 +19,9 @@ RANKS=$((CORES > 1 ? 2 : 1))
 GLOBAL_BATCH=16 # of configs/toy/*.yaml: split over the ranks it stays the same, and so do the losses
 export PYTHON OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive CUDA_VISIBLE_DEVICES= PYTHONUNBUFFERED=1
 
+# glibc gives large blocks back to the system at once and pays for each page again: a tenth of the sampling time
+export MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=2000000000
+
 say() { printf '\n==> [%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 die() { printf 'quickstart: %s\n' "$*" >&2; exit 1; }
 

@@ -143,7 +143,7 @@ def _panels(entries: dict[str, list[dict[str, Any]]], real_intensity: float) -> 
 
     return [
         Panel("Teacher: flow-matching loss", (("loss", "student/loss", teacher),), log=True),
-        Panel("Causal initialisation: loss", (("loss", "student/loss", init),), log=True),
+        Panel("Causal initialisation: loss", (("loss", "student/loss", init),)),
         Panel("Gradient norm before clipping", (
             ("teacher", "student/grad_norm", teacher), ("initialisation", "student/grad_norm", init)), log=True),
         Panel("DMD: critic's loss", both("critic/loss")),

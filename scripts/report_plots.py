@@ -45,7 +45,7 @@ def _curve(panel: Panel, number: int) -> str:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": f"panel {number}", "font.size": 9, "axes.spines.top": False,
@@ -67,6 +67,7 @@ def _curve(panel: Panel, number: int) -> str:
         axes.grid(alpha=0.2)
         if panel.log:
             axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
         if drawn > 1 or panel.level is not None:
