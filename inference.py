@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from trainer.generate import Generator
 from trainer.generate_cli import generate_videos, inference_args
 from utils import distributed

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from configs.schema import RunConfig
 from trainer.base import RunOptions
 from trainer.build import build_trainer
