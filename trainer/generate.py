@@ -82,8 +82,8 @@ class Generator:
     def __call__(
         self, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int], first_frame: Tensor | None = None
     ) -> Tensor:
-        """Latents [B, F, C, H, W] for prompts. ids: what keys each video's draws beside the seed, so a video is the same
-        in any batch. first_frame: pixels [1, C, h, w] in [0, 1] that all videos start with."""
+        """Latents [B, F, C, H, W] for prompts. ids: key each video's draws beside the seed, so a video is the same in
+        any batch. first_frame: pixels [1, C, h, w] in [0, 1] that all videos start with."""
         initial = None
         if first_frame is not None:
             initial = self.task.encode(first_frame[None]).expand(len(prompts), -1, -1, -1, -1)

@@ -5,12 +5,17 @@ B batch  T tokens of a frame  N heads  D head dim
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from model.wan.masks import check_window
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ class KVCache:
     def positions(self) -> list[int]:
         """Absolute frame position of each slot in use."""
         out = [-1] * self.held_frames
-        for frame in range(self.frames):
+        recent = range(max(self.frames - self.shape.context_frames, 0), self.frames)
+        for frame in (*range(min(self.sinks, recent.start)), *recent):
             if (slot := self._slot(frame)) is not None:
                 out[slot] = frame
         return out
@@ -83,6 +89,18 @@ class KVCache:
         self.frames = 0
         self.generation += 1
         self._text.clear()
+
+    def unchanged(self, function: Callable[P, R]) -> Callable[P, R]:
+        """The function, refusing with RuntimeError to run once the cache was reset: a checkpointed block that reads the
+        cache again in backward would silently read another rollout's keys."""
+        generation = self.generation
+
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not self.rolling and self.generation != generation:
+                raise RuntimeError("the KV cache was reset before the backward of a pass that reads it: do that first")
+            return function(*args, **kwargs)
+
+        return run
 
     def forget_text(self) -> None:
         """Drops cross-attention keys and values: the prompt has changed."""

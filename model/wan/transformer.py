@@ -35,8 +35,9 @@ class RMSNorm(nn.Module):
         return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
-def fp32_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+def fp32_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """A linear layer in fp32, whatever its weights are stored in."""
+    assert isinstance(layer, nn.Linear)
     bias = None if layer.bias is None else layer.bias.float()
     return functional.linear(x.float(), layer.weight.float(), bias)
 
@@ -171,6 +172,7 @@ class WanTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        assert self.patch_embedding.bias is not None
         nn.init.zeros_(self.patch_embedding.bias)
         for sequence in (self.text_embedding, self.time_embedding):
             for module in sequence:
@@ -254,7 +256,8 @@ class WanTransformer(nn.Module):
                 embedded = self.text_embedding(text)
             arguments = (x, time6, embedded, text_kv, rope, mask, context, self.backend)
             if self.checkpointing and torch.is_grad_enabled():
-                x, kv, text_kv = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                run = block if context is None or cache is None else cache.unchanged(block)
+                x, kv, text_kv = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, kv, text_kv = block(*arguments)
             if cache is not None:
@@ -271,10 +274,10 @@ class WanTransformer(nn.Module):
             frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=sigma.device) / half)
             angle = (TIME_SCALE * sigma.double()).unsqueeze(-1) * frequency
             wave = torch.cat([angle.cos(), angle.sin()], dim=-1).float()
-            first, activation, second = self.time_embedding
-            time = fp32_linear(second, activation(fp32_linear(first, wave)))
-            activation, projection = self.time_projection
-            return time, fp32_linear(projection, activation(time)).unflatten(-1, (6, -1))
+            first, _, second = self.time_embedding
+            _, projection = self.time_projection
+            time = fp32_linear(second, functional.silu(fp32_linear(first, wave)))
+            return time, fp32_linear(projection, functional.silu(time)).unflatten(-1, (6, -1))
 
     def _patchify(self, x: Tensor) -> Tensor:
         # A convolution whose stride is its kernel is a linear layer on patches, and faster as one.

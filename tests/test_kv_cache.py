@@ -1,0 +1,50 @@
+"""The cache on its own: which frames lie where, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.wan.kv_cache import CacheShape, KVCache
+from pipeline.causal import CausalConfig
+from tests.nets import latents, random_net, texts
+
+SHAPE = CacheShape(layers=1, batch=1, context_frames=5, tokens_per_frame=2, heads=1, head_dim=1)
+
+
+def filled(sinks: int, blocks: list[int]) -> KVCache:
+    """A cache whose keys are the positions of their frames, and whose values are minus that."""
+    cache = KVCache(SHAPE, sinks=sinks, rolling=True, dtype=torch.float32, device="cpu")
+    for size in blocks:
+        frames = torch.arange(cache.frames, cache.frames + size, dtype=torch.float32)
+        k = frames.repeat_interleave(2).reshape(1, -1, 1, 1)
+        cache.append(0, k, -k)
+        cache.advance(size)
+    return cache
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 3, 5])
+@pytest.mark.parametrize("blocks", [[2], [3, 2], [2] * 4, [1] + [2] * 5, [4, 4, 4]])
+def test_sinks_stay_and_the_rest_is_the_most_recent(sinks: int, blocks: list[int]) -> None:
+    cache, total = filled(sinks, blocks), sum(blocks)
+    recent = range(max(total - (5 - sinks), min(sinks, total)), total)
+    expected = sorted({*range(min(sinks, total)), *recent})
+    assert sorted(cache.positions) == expected
+    context = cache.context(0)
+    assert context is not None
+    assert context[0].flatten()[::2].tolist() == cache.positions  # what lies in a slot is what `positions` says
+    assert torch.equal(context[0], -context[1]) and torch.equal(context[0][:, ::2], context[0][:, 1::2])
+
+
+def test_defect_03_reset_before_backward_is_refused() -> None:
+    """A checkpointed block reads the cache again in backward: another rollout's keys would be a silent wrong gradient."""
+    net = random_net(0)
+    net.checkpointing = True
+    cache = CausalConfig(2).new_cache(net, 1, 4, 4, 6, torch.float32, torch.device("cpu"))
+    text, sigma = texts(1, 1), torch.tensor([0.5])
+    with torch.no_grad():
+        net(latents(1, 1, 2), sigma, text, cache=cache, write_cache=True)
+    loss = net(latents(2, 1, 2), sigma, text, cache=cache).sum()
+    cache.reset()
+    with pytest.raises(RuntimeError, match="reset before the backward"):
+        loss.backward()
