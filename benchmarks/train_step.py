@@ -1,4 +1,4 @@
-"""What a Self-Forcing + DMD update costs: `python -m benchmarks.train_step [--size cpu|1.3b] [--precision fp32|bf16] ...`
+"""What a Self-Forcing + DMD update costs: `python -m benchmarks.train_step [--size cpu|1.3b] [--precision bf16] ...`
 
 Times are in units of ONE full-sequence bidirectional forward without gradient of the same network, in the same process
 and precision. A generator step is a rollout, the DMD loss (critic, teacher with and without prompt) and backward; a
@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +114,11 @@ class Workload:
         return ScoreNet(net, name, self.evaluations, self.compute_dtype)
 
     def _optimizer(self, score: ScoreNet) -> torch.optim.AdamW:
-        """AdamW with its state allocated, by an update that changes nothing; a parameter at a time, so that gradients
-        of the whole network, which no backward has made yet, leave no holes in the heap."""
-        optimizer = torch.optim.AdamW(score.net.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+        """AdamW with its state written, so that it is resident, as after a first update."""
+        optimizer = torch.optim.AdamW(score.net.parameters())
         for p in score.net.parameters():
-            p.grad = torch.zeros_like(p)
-            optimizer.step()
-            p.grad = None
+            zeros = {name: torch.empty_like(p).fill_(0) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
         return optimizer
 
     @torch.no_grad()
@@ -166,7 +165,7 @@ def measure(size: Size, precision: str, checkpointing: bool, backend: Backend, r
     for kind, step in (("generator", work.generator_step), ("critic", work.critic_step)):
         for exit_step in range(len(STEPS)):
             before = work.evaluations.total_frames
-            taken = seconds(lambda e=exit_step, s=step: s(e), work.device, repeats)  # type: ignore[misc]
+            taken = seconds(partial(step, exit_step), work.device, repeats)
             out[kind].append(taken / unit)
             out["tokens"].append((work.evaluations.total_frames - before) // repeats * tokens)
             out["tokens_minimum"].append(work.minimum_frames(exit_step, generator=kind == "generator") * tokens)
@@ -179,7 +178,17 @@ def _mean(values: list[float]) -> float:
 
 def report(results: list[dict[str, Any]], public: bool) -> str:
     """The table; with `public`, the public implementation's figures under each configuration that it has."""
-    header = ["configuration", "forward s", "generator at exit 0/1/2/3", "mean", "critic at exit 0/1/2/3", "mean", "GB", "tokens"]
+    header = [
+        "configuration",
+        "forward s",
+        "generator at exit 0/1/2/3",
+        "mean",
+        "s",
+        "critic at exit 0/1/2/3",
+        "mean",
+        "s",
+    ]
+    header += ["GB", "tokens"]
     rows = []
     for result in results:
         name = f"{result['precision']}, checkpointing {result['checkpointing']}, {result['backend']}"
@@ -194,7 +203,8 @@ def report(results: list[dict[str, Any]], public: bool) -> str:
 def _row(name: str, forward: float, units: dict[str, Any], gigabytes: float, tokens: str) -> list[str]:
     cells = [name, f"{forward:.3f}"]
     for kind in ("generator", "critic"):
-        cells += [" / ".join(f"{value:.1f}" for value in units[kind]), f"{_mean(units[kind]):.2f}"]
+        mean = _mean(units[kind])
+        cells += [" / ".join(f"{value:.1f}" for value in units[kind]), f"{mean:.2f}", f"{mean * forward:.1f}"]
     return [*cells, f"{gigabytes:.2f}", tokens]
 
 
@@ -203,7 +213,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: both")
     parser.add_argument("--checkpointing", choices=["on", "off"], help="default: both")
-    parser.add_argument("--backend", choices=[b.value for b in Backend], help="default: plain on a CPU, sdpa on a GPU")
+    parser.add_argument(
+        "--backend", choices=[b.value for b in Backend], help="default: sdpa, but plain for bf16 on a CPU"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/train_step_SIZE.json")
@@ -217,23 +229,32 @@ def main(arguments: list[str]) -> int:
     if size.device == "cuda" and not torch.cuda.is_available():
         print(f"benchmarks.train_step: --size {options.size} needs a CUDA GPU, and torch sees none", file=sys.stderr)
         return 2
-    backend = options.backend or ("plain" if size.device == "cpu" else "sdpa")
     if options.worker:
         torch.set_num_threads(options.threads)
-        result = measure(size, options.precision, options.checkpointing == "on", Backend(backend), options.repeats)
+        chosen_backend = Backend(options.backend)
+        result = measure(size, options.precision, options.checkpointing == "on", chosen_backend, options.repeats)
         print(json.dumps(result))
         return 0
     results = []
     for precision in [options.precision] if options.precision else ["fp32", "bf16"]:
+        backend = options.backend or ("plain" if (size.device, precision) == ("cpu", "bf16") else "sdpa")
         for checkpointing in [options.checkpointing] if options.checkpointing else ["on", "off"]:
             chosen = {"precision": precision, "checkpointing": checkpointing, "backend": backend}
             flags = [text for key, value in chosen.items() for text in (f"--{key}", value)]
-            flags += ["--worker", "--size", options.size, "--threads", str(options.threads), "--repeats", str(options.repeats)]
+            flags += [
+                "--worker",
+                "--size",
+                options.size,
+                "--threads",
+                str(options.threads),
+                "--repeats",
+                str(options.repeats),
+            ]
             results.append(chosen | fresh_process("benchmarks.train_step", flags, options.threads))
     public = options.size == "cpu" and options.threads == 1
     print(report(results, public))
     if public:
-        print("public Self-Forcing (33593df): its own run, perhaps on another machine; compare units, not seconds")
+        print("public Self-Forcing (33593df): its own run, perhaps on another machine; compare units first")
     out = options.out or Path("benchmarks/results") / f"train_step_{options.size}.json"
     write_json(out, {"size": options.size, "results": results, "public": _public_json() if public else None})
     print(f"wrote {out}")

@@ -182,6 +182,10 @@ class TrainingConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, or null for torch's choice, got {self.threads}")
+        if self.update_schedule is UpdateSchedule.alternating and self.generator_update_interval == 1:
+            raise ValueError("generator_update_interval 1 leaves an alternating critic no iteration: use 2 or more")
         least = {"critic_warmup_steps": 0}
         for name in (
             "max_steps",
@@ -244,6 +248,8 @@ class ValidationConfig:
     fps: int = 8
 
     def __post_init__(self) -> None:
+        if self.fps < 1:
+            raise ValueError(f"fps must be at least 1, got {self.fps}")
         if (self.every is not None and self.every < 1) or self.count < 1 or self.steps < 1:
             raise ValueError(f"every, count and steps must be at least 1, got {self.every}, {self.count}, {self.steps}")
 
@@ -320,9 +326,20 @@ class RunConfig:
             missing = "teacher" if self.teacher is None else "critic"
             raise ValueError(f"{missing} is null: the score_distillation trainer needs both a teacher and a critic")
         rollout, schedule = self.rollout, self.schedule
-        if (schedule.ts_schedule or schedule.ts_schedule_max) and not rollout.same_step_across_blocks:
+        by_exit = schedule.ts_schedule or schedule.ts_schedule_max
+        if by_exit and not rollout.same_step_across_blocks and not rollout.last_step_only:
             raise ValueError(
                 "schedule.ts_schedule needs one exit step for all blocks: set rollout.same_step_across_blocks to true"
+            )
+        if rollout.kind is RolloutKind.diffusion_forcing and (by_exit or rollout.last_step_only):
+            raise ValueError(
+                "rollout.kind diffusion_forcing has no exit step: set schedule.ts_schedule, ts_schedule_max and "
+                "rollout.last_step_only to false"
+            )
+        if schedule.ts_schedule_max and schedule.min_score_timestep / 1000 >= min(schedule.sigmas()):
+            raise ValueError(
+                f"schedule.min_score_timestep {schedule.min_score_timestep} is above the last step's level, which "
+                "schedule.ts_schedule_max takes as the upper bound: lower it"
             )
         if rollout.num_training_frames is not None:
             if rollout.kind is not RolloutKind.self_forcing:

@@ -101,6 +101,8 @@ class ScheduleConfig:
             )
         if not 0 <= self.min_score_timestep < TIMESTEPS:
             raise ValueError(f"min_score_timestep must be in [0, 1000), got {self.min_score_timestep}")
+        if self.min_score_timestep / TIMESTEPS >= self.max_sigma:
+            raise ValueError(f"min_score_timestep {self.min_score_timestep} is not below max_sigma {self.max_sigma}")
         self.sigmas()
 
     def sigmas(self) -> tuple[float, ...]:

@@ -39,8 +39,7 @@ class ScoreNet:
         """Velocity [B, F, C, H, W] in fp32 at x [B, F, C, H, W], sigma [B] or [B, F], text [B, L, D]."""
         with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
             velocity = self.net(x, sigma, text, **mode)
-        frames = x.shape[0] * x.shape[1]
-        self.evaluations.add(self.name, frames=frames, tokens=frames * x.shape[3] * x.shape[4])
+        self.evaluations.add(self.name, frames=x.shape[0] * x.shape[1])
         return velocity.float()
 
     def x0(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor:

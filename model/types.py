@@ -71,25 +71,24 @@ class NoiseSource(Protocol):
 
 @dataclass
 class Evaluations:
-    """Network evaluations, counted where they happen: calls, latent frames and tokens by network name."""
+    """Network evaluations, counted where they happen: calls and latent frames by network name."""
 
     calls: dict[str, int] = field(default_factory=dict)
     frames: dict[str, int] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
 
-    def add(self, name: str, *, frames: int, tokens: int) -> None:
-        for counts, amount in ((self.calls, 1), (self.frames, frames), (self.tokens, tokens)):
-            counts[name] = counts.get(name, 0) + amount
+    def add(self, name: str, *, frames: int) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.frames[name] = self.frames.get(name, 0) + frames
 
     @property
     def total_frames(self) -> int:
         return sum(self.frames.values())
 
     def state(self) -> dict[str, dict[str, int]]:
-        return {"calls": dict(self.calls), "frames": dict(self.frames), "tokens": dict(self.tokens)}
+        return {"calls": dict(self.calls), "frames": dict(self.frames)}
 
     def load(self, state: dict[str, dict[str, int]]) -> None:
-        self.calls, self.frames, self.tokens = dict(state["calls"]), dict(state["frames"]), dict(state["tokens"])
+        self.calls, self.frames = dict(state["calls"]), dict(state["frames"])
 
 
 def expand_like(sigma: Tensor, x: Tensor) -> Tensor:

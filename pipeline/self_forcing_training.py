@@ -74,7 +74,8 @@ def self_forcing_rollout(
     done = conditioning.initial_frames
     for index, (part, exit_step) in enumerate(zip(noise.split(list(blocks), 1), plan.exit_steps, strict=True)):
         done += part.shape[1]
-        judged = done > total - plan.score_frames
+        # a longer rollout's first judged frame is replaced by its image latent, so it needs no gradient
+        judged = done > total - plan.score_frames + int(total > plan.score_frames)
         x0 = denoise_block(
             student,
             part,
@@ -97,7 +98,6 @@ def _judged_window(
 ) -> Rollout:
     start = video.shape[1] - plan.score_frames
     mask = torch.ones(plan.score_frames, dtype=torch.bool, device=video.device)
-    mask[: max(initial - start, 0)] = False  # given frames are not the student's
     window = video[:, start:]
     if start > 0:
         if reencode is not None:

@@ -10,7 +10,9 @@ from model.wan.attention import Backend
 from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer
 
-MICRO = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=3, out_dim=3, text_dim=12, text_len=5, freq_dim=16)
+MICRO = WanConfig(
+    dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=3, out_dim=3, text_dim=12, text_len=5, freq_dim=16
+)
 
 
 def random_net(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,7 +37,7 @@ SETTINGS: dict[str, set[str]] = {
     "forward": set(),
     "causal_forward": CAUSAL,
     "teacher_forcing": CAUSAL | {"clean_noised"},
-    "cached_forward": CAUSAL,
+    "cached_forward": CAUSAL | {"clean_noised"},
     "rollout": ROLLOUT,
     "stream": ROLLOUT - {"exit_steps"},
     "dmd": ROLLOUT | {"guidance", "fake_guidance"},
@@ -75,7 +76,8 @@ class Case:
         s = self.settings
         return CausalConfig(
             num_frame_per_block=s["frames_per_block"],
-            independent_first_frame=s.get("independent_first_frame", False),
+            # one given frame is a block of its own, whatever the others are
+            independent_first_frame=s.get("independent_first_frame", False) or self.conditioning.initial_frames == 1,
             window_frames=s.get("window_frames"),
             sink_frames=s.get("sink_frames", 0),
             context_noise=1000 * s.get("context_sigma", 0.0),
@@ -122,13 +124,14 @@ def teacher_forcing(case: Case) -> Tensors:
 @torch.no_grad()
 def cached_forward(case: Case) -> Tensors:
     x, sigma, text, clean = (case.inputs[k] for k in ("x", "sigma", "text", "clean"))
+    clean_sigma = case.inputs.get("clean_sigma", torch.zeros_like(sigma))
     student, cache, parts, start = case.score("student"), case.cache(x), [], 0
     blocks = case.causal.blocks(x.shape[1])
     for index, size in enumerate(blocks):
         part = slice(start, start + size)
         parts.append(student.velocity(x[:, part], sigma[:, part], text, cache=cache))
         if index < len(blocks) - 1:
-            student.velocity(clean[:, part], torch.zeros_like(sigma[:, part]), text, cache=cache, write_cache=True)
+            student.velocity(clean[:, part], clean_sigma[:, part], text, cache=cache, write_cache=True)
         start += size
     return _with_x0(x, sigma, torch.cat(parts, 1))
 
@@ -265,7 +268,11 @@ class Folder:
         unknown = sorted(set(settings) - SETTINGS[kind] - {"batch", "frames"})
         if unknown:
             raise ValueError(f"{name}: setting '{unknown[0]}' of a {kind} case is not known")
-        return Case(kind, settings, self.part(name, "in"), entry.get("grad_norm_order", []), self.nets, checkpointing)
+        inputs = self.part(name, "in")
+        length = self.nets["student"].config.text_len
+        for key in {"text", "negative_text"} & set(inputs):  # Wan pads what is shorter with zeros
+            inputs[key] = torch.nn.functional.pad(inputs[key], (0, 0, 0, length - inputs[key].shape[1]))
+        return Case(kind, settings, inputs, entry.get("grad_norm_order", []), self.nets, checkpointing)
 
     def part(self, name: str, side: str) -> Tensors:
         prefix = f"{name}/{side}."
@@ -285,19 +292,26 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or not (Path(arguments[0]) / "manifest.json").is_file():
         print("usage: python -m tests.replay DIR (a folder with manifest.json)", file=sys.stderr)
         return 2
-    folder = Folder.read(Path(arguments[0]))
+    try:
+        folder = Folder.read(Path(arguments[0]))
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as problem:
+        print(f"replay: {arguments[0]} is not a folder of schema 1: {_one_line(problem)}", file=sys.stderr)
+        return 2
     failed = 0
     for name in folder.manifest["cases"]:
         try:
             error = folder.worst_error(name)
-            verdict = "ok" if error <= TOLERANCE else "FAIL"
-            print(f"{name:32s} {error:.2e}  {verdict}")
-        except (ValueError, KeyError) as problem:
-            verdict = "FAIL"
-            print(f"{name:32s} {problem}  {verdict}")
+            said, verdict = f"{error:.2e}", "ok" if error <= TOLERANCE else "FAIL"
+        except Exception as problem:  # whatever a case dies of, it failed, and the others are still to be seen
+            said, verdict = _one_line(problem), "FAIL"
+        print(f"{name:32s} {said}  {verdict}")
         failed += verdict == "FAIL"
     print(f"{len(folder.manifest['cases']) - failed} of {len(folder.manifest['cases'])} cases ok")
     return int(failed > 0 or not folder.manifest["cases"])
+
+
+def _one_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())}"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from tests.nets import relative
 CPU = torch.device("cpu")
 HEADS, WIDTH = 2, 16
 
+QKV = tuple[Tensor, Tensor, Tensor]
+
 # tokens a frame, mask: ragged counts, a multiple of 128 in all, rows with several runs of keys
 CASES: dict[str, tuple[int, FrameMask]] = {
     "block_causal": (7, block_causal_mask((2, 2, 2))),
@@ -27,20 +29,21 @@ CASES: dict[str, tuple[int, FrameMask]] = {
 SHAPES = {"square": (9, 9), "few_queries": (3, 130), "one_key": (5, 1), "ragged": (129, 257)}
 
 
-def qkv(queries: int, keys: int, seed: int = 0, batch: int = 2) -> list[Tensor]:
+def qkv(queries: int, keys: int, seed: int = 0, batch: int = 2) -> QKV:
     generator = torch.Generator().manual_seed(seed)
     shapes = ((batch, queries, HEADS, WIDTH), (batch, keys, HEADS, WIDTH), (batch, keys, HEADS, WIDTH))
-    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    q, k, v = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    return q, k, v
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+def written_out(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
     scores = torch.einsum("blnd,bmnd->bnlm", q.double(), k.double()) / q.shape[-1] ** 0.5
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     return torch.einsum("bnlm,bmnd->blnd", scores.softmax(-1), v.double()).to(q.dtype)
 
 
-def with_gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+def with_gradients(out: Tensor, inputs: QKV) -> list[Tensor]:
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]
 
@@ -62,7 +65,7 @@ EAGER = [Backend.SDPA, Backend.PLAIN]
 def test_masked(backend: Backend, name: str) -> None:
     tokens, mask = CASES[name]
     inputs = qkv(mask.query_frames * tokens, mask.key_frames * tokens)
-    expected = with_gradients(written_out(*inputs, mask.tokens(tokens, CPU)), inputs)
+    expected = with_gradients(written_out(*inputs, allowed=mask.tokens(tokens, CPU)), inputs)
     assert_alike(with_gradients(attend(*inputs, mask=mask, backend=backend), inputs), expected)
 
 
@@ -70,7 +73,7 @@ def test_masked(backend: Backend, name: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 def test_dense(backend: Backend, shape: tuple[int, int]) -> None:
     inputs = qkv(*shape)
-    assert_alike(with_gradients(attend(*inputs, backend=backend), inputs), with_gradients(written_out(*inputs, None), inputs))
+    assert_alike(with_gradients(attend(*inputs, backend=backend), inputs), with_gradients(written_out(*inputs), inputs))
 
 
 def test_defect_05_shapes_one_after_the_other() -> None:
@@ -81,16 +84,16 @@ def test_defect_05_shapes_one_after_the_other() -> None:
     ]  # fmt: skip
     for backend, (tokens, mask) in itertools.product(EAGER, masks):
         inputs = qkv(16, 16)
-        expected = with_gradients(written_out(*inputs, mask.tokens(tokens, CPU)), inputs)
+        expected = with_gradients(written_out(*inputs, allowed=mask.tokens(tokens, CPU)), inputs)
         assert_alike(with_gradients(attend(*inputs, mask=mask, backend=backend), inputs), expected)
 
 
 def flex_forward(mask: FrameMask | None, queries: int, keys: int, seed: int) -> None:
     """FlexAttention has no backward on a CPU; tests/gpu compares its gradients."""
-    inputs = [t.detach() for t in qkv(queries, keys, seed)]
+    q, k, v = (t.detach() for t in qkv(queries, keys, seed))
     tokens = 1 if mask is None else queries // mask.query_frames
-    expected = written_out(*inputs, None if mask is None else mask.tokens(tokens, CPU))
-    assert relative(attend(*inputs, mask=mask, backend=Backend.FLEX), expected) < 2e-6
+    expected = written_out(q, k, v, None if mask is None else mask.tokens(tokens, CPU))
+    assert relative(attend(q, k, v, mask=mask, backend=Backend.FLEX), expected) < 2e-6
 
 
 @pytest.mark.slow
@@ -108,7 +111,8 @@ def test_bf16_is_close_and_stays_bf16(backend: Backend) -> None:
     inputs = [t.detach().bfloat16() for t in qkv(mask.query_frames * tokens, mask.key_frames * tokens)]
     out = attend(*inputs, mask=mask, backend=backend)
     assert out.dtype is torch.bfloat16
-    assert relative(out, written_out(*(t.float() for t in inputs), mask.tokens(tokens, CPU))) < 1e-2
+    q, k, v = (t.float() for t in inputs)
+    assert relative(out, written_out(q, k, v, mask.tokens(tokens, CPU))) < 1e-2
 
 
 def test_mask_that_does_not_fit() -> None:

@@ -101,7 +101,9 @@ def test_outputs_and_gradients_equal_diffusers(name: str, shape: tuple[int, int,
             continue
         assert worst(p.grad, want) < 5e-5, key
         checked += 1
-    assert checked >= (len(gradients) - 12 * config.num_layers if shape == (1, 1, 2, 2) else len(gradients) - config.num_layers * 2)
+    assert checked >= (
+        len(gradients) - 12 * config.num_layers if shape == (1, 1, 2, 2) else len(gradients) - config.num_layers * 2
+    )
 
 
 def test_time_per_frame_equals_diffusers_time_per_token() -> None:

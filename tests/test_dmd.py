@@ -45,6 +45,12 @@ def score(mean: float, scale: float, evaluations: Evaluations | None = None) -> 
     return ScoreNet(GaussianNet(mean, scale), f"{mean}", evaluations)
 
 
+def exact(score_net: ScoreNet) -> GaussianNet:
+    """The closed form behind a score."""
+    assert isinstance(score_net.net, GaussianNet)
+    return score_net.net
+
+
 def normal(seed: int, batch: int = 4) -> Tensor:
     return torch.randn(batch, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
@@ -63,7 +69,9 @@ SIGMA = torch.tensor([0.3, 0.5, 0.8, 0.95])
 def run_dmd(x0: Tensor, real: ScoreNet, fake: ScoreNet, sigma: Tensor = SIGMA, **rollout: Any) -> tuple[Tensor, Tensor]:
     """Loss and its gradient in x0."""
     x0 = x0.clone().requires_grad_()
-    output = dmd_loss(Rollout(x0, **rollout), real, fake, Conditioning(prompt(len(x0))), free(len(x0)), sigma, normal(9, len(x0)))
+    output = dmd_loss(
+        Rollout(x0, **rollout), real, fake, Conditioning(prompt(len(x0))), free(len(x0)), sigma, normal(9, len(x0))
+    )
     return output.loss.detach(), torch.autograd.grad(output.loss, x0)[0]
 
 
@@ -71,7 +79,7 @@ def exact_gradient(x0: Tensor, real: ScoreNet, fake: ScoreNet, sigma: Tensor) ->
     """(F - T) / mean|x0 - T|, sample by sample."""
     x = mix(x0, normal(9, len(x0)), sigma)
     text = prompt(len(x0))
-    f, t = (net.net.x0(x, sigma, text).detach() for net in (fake, real))
+    f, t = (exact(net).x0(x, sigma, text).detach() for net in (fake, real))
     return torch.stack([(f[i] - t[i]) / (x0[i] - t[i]).abs().mean() for i in range(len(x0))])
 
 
@@ -81,7 +89,7 @@ def test_kl_gradient_in_closed_form() -> None:
     out = dmd_loss(Rollout(x0), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9))
     a = SIGMA
     keep = 1 - (1 - a) ** 2 / ((1 - a) ** 2 + a**2)
-    t = real.net.x0(mix(x0, normal(9), a), a, prompt(4)).detach()
+    t = exact(real).x0(mix(x0, normal(9), a), a, prompt(4)).detach()
     expected = keep * -1.5 / (x0 - t).abs().flatten(1).mean(1)
     assert out.kl_gradient is not None
     assert torch.allclose(out.kl_gradient, expand_like(expected, x0).expand_as(x0), rtol=1e-4, atol=1e-5)
@@ -114,8 +122,8 @@ def test_student_converges_to_the_teacher_with_the_exact_critic() -> None:
     real, fake = score(0.8, 0.6), score(-1.0, 0.3)
     for step in range(400):
         with torch.no_grad():
-            fake.net.mean.copy_(mean)  # type: ignore[operator, union-attr]
-            fake.net.scale.copy_(scale)  # type: ignore[operator, union-attr]
+            exact(fake).mean.copy_(mean)
+            exact(fake).scale.copy_(scale)
         x0 = mean + scale * torch.randn(32, *SHAPE, generator=generator)
         sigma = 0.02 + 0.96 * torch.rand(32, generator=generator)
         noise = torch.randn(32, *SHAPE, generator=generator)
@@ -132,7 +140,7 @@ def test_defect_08_guidance_is_uncond_plus_w_times_the_difference() -> None:
     evaluations = Evaluations()
     net = score(0.0, 1.0, evaluations)
     x, cond, negative = normal(1), prompt(4, 2.0), prompt(4, -1.0)
-    c, u = (net.net.x0(x, SIGMA, text) for text in (cond, negative))
+    c, u = (exact(net).x0(x, SIGMA, text) for text in (cond, negative))
     for w in (0.0, 0.5, 1.0, 3.0, 4.0):
         assert torch.allclose(net.guided_x0(x, SIGMA, cond, negative, w), (u + w * (c - u)).float(), atol=1e-4)
     assert evaluations.calls == {"0.0": 5}
@@ -147,7 +155,7 @@ def test_defect_08_guided_scores_in_the_loss() -> None:
     x = mix(x0, normal(9), SIGMA)
 
     def guided(net: ScoreNet, w: float) -> Tensor:
-        c, u = (net.net.x0(x, SIGMA, text).detach().float() for text in (cond, negative))
+        c, u = (exact(net).x0(x, SIGMA, text).detach().float() for text in (cond, negative))
         return u + w * (c - u)
 
     expected = kl_gradient(x0, guided(fake, 2.0), guided(real, 4.0))
@@ -162,7 +170,7 @@ def test_defect_07_both_scores_see_the_same_noised_sample() -> None:
     for loss in (dmd_loss, sid_loss):
         real, fake = score(0.5, 0.7), score(-0.2, 1.3)
         loss(Rollout(normal(1)), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9))
-        (x_real, sigma_real, _), (x_fake, sigma_fake, _) = real.net.seen[0], fake.net.seen[0]  # type: ignore[index, union-attr]
+        (x_real, sigma_real, _), (x_fake, sigma_fake, _) = exact(real).seen[0], exact(fake).seen[0]
         assert torch.equal(x_real, x_fake) and torch.equal(sigma_real, sigma_fake)
         assert torch.equal(x_real, mix(normal(1), normal(9), SIGMA)) and torch.equal(sigma_real, SIGMA)
 
@@ -234,10 +242,12 @@ def test_critic_loss_by_hand_and_conditional_only() -> None:
     critic, x0, noise, text = score(0.1, 0.9), normal(1), normal(2), prompt(4, 0.7)
     out = critic_loss(Rollout(x0), critic, Conditioning(text), SIGMA, noise)
     x = mix(x0, noise, SIGMA)
-    velocity = (x.double() - critic.net.x0(x, SIGMA, text)) / expand_like(SIGMA, x)
-    assert float(out.loss.detach()) == pytest.approx(float((velocity - (noise - x0)).square().mean().detach()), rel=1e-5)
+    velocity = (x.double() - exact(critic).x0(x, SIGMA, text)) / expand_like(SIGMA, x)
+    assert float(out.loss.detach()) == pytest.approx(
+        float((velocity - (noise - x0)).square().mean().detach()), rel=1e-5
+    )
     assert critic.evaluations.calls == {"0.1": 1}
-    seen_x, seen_sigma, seen_text = critic.net.seen[0]  # type: ignore[index, union-attr]
+    seen_x, seen_sigma, seen_text = exact(critic).seen[0]
     assert torch.equal(seen_x, x) and torch.equal(seen_sigma, SIGMA) and torch.equal(seen_text, text)
 
 
@@ -299,7 +309,7 @@ def test_sid_in_closed_form(alpha: float) -> None:
     def formula(x0: Tensor) -> Tensor:
         nonlocal scale
         x = (1 - a) * x0 + a * noise.double()
-        t, f = (net.net.x0(x, SIGMA, text).detach() for net in (real, fake))
+        t, f = (exact(net).x0(x, SIGMA, text).detach() for net in (real, fake))
         if scale is None:  # a constant to the gradient
             scale = (x0 - t).abs().flatten(1).mean(1).reshape(-1, 1, 1, 1, 1)
         return ((t - f) * ((t - x0) - alpha * (t - f)) / scale).mean()

@@ -122,7 +122,9 @@ def test_load_weights_of_any_format_and_prefix(tmp_path: Path, wrapper: str, nat
 
 def test_wrappers_within_names_are_stripped() -> None:
     state = random_net(1).state_dict()
-    wrapped = {key.replace("blocks.0.", "blocks.0._fsdp_wrapped_module._orig_mod."): value for key, value in state.items()}
+    wrapped = {
+        key.replace("blocks.0.", "blocks.0._fsdp_wrapped_module._orig_mod."): value for key, value in state.items()
+    }
     assert wrapped.keys() != state.keys()
     assert to_native(wrapped).keys() == state.keys()
     with pytest.raises(ValueError, match="twice"):
@@ -164,7 +166,11 @@ def test_every_misfit_is_named_and_nothing_is_copied() -> None:
     state["patch_embedding.bias"] = torch.zeros(3)
     with pytest.raises(ValueError) as error:
         load_native(net, state)
-    for part in ("1 missing (head.head.bias)", "1 unexpected (img_emb.proj.0.weight)", "patch_embedding.bias [3] instead of [96]"):
+    for part in (
+        "1 missing (head.head.bias)",
+        "1 unexpected (img_emb.proj.0.weight)",
+        "patch_embedding.bias [3] instead of [96]",
+    ):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
     assert_same(net, before)

@@ -96,6 +96,30 @@ def test_teacher_takes_as_many_steps_as_asked(teacher: Path) -> None:
         )  # steps x guidance x batch x frames
 
 
+def test_options_that_would_be_ignored_are_refused(run: Path, teacher: Path) -> None:
+    with pytest.raises(UserError, match="--guidance: a causal student takes none"):
+        Generator.load(run, CPU)(PROMPTS, Sampling(guidance=2.0), [0, 1])
+    with pytest.raises(UserError, match="--sinks 3: without a window"):
+        Generator.load(run, CPU)(PROMPTS, Sampling(sinks=3), [0, 1])
+    for sampling, image in ((Sampling(window=9), None), (Sampling(), torch.zeros(1, 3, 16, 16))):
+        with pytest.raises(UserError, match="a bidirectional network takes none"):
+            Generator.load(teacher, CPU)(PROMPTS, sampling, [0, 1], image)
+    with pytest.raises(UserError, match="--steps 0"):
+        Generator.load(teacher, CPU)(PROMPTS, Sampling(steps=0), [0, 1])
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "the digit eleven moving left"])
+def test_a_prompt_that_cannot_be_encoded_is_one_line(run: Path, prompt: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Generator.load(run, CPU)([prompt], Sampling(), [0])
+    assert "\n" not in str(caught.value)
+
+
+def test_first_frame_of_a_student_with_an_independent_first_frame(tmp_path: Path) -> None:
+    trainer(tmp_path, causal={"num_frame_per_block": 4, "independent_first_frame": True}, max_steps=2).train()
+    assert Generator.load(tmp_path, CPU)(PROMPTS, Sampling(), [0, 1], torch.zeros(1, 3, 16, 16)).shape[1] == 9
+
+
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
@@ -113,12 +137,11 @@ def test_prompt_file_is_resumed(run: Path, tmp_path: Path, capsys: pytest.Captur
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
     out = tmp_path / "videos"
-    args = inference_args(
-        ["--run", str(run), "--prompts", str(prompts), "--out", str(out), "--batch", "1", "--scale", "2"]
-    )
+    command = ["--run", str(run), "--prompts", str(prompts), "--out", str(out), "--batch", "1", "--scale", "2"]
+    args = inference_args(command)
     generator = Generator.load(run, CPU)
     assert generate_videos(generator, args) == 0
-    made = sorted(out.iterdir())
+    made = sorted(out.glob("*.mp4"))
     assert [p.name for p in made] == [f"{i:04d}_{slug(p)}.mp4" for i, p in enumerate(PROMPTS)]
     assert read_video(made[0]).shape == (9, 3, 32, 32)
     stamps = made[0].stat().st_mtime_ns
@@ -129,6 +152,8 @@ def test_prompt_file_is_resumed(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert made[0].stat().st_mtime_ns == stamps
     # the encoder, not the sampler, varies in its last bits from call to call
     assert (read_video(made[1]) - before).abs().mean() < 0.02
+    with pytest.raises(UserError, match=r"made with other settings \(seed\)"):
+        generate_videos(generator, inference_args([*command, "--seed", "5"]))
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])

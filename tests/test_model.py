@@ -29,7 +29,13 @@ def new_cache(net: WanTransformer, causal: CausalConfig, x: Tensor, dtype: torch
 
 @torch.no_grad()
 def block_by_block(
-    net: WanTransformer, x: Tensor, sigma: Tensor, clean: Tensor, clean_sigma: Tensor, text: Tensor, causal: CausalConfig
+    net: WanTransformer,
+    x: Tensor,
+    sigma: Tensor,
+    clean: Tensor,
+    clean_sigma: Tensor,
+    text: Tensor,
+    causal: CausalConfig,
 ) -> Tensor:
     """Velocity of each noisy block over a cache of the clean ones before it."""
     cache, out, start = new_cache(net, causal, x), [], 0
@@ -56,7 +62,10 @@ CAUSAL = [
     (CausalConfig(num_frame_per_block=2, window_frames=2), 6),  # the own block only
     (CausalConfig(num_frame_per_block=2, window_frames=40, sink_frames=3), 6),  # a window longer than the video
 ]
-IDS = [f"{c.num_frame_per_block}x{f}_w{c.window_frames}_s{c.sink_frames}{'_i' * c.independent_first_frame}" for c, f in CAUSAL]
+IDS = [
+    f"{c.num_frame_per_block}x{f}_w{c.window_frames}_s{c.sink_frames}{'_i' * c.independent_first_frame}"
+    for c, f in CAUSAL
+]
 
 
 @pytest.mark.parametrize(("causal", "frames"), CAUSAL, ids=IDS)
@@ -86,7 +95,12 @@ def test_the_mask_matters() -> None:
     with torch.no_grad():
         outs = [
             net(x, sigma, text, mask=None if c is None else c.mask(8))
-            for c in (None, CausalConfig(2), CausalConfig(2, window_frames=4), CausalConfig(2, window_frames=4, sink_frames=1))
+            for c in (
+                None,
+                CausalConfig(2),
+                CausalConfig(2, window_frames=4),
+                CausalConfig(2, window_frames=4, sink_frames=1),
+            )
         ]
     for a, b in itertools.combinations(outs, 2):
         assert relative(a, b) > 1e-3
@@ -157,7 +171,12 @@ def test_defect_04_reset_cache_gives_the_same_numbers_in_the_same_memory() -> No
 
 @pytest.mark.parametrize(
     "causal",
-    [CausalConfig(2), CausalConfig(2, window_frames=5), CausalConfig(2, window_frames=4, sink_frames=1), CausalConfig(2, context_noise=100)],
+    [
+        CausalConfig(2),
+        CausalConfig(2, window_frames=5),
+        CausalConfig(2, window_frames=4, sink_frames=1),
+        CausalConfig(2, context_noise=100),
+    ],
     ids=["full", "rolling", "rolling_sinks", "context_noise"],
 )
 @pytest.mark.parametrize("backend", [Backend.PLAIN, Backend.SDPA], ids=lambda b: b.value)
@@ -335,7 +354,9 @@ MASKS = [
 @pytest.mark.parametrize(("blocks", "window", "sinks"), MASKS)
 def test_block_causal_mask_by_definition(blocks: tuple[int, ...], window: int | None, sinks: int) -> None:
     mask, total = block_causal_mask(blocks, window, sinks), sum(blocks)
-    assert mask.allowed == tuple(tuple(visible(q, k, blocks, window, sinks) for k in range(total)) for q in range(total))
+    assert mask.allowed == tuple(
+        tuple(visible(q, k, blocks, window, sinks) for k in range(total)) for q in range(total)
+    )
     if window is not None:
         assert max(sum(row) for row in mask.allowed) <= window
 

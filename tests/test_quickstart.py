@@ -82,7 +82,7 @@ def test_stages_run_in_order_with_their_starting_points(quickstart: Quickstart) 
         ranks = int(call.split("--nproc_per_node ")[1].split()[0])
         assert f"training.micro_batch_size={16 // ranks}" in call and "--resume auto" in call
     *_, inference, last = quickstart.calls.read_text().splitlines()
-    assert inference.startswith("inference.py") and "--prompts configs/toy/prompts.txt" in inference
+    assert inference.split()[0].endswith("inference.py") and "--prompts configs/toy/prompts.txt" in inference
     assert last.startswith("-m scripts.report --root") and "--sample" not in last
     notes = sorted(path.name for path in (quickstart.run_dir / "commands").iterdir())
     assert notes == [f"{n}_{stage}.txt" for n, stage in enumerate([*STAGES, "videos", "report"], 1)]

@@ -84,7 +84,8 @@ def test_mix_is_per_frame_in_fp32_and_keeps_the_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shift", "low", "high"), [(5.0, 0.0, 1.0), (8.0, 0.0, 1.0), (5.0, 0.625, 0.8333), (1.0, 0.02, 0.98), (5.0, 0.0, 0.5)]
+    ("shift", "low", "high"),
+    [(5.0, 0.0, 1.0), (8.0, 0.0, 1.0), (5.0, 0.625, 0.8333), (1.0, 0.02, 0.98), (5.0, 0.0, 0.5)],
 )
 def test_defect_07_score_sigma_has_the_shifted_density_cut_to_its_bounds(shift: float, low: float, high: float) -> None:
     """Kolmogorov-Smirnov against the closed form: P(sigma <= s) is (u(s) - u(low)) / (u(high) - u(low)), u the inverse

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from configs.schema import RunConfig, TrainerKind
+from trainer.base import RunOptions
+from trainer.build import build_trainer
 from utils.config import ConfigError, load
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +22,10 @@ MISTAKES = [
     ("training.max_steps=many", ["training.max_steps", "many", "whole number"]),
     ("trainer=ddpo", ["trainer", "ddpo", "score_distillation", "diffusion", "ode"]),
     ("objective.kind=gan", ["objective.kind", "gan", "dmd"]),
-    ("causal.num_frame_per_block=2", ["data.toy.frames", "causal.num_frame_per_block", "9 latent frames", "blocks of 2", "8 or 10"]),
+    (
+        "causal.num_frame_per_block=2",
+        ["data.toy.frames", "causal.num_frame_per_block", "9 latent frames", "blocks of 2", "8 or 10"],
+    ),
     ("student.overrides={num_heads: 3}", ["student", "num_heads 3", "dim 128", "divisor"]),
     ("schedule.denoising_step_list=[500,750]", ["schedule.denoising_step_list", "500", "decrease"]),
     ("schedule.min_sigma=0.99", ["schedule.min_sigma", "0.99"]),
@@ -34,6 +39,12 @@ MISTAKES = [
     ("generator_training.optimizer.clip_value=1", ["clip_norm", "clip_value", "null"]),
     ("generator_training.lr_schedule.kind=step", ["generator_training.lr_schedule.kind", "step", "cosine"]),
     ("teacher=null", ["teacher is null"]),
+    ("student.overrides={num_layers: 0}", ["student", "num_layers", "at least 1", "0"]),
+    ("student.overrides={dim: abc}", ["student", "dim", "abc"]),
+    ("training.threads=0", ["training.threads", "0"]),
+    ("training.update_schedule=alternating training.generator_update_interval=1", ["generator_update_interval"]),
+    ("schedule.min_score_timestep=990", ["schedule.min_score_timestep", "990"]),
+    ("rollout.kind=diffusion_forcing data.real=true", ["diffusion_forcing", "no exit step", "last_step_only"]),
     ("training.critic_warmup_steps=400", ["critic_warmup_steps", "400"]),
 ]
 
@@ -41,14 +52,18 @@ MISTAKES = [
 @pytest.mark.parametrize(("override", "words"), MISTAKES, ids=[override for override, _ in MISTAKES])
 def test_mistake_is_one_line_with_key_value_and_remedy(override: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(RunConfig, ROOT / YAML, [override])
+        load(RunConfig, ROOT / YAML, override.split(" ") if "{" not in override else [override])
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
 
 
 def test_ts_schedule_needs_one_exit_step_for_all_blocks() -> None:
     with pytest.raises(ConfigError, match="same_step_across_blocks"):
-        load(RunConfig, ROOT / YAML, ["schedule.ts_schedule=true", "rollout.same_step_across_blocks=false"])
+        load(
+            RunConfig,
+            ROOT / YAML,
+            ["schedule.ts_schedule=true", "rollout.same_step_across_blocks=false", "rollout.last_step_only=false"],
+        )
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=str)
@@ -73,6 +88,22 @@ def test_missing_weights_name_the_network_and_the_path(tmp_path: Path) -> None:
     done = run("train.py", "--config_path", YAML, "--logdir", str(tmp_path), "teacher.init=/no/such/run")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "teacher.init" in done.stderr and "/no/such/run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("data.prompts=nothing.txt", "nothing.txt"),
+        ("data.negative_prompt=blurry", "blurry"),
+        ("validation.prompts=nothing.txt", "validation.prompts"),
+        ("student.attention=flex", "flex has no backward on a CPU"),
+    ],
+)
+def test_mistakes_that_only_the_task_can_see(override: str, word: str, tmp_path: Path) -> None:
+    overrides = ["student.init=null", "teacher.init=null", "critic.init=null", override]
+    with pytest.raises(ConfigError) as caught:
+        build_trainer(load(RunConfig, ROOT / YAML, overrides), RunOptions(tmp_path))
+    assert "\n" not in str(caught.value) and word in str(caught.value)
 
 
 def test_print_config_gives_a_yaml_that_loads_to_the_same(tmp_path: Path) -> None:

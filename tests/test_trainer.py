@@ -50,10 +50,21 @@ def test_defect_10_resume_is_exact(base: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_resume_from_an_older_checkpoint_rewrites_the_curve(tmp_path: Path) -> None:
-    trainer(tmp_path / "a").train()
-    before = curve(tmp_path / "a")
-    trainer(tmp_path / "a", resume=str(tmp_path / "a/checkpoints/step_00000005")).train()
-    assert curve(tmp_path / "a") == before
+    trainer(tmp_path).train()
+    before = curve(tmp_path)
+    trainer(tmp_path, resume=str(tmp_path / "checkpoints/step_00000005")).train()
+    assert curve(tmp_path) == before
+
+
+def test_resume_from_an_older_checkpoint_leaves_the_other_future_aside(tmp_path: Path) -> None:
+    """Else the newest checkpoint, which `auto` takes and retention keeps, would be of the abandoned branch."""
+    keep = {"checkpoint": {"every": 2, "keep_last": 5}}
+    trainer(tmp_path, max_steps=8, **keep).train()
+    older = str(tmp_path / "checkpoints/step_00000002")
+    trainer(tmp_path, resume=older, max_steps=4, checkpoint={"every": 2, "keep_last": 1}).train()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step_00000004"]
+    assert len(checkpoint.list_checkpoints(tmp_path / "previous_1/checkpoints")) == 3
+    assert [entry["step"] for entry in curve(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_run_that_died_before_its_first_save_leaves_no_doubled_points(tmp_path: Path) -> None:
@@ -175,9 +186,34 @@ def test_non_finite_step_is_skipped_and_counted(tmp_path: Path) -> None:
 def test_too_many_non_finite_steps_abort_with_a_checkpoint(tmp_path: Path) -> None:
     run = trainer(tmp_path, DIFFUSION, training={"non_finite_limit": 3})
     run.networks["student"].net.head.head.bias.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="3 updates in a row were not finite.*student at step 2"):
+    with pytest.raises(UserError, match="3 updates of student in a row were not finite.*at step 2"):
         run.train()
     assert checkpoint.latest(tmp_path / "checkpoints") is not None
+
+
+def test_one_bad_network_aborts_though_the_other_is_fine(tmp_path: Path) -> None:
+    """The critic's good updates must not hide that the student never trains; the abort leaves a whole iteration."""
+    run = trainer(tmp_path, training={"generator_update_interval": 1, "non_finite_limit": 3})
+    _poison(run, set(range(20)))
+    with pytest.raises(UserError, match="3 updates of student in a row"):
+        run.train()
+    assert run.networks["critic"].optimizer.updates == 4 and run.networks["student"].optimizer.updates == 0
+    assert checkpoint.load_state(tmp_path / "checkpoints/step_00000004")["cursor"] == run.cursor
+    trainer(tmp_path).train()  # goes on from there
+
+
+def test_student_numbers_are_logged_though_not_every_iteration_has_them(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=8, training={"generator_update_interval": 4, "log_every": 4}).train()
+    entries = curve(tmp_path)
+    assert [entry["step"] for entry in entries] == [4, 8]
+    assert all("student/loss" in entry and "student/luma" in entry for entry in entries)
+
+
+def test_resume_takes_the_rates_and_decay_of_the_config(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=2).train()
+    changed = {"generator_training": {"optimizer": {"weight_decay": 0.5, "betas": [0.1, 0.9]}}}
+    group = trainer(tmp_path, **changed).networks["student"].optimizer.optimizers["adamw"].param_groups[0]
+    assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0.1, 0.9)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from trainer.sampling import sample
 from trainer.state import load_run, save_run
 from utils import checkpoint, distributed
 from utils.config import ConfigError, UserError, diff, save, to_plain
+from utils.data.prompts import load_prompts
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
 from utils.random import Noise, keyed_seed
@@ -62,13 +63,16 @@ class Trainer(ABC):
         self.step = 0
         self.cursor = 0
         self.skipped = 0
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row: dict[str, int] = {}
+        self.abort: str | None = None
         self.stop_signal: int | None = None
+        self.latest: dict[str, float] = {}
+        self.check_validation()
         self.networks: dict[str, Trained] = {}
         self.build()
         self.checkpoints = options.logdir / "checkpoints"
         if options.resume == "never":
-            set_aside(options.logdir)
+            set_aside(options.logdir, [options.logdir / name for name in RUN_FILES])
         self._resume()
         self.logger = RunLogger(
             options.logdir, to_plain(config), tensorboard=config.logging.tensorboard,
@@ -100,15 +104,21 @@ class Trainer(ABC):
         progress = Progress(total, self.step, desc=self.config.name, is_main=distributed.is_main())
         if distributed.is_main():
             save(self.config, self.options.logdir / "config.yaml")
+        unlogged: dict[str, float] = {}
         with self._signals():
             while self.step < total and not self._stopping():
                 started = time.perf_counter()
                 metrics = self.training_step()
                 self.step += 1
-                metrics |= self._vitals(time.perf_counter() - started)
+                unlogged |= metrics | self._vitals(time.perf_counter() - started)
+                self.latest |= unlogged
                 if self.step % self.config.training.log_every == 0 or self.step == total:
-                    self.logger.scalars(self.step, metrics)
-                progress.update(self.step, {k: v for k, v in metrics.items() if k in self.headline})
+                    self.logger.scalars(self.step, unlogged)
+                    unlogged = {}
+                progress.update(self.step, {k: self.latest[k] for k in self.headline if k in self.latest})
+                if self.abort is not None:
+                    self.save_checkpoint()
+                    raise UserError(self.abort)
                 if self.step % self.config.checkpoint.every == 0 or self.step == total:
                     self.save_checkpoint()
                 if self.config.validation.every and (
@@ -122,7 +132,13 @@ class Trainer(ABC):
         distributed.barrier()
         return 0 if self.stop_signal is None else 128 + self.stop_signal
 
-    headline: tuple[str, ...] = ("student/loss", "student/grad_norm", "samples_per_second", "peak_memory_gib")
+    headline: tuple[str, ...] = (
+        "student/loss",
+        "student/grad_norm",
+        "samples_per_second",
+        "peak_memory_gib",
+        "network_evaluations",
+    )
 
     def _vitals(self, seconds: float) -> dict[str, float]:
         return {
@@ -178,17 +194,18 @@ class Trainer(ABC):
     def _finite(self, name: str, metrics: dict[str, float]) -> bool:
         bad = [key for key, value in metrics.items() if not math.isfinite(value)]
         if not bad:
-            self.skipped_in_a_row = 0
+            self.skipped_in_a_row[name] = 0
             return True
         self.skipped += 1
-        self.skipped_in_a_row += 1
+        self.skipped_in_a_row[name] = count = self.skipped_in_a_row.get(name, 0) + 1
         console.warning("step %d: %s of %s not finite, update skipped", self.step, ", ".join(bad), name)
-        if self.skipped_in_a_row >= self.config.training.non_finite_limit:
-            self.save_checkpoint()
-            raise UserError(
-                f"{self.skipped_in_a_row} updates in a row were not finite (last: {', '.join(bad)} of {name} at step "
-                f"{self.step}); the state is saved: lower the learning rate or look at the data"
+        if count >= self.config.training.non_finite_limit:
+            # the iteration is finished first, so that the checkpoint is of a whole one
+            self.abort = (
+                f"{count} updates of {name} in a row were not finite (last: {', '.join(bad)} at step {self.step}); the "
+                "state is saved: lower the learning rate or look at the data"
             )
+            self.skipped_in_a_row[name] = 0
         return False
 
     # ---------------------------------------------------------------------------------------------------- validation
@@ -214,7 +231,7 @@ class Trainer(ABC):
 
     def _validation_video(self, which: str) -> None:
         config = self.config.validation
-        prompts = self.validation_prompts()
+        prompts = self.validation_prompts
         before = self.evaluations.state()
         noise = Noise(config.seed, 0, range(len(prompts)), self.device)
         latents = self.sample(self.task.conditioning(prompts), self.task.negative(len(prompts)), noise)
@@ -226,20 +243,22 @@ class Trainer(ABC):
         looks = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
         self.logger.scalars(self.step, {f"validation/{which}_{name}": float(value) for name, value in looks.items()})
 
-    def validation_prompts(self) -> list[str]:
-        from utils.data.prompts import load_prompts
-
+    def check_validation(self) -> None:
+        """Reads the prompt library at the start: a mistake in it must not wait for the first validation."""
         config = self.config.validation
-        if config.prompts is not None:
-            return load_prompts(config.prompts)[: config.count]
-        return self.task.validation_prompts(config.count)
+        try:
+            library = None if config.prompts is None else load_prompts(config.prompts)
+            self.validation_prompts = library[: config.count] if library else self.task.validation_prompts(config.count)
+            self.task.conditioning(self.validation_prompts)
+        except (ValueError, OSError) as problem:
+            raise ConfigError(f"validation.prompts: {problem}") from None
 
     # --------------------------------------------------------------------------------------------- state and signals
 
     def save_checkpoint(self) -> None:
         if not self.options.save:
             return
-        evaluations = sum_evaluations(self.evaluations)
+        evaluations = sum_evaluations(self.evaluations, [*self.networks, "teacher"])
         if distributed.is_main():
             tensors, state = save_run(self.networks)
             state |= {
@@ -260,8 +279,12 @@ class Trainer(ABC):
             return
         state = checkpoint.load_state(path)
         load_run(self.networks, path, state, self.device)
+        if path.parent.resolve() == self.checkpoints.resolve():
+            # the run's other future: the newest checkpoint must be the one to go on from
+            saved = checkpoint.list_checkpoints(self.checkpoints)
+            set_aside(self.options.logdir, [other for other in saved if checkpoint.step_of(other) > state["step"]])
         self.step, self.cursor = state["step"], state["cursor"]
-        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], dict(state["skipped_in_a_row"])
         if distributed.is_main():  # the count is over all ranks; one of them carries it on
             self.evaluations.load(state["evaluations"])
         console.info("resumed from %s at step %d", path, self.step)
@@ -270,9 +293,11 @@ class Trainer(ABC):
 
     def _stopping(self) -> bool:
         # Agreed by all: a rank that stopped alone would leave the others waiting in a collective.
-        numbers = distributed.all_reduce_scalars({"signal": float(self.stop_signal or 0)}, "max")
-        self.stop_signal = int(numbers["signal"]) or None
-        return self.stop_signal is not None
+        mine = self.stop_signal  # a signal that arrives from here on is seen by the next call
+        agreed = int(distributed.all_reduce_scalars({"signal": float(mine or 0)}, "max")["signal"])
+        if agreed and mine is None:
+            self.stop_signal = agreed
+        return agreed != 0
 
     def _signals(self) -> Any:
         return _SignalScope(self._on_signal)
@@ -300,18 +325,21 @@ class _SignalScope:
             signal.signal(number, handler)
 
 
-def set_aside(logdir: Path) -> None:
-    """Moves an earlier run of this folder to `previous_N`: a new one must not resume from it, and nothing is lost."""
-    old = [logdir / name for name in ("checkpoints", "metrics.jsonl", "config.yaml", "validation", "tensorboard")]
-    if distributed.is_main() and any(path.exists() for path in old):
+RUN_FILES = ("checkpoints", "metrics.jsonl", "config.yaml", "validation", "tensorboard", "wandb", "wandb_id.txt")
+
+
+def set_aside(logdir: Path, paths: Sequence[Path]) -> None:
+    """Moves what an earlier run left in this folder to `previous_N`: nothing resumes from it, nothing is lost."""
+    present = [path for path in paths if path.exists()]
+    if distributed.is_main() and present:
         number = 1
         while (logdir / f"previous_{number}").exists():
             number += 1
-        (logdir / f"previous_{number}").mkdir()
-        for path in old:
-            if path.exists():
-                path.rename(logdir / f"previous_{number}" / path.name)
-        console.warning("an earlier run in %s was moved to %s", logdir, f"previous_{number}")
+        for path in present:
+            target = logdir / f"previous_{number}" / path.relative_to(logdir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        console.warning("%d files or folders of an earlier run were moved to %s", len(present), target.parent)
     distributed.barrier()
 
 
@@ -326,10 +354,11 @@ def micro_batches(training: TrainingConfig, ranks: int) -> int:
     return training.global_batch_size // each
 
 
-def sum_evaluations(evaluations: Evaluations) -> dict[str, dict[str, int]]:
-    """The counts over all ranks."""
-    flat = {f"{kind}.{name}": float(n) for kind, counts in evaluations.state().items() for name, n in counts.items()}
-    out: dict[str, dict[str, int]] = {"calls": {}, "frames": {}, "tokens": {}}
+def sum_evaluations(evaluations: Evaluations, names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """The counts of these networks over all ranks; a rank that ran one of them never still takes part."""
+    own = evaluations.state()
+    flat = {f"{kind}.{name}": float(counts.get(name, 0)) for kind, counts in own.items() for name in names}
+    out: dict[str, dict[str, int]] = {kind: {} for kind in own}
     for key, value in distributed.all_reduce_scalars(flat).items():
         kind, name = key.split(".", 1)
         out[kind][name] = int(value)

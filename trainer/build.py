@@ -91,6 +91,8 @@ def build_trained(
     with_ema: bool,
 ) -> Trained:
     """A network with fp32 master weights, its optimizer and schedule over `updates` updates, and maybe its EMA."""
+    if device.type == "cpu" and Backend(network.attention) is Backend.FLEX:
+        raise ConfigError(f"{name}.attention: flex has no backward on a CPU: use sdpa or plain")
     net = build_network(network, name, config.seed, device)
     matrices = [n for n, p in net.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
     optimizer = NetworkOptimizer(net, training.optimizer, training.lr_schedule, updates, matrices)

@@ -28,7 +28,8 @@ class ScoreDistillationTrainer(Trainer):
     and the critic follows the student by flow matching on those samples."""
 
     headline = (
-        "student/loss", "student/grad_norm", "student/dmd_gradient_norm", "critic/loss", "critic/grad_norm",
+        "student/loss", "student/grad_norm", "student/dmd_gradient_norm", "student/luma",
+        "student/saturation", "critic/loss", "critic/grad_norm",
         "samples_per_second", "peak_memory_gib", "network_evaluations",
     )  # fmt: skip
 

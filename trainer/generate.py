@@ -16,7 +16,7 @@ from torch import Tensor
 from configs.schema import RunConfig
 from model.schedule import step_sigmas
 from model.score import ScoreNet
-from model.types import Evaluations
+from model.types import Conditioning, Evaluations
 from model.wan.config import NetworkConfig
 from pipeline.causal import CausalConfig
 from trainer.build import build_for_inference, build_task, compute_dtype
@@ -50,8 +50,9 @@ class Generator:
     @classmethod
     def load(cls, path: Path, device: torch.device, *, weights: str = "ema") -> Generator:
         """From a run folder or one checkpoint; its average unless `weights` is 'raw'. Raises UserError."""
-        folder = checkpoint.resolve_resume(str(path), path)
-        assert folder is not None
+        folder = None if str(path) in ("auto", "never") else checkpoint.resolve_resume(str(path), path)
+        if folder is None:
+            raise UserError(f"no run in {path}: give a run's folder, or a checkpoint's")
         config = from_plain(RunConfig, checkpoint.load_state(folder)["config"])
         network: NetworkConfig = replace(config.student, init=str(folder), init_weights=weights, checkpointing=False)
         net = build_for_inference(network, "student", device, compute_dtype(config))
@@ -84,32 +85,56 @@ class Generator:
     ) -> Tensor:
         """Latents [B, F, C, H, W] for prompts. ids: key each video's draws beside the seed, so a video is the same in
         any batch. first_frame: pixels [1, C, h, w] in [0, 1] that all videos start with."""
-        initial = None
-        if first_frame is not None:
-            initial = self.task.encode(first_frame[None]).expand(len(prompts), -1, -1, -1, -1)
-        conditioning = self.task.conditioning(prompts, initial)
+        self._refuse_unused(sampling, first_frame)
+        conditioning = self._conditioning(prompts, first_frame)
         source = Noise(sampling.seed, 0, ids, self.device)
         given = conditioning.initial_frames
         frames, *rest = self.task.latent_shape
         if sampling.frames is not None:
             frames = sampling.frames
-        elif self.causal and given:
+        elif given and not self.config.causal.independent_first_frame:
             frames += given
+        if frames <= given:
+            raise UserError(f"--frames {frames}: {given} of them are given, nothing is left to generate: ask for more")
         shape = (frames - given, *rest)
         if not self.few_steps:
-            return self._many_steps(source, shape, conditioning.text, sampling, given)
+            return self._many_steps(source, shape, conditioning.text, sampling)
         causal = self._causal(sampling, frames, given) if self.causal else None
         noise = source.normal("noise", shape)
         return few_step_sample(self.score, noise, conditioning, self.step_list(sampling.steps), causal, source)
 
-    def _many_steps(
-        self, source: Noise, shape: tuple[int, ...], text: Tensor, sampling: Sampling, given: int
-    ) -> Tensor:
-        if given:
-            raise UserError("--image: a bidirectional text-to-video network takes no first frame: use a causal student")
+    def _refuse_unused(self, sampling: Sampling, first_frame: Tensor | None) -> None:
+        """UserError for what this network would silently ignore."""
+        given: dict[str, object]
+        if not self.causal:
+            kind = "a bidirectional network"
+            given = {"image": first_frame, "window": sampling.window, "sinks": sampling.sinks}
+            instead = "use a causal student"
+        else:
+            kind, given, instead = "a causal student", {"guidance": sampling.guidance}, "leave it out"
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(f"--{name}: {kind} takes none: {instead}")
+        if self.few_steps and sampling.guidance is not None:
+            raise UserError("--guidance: a distilled student takes none: leave it out")
+        if sampling.sinks is not None and sampling.window is None and self.config.causal.window_frames is None:
+            raise UserError(f"--sinks {sampling.sinks}: without a window nothing is ever dropped: give --window too")
+
+    def _conditioning(self, prompts: Sequence[str], first_frame: Tensor | None) -> Conditioning:
+        try:
+            initial = None
+            if first_frame is not None:
+                initial = self.task.encode(first_frame[None]).expand(len(prompts), -1, -1, -1, -1)
+            return self.task.conditioning(prompts, initial)
+        except ValueError as problem:
+            raise UserError(str(problem)) from None
+
+    def _many_steps(self, source: Noise, shape: tuple[int, ...], text: Tensor, sampling: Sampling) -> Tensor:
         validation = self.config.validation
         guidance = validation.guidance if sampling.guidance is None else sampling.guidance
-        steps = sampling.steps or validation.steps
+        steps = validation.steps if sampling.steps is None else sampling.steps
+        if steps < 1:
+            raise UserError(f"--steps {steps}: give at least 1")
         shift = self.config.schedule.timestep_shift
         return euler(self.score, source, shape, text, self.task.negative(text.shape[0]), steps, shift, guidance)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from trainer.generate import Generator, Sampling, slug
@@ -30,6 +33,7 @@ class InferenceArgs:
     scale: int
     batch: int
     image: Path | None
+    from_file: bool
 
 
 def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
@@ -58,39 +62,88 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     for name in ("frames", "steps", "fps", "scale", "batch"):
         if (value := getattr(a, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: give a number of at least 1")
-    prompts = (a.prompt,) if a.prompt is not None else tuple(load_prompts(a.prompts))
+    try:
+        prompts = (a.prompt,) if a.prompt is not None else tuple(load_prompts(a.prompts))
+    except (ValueError, OSError) as problem:
+        raise UserError(f"--prompts: {problem}") from None
     suffix = a.out.suffix.lstrip(".") if a.prompt is not None and a.out.suffix else a.format
     if suffix not in ("mp4", "gif", "png"):
         raise UserError(f"--out {a.out}: unknown format .{suffix}: use .mp4, .gif or .png")
     sampling = Sampling(a.steps, a.frames, a.window, a.sinks, a.guidance, a.seed)
     return InferenceArgs(
-        a.run or a.checkpoint, prompts, a.out, sampling, a.weights, suffix, a.fps, a.scale, a.batch, a.image
+        a.run or a.checkpoint,
+        prompts,
+        a.out,
+        sampling,
+        a.weights,
+        suffix,
+        a.fps,
+        a.scale,
+        a.batch,
+        a.image,
+        a.prompts is not None,
     )
 
 
 def generate_videos(generator: Generator, args: InferenceArgs) -> int:
-    """Writes one file a prompt, skipping those that exist, and says where. Returns the exit code."""
-    one_file = bool(args.out.suffix) and len(args.prompts) == 1
+    """Writes one file a prompt and says where; of a prompt file those that exist are skipped. Returns the exit code."""
+    one = len(args.prompts) == 1 and bool(args.out.suffix)
+    resumable = not one and args.from_file
     paths = [args.out / f"{i:04d}_{slug(prompt)}.{args.suffix}" for i, prompt in enumerate(args.prompts)]
-    todo = [0] if one_file else [i for i, path in enumerate(paths) if not path.is_file()]
-    if one_file:
+    if one:
         paths = [args.out]
+    elif args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file: give a folder")
+    if resumable:
+        _same_settings(args)
+    todo = [i for i, path in enumerate(paths) if not (resumable and path.is_file())]
     if len(todo) < len(paths):
         print(f"{len(paths) - len(todo)} of {len(paths)} videos are there already")
-    image = None if args.image is None else read_image(args.image)[None]
-    if image is not None and image.ndim > 4:
-        image = image[0]
+    image = _first_frame(args)
     frames, started = 0, time.perf_counter()
     for start in tqdm(range(0, len(todo), args.batch), desc="videos", disable=None):
         ids = todo[start : start + args.batch]
         latents = generator([args.prompts[i] for i in ids], args.sampling, ids, image)
         for index, pixels in zip(ids, generator.task.decode(latents), strict=True):
-            paths[index].parent.mkdir(parents=True, exist_ok=True)
             write_video(paths[index], pixels, args.fps, args.scale)
             frames += pixels.shape[0]
     seconds = time.perf_counter() - started
-    print(
-        f"{len(todo)} videos, {frames} frames in {seconds:.1f} s ({frames / max(seconds, 1e-9):.1f} frames/s) "
-        f"-> {args.out}"
-    )
+    rate = frames / max(seconds, 1e-9)
+    print(f"{len(todo)} videos, {frames} frames in {seconds:.1f} s ({rate:.1f} frames/s) -> {args.out}")
     return 0
+
+
+def _first_frame(args: InferenceArgs) -> Tensor | None:
+    """Pixels [1, C, h, w] in [0, 1] of --image."""
+    if args.image is None:
+        return None
+    try:
+        return read_image(args.image)[None]
+    except (ValueError, OSError) as problem:
+        raise UserError(f"--image: {problem}") from None
+
+
+def _same_settings(args: InferenceArgs) -> None:
+    """Keeps what the folder's videos were made with beside them, and refuses to go on with anything else."""
+    settings = {
+        "source": str(args.source),
+        "weights": args.weights,
+        "image": str(args.image),
+        "scale": args.scale,
+        "fps": args.fps,
+        "prompts": hashlib.sha256("\n".join(args.prompts).encode()).hexdigest(),
+        **asdict(args.sampling),
+    }
+    file = args.out / "settings.json"
+    if file.is_file():
+        there = json.loads(file.read_text())
+        changed = sorted(key for key in settings if there.get(key) != settings[key])
+        if changed:
+            raise UserError(
+                f"the videos in {args.out} were made with other settings ({', '.join(changed)}): give another --out"
+            )
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=1))
+    except OSError as problem:
+        raise UserError(f"--out {args.out}: {problem.strerror}: give a folder that can be written") from None

@@ -45,9 +45,10 @@ class ODETrainer(Trainer):
         frames = trajectory.shape[2]
         blocks = self.config.causal.blocks(frames)
         points = len(self.sigmas_S)
-        index_BF = per_frame((micro.noise.uniform("stored_index", (len(blocks),)) * points).long(), blocks)
+        u = micro.noise.uniform("stored_index", (len(blocks),))
         # the first block is never given clean: all samples have something to learn from
-        index_BF[:, : blocks[0]] %= points - 1
+        choices = torch.tensor([points - 1] + [points] * (len(blocks) - 1), device=u.device)
+        index_BF = per_frame((u * choices).long(), blocks)
         x, sigma_BF = pick_stored(trajectory, self.sigmas_S.to(self.device), index_BF)
         text = torch.cat([self._text(pair) for pair in pairs])
         x0 = self.networks["student"].score.x0(x, sigma_BF, text, mask=self.config.causal.mask(frames))

@@ -51,6 +51,7 @@ def load_run(networks: dict[str, Trained], path: Path, state: dict[str, Any], de
             tensors = checkpoint.load_tensors(path, f"{name}_{kind}", device)
             named = trained.optimizer.names_of(kind).items()
             checkpoint.restore_optimizer(optimizer, named, tensors, saved["optimizers"][kind])
+        trained.optimizer.apply_config()
         trained.optimizer.updates = saved["updates"]
         if trained.ema is not None:
             if f"{name}_ema" not in checkpoint.tensor_names(path):

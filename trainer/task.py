@@ -31,15 +31,19 @@ class ToyTask:
             raise ConfigError(
                 f"student: in_dim {geometry.in_dim} does not fit the toy world's {channels} latent channels"
             )
-        geometry.tokens_per_frame(*self.latent_shape[2:])
         self.encoder = toy_text_encoder(self.world.captions, geometry.text_len, geometry.text_dim, config.text_seed)
         self.encoder.to(device)
-        self.library = load_prompts(config.prompts) if config.prompts else self.world.captions
-        for prompt in self.library:
-            self.world.parse(prompt)
-        self.stream = PromptStream(len(self.library), seed)
-        self.negative_prompt = config.negative_prompt
         self.may_use_data = config.real
+        self.negative_prompt = config.negative_prompt
+        try:
+            geometry.tokens_per_frame(*self.latent_shape[2:])
+            self.library = load_prompts(config.prompts) if config.prompts else self.world.captions
+            for prompt in self.library:
+                self.world.parse(prompt)
+            self.encoder.encode([self.negative_prompt])
+        except (ValueError, OSError) as problem:
+            raise ConfigError(f"data: {problem}") from None
+        self.stream = PromptStream(len(self.library), seed)
 
     def prompts(self, positions: range) -> list[str]:
         """Training prompts at these positions of the endless shuffled library."""

@@ -143,6 +143,18 @@ class NetworkOptimizer:
         self.updates += 1
         return self.peak["adamw"] * factor
 
+    def apply_config(self) -> None:
+        """Puts the config's betas, eps, decay and momentum back, after a checkpoint brought its own: as with the rate,
+        what the config says holds."""
+        c = self.config
+        options: dict[str, dict[str, object]] = {
+            "adamw": {"betas": (c.betas[0], c.betas[1]), "eps": c.eps, "weight_decay": c.weight_decay},
+            "muon": {"momentum": c.momentum, "weight_decay": c.muon_weight_decay},
+        }
+        for kind, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group.update(options[kind])
+
     def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None

@@ -32,6 +32,21 @@ class WanConfig:
     model_type: str = "t2v"
 
     def __post_init__(self) -> None:
+        for name in (
+            "dim",
+            "ffn_dim",
+            "num_heads",
+            "num_layers",
+            "in_dim",
+            "out_dim",
+            "text_dim",
+            "text_len",
+            "freq_dim",
+        ):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        if not isinstance(self.patch_size, (list, tuple)) or not all(isinstance(n, int) for n in self.patch_size):
+            raise ValueError(f"patch_size must be three whole numbers (frames, height, width), got {self.patch_size!r}")
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide dim {self.dim}: choose a divisor of dim")

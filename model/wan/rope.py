@@ -24,26 +24,22 @@ def rope_table(positions: Sequence[int], height: int, width: int, head_dim: int,
 
     Angles are taken in fp64 (a long stream reaches positions where fp32 angles lose digits) and rounded once.
     """
-    grids = (positions, range(height), range(width))
-    angles = []
-    for size, dim in zip(grids, axis_dims(head_dim), strict=True):
-        frequency = THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angles.append(torch.outer(torch.tensor(list(size), dtype=torch.float64), frequency))
-    frame, row, column = angles
     f, h, w = len(positions), height, width
-    full = torch.cat(
-        [
-            frame[:, None, None].expand(f, h, w, -1),
-            row[None, :, None].expand(f, h, w, -1),
-            column[None, None].expand(f, h, w, -1),
-        ],
-        dim=-1,
-    ).reshape(f * h * w, -1)
-    return torch.stack([full.cos(), full.sin()]).to(device=device, dtype=torch.float32)
+    places = torch.tensor([*positions, *range(h), *range(w)], dtype=torch.float64, device=device)
+    parts = []
+    for axis, (size, dim) in enumerate(zip(places.split([f, h, w]), axis_dims(head_dim), strict=True)):
+        frequency = THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+        angle = torch.outer(size, frequency)
+        small = torch.stack([angle.cos(), angle.sin()]).float()  # only the axis' own entries, then spread over the grid
+        shape = [2, 1, 1, 1, dim // 2]
+        shape[1 + axis] = len(size)
+        parts.append(small.reshape(shape).expand(2, f, h, w, -1))
+    return torch.cat(parts, dim=-1).reshape(2, f * h * w, -1)
 
 
 def apply_rope(x_BLND: Tensor, table: Tensor) -> Tensor:
     """Rotates neighbouring channel pairs of x by the table's angles (arXiv 2104.09864, eq. 34), in fp32."""
-    cos, sin = table[0][None, :, None], table[1][None, :, None]
-    even, odd = x_BLND.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x_BLND)
+    # as complex numbers: one pass over memory each way, where cosines and sines by hand take seven
+    pairs = torch.view_as_complex(x_BLND.float().unflatten(-1, (-1, 2)))
+    turns = torch.complex(table[0], table[1])[None, :, None]
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x_BLND)

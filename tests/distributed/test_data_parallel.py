@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.small import DIFFUSION, DISTILLATION, config
+from tests.small import DIFFUSION, DISTILLATION, ODE, config
 from tests.test_trainer import curve, tensors
 from utils import checkpoint
 from utils.config import to_yaml
@@ -58,6 +58,23 @@ def test_defect_11_ranks_share_the_global_batch_and_give_its_losses(base: dict[s
     torchrun(1, yaml, tmp_path / "mixed")
     assert_close(tmp_path / "one", tmp_path / "mixed")
     assert tensors(tmp_path / "one").keys() == tensors(tmp_path / "mixed").keys()
+
+
+def test_ranks_that_ran_other_networks_save_and_resume_together(tmp_path: Path) -> None:
+    """One rank makes the ODE pairs alone; after a resume one rank carries the count of networks the others never ran."""
+    yaml = tmp_path / "ode.yaml"
+    yaml.write_text(to_yaml(config(ODE, training={"max_steps": 2, "micro_batch_size": 2})))
+    torchrun(2, yaml, tmp_path / "ode")
+    state = checkpoint.load_state(tmp_path / "ode/checkpoints/step_00000002")
+    assert state["evaluations"]["frames"]["teacher"] == 6 * 6 * 2 * 9  # pairs x steps x guidance x frames
+    yaml = tmp_path / "dmd.yaml"
+    few = {"max_steps": 6, "micro_batch_size": 2, "generator_update_interval": 3}
+    yaml.write_text(to_yaml(config(training=few, checkpoint={"every": 1, "keep_last": 9})))
+    torchrun(2, yaml, tmp_path / "dmd", "--max_steps", "3")
+    torchrun(2, yaml, tmp_path / "dmd")
+    torchrun(1, yaml, tmp_path / "whole", "training.micro_batch_size=4")
+    ends = [checkpoint.load_state(tmp_path / name / "checkpoints/step_00000006") for name in ("dmd", "whole")]
+    assert ends[0]["evaluations"]["frames"] == ends[1]["evaluations"]["frames"]
 
 
 def test_defect_10_killed_run_resumes_and_sigterm_saves(tmp_path: Path) -> None:

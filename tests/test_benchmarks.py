@@ -1,0 +1,90 @@
+"""The training-step benchmark: it runs, counts what the algorithm needs, and says what it cannot do. No time is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import common, train_step
+from model.wan.attention import Backend
+
+
+@pytest.mark.slow
+def test_one_configuration_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a process of its own: table, JSON, one thread, tokens at the minimum."""
+    out = tmp_path / "new" / "result.json"
+    flags = ["--size", "smoke", "--precision", "bf16", "--checkpointing", "on", "--repeats", "1", "--out", str(out)]
+    assert train_step.main(flags) == 0
+    assert "bf16, checkpointing on, plain" in capsys.readouterr().out
+    written = json.loads(out.read_text())
+    (result,) = written["results"]
+    assert result["tokens"] == result["tokens_minimum"] and len(result["tokens"]) == 8
+    assert result["machine"]["threads"] == 1 and result["machine"]["torch"] == torch.__version__
+    assert len(result["generator"]) == len(result["critic"]) == 4
+    assert result["peak_gb"] > 0 and result["forward_seconds"] > 0
+    assert written["public"] is None  # measured at another size
+
+
+def test_tokens_are_the_algorithms_minimum() -> None:
+    """By hand, for 2 blocks of 3 frames of 4 tokens: exit e costs 6 (e + 1) frames, a cache pass 3, three scores 18."""
+    result = train_step.measure(train_step.SIZES["smoke"], "fp32", False, Backend.PLAIN, 1)
+    generator = [4 * (6 * (e + 1) + 3 + 18) for e in range(4)]
+    critic = [4 * (6 * (e + 1) + 3 + 6) for e in range(4)]
+    assert result["tokens"] == result["tokens_minimum"] == generator + critic
+
+
+def test_steps_train_what_they_should() -> None:
+    work = train_step.Workload(train_step.SIZES["smoke"], "fp32", True, Backend.PLAIN)
+    assert len(work.optimizers["student"].state) == len(list(work.student.net.parameters()))
+    found: dict[str, set[str]] = {}
+    for name, step in (("student", work.generator_step), ("critic", work.critic_step)):
+        seen = found.setdefault(name, set())
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda p, n=score.name, seen=seen: seen.add(n))  # type: ignore[misc]
+            for score in (work.student, work.critic)
+            for p in score.net.parameters()
+        ]
+        step(2)
+        for hook in hooks:
+            hook.remove()
+    assert found == {"student": {"student"}, "critic": {"critic"}}
+    assert not any(p.requires_grad for p in work.teacher.net.parameters())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU")
+def test_true_geometry_without_a_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_step.main(["--size", "1.3b"]) == 2
+    error = capsys.readouterr().err
+    assert "--size 1.3b needs a CUDA GPU" in error and error.count("\n") == 1
+
+
+def test_baseline_workload_is_the_published_one() -> None:
+    """BASELINE's units: 1344 tokens, 8 layers of 512, blocks of 3, text 64 x 256."""
+    size = train_step.SIZES["cpu"]
+    c = size.config
+    assert (c.dim, c.num_heads, c.num_layers, c.ffn_dim, c.text_len, c.text_dim) == (512, 8, 8, 2048, 64, 256)
+    assert size.frames * c.tokens_per_frame(size.height, size.width) == 1344
+    assert train_step.SIZES["1.3b"].frames * train_step.PRESETS["1.3b"].tokens_per_frame(60, 104) == 32760
+
+
+def test_report_puts_the_public_figures_below_ours() -> None:
+    units = [8.0, 9.0, 10.0, 11.0]
+    ours = {"precision": "fp32", "checkpointing": "on", "backend": "sdpa", "forward_seconds": 1.0, "generator": units}
+    ours |= {"critic": units, "tokens": [10], "tokens_minimum": [10], "peak_gb": 1.5}
+    lines = train_step.report([ours], public=True).splitlines()
+    assert "9.50" in lines[2] and "1.000 x min" in lines[2]
+    assert lines[3].split()[:2] == ["public", "Self-Forcing"] and "9.80" in lines[3] and "1.77" in lines[3]
+    assert len(train_step.report([ours], public=False).splitlines()) == 3
+
+
+def test_a_worker_that_fails_is_told_in_one_line() -> None:
+    with pytest.raises(RuntimeError, match="ended with 2: .*invalid choice") as error:
+        common.fresh_process("benchmarks.train_step", ["--precision", "fp8"], 1)
+    assert "\n" not in str(error.value)
+
+
+def test_table_aligns() -> None:
+    assert common.table(["a", "bb"], [["xyz", "1"]]) == "a    bb\n---  --\nxyz   1"
