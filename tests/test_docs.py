@@ -272,7 +272,7 @@ def test_quoted_errors_are_what_is_said() -> None:
     block = fences(read("README.md"), "console")[0].splitlines()
     assert len(block) >= 6
     for line, said in zip(block[::2], block[1::2], strict=True):
-        args = train_args(shlex.split(line.removeprefix("$ torchrun train.py ")))
+        args = train_args(shlex.split(line.removeprefix("$ python train.py ")))
         with pytest.raises(UserError) as error:
             load(RunConfig, ROOT / args.config_path, args.overrides)
         assert said == f"train.py: error: {error.value}"

@@ -45,6 +45,15 @@ def test_a_video_does_not_depend_on_its_batch_and_depends_on_its_seed(run: Path)
     assert not torch.allclose(alone, generator(PROMPTS[1:], Sampling(seed=6), [1]), atol=1e-2)
 
 
+def test_blocks_arrive_one_by_one(run: Path) -> None:
+    """After a block only its own evaluations are spent: 3 steps, and a cache pass of the block before it."""
+    generator, spent, shapes = Generator.load(run, CPU), [], []
+    for block in generator.stream(PROMPTS, Sampling(), [0, 1]):
+        shapes.append(block.shape[1])
+        spent.append(generator.score.evaluations.calls["student"])
+    assert shapes == [3, 3, 3] and spent == [3, 7, 11]
+
+
 def test_longer_than_trained_with_a_window_costs_constant_memory(run: Path) -> None:
     generator = Generator.load(run, CPU)
     held = []

@@ -6,7 +6,7 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from model.types import Conditioning, Evaluations
 from model.wan.config import NetworkConfig
 from pipeline.causal import CausalConfig
 from trainer.build import build_for_inference, build_task, compute_dtype
-from trainer.sampling import euler, few_step_sample
+from trainer.sampling import euler, few_step_stream
 from utils import checkpoint
 from utils.config import UserError, from_plain
 from utils.random import Noise
@@ -79,12 +79,22 @@ class Generator:
         chosen = [own[i * len(own) // steps] for i in range(steps)]
         return step_sigmas(chosen, warp=schedule.warp_denoising_step, shift=schedule.timestep_shift)
 
-    @torch.no_grad()
     def __call__(
         self, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int], first_frame: Tensor | None = None
     ) -> Tensor:
-        """Latents [B, F, C, H, W] for prompts. ids: key each video's draws beside the seed, so a video is the same in
-        any batch. first_frame: pixels [1, C, h, w] in [0, 1] that all videos start with."""
+        """Latents [B, F, C, H, W]: all that `stream` yields, joined."""
+        return torch.cat(list(self.stream(prompts, sampling, ids, first_frame)), dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int], first_frame: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Yields latents [B, f, C, H, W] as they are done: block by block from a causal student (given frames first),
+        all at once from a bidirectional network.
+
+        ids: key each video's draws beside the seed, so a video is the same in any batch. first_frame: pixels
+        [1, C, h, w] in [0, 1] that all videos start with. Raises UserError for what this network cannot do.
+        """
         self._refuse_unused(sampling, first_frame)
         conditioning = self._conditioning(prompts, first_frame)
         source = Noise(sampling.seed, 0, ids, self.device)
@@ -98,10 +108,13 @@ class Generator:
             raise UserError(f"--frames {frames}: {given} of them are given, nothing is left to generate: ask for more")
         shape = (frames - given, *rest)
         if not self.few_steps:
-            return self._many_steps(source, shape, conditioning.text, sampling)
+            yield self._many_steps(source, shape, conditioning.text, sampling)
+            return
         causal = self._causal(sampling, frames, given) if self.causal else None
-        noise = source.normal("noise", shape)
-        return few_step_sample(self.score, noise, conditioning, self.step_list(sampling.steps), causal, source)
+        noise, sigmas = source.normal("noise", shape), self.step_list(sampling.steps)
+        if conditioning.initial is not None:
+            yield conditioning.initial.to(noise.dtype)
+        yield from few_step_stream(self.score, noise, conditioning, sigmas, causal, source)
 
     def _refuse_unused(self, sampling: Sampling, first_frame: Tensor | None) -> None:
         """UserError for what this network would silently ignore."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -100,16 +101,22 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     if len(todo) < len(paths):
         print(f"{len(paths) - len(todo)} of {len(paths)} videos are there already")
     image = _first_frame(args)
-    frames, started = 0, time.perf_counter()
+    frames, first, started = 0, 0.0, time.perf_counter()
     for start in tqdm(range(0, len(todo), args.batch), desc="videos", disable=None):
         ids = todo[start : start + args.batch]
-        latents = generator([args.prompts[i] for i in ids], args.sampling, ids, image)
-        for index, pixels in zip(ids, generator.task.decode(latents), strict=True):
+        parts = []
+        for block in generator.stream([args.prompts[i] for i in ids], args.sampling, ids, image):
+            parts.append(generator.task.decode(block))
+            first = first or time.perf_counter() - started
+        for index, pixels in zip(ids, torch.cat(parts, dim=1), strict=True):
             write_video(paths[index], pixels, args.fps, args.scale)
             frames += pixels.shape[0]
     seconds = time.perf_counter() - started
     rate = frames / max(seconds, 1e-9)
-    print(f"{len(todo)} videos, {frames} frames in {seconds:.1f} s ({rate:.1f} frames/s) -> {args.out}")
+    print(
+        f"{len(todo)} videos, {frames} frames in {seconds:.1f} s ({rate:.1f} frames/s, the first after {first:.2f} s) "
+        f"-> {args.out}"
+    )
     return 0
 
 

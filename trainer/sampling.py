@@ -5,7 +5,7 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from model.types import Conditioning, NoiseSource
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_sample
 from pipeline.causal import CausalConfig
-from pipeline.causal_inference import generate
+from pipeline.causal_inference import stream
 from pipeline.denoise import denoise_block
 
 
@@ -26,27 +26,28 @@ def cache_dtype(score: ScoreNet) -> torch.dtype:
     return score.compute_dtype or next(score.net.parameters()).dtype
 
 
-def few_step_sample(
+def few_step_stream(
     score: ScoreNet,
     noise: Tensor,
     conditioning: Conditioning,
     sigmas: Sequence[float],
     causal: CausalConfig | None,
     source: NoiseSource,
-) -> Tensor:
-    """A student's video [B, Fi + F, C, H, W]: block by block over a cache, or all at once where `causal` is None."""
+) -> Iterator[Tensor]:
+    """A student's new frames [B, f, C, H, W]: block by block over a cache, or all at once where `causal` is None."""
     with torch.no_grad():
         if causal is None:
             last = len(sigmas) - 1
-            return denoise_block(
+            yield denoise_block(
                 score, noise, conditioning.text, sigmas, exit_step=last, block=0, source=source, cache=None
             )
+            return
         assert isinstance(score.net, WanTransformer)
         total = conditioning.initial_frames + noise.shape[1]
         cache = causal.new_cache(
             score.net, noise.shape[0], total, noise.shape[3], noise.shape[4], cache_dtype(score), noise.device
         )
-        return generate(score, noise, conditioning, sigmas, causal, source, cache)
+        yield from stream(score, noise, conditioning, sigmas, causal, source, cache)
 
 
 def euler(
@@ -78,4 +79,5 @@ def sample(
             score, source, shape, conditioning.text, negative, v.steps, config.schedule.timestep_shift, v.guidance
         )
     causal = config.causal if config.is_causal else None
-    return few_step_sample(score, source.normal("noise", shape), conditioning, config.schedule.sigmas(), causal, source)
+    noise, sigmas = source.normal("noise", shape), config.schedule.sigmas()
+    return torch.cat(list(few_step_stream(score, noise, conditioning, sigmas, causal, source)), dim=1)
