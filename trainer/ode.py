@@ -12,6 +12,7 @@ from torch import Tensor
 from model.ode_regression import ode_regression_loss, pick_stored, store_levels
 from model.schedule import uniform_sigmas
 from model.types import LossOutput
+from pipeline.bidirectional_inference import euler_trajectory
 from pipeline.diffusion_forcing import per_frame
 from trainer.base import MicroBatch, Trainer
 from trainer.build import build_frozen, build_trained
@@ -81,17 +82,13 @@ class ODETrainer(Trainer):
         progress = Progress(config.pairs, desc="ODE pairs", is_main=True)
         for start in range(0, config.pairs, size):
             positions = range(start, min(start + size, config.pairs))
-            x = Noise(keyed_seed(self.config.seed, "ode_pairs"), 0, positions, self.device).normal(
-                "noise", self.task.latent_shape
-            )
+            source = Noise(keyed_seed(self.config.seed, "ode_pairs"), 0, positions, self.device)
+            noise = source.normal("noise", self.task.latent_shape)
             text = self.task.conditioning(self.task.prompts(positions)).text
             negative = self.task.negative(len(positions))
-            points = {}
-            for index, (sigma, target) in enumerate(zip(grid, (*grid[1:], 0.0), strict=True)):
-                points[index] = x
-                level = torch.full((len(positions),), sigma, device=self.device)
-                x = x + (target - sigma) * self.teacher.guided_velocity(x, level, text, negative, config.guidance)
-            parts.append(torch.stack([*(points[i] for i in keep), x], dim=1).cpu())
+            states = euler_trajectory(self.teacher, noise, text, negative, grid, config.guidance)
+            points = {index: x for index, x in enumerate(states) if index in (*keep, len(grid))}
+            parts.append(torch.stack([points[index] for index in (*keep, len(grid))], dim=1).cpu())
             progress.update(positions.stop, {})
         progress.close()
         return {"x": torch.cat(parts), "sigma": torch.tensor([*(grid[i] for i in keep), 0.0])}

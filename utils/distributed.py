@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -93,24 +92,6 @@ def all_reduce_scalars(values: Mapping[str, float], op: Reduction = "sum") -> di
         numbers /= world_size()
     reduced = dict(zip(names, numbers.tolist(), strict=True))
     return {name: reduced[name] for name in values}
-
-
-def broadcast_object(value: Any, src: int = 0) -> Any:
-    """JSON-able ``value`` of process ``src``, on every process (what the others pass is not looked at).
-
-    JSON and not pickle: tuples come back as lists. Raises TypeError for what JSON cannot hold.
-    """
-    if world_size() == 1:
-        return json.loads(json.dumps(value))
-    payload = json.dumps(value).encode() if rank() == src else b""
-    size = torch.tensor([len(payload)], dtype=torch.int64, device=device())
-    dist.broadcast(size, src)
-    if rank() == src:
-        data = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device())
-    else:
-        data = torch.empty(int(size.item()), dtype=torch.uint8, device=device())
-    dist.broadcast(data, src)
-    return json.loads(bytes(data.cpu().numpy()))
 
 
 def _joined() -> bool:

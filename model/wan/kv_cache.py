@@ -102,10 +102,6 @@ class KVCache:
 
         return run
 
-    def forget_text(self) -> None:
-        """Drops cross-attention keys and values: the prompt has changed."""
-        self._text.clear()
-
     def context(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """K and V [B, held * T, N, D] that the next block may see, without gradient; None while empty."""
         if self.held_frames == 0:
