@@ -16,6 +16,16 @@ from typing import Any
 
 import torch
 
+# settings of the C allocator that move peak memory and page faults; a fresh process inherits them
+ALLOCATOR = (
+    "GLIBC_TUNABLES",
+    "MALLOC_ARENA_MAX",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "THP_MEM_ALLOC_ENABLE",
+    "LD_PRELOAD",
+)
+
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on."""
@@ -25,6 +35,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ},
     }
     if device.type == "cuda":
         info["gpu"] = torch.cuda.get_device_name(device)

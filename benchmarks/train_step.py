@@ -111,7 +111,7 @@ class Workload:
         torch.nn.init.normal_(net.head.head.weight, std=0.02)  # Wan's zero head would make some gradients zero
         if name == "teacher":  # frozen, so in the precision in which it runs, as the trainer has it
             net = net.to(self.compute_dtype or torch.float32).requires_grad_(False)
-        return ScoreNet(net, name, self.evaluations, self.compute_dtype)
+        return ScoreNet(net, name, self.evaluations, self.compute_dtype, batch_guidance=False)  # as the trainer has it
 
     def _optimizer(self, score: ScoreNet) -> torch.optim.AdamW:
         """AdamW with its state written, so that it is resident, as after a first update."""

@@ -21,6 +21,8 @@ class ScoreNet:
     compute_dtype: bf16 runs the network under autocast; None leaves it in its own precision. The autocast context
     is entered anew at each call: its weight cache, filled without gradient by a rollout's early steps, would
     otherwise cut the exit step off from the weights.
+    batch_guidance: with and without prompt in one call, so that sharded weights are gathered once; apart they need half
+    the activations.
     """
 
     def __init__(
@@ -29,11 +31,13 @@ class ScoreNet:
         name: str,
         evaluations: Evaluations | None = None,
         compute_dtype: torch.dtype | None = None,
+        batch_guidance: bool = True,
     ) -> None:
         self.net = net
         self.name = name
         self.evaluations = evaluations if evaluations is not None else Evaluations()
         self.compute_dtype = compute_dtype
+        self.batch_guidance = batch_guidance
 
     def velocity(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor:
         """Velocity [B, F, C, H, W] in fp32 at x [B, F, C, H, W], sigma [B] or [B, F], text [B, L, D]."""
@@ -49,14 +53,17 @@ class ScoreNet:
     def guided_velocity(
         self, x: Tensor, sigma: Tensor, text: Tensor, negative: Tensor, guidance: float, **mode: Any
     ) -> Tensor:
-        """uncond + w (cond - uncond) (arXiv 2207.12598) in one batched call, so that sharded weights are gathered once.
+        """uncond + w (cond - uncond) (arXiv 2207.12598) in one batched call, or in two.
 
         `guidance` 1 is the plain conditional network and costs one evaluation, not two.
         """
         if guidance == 1.0:
             return self.velocity(x, sigma, text, **mode)
-        both = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([text, negative]), **mode)
-        cond, uncond = both.chunk(2)
+        if self.batch_guidance:
+            both = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([text, negative]), **mode)
+            cond, uncond = both.chunk(2)
+        else:
+            cond, uncond = self.velocity(x, sigma, text, **mode), self.velocity(x, sigma, negative, **mode)
         return uncond + guidance * (cond - uncond)
 
     def guided_x0(

@@ -76,5 +76,13 @@ class CausalConfig:
         held = self.cache_frames(frames)
         rolling = held < max(frames - self.num_frame_per_block, 0)
         return net.new_cache(
-            batch, held, height, width, sinks=min(self.sink_frames, held), rolling=rolling, dtype=dtype, device=device
+            batch,
+            held,
+            height,
+            width,
+            block_frames=self.num_frame_per_block if held else 0,
+            sinks=min(self.sink_frames, held),
+            rolling=rolling,
+            dtype=dtype,
+            device=device,
         )

@@ -69,7 +69,9 @@ def build_frozen(
 ) -> ScoreNet:
     """A frozen network, stored in bf16 where the run computes in it."""
     dtype = compute_dtype(config)
-    return ScoreNet(build_for_inference(network, name, device, dtype), name, evaluations, dtype)
+    net = build_for_inference(network, name, device, dtype)
+    # not sharded: one call for both halves of the guidance would gather nothing less, and hold twice the activations
+    return ScoreNet(net, name, evaluations, dtype, batch_guidance=False)
 
 
 def build_for_inference(

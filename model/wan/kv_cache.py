@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from model.wan.masks import check_window
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Geometry of a cache. `context_frames` is the most that it holds beside the block being computed."""
+    """Geometry of a cache. context_frames: the most that it holds beside the block being computed; block_frames: room
+    for that block behind them, so that a pass without gradient copies no context."""
 
     layers: int
     batch: int
@@ -28,6 +26,7 @@ class CacheShape:
     tokens_per_frame: int
     heads: int
     head_dim: int
+    block_frames: int = 0
 
 
 class KVCache:
@@ -57,7 +56,7 @@ class KVCache:
             shape.layers,
             2,
             shape.batch,
-            shape.context_frames * shape.tokens_per_frame,
+            (shape.context_frames + shape.block_frames) * shape.tokens_per_frame,
             shape.heads,
             shape.head_dim,
         )
@@ -90,18 +89,6 @@ class KVCache:
         self.generation += 1
         self._text.clear()
 
-    def unchanged(self, function: Callable[P, R]) -> Callable[P, R]:
-        """The function, refusing with RuntimeError to run once the cache was reset: a checkpointed block that reads the
-        cache again in backward would silently read another rollout's keys."""
-        generation = self.generation
-
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not self.rolling and self.generation != generation:
-                raise RuntimeError("the KV cache was reset before the backward of a pass that reads it: do that first")
-            return function(*args, **kwargs)
-
-        return run
-
     def context(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """K and V [B, held * T, N, D] that the next block may see, without gradient; None while empty."""
         if self.held_frames == 0:
@@ -110,6 +97,38 @@ class KVCache:
         if self.rolling and torch.is_grad_enabled():
             return k.clone(), v.clone()
         return k, v
+
+    def join(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """A function from a block's own K and V [B, F * T, N, D] to all that it sees: the context before it and itself.
+
+        Without gradient nothing of the context is copied: the block is put behind it in the buffer. With gradient the
+        two are concatenated, and the function may be called again in backward, by a checkpointed block; it raises
+        RuntimeError if the cache was reset before, where it would silently read another rollout's keys.
+        """
+        if not torch.is_grad_enabled():
+            return partial(self._join_in_place, layer)
+        context, generation = self.context(layer), self.generation
+
+        def concatenate(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            if context is None:
+                return k, v
+            if not self.rolling and self.generation != generation:
+                raise RuntimeError("the KV cache was reset before the backward of a pass that reads it: do that first")
+            return torch.cat([context[0], k], 1), torch.cat([context[1], v], 1)
+
+        return concatenate
+
+    def _join_in_place(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        start = self.held_frames * self.shape.tokens_per_frame
+        if start == 0:
+            return k, v
+        end = start + k.shape[1]
+        if end > self._kv.shape[3]:  # a block larger than the room kept for it
+            context = self._kv[layer, :, :, :start]
+            return torch.cat([context[0], k], 1), torch.cat([context[1], v], 1)
+        self._kv[layer, 0, :, start:end].copy_(k)
+        self._kv[layer, 1, :, start:end].copy_(v)
+        return self._kv[layer, 0, :, :end], self._kv[layer, 1, :, :end]
 
     @torch.no_grad()
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:

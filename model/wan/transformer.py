@@ -7,7 +7,7 @@ N heads  D head dim  d model width.  Parameter names are Wan's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as functional
@@ -98,18 +98,18 @@ class Block(nn.Module):
         text_kv: KV | None,
         rope: Tensor,
         mask: FrameMask | None,
-        context: KV | None,
+        join: Callable[[Tensor, Tensor], KV] | None,
         backend: Backend,
     ) -> tuple[Tensor, KV, KV]:
         """x [B, L, d] -> x, this pass's rotated (k, v) and the text's (k, v), each [B, tokens, N, D].
 
-        context: keys and values that precede these tokens and are seen by all of them.
+        join: puts the keys and values that precede these tokens, and are seen by all of them, before their own.
         """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (time_BF6d + self.modulation.float()).unbind(2)
         h = modulate(x, shift, scale, self.eps).type_as(x)
         k, v = self.self_attn.key_value(h)
         k, q = apply_rope(k, rope), apply_rope(self.self_attn.query(h), rope)
-        keys, values = (k, v) if context is None else (torch.cat([context[0], k], 1), torch.cat([context[1], v], 1))
+        keys, values = (k, v) if join is None else join(k, v)
         out = attend(q, keys, values, mask=mask, backend=backend)
         x = gated_add(x, self.self_attn.o(out.flatten(2)), gate)
 
@@ -191,15 +191,17 @@ class WanTransformer(nn.Module):
         height: int,
         width: int,
         *,
+        block_frames: int = 0,
         sinks: int = 0,
         rolling: bool = False,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> KVCache:
-        """An empty cache for latents of `height` x `width`, holding `context_frames` frames."""
+        """An empty cache for latents of `height` x `width`, holding `context_frames` frames beside blocks of
+        `block_frames`."""
         c = self.config
         tokens = c.tokens_per_frame(height, width)
-        shape = CacheShape(c.num_layers, batch, context_frames, tokens, c.num_heads, c.head_dim)
+        shape = CacheShape(c.num_layers, batch, context_frames, tokens, c.num_heads, c.head_dim, block_frames)
         return KVCache(shape, sinks=sinks, rolling=rolling, dtype=dtype, device=device)
 
     def forward(
@@ -250,14 +252,13 @@ class WanTransformer(nn.Module):
     ) -> Tensor:
         embedded: Tensor | None = None
         for layer, block in enumerate(self.blocks):
-            context = None if cache is None else cache.context(layer)
+            join = None if cache is None else cache.join(layer)
             text_kv = None if cache is None else cache.text(layer)
             if text_kv is None and embedded is None:
                 embedded = self.text_embedding(text)
-            arguments = (x, time6, embedded, text_kv, rope, mask, context, self.backend)
+            arguments = (x, time6, embedded, text_kv, rope, mask, join, self.backend)
             if self.checkpointing and torch.is_grad_enabled():
-                run = block if context is None or cache is None else cache.unchanged(block)
-                x, kv, text_kv = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+                x, kv, text_kv = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, kv, text_kv = block(*arguments)
             if cache is not None:
