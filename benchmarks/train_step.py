@@ -29,6 +29,7 @@ from model.wan.config import PRESETS, WanConfig
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
+from utils.optim import OptimizerConfig, adamw
 
 STEPS = step_sigmas([1000, 750, 500, 250], warp=True, shift=5.0)
 
@@ -113,12 +114,11 @@ class Workload:
             net = net.to(self.compute_dtype or torch.float32).requires_grad_(False)
         return ScoreNet(net, name, self.evaluations, self.compute_dtype, batch_guidance=False)  # as the trainer has it
 
-    def _optimizer(self, score: ScoreNet) -> torch.optim.AdamW:
-        """AdamW with its state written, so that it is resident, as after a first update."""
-        optimizer = torch.optim.AdamW(score.net.parameters())
+    def _optimizer(self, score: ScoreNet) -> torch.optim.Optimizer:
+        """The published recipe's AdamW (beta1 = 0) with its state resident, as after a first update."""
+        optimizer = adamw(list(score.net.parameters()), OptimizerConfig())
         for p in score.net.parameters():
-            zeros = {name: torch.empty_like(p).fill_(0) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.tensor(0.0), **zeros}
+            optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg_sq": torch.empty_like(p).fill_(0)}
         return optimizer
 
     @torch.no_grad()

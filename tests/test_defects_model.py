@@ -1,7 +1,7 @@
 """Defects of the field's public implementations that the model or the rollout could have, one test each.
 
 Those that another file's tests hold carry the number in their names there: 1 and 12 in test_rollout, 2 in test_golden,
-3, 4 and 5 in test_model and test_attention, 6 and 7 in test_schedule, 7, 8, 9 and 12 in test_dmd.
+3, 4 and 5 in test_model and test_attention, 9 in test_masks_rope, 6 and 7 in test_schedule, 7, 8, 9 and 12 in test_dmd.
 """
 
 from __future__ import annotations

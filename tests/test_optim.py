@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.optim import LRScheduleConfig, NetworkOptimizer, OptimizerConfig
+from utils.optim import LRScheduleConfig, MomentumFreeAdamW, NetworkOptimizer, OptimizerConfig
 
 
 def linear() -> nn.Linear:
@@ -45,6 +45,23 @@ def test_first_adamw_update_has_its_closed_form() -> None:
     assert optimizer.clip() == pytest.approx(math.sqrt(1 + 4 + 9 + 16 + 25 + 36 + 2))
     assert optimizer.step() == pytest.approx(0.1)
     torch.testing.assert_close(net.weight.detach(), 0.95 - 0.1 * net.weight.grad.sign())
+
+
+def test_adamw_without_first_moments_is_adamw_at_beta1_zero_bit_for_bit() -> None:
+    torch.manual_seed(3)
+    ours, theirs = nn.Linear(7, 5), nn.Linear(7, 5)
+    theirs.load_state_dict(ours.state_dict())
+    options = {"lr": 0.03, "eps": 1e-8, "weight_decay": 0.1}
+    mine = MomentumFreeAdamW(ours.parameters(), beta2=0.99, **options)
+    reference = torch.optim.AdamW(theirs.parameters(), betas=(0.0, 0.99), foreach=False, **options)
+    for _ in range(20):
+        x = torch.randn(3, 7)
+        for net, optimizer in ((ours, mine), (theirs, reference)):
+            net.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
+    assert "exp_avg" not in mine.state[ours.weight]
 
 
 def test_clipping_by_norm_and_by_value() -> None:

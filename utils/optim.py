@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -75,6 +75,43 @@ class LRScheduleConfig:
         return warmup * (self.floor + (1 - self.floor) * decay)
 
 
+class MomentumFreeAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101, algorithm 2) at beta1 = 0, as distribution matching is run: the same update, bit for
+    bit, without the first moment, which is the gradient itself. One fp32 state a parameter instead of two."""
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, beta2: float, eps: float, weight_decay: float
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.0, beta2), "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            lr, (_, beta2) = group["lr"], group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"], state["exp_avg_sq"] = torch.tensor(0.0), torch.zeros_like(p)
+                state["step"] += 1
+                square = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                correction = (1 - beta2 ** state["step"].item()) ** 0.5
+                p.mul_(1 - lr * group["weight_decay"])
+                p.addcdiv_(p.grad, (square.sqrt() / correction).add_(group["eps"]), value=-lr)
+
+
+def adamw(params: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW as configured; without first moments where beta1 = 0 makes them superfluous."""
+    beta1, beta2 = config.betas
+    if beta1 == 0:
+        return MomentumFreeAdamW(params, config.lr, beta2, config.eps, config.weight_decay)
+    return torch.optim.AdamW(
+        params, lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay
+    )
+
+
 class NetworkOptimizer:
     """All that updates one network: its optimizers, its schedule, its clipping.
 
@@ -93,15 +130,7 @@ class NetworkOptimizer:
         self.named = {name: p for name, p in net.named_parameters() if p.requires_grad}
         hidden = set(matrices) if config.kind == "muon" else set()
         rest = [p for name, p in self.named.items() if name not in hidden]
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "adamw": torch.optim.AdamW(
-                rest,
-                lr=config.lr,
-                betas=(config.betas[0], config.betas[1]),
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-            )
-        }
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(rest, config)}
         if hidden:
             self.optimizers["muon"] = torch.optim.Muon(
                 [p for name, p in self.named.items() if name in hidden],
