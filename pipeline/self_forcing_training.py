@@ -66,6 +66,8 @@ def self_forcing_rollout(
     given, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
     if len(plan.exit_steps) != len(blocks):
         raise ValueError(f"{len(plan.exit_steps)} exit steps for {len(blocks)} blocks")
+    if plan.score_frames > conditioning.initial_frames + noise.shape[1]:
+        raise ValueError(f"{plan.score_frames} frames to judge of {conditioning.initial_frames + noise.shape[1]}")
     parts: list[Tensor] = []
     if conditioning.initial is not None:
         cache_initial(student, conditioning.initial, text, given, source, cache)
