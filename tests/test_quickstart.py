@@ -45,6 +45,8 @@ class Quickstart:
             ["bash", str(ROOT / "scripts" / "quickstart.sh"), *overrides],
             env=os.environ | {name: str(value) for name, value in own.items()},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            # a test run in the background ignores SIGINT and hands that down; bash cannot trap what it never gets
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def __call__(self, *overrides: str, fail: str = "") -> tuple[int, str]:
