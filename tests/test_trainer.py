@@ -285,6 +285,22 @@ def test_reused_rollout_costs_the_critic_nothing(tmp_path: Path) -> None:
     assert runs[True].cursor == 8 and runs[False].cursor == 12
 
 
+@pytest.mark.parametrize("kind", ["self_forcing", "noised_data", "diffusion_forcing"])
+def test_reused_rollout_keeps_its_own_captions(kind: str, tmp_path: Path) -> None:
+    """Samples made from real videos have those videos' captions, not the prompt library's at the same place."""
+    run = trainer(tmp_path, rollout={"kind": kind, "reuse_rollout": True}, training={"critic_warmup_steps": 0})
+    seen: dict[str, list[torch.Tensor]] = {"student": [], "critic": []}
+    velocity = run.networks["critic"].score.velocity
+
+    def spy(x: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **mode: Any) -> torch.Tensor:
+        seen["critic" if torch.is_grad_enabled() else "student"].append(text)
+        return velocity(x, sigma, text, **mode)
+
+    run.networks["critic"].score.velocity = spy  # type: ignore[method-assign]
+    run.training_step()
+    assert torch.equal(seen["student"][0], seen["critic"][0])  # in the student's loss, and in the critic's own
+
+
 def test_exit_steps_cover_the_whole_list_and_obey_their_switches(tmp_path: Path) -> None:
     """Defects 7 and 8: the last step is trained too, and the draw belongs to the step, not to the rank or sample."""
     for switch, check in (

@@ -22,6 +22,8 @@ from trainer.networks import frozen
 from trainer.sampling import cache_dtype
 from utils.metrics import luma, saturation
 
+Sample = tuple[Rollout, Conditioning]  # what the student made, and what it was conditioned on
+
 
 class ScoreDistillationTrainer(Trainer):
     """DMD and its relatives. The student's samples come from the configured rollout, its gradient from the objective,
@@ -54,7 +56,7 @@ class ScoreDistillationTrainer(Trainer):
     def training_step(self) -> dict[str, float]:
         training = self.config.training
         metrics: dict[str, float] = {}
-        shared: list[Rollout] = []
+        shared: list[Sample] = []
         batch: list[MicroBatch] = []
         if training.trains_generator(self.step):
             batch = self.batch("generator")
@@ -64,26 +66,23 @@ class ScoreDistillationTrainer(Trainer):
             metrics |= self._train_critic(batch if reuse else self.batch("critic"), shared if reuse else [])
         return metrics
 
-    def _train_generator(self, batch: list[MicroBatch], made: list[Rollout]) -> dict[str, float]:
+    def _train_generator(self, batch: list[MicroBatch], made: list[Sample]) -> dict[str, float]:
         student, critic = self.networks["student"], self.networks["critic"]
 
         def loss_of(micro: MicroBatch) -> LossOutput:
             rollout, conditioning = self.rollout(micro, with_gradient=True)
-            made.append(rollout.detach())
+            made.append((rollout.detach(), conditioning))
             output = self.objective(micro, rollout, conditioning)
             return self._with_looks(output, rollout)
 
         with frozen(critic.net):
             return self.update(student, batch, loss_of)
 
-    def _train_critic(self, batch: list[MicroBatch], made: list[Rollout]) -> dict[str, float]:
-        reused: Iterator[Rollout] = iter(made)
+    def _train_critic(self, batch: list[MicroBatch], made: list[Sample]) -> dict[str, float]:
+        reused: Iterator[Sample] = iter(made)
 
         def loss_of(micro: MicroBatch) -> LossOutput:
-            if made:
-                rollout, conditioning = next(reused), self.task.conditioning(self.task.prompts(micro.positions))
-            else:
-                rollout, conditioning = self.rollout(micro, with_gradient=False)
+            rollout, conditioning = next(reused) if made else self.rollout(micro, with_gradient=False)
             sigma = self._score_sigma(micro, "critic_sigma", rollout)
             noise = micro.noise.normal("critic_noise", tuple(rollout.x0.shape[1:]))
             x0_target = self.config.objective.critic_loss is CriticLoss.x0
@@ -108,7 +107,7 @@ class ScoreDistillationTrainer(Trainer):
                     rollout, self.teacher, fake, conditioning, guidance, sigma, noise, alpha=config.sid_alpha
                 )
 
-    def rollout(self, micro: MicroBatch, *, with_gradient: bool) -> tuple[Rollout, Conditioning]:
+    def rollout(self, micro: MicroBatch, *, with_gradient: bool) -> Sample:
         """The student's sample for a micro-batch, with what it is conditioned on."""
         config, student, noise = self.config, self.networks["student"].score, micro.noise
         shape = self.task.latent_shape
