@@ -13,6 +13,7 @@ from pipeline.causal import CausalConfig
 from pipeline.self_forcing_training import rollout_lengths
 from utils.data.toy_world import ToyWorldConfig
 from utils.optim import LRScheduleConfig, OptimizerConfig
+from utils.parallel.mesh import ParallelConfig
 
 # Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
 
@@ -283,6 +284,7 @@ class RunConfig:
     critic_training: TrainedConfig = field(default_factory=TrainedConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,28 +1,34 @@
-"""Plain data parallelism over torch.distributed; in a single process every function is a no-op of the same meaning."""
+"""What is shared over torch.distributed; in a single process every function is a no-op of the same meaning."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Reduction = Literal["sum", "mean", "max", "min"]
 
 
-def init() -> None:
-    """Join the process group of torchrun's environment (nccl with CUDA, else gloo); without one do nothing."""
+def init(timeout: timedelta | None = None) -> None:
+    """Join the process group of torchrun's environment (nccl with CUDA, else gloo); without one do nothing.
+
+    timeout: after which a collective that some rank does not join is an error; null for torch's own. With CUDA there is
+    gloo beside nccl, for what lies in CPU memory.
+    """
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     if world_size() == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
-        dist.init_process_group("nccl", device_id=device())
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device(), timeout=timeout)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 def shutdown() -> None:
@@ -63,21 +69,28 @@ def barrier() -> None:
         dist.barrier()
 
 
-def all_reduce_sum_(tensors: Sequence[Tensor]) -> None:
-    """Sum ``tensors`` over the processes, in place; one collective per dtype, whatever their number.
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds, sharing its memory; another tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
-    Every process gives the same shapes and dtypes in the same order.
-    """
-    if world_size() == 1:
-        return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for group in by_dtype.values():
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
-        dist.all_reduce(flat)
-        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-            tensor.detach().copy_(part.view_as(tensor))
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every process: a collective. Another tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.full_tensor()
+
+
+@torch.no_grad()
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """``value``, whole on every process, sharded as ``target`` is, without communication."""
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
 def all_reduce_scalars(values: Mapping[str, float], op: Reduction = "sum") -> dict[str, float]:

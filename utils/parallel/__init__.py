@@ -1,0 +1,1 @@
+"""Parallelism, outside the model: the mesh, sharding, and what else spreads a network over processes."""
