@@ -315,6 +315,21 @@ class RunConfig:
             except ValueError as problem:
                 raise ValueError(f"data.toy.frames and causal.num_frame_per_block disagree: {problem}") from None
         self._check_networks()
+        if self.parallel.engine == "deepspeed":
+            self._check_deepspeed()
+
+    def _check_deepspeed(self) -> None:
+        """Its optimizers see flat parts of many matrices at a time."""
+        for section in ("generator_training", "critic_training"):
+            optimizer: OptimizerConfig = getattr(self, section).optimizer
+            if optimizer.kind != "adamw":
+                raise ValueError(
+                    f"{section}.optimizer: kind {optimizer.kind} is not for engine deepspeed: choose adamw, or fsdp2"
+                )
+            if optimizer.clip_value is not None:
+                raise ValueError(
+                    f"{section}.optimizer: clip_value is not for engine deepspeed: set clip_norm, or choose fsdp2"
+                )
 
     def _needs_data(self) -> str | None:
         if self.trainer is TrainerKind.diffusion:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from utils.distributed import like, local
+from utils.distributed import like, local, stored
 from utils.parallel.parallelize import reshard
 
 
@@ -37,7 +37,7 @@ class EMA:
     def __init__(self, net: nn.Module, decay: float, start: int, every: int) -> None:
         self.net, self.decay, self.start, self.every = net, decay, start, every
         # held here: while a sharded network is gathered, it names other tensors its parameters
-        self.live = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.live = {name: stored(p) for name, p in net.named_parameters() if p.requires_grad}
         self.shadow: dict[str, Tensor] = {name: p.detach().clone().float() for name, p in self.live.items()}
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from trainer.build import build_task
 from trainer.networks import Trained
 from trainer.sampling import sample
 from trainer.state import load_run, save_run
+from trainer.zero import absorb, portable
 from utils import checkpoint, distributed
 from utils.config import ConfigError, UserError, diff, save, to_plain
 from utils.data.prompts import load_prompts
@@ -270,7 +271,7 @@ class Trainer(ABC):
         if not self.options.save:
             return
         evaluations = self.summed_evaluations()
-        tensors, state = save_run(self.networks)
+        tensors, state = save_run(portable(self.networks))
         if distributed.is_main():
             state |= {
                 "step": self.step,
@@ -299,7 +300,9 @@ class Trainer(ABC):
         if path is None:
             return
         state = checkpoint.load_state(path)
-        load_run(self.networks, path, state, self.device)
+        networks = portable(self.networks, values=False)
+        load_run(networks, path, state, self.device)
+        absorb(self.networks, networks)
         if path.parent.resolve() == self.checkpoints.resolve():
             # the run's other future: the newest checkpoint must be the one to go on from
             saved = checkpoint.list_checkpoints(self.checkpoints)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,11 @@ from model.wan.weights import LazyWeights
 from trainer.engine import Engine, FSDPEngine
 from trainer.networks import Trained
 from trainer.task import ToyTask
+from trainer.zero import DeepSpeedEngine
 from utils import checkpoint, distributed
 from utils.config import ConfigError
 from utils.optim import NetworkOptimizer
+from utils.parallel import deepspeed
 from utils.parallel.mesh import Mesh, ParallelConfig
 from utils.parallel.parallelize import Sharding, fill, is_sharded, materialise, parallelize
 from utils.random import keyed_seed
@@ -50,8 +53,10 @@ def build_network(
     *,
     trained: bool = True,
     place: Placement | None = None,
+    empty: bool = False,
 ) -> WanTransformer:
     """A network with its starting weights. Random ones are keyed by (seed, name): the same for any number of ranks.
+    empty: without values, for one that is about to get others.
 
     It is made without memory and sharded; then rank 0 reads or draws its weights one by one and sends each rank its
     part. Raises ConfigError, on every rank, for a missing backend or weights that do not fit.
@@ -62,10 +67,12 @@ def build_network(
     with torch.device("meta"):
         net = WanTransformer(config.geometry(), backend, config.checkpointing).to(dtype)
     net.requires_grad_(trained)
-    source = None if config.init is None else open_init(net, Path(config.init), config.init_weights, name)
+    source = None if config.init is None or empty else open_init(net, Path(config.init), config.init_weights, name)
     if place is not None:
         parallelize(net, place.mesh, place.config, place.sharding)
     materialise(net, device, offload=place is not None and place.sharding.offload)
+    if empty:
+        return net
     reads = place is None or distributed.is_main()
     if source is not None:
         names = [key for key, _ in net.named_parameters()]
@@ -133,6 +140,7 @@ def build_trained(
     mesh: Mesh,
     *,
     with_ema: bool,
+    empty: bool = False,
 ) -> Trained:
     """A network with fp32 master weights, its optimizer and schedule over `updates` updates, and maybe its EMA."""
     if device.type == "cpu" and Backend(network.attention) is Backend.FLEX:
@@ -140,7 +148,7 @@ def build_trained(
     dtype, parallel = compute_dtype(config), config.parallel
     reshard = parallel.reshard_after_forward.critic if name == "critic" else parallel.reshard_after_forward.student
     place = Placement(mesh, parallel, Sharding(dtype, reshard, parallel.offload_optimizer))
-    net = build_network(network, name, config.seed, device, place=place)
+    net = build_network(network, name, config.seed, device, place=place, empty=empty)
     matrices = [n for n, p in net.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
     try:
         optimizer = NetworkOptimizer(net, training.optimizer, training.lr_schedule, updates, matrices)
@@ -150,7 +158,16 @@ def build_trained(
     ema = None
     if with_ema and config.ema.decay is not None:
         ema = EMA(net, config.ema.decay, config.ema.start, config.ema.every)
-    engine = build_engine(parallel, net, optimizer)
+    if parallel.engine == "deepspeed":
+        # in CPU memory, and sharded as FSDP2 does it: one format of checkpoint for all
+        usual = replace(config, parallel=replace(parallel, engine="fsdp2", offload_optimizer=True))
+        twin = partial(
+            build_trained, usual, network, name, training, updates, Evaluations(), device, mesh,
+            with_ema=with_ema, empty=True,
+        )  # fmt: skip
+        engine: Engine = DeepSpeedEngine(net, optimizer, parallel.deepspeed, twin)
+    else:
+        engine = build_engine(parallel, net, optimizer)
     return Trained(name, net, ScoreNet(net, name, evaluations, dtype), optimizer, engine, ema)
 
 
@@ -175,6 +192,8 @@ def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     distributed.init()
+    if config.parallel.engine == "deepspeed":
+        deepspeed.start()
     match config.trainer:
         case TrainerKind.score_distillation:
             return ScoreDistillationTrainer(config, options)

@@ -77,6 +77,11 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
+def stored(parameter: Tensor) -> Tensor:
+    """What is kept of a parameter between passes: itself, or, where ZeRO-3 has cut it up, this process's flat part."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
 def full(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, on every process: a collective. Another tensor as it is."""
     if not isinstance(tensor, DTensor):

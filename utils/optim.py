@@ -171,12 +171,18 @@ class NetworkOptimizer:
 
     def step(self) -> float:
         """One update at the scheduled rate; returns the AdamW rate used."""
+        rate = self.set_rates()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        self.updates += 1
+        return rate
+
+    def set_rates(self) -> float:
+        """Gives the optimizers the rates of the coming update; returns AdamW's."""
         factor = self.schedule.factor(self.updates, self.total)
         for kind, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self.peak[kind] * factor
-            optimizer.step()
-        self.updates += 1
         return self.peak["adamw"] * factor
 
     def apply_config(self) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from utils import distributed
+from utils.parallel import deepspeed
 from utils.parallel.mesh import Mesh, ParallelConfig
 
 
@@ -51,7 +52,10 @@ def parallelize(net: nn.Module, mesh: Mesh, config: ParallelConfig, sharding: Sh
         for unit in cast(Shardable, net).fsdp_units():
             # inside the hooks of sharding, outside those of recomputation: names and state dicts stay as they are
             unit.forward = torch.compile(unit.forward)
-    if mesh.world > 1 and config.engine == "fsdp2":
+    if config.engine == "deepspeed" and any(p.requires_grad for p in net.parameters()):
+        if config.deepspeed.zero_stage == 3:
+            deepspeed.partition(net, config.deepspeed)
+    elif mesh.world > 1:
         _shard(net, mesh, sharding)
 
 
@@ -96,7 +100,7 @@ def sharded_modules(net: nn.Module) -> list[FSDPModule]:
 
 
 def is_sharded(net: nn.Module) -> bool:
-    return isinstance(net, FSDPModule)
+    return isinstance(net, FSDPModule) or deepspeed.is_partitioned(net)
 
 
 def reshard(net: nn.Module) -> None:
@@ -104,6 +108,7 @@ def reshard(net: nn.Module) -> None:
     being used."""
     for module in sharded_modules(net):
         module.reshard()
+    deepspeed.release(net)
 
 
 @contextmanager
@@ -145,7 +150,8 @@ def frozen(net: nn.Module) -> Iterator[None]:
 
 def materialise(net: nn.Module, device: torch.device, *, offload: bool = False) -> None:
     """Memory, without values, for a network made on the meta device: for the whole or for this process's shards."""
-    net.to_empty(device=torch.device("cpu") if offload else device)
+    if not deepspeed.is_partitioned(net):  # that one has got its memory part by part
+        net.to_empty(device=torch.device("cpu") if offload else device)
 
 
 @torch.no_grad()
@@ -160,6 +166,8 @@ def fill(net: nn.Module, weights: Iterable[tuple[str, Tensor]], *, shared: bool 
         target = parameters[name]
         if isinstance(target, DTensor):
             _scatter(target, value)
+        elif hasattr(target, "ds_tensor"):
+            deepspeed.write(target, value)
         else:
             if not shared or distributed.is_main():
                 target.copy_(value)
