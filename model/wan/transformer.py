@@ -7,7 +7,7 @@ N heads  D head dim  d model width.  Parameter names are Wan's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as functional
@@ -18,9 +18,11 @@ from model.wan.attention import Backend, attend
 from model.wan.config import TIME_SCALE, WanConfig
 from model.wan.kv_cache import CacheShape, KVCache
 from model.wan.masks import FrameMask
+from model.wan.replay import Join, Trace, TracedPass, known_output
 from model.wan.rope import apply_rope, rope_table
 
 KV = tuple[Tensor, Tensor]
+Parts = list[tuple[int, Join | None]]  # numbers of tokens, each with the context that it sees
 
 
 class RMSNorm(nn.Module):
@@ -76,6 +78,14 @@ class Attention(nn.Module):
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
 
+def attend_joined(
+    q: Tensor, k: Tensor, v: Tensor, join: Join | None, mask: FrameMask | None, backend: Backend
+) -> Tensor:
+    """Attention of a block's tokens [B, L, N, D] to themselves and to the context before them."""
+    keys, values = (k, v) if join is None else join(k, v)
+    return attend(q, keys, values, mask=mask, backend=backend)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, MLP; the first and the last modulated by time (AdaLN)."""
 
@@ -98,19 +108,28 @@ class Block(nn.Module):
         text_kv: KV | None,
         rope: Tensor,
         mask: FrameMask | None,
-        join: Callable[[Tensor, Tensor], KV] | None,
+        join: Join | Parts | None,
         backend: Backend,
-    ) -> tuple[Tensor, KV, KV]:
+        known: Tensor | None = None,
+    ) -> tuple[Tensor, KV | None, KV | None]:
         """x [B, L, d] -> x, this pass's rotated (k, v) and the text's (k, v), each [B, tokens, N, D].
 
-        join: puts the keys and values that precede these tokens, and are seen by all of them, before their own.
+        known: x after this block, from passes already made (model/wan/replay.py): only backward computes.
+        join: puts the keys and values that precede these tokens, and are seen by all of them, before their own; or one
+        for each part of the tokens, which then see nothing of each other.
         """
+        if known is not None:
+            return self._replay(known, x, time_BF6d, text_BMd, rope, join, backend), None, None
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (time_BF6d + self.modulation.float()).unbind(2)
         h = modulate(x, shift, scale, self.eps).type_as(x)
         k, v = self.self_attn.key_value(h)
         k, q = apply_rope(k, rope), apply_rope(self.self_attn.query(h), rope)
-        keys, values = (k, v) if join is None else join(k, v)
-        out = attend(q, keys, values, mask=mask, backend=backend)
+        if isinstance(join, list):
+            sizes = [size for size, _ in join]
+            parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), join, strict=True)
+            out = torch.cat([attend_joined(a, b, c, one, None, backend) for a, b, c, (_, one) in parts], 1)
+        else:
+            out = attend_joined(q, k, v, join, mask, backend)
         x = gated_add(x, self.self_attn.o(out.flatten(2)), gate)
 
         if text_kv is None:
@@ -121,6 +140,25 @@ class Block(nn.Module):
 
         h = modulate(x, mlp_shift, mlp_scale, self.eps).type_as(x)
         return gated_add(x, self.ffn(h), mlp_gate), (k, v), text_kv
+
+    def _replay(
+        self,
+        known: Tensor,
+        x: Tensor,
+        time_BF6d: Tensor,
+        text_BMd: Tensor | None,
+        rope: Tensor,
+        join: Join | Parts | None,
+        backend: Backend,
+    ) -> Tensor:
+        assert text_BMd is not None
+
+        def run(x: Tensor, time_BF6d: Tensor, text_BMd: Tensor) -> Tensor:
+            # not through __call__: hooks of the replay's own call surround its backward
+            return Block.forward(self, x, time_BF6d, text_BMd, None, rope, None, join, backend)[0]
+
+        weights = [p for p in self.parameters() if p.requires_grad]
+        return known_output(run, known, (x, time_BF6d, text_BMd), weights)
 
     def _norm3(self, x: Tensor) -> Tensor:
         if isinstance(self.norm3, nn.Identity):
@@ -214,12 +252,15 @@ class WanTransformer(nn.Module):
         mask: FrameMask | None = None,
         cache: KVCache | None = None,
         write_cache: bool = False,
+        trace: Trace | None = None,
+        replay: Trace | None = None,
     ) -> Tensor:
         """Velocity [B, F, C, H, W] at x [B, F, C, H, W].
 
         sigma: noise level in [0, 1], [B] or one a frame [B, F]. text: [B, M, D], zeros after its length.
         positions: absolute frame positions for RoPE; default 0.. or, with a cache, what follows the cached frames.
         mask: who sees whom (default: all see all). cache: frames before these; `write_cache` stores these after them.
+        trace: a pass without gradient is noted in it; given as `replay`, with its x, all its passes get their gradient.
         Raises ValueError for latents, text or a mask of another geometry.
         """
         self._check(x, sigma, text)
@@ -229,13 +270,17 @@ class WanTransformer(nn.Module):
             x.shape[3] // self.config.patch_size[1],
             x.shape[4] // self.config.patch_size[2],
         )
+        tokens = self._patchify(x)
+        time, time6 = self._time(sigma)
+        if replay is not None:
+            tokens = self._replay(tokens, time6, text, replay)
+            return self._unpatchify(self.head(tokens, time), frames, height, width)
         if positions is None:
             start = 0 if cache is None else cache.frames
             positions = range(start, start + frames)
         rope = rope_table(positions, height, width, self.config.head_dim, x.device)
-        tokens = self._patchify(x)
-        time, time6 = self._time(sigma)
-        tokens = self._run_blocks(tokens, time6, text, rope, mask, cache, write_cache)
+        noted = None if trace is None else trace.start(x, sigma, rope)
+        tokens = self._run_blocks(tokens, time6, text, rope, mask, cache, write_cache, noted)
         if cache is not None and write_cache:
             cache.advance(frames)
         return self._unpatchify(self.head(tokens, time), frames, height, width)
@@ -249,6 +294,7 @@ class WanTransformer(nn.Module):
         mask: FrameMask | None,
         cache: KVCache | None,
         write: bool,
+        noted: TracedPass | None,
     ) -> Tensor:
         embedded: Tensor | None = None
         for layer, block in enumerate(self.blocks):
@@ -256,6 +302,8 @@ class WanTransformer(nn.Module):
             text_kv = None if cache is None else cache.text(layer)
             if text_kv is None and embedded is None:
                 embedded = self.text_embedding(text)
+            if noted is not None:
+                noted.joins.append(None if cache is None else cache.join(layer, again=True))
             arguments = (x, time6, embedded, text_kv, rope, mask, join, self.backend)
             if self.checkpointing and torch.is_grad_enabled():
                 x, kv, text_kv = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -265,6 +313,15 @@ class WanTransformer(nn.Module):
                 cache.keep_text(layer, *text_kv)
                 if write:
                     cache.append(layer, *kv)
+            if noted is not None:
+                noted.outputs.append(x)
+        return x
+
+    def _replay(self, x: Tensor, time6: Tensor, text: Tensor, trace: Trace) -> Tensor:
+        embedded, rope = self.text_embedding(text), trace.rope
+        for layer, block in enumerate(self.blocks):
+            parts, known = trace.joins(layer), trace.output(layer)
+            x, _, _ = block(x, time6, embedded, None, rope, None, parts, self.backend, known)
         return x
 
     def _time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
