@@ -19,6 +19,7 @@ from model.wan.config import TIME_SCALE, WanConfig
 from model.wan.kv_cache import CacheShape, KVCache
 from model.wan.masks import FrameMask
 from model.wan.rope import apply_rope, rope_table
+from utils.parallel.sequence import FrameShards, SequenceParallel
 
 KV = tuple[Tensor, Tensor]
 
@@ -100,17 +101,23 @@ class Block(nn.Module):
         mask: FrameMask | None,
         join: Callable[[Tensor, Tensor], KV] | None,
         backend: Backend,
+        shards: FrameShards | None = None,
     ) -> tuple[Tensor, KV, KV]:
         """x [B, L, d] -> x, this pass's rotated (k, v) and the text's (k, v), each [B, tokens, N, D].
 
         join: puts the keys and values that precede these tokens, and are seen by all of them, before their own.
+        shards: x and rope are this rank's tokens; the rotated (k, v) are all tokens of this rank's heads.
         """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (time_BF6d + self.modulation.float()).unbind(2)
         h = modulate(x, shift, scale, self.eps).type_as(x)
         k, v = self.self_attn.key_value(h)
         k, q = apply_rope(k, rope), apply_rope(self.self_attn.query(h), rope)
+        if shards is not None:
+            q, k, v = shards.to_heads(q, k, v)
         keys, values = (k, v) if join is None else join(k, v)
         out = attend(q, keys, values, mask=mask, backend=backend)
+        if shards is not None:
+            out = shards.to_tokens(out)
         x = gated_add(x, self.self_attn.o(out.flatten(2)), gate)
 
         if text_kv is None:
@@ -147,7 +154,10 @@ class WanTransformer(nn.Module):
     """Velocity network. Causal or bidirectional is a mask or a cache, never another class.
 
     backend: attention backend. checkpointing: recompute each block in backward instead of keeping its activations.
+    sequence: the ranks that share the tokens, set from outside (`apply_sequence_parallel`); None where there are none.
     """
+
+    sequence: SequenceParallel | None = None
 
     def __init__(self, config: WanConfig, backend: Backend = Backend.SDPA, checkpointing: bool = False) -> None:
         super().__init__()
@@ -198,10 +208,11 @@ class WanTransformer(nn.Module):
         device: torch.device | str,
     ) -> KVCache:
         """An empty cache for latents of `height` x `width`, holding `context_frames` frames beside blocks of
-        `block_frames`."""
+        `block_frames`; under sequence parallelism with all tokens of this rank's heads."""
         c = self.config
         tokens = c.tokens_per_frame(height, width)
-        shape = CacheShape(c.num_layers, batch, context_frames, tokens, c.num_heads, c.head_dim, block_frames)
+        heads = c.num_heads if self.sequence is None else c.num_heads // self.sequence.size
+        shape = CacheShape(c.num_layers, batch, context_frames, tokens, heads, c.head_dim, block_frames)
         return KVCache(shape, sinks=sinks, rolling=rolling, dtype=dtype, device=device)
 
     def forward(
@@ -233,12 +244,15 @@ class WanTransformer(nn.Module):
             start = 0 if cache is None else cache.frames
             positions = range(start, start + frames)
         rope = rope_table(positions, height, width, self.config.head_dim, x.device)
-        tokens = self._patchify(x)
+        shards = None if self.sequence is None else self.sequence.frames(height * width)
+        rope = rope if shards is None else shards.own(rope)
+        tokens = self._patchify(x, shards)
         time, time6 = self._time(sigma)
-        tokens = self._run_blocks(tokens, time6, text, rope, mask, cache, write_cache)
+        tokens = self._run_blocks(tokens, time6, text, rope, mask, cache, write_cache, shards)
         if cache is not None and write_cache:
             cache.advance(frames)
-        return self._unpatchify(self.head(tokens, time), frames, height, width)
+        out = self.head(tokens, time)
+        return self._unpatchify(out if shards is None else shards.gather(out), frames, height, width)
 
     def _run_blocks(
         self,
@@ -249,6 +263,7 @@ class WanTransformer(nn.Module):
         mask: FrameMask | None,
         cache: KVCache | None,
         write: bool,
+        shards: FrameShards | None,
     ) -> Tensor:
         embedded: Tensor | None = None
         for layer, block in enumerate(self.blocks):
@@ -256,7 +271,7 @@ class WanTransformer(nn.Module):
             text_kv = None if cache is None else cache.text(layer)
             if text_kv is None and embedded is None:
                 embedded = self.text_embedding(text)
-            arguments = (x, time6, embedded, text_kv, rope, mask, join, self.backend)
+            arguments = (x, time6, embedded, text_kv, rope, mask, join, self.backend, shards)
             if self.checkpointing and torch.is_grad_enabled():
                 x, kv, text_kv = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -280,11 +295,13 @@ class WanTransformer(nn.Module):
             time = fp32_linear(second, functional.silu(fp32_linear(first, wave)))
             return time, fp32_linear(projection, functional.silu(time)).unflatten(-1, (6, -1))
 
-    def _patchify(self, x: Tensor) -> Tensor:
+    def _patchify(self, x: Tensor, shards: FrameShards | None) -> Tensor:
         # A convolution whose stride is its kernel is a linear layer on patches, and faster as one.
         _, ph, pw = self.config.patch_size
         b, f, c, h, w = x.shape
         patches = x.reshape(b, f, c, h // ph, ph, w // pw, pw).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+        if shards is not None:  # before the first weight, so that each weight's gradient is of this rank's tokens only
+            patches = shards.split(patches)
         weight = self.patch_embedding.weight.flatten(1)
         return functional.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
 

@@ -1,0 +1,1 @@
+"""What any training code needs; knows nothing of this project's models."""
