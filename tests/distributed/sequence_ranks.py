@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.dmd import Guidance, critic_loss, dmd_loss
 from model.score import ScoreNet
 from model.sid import sid_loss
-from model.types import Rollout
+from model.types import LossOutput, Rollout
 from model.wan.attention import Backend
 from model.wan.kv_cache import KVCache
 from model.wan.masks import FrameMask
@@ -69,7 +70,7 @@ def masked(
     return {"whole output": out, "whole input gradient": x.grad, **parameters(net)}
 
 
-def teacher_forcing(group: Group, checkpointing: bool) -> Result:
+def teacher_forcing(group: Group, checkpointing: bool = False) -> Result:
     net = network(1, group, checkpointing)
     x, clean, weight = (latents(seed, 2, FRAMES, CONFIG, 6, 6) for seed in (2, 9, 6))
     x.requires_grad_()
@@ -92,7 +93,7 @@ def rollout(net: WanTransformer, with_gradient: bool) -> Rollout:
     )  # fmt: skip
 
 
-def generator_step(group: Group, objective: Callable, checkpointing: bool) -> Result:
+def generator_step(group: Group, objective: Callable[..., LossOutput], checkpointing: bool = False) -> Result:
     student, teacher, critic = (network(seed, group, checkpointing) for seed in (1, 11, 12))
     teacher.requires_grad_(False)
     critic.requires_grad_(False)
@@ -105,7 +106,7 @@ def generator_step(group: Group, objective: Callable, checkpointing: bool) -> Re
     return {"whole loss": out.loss, "whole video": made.x0, **parameters(student)}
 
 
-def critic_step(group: Group, checkpointing: bool) -> Result:
+def critic_step(group: Group, checkpointing: bool = False) -> Result:
     student, critic = network(1, group), network(12, group, checkpointing)
     made = rollout(student, with_gradient=False)
     noise = latents(15, 2, FRAMES, CONFIG, 6, 6)
@@ -143,32 +144,39 @@ CASES: dict[str, Callable[[Group], Result]] = {
     "fewer_tokens_than_ranks": partial(masked, size=(2, 2)),
     "bf16": bf16,
 }
-for on in (False, True):
-    CASES |= {
-        f"block_causal{'_checkpointed' * on}": partial(masked, mask=CAUSAL.mask(FRAMES), checkpointing=on),
-        f"teacher_forcing{'_checkpointed' * on}": partial(teacher_forcing, checkpointing=on),
-        f"generator_dmd{'_checkpointed' * on}": partial(generator_step, objective=dmd_loss, checkpointing=on),
-        f"generator_sid{'_checkpointed' * on}": partial(generator_step, objective=sid_loss, checkpointing=on),
-        f"critic{'_checkpointed' * on}": partial(critic_step, checkpointing=on),
-    }
+TRAINED: dict[str, Callable[..., Result]] = {  # with and without checkpointing: one reference serves both
+    "block_causal": partial(masked, mask=CAUSAL.mask(FRAMES)),
+    "teacher_forcing": teacher_forcing,
+    "generator_dmd": partial(generator_step, objective=dmd_loss),
+    "generator_sid": partial(generator_step, objective=sid_loss),
+    "critic": critic_step,
+}
+CHECKPOINTED = {f"{name}_checkpointed": partial(case, checkpointing=True) for name, case in TRAINED.items()}
+CASES |= TRAINED | CHECKPOINTED
 
 
 def differences(actual: Result, expected: Result, group: dist.ProcessGroup) -> dict[str, float]:
     """Relative errors of a group's result, the worst over all ranks; and how far the worst rank is alone from a sum."""
     assert actual.keys() == expected.keys()
-    out: dict[str, float] = {}
+    parts = {name: value for name, value in actual.items() if name.startswith("sum")}
+    out = {"one rank alone": max(relative(value, expected[name]) for name, value in parts.items())} if parts else {}
+    actual |= zip(parts, summed(list(parts.values()), group), strict=True)
     for name, value in actual.items():
         reference = expected[name]
-        if name.startswith("sum"):
-            out["one rank alone"] = max(out.get("one rank alone", 0.0), relative(value, reference))
-            dist.all_reduce(value, group=group)
         if name.startswith("heads"):
             reference = reference.chunk(group.size(), dim=3)[group.rank()]
         assert value.shape == reference.shape, name
         out[name] = relative(value, reference)
-    worst = torch.tensor(list(out.values()), dtype=torch.float64)
+    worst = torch.tensor(list(out.values()), dtype=torch.float64).nan_to_num(nan=torch.inf)  # a maximum may lose a NaN
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return dict(zip(out, worst.tolist(), strict=True))
+
+
+def summed(parts: list[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    flat = torch.cat([part.flatten() for part in parts] or [torch.empty(0)])
+    dist.all_reduce(flat, group=group)
+    sizes = [part.numel() for part in parts]
+    return [value.view_as(part) for value, part in zip(flat.split(sizes), parts, strict=True)]
 
 
 class Sent(TorchDispatchMode):
@@ -209,16 +217,20 @@ def refusal(group: dist.ProcessGroup) -> str:
 
 def main(rank: int, world: int, store: str, report: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    place = {"init_method": f"file://{store}", "rank": rank, "world_size": world}
+    dist.init_process_group("gloo", **place, timeout=timedelta(seconds=120))
     pairs = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
     alone = [dist.new_group([one]) for one in range(world)][rank]
     assert dist.group.WORLD is not None
     groups = {2: pairs[rank // 2], 4: dist.group.WORLD}
     found: dict[str, Any] = {"refusal": refusal(groups[4]), "alone": network(1, alone).sequence is None}
+    expected: dict[str, Result] = {}
     for name, case in CASES.items():
-        expected = case(None)
+        one = name.removesuffix("_checkpointed")
+        if one not in expected:
+            expected[one] = CASES[one](None)
         for degree, group in groups.items():
-            found[f"{name} {degree}"] = differences(case(group), expected, group)
+            found[f"{name} {degree}"] = differences(case(group), expected[one], group)
     for on in (False, True):
         found[f"collectives{'_checkpointed' * on}"] = collectives(groups[2], on)
     if rank == 0:

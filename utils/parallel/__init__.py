@@ -1,1 +1,1 @@
-"""What any training code needs; knows nothing of this project's models."""
+"""How a run is spread over ranks; knows nothing of this project's models."""
