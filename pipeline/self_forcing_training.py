@@ -114,9 +114,7 @@ def _replay(student: ScoreNet, trace: Trace, text: Tensor, plan: RolloutPlan, vi
     return torch.cat([before, same + (x0 - x0.detach())], 1)
 
 
-def _judged_window(
-    video: Tensor, sigmas: Sequence[float], plan: RolloutPlan, reencode: Reencode | None
-) -> Rollout:
+def _judged_window(video: Tensor, sigmas: Sequence[float], plan: RolloutPlan, reencode: Reencode | None) -> Rollout:
     start = video.shape[1] - plan.score_frames
     mask = torch.ones(plan.score_frames, dtype=torch.bool, device=video.device)
     window = video[:, start:]

@@ -24,12 +24,14 @@ Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class TracedPass:
-    """x: latents [B, F, C, H, W] that went in, at sigma [B]. rope: their table. joins: per layer, the context that it saw.
-    outputs: per layer, tokens [B, L, d] that came out."""
+    """x: latents [B, F, C, H, W] that went in, at sigma [B]. rope: table of this rank's tokens. tokens: how many of
+    all ranks. joins: per layer, the context that they saw. outputs: per layer, this rank's tokens after it.
+    """
 
     x: Tensor
     sigma: Tensor
     rope: Tensor
+    tokens: int
     joins: list[Join | None] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
 
@@ -40,8 +42,8 @@ class Trace:
 
     passes: list[TracedPass] = field(default_factory=list)
 
-    def start(self, x: Tensor, sigma: Tensor, rope: Tensor) -> TracedPass:
-        self.passes.append(TracedPass(x, sigma, rope))
+    def start(self, x: Tensor, sigma: Tensor, rope: Tensor, tokens: int) -> TracedPass:
+        self.passes.append(TracedPass(x, sigma, rope, tokens))
         return self.passes[-1]
 
     @property
@@ -59,8 +61,8 @@ class Trace:
         return torch.cat([one.rope for one in self.passes], 1)
 
     def joins(self, layer: int) -> list[tuple[int, Join | None]]:
-        """Per pass: its number of tokens, and its context at this layer."""
-        return [(one.outputs[layer].shape[1], one.joins[layer]) for one in self.passes]
+        """Per pass: its number of tokens on all ranks, and its context at this layer."""
+        return [(one.tokens, one.joins[layer]) for one in self.passes]
 
     def output(self, layer: int) -> Tensor:
         """Tokens [B, L, d] after this layer."""

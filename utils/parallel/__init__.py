@@ -1,0 +1,1 @@
+"""How a run is spread over ranks; knows nothing of this project's models."""
