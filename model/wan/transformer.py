@@ -352,7 +352,7 @@ class WanTransformer(nn.Module):
             time = fp32_linear(second, functional.silu(fp32_linear(first, wave)))
             return time, fp32_linear(projection, functional.silu(time)).unflatten(-1, (6, -1))
 
-    def _patchify(self, x: Tensor, shards: FrameShards | None) -> Tensor:
+    def _patchify(self, x: Tensor, shards: FrameShards | None = None) -> Tensor:
         # A convolution whose stride is its kernel is a linear layer on patches, and faster as one.
         _, ph, pw = self.config.patch_size
         b, f, c, h, w = x.shape
