@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+
 import train
 from model.types import LossOutput
 from trainer.base import MicroBatch, Trainer
@@ -43,8 +45,8 @@ def spoilt(output: LossOutput, step: int, trained: Trained) -> LossOutput:
 
 
 def digest(trained: Trained) -> str:
-    numbers = b"".join(p.detach().numpy().tobytes() for p in trained.net.parameters())
-    return hashlib.sha256(numbers).hexdigest()
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in trained.net.parameters()]
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in whole)).hexdigest()
 
 
 def note(text: str) -> None:

@@ -22,9 +22,19 @@ pytestmark = pytest.mark.slow
 def faulty(fault: str, ranks: int, path: Path, *more: str) -> tuple[str, list[list[str]]]:
     """What the ranks of a failing run said, and the lines that each of them noted. No process of it is left."""
     yaml = path / "run.yaml"
-    yaml.write_text(to_yaml(config(DIFFUSION, training={"max_steps": 8, "global_batch_size": 6, "micro_batch_size": 1})))
+    yaml.write_text(
+        to_yaml(config(DIFFUSION, training={"max_steps": 8, "global_batch_size": 6, "micro_batch_size": 1}))
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*launch, "-m", "tests.distributed.faulty_train", "--config_path", str(yaml), "--logdir", str(path / "run")]
+    command = [
+        *launch,
+        "-m",
+        "tests.distributed.faulty_train",
+        "--config_path",
+        str(yaml),
+        "--logdir",
+        str(path / "run"),
+    ]
     env = environment() | {"FAULT": fault, "NOTES": str(path)}
     done = subprocess.run([*command, *more], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode != 0
