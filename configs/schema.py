@@ -13,6 +13,7 @@ from pipeline.causal import CausalConfig
 from pipeline.self_forcing_training import rollout_lengths
 from utils.data.toy_world import ToyWorldConfig
 from utils.optim import LRScheduleConfig, OptimizerConfig
+from utils.watchdog import WatchdogConfig
 
 # Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
 
@@ -286,6 +287,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     @property
     def is_causal(self) -> bool:

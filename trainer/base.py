@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -21,7 +20,8 @@ from trainer.build import build_task
 from trainer.networks import Trained
 from trainer.sampling import sample
 from trainer.state import load_run, save_run
-from utils import checkpoint, distributed
+from utils import activity, checkpoint, distributed
+from utils.agreement import FiniteCheck
 from utils.config import ConfigError, UserError, diff, save, to_plain
 from utils.data.prompts import load_prompts
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
@@ -105,11 +105,13 @@ class Trainer(ABC):
         if distributed.is_main():
             save(self.config, self.options.logdir / "config.yaml")
         unlogged: dict[str, float] = {}
+        activity.begin(self.step, slow=True)  # the first iteration compiles and allocates
         with self._signals():
             while self.step < total and not self._stopping():
                 started = time.perf_counter()
                 metrics = self.training_step()
                 self.step += 1
+                activity.begin(self.step)
                 unlogged |= metrics | self._vitals(time.perf_counter() - started)
                 self.latest |= unlogged
                 if self.step % self.config.training.log_every == 0 or self.step == total:
@@ -175,34 +177,40 @@ class Trainer(ABC):
         """Accumulates a global batch's gradient and takes one optimizer step, unless a number is not finite."""
         trained.optimizer.zero_grad()
         sums: dict[str, float] = {}
+        own_loss = 0.0
         for micro in batch:
+            activity.mark(f"{trained.name} loss and backward")
             output = loss_of(micro)
             (output.loss * micro.weight).backward()
             for name, value in output.metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * micro.weight
+            own_loss += float(output.loss.detach())
+        activity.mark(f"{trained.name} update")
+        check = FiniteCheck(sums | {"loss": own_loss}, trained.optimizer.named)
         gradients = [p.grad for p in trained.optimizer.parameters if p.grad is not None]
         distributed.all_reduce_sum_(gradients)
         metrics = distributed.all_reduce_scalars(sums)
         metrics["grad_norm"] = float(trained.optimizer.clip())
-        if self._finite(trained.name, metrics):
+        if self._accepted(trained.name, check.agree(metrics["grad_norm"])):
             metrics["lr"] = trained.optimizer.step()
             if trained.ema is not None:
                 trained.ema.update(trained.optimizer.updates)
         trained.optimizer.zero_grad()
         return {f"{trained.name}/{name}": value for name, value in metrics.items()}
 
-    def _finite(self, name: str, metrics: dict[str, float]) -> bool:
-        bad = [key for key, value in metrics.items() if not math.isfinite(value)]
-        if not bad:
+    def _accepted(self, name: str, problem: str | None) -> bool:
+        """Whether the update is taken; counts what is skipped. problem: what is not finite and where, on all ranks."""
+        if problem is None:
             self.skipped_in_a_row[name] = 0
             return True
         self.skipped += 1
         self.skipped_in_a_row[name] = count = self.skipped_in_a_row.get(name, 0) + 1
-        console.warning("step %d: %s of %s not finite, update skipped", self.step, ", ".join(bad), name)
+        if distributed.is_main():
+            console.warning("step %d: %s: not finite: %s; update skipped", self.step, name, problem)
         if count >= self.config.training.non_finite_limit:
             # the iteration is finished first, so that the checkpoint is of a whole one
             self.abort = (
-                f"{count} updates of {name} in a row were not finite (last: {', '.join(bad)} at step {self.step}); the "
+                f"{count} updates of {name} in a row were not finite (last: {problem} at step {self.step}); the "
                 "state is saved: lower the learning rate or look at the data"
             )
             self.skipped_in_a_row[name] = 0
@@ -210,6 +218,7 @@ class Trainer(ABC):
 
     # ---------------------------------------------------------------------------------------------------- validation
 
+    @activity.doing("validation", slow=True)
     @torch.no_grad()
     def validate(self) -> None:
         """Videos of the fixed prompt library from a fixed seed, with the average, the raw weights, or both."""
@@ -255,6 +264,7 @@ class Trainer(ABC):
 
     # --------------------------------------------------------------------------------------------- state and signals
 
+    @activity.doing("checkpoint", slow=True)
     def save_checkpoint(self) -> None:
         if not self.options.save:
             return
