@@ -80,10 +80,10 @@ def write_shard(out: Path, shard: Shard, source: Source, task: Task) -> bool:
     """
     path, identity = out / shard.name, source.identity()
     _refuse_others(out, shard.count)
-    made = not (path.is_file() and _is_complete(path, identity))
+    made = not _is_complete(path, identity)
     if made:
         _save(path, _encode([source.prompts[i] for i in shard.part(len(source.prompts))], task), identity)
-    if all((out / Shard(i, shard.count).name).is_file() for i in range(shard.count)):
+    if all(_is_complete(out / Shard(i, shard.count).name, identity) for i in range(shard.count)):
         check(out, source)
     return made
 
@@ -178,7 +178,7 @@ def _split_of(out: Path) -> int:
 
 
 def _is_complete(path: Path, identity: dict[str, str]) -> bool:
-    """False for a damaged file. Raises UserError for one of other prompts or another encoder."""
+    """False for a file that is absent or damaged. Raises UserError for one of other prompts or another encoder."""
     try:
         with safe_open(path, "pt") as file:
             found = file.metadata() or {}
