@@ -16,7 +16,7 @@ from model.wan.config import NetworkConfig
 from model.wan.transformer import WanTransformer
 from model.wan.weights import load_weights
 from trainer.networks import Trained
-from trainer.task import ToyTask
+from trainer.task import SyntheticTask, Task, ToyTask
 from utils import checkpoint, distributed
 from utils.config import ConfigError
 from utils.optim import NetworkOptimizer
@@ -104,8 +104,10 @@ def build_trained(
     return Trained(name, net, ScoreNet(net, name, evaluations, compute_dtype(config)), optimizer, ema)
 
 
-def build_task(config: RunConfig, device: torch.device) -> ToyTask:
-    return ToyTask(config.data, config.student.geometry(), config.seed, device)
+def build_task(config: RunConfig, device: torch.device) -> Task:
+    """What the run generates, by data.kind. Raises ConfigError."""
+    kind = ToyTask if config.data.kind == "toy" else SyntheticTask
+    return kind(config.data, config.student.geometry(), config.seed, device)
 
 
 def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:
