@@ -18,6 +18,7 @@ from utils.agreement import code_revision, require_agreement
 from utils.cli import run_cli, train_args
 from utils.config import config_hash, load, to_yaml
 from utils.logging import setup_console
+from utils.parallel.mesh import split
 from utils.watchdog import Watchdog
 
 
@@ -37,7 +38,9 @@ def main() -> int:
                 "config": config_hash(config)[:12],
                 "code": code_revision(Path(__file__).parent),
                 "torch": torch.__version__,
-                "mesh": f"{distributed.world_size()} ranks",
+                "mesh": "replicate {} x shard {} x sequence {}".format(
+                    *split(config.parallel, distributed.world_size())
+                ),
             }
         )
         return build_trainer(config, options).train()

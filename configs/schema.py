@@ -14,6 +14,8 @@ from pipeline.self_forcing_training import rollout_lengths
 from utils.data.synthetic import SyntheticConfig
 from utils.data.toy_world import ToyWorldConfig
 from utils.optim import LRScheduleConfig, OptimizerConfig
+from utils.parallel.mesh import ParallelConfig
+from utils.parallel.sequence import check_degree
 from utils.watchdog import WatchdogConfig
 
 # Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
@@ -292,6 +294,7 @@ class RunConfig:
     critic_training: TrainedConfig = field(default_factory=TrainedConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -370,6 +373,12 @@ class RunConfig:
 
     def _check_networks(self) -> None:
         mine = self.student.geometry()
+        for name, network in (("student", self.student), ("teacher", self.teacher), ("critic", self.critic)):
+            if network is not None:
+                try:
+                    check_degree(network.geometry().num_heads, self.parallel.sequence)
+                except ValueError as problem:
+                    raise ValueError(f"parallel.sequence does not fit {name}: {problem}") from None
         for name, network in (("teacher", self.teacher), ("critic", self.critic)):
             if network is None:
                 continue

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from utils.distributed import like, local
+from utils.parallel.parallelize import reshard
+
 
 @dataclass
 class EMAConfig:
@@ -33,9 +36,9 @@ class EMA:
 
     def __init__(self, net: nn.Module, decay: float, start: int, every: int) -> None:
         self.net, self.decay, self.start, self.every = net, decay, start, every
-        self.shadow: dict[str, Tensor] = {
-            name: p.detach().clone().float() for name, p in net.named_parameters() if p.requires_grad
-        }
+        # held here: while a sharded network is gathered, it names other tensors its parameters
+        self.live = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.shadow: dict[str, Tensor] = {name: p.detach().clone().float() for name, p in self.live.items()}
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
@@ -43,26 +46,25 @@ class EMA:
         if updates % self.every:
             return
         decay = 0.0 if updates <= self.start else self.decay
-        live = dict(self.net.named_parameters())
-        names = list(self.shadow)
-        torch._foreach_lerp_([self.shadow[n] for n in names], [live[n].detach().float() for n in names], 1 - decay)
+        shadow = [local(value) for value in self.shadow.values()]
+        live = [local(p).detach().float() for p in self.live.values()]
+        torch._foreach_lerp_(shadow, live, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The network carries the average inside, and its own weights again after, bit for bit."""
-        live = {name: p for name, p in self.net.named_parameters() if name in self.shadow}
-        own = {name: p.detach().clone() for name, p in live.items()}
-        self._copy(live, self.shadow)
+        own = {name: p.detach().clone() for name, p in self.live.items()}
+        self._carry(self.shadow)
         try:
             yield
         finally:
-            self._copy(live, own)
+            self._carry(own)
 
-    @staticmethod
     @torch.no_grad()
-    def _copy(into: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-        for name, p in into.items():
-            p.copy_(values[name])
+    def _carry(self, values: dict[str, Tensor]) -> None:
+        reshard(self.net)
+        for name, p in self.live.items():
+            local(p).copy_(local(values[name]))
 
     def load(self, shadow: dict[str, Tensor]) -> None:
         """Raises ValueError unless the names and shapes are this network's."""
@@ -72,4 +74,4 @@ class EMA:
             odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
             raise ValueError(f"EMA weights of another network: {len(odd)} names or shapes differ, first {odd[0]}")
         for name, value in shadow.items():
-            self.shadow[name].copy_(value)
+            self.shadow[name].copy_(like(value, self.shadow[name]))

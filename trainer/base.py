@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,8 @@ from utils.config import ConfigError, UserError, diff, save, to_plain
 from utils.data.prompts import load_prompts
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
+from utils.parallel.mesh import build_mesh
+from utils.parallel.parallelize import is_sharded
 from utils.random import Noise, keyed_seed
 from utils.video import grid, write_video
 
@@ -57,9 +59,11 @@ class Trainer(ABC):
     def __init__(self, config: RunConfig, options: RunOptions) -> None:
         self.config, self.options = config, options
         self.device = distributed.device()
+        self.mesh = build_mesh(config.parallel, distributed.world_size(), self.device)
+        distributed.set_timeout(config.watchdog.group_timeout(), self.mesh.groups)
         self.evaluations = Evaluations()
         self.task = build_task(config, self.device)
-        self.micro_batches_per_rank = micro_batches(config.training, distributed.world_size())
+        self.micro_batches_per_rank = micro_batches(config.training, self.mesh.dp_size)
         self.step = 0
         self.cursor = 0
         self.skipped = 0
@@ -153,16 +157,21 @@ class Trainer(ABC):
 
     def total_evaluations(self) -> float:
         """Videos through a network so far, in training, over all ranks: latent frames evaluated / frames of a video."""
-        frames = distributed.all_reduce_scalars({"frames": float(self.evaluations.total_frames)})["frames"]
+        frames = self.summed({"frames": float(self.evaluations.total_frames)})["frames"]
         return frames / self.task.latent_shape[0]
+
+    def summed(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over the batches that run at a time: the ranks of a sequence group share one, and count once."""
+        sums = distributed.all_reduce_scalars(values)
+        return {name: value / self.mesh.sequence for name, value in sums.items()}
 
     # ----------------------------------------------------------------------------------------------------- an update
 
     def batch(self, phase: str) -> list[MicroBatch]:
-        """This rank's micro-batches of the next global batch; draws are keyed by (seed, phase, step, sample number)."""
+        """This data-parallel rank's part of the next global batch, drawn by (seed, phase, step, sample number)."""
         training = self.config.training
         size, parts = training.micro_batch_size, self.micro_batches_per_rank
-        first = self.cursor + distributed.rank() * size * parts
+        first = self.cursor + self.mesh.dp_rank * size * parts
         self.cursor += training.global_batch_size
         out = []
         for part in range(parts):
@@ -175,27 +184,26 @@ class Trainer(ABC):
         self, trained: Trained, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], LossOutput]
     ) -> dict[str, float]:
         """Accumulates a global batch's gradient and takes one optimizer step, unless a number is not finite."""
-        trained.optimizer.zero_grad()
+        engine = trained.engine
+        engine.zero_grad()
         sums: dict[str, float] = {}
         own_loss = 0.0
         for micro in batch:
             activity.mark(f"{trained.name} loss and backward")
             output = loss_of(micro)
-            (output.loss * micro.weight).backward()
+            engine.backward(output.loss * micro.weight, last=micro is batch[-1])
             for name, value in output.metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * micro.weight
             own_loss += float(output.loss.detach())
         activity.mark(f"{trained.name} update")
         check = FiniteCheck(sums | {"loss": own_loss}, trained.optimizer.named)
-        gradients = [p.grad for p in trained.optimizer.parameters if p.grad is not None]
-        distributed.all_reduce_sum_(gradients)
-        metrics = distributed.all_reduce_scalars(sums)
-        metrics["grad_norm"] = float(trained.optimizer.clip())
+        metrics = self.summed(sums)
+        metrics["grad_norm"] = float(engine.clip())
         if self._accepted(trained.name, check.agree(metrics["grad_norm"])):
-            metrics["lr"] = trained.optimizer.step()
+            metrics["lr"] = engine.step()
             if trained.ema is not None:
                 trained.ema.update(trained.optimizer.updates)
-        trained.optimizer.zero_grad()
+        engine.zero_grad()
         return {f"{trained.name}/{name}": value for name, value in metrics.items()}
 
     def _accepted(self, name: str, problem: str | None) -> bool:
@@ -221,8 +229,11 @@ class Trainer(ABC):
     @activity.doing("validation", slow=True)
     @torch.no_grad()
     def validate(self) -> None:
-        """Videos of the fixed prompt library from a fixed seed, with the average, the raw weights, or both."""
-        if not self.options.visualize or not distributed.is_main():
+        """Videos of the fixed prompt library from a fixed seed, with the average, the raw weights, or both.
+
+        All ranks of a sharded student sample them together; rank 0 writes them.
+        """
+        if not self.options.visualize or not (distributed.is_main() or is_sharded(self.networks["student"].net)):
             return
         config = self.config.validation
         student = self.networks["student"]
@@ -245,6 +256,8 @@ class Trainer(ABC):
         noise = Noise(config.seed, 0, range(len(prompts)), self.device)
         latents = self.sample(self.task.conditioning(prompts), self.task.negative(len(prompts)), noise)
         self.evaluations.load(before)  # the count is training's
+        if not distributed.is_main():
+            return
         pixels = self.task.decode(latents)
         path = self.options.logdir / "validation" / f"step_{self.step:06d}_{which}.mp4"
         write_video(path, grid(pixels), config.fps, scale=max(1, 96 // pixels.shape[-1]))
@@ -268,9 +281,9 @@ class Trainer(ABC):
     def save_checkpoint(self) -> None:
         if not self.options.save:
             return
-        evaluations = sum_evaluations(self.evaluations, [*self.networks, "teacher"])
+        evaluations = self.summed_evaluations()
+        tensors, state = save_run(self.networks)
         if distributed.is_main():
-            tensors, state = save_run(self.networks)
             state |= {
                 "step": self.step,
                 "cursor": self.cursor,
@@ -282,6 +295,16 @@ class Trainer(ABC):
             checkpoint.save(self.checkpoints, self.step, tensors, state)
             checkpoint.prune(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
         distributed.barrier()
+
+    def summed_evaluations(self) -> dict[str, dict[str, int]]:
+        """The counts of all networks; a rank that never ran one of them still takes part."""
+        own, names = self.evaluations.state(), [*self.networks, "teacher"]
+        flat = {f"{kind}.{name}": float(counts.get(name, 0)) for kind, counts in own.items() for name in names}
+        out: dict[str, dict[str, int]] = {kind: {} for kind in own}
+        for key, value in self.summed(flat).items():
+            kind, name = key.split(".", 1)
+            out[kind][name] = round(value)
+        return out
 
     def _resume(self) -> None:
         path = checkpoint.resolve_resume(self.options.resume, self.checkpoints)
@@ -295,7 +318,7 @@ class Trainer(ABC):
             set_aside(self.options.logdir, [other for other in saved if checkpoint.step_of(other) > state["step"]])
         self.step, self.cursor = state["step"], state["cursor"]
         self.skipped, self.skipped_in_a_row = state["skipped"], dict(state["skipped_in_a_row"])
-        if distributed.is_main():  # the count is over all ranks; one of them carries it on
+        if self.mesh.dp_rank == 0:  # the count is over all batches; who runs one of them carries it on
             self.evaluations.load(state["evaluations"])
         console.info("resumed from %s at step %d", path, self.step)
         if changed := diff(state["config"], to_plain(self.config)):
@@ -362,14 +385,3 @@ def micro_batches(training: TrainingConfig, ranks: int) -> int:
             f"training.micro_batch_size {training.micro_batch_size}: change one of them"
         )
     return training.global_batch_size // each
-
-
-def sum_evaluations(evaluations: Evaluations, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """The counts of these networks over all ranks; a rank that ran one of them never still takes part."""
-    own = evaluations.state()
-    flat = {f"{kind}.{name}": float(counts.get(name, 0)) for kind, counts in own.items() for name in names}
-    out: dict[str, dict[str, int]] = {kind: {} for kind in own}
-    for key, value in distributed.all_reduce_scalars(flat).items():
-        kind, name = key.split(".", 1)
-        out[kind][name] = int(value)
-    return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,48 +15,82 @@ from model.score import ScoreNet
 from model.types import Evaluations
 from model.wan.attention import Backend, available
 from model.wan.config import NetworkConfig
+from model.wan.init import no_weights, random_weights
 from model.wan.transformer import WanTransformer
-from model.wan.weights import load_weights
+from model.wan.weights import LazyWeights
+from trainer.engine import Engine, FSDPEngine
 from trainer.networks import Trained
 from trainer.task import SyntheticTask, Task, ToyTask
 from utils import checkpoint, distributed
 from utils.config import ConfigError
 from utils.optim import NetworkOptimizer
+from utils.parallel.mesh import Mesh, ParallelConfig
+from utils.parallel.parallelize import Sharding, fill, is_sharded, materialise, parallelize
 from utils.random import keyed_seed
 
 if TYPE_CHECKING:
     from trainer.base import RunOptions, Trainer
 
 
-def build_network(
-    config: NetworkConfig, name: str, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> WanTransformer:
-    """A network with its starting weights. Random ones are keyed by (seed, name), whatever was built before it.
+@dataclass(frozen=True)
+class Placement:
+    """Where a network goes: the mesh, the run's parallelism, and how this network takes part in it."""
 
-    Raises ConfigError for a missing backend or weights that do not fit.
+    mesh: Mesh
+    config: ParallelConfig
+    sharding: Sharding
+
+
+def build_network(
+    config: NetworkConfig,
+    name: str,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    trained: bool = True,
+    place: Placement | None = None,
+) -> WanTransformer:
+    """A network with its starting weights. Random ones are keyed by (seed, name): the same for any number of ranks.
+
+    It is made without memory and sharded; then rank 0 reads or draws its weights one by one and sends each rank its
+    part. Raises ConfigError, on every rank, for a missing backend or weights that do not fit.
     """
     backend = Backend(config.attention)
     if problem := available(backend):
         raise ConfigError(f"{name}.attention: {problem}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):
+        net = WanTransformer(config.geometry(), backend, config.checkpointing).to(dtype)
+    net.requires_grad_(trained)
+    source = None if config.init is None else open_init(net, Path(config.init), config.init_weights, name)
+    if place is not None:
+        parallelize(net, place.mesh, place.config, place.sharding)
+    materialise(net, device, offload=place is not None and place.sharding.offload)
+    reads = place is None or distributed.is_main()
+    if source is not None:
+        names = [key for key, _ in net.named_parameters()]
+        fill(net, source.read(names) if reads else no_weights(net), shared=place is not None)
+        return net
+    with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if reads else torch.device("meta"):
         torch.default_generator.manual_seed(keyed_seed(seed, "weights", name))
-        net = WanTransformer(config.geometry(), backend, config.checkpointing)
-    if config.init is not None:
-        load_init(net, Path(config.init), config.init_weights, name)
-    return net.to(device=device, dtype=dtype)
+        fill(net, random_weights(config.geometry()), shared=place is not None)
+    return net
 
 
-def load_init(net: WanTransformer, path: Path, which: str, name: str) -> None:
-    """Weights from a run, a checkpoint, or a safetensors file or folder. Raises ConfigError naming the network."""
+def open_init(net: WanTransformer, path: Path, which: str, name: str) -> LazyWeights:
+    """Weights of a run, a checkpoint, or a safetensors file or folder, checked against `net` by their headers.
+
+    Raises ConfigError naming the network.
+    """
     try:
         if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
             folder = checkpoint.resolve_resume(str(path), path)
             assert folder is not None
             has_ema = (folder / "student_ema.safetensors").is_file()
-            file = "student_ema" if which == "ema" and has_ema else "student"
-            load_weights(net, folder / f"{file}.safetensors")
-        else:
-            load_weights(net, path)
+            path = folder / f"{'student_ema' if which == 'ema' and has_ema else 'student'}.safetensors"
+        weights = LazyWeights(path)
+        weights.check(net)
+        return weights
     except (ValueError, OSError) as problem:
         raise ConfigError(f"{name}.init: {problem}") from None
 
@@ -65,20 +101,25 @@ def compute_dtype(config: RunConfig) -> torch.dtype | None:
 
 
 def build_frozen(
-    config: RunConfig, network: NetworkConfig, name: str, evaluations: Evaluations, device: torch.device
+    config: RunConfig, network: NetworkConfig, name: str, evaluations: Evaluations, device: torch.device, mesh: Mesh
 ) -> ScoreNet:
     """A frozen network, stored in bf16 where the run computes in it."""
-    dtype = compute_dtype(config)
-    net = build_for_inference(network, name, device, dtype)
-    # not sharded: one call for both halves of the guidance would gather nothing less, and hold twice the activations
-    return ScoreNet(net, name, evaluations, dtype, batch_guidance=False)
+    dtype, parallel = compute_dtype(config), config.parallel
+    sharding = Sharding(dtype, parallel.reshard_after_forward.teacher, parallel.offload_teacher)
+    net = build_for_inference(network, name, device, dtype, Placement(mesh, parallel, sharding))
+    # sharded, one call for both halves of the guidance gathers the weights once; else it would only cost memory
+    return ScoreNet(net, name, evaluations, dtype, batch_guidance=is_sharded(net))
 
 
 def build_for_inference(
-    network: NetworkConfig, name: str, device: torch.device, dtype: torch.dtype | None
+    network: NetworkConfig,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    place: Placement | None = None,
 ) -> WanTransformer:
     """A trained network for inference only, stored in the precision in which it runs."""
-    return build_network(network, name, 0, device, dtype or torch.float32).requires_grad_(False).eval()
+    return build_network(network, name, 0, device, dtype or torch.float32, trained=False, place=place).eval()
 
 
 def build_trained(
@@ -89,19 +130,36 @@ def build_trained(
     updates: int,
     evaluations: Evaluations,
     device: torch.device,
+    mesh: Mesh,
     *,
     with_ema: bool,
 ) -> Trained:
     """A network with fp32 master weights, its optimizer and schedule over `updates` updates, and maybe its EMA."""
     if device.type == "cpu" and Backend(network.attention) is Backend.FLEX:
         raise ConfigError(f"{name}.attention: flex has no backward on a CPU: use sdpa or plain")
-    net = build_network(network, name, config.seed, device)
+    dtype, parallel = compute_dtype(config), config.parallel
+    reshard = parallel.reshard_after_forward.critic if name == "critic" else parallel.reshard_after_forward.student
+    place = Placement(mesh, parallel, Sharding(dtype, reshard, parallel.offload_optimizer))
+    net = build_network(network, name, config.seed, device, place=place)
     matrices = [n for n, p in net.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
-    optimizer = NetworkOptimizer(net, training.optimizer, training.lr_schedule, updates, matrices)
+    try:
+        optimizer = NetworkOptimizer(net, training.optimizer, training.lr_schedule, updates, matrices)
+    except ValueError as problem:
+        section = "critic_training" if name == "critic" else "generator_training"
+        raise ConfigError(f"{section}.optimizer: {problem}") from None
     ema = None
     if with_ema and config.ema.decay is not None:
         ema = EMA(net, config.ema.decay, config.ema.start, config.ema.every)
-    return Trained(name, net, ScoreNet(net, name, evaluations, compute_dtype(config)), optimizer, ema)
+    engine = build_engine(parallel, net, optimizer)
+    return Trained(name, net, ScoreNet(net, name, evaluations, dtype), optimizer, engine, ema)
+
+
+def build_engine(config: ParallelConfig, net: WanTransformer, optimizer: NetworkOptimizer) -> Engine:
+    if is_sharded(net):
+        return FSDPEngine(
+            net, optimizer, keep_gathered=config.keep_gathered_in_rollout, sync_each=config.sync_each_micro_batch
+        )
+    return Engine(net, optimizer)
 
 
 def build_task(config: RunConfig, device: torch.device) -> Task:

@@ -24,7 +24,7 @@ class DiffusionTrainer(Trainer):
         self.networks = {
             "student": build_trained(
                 config, config.student, "student", config.generator_training, config.training.max_steps,
-                self.evaluations, self.device, with_ema=True,
+                self.evaluations, self.device, self.mesh, with_ema=True,
             )
         }  # fmt: skip
 

@@ -18,9 +18,9 @@ from pipeline.bidirectional_training import backward_simulation, diffusion_forci
 from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_forcing_rollout
 from trainer.base import MicroBatch, Trainer
 from trainer.build import build_frozen, build_trained
-from trainer.networks import frozen
 from trainer.sampling import cache_dtype
 from utils.metrics import luma, saturation
+from utils.parallel.parallelize import frozen
 
 Sample = tuple[Rollout, Conditioning]  # what the student made, and what it was conditioned on
 
@@ -38,16 +38,16 @@ class ScoreDistillationTrainer(Trainer):
     def build(self) -> None:
         config = self.config
         assert config.teacher is not None and config.critic is not None
-        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device)
+        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device, self.mesh)
         steps = config.training.max_steps
         self.networks = {
             "student": build_trained(
                 config, config.student, "student", config.generator_training,
-                config.training.generator_updates(steps), self.evaluations, self.device, with_ema=True,
+                config.training.generator_updates(steps), self.evaluations, self.device, self.mesh, with_ema=True,
             ),
             "critic": build_trained(
                 config, config.critic, "critic", config.critic_training,
-                config.training.critic_updates(steps), self.evaluations, self.device, with_ema=False,
+                config.training.critic_updates(steps), self.evaluations, self.device, self.mesh, with_ema=False,
             ),
         }  # fmt: skip
         self.sigmas = config.schedule.sigmas()
@@ -116,7 +116,7 @@ class ScoreDistillationTrainer(Trainer):
         else:
             prompts = self.task.prompts(micro.positions)
         conditioning = self.task.conditioning(prompts)
-        with torch.set_grad_enabled(with_gradient):
+        with torch.set_grad_enabled(with_gradient), self.networks["student"].engine.rollout():
             match config.rollout.kind:
                 case RolloutKind.self_forcing:
                     made = self._self_forcing(micro, conditioning, with_gradient)

@@ -28,11 +28,11 @@ class ODETrainer(Trainer):
     def build(self) -> None:
         config = self.config
         assert config.teacher is not None
-        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device)
+        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device, self.mesh)
         self.networks = {
             "student": build_trained(
                 config, config.student, "student", config.generator_training, config.training.max_steps,
-                self.evaluations, self.device, with_ema=True,
+                self.evaluations, self.device, self.mesh, with_ema=True,
             )
         }  # fmt: skip
         self.trajectories, self.sigmas_S = self._load_or_make()
@@ -63,11 +63,17 @@ class ODETrainer(Trainer):
             [self.config.ode, self.config.teacher, self.config.data, self.config.schedule, self.config.seed]
         )
         path = self.options.logdir / f"ode_pairs_{key[:12]}.safetensors"
-        if distributed.is_main() and not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            save_file(self._make(), partial)
-            partial.rename(path)
+        missing = distributed.all_reduce_scalars({"missing": float(distributed.is_main() and not path.is_file())})
+        if missing["missing"]:
+            before = self.evaluations.state()
+            pairs = self._make()  # by all, for the teacher may be sharded: the same numbers, counted once
+            if self.mesh.dp_rank != 0:
+                self.evaluations.load(before)
+            if distributed.is_main():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_suffix(".partial")
+                save_file(pairs, partial)
+                partial.rename(path)
         distributed.barrier()
         stored = load_file(path)
         return stored["x"], stored["sigma"]
@@ -79,7 +85,7 @@ class ODETrainer(Trainer):
         grid = uniform_sigmas(config.steps, config.shift)
         keep = store_levels(grid, self.config.schedule.sigmas())
         size, parts = 16, []
-        progress = Progress(config.pairs, desc="ODE pairs", is_main=True)
+        progress = Progress(config.pairs, desc="ODE pairs", is_main=distributed.is_main())
         for start in range(0, config.pairs, size):
             positions = range(start, min(start + size, config.pairs))
             source = Noise(keyed_seed(self.config.seed, "ode_pairs"), 0, positions, self.device)

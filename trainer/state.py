@@ -11,12 +11,14 @@ from torch import Tensor
 from trainer.networks import Trained
 from utils import checkpoint
 from utils.config import UserError
+from utils.distributed import full, like
+from utils.parallel.parallelize import reshard
 
 Tensors = dict[str, dict[str, Tensor]]
 
 
 def save_run(networks: dict[str, Trained]) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors by file, state) for `checkpoint.save`."""
+    """(tensors by file, state) for `checkpoint.save`. Sharded tensors are gathered: all ranks take part."""
     tensors: Tensors = {}
     state: dict[str, Any] = {"networks": {}}
     for name, trained in networks.items():
@@ -28,7 +30,7 @@ def save_run(networks: dict[str, Trained]) -> tuple[Tensors, dict[str, Any]]:
             named = trained.optimizer.names_of(kind).items()
             tensors[f"{name}_{kind}"], kinds[kind] = checkpoint.flatten_optimizer(optimizer, named)
         state["networks"][name] = {"updates": trained.optimizer.updates, "optimizers": kinds}
-    return tensors, state
+    return {file: {key: full(value) for key, value in group.items()} for file, group in tensors.items()}, state
 
 
 def load_run(networks: dict[str, Trained], path: Path, state: dict[str, Any], device: torch.device) -> None:
@@ -42,7 +44,10 @@ def load_run(networks: dict[str, Trained], path: Path, state: dict[str, Any], de
         saved = state["networks"][name]
         weights = checkpoint.load_tensors(path, name, device)
         _refuse_other_geometry(trained, weights, path)
-        trained.net.load_state_dict(weights)
+        reshard(trained.net)
+        with torch.no_grad():
+            for key, own in trained.net.state_dict().items():
+                own.copy_(like(weights[key], own))
         if set(saved["optimizers"]) != set(trained.optimizer.optimizers):
             raise UserError(
                 f"{path}: {name} was trained with {', '.join(saved['optimizers'])}: set that optimizer kind"
@@ -50,6 +55,8 @@ def load_run(networks: dict[str, Trained], path: Path, state: dict[str, Any], de
         for kind, optimizer in trained.optimizer.optimizers.items():
             tensors = checkpoint.load_tensors(path, f"{name}_{kind}", device)
             named = trained.optimizer.names_of(kind).items()
+            held = trained.optimizer.names_of(kind)
+            tensors = {key: _as_kept(value, held[key.rpartition("/")[0]]) for key, value in tensors.items()}
             checkpoint.restore_optimizer(optimizer, named, tensors, saved["optimizers"][kind])
         trained.optimizer.apply_config()
         trained.optimizer.updates = saved["updates"]
@@ -57,6 +64,11 @@ def load_run(networks: dict[str, Trained], path: Path, state: dict[str, Any], de
             if f"{name}_ema" not in checkpoint.tensor_names(path):
                 raise UserError(f"{path} has no average of {name}: set ema.decay to null, or --resume never")
             trained.ema.load(checkpoint.load_tensors(path, f"{name}_ema", device))
+
+
+def _as_kept(value: Tensor, parameter: Tensor) -> Tensor:
+    """Optimizer state sharded like its parameter; a count is whole on every rank."""
+    return like(value, parameter) if value.shape == parameter.shape else value
 
 
 def _refuse_other_geometry(trained: Trained, weights: dict[str, Tensor], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Plain data parallelism over torch.distributed; in a single process every function is a no-op of the same meaning."""
+"""What is shared over torch.distributed; in a single process every function is a no-op of the same meaning."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.activity import doing
 
@@ -20,13 +21,14 @@ def init(timeout: timedelta | None = None) -> None:
     """Join the process group of torchrun's environment (nccl with CUDA, else gloo); without one do nothing.
 
     timeout: of its collectives, None for torch's own. Groups made later have torch's own: see ``set_timeout``.
+    With CUDA there is gloo beside nccl, for what lies in CPU memory.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     if world_size() == 1 or dist.is_initialized():
         return
     if torch.cuda.is_available():
-        dist.init_process_group("nccl", device_id=device(), timeout=timeout)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device(), timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)
 
@@ -78,22 +80,28 @@ def barrier() -> None:
             dist.barrier()
 
 
-def all_reduce_sum_(tensors: Sequence[Tensor]) -> None:
-    """Sum ``tensors`` over the processes, in place; one collective per dtype, whatever their number.
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds, sharing its memory; another tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
-    Every process gives the same shapes and dtypes in the same order.
-    """
-    if world_size() == 1:
-        return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for group in by_dtype.values():
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in group])
-        with doing(f"sum {len(group)} tensors over ranks"):
-            dist.all_reduce(flat)
-        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
-            tensor.detach().copy_(part.view_as(tensor))
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every process: a collective. Another tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.full_tensor()
+
+
+@torch.no_grad()
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """``value``, whole on every process, sharded as ``target`` is, without communication."""
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
 def all_reduce_scalars(values: Mapping[str, float], op: Reduction = "sum") -> dict[str, float]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from utils.distributed import full, local
 
 
 @dataclass
@@ -96,10 +99,12 @@ class MomentumFreeAdamW(torch.optim.Optimizer):
                 if not state:
                     state["step"], state["exp_avg_sq"] = torch.tensor(0.0), torch.zeros_like(p)
                 state["step"] += 1
-                square = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                # all of it is by element: of a sharded parameter each rank updates its own part
+                weight, gradient, square = local(p), local(p.grad), local(state["exp_avg_sq"])
+                square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
                 correction = (1 - beta2 ** state["step"].item()) ** 0.5
-                p.mul_(1 - lr * group["weight_decay"])
-                p.addcdiv_(p.grad, (square.sqrt() / correction).add_(group["eps"]), value=-lr)
+                weight.mul_(1 - lr * group["weight_decay"])
+                weight.addcdiv_(gradient, (square.sqrt() / correction).add_(group["eps"]), value=-lr)
 
 
 def adamw(params: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -129,6 +134,8 @@ class NetworkOptimizer:
         self.config, self.schedule, self.total = config, schedule, total_updates
         self.named = {name: p for name, p in net.named_parameters() if p.requires_grad}
         hidden = set(matrices) if config.kind == "muon" else set()
+        if hidden and any(isinstance(p, DTensor) for p in self.named.values()):
+            raise ValueError("kind muon needs whole matrices and these are sharded: choose adamw, or one process")
         rest = [p for name, p in self.named.items() if name not in hidden]
         self.optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(rest, config)}
         if hidden:
@@ -158,7 +165,7 @@ class NetworkOptimizer:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients:
             raise ValueError("no parameter has a gradient: the loss does not reach this network")
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = full(torch.nn.utils.get_total_norm(gradients))
         if not bool(norm.isfinite()):
             return norm
         if self.config.clip_norm is not None:

@@ -7,7 +7,7 @@ N heads  D head dim  d model width.  Parameter names are Wan's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as functional
@@ -188,6 +188,24 @@ class Head(nn.Module):
         return self.head(modulate(x, shift, scale, self.eps).type_as(x))
 
 
+def layer_weights(net: WanTransformer) -> Iterator[tuple[str, Tensor]]:
+    """Wan's initialisation, (name, value) one at a time: Xavier for linear layers, N(0, 0.02) for text and time
+    embeddings, a zero head. Some come twice, the second counts: so the order of draws is one and the same for all."""
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    for name in layers:
+        yield f"{name}.weight", nn.init.xavier_uniform_(torch.empty(shapes[f"{name}.weight"]))
+        yield f"{name}.bias", torch.zeros(shapes[f"{name}.bias"])
+    patches = torch.empty(shapes["patch_embedding.weight"])
+    nn.init.xavier_uniform_(patches.flatten(1))
+    yield "patch_embedding.weight", patches
+    yield "patch_embedding.bias", torch.zeros(shapes["patch_embedding.bias"])
+    for name in layers:
+        if name.startswith(("text_embedding.", "time_embedding.")):
+            yield f"{name}.weight", nn.init.normal_(torch.empty(shapes[f"{name}.weight"]), std=0.02)
+    yield "head.head.weight", torch.zeros(shapes["head.head.weight"])
+
+
 class WanTransformer(nn.Module):
     """Velocity network. Causal or bidirectional is a mask or a cache, never another class.
 
@@ -214,19 +232,10 @@ class WanTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Wan's initialisation: Xavier for linear layers, N(0, 0.02) for text and time embeddings, a zero head."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        assert self.patch_embedding.bias is not None
-        nn.init.zeros_(self.patch_embedding.bias)
-        for sequence in (self.text_embedding, self.time_embedding):
-            for module in sequence:
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.head.head.weight)
+        """Draws the layers' weights; norms and modulation keep what they were made with."""
+        parameters = dict(self.named_parameters())
+        for name, value in layer_weights(self):
+            parameters[name].copy_(value)
 
     def fsdp_units(self) -> list[nn.Module]:
         """The modules to shard one by one; what is left is the root's."""

@@ -6,14 +6,17 @@ The key map is a pure function of names: shapes are the same in both formats, no
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
 
 PREFIXES = (
     "model.",
@@ -85,29 +88,29 @@ def to_native_key(key: str) -> str:
     return _rename(key, _TOP_BACK, _BLOCK_BACK)
 
 
-def strip_prefixes(state: Mapping[str, Tensor]) -> State:
-    """Without the names of wrappers: `model.` in front, FSDP's and torch.compile's anywhere.
-
-    Raises ValueError when two keys become one.
-    """
-    out: State = {}
-    for key, value in state.items():
+def native_names(keys: Iterable[str]) -> dict[str, str]:
+    """Each key of either format under Wan's own name, without those of wrappers: `model.` in front, FSDP's and
+    torch.compile's anywhere. Raises ValueError when two keys become one, or they are not those of a Wan DiT."""
+    plain: dict[str, str] = {}
+    seen: set[str] = set()
+    for key in keys:
         name = key
         for wrapper in PREFIXES[1:]:
             name = name.replace(wrapper, "")
         name = name.removeprefix(PREFIXES[0])
-        if name in out:
+        if name in seen:
             raise ValueError(f"weights hold '{name}' twice under different wrappers' names: keep one")
-        out[name] = value
-    return out
+        seen.add(name)
+        plain[key] = name
+    if detect_format(plain.values()) is Format.DIFFUSERS:
+        return {key: to_native_key(name) for key, name in plain.items()}
+    return plain
 
 
 def to_native(state: Mapping[str, Tensor]) -> State:
     """A state dict in either format, with wrappers' prefixes or not, under Wan's own names."""
-    plain = strip_prefixes(state)
-    if detect_format(plain) is Format.DIFFUSERS:
-        return {to_native_key(key): value for key, value in plain.items()}
-    return plain
+    names = native_names(state)
+    return {names[key]: value for key, value in state.items()}
 
 
 def load_native(net: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -115,16 +118,25 @@ def load_native(net: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Raises ValueError, before anything is copied, naming missing, unexpected and wrongly shaped keys.
     """
-    own = net.state_dict()
+    check_fit(shapes_of(net.state_dict()), shapes_of(state))
+    net.load_state_dict(dict(state))
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def check_fit(own: Shapes, theirs: Shapes) -> None:
+    """Raises ValueError naming missing, unexpected and wrongly shaped keys."""
     problems = [
-        ("missing", [key for key in own if key not in state]),
-        ("unexpected", [key for key in state if key not in own]),
+        ("missing", [key for key in own if key not in theirs]),
+        ("unexpected", [key for key in theirs if key not in own]),
         (
             "of another shape",
             [
-                f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+                f"{key} {list(theirs[key])} instead of {list(own[key])}"
                 for key in own
-                if key in state and state[key].shape != own[key].shape
+                if key in theirs and theirs[key] != own[key]
             ],
         ),
     ]
@@ -137,17 +149,16 @@ def load_native(net: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"weights do not fit this geometry: {'; '.join(found)}: choose the preset that they were made for"
         )
-    net.load_state_dict(dict(state))
 
 
-def read_safetensors(path: str | Path) -> State:
-    """The tensors of one file, or of a folder: its shards as an index.json lists them, else its only file.
+def weight_files(path: str | Path) -> list[Path]:
+    """One file, or of a folder its shards as an index.json lists them, else its only file.
 
     Raises ValueError when there is nothing to read, or a shard is missing.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".safetensors":
-        return load_file(path)
+        return [path]
     if not path.is_dir():
         raise ValueError(f"no weights at '{path}': give a .safetensors file or a folder of them")
     indices = sorted(path.glob("*.safetensors.index.json"))
@@ -158,10 +169,50 @@ def read_safetensors(path: str | Path) -> State:
             raise ValueError(f"{indices[0].name} in '{path}' names {missing[0]}, which is not there: fetch all shards")
     elif len(files) != 1 or indices:
         raise ValueError(f"'{path}' has {len(files)} .safetensors files and {len(indices)} index files: name one file")
+    return files
+
+
+def read_safetensors(path: str | Path) -> State:
+    """The tensors of `weight_files`. Raises ValueError when there is nothing to read, or a shard is missing."""
     state: State = {}
-    for file in files:
+    for file in weight_files(path):
         state |= load_file(file)
     return state
+
+
+class LazyWeights:
+    """The weights of a file or folder under Wan's own names, read one tensor at a time.
+
+    shapes: known from the headers alone. Raises ValueError, in one line, for what is not the weights of a Wan DiT.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._files: dict[str, tuple[Any, str]] = {}
+        self.shapes: Shapes = {}
+        try:
+            for file in weight_files(path):
+                opened = safe_open(file, framework="pt")
+                for key in opened.keys():  # noqa: SIM118 - it is no mapping
+                    self._files[key] = (opened, key)
+            names = native_names(list(self._files))
+        except (ValueError, OSError, SafetensorError) as problem:
+            raise ValueError(f"{path}: {problem}") from None
+        self._files = {names[key]: found for key, found in self._files.items()}
+        self.shapes = {name: tuple(f.get_slice(key).get_shape()) for name, (f, key) in self._files.items()}
+        self.path = path
+
+    def check(self, net: nn.Module) -> None:
+        """Raises ValueError, naming the keys, unless these are exactly the weights that `net` has."""
+        try:
+            check_fit({name: tuple(p.shape) for name, p in net.named_parameters()}, self.shapes)
+        except ValueError as problem:
+            raise ValueError(f"{self.path}: {problem}") from None
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """(name, value) in this order, as stored."""
+        for name in names:
+            file, key = self._files[name]
+            yield name, file.get_tensor(key)
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:

@@ -1,1 +1,1 @@
-"""How a run is spread over ranks; knows nothing of this project's models."""
+"""Parallelism, outside the model: the mesh, sharding, and what else spreads a network over processes."""
