@@ -5,6 +5,7 @@ A network needs only `fsdp_units()`: the modules to shard one by one. What is le
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,10 @@ def parallelize(net: nn.Module, mesh: Mesh, config: ParallelConfig, sharding: Sh
             unit.forward = torch.compile(unit.forward)
     if mesh.world > 1 and config.engine == "fsdp2":
         _shard(net, mesh, sharding)
+
+
+# Blocks return keys and values for the cache, as views; they are only ever read.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def _shard(net: nn.Module, mesh: Mesh, sharding: Sharding) -> None:
