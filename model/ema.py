@@ -63,13 +63,3 @@ class EMA:
     def _copy(into: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
         for name, p in into.items():
             p.copy_(values[name])
-
-    def load(self, shadow: dict[str, Tensor]) -> None:
-        """Raises ValueError unless the names and shapes are this network's."""
-        mine = {name: value.shape for name, value in self.shadow.items()}
-        theirs = {name: value.shape for name, value in shadow.items()}
-        if mine != theirs:
-            odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-            raise ValueError(f"EMA weights of another network: {len(odd)} names or shapes differ, first {odd[0]}")
-        for name, value in shadow.items():
-            self.shadow[name].copy_(value)

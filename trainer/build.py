@@ -14,7 +14,7 @@ from model.types import Evaluations
 from model.wan.attention import Backend, available
 from model.wan.config import NetworkConfig
 from model.wan.transformer import WanTransformer
-from model.wan.weights import load_weights
+from model.wan.weights import load_native, load_weights, to_native
 from trainer.networks import Trained
 from trainer.task import ToyTask
 from utils import checkpoint, distributed
@@ -50,9 +50,9 @@ def load_init(net: WanTransformer, path: Path, which: str, name: str) -> None:
         if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
             folder = checkpoint.resolve_resume(str(path), path)
             assert folder is not None
-            has_ema = (folder / "student_ema.safetensors").is_file()
-            file = "student_ema" if which == "ema" and has_ema else "student"
-            load_weights(net, folder / f"{file}.safetensors")
+            has_ema = "student_ema" in checkpoint.tensor_names(folder)
+            weights = checkpoint.load_tensors(folder, "student_ema" if which == "ema" and has_ema else "student")
+            load_native(net, to_native(weights))
         else:
             load_weights(net, path)
     except (ValueError, OSError) as problem:
