@@ -293,15 +293,16 @@ def find_resume(
     Rank 0 of ``group`` looks and checks that all files are whole; the others hear from it. Raises UserError on all.
     """
 
-    def look() -> tuple[Path, dict[str, Any], Table] | None:
+    def look() -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
         restore(root)
         path = resolve_resume(arg, root)
         if path is None:
             return None
         check(path)
-        return path, load_state(path), layout(path)
+        return path, load_state(path), shards.table_to_json(layout(path))  # plain lists travel fast
 
-    return on_main(look, group)
+    found = on_main(look, group)
+    return None if found is None else (*found[:2], shards.table_from_json(found[2]))
 
 
 def on_main(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:

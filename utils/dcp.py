@@ -6,6 +6,7 @@ what this rank will write, so that the write itself can wait for another thread.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,8 +73,18 @@ class StagedPlanner(DefaultSavePlanner):
                 self.items.append(item)
 
     def create_local_plan(self) -> SavePlan:
+        """Nothing to exchange but that it went well: each rank knows its part, and reports it when it is written.
+
+        The plans of 64 ranks of a 14B model are 320 000 objects: rank 0 could not train while it unpacked them.
+        """
         if self.problem is not None:
             raise self.problem
+        return SavePlan([])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return all_plans, Metadata({})
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return SavePlan(self.items)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
@@ -139,30 +150,21 @@ class Writer(StorageWriter):
         for item in plan.items:
             group, _, name = item.index.fqn.partition("/")
             groups.setdefault(group, {})[name] = item
-        results = []
+        part: Table = {}
         for group, items in groups.items():
             tensors: dict[str, Any] = {name: planner.resolve_data(item) for name, item in items.items()}
             ending = "" if self.ranks == 1 else f"-{self.rank + 1:05d}-of-{self.ranks:05d}"
             file = f"{group}{ending}{shards.SUFFIX}"
             crcs = shards.write_file(self.folder / file, tensors)
             for name, item in items.items():
-                results.append(WriteResult(item.index, tensors[name].nbytes, (file, crcs[name])))
-        return _done(results)
+                data = item.tensor_data
+                assert data is not None
+                piece = Piece(file, tuple(data.chunk.offsets), tuple(data.chunk.sizes), crcs[name])
+                part.setdefault(group, {})[name] = Entry(data.properties.dtype, tuple(data.size), [piece])
+        return _done([WriteResult(MetadataIndex(""), 0, json.dumps(shards.table_to_json(part)))])
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        written = {result.index: result.storage_data for of_rank in results for result in of_rank}
-        table: Table = {}
-        for fqn, saved in metadata.state_dict_metadata.items():
-            assert isinstance(saved, TensorStorageMetadata)
-            group, _, name = fqn.partition("/")
-            pieces = []
-            for chunk in saved.chunks:
-                file, crc = written[MetadataIndex(fqn, chunk.offsets)]
-                pieces.append(Piece(file, tuple(chunk.offsets), tuple(chunk.sizes), crc))
-            table.setdefault(group, {})[name] = entry = Entry(saved.properties.dtype, tuple(saved.size), pieces)
-            if shards.uncovered(entry):
-                raise ValueError(f"{fqn}: the ranks wrote only a part of it: {pieces}")
-        self.publish(table)
+        self.publish(shards.merged(shards.table_from_json(json.loads(of.storage_data)) for (of,) in results))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -251,6 +253,17 @@ class Reader(StorageReader):
         return isinstance(checkpoint_id, (str, Path))
 
 
+class LocalLoadPlanner(DefaultLoadPlanner):
+    """Plans what to read, and keeps it to itself: as with saving, the exchange would cost more than the reading."""
+
+    def create_local_plan(self) -> LoadPlan:
+        self.own = super().create_local_plan()
+        return LoadPlan([])
+
+    def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
+        return self.own
+
+
 def load(folder: Path, table: Table, tensors: Groups, group: dist.ProcessGroup | None) -> None:
     """Fill ``tensors`` in place: each rank its own shards, whatever shards were saved.
 
@@ -258,7 +271,7 @@ def load(folder: Path, table: Table, tensors: Groups, group: dist.ProcessGroup |
     """
     flat = {f"{name}/{key}": value for name, values in tensors.items() for key, value in values.items()}
     needed = {name: table[name] for name in tensors if name in table}
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = LocalLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         dcp.load(
             flat,

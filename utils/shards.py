@@ -13,9 +13,8 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,8 +39,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A box of a tensor and the file that has it under the tensor's name; crc: CRC-32 of its bytes, None if unknown."""
 
     file: str
@@ -50,8 +48,7 @@ class Piece:
     crc: int | None
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A tensor as it was saved. shape: the whole tensor's."""
 
     dtype: torch.dtype
@@ -154,9 +151,24 @@ def table_of_files(folder: Path, files: Iterable[str]) -> Table:
     return table
 
 
-def uncovered(entry: Entry) -> bool:
-    """Whether the pieces, which never overlap, leave some of the tensor out."""
-    return sum(math.prod(piece.sizes) for piece in entry.pieces) != math.prod(entry.shape)
+def merged(parts: Iterable[Table]) -> Table:
+    """One table of what several ranks wrote. Raises ValueError unless each tensor is there whole, and once."""
+    out: Table = {}
+    for part in parts:
+        for group, entries in part.items():
+            into = out.setdefault(group, {})
+            for name, entry in entries.items():
+                known = into.setdefault(name, Entry(entry.dtype, entry.shape, []))
+                if known[:2] != entry[:2]:
+                    raise ValueError(f"{group}/{name} is {entry[:2]} on one rank, {known[:2]} on another")
+                known.pieces.extend(entry.pieces)
+    for group, entries in out.items():
+        for name, entry in entries.items():
+            places = {piece.offsets for piece in entry.pieces}
+            numbers = sum(math.prod(piece.sizes) for piece in entry.pieces)
+            if numbers != math.prod(entry.shape) or (numbers and len(places) != len(entry.pieces)):
+                raise ValueError(f"{group}/{name} {entry.shape} was written in pieces that are not the whole: {places}")
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------- read

@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ def killed(folder: Path) -> None:
     saver.wait()
     write_file = shards.write_file
 
-    def write_and_die(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
+    def write_and_die(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         if dist.get_rank() == victim and path.name.startswith("critic_adamw"):
             path.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
