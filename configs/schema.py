@@ -227,11 +227,15 @@ class TrainingConfig:
 
 @dataclass
 class CheckpointConfig:
-    """every: iterations between saves; keep_last: how many to keep; keep_every: keep multiples of this for good."""
+    """every: iterations between saves; keep_last: how many to keep; keep_every: keep multiples of this for good.
+
+    background: train on while a thread writes; the host then holds a copy of what its ranks write.
+    """
 
     every: int = 100
     keep_last: int = 2
     keep_every: int | None = None
+    background: bool = True
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep_last < 1 or (self.keep_every is not None and self.keep_every < 1):

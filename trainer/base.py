@@ -74,6 +74,10 @@ class Trainer(ABC):
         self.networks: dict[str, Trained] = {}
         self.build()
         self.checkpoints = options.logdir / "checkpoints"
+        cadence = config.checkpoint
+        self.saver = checkpoint.Saver(
+            self.checkpoints, cadence.keep_last, cadence.keep_every, background=cadence.background
+        )
         if options.resume == "never":
             set_aside(options.logdir, [options.logdir / name for name in RUN_FILES])
         self._resume()
@@ -123,6 +127,7 @@ class Trainer(ABC):
                 progress.update(self.step, {k: self.latest[k] for k in self.headline if k in self.latest})
                 if self.abort is not None:
                     self.save_checkpoint()
+                    self.saver.wait()
                     raise UserError(self.abort)
                 if self.step % self.config.checkpoint.every == 0 or self.step == total:
                     self.save_checkpoint()
@@ -132,6 +137,7 @@ class Trainer(ABC):
                     self.validate()
             if self.stop_signal is not None and self.step < total:
                 self.save_checkpoint()
+            self.saver.wait()
         progress.close()
         self.logger.close()
         distributed.barrier()
@@ -278,22 +284,20 @@ class Trainer(ABC):
 
     @activity.doing("checkpoint", slow=True)
     def save_checkpoint(self) -> None:
-        if not self.options.save:
+        """Begins a save; `self.saver.wait()` ends it. A step that was saved, or is being saved, is not saved again."""
+        if not self.options.save or self.saver.step == self.step:
             return
         evaluations = self.summed_evaluations()
         tensors, state = save_run(self.networks)
-        if distributed.is_main():
-            state |= {
-                "step": self.step,
-                "cursor": self.cursor,
-                "skipped": self.skipped,
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "evaluations": evaluations,
-                "config": to_plain(self.config),
-            }
-            checkpoint.save(self.checkpoints, self.step, tensors, state)
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
-        distributed.barrier()
+        state |= {
+            "step": self.step,
+            "cursor": self.cursor,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "evaluations": evaluations,
+            "config": to_plain(self.config),
+        }
+        self.saver.save(self.step, tensors, state)
 
     def summed_evaluations(self) -> dict[str, dict[str, int]]:
         """The counts of all networks; a rank that never ran one of them still takes part."""
@@ -306,11 +310,13 @@ class Trainer(ABC):
         return out
 
     def _resume(self) -> None:
-        path = checkpoint.resolve_resume(self.options.resume, self.checkpoints)
-        if path is None:
+        if self.options.resume == "never":
             return
-        state = checkpoint.load_state(path)
-        load_run(self.networks, path, state, self.device)
+        found = checkpoint.find_resume(self.options.resume, self.checkpoints, self.saver.group)
+        if found is None:
+            return
+        path, state, layout = found
+        load_run(self.networks, path, state, layout, self.saver.group)
         if path.parent.resolve() == self.checkpoints.resolve():
             # the run's other future: the newest checkpoint must be the one to go on from
             saved = checkpoint.list_checkpoints(self.checkpoints)
@@ -326,7 +332,12 @@ class Trainer(ABC):
     def _stopping(self) -> bool:
         # Agreed by all: a rank that stopped alone would leave the others waiting in a collective.
         mine = self.stop_signal  # a signal that arrives from here on is seen by the next call
-        agreed = int(distributed.all_reduce_scalars({"signal": float(mine or 0)}, "max")["signal"])
+        now = {"signal": float(mine or 0), "unsaved": float(self.saver.failed)}
+        now = distributed.all_reduce_scalars(now, "max")
+        if now["unsaved"]:
+            self.saver.wait()  # raises what went wrong, on every rank that knows
+            raise UserError("a checkpoint could not be written on another rank: its log says why")
+        agreed = int(now["signal"])
         if agreed and mine is None:
             self.stop_signal = agreed
         return agreed != 0

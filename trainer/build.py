@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from configs.schema import Precision, RunConfig, TrainedConfig, TrainerKind
 from model.ema import EMA
@@ -17,7 +19,7 @@ from model.wan.attention import Backend, available
 from model.wan.config import NetworkConfig
 from model.wan.init import no_weights, random_weights
 from model.wan.transformer import WanTransformer
-from model.wan.weights import LazyWeights
+from model.wan.weights import LazyWeights, check_fit
 from trainer.engine import Engine, FSDPEngine
 from trainer.networks import Trained
 from trainer.task import SyntheticTask, Task, ToyTask
@@ -30,6 +32,14 @@ from utils.random import keyed_seed
 
 if TYPE_CHECKING:
     from trainer.base import RunOptions, Trainer
+
+
+class Weights(Protocol):
+    """Stored weights that are read one tensor at a time."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ def build_network(
     return net
 
 
-def open_init(net: WanTransformer, path: Path, which: str, name: str) -> LazyWeights:
+def open_init(net: WanTransformer, path: Path, which: str, name: str) -> Weights:
     """Weights of a run, a checkpoint, or a safetensors file or folder, checked against `net` by their headers.
 
     Raises ConfigError naming the network.
@@ -86,10 +96,13 @@ def open_init(net: WanTransformer, path: Path, which: str, name: str) -> LazyWei
         if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
             folder = checkpoint.resolve_resume(str(path), path)
             assert folder is not None
-            has_ema = (folder / "student_ema.safetensors").is_file()
-            path = folder / f"{'student_ema' if which == 'ema' and has_ema else 'student'}.safetensors"
-        weights = LazyWeights(path)
-        weights.check(net)
+            has_ema = "student_ema" in checkpoint.tensor_names(folder)
+            weights: Weights = checkpoint.StoredGroup(
+                folder, "student_ema" if which == "ema" and has_ema else "student"
+            )
+        else:
+            weights = LazyWeights(path)
+        check_fit({key: tuple(p.shape) for key, p in net.named_parameters()}, weights.shapes)
         return weights
     except (ValueError, OSError) as problem:
         raise ConfigError(f"{name}.init: {problem}") from None
