@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.score import ScoreNet
 from model.types import Conditioning, NoiseSource, Rollout
+from model.wan.config import Checkpointing
 from model.wan.kv_cache import KVCache
 from model.wan.replay import Trace
 from model.wan.transformer import WanTransformer
@@ -71,7 +72,11 @@ def self_forcing_rollout(
     if plan.score_frames > conditioning.initial_frames + noise.shape[1]:
         raise ValueError(f"{plan.score_frames} frames to judge of {conditioning.initial_frames + noise.shape[1]}")
     # with checkpointing the exit passes run without gradient and get it afterwards, all in one pass
-    replays = with_gradient and isinstance(student.net, WanTransformer) and student.net.checkpointing
+    replays = (
+        with_gradient
+        and isinstance(student.net, WanTransformer)
+        and student.net.checkpointing is not Checkpointing.none
+    )
     trace = Trace()
     parts: list[Tensor] = []
     if conditioning.initial is not None:

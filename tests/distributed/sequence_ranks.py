@@ -21,6 +21,7 @@ from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import LossOutput, Rollout
 from model.wan.attention import Backend
+from model.wan.config import Checkpointing
 from model.wan.kv_cache import KVCache
 from model.wan.masks import FrameMask
 from model.wan.transformer import WanTransformer
@@ -39,7 +40,9 @@ Group = dist.ProcessGroup | None
 Result = dict[str, Tensor]  # "whole ...": the same on all ranks of the group; "sum ...": to be summed over them
 
 
-def network(seed: int, group: Group, checkpointing: bool = False, backend: Backend = Backend.PLAIN) -> WanTransformer:
+def network(
+    seed: int, group: Group, checkpointing: Checkpointing = Checkpointing.none, backend: Backend = Backend.PLAIN
+) -> WanTransformer:
     net = random_net(seed, CONFIG, checkpointing=checkpointing, backend=backend)
     if group is not None:
         apply_sequence_parallel(net, group)
@@ -58,7 +61,7 @@ def masked(
     group: Group,
     mask: FrameMask | None = None,
     size: tuple[int, int] = (6, 6),
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = Checkpointing.none,
     backend: Backend = Backend.PLAIN,
 ) -> Result:
     net = network(1, group, checkpointing, backend)
@@ -70,7 +73,7 @@ def masked(
     return {"whole output": out, "whole input gradient": x.grad, **parameters(net)}
 
 
-def teacher_forcing(group: Group, checkpointing: bool = False) -> Result:
+def teacher_forcing(group: Group, checkpointing: Checkpointing = Checkpointing.none) -> Result:
     net = network(1, group, checkpointing)
     x, clean, weight = (latents(seed, 2, FRAMES, CONFIG, 6, 6) for seed in (2, 9, 6))
     x.requires_grad_()
@@ -93,7 +96,9 @@ def rollout(net: WanTransformer, with_gradient: bool) -> Rollout:
     )  # fmt: skip
 
 
-def generator_step(group: Group, objective: Callable[..., LossOutput], checkpointing: bool = False) -> Result:
+def generator_step(
+    group: Group, objective: Callable[..., LossOutput], checkpointing: Checkpointing = Checkpointing.none
+) -> Result:
     student, teacher, critic = (network(seed, group, checkpointing) for seed in (1, 11, 12))
     teacher.requires_grad_(False)
     critic.requires_grad_(False)
@@ -106,7 +111,7 @@ def generator_step(group: Group, objective: Callable[..., LossOutput], checkpoin
     return {"whole loss": out.loss, "whole video": made.x0, **parameters(student)}
 
 
-def critic_step(group: Group, checkpointing: bool = False) -> Result:
+def critic_step(group: Group, checkpointing: Checkpointing = Checkpointing.none) -> Result:
     student, critic = network(1, group), network(12, group, checkpointing)
     made = rollout(student, with_gradient=False)
     noise = latents(15, 2, FRAMES, CONFIG, 6, 6)
@@ -151,7 +156,9 @@ TRAINED: dict[str, Callable[..., Result]] = {  # with and without checkpointing:
     "generator_sid": partial(generator_step, objective=sid_loss),
     "critic": critic_step,
 }
-CHECKPOINTED = {f"{name}_checkpointed": partial(case, checkpointing=True) for name, case in TRAINED.items()}
+CHECKPOINTED = {
+    f"{name}_checkpointed": partial(case, checkpointing=Checkpointing.full) for name, case in TRAINED.items()
+}
 CASES |= TRAINED | CHECKPOINTED
 
 
@@ -195,7 +202,7 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def collectives(group: dist.ProcessGroup, checkpointing: bool) -> dict[str, Any]:
+def collectives(group: dist.ProcessGroup, checkpointing: Checkpointing) -> dict[str, Any]:
     """Collectives of a forward and of a backward pass of the whole network."""
     net = network(1, group, checkpointing)
     x = latents(2, 2, FRAMES, CONFIG, 6, 6).requires_grad_()
@@ -232,7 +239,9 @@ def main(rank: int, world: int, store: str, report: str) -> None:
         for degree, group in groups.items():
             found[f"{name} {degree}"] = differences(case(group), expected[one], group)
     for on in (False, True):
-        found[f"collectives{'_checkpointed' * on}"] = collectives(groups[2], on)
+        found[f"collectives{'_checkpointed' * on}"] = collectives(
+            groups[2], Checkpointing.full if on else Checkpointing.none
+        )
     if rank == 0:
         Path(report).write_text(json.dumps(found))
     dist.destroy_process_group()
