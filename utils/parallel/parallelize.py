@@ -35,11 +35,12 @@ class Shardable(Protocol):
 
 @dataclass(frozen=True)
 class Sharding:
-    """How one network is sharded. compute_dtype: in which its units are gathered, None for their own."""
+    """How one network takes part. compute_dtype: in which its units are gathered, None for their own."""
 
     compute_dtype: torch.dtype | None = None
     reshard_after_forward: bool = True
     offload: bool = False
+    compile: bool = False
 
 
 def parallelize(net: nn.Module, mesh: Mesh, config: ParallelConfig, sharding: Sharding) -> None:
@@ -47,7 +48,7 @@ def parallelize(net: nn.Module, mesh: Mesh, config: ParallelConfig, sharding: Sh
 
     Its weights may still be on the meta device: `materialise` gives the shards memory, `fill` their values.
     """
-    if config.compile:
+    if sharding.compile:
         for unit in cast(Shardable, net).fsdp_units():
             # inside the hooks of sharding, outside those of recomputation: names and state dicts stay as they are
             unit.forward = torch.compile(unit.forward)
