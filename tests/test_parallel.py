@@ -11,14 +11,16 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.wan.attention import Backend
+from model.wan.config import Checkpointing
 from model.wan.init import random_weights
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, check_fit, shapes_of, to_diffusers_key
-from tests.nets import MICRO, random_net
+from tests.nets import MICRO, gradients, latents, random_net, relative, texts
 from tests.small import config
 from trainer.build import build_network
 from utils.config import ConfigError
 from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh, legal_splits, split
+from utils.parallel.parallelize import Sharding, parallelize
 from utils.random import keyed_seed
 
 CPU = torch.device("cpu")
@@ -129,3 +131,18 @@ def test_lazy_weights_read_either_format_and_say_what_does_not_fit(tmp_path: Pat
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "odd.safetensors").read_bytes()[:200])
     with pytest.raises(ValueError, match="torn.safetensors: .*"):
         LazyWeights(tmp_path / "torn.safetensors")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_the_blocks() -> None:
+    found = []
+    for compiled in (False, True):
+        net = random_net(5, backend=Backend.SDPA, checkpointing=Checkpointing.full)
+        parallelize(net, Mesh(), ParallelConfig(), Sharding(compile=compiled))
+        assert net.state_dict().keys() == random_net(5).state_dict().keys()
+        velocity = net(latents(6, 2, 3), torch.tensor([0.3, 0.8]), texts(7, 2))
+        velocity.square().mean().backward()
+        found.append(torch.cat([velocity.detach().flatten(), *(g.flatten() for g in gradients(net).values())]))
+        calls = torch._dynamo.utils.counters["stats"]["calls_captured"]
+        assert (calls > 0) == compiled
+    assert relative(found[1], found[0]) < 1e-5

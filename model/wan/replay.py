@@ -94,6 +94,7 @@ class _Known(torch.autograd.Function):
         return None, None, None, *(next(found) if n else None for n in needed)
 
 
+@torch.compiler.disable  # what it runs may be compiled
 def known_output(
     run: Callable[..., Tensor], known: Tensor, inputs: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> Tensor:

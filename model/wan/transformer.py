@@ -162,7 +162,7 @@ class Block(nn.Module):
 
         def run(x: Tensor, time_BF6d: Tensor, text_BMd: Tensor) -> Tensor:
             # not through __call__: hooks of the replay's own call surround its backward
-            return Block.forward(self, x, time_BF6d, text_BMd, None, rope, None, join, backend, shards)[0]
+            return self.forward(x, time_BF6d, text_BMd, None, rope, None, join, backend, shards)[0]
 
         weights = [p for p in self.parameters() if p.requires_grad]
         return known_output(run, known, (x, time_BF6d, text_BMd), weights)

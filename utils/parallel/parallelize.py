@@ -36,11 +36,12 @@ class Shardable(Protocol):
 
 @dataclass(frozen=True)
 class Sharding:
-    """How one network is sharded. compute_dtype: in which its units are gathered, None for their own."""
+    """How one network takes part. compute_dtype: in which its units are gathered, None for their own."""
 
     compute_dtype: torch.dtype | None = None
     reshard_after_forward: bool = True
     offload: bool = False
+    compile: bool = False
 
 
 def parallelize(net: nn.Module, mesh: Mesh, config: ParallelConfig, sharding: Sharding) -> None:
@@ -50,7 +51,7 @@ def parallelize(net: nn.Module, mesh: Mesh, config: ParallelConfig, sharding: Sh
     """
     if mesh.sequence_group is not None:
         apply_sequence_parallel(cast(Splittable, net), mesh.sequence_group)
-    if config.compile:
+    if sharding.compile:
         for unit in cast(Shardable, net).fsdp_units():
             # inside the hooks of sharding, outside those of recomputation: names and state dicts stay as they are
             unit.forward = torch.compile(unit.forward)
