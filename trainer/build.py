@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from configs.schema import Precision, RunConfig, TrainedConfig, TrainerKind
 from model.ema import EMA
@@ -18,10 +20,10 @@ from model.wan.attention import Backend, available
 from model.wan.config import NetworkConfig
 from model.wan.init import no_weights, random_weights
 from model.wan.transformer import WanTransformer
-from model.wan.weights import LazyWeights
+from model.wan.weights import LazyWeights, check_fit
 from trainer.engine import Engine, FSDPEngine
 from trainer.networks import Trained
-from trainer.task import ToyTask
+from trainer.task import SyntheticTask, Task, ToyTask
 from trainer.zero import DeepSpeedEngine
 from utils import checkpoint, distributed
 from utils.config import ConfigError
@@ -33,6 +35,14 @@ from utils.random import keyed_seed
 
 if TYPE_CHECKING:
     from trainer.base import RunOptions, Trainer
+
+
+class Weights(Protocol):
+    """Stored weights that are read one tensor at a time."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ def build_network(
     return net
 
 
-def open_init(net: WanTransformer, path: Path, which: str, name: str) -> LazyWeights:
+def open_init(net: WanTransformer, path: Path, which: str, name: str) -> Weights:
     """Weights of a run, a checkpoint, or a safetensors file or folder, checked against `net` by their headers.
 
     Raises ConfigError naming the network.
@@ -93,10 +103,13 @@ def open_init(net: WanTransformer, path: Path, which: str, name: str) -> LazyWei
         if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
             folder = checkpoint.resolve_resume(str(path), path)
             assert folder is not None
-            has_ema = (folder / "student_ema.safetensors").is_file()
-            path = folder / f"{'student_ema' if which == 'ema' and has_ema else 'student'}.safetensors"
-        weights = LazyWeights(path)
-        weights.check(net)
+            has_ema = "student_ema" in checkpoint.tensor_names(folder)
+            weights: Weights = checkpoint.StoredGroup(
+                folder, "student_ema" if which == "ema" and has_ema else "student"
+            )
+        else:
+            weights = LazyWeights(path)
+        check_fit({key: tuple(p.shape) for key, p in net.named_parameters()}, weights.shapes)
         return weights
     except (ValueError, OSError) as problem:
         raise ConfigError(f"{name}.init: {problem}") from None
@@ -112,7 +125,7 @@ def build_frozen(
 ) -> ScoreNet:
     """A frozen network, stored in bf16 where the run computes in it."""
     dtype, parallel = compute_dtype(config), config.parallel
-    sharding = Sharding(dtype, parallel.reshard_after_forward.teacher, parallel.offload_teacher)
+    sharding = Sharding(dtype, parallel.reshard_after_forward.teacher, parallel.offload_teacher, parallel.compile)
     net = build_for_inference(network, name, device, dtype, Placement(mesh, parallel, sharding))
     # sharded, one call for both halves of the guidance gathers the weights once; else it would only cost memory
     return ScoreNet(net, name, evaluations, dtype, batch_guidance=is_sharded(net))
@@ -147,7 +160,9 @@ def build_trained(
         raise ConfigError(f"{name}.attention: flex has no backward on a CPU: use sdpa or plain")
     dtype, parallel = compute_dtype(config), config.parallel
     reshard = parallel.reshard_after_forward.critic if name == "critic" else parallel.reshard_after_forward.student
-    place = Placement(mesh, parallel, Sharding(dtype, reshard, parallel.offload_optimizer))
+    cached = name == "student" and config.is_causal  # the context grows from block to block, and Inductor fails on it
+    sharding = Sharding(dtype, reshard, parallel.offload_optimizer, parallel.compile and not cached)
+    place = Placement(mesh, parallel, sharding)
     net = build_network(network, name, config.seed, device, place=place, empty=empty)
     matrices = [n for n, p in net.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
     try:
@@ -179,8 +194,10 @@ def build_engine(config: ParallelConfig, net: WanTransformer, optimizer: Network
     return Engine(net, optimizer)
 
 
-def build_task(config: RunConfig, device: torch.device) -> ToyTask:
-    return ToyTask(config.data, config.student.geometry(), config.seed, device)
+def build_task(config: RunConfig, device: torch.device) -> Task:
+    """What the run generates, by data.kind. Raises ConfigError."""
+    kind = ToyTask if config.data.kind == "toy" else SyntheticTask
+    return kind(config.data, config.student.geometry(), config.seed, device)
 
 
 def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:

@@ -158,11 +158,16 @@ class NetworkOptimizer:
         return {name: p for name, p in self.named.items() if id(p) in held}
 
     def clip(self) -> Tensor:
-        """Clips as configured and returns the gradient's global norm before that, a scalar tensor."""
+        """Clips as configured and returns the gradient's global norm before that, a scalar tensor.
+
+        By a norm that is not finite nothing is clipped: all would become NaN, and nobody could tell where it began.
+        """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients:
             raise ValueError("no parameter has a gradient: the loss does not reach this network")
         norm = full(torch.nn.utils.get_total_norm(gradients))
+        if not bool(norm.isfinite()):
+            return norm
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         elif self.config.clip_value is not None:

@@ -26,7 +26,7 @@ NETWORKS = ("student", "critic", "teacher")
 
 Case = dict[str, Any]
 # unguided: sharded networks run both halves of the guidance in one call, and bf16 kernels round by the batch
-BF16: Case = {"training": {"micro_batch_size": 1, "precision": "bf16"}, "objective": {"real_guidance_scale": 1.0}}
+BF16: Case = {"training": {"micro_batch_size": 2, "precision": "bf16"}, "objective": {"real_guidance_scale": 1.0}}
 CASES: dict[int, dict[str, Case]] = {
     1: {
         "whole": {},
@@ -35,9 +35,9 @@ CASES: dict[int, dict[str, Case]] = {
     },
     2: {
         "sharded": {"training": {"micro_batch_size": 4}},
-        "accumulated": {"training": {"micro_batch_size": 1}},
-        "synced": {"training": {"micro_batch_size": 1}, "parallel": {"sync_each_micro_batch": True}},
-        "replicated": {"training": {"micro_batch_size": 2}, "parallel": {"replicate": 2}},
+        "accumulated": {"training": {"micro_batch_size": 2}},
+        "synced": {"training": {"micro_batch_size": 2}, "parallel": {"sync_each_micro_batch": True}},
+        "replicated": {"training": {"micro_batch_size": 4}, "parallel": {"replicate": 2}},
         "kept": {"training": {"micro_batch_size": 4}, "parallel": {"keep_gathered_in_rollout": True}},
         "gathered": {
             "training": {"micro_batch_size": 4},
@@ -52,7 +52,6 @@ CASES: dict[int, dict[str, Case]] = {
     4: {
         "sharded": {"training": {"micro_batch_size": 2}},
         "hybrid": {"training": {"micro_batch_size": 2}, "parallel": {"replicate": 2}},
-        "hybrid_accumulated": {"training": {"micro_batch_size": 1}, "parallel": {"replicate": 2, "shard": 2}},
         "hybrid_synced": {
             "training": {"micro_batch_size": 1},
             "parallel": {"replicate": 2, "sync_each_micro_batch": True},
@@ -78,7 +77,9 @@ def save_networks(folder: Path) -> None:
     """Weights for the three networks, none of them zero, so that every loss and gradient is something."""
     for seed, name in enumerate(NETWORKS):
         geometry = config().student.geometry()
-        save_file({k: v.detach() for k, v in random_net(seed, geometry).state_dict().items()}, folder / f"{name}.safetensors")
+        save_file(
+            {k: v.detach() for k, v in random_net(seed, geometry).state_dict().items()}, folder / f"{name}.safetensors"
+        )
 
 
 def make(folder: Path, name: str, case: Case) -> Trainer:
@@ -91,6 +92,8 @@ def make(folder: Path, name: str, case: Case) -> Trainer:
                 "global_batch_size": BATCH, "micro_batch_size": BATCH, "critic_warmup_steps": 0,
                 "generator_update_interval": 1,
             },
+            "data": {"toy": {"frames": 6}},
+            "schedule": {"denoising_step_list": [1000, 500]},
             "generator_training": optimizer,
             "critic_training": optimizer,
         },

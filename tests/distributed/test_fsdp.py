@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +56,9 @@ def distance(one: Seen, other: Seen, part: str) -> float:
     return float((a - b).norm() / b.norm())
 
 
-EXACT = [f"{world}_{name}" for world, cases in sharding.CASES.items() for name in cases if name not in ("bf16", "whole")]
+EXACT = [
+    f"{world}_{name}" for world, cases in sharding.CASES.items() for name in cases if name not in ("bf16", "whole")
+]
 
 
 @pytest.mark.slow
@@ -82,17 +83,17 @@ def test_what_stays_gathered_changes_no_number_but_saves_gathers(seen: dict[str,
         assert all(torch.equal(value, other[key]) for key, value in numbers(sharded).items())
     for step in range(2):
         calls = [int(one[f"calls/{step}/gather"]) for one in (sharded, kept, gathered)]
-        assert calls[0] > 2 * calls[1] and calls[1] > calls[2] > 0, calls
+        assert calls[0] > calls[1] > calls[2] > 0, calls
 
 
 @pytest.mark.slow
 def test_gradients_are_reduced_with_the_last_micro_batch_only(seen: dict[str, Seen]) -> None:
-    """Of four micro-batches one talks: less than twice what a single one does, against four times when each syncs. Hybrid
-    sharding may scatter each time and still sums its copies once."""
+    """Of two micro-batches one reduces, by less than both would. Hybrid sharding may scatter each time and still sums its
+    copies once."""
     once = int(seen["2_sharded"]["calls/0/reduce_scatter"])
     assert once == 2 * 3  # two networks of two blocks and a root
     assert once <= int(seen["2_accumulated"]["calls/0/reduce_scatter"]) < 2 * once
-    assert int(seen["2_synced"]["calls/0/reduce_scatter"]) == 4 * once
+    assert int(seen["2_synced"]["calls/0/reduce_scatter"]) == 2 * once
     hybrid, synced = seen["4_hybrid"], seen["4_hybrid_synced"]
     assert int(synced["calls/0/reduce_scatter"]) == 2 * int(hybrid["calls/0/reduce_scatter"])
     assert int(synced["calls/0/allreduce"]) == int(hybrid["calls/0/allreduce"])

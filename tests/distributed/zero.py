@@ -36,10 +36,10 @@ def zero(stage: int, **more: Any) -> Case:
 
 
 FSDP2: Case = {}
-CHECKPOINTING: Case = {name: {"checkpointing": True} for name in ("student", "critic")}
+CHECKPOINTING: Case = {"student": {"checkpointing": "full"}, "critic": {"checkpointing": "selective"}}
 RUNS: dict[str, tuple[Case, Case | None]] = {  # the case until the checkpoint, and that of the resumed rest, if any
     "fsdp2": (FSDP2, None),
-    "zero2": (zero(2), zero(2)),
+    "zero2": (zero(2), CHECKPOINTING | zero(2)),
     "zero3": (zero(3), CHECKPOINTING | zero(3)),
     "zero2_offload": (zero(2, offload_optimizer="cpu"), FSDP2),
     "zero3_offload": (FSDP2, zero(3, offload_optimizer="cpu")),
@@ -88,7 +88,7 @@ def weights(made: Trainer) -> dict[str, Tensor]:
 
 
 def skipped_step(made: Trainer) -> None:
-    """A step whose losses are reported as not finite, though its gradients are: no weight moves, nothing is left over."""
+    """A step that reports a number that is not finite, though its gradients are: no weight moves, nothing is left over."""
     update = made.update
 
     def spoiled(
@@ -96,7 +96,7 @@ def skipped_step(made: Trainer) -> None:
     ) -> dict[str, float]:
         def loss(micro: MicroBatch) -> LossOutput:
             output = loss_of(micro)
-            output.metrics["loss"] = torch.tensor(torch.nan)
+            output.metrics["spoiled"] = torch.tensor(torch.nan)
             return output
 
         return update(trained, batch, loss)
@@ -125,6 +125,7 @@ def run(folder: Path, name: str, first: Case, rest: Case | None) -> dict[str, Te
             skipped_step(made)
         if made.step == SAVED and rest is not None:
             made.save_checkpoint()
+            made.saver.wait()
             made = make(folder, name, rest, resume="auto")
             assert made.step == SAVED
         if made.step == SAVED:

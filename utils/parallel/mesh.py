@@ -35,7 +35,8 @@ class ParallelConfig:
     first to the last pass of a rollout instead of being gathered for each. sync_each_micro_batch: gradients are reduced
     after each micro-batch and not once an update, which saves holding them unsharded between (only with accumulation).
     offload_optimizer: trained shards, their gradients and optimizer states live in CPU memory, and the update is made
-    there. offload_teacher: the frozen network's shards live in CPU memory. compile: torch.compile of each block.
+    there. offload_teacher: the frozen network's shards live in CPU memory. compile: torch.compile of each block of
+    networks that run without a KV cache: critic, teacher, a bidirectional student.
     deepspeed: for that engine, which spreads what is trained; what is frozen is sharded the same way under both.
     """
 
@@ -86,6 +87,11 @@ class Mesh:
     rank: int = 0
     devices: DeviceMesh | None = None
     weights: DeviceMesh | None = None
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """All process groups of the mesh."""
+        return [group for mesh in (self.devices, self.weights) if mesh is not None for group in mesh.get_all_groups()]
 
     @property
     def world(self) -> int:

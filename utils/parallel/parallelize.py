@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from utils import distributed
 from utils.parallel import deepspeed
 from utils.parallel.mesh import Mesh, ParallelConfig
+from utils.parallel.sequence import Splittable, apply_sequence_parallel
 
 
 class Shardable(Protocol):
@@ -36,19 +37,22 @@ class Shardable(Protocol):
 
 @dataclass(frozen=True)
 class Sharding:
-    """How one network is sharded. compute_dtype: in which its units are gathered, None for their own."""
+    """How one network takes part. compute_dtype: in which its units are gathered, None for their own."""
 
     compute_dtype: torch.dtype | None = None
     reshard_after_forward: bool = True
     offload: bool = False
+    compile: bool = False
 
 
 def parallelize(net: nn.Module, mesh: Mesh, config: ParallelConfig, sharding: Sharding) -> None:
-    """Compiles and shards `net` in place. In a single process nothing is sharded.
+    """Splits the sequence of `net`, compiles and shards it, in place. In a single process nothing of it is shared.
 
     Its weights may still be on the meta device: `materialise` gives the shards memory, `fill` their values.
     """
-    if config.compile:
+    if mesh.sequence_group is not None:
+        apply_sequence_parallel(cast(Splittable, net), mesh.sequence_group)
+    if sharding.compile:
         for unit in cast(Shardable, net).fsdp_units():
             # inside the hooks of sharding, outside those of recomputation: names and state dicts stay as they are
             unit.forward = torch.compile(unit.forward)
