@@ -11,13 +11,14 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from utils import distributed
 from utils.config import ConfigError
@@ -190,8 +191,10 @@ class Zero:
         )
         self.unspent = False
         if self.stage == 3:
-            # for `release`; not a submodule
-            cast(Any, net).zero_offload = self.zero.parameter_offload
+            cast(Any, net).zero_offload = self.zero.parameter_offload  # for `release`; it is no module
+            # recomputation that stops early would leave out the hooks that tell DeepSpeed of a block's end
+            self.scope = ExitStack()
+            self.scope.enter_context(set_checkpoint_early_stop(False))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of `loss`, summed over the ranks: DeepSpeed would take the mean."""
