@@ -11,14 +11,13 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from utils import distributed
 from utils.config import ConfigError
@@ -192,16 +191,14 @@ class Zero:
         self.unspent = False
         if self.stage == 3:
             cast(Any, net).zero_offload = self.zero.parameter_offload  # for `release`; it is no module
-            # recomputation that stops early would leave out the hooks that tell DeepSpeed of a block's end
-            self.scope = ExitStack()
-            self.scope.enter_context(set_checkpoint_early_stop(False))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of `loss`, summed over the ranks: DeepSpeed would take the mean."""
         self.zero.clear_backward_seen_flag()  # what its own forward would do: the gradients so far are kept
         self.engine.set_gradient_accumulation_boundary(last)
         self.zero.backward_prologue()
-        self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
+        with _balanced():
+            self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
         self.unspent = True
 
     def norm(self) -> Tensor:
@@ -264,6 +261,16 @@ class Zero:
             self.optimizer.state[flat] = {"step": step.clone(), **{key: torch.zeros_like(flat) for key in keys}}
         if self.stage == 2:
             self.zero._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def _balanced() -> Iterator[None]:
+    """Recomputation stops before a block's end, and DeepSpeed's list of running modules would grow by it each time."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    depth = len(FWD_MODULE_STACK)
+    yield
+    del FWD_MODULE_STACK[depth:]
 
 
 @contextmanager
