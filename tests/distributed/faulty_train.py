@@ -60,8 +60,8 @@ healthy = Trainer.update
 def update(
     self: Trainer, trained: Trained, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], LossOutput]
 ) -> dict[str, Any]:
-    misbehave(self.step)
     before = digest(trained)
+    misbehave(self.step)
     metrics = healthy(self, trained, batch, lambda micro: spoilt(loss_of(micro), self.step, trained))
     note(f"{self.step} {before} {digest(trained)}")
     return metrics

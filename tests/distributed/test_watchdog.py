@@ -59,7 +59,7 @@ def test_a_rank_that_stays_away_is_named_with_what_it_does_and_all_end(tmp_path:
     stderr, notes = faulty("absent", 3, tmp_path, *stuck)
     [report] = reports(stderr)
     away = r"rank 2 is at step 2 in 'iteration' for \d+ s"
-    waiting = r"ranks 0-1 are at step 2 in 'student update: sum \d+ tensors over ranks' for \d+ s"
+    waiting = r"ranks 0-1 are at step 2 in 'student loss and backward' for \d+ s"
     assert re.fullmatch(rf"watchdog: rank \d has not moved for [45] s; {away}; {waiting}", report)
     stacks = stderr[stderr.index(report) :]
     assert re.search(r"rank 2:\n(  .*\n)*  faulty_train.py:\d+ in misbehave: time.sleep\(600\)\n", stacks)
@@ -70,7 +70,7 @@ def test_a_rank_that_stays_away_is_named_with_what_it_does_and_all_end(tmp_path:
 def test_a_killed_rank_is_reported_by_the_one_that_missed_it(tmp_path: Path) -> None:
     stderr, _ = faulty("killed", 2, tmp_path)
     [report] = reports(stderr)
-    where = "at step 2 in 'student update: sum [0-9]+ tensors over ranks'"
+    where = "at step 2 in 'student loss and backward'"
     assert re.match(f"watchdog: rank 0 lost another rank {where}: .*[Cc]onnection.* by peer", report)
     assert re.search(r"; rank 1 is silent since [\d:]{8} \(dead or stopped\), last at step \d in ", report)
     assert re.search(f"; rank 0 is {where} for", report)
@@ -93,8 +93,9 @@ def test_one_ranks_bad_numbers_are_its_own_and_no_rank_takes_the_update(tmp_path
     said = [re.search(r"step (\d): student: not finite: (.*); update skipped", line) for line in skipped]
     assert [match and match[1] for match in said] == ["1", "3", "5", "6"]
     for match in said:
-        own = "" if match[1] == "3" else "loss, "
-        assert re.fullmatch(rf"{own}gradient of [\w.]+ on rank 1", match[2])
+        shards = r"gradient of [\w.]+ \(its shard\)"  # the reduction has spread it: the loss alone says whose it was
+        whose = rf"{shards} on ranks 0-1" if match[1] == "3" else rf"{shards} on rank 0; loss, {shards} on rank 1"
+        assert re.fullmatch(whose, match[2])
     assert notes[0] == notes[1]  # the same weights on both ranks, before and after each update
     kept = [step for step, before, after in map(str.split, notes[0]) if before == after]
     assert kept == ["1", "3", "5", "6"] and len(notes[0]) == 7
