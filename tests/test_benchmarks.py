@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import common, train_step
 from model.wan.attention import Backend
+from model.wan.config import Checkpointing
 
 
 @pytest.mark.slow
@@ -30,14 +31,14 @@ def test_one_configuration_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_tokens_are_the_algorithms_minimum() -> None:
     """By hand, for 2 blocks of 3 frames of 4 tokens: exit e costs 6 (e + 1) frames, a cache pass 3, three scores 18."""
-    result = train_step.measure(train_step.SIZES["smoke"], "fp32", False, Backend.PLAIN, 1)
+    result = train_step.measure(train_step.SIZES["smoke"], "fp32", Checkpointing.none, Backend.PLAIN, 1)
     generator = [4 * (6 * (e + 1) + 3 + 18) for e in range(4)]
     critic = [4 * (6 * (e + 1) + 3 + 6) for e in range(4)]
     assert result["tokens"] == result["tokens_minimum"] == generator + critic
 
 
 def test_steps_train_what_they_should() -> None:
-    work = train_step.Workload(train_step.SIZES["smoke"], "fp32", True, Backend.PLAIN)
+    work = train_step.Workload(train_step.SIZES["smoke"], "fp32", Checkpointing.full, Backend.PLAIN)
     assert len(work.optimizers["student"].state) == len(list(work.student.net.parameters()))
     found: dict[str, set[str]] = {}
     for name, step in (("student", work.generator_step), ("critic", work.critic_step)):
