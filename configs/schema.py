@@ -11,6 +11,7 @@ from model.schedule import ScheduleConfig
 from model.wan.config import NetworkConfig
 from pipeline.causal import CausalConfig
 from pipeline.self_forcing_training import rollout_lengths
+from utils.data.synthetic import SyntheticConfig
 from utils.data.toy_world import ToyWorldConfig
 from utils.optim import LRScheduleConfig, OptimizerConfig
 from utils.parallel.mesh import ParallelConfig
@@ -65,23 +66,30 @@ class SampleWeights(Enum):
 
 @dataclass
 class DataConfig:
-    """kind: 'toy', the world made on the fly. frames of a video are `toy.frames`.
+    """kind: 'toy', the world made on the fly, or 'synthetic', random numbers of a real geometry's sizes.
 
     real: whether training may look at real videos; false is data-free, from prompts alone.
-    prompts: a file of prompts to train on (.txt, .csv, .jsonl), null for the world's own captions.
-    text_seed: of the tiny frozen text encoder.
+    toy, synthetic: the section of the kind that is used gives a video's size.
+    prompts: a file of prompts to train on (.txt, .csv, .jsonl), null for the kind's own.
+    text_seed: of the toy world's tiny frozen text encoder, and of synthetic text embeddings.
     """
 
     kind: str = "toy"
     real: bool = True
     toy: ToyWorldConfig = field(default_factory=ToyWorldConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     prompts: str | None = None
     negative_prompt: str = ""
     text_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind != "toy":
-            raise ValueError(f"kind '{self.kind}' is unknown: choose toy")
+        if self.kind not in ("toy", "synthetic"):
+            raise ValueError(f"kind '{self.kind}' is unknown: choose toy or synthetic")
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of a video."""
+        return self.toy.frames if self.kind == "toy" else self.synthetic.frames
 
 
 @dataclass
@@ -310,9 +318,10 @@ class RunConfig:
             raise ValueError(f"data.real is false, but {needs} needs real videos: set it to true")
         if self.is_causal:
             try:
-                self.causal.blocks(self.data.toy.frames)
+                self.causal.blocks(self.data.frames)
             except ValueError as problem:
-                raise ValueError(f"data.toy.frames and causal.num_frame_per_block disagree: {problem}") from None
+                where = f"data.{self.data.kind}.frames"
+                raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}") from None
         self._check_networks()
 
     def _needs_data(self) -> str | None:
@@ -348,7 +357,7 @@ class RunConfig:
                 raise ValueError(
                     f"rollout.num_training_frames needs kind self_forcing, not {rollout.kind.value}: set it null"
                 )
-            rollout_lengths(self.data.toy.frames, rollout.num_training_frames, self.causal.num_frame_per_block)
+            rollout_lengths(self.data.frames, rollout.num_training_frames, self.causal.num_frame_per_block)
         if rollout.reuse_rollout and self.training.update_schedule is UpdateSchedule.alternating:
             raise ValueError(
                 "rollout.reuse_rollout needs iterations that train both networks: set training.update_schedule to joint"

@@ -35,6 +35,7 @@ PROGRAMS = {
     "train.py": "utils/cli.py",
     "inference.py": "trainer/generate_cli.py",
     "inference.sh": "trainer/generate_cli.py",
+    "preprocess.py": "preprocess.py",
     "trainer.evaluate": "trainer/evaluate.py",
     "benchmarks.train_step": "benchmarks/train_step.py",
     "scripts.report": "scripts/report.py",

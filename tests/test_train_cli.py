@@ -45,6 +45,9 @@ MISTAKES = [
     ("training.update_schedule=alternating training.generator_update_interval=1", ["generator_update_interval"]),
     ("schedule.min_score_timestep=990", ["schedule.min_score_timestep", "990"]),
     ("rollout.kind=diffusion_forcing data.real=true", ["diffusion_forcing", "no exit step", "last_step_only"]),
+    ("data.kind=wan", ["data.kind", "wan", "choose toy or synthetic"]),
+    ("data.kind=synthetic data.synthetic.frames=8", ["data.synthetic.frames", "8 latent frames", "6 or 9"]),
+    ("data.kind=synthetic data.synthetic.height=0", ["data.synthetic.height", "at least 1", "0"]),
     ("training.critic_warmup_steps=400", ["critic_warmup_steps", "400"]),
 ]
 
@@ -96,6 +99,7 @@ def test_missing_weights_name_the_network_and_the_path(tmp_path: Path) -> None:
         ("data.prompts=nothing.txt", "nothing.txt"),
         ("data.negative_prompt=blurry", "blurry"),
         ("validation.prompts=nothing.txt", "validation.prompts"),
+        ("data={kind: synthetic, synthetic: {height: 5}}", "latent size 5x104 is not a multiple of the patch 2x2"),
         ("student.attention=flex", "flex has no backward on a CPU"),
     ],
 )

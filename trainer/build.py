@@ -20,7 +20,7 @@ from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights
 from trainer.engine import Engine, FSDPEngine
 from trainer.networks import Trained
-from trainer.task import ToyTask
+from trainer.task import SyntheticTask, Task, ToyTask
 from utils import checkpoint, distributed
 from utils.config import ConfigError
 from utils.optim import NetworkOptimizer
@@ -162,8 +162,10 @@ def build_engine(config: ParallelConfig, net: WanTransformer, optimizer: Network
     return Engine(net, optimizer)
 
 
-def build_task(config: RunConfig, device: torch.device) -> ToyTask:
-    return ToyTask(config.data, config.student.geometry(), config.seed, device)
+def build_task(config: RunConfig, device: torch.device) -> Task:
+    """What the run generates, by data.kind. Raises ConfigError."""
+    kind = ToyTask if config.data.kind == "toy" else SyntheticTask
+    return kind(config.data, config.student.geometry(), config.seed, device)
 
 
 def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.generate import Generator, Sampling
+from trainer.task import ToyTask
 from utils import distributed
 from utils.cli import Parser, run_cli
 from utils.config import UserError
@@ -57,7 +58,7 @@ def evaluate_generator(
     name: str, generator: Generator, judge: ToyJudge, *, count: int, split: str, sampling: Sampling
 ) -> tuple[Row, Tensor]:
     """A row of the table, and the latents that it judges."""
-    prompts = eval_prompts(generator.task.world.captions, count, split)
+    prompts = eval_prompts(judge.world.captions, count, split)
     before, started = generator.score.evaluations.total_frames, time.process_time()
     latents = generate_all(generator, prompts, replace(sampling, seed=SPLITS[split]))
     seconds = (time.process_time() - started) / count
@@ -111,6 +112,8 @@ def main() -> int:
     if args.count < 2:
         raise UserError(f"--count {args.count}: a distance needs at least 2 videos, 400 to be worth reading")
     generator = Generator.load(args.run, distributed.device(), weights=args.weights)
+    if not isinstance(generator.task, ToyTask):
+        raise UserError(f"--run {args.run}: its data is {generator.config.data.kind}: only the toy world has a judge")
     judge = ToyJudge(generator.task.world, args.cache)
     sampling = Sampling(steps=args.steps, guidance=args.guidance)
     row, _ = evaluate_generator(str(args.run), generator, judge, count=args.count, split=args.split, sampling=sampling)

@@ -6,6 +6,7 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,30 @@ from model.wan.text_encoder import toy_text_encoder
 from utils.config import ConfigError
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.toy_world import ToyWorld
+from utils.random import Noise, keyed_seed
+
+
+class Task(Protocol):
+    """What trainers and generation ask of a task. All of it is a function of positions and prompts, none of state."""
+
+    latent_shape: tuple[int, ...]  # (F, C, H, W)
+    negative_prompt: str
+
+    def prompts(self, positions: range) -> list[str]: ...
+
+    def real(self, positions: range) -> tuple[Tensor, list[str]]: ...
+
+    def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning: ...
+
+    def negative(self, batch: int) -> Tensor: ...
+
+    def validation_prompts(self, count: int) -> list[str]: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+    def encode(self, pixels: Tensor) -> Tensor: ...
+
+    def reencode(self, latents: Tensor) -> Tensor: ...
 
 
 class ToyTask:
@@ -25,7 +50,7 @@ class ToyTask:
     def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
         self.world = ToyWorld(config.toy)
         self.device = device
-        self.latent_shape = self.world.latent_shape
+        self.latent_shape: tuple[int, ...] = self.world.latent_shape
         channels = self.latent_shape[1]
         if geometry.in_dim != channels or geometry.out_dim != channels:
             raise ConfigError(
@@ -64,8 +89,7 @@ class ToyTask:
         return self.encoder.encode([self.negative_prompt]).to(self.device).expand(batch, -1, -1)
 
     def validation_prompts(self, count: int) -> list[str]:
-        """A fixed spread over the library."""
-        return [self.library[(i * len(self.library)) // count % len(self.library)] for i in range(count)]
+        return spread(self.library, count)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, T, 3, h, w] in [0, 1]."""
@@ -78,3 +102,75 @@ class ToyTask:
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
         return self.encode(self.decode(latents)[:, -1:])
+
+
+class SyntheticTask:
+    """Random numbers of the sizes that the config gives, in place of a VAE, a text encoder and videos.
+
+    A prompt's embedding is normal noise keyed by its text; it fills all of text_len, the most that a prompt can cost.
+    Nothing can be learnt from it: it is for benchmarks, smoke tests and plans.
+    """
+
+    def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+        sizes, self.device, self.seed = config.synthetic, device, seed
+        if geometry.in_dim != geometry.out_dim:
+            raise ConfigError(f"student: in_dim {geometry.in_dim} and out_dim {geometry.out_dim} differ: make them one")
+        self.latent_shape: tuple[int, ...] = (sizes.frames, geometry.in_dim, sizes.height, sizes.width)
+        self.text_shape = (geometry.text_len, geometry.text_dim)
+        self.text_seed = keyed_seed(config.text_seed, "synthetic text")
+        self.may_use_data, self.negative_prompt = config.real, config.negative_prompt
+        try:
+            geometry.tokens_per_frame(sizes.height, sizes.width)
+            numbered = [f"sample {i}" for i in range(sizes.prompts)]
+            self.library = load_prompts(config.prompts) if config.prompts else numbered
+        except (ValueError, OSError) as problem:
+            raise ConfigError(f"data: {problem}") from None
+        self.stream = PromptStream(len(self.library), seed)
+
+    def prompts(self, positions: range) -> list[str]:
+        """Training prompts at these positions of the endless shuffled library."""
+        return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
+
+    def real(self, positions: range) -> tuple[Tensor, list[str]]:
+        """Latents [B, F, C, H, W] of noise at these positions. RuntimeError in a data-free run."""
+        if not self.may_use_data:
+            raise RuntimeError("a data-free run asked for real videos")
+        noise = Noise(keyed_seed(self.seed, "synthetic videos"), 0, positions, self.device)
+        return noise.normal("latents", self.latent_shape), self.prompts(positions)
+
+    def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
+        keys = [keyed_seed(self.text_seed, prompt) for prompt in prompts]
+        return Conditioning(Noise(self.text_seed, 0, keys, self.device).normal("text", self.text_shape), initial)
+
+    def negative(self, batch: int) -> Tensor:
+        """The negative prompt's embedding [B, L, D]."""
+        return self.conditioning([self.negative_prompt]).text.expand(batch, -1, -1)
+
+    def validation_prompts(self, count: int) -> list[str]:
+        return spread(self.library, count)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, F, 3, H, W] in [0, 1]: the first three channels (the last one again where there are fewer)."""
+        last = latents.shape[2] - 1
+        return (latents[:, :, [0, min(1, last), min(2, last)]].float() / 4 + 0.5).clamp(0, 1)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [B, F, C, H, W] of pixels [B, F, 1 or 3, H, W] in [0, 1]: `decode` undone, other channels zero."""
+        _, channels, height, width = self.latent_shape
+        if pixels.shape[2] not in (1, 3) or tuple(pixels.shape[3:]) != (height, width):
+            raise ValueError(
+                f"synthetic data: pixels must be [B, F, 1 or 3, {height}, {width}], got {list(pixels.shape)}"
+            )
+        latents = torch.zeros(*pixels.shape[:2], channels, height, width, device=self.device)
+        shown = min(3, channels)
+        latents[:, :, :shown] = (pixels.to(self.device)[:, :, :shown] - 0.5) * 4
+        return latents
+
+    def reencode(self, latents: Tensor) -> Tensor:
+        """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
+        return self.encode(self.decode(latents[:, -1:]))
+
+
+def spread(library: Sequence[str], count: int) -> list[str]:
+    """`count` prompts at even distances over the library, from its start again where it has fewer."""
+    return [library[(i * len(library)) // count % len(library)] for i in range(count)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,16 +90,21 @@ def _positive(text: str) -> int:
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and exit: 0 or its return value; a UserError is one line on stderr (of rank 0) and exit code 2.
 
-    Anything else is a defect of ours and keeps its traceback.
+    Anything else is a defect of ours and keeps its traceback. Where the environment names a folder EXIT_CODES, each
+    rank leaves its code there: torchrun makes 1 of all codes, and a launcher has to tell a saved run from a failed one.
     """
+    code = 1
     try:
         code = main() or 0
     except UserError as error:
+        code = 2
         if distributed.is_main():
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
-    # only on success: after a failure of one rank, taking the group down would wait for the others
-    distributed.shutdown()
+        code = 130
+    finally:
+        if folder := os.environ.get("EXIT_CODES"):
+            Path(folder, f"rank_{distributed.rank()}").write_text(f"{code}\n")
+    if code not in (2, 130):  # after a failure of one rank, taking the group down would wait for the others
+        distributed.shutdown()
     sys.exit(code)

@@ -1,0 +1,182 @@
+"""The Slurm scripts, unmodified, on a real Slurm of two nodes: slurm_up.sh starts it from Debian's packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_data_parallel import torchrun
+from tests.small import config
+from tests.test_trainer import curve, tensors
+from utils.checkpoint import list_checkpoints, step_of
+from utils.config import to_yaml
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+FOLDER = Path(os.environ.get("SLURM_FIX_DIR") or Path(os.environ.get("TMPDIR", "/tmp"), "slurm-fixture"))
+STEPS = 30
+
+
+def slurm(*command: str, env: dict[str, str] | None = None) -> str:
+    """What a command of Slurm says. It knows our cluster by SLURM_CONF."""
+    environment = os.environ | {
+        "SLURM_CONF": str(FOLDER / "etc/slurm.conf"), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "NPROC": "1",
+    } | (env or {})  # fmt: skip
+    done = subprocess.run(
+        command, cwd=env and env.get("PWD"), env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """Two nodes for this file. One that runs already is used, and left running."""
+    running = (FOLDER / "run/slurmctld.pid").is_file()
+    up = subprocess.run(["bash", str(HERE / "slurm_up.sh")], capture_output=True, text=True, timeout=300)
+    if up.returncode == 77:
+        pytest.skip(f"no Slurm on this machine: {up.stderr.strip().splitlines()[-1]}")
+    assert up.returncode == 0, up.stderr
+    yield
+    if not running:
+        subprocess.run(["bash", str(HERE / "slurm_down.sh"), "--purge"], check=True, capture_output=True, timeout=120)
+
+
+def submit(folder: Path, script: str, *arguments: str, **settings: str) -> str:
+    """The number of a job submitted from `folder`. Words that begin with `--sbatch:` are sbatch's, the rest the script's."""
+    options = [word for word in arguments if word.startswith("--sbatch:")]
+    rest = [word for word in arguments if word not in options]
+    command = ["sbatch", "--parsable", *(f"--{word.removeprefix('--sbatch:')}" for word in options)]
+    return slurm(*command, str(ROOT / "slurm" / script), *rest, env=settings | {"PWD": str(folder)})
+
+
+def field(job: str, name: str) -> list[str]:
+    """One field of a job, or of each task of an array."""
+    words = slurm("scontrol", "show", "job", job).split()
+    return [word.split("=", 1)[1] for word in words if word.startswith(f"{name}=")]
+
+
+def ended(job: str, seconds: float = 180) -> list[str]:
+    """Waits for the job's end and returns the states."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        states = field(job, "JobState")
+        if all(state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") for state in states):
+            return states
+        time.sleep(0.2)
+    raise AssertionError(f"job {job} is still {states}")
+
+
+def small_yaml(folder: Path) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(to_yaml(config(training={"max_steps": 500, "micro_batch_size": 1}, checkpoint={"every": 1000})))
+    return path
+
+
+@pytest.fixture(scope="module")
+def requeued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a run over two nodes that was signalled, requeued itself and finished, and its job's number."""
+    folder = tmp_path_factory.mktemp("job")
+    yaml = small_yaml(folder)
+    job = submit(
+        folder, "distill_14b.slurm", "--sbatch:nodes=2", "--sbatch:time=10", f"training.max_steps={STEPS}",
+        CONFIG="small.yaml", LOGDIR="run", OVERRIDES="seed=7 'name=in quotes'",
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (folder / "run/metrics.jsonl").is_file() and time.monotonic() < deadline:
+        assert field(job, "JobState")[0] in ("PENDING", "CONFIGURING", "RUNNING"), log(folder)
+        time.sleep(0.1)
+    slurm("scancel", "--signal=USR1", "--batch", job)
+    yaml.write_text("name: edited meanwhile")  # of no concern to a job that runs
+    (folder / "whole.yaml").write_text((folder / f"run/slurm/{job}/config.yaml").read_text())
+    torchrun(2, folder / "whole.yaml", folder / "whole")
+    assert ended(job) == ["COMPLETED"], log(folder)
+    return folder, job
+
+
+def log(folder: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(folder.glob("slurm-*.log")))
+
+
+@pytest.mark.slow
+def test_signalled_requeued_and_resumed_ends_as_an_unbroken_run(requeued: tuple[Path, str]) -> None:
+    folder, job = requeued
+    assert field(job, "Restarts") == ["1"]
+    first, last = map(step_of, list_checkpoints(folder / "run/checkpoints"))
+    assert 0 < first < last == STEPS  # the first was saved by the signal alone: `checkpoint.every` is beyond the end
+    assert curve(folder / "run") == curve(folder / "whole")
+    one, other = tensors(folder / "run"), tensors(folder / "whole")
+    assert all(bool((one[file][key] == other[file][key]).all()) for file in one for key in one[file])
+
+
+@pytest.mark.slow
+def test_run_folder_says_what_ran(requeued: tuple[Path, str]) -> None:
+    folder, job = requeued
+    inside = folder / "run/slurm" / job
+    text = (inside / "config.yaml").read_text()
+    assert f"max_steps: {STEPS}" in text and "seed: 7" in text and "name: in quotes" in text
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    for attempt, codes in ((0, {"138"}), (1, {"0"})):
+        assert revision in (inside / f"attempt_{attempt}/revision.txt").read_text()
+        files = [*(inside / f"attempt_{attempt}/exit_codes").iterdir()]
+        assert len(files) == 2 and {file.read_text().strip() for file in files} == codes
+    # one log a node, and each node ran one rank
+    assert {path.name for path in inside.glob("*.log")} == {"node0.log", "node1.log"}
+    assert "resumed from" in (inside / "node0.log").read_text()
+    said = log(folder)
+    assert said.count("attempt 0: 2 nodes x 1 processes") == said.count("attempt 1: 2 nodes x 1 processes") == 1
+    assert said.index("slurm: USR1: saving") < said.index("slurm: requeued") < said.index("slurm: finished")
+
+
+@pytest.mark.slow
+def test_inference_in_a_container(requeued: tuple[Path, str], tmp_path: Path) -> None:
+    """The container is apptainer's command line with nothing behind it: it notes its options and runs the rest."""
+    program = tmp_path / "bin/apptainer"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/bash\necho "$@" > {tmp_path}/options\nwhile [[ $1 != image.sif ]]; do shift; done\nshift\nexec "$@"\n'
+    )
+    program.chmod(0o755)
+    (tmp_path / "two.txt").write_text("the digit three moving left\nthe digit one moving up\n")
+    job = submit(
+        tmp_path, "inference.slurm", "--sbatch:time=5", "--format", "png", RUN=str(requeued[0] / "run"),
+        PROMPTS="two.txt", OUT="videos", CONTAINER="image.sif", CONTAINER_RUNTIME="apptainer",
+        CONTAINER_PYTHON=sys.executable, PATH=f"{program.parent}:{os.environ['PATH']}",
+    )  # fmt: skip
+    assert ended(job) == ["COMPLETED"], log(tmp_path)
+    options = (tmp_path / "options").read_text()
+    assert options.startswith("exec --nv --bind ") and f"{tmp_path}/videos:{tmp_path}/videos" in options
+    assert len([*(tmp_path / "videos").glob("*.png")]) == 2 and "2 videos" in log(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_array_preprocesses_every_prompt_exactly_once(tmp_path: Path) -> None:
+    small_yaml(tmp_path)
+    prompts = ROOT / "configs/toy/prompts.txt"
+    settings = {"CONFIG": "small.yaml", "PROMPTS": str(prompts), "OUT": "text"}
+    job = submit(tmp_path, "preprocess.slurm", "--sbatch:array=0-2", "--sbatch:time=5", **settings)
+    assert ended(job) == ["COMPLETED"] * 3, log(tmp_path)
+    manifest = json.loads((tmp_path / "text/manifest.json").read_text())
+    parts = [(part["first"], part["prompts"]) for part in manifest["shards"].values()]
+    assert manifest["count"] == len(prompts.read_text().splitlines()) == 8
+    assert parts == [(0, 2), (2, 3), (5, 3)] and len([*(tmp_path / "text").glob("shard_*")]) == 3
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line_before_anything_is_launched(tmp_path: Path) -> None:
+    small_yaml(tmp_path)
+    two = ["--sbatch:nodes=2", "--sbatch:time=5"]
+    absent = submit(tmp_path, "distill_1.3b.slurm", *two, CONFIG="no.yaml", LOGDIR="a")
+    wrong = submit(tmp_path, "distill_5b.slurm", *two, "training.max_stepz=5", CONFIG="small.yaml", LOGDIR="b")
+    for job, words in ((absent, "CONFIG="), (wrong, "training.max_stepz: unknown key")):
+        assert ended(job) == ["FAILED"] and field(job, "Restarts") == ["0"] and field(job, "ExitCode") == ["2:0"]
+        (said,) = [path.read_text().splitlines() for path in tmp_path.glob(f"slurm-*-{job}.log")]
+        assert len(said) == 1 and said[0].startswith("slurm: error: ") and words in said[0]
+    assert not (tmp_path / "a").exists() and not [*tmp_path.glob("b/slurm/*/node*.log")]

@@ -1,0 +1,98 @@
+"""Synthetic data: any geometry behind the interface of a task, and a run that trains on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.schema import DataConfig, RunConfig
+from model.wan.config import WanConfig, geometry
+from tests.small import NETWORK, trainer
+from tests.test_trainer import curve
+from trainer.evaluate import main as evaluate
+from trainer.task import SyntheticTask
+from utils.config import UserError, load
+from utils.data.synthetic import SyntheticConfig
+
+CPU = torch.device("cpu")
+
+
+def task(shape: WanConfig | None = None, **sizes: int) -> SyntheticTask:
+    data = DataConfig(kind="synthetic", synthetic=SyntheticConfig(**{"frames": 3, "height": 4, "width": 6, **sizes}))
+    return SyntheticTask(data, shape or geometry("tiny"), 0, CPU)
+
+
+def test_a_prompt_has_one_embedding_whatever_is_beside_it() -> None:
+    one = task()
+    both = one.conditioning(["a", "b"]).text
+    assert both.shape == (2, 24, 48) and torch.equal(both[1:], task().conditioning(["b"]).text)
+    assert not torch.equal(both[0], both[1]) and abs(float(both.std()) - 1) < 0.05
+    assert one.negative(3).shape == (3, 24, 48) and torch.equal(one.negative(2)[1:], one.conditioning([""]).text)
+
+
+def test_videos_and_prompts_go_by_position() -> None:
+    one = task(prompts=5)
+    latents, prompts = one.real(range(2, 6))
+    again, same = one.real(range(4, 6))
+    assert latents.shape == (4, 3, 4, 4, 6) and torch.equal(latents[2:], again) and prompts[2:] == same
+    assert sorted(one.prompts(range(5, 10))) == [f"sample {i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 16])
+def test_decode_shows_three_channels_and_encode_undoes_it(channels: int) -> None:
+    shape = geometry("tiny", {"in_dim": channels, "out_dim": channels})
+    one = task(shape)
+    latents = torch.rand(2, 3, channels, 4, 6) * 3 - 1.5
+    pixels = one.decode(latents)
+    assert pixels.shape == (2, 3, 3, 4, 6) and 0 <= pixels.min() and pixels.max() <= 1
+    torch.testing.assert_close(one.encode(pixels)[:, :, :3], latents[:, :, :3])
+    torch.testing.assert_close(one.reencode(latents)[:, :, :3], latents[:, -1:, :3])
+    with pytest.raises(ValueError, match=r"4, 6\].*got \[1, 1, 3, 8, 8\]"):
+        one.encode(torch.zeros(1, 1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "latents", "tokens", "steps"),
+    [
+        ("self_forcing_dmd_1.3b", (21, 16, 60, 104), 32760, [1, 0.9375, 0.8333, 0.625]),
+        ("self_forcing_dmd_14b", (21, 16, 60, 104), 32760, [1, 0.9375, 0.8333, 0.625]),
+        ("dmd_3step_5b", (31, 48, 44, 80), 27280, [1, 0.757, 0.522]),
+    ],
+)
+def test_the_recipes_have_wans_sizes(recipe: str, latents: tuple[int, ...], tokens: int, steps: list[float]) -> None:
+    config = load(RunConfig, Path(__file__).parents[1] / f"configs/wan/{recipe}.yaml")
+    shape = config.student.geometry()
+    one = SyntheticTask(config.data, shape, 0, CPU)
+    assert one.latent_shape == latents and one.text_shape == (512, 4096)
+    assert shape.tokens_per_frame(*latents[2:]) * latents[0] == tokens
+    assert config.schedule.sigmas() == pytest.approx(steps, abs=1e-4)
+    published = config.training.generator_updates(200)
+    assert "5b" in recipe or (published == 40 == config.ema.start)
+
+
+def test_a_run_trains_on_it_and_resumes(tmp_path: Path) -> None:
+    network = {
+        **NETWORK,
+        "preset": "tiny",
+        "overrides": {"dim": 24, "num_heads": 2, "ffn_dim": 32, "in_dim": 16, "out_dim": 16},
+    }
+    data = {"kind": "synthetic", "synthetic": {"frames": 3, "height": 4, "width": 6}}
+    changes = {
+        "student": network, "teacher": network, "critic": network, "data": data,
+        "training": {"max_steps": 4}, "checkpoint": {"every": 2}, "validation": {"every": 4, "count": 2},
+    }  # fmt: skip
+    assert trainer(tmp_path / "whole", **changes).train() == 0
+    assert trainer(tmp_path / "parts", max_steps=2, **changes).train() == 0
+    assert trainer(tmp_path / "parts", **changes).train() == 0
+    whole, parts = ([e for e in curve(tmp_path / name) if "critic/loss" in e] for name in ("whole", "parts"))
+    assert whole == parts and len(whole) == 4
+
+
+def test_only_the_toy_world_has_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {"kind": "synthetic", "synthetic": {"frames": 3, "height": 4, "width": 6}}
+    trainer(tmp_path, data=data, training={"max_steps": 2}).train()
+    monkeypatch.setattr("sys.argv", ["evaluate", "--run", str(tmp_path), "--cache", str(tmp_path)])
+    with pytest.raises(UserError, match="data is synthetic: only the toy world has a judge"):
+        evaluate()
