@@ -25,7 +25,7 @@ from model.schedule import step_sigmas
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations, Rollout
 from model.wan.attention import Backend
-from model.wan.config import PRESETS, WanConfig
+from model.wan.config import PRESETS, Checkpointing, WanConfig
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
@@ -108,7 +108,7 @@ class Workload:
 
     def _score(self, name: str, backend: Backend, checkpointing: bool) -> ScoreNet:
         with self.device:
-            net = WanTransformer(self.size.config, backend, checkpointing)
+            net = WanTransformer(self.size.config, backend, Checkpointing.full if checkpointing else Checkpointing.none)
         torch.nn.init.normal_(net.head.head.weight, std=0.02)  # Wan's zero head would make some gradients zero
         if name == "teacher":  # frozen, so in the precision in which it runs, as the trainer has it
             net = net.to(self.compute_dtype or torch.float32).requires_grad_(False)

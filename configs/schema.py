@@ -3,6 +3,7 @@ combinations that cannot work. Every error is one line: key, value, remedy."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -370,13 +371,22 @@ class RunConfig:
 
     def _check_networks(self) -> None:
         mine = self.student.geometry()
+        heads = [mine.num_heads]
         for name, network in (("teacher", self.teacher), ("critic", self.critic)):
             if network is None:
                 continue
             other = network.geometry()
+            heads.append(other.num_heads)
             for field_name in ("in_dim", "out_dim", "text_dim", "text_len"):
                 a, b = getattr(mine, field_name), getattr(other, field_name)
                 if a != b:
                     raise ValueError(
                         f"{name} has {field_name} {b} and student {a}: they must see the same latents and text"
                     )
+        common = math.gcd(*heads)
+        if common % self.parallel.sequence:
+            legal = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+            raise ValueError(
+                f"parallel.sequence {self.parallel.sequence} does not divide the heads of every network "
+                f"({', '.join(map(str, heads))}): choose {legal}"
+            )

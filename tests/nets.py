@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.types import Conditioning
 from model.wan.attention import Backend
-from model.wan.config import WanConfig
+from model.wan.config import Checkpointing, WanConfig
 from model.wan.transformer import WanTransformer
 
 MICRO = WanConfig(
@@ -16,7 +16,11 @@ MICRO = WanConfig(
 
 
 def random_net(
-    seed: int, config: WanConfig = MICRO, *, backend: Backend = Backend.PLAIN, checkpointing: bool = False
+    seed: int,
+    config: WanConfig = MICRO,
+    *,
+    backend: Backend = Backend.PLAIN,
+    checkpointing: Checkpointing = Checkpointing.none,
 ) -> WanTransformer:
     """A network with every parameter random and none zero, so that time, text and positions all matter."""
     generator = torch.Generator().manual_seed(seed)

@@ -23,7 +23,7 @@ from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import Conditioning, LossOutput, Rollout
 from model.wan.attention import Backend
-from model.wan.config import WanConfig
+from model.wan.config import Checkpointing, WanConfig
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig
 from pipeline.causal_inference import generate
@@ -177,7 +177,7 @@ def _backward(case: Case, trained: str, output: LossOutput, x0: Tensor) -> Tenso
 def _prepare(case: Case, trained: str) -> None:
     for name, net in case.nets.items():
         net.requires_grad_(name == trained).zero_grad(set_to_none=True)
-        net.checkpointing = case.checkpointing and name == trained
+        net.checkpointing = Checkpointing.full if case.checkpointing and name == trained else Checkpointing.none
 
 
 def _guidance(case: Case) -> Guidance:

@@ -18,7 +18,7 @@ from model.dmd import critic_loss
 from model.score import ScoreNet
 from model.types import Conditioning, Rollout
 from model.wan.attention import Backend
-from model.wan.config import PRESETS
+from model.wan.config import PRESETS, Checkpointing
 from model.wan.masks import FrameMask
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig
@@ -50,7 +50,7 @@ def rollout(
 def test_defect_02_text_projections_get_gradient_with_and_without_checkpointing(backend: Backend) -> None:
     """Cross-attention keys and values kept from passes without gradient must not cut these weights off."""
     found = []
-    for checkpointing in (False, True):
+    for checkpointing in Checkpointing:
         net = random_net(1, backend=backend, checkpointing=checkpointing)
         rollout(net, CausalConfig(2), (1, 2, 0)).square().mean().backward()
         found.append({
@@ -61,7 +61,7 @@ def test_defect_02_text_projections_get_gradient_with_and_without_checkpointing(
     for name, gradient in found[0].items():
         if not name.endswith("cross_attn.k.bias"):  # under a norm its gradient may be small, never the others'
             assert float(gradient.norm()) > 1e-6, name
-        assert torch.equal(gradient, found[1][name]), name
+        assert torch.equal(gradient, found[1][name]) and torch.equal(gradient, found[2][name]), name
 
 
 def test_defect_02_backward_runs_for_every_kind_of_cache_without_checkpointing() -> None:
@@ -206,8 +206,8 @@ def test_defect_12_every_block_is_a_unit_of_its_own() -> None:
     assert rest < 0.05 * sum(p.numel() for p in net.parameters())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_defect_12_no_value_is_read_back_from_the_device(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", list(Checkpointing))
+def test_defect_12_no_value_is_read_back_from_the_device(checkpointing: Checkpointing) -> None:
     """Fake tensors have no values, so any `.item()` in a pass, cached and rolling ones included, would raise."""
     with FakeTensorMode():
         net = WanTransformer(MICRO, Backend.PLAIN, checkpointing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model.wan.config import Checkpointing
 from model.wan.kv_cache import CacheShape, KVCache
 from pipeline.causal import CausalConfig
 from tests.nets import latents, random_net, texts
@@ -39,7 +40,7 @@ def test_sinks_stay_and_the_rest_is_the_most_recent(sinks: int, blocks: list[int
 def test_defect_03_reset_before_backward_is_refused() -> None:
     """A checkpointed block reads the cache again in backward: another rollout's keys would be a silent wrong gradient."""
     net = random_net(0)
-    net.checkpointing = True
+    net.checkpointing = Checkpointing.full
     cache = CausalConfig(2).new_cache(net, 1, 4, 4, 6, torch.float32, torch.device("cpu"))
     text, sigma = texts(1, 1), torch.tensor([0.5])
     with torch.no_grad():

@@ -7,9 +7,11 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.score import ScoreNet
 from model.wan.attention import Backend
+from model.wan.config import Checkpointing
 from model.wan.kv_cache import KVCache
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig
@@ -182,7 +184,7 @@ def test_defect_03_checkpointing_changes_no_gradient(causal: CausalConfig, backe
     noise, text = latents(2, 2, 8), conditioning(3, 2)
     weight = latents(6, 2, 8)
     results = []
-    for checkpointing in (False, True):
+    for checkpointing in Checkpointing:
         net = random_net(1, backend=backend, checkpointing=checkpointing)
         out = self_forcing_rollout(
             ScoreNet(net, "student"), noise, text, (1.0, 0.8, 0.5), causal, RolloutPlan((0, 2, 1, 1), 8), KeyedNoise(5, 2),
@@ -190,11 +192,43 @@ def test_defect_03_checkpointing_changes_no_gradient(causal: CausalConfig, backe
         )  # fmt: skip
         (out.x0 * weight).sum().backward()
         results.append((out.x0.detach(), gradients(net)))
-    (plain_x0, plain), (again_x0, again) = results
-    assert torch.equal(plain_x0, again_x0)
-    assert len(plain) == len(again) == len(dict(random_net(1).named_parameters()))
-    for name in plain:
-        assert relative(again[name], plain[name]) < 1e-6, name
+    (plain_x0, plain), *others = results
+    assert len(others) == 2
+    for again_x0, again in others:
+        assert torch.equal(plain_x0, again_x0)
+        assert len(plain) == len(again) == len(dict(random_net(1).named_parameters()))
+        for name in plain:
+            assert relative(again[name], plain[name]) < 1e-6, name
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_recomputes_all_but_attention() -> None:
+    counts = {}
+    for checkpointing in Checkpointing:
+        net = random_net(1, backend=Backend.SDPA, checkpointing=checkpointing)
+        loss = net(latents(2, 2, 3), torch.rand(2), texts(3, 2)).square().mean()
+        with Operations() as seen:
+            loss.backward()
+        forward = [name for name in seen.names if "backward" not in name]
+        counts[checkpointing] = [sum(kind in name for name in forward) for kind in ("dot_product", "gelu")]
+    layers = len(net.blocks)
+    # early stop: nothing in a block reads what its last layer puts out
+    assert counts == {
+        Checkpointing.none: [0, 0],
+        Checkpointing.full: [2 * layers, layers],
+        Checkpointing.selective: [0, layers],
+    }
 
 
 def test_equal_times_per_frame_are_one_shared_time() -> None:

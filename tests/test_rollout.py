@@ -13,6 +13,7 @@ from torch import Tensor
 from model.schedule import mix
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations, Rollout
+from model.wan.config import Checkpointing
 from model.wan.transformer import Attention, WanTransformer
 from pipeline.bidirectional_training import backward_simulation, diffusion_forcing_input, noised_data
 from pipeline.causal import CausalConfig
@@ -156,9 +157,9 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
         assert error <= tolerance * max(float(want.norm()), 1e-2 * scale), name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("checkpointing", [Checkpointing.none, Checkpointing.full], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("name", CASES)
-def test_defect_01_gradient_is_each_blocks_own_exit_step(name: str, checkpointing: bool) -> None:
+def test_defect_01_gradient_is_each_blocks_own_exit_step(name: str, checkpointing: Checkpointing) -> None:
     causal, noise, given = setup(name)
     exits = [(0, 2, 1, 2, 0)[i] for i in range(len(blocks_of(name)))]
     weight = latents(6, 2, noise.shape[1])
@@ -271,9 +272,9 @@ def test_given_frames_come_first_unchanged_and_unjudged(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("checkpointing", [Checkpointing.none, Checkpointing.full], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("name", ["full", "window", "window_sinks", "continued"])
-def test_long_rollout_is_judged_and_trained_in_its_last_window_only(name: str, checkpointing: bool) -> None:
+def test_long_rollout_is_judged_and_trained_in_its_last_window_only(name: str, checkpointing: Checkpointing) -> None:
     causal, noise, given = setup(name)
     blocks, window = blocks_of(name), 4
     total = given.initial_frames + noise.shape[1]

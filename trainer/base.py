@@ -27,7 +27,6 @@ from utils.data.prompts import load_prompts
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
 from utils.parallel.mesh import Mesh, build_mesh
-from utils.parallel.parallelize import is_sharded
 from utils.random import Noise, keyed_seed
 from utils.video import grid, write_video
 
@@ -224,9 +223,9 @@ class Trainer(ABC):
     def validate(self) -> None:
         """Videos of the fixed prompt library from a fixed seed, with the average, the raw weights, or both.
 
-        All ranks of a sharded student sample them together; rank 0 writes them.
+        All ranks sample them together, for the student may be sharded; rank 0 writes them.
         """
-        if not self.options.visualize or not (distributed.is_main() or is_sharded(self.networks["student"].net)):
+        if not self.options.visualize:
             return
         config = self.config.validation
         student = self.networks["student"]

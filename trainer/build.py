@@ -105,7 +105,7 @@ def build_frozen(
 ) -> ScoreNet:
     """A frozen network, stored in bf16 where the run computes in it."""
     dtype, parallel = compute_dtype(config), config.parallel
-    sharding = Sharding(dtype, parallel.reshard_after_forward.teacher, parallel.offload_teacher)
+    sharding = Sharding(dtype, parallel.reshard_after_forward.teacher, parallel.offload_teacher, parallel.compile)
     net = build_for_inference(network, name, device, dtype, Placement(mesh, parallel, sharding))
     # sharded, one call for both halves of the guidance gathers the weights once; else it would only cost memory
     return ScoreNet(net, name, evaluations, dtype, batch_guidance=is_sharded(net))
@@ -139,7 +139,9 @@ def build_trained(
         raise ConfigError(f"{name}.attention: flex has no backward on a CPU: use sdpa or plain")
     dtype, parallel = compute_dtype(config), config.parallel
     reshard = parallel.reshard_after_forward.critic if name == "critic" else parallel.reshard_after_forward.student
-    place = Placement(mesh, parallel, Sharding(dtype, reshard, parallel.offload_optimizer))
+    cached = name == "student" and config.is_causal  # the context grows from block to block, and Inductor fails on it
+    sharding = Sharding(dtype, reshard, parallel.offload_optimizer, parallel.compile and not cached)
+    place = Placement(mesh, parallel, sharding)
     net = build_network(network, name, config.seed, device, place=place)
     matrices = [n for n, p in net.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
     try:

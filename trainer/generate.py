@@ -17,7 +17,7 @@ from configs.schema import RunConfig
 from model.schedule import step_sigmas
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
-from model.wan.config import NetworkConfig
+from model.wan.config import Checkpointing, NetworkConfig
 from pipeline.causal import CausalConfig
 from trainer.build import build_for_inference, build_task, compute_dtype
 from trainer.sampling import euler, few_step_stream
@@ -54,7 +54,9 @@ class Generator:
         if folder is None:
             raise UserError(f"no run in {path}: give a run's folder, or a checkpoint's")
         config = from_plain(RunConfig, checkpoint.load_state(folder)["config"])
-        network: NetworkConfig = replace(config.student, init=str(folder), init_weights=weights, checkpointing=False)
+        network: NetworkConfig = replace(
+            config.student, init=str(folder), init_weights=weights, checkpointing=Checkpointing.none
+        )
         net = build_for_inference(network, "student", device, compute_dtype(config))
         return cls(config, ScoreNet(net, "student", Evaluations(), compute_dtype(config)), device)
 

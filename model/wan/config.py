@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 TIME_SCALE = 1000.0  # Wan embeds its noise level as a timestep in 0..1000
@@ -100,13 +101,21 @@ def geometry(preset: str, overrides: dict[str, Any] | None = None) -> WanConfig:
     return dataclasses.replace(PRESETS[preset], **(overrides or {}))
 
 
+class Checkpointing(Enum):
+    """What a pass with gradient keeps of each block. Members are lower case as YAML is."""
+
+    none = "none"  # all activations
+    full = "full"  # the block's input; the rest is computed again in backward
+    selective = "selective"  # also what attention put out: in backward all but attention is computed again
+
+
 @dataclass
 class NetworkConfig:
     """One network of a run.
 
     preset, overrides: geometry (see PRESETS and WanConfig's fields). init: where its weights come from: a run or
     checkpoint folder of ours, a safetensors file or folder, null for random. init_weights: which weights of a run,
-    'ema' (raw where it has none) or 'raw'. attention: backend. checkpointing: recompute activations in backward.
+    'ema' (raw where it has none) or 'raw'. attention: backend. checkpointing: see Checkpointing.
     """
 
     preset: str = "toy"
@@ -114,7 +123,7 @@ class NetworkConfig:
     init: str | None = None
     init_weights: str = "ema"
     attention: str = "sdpa"
-    checkpointing: bool = False
+    checkpointing: Checkpointing = Checkpointing.none
 
     def __post_init__(self) -> None:
         self.geometry()

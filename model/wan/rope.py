@@ -37,6 +37,7 @@ def rope_table(positions: Sequence[int], height: int, width: int, head_dim: int,
     return torch.cat(parts, dim=-1).reshape(2, f * h * w, -1)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # Inductor makes no code for complex numbers
 def apply_rope(x_BLND: Tensor, table: Tensor) -> Tensor:
     """Rotates neighbouring channel pairs of x by the table's angles (arXiv 2104.09864, eq. 34), in fp32."""
     # as complex numbers: one pass over memory each way, where cosines and sines by hand take seven

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.wan.attention import Backend, attend
-from model.wan.config import TIME_SCALE, WanConfig
+from model.wan.checkpointing import recomputed
+from model.wan.config import TIME_SCALE, Checkpointing, WanConfig
 from model.wan.kv_cache import CacheShape, KVCache
 from model.wan.masks import FrameMask
 from model.wan.rope import apply_rope, rope_table
@@ -164,10 +164,15 @@ def layer_weights(net: WanTransformer) -> Iterator[tuple[str, Tensor]]:
 class WanTransformer(nn.Module):
     """Velocity network. Causal or bidirectional is a mask or a cache, never another class.
 
-    backend: attention backend. checkpointing: recompute each block in backward instead of keeping its activations.
+    backend: attention backend. checkpointing: what is kept of each block for backward.
     """
 
-    def __init__(self, config: WanConfig, backend: Backend = Backend.SDPA, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: WanConfig,
+        backend: Backend = Backend.SDPA,
+        checkpointing: Checkpointing = Checkpointing.none,
+    ) -> None:
         super().__init__()
         self.config, self.backend, self.checkpointing = config, backend, checkpointing
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, stride=config.patch_size)
@@ -184,7 +189,9 @@ class WanTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws the layers' weights; norms and modulation keep what they were made with."""
+        """Draws the layers' weights; norms and modulation keep what they were made with. On meta it draws nothing."""
+        if self.head.head.weight.is_meta:
+            return
         parameters = dict(self.named_parameters())
         for name, value in layer_weights(self):
             parameters[name].copy_(value)
@@ -266,10 +273,7 @@ class WanTransformer(nn.Module):
             if text_kv is None and embedded is None:
                 embedded = self.text_embedding(text)
             arguments = (x, time6, embedded, text_kv, rope, mask, join, self.backend)
-            if self.checkpointing and torch.is_grad_enabled():
-                x, kv, text_kv = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, kv, text_kv = block(*arguments)
+            x, kv, text_kv = recomputed(block, self.checkpointing)(*arguments)
             if cache is not None:
                 cache.keep_text(layer, *text_kv)
                 if write:

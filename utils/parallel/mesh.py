@@ -34,7 +34,8 @@ class ParallelConfig:
     first to the last pass of a rollout instead of being gathered for each. sync_each_micro_batch: gradients are reduced
     after each micro-batch and not once an update, which saves holding them unsharded between (only with accumulation).
     offload_optimizer: trained shards, their gradients and optimizer states live in CPU memory, and the update is made
-    there. offload_teacher: the frozen network's shards live in CPU memory. compile: torch.compile of each block.
+    there. offload_teacher: the frozen network's shards live in CPU memory. compile: torch.compile of each block of
+    networks that run without a KV cache: critic, teacher, a bidirectional student.
     """
 
     engine: str = "fsdp2"

@@ -5,6 +5,7 @@ A network needs only `fsdp_units()`: the modules to shard one by one. What is le
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,11 +35,12 @@ class Shardable(Protocol):
 
 @dataclass(frozen=True)
 class Sharding:
-    """How one network is sharded. compute_dtype: in which its units are gathered, None for their own."""
+    """How one network takes part. compute_dtype: in which its units are gathered, None for their own."""
 
     compute_dtype: torch.dtype | None = None
     reshard_after_forward: bool = True
     offload: bool = False
+    compile: bool = False
 
 
 def parallelize(net: nn.Module, mesh: Mesh, config: ParallelConfig, sharding: Sharding) -> None:
@@ -46,12 +48,16 @@ def parallelize(net: nn.Module, mesh: Mesh, config: ParallelConfig, sharding: Sh
 
     Its weights may still be on the meta device: `materialise` gives the shards memory, `fill` their values.
     """
-    if config.compile:
+    if sharding.compile:
         for unit in cast(Shardable, net).fsdp_units():
             # inside the hooks of sharding, outside those of recomputation: names and state dicts stay as they are
             unit.forward = torch.compile(unit.forward)
     if mesh.world > 1 and config.engine == "fsdp2":
         _shard(net, mesh, sharding)
+
+
+# Blocks return keys and values for the cache, as views; they are only ever read.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def _shard(net: nn.Module, mesh: Mesh, sharding: Sharding) -> None:

@@ -1,0 +1,121 @@
+"""Sharded training is the training of one process: the same losses, gradients and weights, whatever the split.
+
+Each world size is launched once; its processes run all cases of tests/distributed/sharding.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.distributed import sharding
+from tests.distributed.test_data_parallel import ROOT, environment
+
+Seen = dict[str, Tensor]
+PARTS = ("grad/0/student", "grad/0/critic", "grad/1/student", "grad/1/critic", "weight/student", "weight/critic", "ema")
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+    """By `world_case` what rank 0 saw."""
+    folder = tmp_path_factory.mktemp("sharding")
+    sharding.save_networks(folder)
+    for world in sharding.CASES:
+        if world == 1:
+            sharding.main(folder)
+            continue
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+        done = subprocess.run(
+            [*launch, "-m", "tests.distributed.sharding", str(folder)],
+            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        f"{world}_{name}": load_file(folder / f"{world}_{name}.safetensors")
+        for world, cases in sharding.CASES.items()
+        for name in cases
+    }
+
+
+def numbers(one: Seen) -> Seen:
+    """Losses, gradients, weights: all but how they came about."""
+    odd = ("calls", "held")
+    return {key: value for key, value in one.items() if not key.startswith(odd)}
+
+
+def distance(one: Seen, other: Seen, part: str) -> float:
+    """|a - b| / |b| over all tensors of a part."""
+    keys = [key for key in other if key.startswith(part)]
+    assert keys and keys == [key for key in one if key.startswith(part)]
+    a, b = (torch.cat([s[key].double().flatten() for key in keys]) for s in (one, other))
+    return float((a - b).norm() / b.norm())
+
+
+EXACT = [
+    f"{world}_{name}" for world, cases in sharding.CASES.items() for name in cases if name not in ("bf16", "whole")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EXACT)
+def test_any_split_trains_alike(seen: dict[str, Seen], case: str) -> None:
+    """Ranks, copies, accumulation, resharding, offload: losses, gradients, clipping, weights and averages agree."""
+    one, whole = seen[case], seen["1_whole"]
+    metrics = [key for key in whole if key.startswith("metric/")]
+    assert any(key.endswith("student/loss") for key in metrics) and any("critic/loss" in key for key in metrics)
+    for key in metrics:
+        assert float(one[key]) == pytest.approx(float(whole[key]), rel=2e-6, abs=1e-9), key
+    for part in PARTS:
+        assert distance(one, whole, part) < 2e-6, part
+    assert one["evaluations"] == whole["evaluations"]
+
+
+@pytest.mark.slow
+def test_what_stays_gathered_changes_no_number_but_saves_gathers(seen: dict[str, Seen]) -> None:
+    sharded, kept, gathered = (seen[f"2_{name}"] for name in ("sharded", "kept", "gathered"))
+    for other in (kept, gathered, seen["2_offloaded"]):
+        assert numbers(other).keys() == numbers(sharded).keys()
+        assert all(torch.equal(value, other[key]) for key, value in numbers(sharded).items())
+    for step in range(2):
+        calls = [int(one[f"calls/{step}/gather"]) for one in (sharded, kept, gathered)]
+        assert calls[0] > calls[1] > calls[2] > 0, calls
+
+
+@pytest.mark.slow
+def test_gradients_are_reduced_with_the_last_micro_batch_only(seen: dict[str, Seen]) -> None:
+    """Of two micro-batches one reduces, by less than both would. Hybrid sharding may scatter each time and still sums its
+    copies once."""
+    once = int(seen["2_sharded"]["calls/0/reduce_scatter"])
+    assert once == 2 * 3  # two networks of two blocks and a root
+    assert once <= int(seen["2_accumulated"]["calls/0/reduce_scatter"]) < 2 * once
+    assert int(seen["2_synced"]["calls/0/reduce_scatter"]) == 2 * once
+    hybrid, synced = seen["4_hybrid"], seen["4_hybrid_synced"]
+    assert int(synced["calls/0/reduce_scatter"]) == 2 * int(hybrid["calls/0/reduce_scatter"])
+    assert int(synced["calls/0/allreduce"]) == int(hybrid["calls/0/allreduce"])
+
+
+@pytest.mark.slow
+def test_bf16_shards_and_precision(seen: dict[str, Seen]) -> None:
+    """Frozen shards take two bytes, trained ones four; what the blocks gather in bf16 is what autocast would make."""
+    sharded, one = seen["2_bf16"], seen["1_bf16"]
+    assert int(sharded["held/student"]) == int(sharded["held/critic"]) == 2 * int(sharded["held/teacher"])
+    assert all(value.dtype == torch.float32 for key, value in sharded.items() if key.startswith("grad/"))
+    for name in ("student/loss", "student/score_gap"):
+        key = f"metric/0/{name}"
+        assert float(sharded[key]) == pytest.approx(float(one[key]), rel=1e-6), key
+    # gradients of matrices leave the blocks in bf16 (2^-9), as they do under autocast
+    assert distance(sharded, one, "grad/0/student") < 2**-9
+    assert distance(sharded, one, "grad/0/critic") < 2**-9
+
+
+@pytest.mark.slow
+def test_ranks_hold_their_part(seen: dict[str, Seen]) -> None:
+    """Half the weights on two ranks, a quarter on four, all in copies; rows that do not divide cost a little more."""
+    whole = int(seen["2_replicated"]["held/student"])
+    for case, ways in (("2_sharded", 2), ("4_sharded", 4), ("4_hybrid", 2)):
+        assert whole / ways <= int(seen[case]["held/student"]) < 1.1 * whole / ways, case
