@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from trainer.plan_run import (
 )
 from utils.parallel.mesh import split
 from utils.parallel.plan_hardware import GPU, Bound, bound, needed_gb
-from utils.parallel.plan_meter import Cost, Meter, Owner, Phase, Traffic
+from utils.parallel.plan_meter import Cost, Meter, Owner, Phase
 
 BOTH = "student and critic"
 
@@ -120,7 +119,10 @@ def make_plan(config: RunConfig, cluster: Cluster, *, whole: bool = False) -> Pl
     run_kinds = kinds[:1] if kinds[0].name == BOTH and not config.rollout.reuse_rollout else kinds
     iterations = [iteration for kind in run_kinds for iteration in iterations_of(kind, parts)]
     record, host = measure(config, cluster, iterations, whole)
-    costs = [iteration_cost(config, record, number * len(iterations_of(kind, parts))) for number, kind in enumerate(run_kinds)]
+    costs = [
+        iteration_cost(config, record, number * len(iterations_of(kind, parts)))
+        for number, kind in enumerate(run_kinds)
+    ]
     if len(kinds) > len(run_kinds):
         costs.append(update_cost(record, 0, "critic", mean_exit(config)))
     when, worst = worst_moment(record, host)
@@ -203,6 +205,3 @@ def worst_moment(record: Record, host: frozenset[Owner]) -> tuple[Key, Phase]:
         moments[key] = Phase(peak, parts, phase.cost)
     when = max(moments, key=lambda key: moments[key].peak)
     return when, moments[when]
-
-
-__all__ = ["Cluster", "Kind", "Plan", "Traffic", "dataclasses", "make_plan"]

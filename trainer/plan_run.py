@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
@@ -84,7 +85,9 @@ class PlannedNoise(Noise):
 def stripped(config: RunConfig) -> RunConfig:
     """The run without files, weights and other software: none of it changes what a GPU holds or computes."""
     if config.trainer is TrainerKind.ode:
-        raise UserError("--plan does not cover trainer ode: plan its student with trainer diffusion, which costs the same")
+        raise UserError(
+            "--plan does not cover trainer ode: plan its student with trainer diffusion, which costs the same"
+        )
     if config.parallel.engine != "fsdp2":
         raise UserError(f"--plan does not cover parallel.engine {config.parallel.engine}: plan it as fsdp2")
     config = copy.deepcopy(config)
@@ -275,6 +278,13 @@ class Probe:
         for p in module.parameters():
             sharded = isinstance(p.grad, DTensor)
             self.meter.assign([p.grad], Owner(name, SHARDED if sharded else GRADIENTS))
+        if isinstance(module, FSDPModule):  # those of a micro-batch that is not the last stay whole, and out of sight
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for p in group.fsdp_params:
+                    whole = getattr(p, "_unsharded_param", None)
+                    self.meter.assign(
+                        [getattr(whole, "grad", None), p.unsharded_accumulated_grad], Owner(name, GRADIENTS)
+                    )
 
 
 # ------------------------------------------------------------------------------------------------------------ the laws
