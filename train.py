@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
 
 from configs.schema import RunConfig
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from utils import distributed
+from utils.agreement import code_revision, require_agreement
 from utils.cli import run_cli, train_args
-from utils.config import load, to_yaml
+from utils.config import config_hash, load, to_yaml
 from utils.logging import setup_console
+from utils.parallel.mesh import split
+from utils.watchdog import Watchdog
 
 
 def main() -> int:
@@ -25,7 +31,19 @@ def main() -> int:
         return 0
     setup_console(distributed.rank(), distributed.world_size())
     options = RunOptions(args.logdir, args.resume, args.max_steps, args.wandb, args.save, args.visualize)
-    return build_trainer(config, options).train()
+    distributed.init(config.watchdog.group_timeout())
+    with Watchdog(config.watchdog):
+        require_agreement(
+            {
+                "config": config_hash(config)[:12],
+                "code": code_revision(Path(__file__).parent),
+                "torch": torch.__version__,
+                "mesh": "replicate {} x shard {} x sequence {}".format(
+                    *split(config.parallel, distributed.world_size())
+                ),
+            }
+        )
+        return build_trainer(config, options).train()
 
 
 if __name__ == "__main__":

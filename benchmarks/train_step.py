@@ -78,13 +78,14 @@ class KeyedDraws:
 class Workload:
     """Three networks with random weights, both optimizers' states, and one update's inputs."""
 
-    def __init__(self, size: Size, precision: str, checkpointing: bool, backend: Backend) -> None:
+    def __init__(self, size: Size, precision: str, checkpointing: Checkpointing, backend: Backend) -> None:
         self.size, self.device = size, torch.device(size.device)
         self.compute_dtype = torch.bfloat16 if precision == "bf16" else None
         self.evaluations = Evaluations()
         torch.manual_seed(0)
         self.student, self.critic, self.teacher = (
-            self._score(name, backend, checkpointing and name != "teacher") for name in ("student", "critic", "teacher")
+            self._score(name, backend, checkpointing if name != "teacher" else Checkpointing.none)
+            for name in ("student", "critic", "teacher")
         )
         self.optimizers = {net.name: self._optimizer(net) for net in (self.student, self.critic)}
         c = size.config
@@ -106,9 +107,9 @@ class Workload:
         assert isinstance(self.student.net, WanTransformer)
         return self.student.net
 
-    def _score(self, name: str, backend: Backend, checkpointing: bool) -> ScoreNet:
+    def _score(self, name: str, backend: Backend, checkpointing: Checkpointing) -> ScoreNet:
         with self.device:
-            net = WanTransformer(self.size.config, backend, Checkpointing.full if checkpointing else Checkpointing.none)
+            net = WanTransformer(self.size.config, backend, checkpointing)
         torch.nn.init.normal_(net.head.head.weight, std=0.02)  # Wan's zero head would make some gradients zero
         if name == "teacher":  # frozen, so in the precision in which it runs, as the trainer has it
             net = net.to(self.compute_dtype or torch.float32).requires_grad_(False)
@@ -155,7 +156,7 @@ class Workload:
         return rollout + frames * (3 if generator else 1)
 
 
-def measure(size: Size, precision: str, checkpointing: bool, backend: Backend, repeats: int) -> dict[str, Any]:
+def measure(size: Size, precision: str, checkpointing: Checkpointing, backend: Backend, repeats: int) -> dict[str, Any]:
     """One configuration, in this process. `tokens` counts forward evaluations, recomputation left out."""
     work = Workload(size, precision, checkpointing, backend)
     tokens = size.config.tokens_per_frame(size.height, size.width)
@@ -194,7 +195,7 @@ def report(results: list[dict[str, Any]], public: bool) -> str:
         name = f"{result['precision']}, checkpointing {result['checkpointing']}, {result['backend']}"
         spent, least = sum(result["tokens"]), sum(result["tokens_minimum"])
         rows.append(_row(name, result["forward_seconds"], result, result["peak_gb"], f"{spent / least:.3f} x min"))
-        known = PUBLIC.get((result["precision"], result["checkpointing"]))
+        known = PUBLIC.get((result["precision"], "off" if result["checkpointing"] == "none" else "on"))
         if public and known is not None:
             rows.append(_row("  public Self-Forcing", known["forward"], known, known["gb"], ""))
     return table(header, rows)
@@ -212,7 +213,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.train_step", description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(SIZES), default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: both")
-    parser.add_argument("--checkpointing", choices=["on", "off"], help="default: both")
+    parser.add_argument("--checkpointing", choices=[c.name for c in Checkpointing], help="default: all")
     parser.add_argument(
         "--backend", choices=[b.value for b in Backend], help="default: sdpa, but plain for bf16 on a CPU"
     )
@@ -232,13 +233,13 @@ def main(arguments: list[str]) -> int:
     if options.worker:
         torch.set_num_threads(options.threads)
         chosen_backend = Backend(options.backend)
-        result = measure(size, options.precision, options.checkpointing == "on", chosen_backend, options.repeats)
+        result = measure(size, options.precision, Checkpointing[options.checkpointing], chosen_backend, options.repeats)
         print(json.dumps(result))
         return 0
     results = []
     for precision in [options.precision] if options.precision else ["fp32", "bf16"]:
         backend = options.backend or ("plain" if (size.device, precision) == ("cpu", "bf16") else "sdpa")
-        for checkpointing in [options.checkpointing] if options.checkpointing else ["on", "off"]:
+        for checkpointing in [options.checkpointing] if options.checkpointing else [c.name for c in Checkpointing]:
             chosen = {"precision": precision, "checkpointing": checkpointing, "backend": backend}
             flags = [text for key, value in chosen.items() for text in (f"--{key}", value)]
             flags += [

@@ -16,6 +16,7 @@ from utils.data.synthetic import SyntheticConfig
 from utils.data.toy_world import ToyWorldConfig
 from utils.optim import LRScheduleConfig, OptimizerConfig
 from utils.parallel.mesh import ParallelConfig
+from utils.watchdog import WatchdogConfig
 
 # Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
 
@@ -226,11 +227,15 @@ class TrainingConfig:
 
 @dataclass
 class CheckpointConfig:
-    """every: iterations between saves; keep_last: how many to keep; keep_every: keep multiples of this for good."""
+    """every: iterations between saves; keep_last: how many to keep; keep_every: keep multiples of this for good.
+
+    background: train on while a thread writes; the host then holds a copy of what its ranks write.
+    """
 
     every: int = 100
     keep_last: int = 2
     keep_every: int | None = None
+    background: bool = True
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep_last < 1 or (self.keep_every is not None and self.keep_every < 1):
@@ -297,6 +302,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     @property
     def is_causal(self) -> bool:
@@ -324,6 +330,21 @@ class RunConfig:
                 where = f"data.{self.data.kind}.frames"
                 raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}") from None
         self._check_networks()
+        if self.parallel.engine == "deepspeed":
+            self._check_deepspeed()
+
+    def _check_deepspeed(self) -> None:
+        """Its optimizers see flat parts of many matrices at a time."""
+        for section in ("generator_training", "critic_training"):
+            optimizer: OptimizerConfig = getattr(self, section).optimizer
+            if optimizer.kind != "adamw":
+                raise ValueError(
+                    f"{section}.optimizer: kind {optimizer.kind} is not for engine deepspeed: choose adamw, or fsdp2"
+                )
+            if optimizer.clip_value is not None:
+                raise ValueError(
+                    f"{section}.optimizer: clip_value is not for engine deepspeed: set clip_norm, or choose fsdp2"
+                )
 
     def _needs_data(self) -> str | None:
         if self.trainer is TrainerKind.diffusion:

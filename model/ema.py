@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from utils.distributed import like, local
+from utils.distributed import local, stored
 from utils.parallel.parallelize import reshard
 
 
@@ -37,7 +37,7 @@ class EMA:
     def __init__(self, net: nn.Module, decay: float, start: int, every: int) -> None:
         self.net, self.decay, self.start, self.every = net, decay, start, every
         # held here: while a sharded network is gathered, it names other tensors its parameters
-        self.live = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.live = {name: stored(p) for name, p in net.named_parameters() if p.requires_grad}
         self.shadow: dict[str, Tensor] = {name: p.detach().clone().float() for name, p in self.live.items()}
 
     @torch.no_grad()
@@ -65,13 +65,3 @@ class EMA:
         reshard(self.net)
         for name, p in self.live.items():
             local(p).copy_(local(values[name]))
-
-    def load(self, shadow: dict[str, Tensor]) -> None:
-        """Raises ValueError unless the names and shapes are this network's."""
-        mine = {name: value.shape for name, value in self.shadow.items()}
-        theirs = {name: value.shape for name, value in shadow.items()}
-        if mine != theirs:
-            odd = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-            raise ValueError(f"EMA weights of another network: {len(odd)} names or shapes differ, first {odd[0]}")
-        for name, value in shadow.items():
-            self.shadow[name].copy_(like(value, self.shadow[name]))

@@ -41,14 +41,21 @@ class ScoreNet:
 
     def velocity(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor:
         """Velocity [B, F, C, H, W] in fp32 at x [B, F, C, H, W], sigma [B] or [B, F], text [B, L, D]."""
+        self.evaluations.add(self.name, frames=x.shape[0] * x.shape[1])
+        return self._run(x, sigma, text, **mode)
+
+    def _run(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor:
         with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
             velocity = self.net(x, sigma, text, **mode)
-        self.evaluations.add(self.name, frames=x.shape[0] * x.shape[1])
         return velocity.float()
 
     def x0(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor:
         """Conditional x0 [B, F, C, H, W], fp32."""
         return velocity_to_x0(x, self.velocity(x, sigma, text, **mode), sigma)
+
+    def x0_again(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor:
+        """x0 of evaluations that were made, and counted, before: a replay gives them their gradient."""
+        return velocity_to_x0(x, self._run(x, sigma, text, **mode), sigma)
 
     def guided_velocity(
         self, x: Tensor, sigma: Tensor, text: Tensor, negative: Tensor, guidance: float, **mode: Any

@@ -14,6 +14,7 @@ from model.schedule import mix
 from model.score import ScoreNet
 from model.types import NoiseSource
 from model.wan.kv_cache import KVCache
+from model.wan.replay import Trace
 
 
 def denoise_block(
@@ -27,10 +28,12 @@ def denoise_block(
     source: NoiseSource,
     cache: KVCache | None,
     with_gradient: bool = False,
+    trace: Trace | None = None,
 ) -> Tensor:
     """x0 [B, F, C, H, W] of one block after steps 0..exit_step (Self-Forcing, arXiv 2506.08009, algorithm 1).
 
     Each step predicts x0 and noises it afresh to the next step's sigma; only the exit step may carry gradient.
+    With a trace it carries none either, and is noted there instead, for `WanTransformer` to replay.
     noise: [B, F, C, H, W] at sigmas[0]. block: its index, which names its draws. Inference exits at the last step.
     """
     x = noise
@@ -39,8 +42,9 @@ def denoise_block(
             x0 = student.x0(x, _per_sample(sigma, x), text, cache=cache)
             fresh = source.normal(f"renoise.b{block}.s{step}", tuple(x.shape[1:]))
             x = mix(x0, fresh, _per_sample(sigmas[step + 1], x))
-    with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
-        return student.x0(x, _per_sample(sigmas[exit_step], x), text, cache=cache)
+    noted = {} if trace is None else {"trace": trace}
+    with torch.set_grad_enabled(with_gradient and trace is None and torch.is_grad_enabled()):
+        return student.x0(x, _per_sample(sigmas[exit_step], x), text, cache=cache, **noted)
 
 
 @torch.no_grad()

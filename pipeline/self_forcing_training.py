@@ -13,10 +13,14 @@ from torch import Tensor
 
 from model.score import ScoreNet
 from model.types import Conditioning, NoiseSource, Rollout
+from model.wan.config import Checkpointing
 from model.wan.kv_cache import KVCache
+from model.wan.replay import Trace
+from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig
 from pipeline.causal_inference import cache_initial
 from pipeline.denoise import denoise_block, write_context
+from utils.parallel.deepspeed import is_partitioned
 
 Reencode = Callable[[Tensor], Tensor]
 
@@ -68,6 +72,14 @@ def self_forcing_rollout(
         raise ValueError(f"{len(plan.exit_steps)} exit steps for {len(blocks)} blocks")
     if plan.score_frames > conditioning.initial_frames + noise.shape[1]:
         raise ValueError(f"{plan.score_frames} frames to judge of {conditioning.initial_frames + noise.shape[1]}")
+    # with checkpointing the exit passes run without gradient and get it afterwards, all in one pass
+    replays = (
+        with_gradient
+        and isinstance(student.net, WanTransformer)
+        and student.net.checkpointing is not Checkpointing.none
+        and not is_partitioned(student.net)  # ZeRO-3 gathers weights as blocks are called, and a replay calls none
+    )
+    trace = Trace()
     parts: list[Tensor] = []
     if conditioning.initial is not None:
         cache_initial(student, conditioning.initial, text, given, source, cache)
@@ -88,16 +100,28 @@ def self_forcing_rollout(
             source=source,
             cache=cache,
             with_gradient=with_gradient and judged,
+            trace=trace if replays and judged else None,
         )
         parts.append(x0)
         if index < len(blocks) - 1:  # nothing reads what the last block would write
             write_context(student, x0, text, sigma=causal.context_sigma, block=index, source=source, cache=cache)
-    return _judged_window(torch.cat(parts, 1), conditioning.initial_frames, sigmas, plan, reencode)
+    video = torch.cat(parts, 1)
+    if trace.passes:
+        video = _replay(student, trace, text, plan, video)
+    return _judged_window(video, sigmas, plan, reencode)
 
 
-def _judged_window(
-    video: Tensor, initial: int, sigmas: Sequence[float], plan: RolloutPlan, reencode: Reencode | None
-) -> Rollout:
+def _replay(student: ScoreNet, trace: Trace, text: Tensor, plan: RolloutPlan, video: Tensor) -> Tensor:
+    """The video, to the bit, with gradient in the frames of the traced passes, its last ones."""
+    x, sigma = trace.x, trace.sigma
+    if len(set(plan.exit_steps)) == 1:
+        sigma = sigma[:, 0]
+    x0 = student.x0_again(x, sigma, text, replay=trace)
+    before, same = video.split([video.shape[1] - x0.shape[1], x0.shape[1]], 1)
+    return torch.cat([before, same + (x0 - x0.detach())], 1)
+
+
+def _judged_window(video: Tensor, sigmas: Sequence[float], plan: RolloutPlan, reencode: Reencode | None) -> Rollout:
     start = video.shape[1] - plan.score_frames
     mask = torch.ones(plan.score_frames, dtype=torch.bool, device=video.device)
     window = video[:, start:]

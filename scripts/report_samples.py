@@ -199,8 +199,9 @@ def _identity(root: Path, method: Method) -> str:
             raise UserError(f"{root / run} holds no checkpoint: train it first")
         digest.update(json.dumps(checkpoint.load_state(folder)["config"], sort_keys=True).encode())
         if run == method.run:
-            averaged = folder / "student_ema.safetensors"
-            digest.update((averaged if averaged.is_file() else folder / "student.safetensors").read_bytes())
+            averaged = "student_ema" in checkpoint.tensor_names(folder)
+            for file in checkpoint.files_of(folder, "student_ema" if averaged else "student"):
+                digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

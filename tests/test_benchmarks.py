@@ -16,9 +16,9 @@ from model.wan.attention import Backend
 def test_one_configuration_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In a process of its own: table, JSON, one thread, tokens at the minimum."""
     out = tmp_path / "new" / "result.json"
-    flags = ["--size", "smoke", "--precision", "bf16", "--checkpointing", "on", "--repeats", "1", "--out", str(out)]
+    flags = ["--size", "smoke", "--precision", "bf16", "--checkpointing", "full", "--repeats", "1", "--out", str(out)]
     assert train_step.main(flags) == 0
-    assert "bf16, checkpointing on, plain" in capsys.readouterr().out
+    assert "bf16, checkpointing full, plain" in capsys.readouterr().out
     written = json.loads(out.read_text())
     (result,) = written["results"]
     assert result["tokens"] == result["tokens_minimum"] and len(result["tokens"]) == 8
@@ -72,7 +72,7 @@ def test_baseline_workload_is_the_published_one() -> None:
 
 def test_report_puts_the_public_figures_below_ours() -> None:
     units = [8.0, 9.0, 10.0, 11.0]
-    ours = {"precision": "fp32", "checkpointing": "on", "backend": "sdpa", "forward_seconds": 1.0, "generator": units}
+    ours = {"precision": "fp32", "checkpointing": "full", "backend": "sdpa", "forward_seconds": 1.0, "generator": units}
     ours |= {"critic": units, "tokens": [10], "tokens_minimum": [10], "peak_gb": 1.5}
     lines = train_step.report([ours], public=True).splitlines()
     assert "9.50" in lines[2] and "1.000 x min" in lines[2]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from utils import checkpoint
+from utils import checkpoint, shards
 from utils.config import UserError
+from utils.optim_state import flatten_optimizer, restore_optimizer
 
 
 def tensors() -> dict[str, dict[str, Tensor]]:
@@ -58,6 +60,11 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert sorted(checkpoint.tensor_names(path)) == ["critic", "student"]
     for name, group in given.items():
         assert_same(checkpoint.load_tensors(path, name), group)
+        assert_same(load_file(path / f"{name}.safetensors"), group)  # what any other tool sees
+    into = {name: {key: torch.zeros_like(value) for key, value in group.items()} for name, group in given.items()}
+    checkpoint.load_into(path, checkpoint.layout(path), into)
+    for name, group in given.items():
+        assert_same(into[name], group)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
 
 
@@ -79,19 +86,23 @@ def test_order_retention_and_step(tmp_path: Path) -> None:
 
 
 def half_written(error: BaseException) -> Callable[..., None]:
-    def save_file(group: dict[str, Tensor], file: Path) -> None:
+    def write_file(file: Path, group: dict[str, Tensor]) -> None:
         file.write_bytes(b"\x00" * 100)
         raise error
 
-    return save_file
+    return write_file
 
 
 def test_a_killed_save_shadows_nothing_and_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = tensors()
     good = checkpoint.save(tmp_path, 1, given, {"n": 1})
+
+    class Killed(BaseException): ...
+
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", half_written(KeyboardInterrupt()))
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "write_file", half_written(Killed()))
+        patch.setattr("utils.checkpoint.shutil.rmtree", lambda *_, **__: None)  # the dead tidy up nothing
+        with pytest.raises(Killed):
             checkpoint.save(tmp_path, 2, given, {"n": 2})
     assert len(list(tmp_path.iterdir())) == 2  # the good one and what the kill left
     assert checkpoint.latest(tmp_path) == checkpoint.resolve_resume("auto", tmp_path) == good
@@ -100,21 +111,60 @@ def test_a_killed_save_shadows_nothing_and_is_cleared(tmp_path: Path, monkeypatc
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000001", "step_00000003"}
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")],
-    ids=["write", "safetensors"],
-)
-def test_full_disk_is_said_clearly_and_costs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_full_disk_is_said_clearly_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = checkpoint.save(tmp_path, 1, tensors(), {"n": 1})
-    monkeypatch.setattr(checkpoint, "save_file", half_written(error))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(shards, "write_file", half_written(full))
     for step in (1, 2):
         with pytest.raises(UserError, match=rf"step_0000000{step} .*No space left on device; earlier .* intact"):
             checkpoint.save(tmp_path, step, tensors(), {"n": 2})
     assert list(tmp_path.iterdir()) == [good]
     assert checkpoint.load_state(good) == {"n": 1}
+
+
+def test_a_background_save_keeps_what_it_was_given_and_reports_at_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    write_file = shards.write_file
+
+    def slow(file: Path, group: dict[str, Tensor]) -> dict[str, int]:
+        assert gate.wait(60)
+        return write_file(file, group)
+
+    monkeypatch.setattr(shards, "write_file", slow)
+    saver = checkpoint.Saver(tmp_path, keep_last=1, background=True)
+    live, state = {"net": {"w": torch.ones(3, 2)[:, 1], "step": torch.tensor(1.0)}}, {"counts": [1]}
+    saver.save(1, live, state)
+    live["net"]["w"].zero_()  # training goes on, and must not be seen
+    live["net"]["step"] += 1
+    state["counts"].append(2)
+    assert checkpoint.latest(tmp_path) is None
+    gate.set()
+    saver.wait()
+    saved = checkpoint.load_tensors(tmp_path / "step_00000001", "net")
+    assert saved["w"].tolist() == [1, 1, 1] and saved["step"].item() == 1
+    assert checkpoint.load_state(tmp_path / "step_00000001") == {"counts": [1]}
+
+    monkeypatch.setattr(shards, "write_file", half_written(OSError(errno.ENOSPC, "No space left on device")))
+    saver.save(2, live, state)
+    with pytest.raises(UserError, match="step_00000002 could not be written: No space left on device"):
+        saver.save(3, live, state)
+    monkeypatch.setattr(shards, "write_file", write_file)
+    saver.save(4, live, state)
+    saver.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+
+
+def test_retention_never_deletes_the_only_whole_one(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, tensors(), {})
+    truncate(tmp_path / "step_00000003/student.safetensors")
+    (tmp_path / "step_00000002/tensors.json").unlink()
+    assert checkpoint.prune(tmp_path, keep_last=1) == []
+    checkpoint.save(tmp_path, 4, tensors(), {})
+    assert len(checkpoint.prune(tmp_path, keep_last=1)) == 3
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000004"
 
 
 def test_saving_a_step_again_replaces_it_and_a_kill_in_between_keeps_one(
@@ -131,9 +181,12 @@ def test_saving_a_step_again_replaces_it_and_a_kill_in_between_keeps_one(
         rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "rename", killed_at_the_second)
+        patch.setattr("utils.checkpoint_folder.os.rename", killed_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(tmp_path, 1, {}, {"n": 3})
+    assert checkpoint.latest(tmp_path) is None
+    found = checkpoint.find_resume("auto", tmp_path)
+    assert found is not None and found[1] == {"n": 2}
     checkpoint.save(tmp_path, 2, {}, {})
     assert checkpoint.load_state(tmp_path / "step_00000001") == {"n": 2}
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000001", "step_00000002"}
@@ -147,8 +200,15 @@ def scramble(file: Path) -> None:
     file.write_bytes(b"\xff" * file.stat().st_size)
 
 
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1  # the last tensor's last bit: still a valid file of the right size
+    file.write_bytes(data)
+
+
 @pytest.mark.parametrize(
-    ("damage", "say"), [(truncate, "truncated"), (scramble, "corrupt"), (Path.unlink, "is missing")]
+    ("damage", "say"),
+    [(truncate, "truncated"), (scramble, "corrupt"), (flip, "the checksum of"), (Path.unlink, "is missing")],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], Any], say: str) -> None:
     checkpoint.save(tmp_path, 1, {}, {})
@@ -157,7 +217,36 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], Any], 
     with pytest.raises(UserError, match=rf"step_00000002/student.safetensors .*{say}.*: step_00000001") as caught:
         checkpoint.load_tensors(path, "student")
     assert "\n" not in str(caught.value)
+    into = {"student": {name: torch.zeros_like(value) for name, value in tensors()["student"].items()}}
+    with pytest.raises(UserError, match=say):
+        checkpoint.check(path)  # what a resume does first
+        checkpoint.load_into(path, checkpoint.layout(path), into)
     assert checkpoint.load_tensors(path, "critic").keys() == {"w"}
+
+
+def test_a_changed_table_or_state_is_found_by_its_checksum(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 2, tensors(), {"cursor": 16})
+    table, state = path / "tensors.json", path / "state.json"
+    table.write_text(table.read_text().replace('"F32"', '"I32"', 1))
+    with pytest.raises(UserError, match="tensors.json is corrupt .*its checksum"):
+        checkpoint.layout(path)
+    state.write_text(state.read_text().replace("16", "17"))
+    with pytest.raises(UserError, match="state.json is corrupt .*its checksum"):
+        checkpoint.load_state(path)
+
+
+def test_the_first_format_is_still_read(tmp_path: Path) -> None:
+    """One process's files with their sizes, no table."""
+    path, given = tmp_path / "step_00000007", {"a": torch.randn(3).bfloat16(), "b": torch.tensor(2.0)}
+    path.mkdir()
+    save_file(given, path / "net.safetensors")
+    files = {"net.safetensors": (path / "net.safetensors").stat().st_size}
+    (path / "state.json").write_text(json.dumps({"format": 1, "step": 7, "files": files, "state": {"n": 1}}))
+    assert checkpoint.load_state(path) == {"n": 1} and checkpoint.tensor_names(path) == ["net"]
+    assert_same(checkpoint.load_tensors(path, "net"), given)
+    truncate(path / "net.safetensors")
+    with pytest.raises(UserError, match="net.safetensors is truncated"):
+        checkpoint.load_tensors(path, "net")
 
 
 @pytest.mark.parametrize("text", ["", '{"format": 1', "[]", "{}", "\udcff"])
@@ -174,7 +263,7 @@ def test_another_format_and_an_unknown_name_are_refused(tmp_path: Path) -> None:
         checkpoint.load_tensors(path, "ema")
     manifest = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(UserError, match="has format 99, this code reads 1"):
+    with pytest.raises(UserError, match="has format 99, this code reads 1 and 2"):
         checkpoint.load_state(path)
 
 
@@ -239,21 +328,20 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, make: Callable[[nn.Module]
     train(net, optimizer, range(5))
     for group in optimizer.param_groups:  # what a schedule does
         group["lr"] *= 0.5
-    flat, rest = checkpoint.flatten_optimizer(optimizer, net.named_parameters())
+    flat, rest = flatten_optimizer(optimizer, net.named_parameters())
     path = checkpoint.save(tmp_path, 5, {"net": net.state_dict(), "optimizer": flat}, {"optimizer": rest})
     unbroken = train(net, optimizer, range(5, 10))
 
     other = network(1)
     resumed = make(other)
     other.load_state_dict(checkpoint.load_tensors(path, "net"))
-    loaded = checkpoint.load_tensors(path, "optimizer")
-    checkpoint.restore_optimizer(
-        resumed, {p: n for n, p in other.named_parameters()}, loaded, checkpoint.load_state(path)["optimizer"]
-    )
+    layout, saved = checkpoint.layout(path), checkpoint.load_state(path)["optimizer"]
+    slots = restore_optimizer(resumed, {p: n for n, p in other.named_parameters()}, layout["optimizer"], saved)
+    checkpoint.load_into(path, layout, {"optimizer": slots})
     assert train(other, resumed, range(5, 10)) == unbroken
     assert_same(dict(other.state_dict()), dict(net.state_dict()))
-    again, rest_again = checkpoint.flatten_optimizer(resumed, other.named_parameters())
-    assert_same(again, checkpoint.flatten_optimizer(optimizer, net.named_parameters())[0])
+    again, rest_again = flatten_optimizer(resumed, other.named_parameters())
+    assert_same(again, flatten_optimizer(optimizer, net.named_parameters())[0])
     assert rest_again == rest
     assert [type(g["betas"]) for g in resumed.param_groups if "betas" in g] == [
         type(g["betas"]) for g in optimizer.param_groups if "betas" in g
@@ -262,11 +350,12 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, make: Callable[[nn.Module]
 
 def test_an_optimizer_that_has_not_stepped_restores_to_nothing(tmp_path: Path) -> None:
     net = network(0)
-    flat, rest = checkpoint.flatten_optimizer(adamw(net), net.named_parameters())
+    flat, rest = flatten_optimizer(adamw(net), net.named_parameters())
     assert flat == {}
     used = adamw(net)
     train(net, used, range(2))
-    checkpoint.restore_optimizer(used, net.named_parameters(), flat, rest)
+    path = checkpoint.save(tmp_path, 1, {"optimizer": flat}, {})
+    assert restore_optimizer(used, net.named_parameters(), checkpoint.layout(path)["optimizer"], rest) == {}
     assert len(used.state) == 0
 
 
@@ -274,31 +363,33 @@ def test_what_does_not_fit_is_listed() -> None:
     net = network(0)
     optimizer = sgd(net)
     train(net, optimizer, range(1))
-    flat, rest = checkpoint.flatten_optimizer(optimizer, net.named_parameters())
+    _, rest = flatten_optimizer(optimizer, net.named_parameters())
 
     renamed = {p: n.replace("2.", "head.") for n, p in net.named_parameters()}
     with pytest.raises(UserError, match=r"missing in the checkpoint: head.weight, head.bias; not in .*: 2.weight"):
-        checkpoint.restore_optimizer(optimizer, renamed, flat, rest)
+        restore_optimizer(optimizer, renamed, {}, rest)
 
     wider = network(0, width=6)
     with pytest.raises(UserError, match=r"shape: 0.weight \(\[5, 4\] in the checkpoint, \[6, 4\] here\), 0.bias"):
-        checkpoint.restore_optimizer(sgd(wider), wider.named_parameters(), flat, rest)
+        restore_optimizer(sgd(wider), wider.named_parameters(), {}, rest)
 
     with pytest.raises(UserError, match=r"in another group: 0.bias, 2.bias; 1 parameter groups .* 2 here"):
-        checkpoint.restore_optimizer(adamw(net), net.named_parameters(), flat, rest)
+        restore_optimizer(adamw(net), net.named_parameters(), {}, rest)
 
     with pytest.raises(ValueError, match=r"a parameter of shape \[5\] has no name"):
-        checkpoint.flatten_optimizer(optimizer, {p: n for n, p in net.named_parameters() if n != "0.bias"})
+        flatten_optimizer(optimizer, {p: n for n, p in net.named_parameters() if n != "0.bias"})
 
 
-def test_state_that_json_cannot_hold_is_refused() -> None:
+def test_state_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
     net = network(0)
     optimizer = sgd(net)
     optimizer.state[net[0].weight]["odd"] = {1, 2}  # type: ignore[index]
     with pytest.raises(ValueError, match="0.weight/odd is a set"):
-        checkpoint.flatten_optimizer(optimizer, net.named_parameters())
+        flatten_optimizer(optimizer, net.named_parameters())
     optimizer.state[net[0].weight] = {"number": 2.5, "text": "x", "none": None, "many": [1, 2]}  # type: ignore[index]
-    flat, rest = checkpoint.flatten_optimizer(optimizer, net.named_parameters())
+    flat, rest = flatten_optimizer(optimizer, net.named_parameters())
     fresh = sgd(net)
-    checkpoint.restore_optimizer(fresh, net.named_parameters(), flat, json.loads(json.dumps(rest)))
+    path = checkpoint.save(tmp_path, 1, {"optimizer": flat}, {})
+    layout = checkpoint.layout(path)["optimizer"]
+    restore_optimizer(fresh, net.named_parameters(), layout, json.loads(json.dumps(rest)))
     assert fresh.state[net[0].weight] == optimizer.state[net[0].weight]  # type: ignore[index]

@@ -61,7 +61,8 @@ def test_defect_02_text_projections_get_gradient_with_and_without_checkpointing(
     for name, gradient in found[0].items():
         if not name.endswith("cross_attn.k.bias"):  # under a norm its gradient may be small, never the others'
             assert float(gradient.norm()) > 1e-6, name
-        assert torch.equal(gradient, found[1][name]) and torch.equal(gradient, found[2][name]), name
+        # checkpointing sums over the blocks in another order
+        assert relative(found[1][name], gradient) < 3e-6 and relative(found[2][name], gradient) < 3e-6, name
 
 
 def test_defect_02_backward_runs_for_every_kind_of_cache_without_checkpointing() -> None:

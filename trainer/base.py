@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -21,7 +20,9 @@ from trainer.build import build_task
 from trainer.networks import Trained
 from trainer.sampling import sample
 from trainer.state import load_run, save_run
-from utils import checkpoint, distributed
+from trainer.zero import absorb, portable
+from utils import activity, checkpoint, distributed
+from utils.agreement import FiniteCheck
 from utils.config import ConfigError, UserError, diff, save, to_plain
 from utils.data.prompts import load_prompts
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
@@ -62,6 +63,7 @@ class Trainer(ABC):
         self.config, self.options = config, options
         self.device = distributed.device()
         self.mesh = options.mesh or build_mesh(config.parallel, distributed.world_size(), self.device)
+        distributed.set_timeout(config.watchdog.group_timeout(), self.mesh.groups)
         self.evaluations = Evaluations()
         self.task = build_task(config, self.device)
         self.micro_batches_per_rank = micro_batches(config.training, self.mesh.dp_size)
@@ -76,6 +78,10 @@ class Trainer(ABC):
         self.networks: dict[str, Trained] = {}
         self.build()
         self.checkpoints = options.logdir / "checkpoints"
+        cadence = config.checkpoint
+        self.saver = checkpoint.Saver(
+            self.checkpoints, cadence.keep_last, cadence.keep_every, background=cadence.background
+        )
         if options.resume == "never":
             set_aside(options.logdir, [options.logdir / name for name in RUN_FILES])
         self._resume()
@@ -110,11 +116,13 @@ class Trainer(ABC):
         if distributed.is_main():
             save(self.config, self.options.logdir / "config.yaml")
         unlogged: dict[str, float] = {}
+        activity.begin(self.step, slow=True)  # the first iteration compiles and allocates
         with self._signals():
             while self.step < total and not self._stopping():
                 started = time.perf_counter()
                 metrics = self.training_step()
                 self.step += 1
+                activity.begin(self.step)
                 unlogged |= metrics | self._vitals(time.perf_counter() - started)
                 self.latest |= unlogged
                 if self.step % self.config.training.log_every == 0 or self.step == total:
@@ -123,6 +131,7 @@ class Trainer(ABC):
                 progress.update(self.step, {k: self.latest[k] for k in self.headline if k in self.latest})
                 if self.abort is not None:
                     self.save_checkpoint()
+                    self.saver.wait()
                     raise UserError(self.abort)
                 if self.step % self.config.checkpoint.every == 0 or self.step == total:
                     self.save_checkpoint()
@@ -132,6 +141,7 @@ class Trainer(ABC):
                     self.validate()
             if self.stop_signal is not None and self.step < total:
                 self.save_checkpoint()
+            self.saver.wait()
         progress.close()
         self.logger.close()
         distributed.barrier()
@@ -186,32 +196,38 @@ class Trainer(ABC):
         engine = trained.engine
         engine.zero_grad()
         sums: dict[str, float] = {}
+        own_loss = 0.0
         for micro in batch:
+            activity.mark(f"{trained.name} loss and backward")
             output = loss_of(micro)
             engine.backward(output.loss * micro.weight, last=micro is batch[-1])
             for name, value in output.metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * micro.weight
+            own_loss += float(output.loss.detach())
+        activity.mark(f"{trained.name} update")
+        check = FiniteCheck(sums | {"loss": own_loss}, trained.optimizer.named)
         metrics = self.summed(sums)
         metrics["grad_norm"] = float(engine.clip())
-        if self._finite(trained.name, metrics):
+        if self._accepted(trained.name, check.agree(metrics["grad_norm"])):
             metrics["lr"] = engine.step()
             if trained.ema is not None:
                 trained.ema.update(trained.optimizer.updates)
         engine.zero_grad()
         return {f"{trained.name}/{name}": value for name, value in metrics.items()}
 
-    def _finite(self, name: str, metrics: dict[str, float]) -> bool:
-        bad = [key for key, value in metrics.items() if not math.isfinite(value)]
-        if not bad:
+    def _accepted(self, name: str, problem: str | None) -> bool:
+        """Whether the update is taken; counts what is skipped. problem: what is not finite and where, on all ranks."""
+        if problem is None:
             self.skipped_in_a_row[name] = 0
             return True
         self.skipped += 1
         self.skipped_in_a_row[name] = count = self.skipped_in_a_row.get(name, 0) + 1
-        console.warning("step %d: %s of %s not finite, update skipped", self.step, ", ".join(bad), name)
+        if distributed.is_main():
+            console.warning("step %d: %s: not finite: %s; update skipped", self.step, name, problem)
         if count >= self.config.training.non_finite_limit:
             # the iteration is finished first, so that the checkpoint is of a whole one
             self.abort = (
-                f"{count} updates of {name} in a row were not finite (last: {', '.join(bad)} at step {self.step}); the "
+                f"{count} updates of {name} in a row were not finite (last: {problem} at step {self.step}); the "
                 "state is saved: lower the learning rate or look at the data"
             )
             self.skipped_in_a_row[name] = 0
@@ -219,6 +235,7 @@ class Trainer(ABC):
 
     # ---------------------------------------------------------------------------------------------------- validation
 
+    @activity.doing("validation", slow=True)
     @torch.no_grad()
     def validate(self) -> None:
         """Videos of the fixed prompt library from a fixed seed, with the average, the raw weights, or both.
@@ -269,23 +286,22 @@ class Trainer(ABC):
 
     # --------------------------------------------------------------------------------------------- state and signals
 
+    @activity.doing("checkpoint", slow=True)
     def save_checkpoint(self) -> None:
-        if not self.options.save:
+        """Begins a save; `self.saver.wait()` ends it. A step that was saved, or is being saved, is not saved again."""
+        if not self.options.save or self.saver.step == self.step:
             return
         evaluations = self.summed_evaluations()
-        tensors, state = save_run(self.networks)
-        if distributed.is_main():
-            state |= {
-                "step": self.step,
-                "cursor": self.cursor,
-                "skipped": self.skipped,
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "evaluations": evaluations,
-                "config": to_plain(self.config),
-            }
-            checkpoint.save(self.checkpoints, self.step, tensors, state)
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
-        distributed.barrier()
+        tensors, state = save_run(portable(self.networks))
+        state |= {
+            "step": self.step,
+            "cursor": self.cursor,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "evaluations": evaluations,
+            "config": to_plain(self.config),
+        }
+        self.saver.save(self.step, tensors, state)
 
     def summed_evaluations(self) -> dict[str, dict[str, int]]:
         """The counts of all networks; a rank that never ran one of them still takes part."""
@@ -298,11 +314,15 @@ class Trainer(ABC):
         return out
 
     def _resume(self) -> None:
-        path = checkpoint.resolve_resume(self.options.resume, self.checkpoints)
-        if path is None:
+        if self.options.resume == "never":
             return
-        state = checkpoint.load_state(path)
-        load_run(self.networks, path, state, self.device)
+        found = checkpoint.find_resume(self.options.resume, self.checkpoints, self.saver.group)
+        if found is None:
+            return
+        path, state, layout = found
+        networks = portable(self.networks, values=False)
+        load_run(networks, path, state, layout, self.saver.group)
+        absorb(self.networks, networks)
         if path.parent.resolve() == self.checkpoints.resolve():
             # the run's other future: the newest checkpoint must be the one to go on from
             saved = checkpoint.list_checkpoints(self.checkpoints)
@@ -318,7 +338,12 @@ class Trainer(ABC):
     def _stopping(self) -> bool:
         # Agreed by all: a rank that stopped alone would leave the others waiting in a collective.
         mine = self.stop_signal  # a signal that arrives from here on is seen by the next call
-        agreed = int(distributed.all_reduce_scalars({"signal": float(mine or 0)}, "max")["signal"])
+        now = {"signal": float(mine or 0), "unsaved": float(self.saver.failed)}
+        now = distributed.all_reduce_scalars(now, "max")
+        if now["unsaved"]:
+            self.saver.wait()  # raises what went wrong, on every rank that knows
+            raise UserError("a checkpoint could not be written on another rank: its log says why")
+        agreed = int(now["signal"])
         if agreed and mine is None:
             self.stop_signal = agreed
         return agreed != 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from configs.schema import Precision, RunConfig, TrainedConfig, TrainerKind
 from model.ema import EMA
@@ -17,19 +20,29 @@ from model.wan.attention import Backend, available
 from model.wan.config import NetworkConfig
 from model.wan.init import no_weights, random_weights
 from model.wan.transformer import WanTransformer
-from model.wan.weights import LazyWeights
+from model.wan.weights import LazyWeights, check_fit
 from trainer.engine import Engine, FSDPEngine
 from trainer.networks import Trained
 from trainer.task import SyntheticTask, Task, ToyTask
+from trainer.zero import DeepSpeedEngine
 from utils import checkpoint, distributed
 from utils.config import ConfigError
 from utils.optim import NetworkOptimizer
+from utils.parallel import deepspeed
 from utils.parallel.mesh import Mesh, ParallelConfig
 from utils.parallel.parallelize import Sharding, fill, is_sharded, materialise, parallelize
 from utils.random import keyed_seed
 
 if TYPE_CHECKING:
     from trainer.base import RunOptions, Trainer
+
+
+class Weights(Protocol):
+    """Stored weights that are read one tensor at a time."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -50,8 +63,10 @@ def build_network(
     *,
     trained: bool = True,
     place: Placement | None = None,
+    empty: bool = False,
 ) -> WanTransformer:
     """A network with its starting weights. Random ones are keyed by (seed, name): the same for any number of ranks.
+    empty: without values, for one that is about to get others.
 
     It is made without memory and sharded; then rank 0 reads or draws its weights one by one and sends each rank its
     part. Raises ConfigError, on every rank, for a missing backend or weights that do not fit.
@@ -62,10 +77,12 @@ def build_network(
     with torch.device("meta"):
         net = WanTransformer(config.geometry(), backend, config.checkpointing).to(dtype)
     net.requires_grad_(trained)
-    source = None if config.init is None else open_init(net, Path(config.init), config.init_weights, name)
+    source = None if config.init is None or empty else open_init(net, Path(config.init), config.init_weights, name)
     if place is not None:
         parallelize(net, place.mesh, place.config, place.sharding)
     materialise(net, device, offload=place is not None and place.sharding.offload)
+    if empty:
+        return net
     reads = place is None or distributed.is_main()
     if source is not None:
         names = [key for key, _ in net.named_parameters()]
@@ -77,7 +94,7 @@ def build_network(
     return net
 
 
-def open_init(net: WanTransformer, path: Path, which: str, name: str) -> LazyWeights:
+def open_init(net: WanTransformer, path: Path, which: str, name: str) -> Weights:
     """Weights of a run, a checkpoint, or a safetensors file or folder, checked against `net` by their headers.
 
     Raises ConfigError naming the network.
@@ -86,10 +103,13 @@ def open_init(net: WanTransformer, path: Path, which: str, name: str) -> LazyWei
         if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
             folder = checkpoint.resolve_resume(str(path), path)
             assert folder is not None
-            has_ema = (folder / "student_ema.safetensors").is_file()
-            path = folder / f"{'student_ema' if which == 'ema' and has_ema else 'student'}.safetensors"
-        weights = LazyWeights(path)
-        weights.check(net)
+            has_ema = "student_ema" in checkpoint.tensor_names(folder)
+            weights: Weights = checkpoint.StoredGroup(
+                folder, "student_ema" if which == "ema" and has_ema else "student"
+            )
+        else:
+            weights = LazyWeights(path)
+        check_fit({key: tuple(p.shape) for key, p in net.named_parameters()}, weights.shapes)
         return weights
     except (ValueError, OSError) as problem:
         raise ConfigError(f"{name}.init: {problem}") from None
@@ -133,6 +153,7 @@ def build_trained(
     mesh: Mesh,
     *,
     with_ema: bool,
+    empty: bool = False,
 ) -> Trained:
     """A network with fp32 master weights, its optimizer and schedule over `updates` updates, and maybe its EMA."""
     if device.type == "cpu" and Backend(network.attention) is Backend.FLEX:
@@ -142,7 +163,7 @@ def build_trained(
     cached = name == "student" and config.is_causal  # the context grows from block to block, and Inductor fails on it
     sharding = Sharding(dtype, reshard, parallel.offload_optimizer, parallel.compile and not cached)
     place = Placement(mesh, parallel, sharding)
-    net = build_network(network, name, config.seed, device, place=place)
+    net = build_network(network, name, config.seed, device, place=place, empty=empty)
     matrices = [n for n, p in net.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
     try:
         optimizer = NetworkOptimizer(net, training.optimizer, training.lr_schedule, updates, matrices)
@@ -152,7 +173,16 @@ def build_trained(
     ema = None
     if with_ema and config.ema.decay is not None:
         ema = EMA(net, config.ema.decay, config.ema.start, config.ema.every)
-    engine = build_engine(parallel, net, optimizer)
+    if parallel.engine == "deepspeed":
+        # in CPU memory, and sharded as FSDP2 does it: one format of checkpoint for all
+        usual = replace(config, parallel=replace(parallel, engine="fsdp2", offload_optimizer=True))
+        twin = partial(
+            build_trained, usual, network, name, training, updates, Evaluations(), device, mesh,
+            with_ema=with_ema, empty=True,
+        )  # fmt: skip
+        engine: Engine = DeepSpeedEngine(net, optimizer, parallel.deepspeed, twin)
+    else:
+        engine = build_engine(parallel, net, optimizer)
     return Trained(name, net, ScoreNet(net, name, evaluations, dtype), optimizer, engine, ema)
 
 
@@ -179,6 +209,8 @@ def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     distributed.init()
+    if config.parallel.engine == "deepspeed":
+        deepspeed.start()
     match config.trainer:
         case TrainerKind.score_distillation:
             return ScoreDistillationTrainer(config, options)

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from utils import distributed
 from utils.config import UserError
+from utils.watchdog import EXIT_STUCK, CollectiveError
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def _positive(text: str) -> int:
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run ``main`` and exit: 0 or its return value; a UserError is one line on stderr (of rank 0) and exit code 2.
+    """Run ``main`` and exit: 0 or its return value; a UserError is one line on stderr (of rank 0) and exit code 2;
+    a lost rank, which the watchdog has reported, is exit code EXIT_STUCK.
 
     Anything else is a defect of ours and keeps its traceback. Where the environment names a folder EXIT_CODES, each
     rank leaves its code there: torchrun makes 1 of all codes, and a launcher has to tell a saved run from a failed one.
@@ -100,11 +102,15 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         code = 2
         if distributed.is_main():
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except CollectiveError:
+        code = EXIT_STUCK
     except KeyboardInterrupt:
         code = 130
     finally:
         if folder := os.environ.get("EXIT_CODES"):
             Path(folder, f"rank_{distributed.rank()}").write_text(f"{code}\n")
+    if code == EXIT_STUCK:
+        os._exit(code)  # leaving in order would wait for the rank that is gone
     if code not in (2, 130):  # after a failure of one rank, taking the group down would wait for the others
         distributed.shutdown()
     sys.exit(code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Literal
 
@@ -12,14 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from utils.activity import doing
+
 Reduction = Literal["sum", "mean", "max", "min"]
 
 
 def init(timeout: timedelta | None = None) -> None:
     """Join the process group of torchrun's environment (nccl with CUDA, else gloo); without one do nothing.
 
-    timeout: after which a collective that some rank does not join is an error; null for torch's own. With CUDA there is
-    gloo beside nccl, for what lies in CPU memory.
+    timeout: of its collectives, None for torch's own. Groups made later have torch's own: see ``set_timeout``.
+    With CUDA there is gloo beside nccl, for what lies in CPU memory.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
@@ -29,6 +31,14 @@ def init(timeout: timedelta | None = None) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device(), timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)
+
+
+def set_timeout(timeout: timedelta | None, groups: Iterable[dist.ProcessGroup]) -> None:
+    """Give the collectives of these groups (a mesh's, say) a timeout; None leaves them torch's own."""
+    if timeout is None:
+        return
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def shutdown() -> None:
@@ -63,10 +73,11 @@ def barrier() -> None:
     """Wait for every process."""
     if world_size() == 1:
         return
-    if torch.cuda.is_available():
-        dist.barrier(device_ids=[device().index])
-    else:
-        dist.barrier()
+    with doing("wait for all ranks"):
+        if torch.cuda.is_available():
+            dist.barrier(device_ids=[device().index])
+        else:
+            dist.barrier()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -75,6 +86,11 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local()
+
+
+def stored(parameter: Tensor) -> Tensor:
+    """What is kept of a parameter between passes: itself, or, where ZeRO-3 has cut it up, this process's flat part."""
+    return getattr(parameter, "ds_tensor", parameter)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -100,11 +116,45 @@ def all_reduce_scalars(values: Mapping[str, float], op: Reduction = "sum") -> di
     names = sorted(values)
     numbers = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device())
     reduce = {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}.get(op, dist.ReduceOp.SUM)
-    dist.all_reduce(numbers, op=reduce)
-    if op == "mean":
-        numbers /= world_size()
-    reduced = dict(zip(names, numbers.tolist(), strict=True))
+    with doing(f"{op} of {', '.join(names[:3])} over ranks"):
+        dist.all_reduce(numbers, op=reduce)
+        if op == "mean":
+            numbers /= world_size()
+        reduced = dict(zip(names, numbers.tolist(), strict=True))  # on a GPU it is here that one waits
     return {name: reduced[name] for name in values}
+
+
+def all_gather_text(text: str, size: int = 256) -> list[str]:
+    """The short texts of all processes, by rank; each cut to ``size`` bytes of UTF-8."""
+    if world_size() == 1:
+        return [text]
+    raw = text.encode()[:size].ljust(size, b"\0")
+    own = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(device())
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    with doing("gather texts of all ranks"):
+        dist.all_gather(parts, own)
+        raws = [bytes(part.tolist()) for part in parts]
+    return [raw.rstrip(b"\0").decode(errors="ignore") for raw in raws]
+
+
+def grouped(values: Sequence[str]) -> str:
+    """Values by rank in one line, equal ones together: ``ranks 0-6: abc, rank 7: def``."""
+    by_value: dict[str, list[int]] = {}
+    for number, value in enumerate(values):
+        by_value.setdefault(value, []).append(number)
+    return ", ".join(f"{ranks(numbers)}: {value}" for value, numbers in by_value.items())
+
+
+def ranks(numbers: Sequence[int]) -> str:
+    """``rank 3`` or ``ranks 0-2, 5``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    spans = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank {spans}" if len(numbers) == 1 else f"ranks {spans}"
 
 
 def _joined() -> bool:

@@ -158,11 +158,16 @@ class NetworkOptimizer:
         return {name: p for name, p in self.named.items() if id(p) in held}
 
     def clip(self) -> Tensor:
-        """Clips as configured and returns the gradient's global norm before that, a scalar tensor."""
+        """Clips as configured and returns the gradient's global norm before that, a scalar tensor.
+
+        By a norm that is not finite nothing is clipped: all would become NaN, and nobody could tell where it began.
+        """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if not gradients:
             raise ValueError("no parameter has a gradient: the loss does not reach this network")
         norm = full(torch.nn.utils.get_total_norm(gradients))
+        if not bool(norm.isfinite()):
+            return norm
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         elif self.config.clip_value is not None:
@@ -171,12 +176,18 @@ class NetworkOptimizer:
 
     def step(self) -> float:
         """One update at the scheduled rate; returns the AdamW rate used."""
+        rate = self.set_rates()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        self.updates += 1
+        return rate
+
+    def set_rates(self) -> float:
+        """Gives the optimizers the rates of the coming update; returns AdamW's."""
         factor = self.schedule.factor(self.updates, self.total)
         for kind, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = self.peak[kind] * factor
-            optimizer.step()
-        self.updates += 1
         return self.peak["adamw"] * factor
 
     def apply_config(self) -> None:

@@ -91,23 +91,26 @@ class KVCache:
 
     def context(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """K and V [B, held * T, N, D] that the next block may see, without gradient; None while empty."""
+        return self._context(layer, copy=self.rolling and torch.is_grad_enabled())
+
+    def _context(self, layer: int, *, copy: bool) -> tuple[Tensor, Tensor] | None:
         if self.held_frames == 0:
             return None
         k, v = self._kv[layer, :, :, : self.held_frames * self.shape.tokens_per_frame]
-        if self.rolling and torch.is_grad_enabled():
-            return k.clone(), v.clone()
-        return k, v
+        return (k.clone(), v.clone()) if copy else (k, v)
 
-    def join(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def join(self, layer: int, *, again: bool | None = None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """A function from a block's own K and V [B, F * T, N, D] to all that it sees: the context before it and itself.
 
         Without gradient nothing of the context is copied: the block is put behind it in the buffer. With gradient the
         two are concatenated, and the function may be called again in backward, by a checkpointed block; it raises
         RuntimeError if the cache was reset before, where it would silently read another rollout's keys.
+        again: whether it may be called later; default: with gradient.
         """
-        if not torch.is_grad_enabled():
+        again = torch.is_grad_enabled() if again is None else again
+        if not again:
             return partial(self._join_in_place, layer)
-        context, generation = self.context(layer), self.generation
+        context, generation = self._context(layer, copy=self.rolling), self.generation
 
         def concatenate(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             if context is None:

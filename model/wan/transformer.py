@@ -7,7 +7,7 @@ N heads  D head dim  d model width.  Parameter names are Wan's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as functional
@@ -18,9 +18,12 @@ from model.wan.checkpointing import recomputed
 from model.wan.config import TIME_SCALE, Checkpointing, WanConfig
 from model.wan.kv_cache import CacheShape, KVCache
 from model.wan.masks import FrameMask
+from model.wan.replay import Join, Trace, TracedPass, known_output
 from model.wan.rope import apply_rope, rope_table
+from utils.parallel.sequence import FrameShards, SequenceParallel
 
 KV = tuple[Tensor, Tensor]
+Parts = list[tuple[int, Join | None]]  # numbers of tokens, each with the context that it sees
 
 
 class RMSNorm(nn.Module):
@@ -76,6 +79,18 @@ class Attention(nn.Module):
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
 
 
+def attend_joined(
+    q: Tensor, k: Tensor, v: Tensor, join: Join | Parts | None, mask: FrameMask | None, backend: Backend
+) -> Tensor:
+    """Attention of tokens [B, L, N, D] to themselves and what precedes them; parts see only themselves and theirs."""
+    if isinstance(join, list):
+        sizes = [size for size, _ in join]
+        parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), join, strict=True)
+        return torch.cat([attend_joined(a, b, c, one, mask, backend) for a, b, c, (_, one) in parts], 1)
+    keys, values = (k, v) if join is None else join(k, v)
+    return attend(q, keys, values, mask=mask, backend=backend)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, MLP; the first and the last modulated by time (AdaLN)."""
 
@@ -98,19 +113,29 @@ class Block(nn.Module):
         text_kv: KV | None,
         rope: Tensor,
         mask: FrameMask | None,
-        join: Callable[[Tensor, Tensor], KV] | None,
+        join: Join | Parts | None,
         backend: Backend,
-    ) -> tuple[Tensor, KV, KV]:
+        shards: FrameShards | None = None,
+        known: Tensor | None = None,
+    ) -> tuple[Tensor, KV | None, KV | None]:
         """x [B, L, d] -> x, this pass's rotated (k, v) and the text's (k, v), each [B, tokens, N, D].
 
-        join: puts the keys and values that precede these tokens, and are seen by all of them, before their own.
+        join: puts the keys and values that precede these tokens, and are seen by all of them, before their own; or one
+        for each part of the tokens, which then see nothing of each other.
+        shards: x and rope are this rank's tokens; the rotated (k, v) are all tokens of this rank's heads.
+        known: x after this block, from passes already made (model/wan/replay.py): only backward computes.
         """
+        if known is not None:
+            return self._replay(known, x, time_BF6d, text_BMd, rope, join, backend, shards), None, None
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (time_BF6d + self.modulation.float()).unbind(2)
         h = modulate(x, shift, scale, self.eps).type_as(x)
         k, v = self.self_attn.key_value(h)
         k, q = apply_rope(k, rope), apply_rope(self.self_attn.query(h), rope)
-        keys, values = (k, v) if join is None else join(k, v)
-        out = attend(q, keys, values, mask=mask, backend=backend)
+        if shards is not None:
+            q, k, v = shards.to_heads(q, k, v)
+        out = attend_joined(q, k, v, join, mask, backend)
+        if shards is not None:
+            out = shards.to_tokens(out)
         x = gated_add(x, self.self_attn.o(out.flatten(2)), gate)
 
         if text_kv is None:
@@ -121,6 +146,26 @@ class Block(nn.Module):
 
         h = modulate(x, mlp_shift, mlp_scale, self.eps).type_as(x)
         return gated_add(x, self.ffn(h), mlp_gate), (k, v), text_kv
+
+    def _replay(
+        self,
+        known: Tensor,
+        x: Tensor,
+        time_BF6d: Tensor,
+        text_BMd: Tensor | None,
+        rope: Tensor,
+        join: Join | Parts | None,
+        backend: Backend,
+        shards: FrameShards | None,
+    ) -> Tensor:
+        assert text_BMd is not None
+
+        def run(x: Tensor, time_BF6d: Tensor, text_BMd: Tensor) -> Tensor:
+            # not through __call__: hooks of the replay's own call surround its backward
+            return self.forward(x, time_BF6d, text_BMd, None, rope, None, join, backend, shards)[0]
+
+        weights = [p for p in self.parameters() if p.requires_grad]
+        return known_output(run, known, (x, time_BF6d, text_BMd), weights)
 
     def _norm3(self, x: Tensor) -> Tensor:
         if isinstance(self.norm3, nn.Identity):
@@ -165,7 +210,10 @@ class WanTransformer(nn.Module):
     """Velocity network. Causal or bidirectional is a mask or a cache, never another class.
 
     backend: attention backend. checkpointing: what is kept of each block for backward.
+    sequence: the ranks that share the tokens, set from outside (`apply_sequence_parallel`); None where there are none.
     """
+
+    sequence: SequenceParallel | None = None
 
     def __init__(
         self,
@@ -214,10 +262,11 @@ class WanTransformer(nn.Module):
         device: torch.device | str,
     ) -> KVCache:
         """An empty cache for latents of `height` x `width`, holding `context_frames` frames beside blocks of
-        `block_frames`."""
+        `block_frames`; under sequence parallelism with all tokens of this rank's heads."""
         c = self.config
         tokens = c.tokens_per_frame(height, width)
-        shape = CacheShape(c.num_layers, batch, context_frames, tokens, c.num_heads, c.head_dim, block_frames)
+        heads = c.num_heads if self.sequence is None else c.num_heads // self.sequence.size
+        shape = CacheShape(c.num_layers, batch, context_frames, tokens, heads, c.head_dim, block_frames)
         return KVCache(shape, sinks=sinks, rolling=rolling, dtype=dtype, device=device)
 
     def forward(
@@ -230,12 +279,15 @@ class WanTransformer(nn.Module):
         mask: FrameMask | None = None,
         cache: KVCache | None = None,
         write_cache: bool = False,
+        trace: Trace | None = None,
+        replay: Trace | None = None,
     ) -> Tensor:
         """Velocity [B, F, C, H, W] at x [B, F, C, H, W].
 
         sigma: noise level in [0, 1], [B] or one a frame [B, F]. text: [B, M, D], zeros after its length.
         positions: absolute frame positions for RoPE; default 0.. or, with a cache, what follows the cached frames.
         mask: who sees whom (default: all see all). cache: frames before these; `write_cache` stores these after them.
+        trace: a pass without gradient is noted in it; given as `replay`, with its x, all its passes get their gradient.
         Raises ValueError for latents, text or a mask of another geometry.
         """
         self._check(x, sigma, text)
@@ -245,16 +297,23 @@ class WanTransformer(nn.Module):
             x.shape[3] // self.config.patch_size[1],
             x.shape[4] // self.config.patch_size[2],
         )
-        if positions is None:
-            start = 0 if cache is None else cache.frames
-            positions = range(start, start + frames)
-        rope = rope_table(positions, height, width, self.config.head_dim, x.device)
-        tokens = self._patchify(x)
+        shards = None if self.sequence is None else self.sequence.frames(height * width)
+        tokens = self._patchify(x, shards)
         time, time6 = self._time(sigma)
-        tokens = self._run_blocks(tokens, time6, text, rope, mask, cache, write_cache)
+        if replay is not None:
+            tokens = self._replay(tokens, time6, text, replay, shards)
+        else:
+            if positions is None:
+                start = 0 if cache is None else cache.frames
+                positions = range(start, start + frames)
+            rope = rope_table(positions, height, width, self.config.head_dim, x.device)
+            rope = rope if shards is None else shards.own(rope)
+            noted = None if trace is None else trace.start(x, sigma, rope, frames * height * width)
+            tokens = self._run_blocks(tokens, time6, text, rope, mask, cache, write_cache, shards, noted)
         if cache is not None and write_cache:
             cache.advance(frames)
-        return self._unpatchify(self.head(tokens, time), frames, height, width)
+        out = self.head(tokens, time)
+        return self._unpatchify(out if shards is None else shards.gather(out), frames, height, width)
 
     def _run_blocks(
         self,
@@ -265,6 +324,8 @@ class WanTransformer(nn.Module):
         mask: FrameMask | None,
         cache: KVCache | None,
         write: bool,
+        shards: FrameShards | None,
+        noted: TracedPass | None,
     ) -> Tensor:
         embedded: Tensor | None = None
         for layer, block in enumerate(self.blocks):
@@ -272,12 +333,23 @@ class WanTransformer(nn.Module):
             text_kv = None if cache is None else cache.text(layer)
             if text_kv is None and embedded is None:
                 embedded = self.text_embedding(text)
-            arguments = (x, time6, embedded, text_kv, rope, mask, join, self.backend)
+            if noted is not None:
+                noted.joins.append(None if cache is None else cache.join(layer, again=True))
+            arguments = (x, time6, embedded, text_kv, rope, mask, join, self.backend, shards)
             x, kv, text_kv = recomputed(block, self.checkpointing)(*arguments)
             if cache is not None:
                 cache.keep_text(layer, *text_kv)
                 if write:
                     cache.append(layer, *kv)
+            if noted is not None:
+                noted.outputs.append(x)
+        return x
+
+    def _replay(self, x: Tensor, time6: Tensor, text: Tensor, trace: Trace, shards: FrameShards | None) -> Tensor:
+        embedded, rope = self.text_embedding(text), trace.rope
+        for layer, block in enumerate(self.blocks):
+            parts, known = trace.joins(layer), trace.output(layer)
+            x, _, _ = block(x, time6, embedded, None, rope, None, parts, self.backend, shards, known)
         return x
 
     def _time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,11 +365,13 @@ class WanTransformer(nn.Module):
             time = fp32_linear(second, functional.silu(fp32_linear(first, wave)))
             return time, fp32_linear(projection, functional.silu(time)).unflatten(-1, (6, -1))
 
-    def _patchify(self, x: Tensor) -> Tensor:
+    def _patchify(self, x: Tensor, shards: FrameShards | None = None) -> Tensor:
         # A convolution whose stride is its kernel is a linear layer on patches, and faster as one.
         _, ph, pw = self.config.patch_size
         b, f, c, h, w = x.shape
         patches = x.reshape(b, f, c, h // ph, ph, w // pw, pw).permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+        if shards is not None:  # before the first weight, so that each weight's gradient is of this rank's tokens only
+            patches = shards.split(patches)
         weight = self.patch_embedding.weight.flatten(1)
         return functional.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
 

@@ -201,13 +201,6 @@ class LazyWeights:
         self.shapes = {name: tuple(f.get_slice(key).get_shape()) for name, (f, key) in self._files.items()}
         self.path = path
 
-    def check(self, net: nn.Module) -> None:
-        """Raises ValueError, naming the keys, unless these are exactly the weights that `net` has."""
-        try:
-            check_fit({name: tuple(p.shape) for name, p in net.named_parameters()}, self.shapes)
-        except ValueError as problem:
-            raise ValueError(f"{self.path}: {problem}") from None
-
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, value) in this order, as stored."""
         for name in names:

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from utils import distributed
 from utils.config import ConfigError
+from utils.parallel.deepspeed import DeepSpeedConfig
 
 ENGINES = ("fsdp2", "deepspeed")
 
@@ -36,6 +37,7 @@ class ParallelConfig:
     offload_optimizer: trained shards, their gradients and optimizer states live in CPU memory, and the update is made
     there. offload_teacher: the frozen network's shards live in CPU memory. compile: torch.compile of each block of
     networks that run without a KV cache: critic, teacher, a bidirectional student.
+    deepspeed: for that engine, which spreads what is trained; what is frozen is sharded the same way under both.
     """
 
     engine: str = "fsdp2"
@@ -48,6 +50,7 @@ class ParallelConfig:
     offload_optimizer: bool = False
     offload_teacher: bool = False
     compile: bool = False
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -56,6 +59,18 @@ class ParallelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.engine == "deepspeed":
+            self._refuse_what_zero_lacks()
+
+    def _refuse_what_zero_lacks(self) -> None:
+        for name in ("replicate", "sequence"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name} must be 1 with engine deepspeed, got {getattr(self, name)}: or choose fsdp2")
+        for name in ("keep_gathered_in_rollout", "sync_each_micro_batch", "compile"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is not for engine deepspeed: set it to false, or choose fsdp2")
+        if self.offload_optimizer:
+            raise ValueError("offload_optimizer is fsdp2's: for engine deepspeed set deepspeed.offload_optimizer")
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,11 @@ class Mesh:
     rank: int = 0
     devices: DeviceMesh | None = None
     weights: DeviceMesh | None = None
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """All process groups of the mesh."""
+        return [group for mesh in (self.devices, self.weights) if mesh is not None for group in mesh.get_all_groups()]
 
     @property
     def world(self) -> int:

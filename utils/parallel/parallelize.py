@@ -24,7 +24,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from utils import distributed
+from utils.parallel import deepspeed
 from utils.parallel.mesh import Mesh, ParallelConfig
+from utils.parallel.sequence import Splittable, apply_sequence_parallel
 
 
 class Shardable(Protocol):
@@ -44,15 +46,20 @@ class Sharding:
 
 
 def parallelize(net: nn.Module, mesh: Mesh, config: ParallelConfig, sharding: Sharding) -> None:
-    """Compiles and shards `net` in place. In a single process nothing is sharded.
+    """Splits the sequence of `net`, compiles and shards it, in place. In a single process nothing of it is shared.
 
     Its weights may still be on the meta device: `materialise` gives the shards memory, `fill` their values.
     """
+    if mesh.sequence_group is not None:
+        apply_sequence_parallel(cast(Splittable, net), mesh.sequence_group)
     if sharding.compile:
         for unit in cast(Shardable, net).fsdp_units():
             # inside the hooks of sharding, outside those of recomputation: names and state dicts stay as they are
             unit.forward = torch.compile(unit.forward)
-    if mesh.world > 1 and config.engine == "fsdp2":
+    if config.engine == "deepspeed" and any(p.requires_grad for p in net.parameters()):
+        if config.deepspeed.zero_stage == 3:
+            deepspeed.partition(net, config.deepspeed)
+    elif mesh.world > 1:
         _shard(net, mesh, sharding)
 
 
@@ -97,7 +104,7 @@ def sharded_modules(net: nn.Module) -> list[FSDPModule]:
 
 
 def is_sharded(net: nn.Module) -> bool:
-    return isinstance(net, FSDPModule)
+    return isinstance(net, FSDPModule) or deepspeed.is_partitioned(net)
 
 
 def reshard(net: nn.Module) -> None:
@@ -105,6 +112,7 @@ def reshard(net: nn.Module) -> None:
     being used."""
     for module in sharded_modules(net):
         module.reshard()
+    deepspeed.release(net)
 
 
 @contextmanager
@@ -146,7 +154,8 @@ def frozen(net: nn.Module) -> Iterator[None]:
 
 def materialise(net: nn.Module, device: torch.device, *, offload: bool = False) -> None:
     """Memory, without values, for a network made on the meta device: for the whole or for this process's shards."""
-    net.to_empty(device=torch.device("cpu") if offload else device)
+    if not deepspeed.is_partitioned(net):  # that one has got its memory part by part
+        net.to_empty(device=torch.device("cpu") if offload else device)
 
 
 @torch.no_grad()
@@ -161,6 +170,8 @@ def fill(net: nn.Module, weights: Iterable[tuple[str, Tensor]], *, shared: bool 
         target = parameters[name]
         if isinstance(target, DTensor):
             _scatter(target, value)
+        elif hasattr(target, "ds_tensor"):
+            deepspeed.write(target, value)
         else:
             if not shared or distributed.is_main():
                 target.copy_(value)

@@ -1,0 +1,90 @@
+"""DeepSpeed trains as FSDP2 does, and their checkpoints are each other's. Two processes run tests/distributed/zero.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.distributed import zero
+from tests.distributed.sharding import save_networks
+from tests.distributed.test_data_parallel import ROOT, environment
+from tests.small import config
+from trainer.build import build_trainer
+from utils.config import ConfigError
+
+Seen = dict[str, Tensor]
+PARTS = ("weight/student", "weight/critic", "square/student", "square/critic", "ema/student", "video")
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("zero")
+    save_networks(folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "-m", "tests.distributed.zero", str(folder)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: load_file(folder / f"{name}.safetensors") for name in zero.RUNS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in zero.RUNS if name != "fsdp2"])
+def test_zero_trains_as_fsdp2_and_resumes_either_way(seen: dict[str, Seen], name: str) -> None:
+    """Losses and gradient norms of five steps, then weights, second moments and averages; clipping is active, one step
+    is skipped, and half-way the run is saved and resumed, by the other engine in two cases."""
+    one, whole = seen[name], seen["fsdp2"]
+    assert one.keys() == whole.keys()
+    metrics = [key for key in whole if key.startswith("metric/")]
+    norms = [float(whole[key]) for key in metrics if key.endswith("grad_norm")]
+    assert len(norms) == 2 * zero.STEPS and min(norms) < zero.CLIP < max(norms)
+    for key in metrics:
+        assert float(one[key]) == pytest.approx(float(whole[key]), rel=2e-6, abs=1e-9), key
+    for part in PARTS:
+        keys = [key for key in whole if key.startswith(part)]
+        a, b = (torch.cat([s[key].double().flatten() for key in keys]) for s in (one, whole))
+        assert float((a - b).norm() / b.norm()) < 2e-6, part
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"deepspeed": {"zero_stage": 1}}, "parallel.deepspeed.zero_stage must be 2 or 3, got 1"),
+        ({"deepspeed": {"offload_optimizer": "disk"}}, "offload_optimizer 'disk' is unknown: choose none, cpu, nvme"),
+        ({"deepspeed": {"offload_optimizer": "nvme"}}, "nvme_path go together"),
+        ({"deepspeed": {"nvme_path": "x"}}, "nvme_path go together"),
+        ({"deepspeed": {"zero_stage": 2, "offload_optimizer": "nvme", "nvme_path": "x"}}, "needs zero_stage 3"),
+        ({"sequence": 2}, "sequence must be 1 with engine deepspeed"),
+        ({"replicate": 2}, "replicate must be 1 with engine deepspeed"),
+        ({"compile": True}, "compile is not for engine deepspeed"),
+        ({"offload_optimizer": True}, "for engine deepspeed set deepspeed.offload_optimizer"),
+    ],
+)
+def test_what_zero_cannot_do_is_refused_in_one_line(parallel: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(parallel={"engine": "deepspeed", **parallel})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"), [({"kind": "muon"}, "kind muon"), ({"clip_norm": None, "clip_value": 1.0}, "clip_value")]
+)
+def test_optimizers_of_whole_matrices_are_refused(optimizer: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"generator_training.optimizer: {message}.*fsdp2"):
+        config(parallel={"engine": "deepspeed"}, generator_training={"optimizer": optimizer})
+
+
+def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from trainer.base import RunOptions
+
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match="pip install deepspeed"):
+        build_trainer(config(parallel={"engine": "deepspeed"}), RunOptions(tmp_path, wandb=False))

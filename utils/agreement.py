@@ -1,0 +1,98 @@
+"""What all ranks must agree on: what they run, before they begin; whether an update is finite, at each one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from utils import distributed
+from utils.config import ConfigError
+
+
+def code_revision(root: Path) -> str:
+    """``<git revision>+<digest of the sources>``; the digest alone where there is no git.
+
+    Sources are `*.py` of ``root`` and of the packages in it: edits that are not committed count, a run's logs do not.
+    """
+    files = [*root.glob("*.py"), *(file for mark in root.glob("*/__init__.py") for file in mark.parent.rglob("*.py"))]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    command = ["git", "-C", str(root), "rev-parse", "--short=10", "HEAD"]
+    try:
+        revision = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):  # no git here, or none that answers: the digest says enough
+        revision = ""
+    return "+".join(filter(None, [revision, digest.hexdigest()[:12]]))
+
+
+def require_agreement(fields: Mapping[str, str]) -> None:
+    """Compare short texts (<= 256 bytes) by name over all ranks; every rank gives the same names.
+
+    Raises ConfigError on every rank, naming each field that differs, its values and whose they are.
+    """
+    differing = []
+    for name, value in fields.items():
+        values = distributed.all_gather_text(value)
+        if len(set(values)) > 1:
+            differing.append(f"{name} differs: {distributed.grouped(values)}")
+    if differing:
+        raise ConfigError(
+            f"the ranks do not run the same: {'; '.join(differing)}: start all of them from one folder with one command"
+        )
+
+
+class FiniteCheck:
+    """Whether an update may be taken, agreed by all ranks, and if not whose numbers spoilt it.
+
+    Made before gradients are summed over ranks, from this rank's own numbers: sums lose whose they were. Sharded
+    gradients (DTensor) are summed by then, and a rank answers for its shard; its losses are always its own.
+    ``agree`` costs one all-reduce of one number.
+    """
+
+    def __init__(self, losses: Mapping[str, float], named: Mapping[str, torch.nn.Parameter]) -> None:
+        self.bad = [name for name, value in losses.items() if not math.isfinite(value)]
+        self.named = named
+        own = [p.grad for p in named.values() if p.grad is not None and not isinstance(p.grad, DTensor)]
+        # read only if something is wrong: no waiting for a GPU here
+        self.norm = torch.nn.utils.get_total_norm(own) if own and distributed.world_size() > 1 else None
+
+    def agree(self, grad_norm: float) -> str | None:
+        """None if all is finite on all ranks, else what is not, and on which ranks; the same on every rank.
+
+        grad_norm: the global one. Gradients must be as they were summed, not yet clipped by a norm that is NaN.
+        """
+        flag = float(bool(self.bad) or not math.isfinite(grad_norm))
+        if not distributed.all_reduce_scalars({"non_finite": flag}, "max")["non_finite"]:
+            return None
+        found = list(self.bad)
+        innocent = self.norm is not None and bool(self.norm.isfinite())
+        suspects = {name: p for name, p in self.named.items() if not innocent or isinstance(p.grad, DTensor)}
+        if where := first_non_finite(suspects):
+            found.append(f"gradient of {where}")
+        texts = distributed.all_gather_text(", ".join(found))
+        by_text: dict[str, list[int]] = {}
+        for rank, text in enumerate(texts):
+            by_text.setdefault(text, []).append(rank)
+        parts = [f"{text} on {distributed.ranks(numbers)}" for text, numbers in by_text.items() if text]
+        return "; ".join(parts) or "the gradient's norm"
+
+
+def first_non_finite(named: Mapping[str, torch.nn.Parameter]) -> str | None:
+    """The first parameter whose gradient (of a sharded one: the part held here) has a NaN or infinity."""
+    for name, p in named.items():
+        if p.grad is not None and not bool(_local(p.grad).isfinite().all()):
+            return f"{name} (its shard)" if isinstance(p.grad, DTensor) else name
+    return None
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

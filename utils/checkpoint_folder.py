@@ -1,0 +1,200 @@
+"""The folder ``checkpoints/`` of a run: what stands in it, whether it is whole, how it gets there and how it goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from utils.config import UserError
+
+FORMAT = 2
+READABLE = (1, 2)  # 1: one process, no table, no checksums
+STATE, TABLE = "state.json", "tensors.json"
+_NAME = re.compile(r"step_(\d{8,})")
+TEMPORARY, REPLACED = ".tmp-", ".old-"
+
+# ------------------------------------------------------------------------------------------------------------ contents
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """The complete checkpoints under ``root``, oldest step first; none when there is no such folder."""
+    if not Path(root).is_dir():
+        return []
+    found = [path for path in Path(root).iterdir() if _NAME.fullmatch(path.name) and (path / STATE).is_file()]
+    return sorted(found, key=step_of)
+
+
+def latest(root: Path) -> Path | None:
+    """The complete checkpoint of the highest step under ``root``, if there is one."""
+    return next(reversed(list_checkpoints(root)), None)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    match = _NAME.fullmatch(Path(path).name)
+    if match is None:
+        raise UserError(f"{path} is not a checkpoint: its name should be step_ and eight digits")
+    return int(match[1])
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The ``state`` that was saved. Raises UserError when ``state.json`` is missing, corrupt or of another format."""
+    state: dict[str, Any] = read_manifest(path)["state"]
+    return state
+
+
+def check(path: Path) -> None:
+    """Raises UserError unless every file of checkpoint ``path`` is there, of the size that was written."""
+    refuse_missing(Path(path), read_manifest(path)["files"])
+
+
+def refuse_missing(path: Path, files: Iterable[str]) -> None:
+    """Raises UserError unless these files of checkpoint ``path`` are there, of the size that was written."""
+    sizes: dict[str, int] = read_manifest(path)["files"]
+    for name in sorted(files):
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing: the checkpoint is damaged; {other_checkpoints(path)}")
+        if (size := file.stat().st_size) != sizes[name]:
+            raise UserError(f"{file} is truncated or changed: {size} bytes of {sizes[name]}; {other_checkpoints(path)}")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What ``state.json`` holds. Raises UserError when it is missing, corrupt or of another format."""
+    file = Path(path) / STATE
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a checkpoint: it has no {STATE}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is corrupt ({error}); {other_checkpoints(path)}") from error
+    if not isinstance(manifest, dict) or not {"format", "step", "files", "state"} <= manifest.keys():
+        raise UserError(
+            f"{file} is not a checkpoint's state: it lacks format, step, files or state; {other_checkpoints(path)}"
+        )
+    if manifest["format"] not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise UserError(f"{file} has format {manifest['format']}, this code reads {known}: use the code that wrote it")
+    if manifest["format"] != 1 and checksum(manifest["state"]) != manifest.get("crc32", {}).get("state"):
+        raise UserError(f"{file} is corrupt (its checksum is another); {other_checkpoints(path)}")
+    return manifest
+
+
+def checksum(state: Any) -> int:
+    """CRC-32 of what JSON keeps of ``state``: the same before it is written and after it is read."""
+    return zlib.crc32(json.dumps(state).encode())
+
+
+def other_checkpoints(path: Path) -> str:
+    """What an error about checkpoint ``path`` says of the ones beside it."""
+    others = [other.name for other in list_checkpoints(Path(path).parent) if other.name != Path(path).name]
+    return f"resume from another: {', '.join(others)}" if others else "there is no other checkpoint beside it"
+
+
+# -------------------------------------------------------------------------------------------------------- coming, going
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a written, synced folder its name, in place of what had it."""
+    replaced = final.with_name(REPLACED + final.name)
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    fsync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def restore(root: Path) -> None:
+    """Undo a ``publish`` that was killed between its two renames: the older one of that step is the good one."""
+    for path in root.iterdir() if root.is_dir() else ():
+        original = root / path.name.removeprefix(REPLACED)
+        if path.name.startswith(REPLACED) and not original.exists():
+            os.rename(path, original)
+
+
+def sweep(root: Path) -> None:
+    """Clear what killed saves and prunes left behind."""
+    restore(root)
+    for path in root.iterdir():
+        if path.name.startswith((TEMPORARY, REPLACED)):
+            shutil.rmtree(path)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file, synced to disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync(path: Path) -> None:
+    """Sync a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def resolve_resume(arg: str, root: Path) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start.
+
+    ``"auto"``: the latest under ``root``, if any. ``"never"``: None. Else a path: a checkpoint, a folder of
+    checkpoints or a run folder with ``checkpoints/`` in it. Raises UserError, naming what is there, when there is none.
+    """
+    if arg == "never":
+        return None
+    if arg == "auto":
+        return latest(root)
+    path = Path(arg)
+    if (path / STATE).is_file():
+        return path
+    found = latest(path / "checkpoints") or latest(path)
+    if found is None:
+        raise UserError(f"no checkpoint in {arg}: {_whats_there(path)}; give a run's folder, or a checkpoint's")
+    return found
+
+
+def _whats_there(path: Path) -> str:
+    if path.is_file():
+        return "it is a file"
+    while not path.is_dir():
+        path = path.parent
+    names = sorted(child.name for child in path.iterdir())
+    return f"{path} has {', '.join(names[:10]) or 'nothing'}{' ...' if len(names) > 10 else ''}"
+
+
+def prune(root: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
+    """Delete all but the last ``keep_last`` whole checkpoints and those whose step divides by ``keep_every``.
+
+    One with a missing or truncated file does not count as kept, so the only good one is never deleted. Returns what was
+    deleted. Raises ValueError for ``keep_last`` < 1 or ``keep_every`` < 1.
+    """
+    if keep_last < 1 or (keep_every is not None and keep_every < 1):
+        raise ValueError(f"keep_last={keep_last}, keep_every={keep_every}: give whole numbers of at least 1")
+    found = list_checkpoints(root)
+    whole = 0
+    while found and whole < keep_last:
+        whole += _is_whole(found.pop())
+    doomed = [path for path in found if keep_every is None or step_of(path) % keep_every]
+    for path in doomed:
+        # renamed first: half a deletion must not look like a checkpoint
+        os.rename(path, path.with_name(TEMPORARY + path.name))
+        shutil.rmtree(path.with_name(TEMPORARY + path.name))
+    return doomed
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        check(path)
+    except UserError:
+        return False
+    return True
