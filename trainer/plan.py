@@ -1,12 +1,13 @@
 """The planner: what a run will need of each GPU, found out without one, and the least time it can take.
 
-`plan_run.py` runs the trainer's iterations under fake tensors; here they become a run's memory, traffic, FLOPs and time.
+`plan_run.py` runs the trainer's iterations under fake tensors; here they become a run's memory, traffic and time.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from configs.schema import RunConfig, TrainerKind, UpdateSchedule
 from trainer.base import micro_batches
@@ -64,8 +65,8 @@ class KindPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Per GPU. rest: bytes between iterations. peak: bytes of the worst moment; parts: whose they are; when: which it is.
-    host: bytes in the CPU's memory."""
+    """Per GPU. rest: bytes between iterations. peak: bytes of the worst moment; parts: whose they are; when: which it
+    is. host: whose bytes lie in the CPU's memory, and not in the peak."""
 
     config: RunConfig
     cluster: Cluster
@@ -106,12 +107,12 @@ def kinds_of(config: RunConfig) -> list[Kind]:
 
 
 def iterations_of(kind: Kind, parts: int) -> list[Iteration]:
-    """What is run of a kind: two micro-batches, one for each of two exit steps; where an iteration has one, two of it."""
+    """What is run of a kind: two micro-batches, one for each of two exit steps; two iterations where they have one."""
     return [Iteration(kind.step, [1, 0])] if parts > 1 else [Iteration(kind.step, [exit_step]) for exit_step in (1, 0)]
 
 
 def make_plan(config: RunConfig, cluster: Cluster, *, whole: bool = False) -> Plan:
-    """Plans a run. whole: with all layers (slow), for tests. Raises ConfigError for a split or batch that is illegal."""
+    """Plans a run. whole: with all layers (slow), for tests. Raises ConfigError for an illegal split or batch."""
     ways = split(config.parallel, cluster.world)
     parts = micro_batches(config.training, ways[0] * ways[1])
     kinds = kinds_of(config)
@@ -150,7 +151,7 @@ def measure(
 
 def iteration_cost(config: RunConfig, record: Record, first: int) -> Cost:
     """Cost of the iteration whose first number this is: of all its updates."""
-    cost: Cost = Counter()
+    cost: Counter[Any] = Counter()
     for update in dict.fromkeys(key.update for key in record.phases if key.iteration == first):
         cost.update(update_cost(record, first, update, mean_exit(config)))
     return cost
@@ -169,8 +170,8 @@ def update_cost(record: Record, first: int, update: str, exit_step: float) -> Co
     """
     many = record.micro_batches > 1
 
-    def stage(name: str, iteration: int, micro: int) -> Cost:
-        total: Cost = Counter()
+    def stage(name: str, iteration: int, micro: int) -> Counter[Any]:
+        total: Counter[Any] = Counter()
         for key, phase in record.phases.items():
             if (key.iteration, key.update, key.stage, key.micro) == (iteration, update, name, micro):
                 total.update(phase.cost)
@@ -186,7 +187,7 @@ def update_cost(record: Record, first: int, update: str, exit_step: float) -> Co
         (stage("update", first, final), 1),
         (stage("backward", first, 0), record.micro_batches - 1),
     ]
-    return Counter({key: sum(cost[key] * times for cost, times in terms) for key in {k for c, _ in terms for k in c}})
+    return {key: sum(cost[key] * times for cost, times in terms) for key in {k for c, _ in terms for k in c}}
 
 
 def worst_moment(record: Record, host: frozenset[Owner]) -> tuple[Key, Phase]:

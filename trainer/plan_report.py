@@ -1,10 +1,9 @@
-"""A plan in words: what a GPU holds, what is sent and computed, how long it takes at least, and what would make it fit."""
+"""A plan in words: what a GPU holds, sends and computes, how long that takes at least, and what would make it fit."""
 
 from __future__ import annotations
 
 import copy
 import math
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,21 +27,20 @@ COLUMNS = {
     "KV cache": ("KV cache",),
     "activations": ("activations", "update", WORKSPACE),
 }
-Sizes = dict[str, float]
 
 
 def report(plan: Plan) -> str:
     """All of it, as lines of text."""
     cluster, (replicate, shard, sequence) = plan.cluster, plan.split
     training = plan.config.training
+    where = "" if plan.when.network == "other" else f", in the {plan.when.network}'s layers"
     head = [
-        f"{plan.config.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu_name}: replicate {replicate} x shard {shard} "
-        f"x sequence {sequence}; {plan.micro_batches} micro-batches of {training.micro_batch_size} a rank and update",
+        f"{plan.config.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu_name}: "
+        f"replicate {replicate} x shard {shard} x sequence {sequence}; "
+        f"{plan.micro_batches} micro-batches of {training.micro_batch_size} a rank and update",
         "",
-        f"GB per GPU at the worst moment ({plan.when.stage} of the {plan.when.update}'s update, in the {plan.when.network}'s "
-        "layers):" if plan.when.network != "other" else f"GB per GPU at the worst moment ({plan.when.stage} of the "
-        f"{plan.when.update}'s update):",
-    ]  # fmt: skip
+        f"GB per GPU at the worst moment ({plan.when.stage} of the {plan.when.update}'s update{where}):",
+    ]
     return "\n".join([*head, *memory(plan), "", *verdict(plan), "", *traffic(plan), "", *time(plan)])
 
 
@@ -71,8 +69,8 @@ def verdict(plan: Plan) -> list[str]:
     gpu, needed = plan.cluster.gpu, needed_gb(plan.peak)
     says = "fits" if plan.fits else "does not fit"
     return [
-        f"peak {plan.peak / GB:.1f} GB of tensors; {needed:.1f} GB with an assumed margin of {FRAGMENTS:.0%} for fragments and "
-        f"{CONTEXT_GB:.0f} GB for CUDA and NCCL, of {gpu.memory:.0f} GB: {says}"
+        f"peak {plan.peak / GB:.1f} GB of tensors; {needed:.1f} GB with an assumed margin of {FRAGMENTS:.0%} for "
+        f"fragments and {CONTEXT_GB:.0f} GB for CUDA and NCCL, of {gpu.memory:.0f} GB: {says}"
     ]
 
 
@@ -81,7 +79,7 @@ def traffic(plan: Plan) -> list[str]:
     kinds = dict.fromkeys(key.collective for item in plan.iterations for key in item.cost if isinstance(key, Traffic))
     cells = [["per GPU and iteration of", *(f"{kind}, GB" for kind in kinds), "between nodes, GB", "PFLOP"]]
     for item in plan.iterations:
-        sizes = [sum(item.cost[Traffic(kind, far)] for far in (False, True)) for kind in kinds]
+        sizes = [sum(item.cost.get(Traffic(kind, far), 0.0) for far in (False, True)) for kind in kinds]
         far = sum(size for key, size in item.cost.items() if isinstance(key, Traffic) and key.inter_node)
         cells.append(
             [
@@ -104,7 +102,8 @@ def time(plan: Plan) -> list[str]:
         *table(cells),
         f"at the data sheet's bf16 speed; gathers and reductions wholly beside the arithmetic, all-to-all never: "
         f"{plan.gpu_hours:.0f} GPU-hours at least, {plan.seconds / 3600:.1f} h",
-        f"at {MFU:.0%} of that speed (an assumption): {plan.gpu_hours / MFU:.0f} GPU-hours, {plan.seconds / MFU / 3600:.1f} h",
+        f"at {MFU:.0%} of that speed (an assumption): {plan.gpu_hours / MFU:.0f} GPU-hours, "
+        f"{plan.seconds / MFU / 3600:.1f} h",
     ]
 
 
@@ -123,7 +122,7 @@ def table(cells: Sequence[Sequence[str]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Change:
-    """Settings to change, and how far they are thought to lower the peak, in bytes: only which to plan depends on it."""
+    """Settings to change, and how far they are thought to lower the peak, in bytes: which to plan depends on it."""
 
     settings: dict[str, object]
     saves: float
@@ -172,7 +171,7 @@ def changes(plan: Plan) -> list[Change]:
     state = held("parameters", "optimizer", "EMA", SHARDED)
     for fewer in range(replicate - 1, 0, -1):
         if replicate % fewer == 0:
-            ways = {"parallel.replicate": fewer, "parallel.shard": shard * replicate // fewer}
+            ways: dict[str, object] = {"parallel.replicate": fewer, "parallel.shard": shard * replicate // fewer}
             out.append(Change(ways, state * (1 - fewer / replicate)))
     partly = [name for name in trained if getattr(config, name).checkpointing is not Checkpointing.full]
     if partly:

@@ -1,5 +1,5 @@
-"""One planned run: the trainer's own iterations under a `Meter`, with few layers and few micro-batches, and the laws by which
-they become those of the whole run.
+"""One planned run: the trainer's own iterations under a `Meter`, with few layers and few micro-batches, and the law by
+which they become those of the whole run.
 
 Memory and cost are affine in the number of layers, so two depths give all; cost is affine in the exit step and in the
 number of micro-batches. What is run is the real code: `Trainer.training_step`.
@@ -68,8 +68,8 @@ class Record:
     leaves behind until the iteration's end."""
 
     phases: dict[Key, Phase]
-    rest: dict[Owner, int]
-    growth: dict[tuple[int, str], dict[Owner, int]] = field(default_factory=dict)
+    rest: dict[Owner, float]
+    growth: dict[tuple[int, str], dict[Owner, float]] = field(default_factory=dict)
     micro_batches: int = 1
 
 
@@ -100,6 +100,7 @@ def stripped(config: RunConfig) -> RunConfig:
     config.data.prompts = config.validation.prompts = config.validation.every = config.training.threads = None
     config.rollout.last_step_only = config.parallel.compile = False
     config.logging.tensorboard = config.logging.wandb = False
+    config.watchdog.stuck_after_seconds = None
     return config
 
 
@@ -135,7 +136,9 @@ def run(config: RunConfig, meter: Meter, iterations: list[Iteration]) -> Record:
     """Runs these iterations of a `stripped` config in the process group there is, pretended or (in tests) not."""
     mesh = build_mesh(config.parallel, dist.get_world_size() if dist.is_initialized() else 1, torch.device("cpu"))
     with meter.running():
-        options = RunOptions(Path(os.devnull, "plan"), wandb=False, save=False, visualize=False, log=False, mesh=mesh)
+        options = RunOptions(
+            Path(os.devnull, "plan"), "never", wandb=False, save=False, visualize=False, log=False, mesh=mesh
+        )
         trainer = build_trainer(config, options)
         probe = Probe(trainer, meter)
         probe.settle()
@@ -153,7 +156,7 @@ class Probe:
         if (teacher := getattr(trainer, "teacher", None)) is not None:
             self.nets["teacher"] = teacher.net
         self.key = Key(-1, "", 0, "build")
-        self.ends: list[dict[Owner, int]] = []
+        self.ends: list[dict[Owner, float]] = []
         self.exits: list[int] = [0]
         self.record = Record({}, {}, micro_batches=trainer.micro_batches_per_rank)
         parallel = trainer.config.parallel
@@ -194,7 +197,7 @@ class Probe:
             if trained.ema is not None:
                 self.meter.assign(trained.ema.shadow.values(), Owner(name, "EMA"))
 
-    # ---------------------------------------------------------------------------------------------- where the trainer is
+    # -------------------------------------------------------------------------------------------- where the trainer is
 
     def _enter(self, **changes: Any) -> None:
         self.key = self.key._replace(**changes)
@@ -225,11 +228,11 @@ class Probe:
                 self.record.growth[(self.key.iteration, trained.name)] = {o: size for o, size in left.items() if size}
             return metrics
 
-        setattr(trainer, "batch", few)
-        setattr(trainer, "update", observed)
+        trainer.batch, trainer.update = few, observed  # type: ignore[method-assign]
         for trained in trainer.networks.values():
-            setattr(trained.engine, "backward", partial(self._backward, trained, trained.engine.backward))
-            setattr(trained.engine, "clip", partial(self._clip, trained, trained.engine.clip))
+            engine: Any = trained.engine
+            engine.backward = partial(self._backward, trained, engine.backward)
+            engine.clip = partial(self._clip, trained, engine.clip)
 
     @staticmethod
     def _planned(micro: MicroBatch, exit_step: int) -> MicroBatch:
@@ -247,7 +250,7 @@ class Probe:
         norm: Tensor = clip()
         return norm
 
-    # --------------------------------------------------------------------------------------------- where the networks are
+    # ------------------------------------------------------------------------------------------- where the networks are
 
     def _hook(self, name: str, net: nn.Module) -> None:
         blocks: Any = net.fsdp_units()  # type: ignore[operator]
@@ -279,12 +282,9 @@ class Probe:
             sharded = isinstance(p.grad, DTensor)
             self.meter.assign([p.grad], Owner(name, SHARDED if sharded else GRADIENTS))
         if isinstance(module, FSDPModule):  # those of a micro-batch that is not the last stay whole, and out of sight
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                for p in group.fsdp_params:
-                    whole = getattr(p, "_unsharded_param", None)
-                    self.meter.assign(
-                        [getattr(whole, "grad", None), p.unsharded_accumulated_grad], Owner(name, GRADIENTS)
-                    )
+            shards = [p for group in module._get_fsdp_state()._fsdp_param_groups for p in group.fsdp_params]
+            whole = [getattr(getattr(p, "_unsharded_param", None), "grad", None) for p in shards]
+            self.meter.assign([*whole, *(p.unsharded_accumulated_grad for p in shards)], Owner(name, GRADIENTS))
 
 
 # ------------------------------------------------------------------------------------------------------------ the laws

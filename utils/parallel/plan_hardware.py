@@ -24,8 +24,8 @@ class GPU:
 
 
 # NVIDIA's data sheets of A100, H100 (SXM), H200, L40S, HGX B200 and the Ada architecture white paper (RTX 4090); NVLink
-# and PCIe are sold as the sum of both directions, halved here. Network: one adapter a GPU as in DGX A100 (HDR, 200 Gb/s),
-# DGX H100, H200 and B200 (NDR, 400 Gb/s); for cards in PCIe slots 100 Gb/s, which no data sheet says.
+# and PCIe are sold as the sum of both directions, halved here. Network: one adapter a GPU, as in DGX A100 (HDR, 200
+# Gb/s), DGX H100, H200 and B200 (NDR, 400 Gb/s); for cards in PCIe slots 100 Gb/s, which no data sheet says.
 GPUS: dict[str, GPU] = {
     "a100-40": GPU(40, 312, 300, 25, 32),
     "a100-80": GPU(80, 312, 300, 25, 32),
@@ -54,7 +54,7 @@ def needed_gb(peak: float) -> float:
 
 @dataclass(frozen=True)
 class Bound:
-    """Least seconds of one iteration, each at the data sheet's full speed. host: transfers between GPU and CPU memory."""
+    """Least seconds of one iteration, each at the data sheet's full speed. host: between GPU and CPU memory."""
 
     compute: float
     overlapped: float
@@ -86,4 +86,4 @@ def bound(cost: Cost, gpu: GPU, host_bytes: float = 0.0) -> Bound:
                 ways[key.inter_node] += size
         return max(ways[0] / gpu.links, ways[1] / gpu.network) / GB
 
-    return Bound(cost[FLOPS] / gpu.tflops / 1e12, seconds(False), seconds(True), host_bytes / gpu.host / GB)
+    return Bound(cost.get(FLOPS, 0.0) / gpu.tflops / 1e12, seconds(False), seconds(True), host_bytes / gpu.host / GB)

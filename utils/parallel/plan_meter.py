@@ -47,17 +47,17 @@ class Traffic(NamedTuple):
 
 
 FLOPS = "flops"
-Cost = Counter[Any]  # FLOPS or Traffic -> number
+Cost = dict[Any, float]  # FLOPS or Traffic -> number
 
 
 @dataclass
 class Phase:
-    """peak: most bytes held at a time. parts: whose they were at that time; what lies in the host's memory is here, too,
+    """peak: most bytes held at a time. parts: whose they were at that time; what lies in the CPU's memory is here, too,
     but not in the peak. cost: what was computed and sent."""
 
-    peak: int = 0
-    parts: dict[Owner, int] = field(default_factory=dict)
-    cost: Cost = field(default_factory=Counter)
+    peak: float = 0
+    parts: dict[Owner, float] = field(default_factory=dict)
+    cost: Counter[Any] = field(default_factory=Counter)
 
 
 class _Storage:
@@ -81,7 +81,7 @@ class Meter(TorchDispatchMode):
         self.granularity, self.gpus_per_node, self.cuda, self.slow = granularity, gpus_per_node, cuda, slow
         self.owner = Owner("other", "activations")
         self.host: set[Owner] = set()
-        self.held: dict[Owner, int] = {}
+        self.held: dict[Owner, float] = {}
         self.total = 0
         self.phases: dict[Hashable, Phase] = {}
         self.phase = Phase()
@@ -112,7 +112,7 @@ class Meter(TorchDispatchMode):
         """That of the network that runs."""
         return Owner(self.owner.network, name)
 
-    # ---------------------------------------------------------------------------------------------------------- counting
+    # ----------------------------------------------------------------------------------------------------- counting
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
@@ -182,7 +182,7 @@ class Meter(TorchDispatchMode):
         kind, buffer, position = _COLLECTIVES[name]
         group = args[position]
         if isinstance(group, str):
-            group = dist.distributed_c10d._resolve_process_group(group)
+            group = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
         else:
             group = dist.ProcessGroup.unbox(group)
         size = sum(t.nbytes for t in _tensors(out if buffer is None else args[buffer]))
@@ -200,7 +200,7 @@ class Meter(TorchDispatchMode):
         """Fake tensors on a pretended device, counted. Nothing inside has values, and nothing takes memory."""
         fake = self._shapes.fake = FakeTensorMode(allow_non_fake_inputs=True)
         # its memo's weak references would forbid a module's conversion to another type or device
-        setattr(fake.fake_tensor_converter, "set_tensor_memo", lambda tensor, value: None)
+        fake.fake_tensor_converter.set_tensor_memo = lambda tensor, value: None  # type: ignore[method-assign]
         resize, infer = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
 
         def resized(untyped: torch.UntypedStorage, size: int) -> Any:
@@ -250,8 +250,8 @@ class _FusedRMSNorm(torch.autograd.Function):
 def sent_bytes(kind: str, size: int, ranks: int, neighbours: int) -> tuple[float, float]:
     """Bytes that a GPU sends (within its node, to other nodes) in one collective over `ranks` GPUs.
 
-    size: bytes of the whole buffer (gathered, scattered, reduced or exchanged). neighbours: how many of the ranks are in
-    this node. Rings (as NCCL's), spread evenly over a node's links: of the `neighbours` hops of a node one leaves it.
+    size: bytes of the whole buffer (gathered, scattered, reduced or exchanged). neighbours: how many of the ranks are
+    in this node. Rings (as NCCL's), spread evenly over a node's links: of the `neighbours` hops of a node one leaves it.
     """
     whole = size * (ranks - 1) / ranks
     if kind == "all-to-all":  # a part of its own to everyone
