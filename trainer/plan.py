@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from configs.schema import RunConfig, TrainerKind, UpdateSchedule
 from trainer.base import micro_batches
@@ -151,10 +149,14 @@ def measure(
 
 def iteration_cost(config: RunConfig, record: Record, first: int) -> Cost:
     """Cost of the iteration whose first number this is: of all its updates."""
-    cost: Counter[Any] = Counter()
+    cost: Cost = {}
     for update in dict.fromkeys(key.update for key in record.phases if key.iteration == first):
-        cost.update(update_cost(record, first, update, mean_exit(config)))
+        cost = added(cost, update_cost(record, first, update, mean_exit(config)))
     return cost
+
+
+def added(a: Cost, b: Cost) -> Cost:
+    return {key: a.get(key, 0.0) + b.get(key, 0.0) for key in {*a, *b}}
 
 
 def mean_exit(config: RunConfig) -> float:
@@ -170,11 +172,11 @@ def update_cost(record: Record, first: int, update: str, exit_step: float) -> Co
     """
     many = record.micro_batches > 1
 
-    def stage(name: str, iteration: int, micro: int) -> Counter[Any]:
-        total: Counter[Any] = Counter()
+    def stage(name: str, iteration: int, micro: int) -> Cost:
+        total: Cost = {}
         for key, phase in record.phases.items():
             if (key.iteration, key.update, key.stage, key.micro) == (iteration, update, name, micro):
-                total.update(phase.cost)
+                total = added(total, phase.cost)
         return total
 
     long = stage("forward", first, 0)
@@ -187,7 +189,7 @@ def update_cost(record: Record, first: int, update: str, exit_step: float) -> Co
         (stage("update", first, final), 1),
         (stage("backward", first, 0), record.micro_batches - 1),
     ]
-    return {key: sum(cost[key] * times for cost, times in terms) for key in {k for c, _ in terms for k in c}}
+    return {key: sum(cost.get(key, 0.0) * times for cost, times in terms) for key in {k for c, _ in terms for k in c}}
 
 
 def worst_moment(record: Record, host: frozenset[Owner]) -> tuple[Key, Phase]:

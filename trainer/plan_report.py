@@ -12,9 +12,10 @@ from model.wan.config import Checkpointing
 from trainer.base import micro_batches
 from trainer.plan import Cluster, Plan, make_plan
 from trainer.plan_run import SHARDED, networks_of
+from utils.cli import PlanArgs
 from utils.config import ConfigError
 from utils.parallel.mesh import legal_splits, split
-from utils.parallel.plan_hardware import CONTEXT_GB, FRAGMENTS, GB, needed_gb
+from utils.parallel.plan_hardware import CONTEXT_GB, FRAGMENTS, GB, find_gpu, needed_gb
 from utils.parallel.plan_meter import FLOPS, GATHERED, GRADIENTS, WORKSPACE, Traffic
 
 MFU = 0.4  # share of the data sheet's speed, for a second figure beside the bound: an assumption
@@ -29,6 +30,15 @@ COLUMNS = {
 }
 
 
+def plan_text(config: RunConfig, asked: PlanArgs, max_steps: int | None = None) -> str:
+    """The plan of a run in words, with remedies where it does not fit. Raises UserError."""
+    config = copy.deepcopy(config)
+    config.training.max_steps = min(config.training.max_steps, max_steps or config.training.max_steps)
+    gpu = find_gpu(asked.gpu)
+    plan = make_plan(config, Cluster(asked.nodes, asked.gpus_per_node, asked.gpu.lower(), gpu))
+    return report(plan) if plan.fits else "\n".join([report(plan), "", *remedies(plan)])
+
+
 def report(plan: Plan) -> str:
     """All of it, as lines of text."""
     cluster, (replicate, shard, sequence) = plan.cluster, plan.split
@@ -37,7 +47,7 @@ def report(plan: Plan) -> str:
     head = [
         f"{plan.config.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu_name}: "
         f"replicate {replicate} x shard {shard} x sequence {sequence}; "
-        f"{plan.micro_batches} micro-batches of {training.micro_batch_size} a rank and update",
+        f"samples a rank and update: {plan.micro_batches} x {training.micro_batch_size}",
         "",
         f"GB per GPU at the worst moment ({plan.when.stage} of the {plan.when.update}'s update{where}):",
     ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -218,7 +217,7 @@ class Probe:
             def counted(micro: MicroBatch) -> LossOutput:
                 self._enter(micro=self.key.micro + 1, stage="forward", network="other", last=False)
                 output: LossOutput = loss_of(micro)
-                self._enter(stage="backward", network="other", last=False)
+                self._enter(stage="backward", network=trained.name, last=False)
                 return output
 
             metrics = update(trained, parts, counted)
@@ -228,7 +227,7 @@ class Probe:
                 self.record.growth[(self.key.iteration, trained.name)] = {o: size for o, size in left.items() if size}
             return metrics
 
-        trainer.batch, trainer.update = few, observed  # type: ignore[method-assign]
+        trainer.batch, trainer.update = few, observed  # type: ignore[method-assign, assignment]
         for trained in trainer.networks.values():
             engine: Any = trained.engine
             engine.backward = partial(self._backward, trained, engine.backward)
@@ -254,12 +253,12 @@ class Probe:
 
     def _hook(self, name: str, net: nn.Module) -> None:
         blocks: Any = net.fsdp_units()  # type: ignore[operator]
-        net.register_forward_pre_hook(partial(self._starts, name), with_kwargs=True)
+        net.register_forward_pre_hook(partial(self._starts, name), with_kwargs=True, prepend=True)  # before sharding's
         net.register_forward_hook(lambda *_: self._enter(network="other", last=False))
         for number, block in enumerate(blocks):
             after = blocks[number + 1] if number + 1 < len(blocks) else None
             position = {"network": name, "last": number == len(blocks) - 1}
-            block.register_forward_pre_hook(lambda *_, position=position: self._enter(**position))
+            block.register_forward_pre_hook(lambda *_, position=position: self._enter(**position), prepend=True)
             block.register_forward_hook(partial(self._runs, position, after))
 
     def _starts(self, name: str, _net: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -301,6 +300,6 @@ def deeper(shallow: Record, deep: Record, layers: int) -> Record:
     for key in shallow.phases:
         a, b = shallow.phases[key], deep.phases[key]
         parts = line(a.parts, b.parts, layers)
-        phases[key] = Phase(a.peak + (b.peak - a.peak) * layers, parts, Counter(line(a.cost, b.cost, layers)))
+        phases[key] = Phase(a.peak + (b.peak - a.peak) * layers, parts, line(a.cost, b.cost, layers))
     growth = {key: line(shallow.growth[key], deep.growth[key], layers) for key in shallow.growth}
     return Record(phases, line(shallow.rest, deep.rest, layers), growth, shallow.micro_batches)

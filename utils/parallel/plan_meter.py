@@ -6,7 +6,7 @@ Knows nothing of the project's networks: whoever runs the program says in which 
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -57,7 +57,7 @@ class Phase:
 
     peak: float = 0
     parts: dict[Owner, float] = field(default_factory=dict)
-    cost: Counter[Any] = field(default_factory=Counter)
+    cost: dict[Any, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class _Storage:
@@ -73,7 +73,7 @@ class Meter(TorchDispatchMode):
 
     granularity: bytes to whose multiple an allocation is rounded up. gpus_per_node: ranks of one node are neighbours.
     cuda: also count what CUDA's kernels allocate within and those of a CPU do not. Numbers that the program reads from
-    tensors are made up: 1 for any. slow: leave all operators to FakeTensorMode, as a check.
+    tensors are made up: see `_READ`. slow: leave all operators to FakeTensorMode, as a check.
     """
 
     def __init__(self, *, granularity: int = 1, gpus_per_node: int = 8, cuda: bool = False, slow: bool = False) -> None:
@@ -118,7 +118,7 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         if func is aten._local_scalar_dense.default:
-            return 1.0 if args[0].dtype.is_floating_point else True if args[0].dtype is torch.bool else 1
+            return _READ.get(args[0].dtype, 1)
         if DTensor in types:
             return NotImplemented  # it calls again, with its local tensors
         if self._paused:
@@ -130,6 +130,8 @@ class Meter(TorchDispatchMode):
             self.phase.cost[FLOPS] += _FORMULAS[packet](*args, **kwargs, out_val=out)
         elif func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func, args, out)
+        elif func.namespace == "fsdp":  # gathered weights are copied to where they will be used
+            self.assign(_tensors([*args, *kwargs.values()]), self.category(GATHERED))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
@@ -200,7 +202,7 @@ class Meter(TorchDispatchMode):
         """Fake tensors on a pretended device, counted. Nothing inside has values, and nothing takes memory."""
         fake = self._shapes.fake = FakeTensorMode(allow_non_fake_inputs=True)
         # its memo's weak references would forbid a module's conversion to another type or device
-        fake.fake_tensor_converter.set_tensor_memo = lambda tensor, value: None  # type: ignore[method-assign]
+        fake.fake_tensor_converter.set_tensor_memo = lambda *_: None  # type: ignore[method-assign, assignment]
         resize, infer = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
 
         def resized(untyped: torch.UntypedStorage, size: int) -> Any:
@@ -251,7 +253,7 @@ def sent_bytes(kind: str, size: int, ranks: int, neighbours: int) -> tuple[float
     """Bytes that a GPU sends (within its node, to other nodes) in one collective over `ranks` GPUs.
 
     size: bytes of the whole buffer (gathered, scattered, reduced or exchanged). neighbours: how many of the ranks are
-    in this node. Rings (as NCCL's), spread evenly over a node's links: of the `neighbours` hops of a node one leaves it.
+    in this node. Rings, as NCCL's, spread evenly over a node's links: of a node's `neighbours` hops one leaves it.
     """
     whole = size * (ranks - 1) / ranks
     if kind == "all-to-all":  # a part of its own to everyone
@@ -279,6 +281,9 @@ def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_:
 
 
 _FORMULAS: dict[Any, Any] = {**flop_registry, FLASH: _flash, FLASH_BACKWARD: _flash_backward}
+
+# What is read from a tensor of this type, 1 for any other. In fp64 ranks tell each other that something is wrong.
+_READ: dict[torch.dtype, float] = {torch.float64: 0.0, torch.float32: 1.0, torch.bfloat16: 1.0, torch.bool: True}
 
 # operator: its name here, which argument is the whole buffer (None: the result), which is the group
 _COLLECTIVES: dict[str, tuple[str, int | None, int]] = {
