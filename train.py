@@ -13,6 +13,7 @@ import torch
 from configs.schema import RunConfig
 from trainer.base import RunOptions
 from trainer.build import build_trainer
+from trainer.plan_report import plan_text
 from utils import distributed
 from utils.agreement import code_revision, require_agreement
 from utils.cli import run_cli, train_args
@@ -28,6 +29,9 @@ def main() -> int:
     if args.print_config:
         if distributed.is_main():
             print(to_yaml(config), end="")
+        return 0
+    if args.plan is not None:
+        print(plan_text(config, args.plan, args.max_steps))
         return 0
     setup_console(distributed.rank(), distributed.world_size())
     options = RunOptions(args.logdir, args.resume, args.max_steps, args.wandb, args.save, args.visualize)

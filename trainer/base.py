@@ -27,14 +27,15 @@ from utils.config import ConfigError, UserError, diff, save, to_plain
 from utils.data.prompts import load_prompts
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
-from utils.parallel.mesh import build_mesh
+from utils.parallel.mesh import Mesh, build_mesh
 from utils.random import Noise, keyed_seed
 from utils.video import grid, write_video
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says beside the config."""
+    """What the command line says beside the config. log, mesh: for a planner, whose run writes nothing and whose
+    processes are pretended; null takes the mesh of those that run."""
 
     logdir: Path
     resume: str = "auto"
@@ -42,6 +43,8 @@ class RunOptions:
     wandb: bool = True
     save: bool = True
     visualize: bool = True
+    log: bool = True
+    mesh: Mesh | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Trainer(ABC):
     def __init__(self, config: RunConfig, options: RunOptions) -> None:
         self.config, self.options = config, options
         self.device = distributed.device()
-        self.mesh = build_mesh(config.parallel, distributed.world_size(), self.device)
+        self.mesh = options.mesh or build_mesh(config.parallel, distributed.world_size(), self.device)
         distributed.set_timeout(config.watchdog.group_timeout(), self.mesh.groups)
         self.evaluations = Evaluations()
         self.task = build_task(config, self.device)
@@ -84,7 +87,7 @@ class Trainer(ABC):
         self._resume()
         self.logger = RunLogger(
             options.logdir, to_plain(config), tensorboard=config.logging.tensorboard,
-            wandb=config.logging.wandb and options.wandb, is_main=distributed.is_main(),
+            wandb=config.logging.wandb and options.wandb, is_main=options.log and distributed.is_main(),
         )  # fmt: skip
         self.logger.truncate_after(self.step)  # also what a run logged that died before its first save
 

@@ -17,6 +17,15 @@ from utils.watchdog import EXIT_STUCK, CollectiveError
 
 
 @dataclass(frozen=True)
+class PlanArgs:
+    """What to plan for."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu: str
+
+
+@dataclass(frozen=True)
 class TrainArgs:
     """What ``train.py`` was asked to do."""
 
@@ -29,6 +38,7 @@ class TrainArgs:
     save: bool
     visualize: bool
     print_config: bool
+    plan: PlanArgs | None  # say what the run needs, instead of running it
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,8 +70,15 @@ def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
     parser.add_argument("--no_save", "--no-save", action="store_true", help="write no checkpoints")
     parser.add_argument("--no_visualize", "--no-visualize", action="store_true", help="make no validation videos")
     parser.add_argument("--print_config", "--print-config", action="store_true", help="print it checked, and exit")
+    plan = parser.add_argument_group("planning", "what the run would need of its GPUs, found out without one")
+    plan.add_argument("--plan", action="store_true", help="print it, and exit")
+    plan.add_argument("--nodes", type=_positive, metavar="N", help="default: 1")
+    plan.add_argument("--gpus_per_node", "--gpus-per-node", type=_positive, metavar="N", help="default: 8")
+    plan.add_argument("--gpu", metavar="NAME", help="a100-40, a100-80, h100, h200 (default), b200, l40s, rtx4090")
     # intermixed: overrides may stand before, between and after options
     space = parser.parse_intermixed_args(argv)
+    if not space.plan and (space.nodes or space.gpus_per_node or space.gpu):
+        parser.error("--nodes, --gpus_per_node and --gpu say what to plan for: add --plan, or start with torchrun")
     return TrainArgs(
         config_path=space.config_path,
         overrides=tuple(space.overrides),
@@ -72,6 +89,7 @@ def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
         save=not space.no_save,
         visualize=not space.no_visualize,
         print_config=space.print_config,
+        plan=PlanArgs(space.nodes or 1, space.gpus_per_node or 8, space.gpu or "h200") if space.plan else None,
     )
 
 

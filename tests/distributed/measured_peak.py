@@ -1,0 +1,84 @@
+"""`torchrun -m tests.distributed.measured_peak FOLDER`: trains for two iterations and notes the most bytes of tensors held.
+
+The bytes are the CPU allocator's own report, through torch.profiler: the planner's accounting has no part in it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from configs.schema import RunConfig
+from tests import small
+from trainer.base import RunOptions
+from trainer.build import build_trainer
+from trainer.plan_run import Iteration, pretended_world, run, stripped
+from trainer.plan import worst_moment
+from utils import distributed
+from utils.parallel.plan_meter import Meter
+
+NETWORK = {"preset": "toy", "overrides": {"num_layers": 3}, "attention": "sdpa"}
+LAST = 2
+
+
+def config(**changes: Any) -> RunConfig:
+    """Activations, weights and cache of about equal size, two micro-batches on each of at most two ranks."""
+    base: dict[str, Any] = {
+        "student": NETWORK,
+        "teacher": NETWORK,
+        "critic": NETWORK,
+        "data": {"kind": "synthetic", "real": False, "synthetic": {"frames": 9, "height": 16, "width": 16}},
+        "rollout": {"last_step_only": True},
+        "training": {
+            "critic_warmup_steps": 0, "generator_update_interval": 1, "micro_batch_size": 1, "global_batch_size": 2,
+        },
+    }  # fmt: skip
+    return small.config(small.merged(small.DISTILLATION, base), **changes)
+
+
+def measured(config: RunConfig, folder: Path) -> int:
+    """Most bytes that this rank's tensors held, from before they were made to the end of the second iteration."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer = build_trainer(config, RunOptions(folder, "never", wandb=False, save=False, visualize=False))
+        for trainer.step in range(2):
+            trainer.training_step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def planned(config: RunConfig, world: int) -> float:
+    meter = Meter()
+    with pretended_world(world):
+        record = run(stripped(config), meter, [Iteration(0, [LAST] * 2)])
+    return worst_moment(record, frozenset())[1].peak
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bf16": {"training": {"precision": "bf16"}},
+    "checkpointed": {"student": {"checkpointing": "full"}, "critic": {"checkpointing": "full"}},
+    "wide": {"training": {"global_batch_size": 8, "micro_batch_size": 2}},
+}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.init()
+    for name in ("bf16", "wide"):
+        peak = measured(config(**CASES[name]), folder / name)
+        if distributed.is_main():
+            (folder / f"{name}.json").write_text(json.dumps(peak))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    distributed.shutdown()
