@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from configs.schema import RunConfig
@@ -213,27 +213,41 @@ def _legal(config: RunConfig, cluster: Cluster) -> bool:
     return True
 
 
-def remedies(plan: Plan, planner: Callable[[RunConfig, Cluster], Plan] = make_plan, most: int = 3) -> list[str]:
-    """The cheapest changes, in time, that make it fit, each planned anew; or how far all of them together go."""
+def remedies(plan: Plan, most: int = 3) -> list[str]:
+    """The cheapest changes that make it fit, each planned anew, cheapest in time first; else more GPUs."""
     surplus = (needed_gb(plan.peak) - plan.cluster.gpu.memory) * GB / (1 + FRAGMENTS)
-    singles = changes(plan)
-    enough = [change for change in singles if change.saves >= 0.8 * surplus]
-    enough = enough or _together(singles, surplus)
-    tried = [(change, planner(change.applied(plan.config), plan.cluster)) for change in enough[: most + 1]]
-    good = sorted((item for item in tried if item[1].fits), key=lambda item: item[1].seconds)[:most]
-    if not good:
-        best = min(tried, key=lambda item: item[1].peak, default=None)
-        tail = f"; nearest: {best[0]} ({needed_gb(best[1].peak):.1f} GB)" if best else ""
-        return [f"no change of the settings was found that makes it fit: take more GPUs or larger ones{tail}"]
+    fitting: list[tuple[str, Plan]] = []
+    for change in _promising(changes(plan), surplus)[: most + 2]:
+        other = make_plan(change.applied(plan.config), plan.cluster)
+        if other.fits:
+            fitting.append((str(change), other))
+        if len(fitting) == most:
+            break
+    if not fitting:
+        fitting = _larger(plan, surplus)
+    if not fitting:
+        return ["no change of the settings and no four times as many GPUs make it fit: take larger ones"]
     lines = ["would fit (planned anew, cheapest in time first):"]
-    for change, other in good:
-        slower = other.seconds / plan.seconds - 1 if plan.seconds else math.nan
-        lines.append(f"  {change}  ->  {needed_gb(other.peak):.1f} GB, time bound {slower:+.0%}")
+    for what, other in sorted(fitting, key=lambda item: item[1].gpu_hours):
+        more = other.gpu_hours / plan.gpu_hours - 1
+        lines.append(f"  {what}: {needed_gb(other.peak):.1f} GB, least GPU-hours {more:+.1%}")
     return lines
 
 
+def _promising(singles: list[Change], surplus: float) -> list[Change]:
+    """Those thought to be enough, alone before in pairs; where none is, as many together as it takes."""
+    pairs = [
+        Change(one.settings | other.settings, one.saves + other.saves)
+        for i, one in enumerate(singles)
+        for other in singles[i + 1 :]
+        if not one.settings.keys() & other.settings.keys() and max(one.saves, other.saves) < surplus
+    ]
+    enough = [change for change in [*singles, *pairs] if change.saves >= surplus]
+    return enough or _together(singles, surplus)
+
+
 def _together(singles: list[Change], surplus: float) -> list[Change]:
-    """Changes of different settings, in their order, until they are thought to be enough."""
+    """Changes of different settings, those that save most first, until they are thought to be enough."""
     settings: dict[str, object] = {}
     saved = 0.0
     for change in sorted(singles, key=lambda change: -change.saves):
@@ -244,3 +258,23 @@ def _together(singles: list[Change], surplus: float) -> list[Change]:
         if saved >= surplus:
             break
     return [Change(settings, saved)] if settings else []
+
+
+def _larger(plan: Plan, surplus: float) -> list[tuple[str, Plan]]:
+    """Two or four times as many GPUs that share one copy of the weights."""
+    replicate, shard, sequence = plan.split
+    kept = ("parameters", "optimizer", "EMA", SHARDED, GRADIENTS)
+    state = sum(size for owner, size in plan.parts.items() if owner.category in kept and owner not in plan.host)
+    for times in (2, 4):
+        settings: dict[str, object] = {"parallel.replicate": replicate, "parallel.shard": shard * times}
+        change = Change(settings, state * (1 - 1 / times))
+        nodes, each = plan.cluster.nodes, plan.cluster.gpus_per_node
+        nodes, each = (nodes, each * times) if nodes == 1 and each * times <= 8 else (nodes * times, each)
+        cluster = dataclasses.replace(plan.cluster, nodes=nodes, gpus_per_node=each)
+        config = change.applied(plan.config)
+        if change.saves < surplus or not _legal(config, cluster):
+            continue
+        other = make_plan(config, cluster)
+        if other.fits:
+            return [(f"--nodes {nodes} --gpus_per_node {each} {change}", other)]
+    return []

@@ -17,13 +17,13 @@ from configs.schema import RunConfig
 from tests import small
 from trainer.base import RunOptions
 from trainer.build import build_trainer
-from trainer.plan_run import Iteration, pretended_world, run, stripped
 from trainer.plan import worst_moment
+from trainer.plan_run import Iteration, pretended_world, run, stripped
 from utils import distributed
 from utils.parallel.plan_meter import Meter
 
-NETWORK = {"preset": "toy", "overrides": {"num_layers": 3}, "attention": "sdpa"}
-LAST = 2
+NETWORK = {"preset": "toy", "overrides": {"dim": 128, "ffn_dim": 512, "num_layers": 2}, "attention": "sdpa"}
+LAST = 1
 
 
 def config(**changes: Any) -> RunConfig:
@@ -32,7 +32,8 @@ def config(**changes: Any) -> RunConfig:
         "student": NETWORK,
         "teacher": NETWORK,
         "critic": NETWORK,
-        "data": {"kind": "synthetic", "real": False, "synthetic": {"frames": 9, "height": 16, "width": 16}},
+        "data": {"kind": "synthetic", "real": False, "synthetic": {"frames": 6, "height": 16, "width": 16}},
+        "schedule": {"denoising_step_list": [1000, 500]},
         "rollout": {"last_step_only": True},
         "training": {
             "critic_warmup_steps": 0, "generator_update_interval": 1, "micro_batch_size": 1, "global_batch_size": 2,

@@ -223,6 +223,7 @@ class Meter(TorchDispatchMode):
 
         with ExitStack() as patches:
             _patch(patches, torch.UntypedStorage, "resize_", resized)
+            _patch(patches, torch.cuda, "is_available", lambda: False)  # the pretended device is the same everywhere
             _patch(patches, ShardingPropagator, "_propagate_tensor_meta_non_cached", inferred)
             if self.cuda:
                 _patch(patches, functional, "rms_norm", lambda x, shape, weight, eps: _FusedRMSNorm.apply(x, weight))
