@@ -12,7 +12,8 @@ import torch
 
 from model.types import LossOutput
 from tests.small import DIFFUSION, DISTILLATION, NETWORK, ODE, config, trainer
-from utils import checkpoint
+from trainer import ode as trainer_ode
+from utils import activity, checkpoint
 from utils.config import UserError
 from utils.logging import read_jsonl
 
@@ -234,6 +235,43 @@ def test_signal_saves_and_the_run_goes_on_exactly(number: signal.Signals, tmp_pa
     whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
     assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
     assert all(torch.equal(value, parts["student"][key]) for key, value in whole["student"].items())
+
+
+def test_a_signal_after_the_last_step_finds_a_finished_run(tmp_path: Path) -> None:
+    made = trainer(tmp_path, DIFFUSION, training={"max_steps": 1})
+    step = made.training_step
+
+    def signalled() -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return step()
+
+    made.training_step = signalled  # type: ignore[method-assign]
+    assert made.train() == 0
+
+
+def test_what_takes_long_has_the_watchdogs_long_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last save is waited for as saves are, and each batch of ODE pairs counts for itself, not all together."""
+    seen: list[activity.Activity] = []
+    sampler = trainer_ode.euler_trajectory
+
+    def noted(*args: Any) -> Any:
+        seen.append(activity.current())
+        return sampler(*args)
+
+    monkeypatch.setattr(trainer_ode, "euler_trajectory", noted)
+    activity.begin(0, slow=True)
+    made = trainer(tmp_path, ODE, training={"max_steps": 1}, ode={"pairs": 17, "steps": 2})
+    assert [(now.what, now.slow) for now in seen] == [("ODE pairs from 0", True), ("ODE pairs from 16", True)]
+    waits: list[bool] = []
+    wait = made.saver.wait
+
+    def noted_wait() -> None:
+        waits.append(activity.current().slow)
+        wait()
+
+    monkeypatch.setattr(made.saver, "wait", noted_wait)
+    made.train()
+    assert waits == [True, True]  # before the save and after it
 
 
 @pytest.mark.parametrize("kind", ["self_forcing", "backward_simulation", "noised_data", "diffusion_forcing"])

@@ -80,8 +80,9 @@ class Trainer(ABC):
         self.checkpoints = options.logdir / "checkpoints"
         cadence = config.checkpoint
         self.saver = checkpoint.Saver(
-            self.checkpoints, cadence.keep_last, cadence.keep_every, background=cadence.background
-        )
+            self.checkpoints, cadence.keep_last, cadence.keep_every,
+            background=cadence.background, timeout=config.watchdog.group_timeout(),
+        )  # fmt: skip
         if options.resume == "never":
             set_aside(options.logdir, [options.logdir / name for name in RUN_FILES])
         self._resume()
@@ -131,7 +132,7 @@ class Trainer(ABC):
                 progress.update(self.step, {k: self.latest[k] for k in self.headline if k in self.latest})
                 if self.abort is not None:
                     self.save_checkpoint()
-                    self.saver.wait()
+                    self.finish_saving()
                     raise UserError(self.abort)
                 if self.step % self.config.checkpoint.every == 0 or self.step == total:
                     self.save_checkpoint()
@@ -141,11 +142,12 @@ class Trainer(ABC):
                     self.validate()
             if self.stop_signal is not None and self.step < total:
                 self.save_checkpoint()
-            self.saver.wait()
+            self.finish_saving()
         progress.close()
         self.logger.close()
         distributed.barrier()
-        return 0 if self.stop_signal is None else 128 + self.stop_signal
+        # a signal that came after the last step stopped nothing, and maybe only some ranks had it
+        return 0 if self.stop_signal is None or self.step >= total else 128 + self.stop_signal
 
     headline: tuple[str, ...] = (
         "student/loss",
@@ -288,7 +290,7 @@ class Trainer(ABC):
 
     @activity.doing("checkpoint", slow=True)
     def save_checkpoint(self) -> None:
-        """Begins a save; `self.saver.wait()` ends it. A step that was saved, or is being saved, is not saved again."""
+        """Begins a save; `finish_saving` ends it. A step that was saved, or is being saved, is not saved again."""
         if not self.options.save or self.saver.step == self.step:
             return
         evaluations = self.summed_evaluations()
@@ -302,6 +304,11 @@ class Trainer(ABC):
             "config": to_plain(self.config),
         }
         self.saver.save(self.step, tensors, state)
+
+    @activity.doing("checkpoint", slow=True)
+    def finish_saving(self) -> None:
+        """Waits for the save that was begun. Raises UserError, on every rank alike, when it could not be written."""
+        self.saver.wait()
 
     def summed_evaluations(self) -> dict[str, dict[str, int]]:
         """The counts of all networks; a rank that never ran one of them still takes part."""

@@ -16,7 +16,7 @@ from pipeline.bidirectional_inference import euler_trajectory
 from pipeline.diffusion_forcing import per_frame
 from trainer.base import MicroBatch, Trainer
 from trainer.build import build_frozen, build_trained
-from utils import distributed
+from utils import activity, distributed
 from utils.config import config_hash
 from utils.logging import Progress
 from utils.random import Noise, keyed_seed
@@ -87,6 +87,7 @@ class ODETrainer(Trainer):
         size, parts = 16, []
         progress = Progress(config.pairs, desc="ODE pairs", is_main=distributed.is_main())
         for start in range(0, config.pairs, size):
+            activity.mark(f"ODE pairs from {start}")  # each batch has the watchdog's time, not all of them together
             positions = range(start, min(start + size, config.pairs))
             source = Noise(keyed_seed(self.config.seed, "ode_pairs"), 0, positions, self.device)
             noise = source.normal("noise", self.task.latent_shape)

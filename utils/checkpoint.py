@@ -18,6 +18,7 @@ import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,11 +70,19 @@ class Saver:
 
     background: ``save`` returns once the tensors are copied to the host; a thread writes them, at most one at a time.
     It talks to the other ranks over a process group of its own, so training's collectives keep their order.
+    timeout: how long ranks that have written wait for the slowest, None for torch's own.
     """
 
     def __init__(
-        self, root: Path, keep_last: int | None = None, keep_every: int | None = None, *, background: bool = False
+        self,
+        root: Path,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        *,
+        background: bool = False,
+        timeout: timedelta | None = None,
     ) -> None:
+        self.timeout = timeout
         self.root, self.keep_last, self.keep_every, self.background = Path(root), keep_last, keep_every, background
         self.step: int | None = None  # of the last save, finished or not
         self._thread: threading.Thread | None = None
@@ -83,7 +92,7 @@ class Saver:
     def group(self) -> dist.ProcessGroup | None:
         """All ranks over gloo, for checkpoints alone; None where there is one process. The first use is collective."""
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return dist.new_group(backend="gloo") if many else None
+        return dist.new_group(backend="gloo", timeout=self.timeout) if many else None
 
     def save(self, step: int, tensors: Groups, state: Mapping[str, Any]) -> None:
         """Save as ``save`` below does, after the save before is through. Raises what went wrong with that one."""

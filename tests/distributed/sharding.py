@@ -39,6 +39,10 @@ CASES: dict[int, dict[str, Case]] = {
         "synced": {"training": {"micro_batch_size": 2}, "parallel": {"sync_each_micro_batch": True}},
         "replicated": {"training": {"micro_batch_size": 4}, "parallel": {"replicate": 2}},
         "kept": {"training": {"micro_batch_size": 4}, "parallel": {"keep_gathered_in_rollout": True}},
+        "replayed": {
+            **dict.fromkeys(("student", "critic"), {"checkpointing": "full"}),
+            "parallel": {"sequence": 2, "keep_gathered_in_rollout": True},
+        },
         "gathered": {
             "training": {"micro_batch_size": 4},
             "parallel": {"reshard_after_forward": dict.fromkeys(NETWORKS, False)},

@@ -122,7 +122,7 @@ def kept_gathered(net: nn.Module, keep: bool = True) -> Iterator[None]:
     if not keep or not modules:
         yield
         return
-    groups = [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
+    groups = [group for module in modules for group in _param_groups(module)]
     before = [group.post_forward_mesh_info for group in groups]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -132,6 +132,14 @@ def kept_gathered(net: nn.Module, keep: bool = True) -> Iterator[None]:
         for group, info in zip(groups, before, strict=True):
             group.post_forward_mesh_info = info
         reshard(net)
+
+
+def _param_groups(module: FSDPModule) -> list[Any]:
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    # a state had one group or none before torch allowed several
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
 @contextmanager
