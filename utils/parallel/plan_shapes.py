@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ class ShapeCache:
     """Calls operators on fake tensors. Those that only make new tensors are asked of FakeTensorMode once for each
     signature; views go to their meta kernel directly; all others are FakeTensorMode's."""
 
+    # of the process: a second plan meets the shapes of the first
+    _kinds: ClassVar[dict[Any, _Kind]] = {}
+    _known: ClassVar[dict[Any, Any]] = {}
+
     def __init__(self) -> None:
         self.fake: FakeTensorMode | None = None
-        self._kinds: dict[Any, _Kind] = {}
-        self._known: dict[Any, Any] = {}
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = self._kinds.get(func)
