@@ -280,10 +280,11 @@ class Probe:
         for p in module.parameters():
             sharded = isinstance(p.grad, DTensor)
             self.meter.assign([p.grad], Owner(name, SHARDED if sharded else GRADIENTS))
-        if isinstance(module, FSDPModule):  # those of a micro-batch that is not the last stay whole, and out of sight
-            shards = [p for group in module._get_fsdp_state()._fsdp_param_groups for p in group.fsdp_params]
-            whole = [getattr(getattr(p, "_unsharded_param", None), "grad", None) for p in shards]
-            self.meter.assign([*whole, *(p.unsharded_accumulated_grad for p in shards)], Owner(name, GRADIENTS))
+        for part in module.modules():
+            if isinstance(part, FSDPModule):  # between micro-batches they stay whole, and out of sight
+                shards = [p for group in part._get_fsdp_state()._fsdp_param_groups for p in group.fsdp_params]
+                whole = [getattr(getattr(p, "_unsharded_param", None), "grad", None) for p in shards]
+                self.meter.assign([*whole, *(p.unsharded_accumulated_grad for p in shards)], Owner(name, GRADIENTS))
 
 
 # ------------------------------------------------------------------------------------------------------------ the laws

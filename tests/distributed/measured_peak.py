@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from configs.schema import RunConfig
@@ -48,11 +49,26 @@ def measured(config: RunConfig, folder: Path) -> int:
         trainer = build_trainer(config, RunOptions(folder, "never", wandb=False, save=False, visualize=False))
         for trainer.step in range(2):
             trainer.training_step()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    return peak_of(profiler)
+
+
+def peak_of(profiler: profile) -> int:
+    """Most bytes allocated at a time. By address: what another thread frees (gloo's) is not reported, but used again."""
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    events = []
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
     held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    blocks: dict[int, int] = {}
+    for _, address, size in sorted(events, key=lambda event: event[0]):
+        held -= blocks.pop(address, 0)
+        if size > 0:
+            blocks[address] = size
+            held += size
+            peak = max(peak, held)
     return peak
 
 

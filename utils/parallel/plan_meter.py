@@ -96,16 +96,13 @@ class Meter(TorchDispatchMode):
         self.phase = self.phases.setdefault(key, Phase())
         self._note_peak()
 
-    def assign(self, tensors: Iterable[Any], owner: Owner, *, but: str | None = None) -> None:
-        """These tensors' memory is `owner`'s; of a sharded one, this process's part. What is no tensor is left out.
-
-        but: a category that keeps what it has.
-        """
+    def assign(self, tensors: Iterable[Any], owner: Owner) -> None:
+        """These tensors' memory is `owner`'s; of a sharded one, this process's part. What is no tensor is left out."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
                 storage = self._storages.get(local.untyped_storage()._cdata)
-                if storage is not None and storage.owner != owner and storage.owner.category != but:
+                if storage is not None and storage.owner != owner:
                     size = storage.size
                     self._resize(storage, 0)
                     storage.owner = owner
@@ -134,8 +131,7 @@ class Meter(TorchDispatchMode):
         elif func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func, args, out)
         elif func.namespace == "fsdp":  # gathered weights are copied to where they will be used
-            # shards that need no cast are gathered from where they lie
-            self.assign(_tensors([*args, *kwargs.values()]), self.category(GATHERED), but="parameters")
+            self.assign(_tensors(kwargs.get("out", ())), self.category(GATHERED))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
