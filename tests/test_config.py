@@ -248,6 +248,7 @@ def test_overrides_may_stand_anywhere() -> None:
         save=False,
         visualize=True,
         print_config=False,
+        plan=None,
     )
 
 
