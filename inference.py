@@ -10,11 +10,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from trainer.generate import Generator
 from trainer.generate_cli import generate_videos, inference_args
 from utils import distributed
-from utils.cli import run_cli
+from utils.cli import refuse_several_ranks, run_cli
 
 
 def main() -> int:
     args = inference_args()
+    refuse_several_ranks("inference.py")
     generator = Generator.load(args.source, distributed.device(), weights=args.weights)
     return generate_videos(generator, args)
 

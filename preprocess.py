@@ -12,7 +12,7 @@ from configs.schema import RunConfig
 from trainer.build import build_task
 from trainer.text_cache import Shard, Source, check, write_shard
 from utils import distributed
-from utils.cli import Parser, run_cli
+from utils.cli import Parser, refuse_several_ranks, run_cli
 from utils.config import UserError, config_hash, load
 from utils.data.prompts import load_prompts
 
@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--shard", default="0/1", metavar="i/n", help="part i of n, from 0; skipped where it is there")
     parser.add_argument("--check", action="store_true", help="only prove that each prompt is there exactly once")
     args = parser.parse_intermixed_args()
+    refuse_several_ranks("preprocess.py")
     config = load(RunConfig, args.config_path, args.overrides)
     try:
         prompts = load_prompts(args.prompts)

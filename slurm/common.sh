@@ -210,11 +210,15 @@ run_attempt() {
 }
 
 # Finished, failed, or to go on? The ranks' own codes decide (torchrun makes 1 of all): 0 finished, 128 + n saved after
-# signal n, anything else failed. No code at all: killed from outside, for instance by USR1 before it could listen.
+# signal n, 75 lost another rank, anything else failed. No code at all: killed from outside, for instance by USR1 before
+# it could listen. A lost rank is most often a node's or a link's fault: the job goes on from its last checkpoint, on
+# other nodes if Slurm has drained the bad one; after two such attempts in a row it is more likely the code's.
+STUCK=75
 settle() {
   local codes failed reason
-  codes=$(cat "$ATTEMPT"/exit_codes/* 2>/dev/null | sort -un)
-  failed=$(awk '$1 > 0 && $1 < 128' <<< "$codes" | tail -n 1)
+  codes=$(codes_of "$ATTEMPT")
+  failed=$(awk -v stuck=$STUCK '$1 > 0 && $1 < 128 && $1 != stuck' <<< "$codes" | tail -n 1)
+  [ -n "$failed" ] || ! is_stuck "$ATTEMPT" || ! is_stuck "$RUN_SLURM/attempt_$((RESTART - 1))" || failed=$STUCK
   if [ -n "$failed" ]; then
     reason=$(grep -h 'error: ' "$RUN_SLURM"/*.log | grep -v '^srun: ' | tail -n 1)
     say "failed with code $failed, not requeued: ${reason:-see $RUN_SLURM/*.log}"
@@ -222,14 +226,20 @@ settle() {
   elif [ "$codes" = 0 ]; then
     say "finished"
     exit 0
-  elif [ -z "$SIGNALLED" ] || [ -n "$TERMINATED" ]; then
+  elif [ -n "$TERMINATED" ] || { [ -z "$SIGNALLED" ] && ! is_stuck "$ATTEMPT"; }; then
     say "stopped, not requeued (srun's status $STATUS, no USR1 alone): see $RUN_SLURM/*.log; sbatch again to resume"
     exit 1
   elif [ "$RESTART" -ge "$MAX_RESTARTS" ]; then
     say "not requeued: $RESTART restarts are as many as MAX_RESTARTS allows: sbatch again to resume"
     exit 1
   fi
-  say "requeued"
+  say "requeued$(is_stuck "$ATTEMPT" && echo " after losing a rank: see $RUN_SLURM/*.log")"
   scontrol requeue "$SLURM_JOB_ID" || { say "error: Slurm refuses to requeue: sbatch again to resume"; exit 1; }
   sleep 60 # Slurm ends this script
 }
+
+# codes_of ATTEMPT: the exit codes that its ranks left
+codes_of() { cat "$1"/exit_codes/* 2>/dev/null | sort -un; }
+
+# is_stuck ATTEMPT: some rank of it lost another one
+is_stuck() { codes_of "$1" | grep -qx $STUCK; }

@@ -295,8 +295,16 @@ def test_a_user_error_is_one_line_and_exit_code_2(
     assert exit_code(refuse) == 2
     assert capsys.readouterr() == ("", "train.py: error: lr: 3 is wrong\n")
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "SAME_ERROR_SECONDS", 0.0)
     assert exit_code(refuse) == 2
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "train.py: error: rank 1: lr: 3 is wrong\n")
+
+
+def test_programs_of_one_process_refuse_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    cli.refuse_several_ranks("inference.py")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^inference.py runs as one process and was started as 2: .*without torchrun$"):
+        cli.refuse_several_ranks("inference.py")
 
 
 def test_run_cli_passes_on_return_values_and_our_own_defects() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from trainer.generate import Generator, Sampling
 from trainer.task import ToyTask
 from utils import distributed
-from utils.cli import Parser, run_cli
+from utils.cli import Parser, refuse_several_ranks, run_cli
 from utils.config import UserError
 from utils.random import keyed_seed
 from utils.toy_judge import ToyJudge
@@ -109,6 +109,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path("logs/cache"), help="where the judge is kept")
     parser.add_argument("--out", type=Path, help="write the rows as JSON too")
     args = parser.parse_args()
+    refuse_several_ranks("trainer.evaluate")
     if args.count < 2:
         raise UserError(f"--count {args.count}: a distance needs at least 2 videos, 400 to be worth reading")
     generator = Generator.load(args.run, distributed.device(), weights=args.weights)

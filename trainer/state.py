@@ -51,14 +51,14 @@ def load_run(
         saved = state["networks"][name]
         reshard(trained.net)  # a gathered copy would go on being used
         tensors[name] = dict(trained.net.state_dict())
-        _refuse_other_geometry(name, tensors[name], layout[name], path)
+        _refuse_other_geometry(name, tensors[name], layout.get(name, {}), path)
         if set(saved["optimizers"]) != set(trained.optimizer.optimizers):
             raise UserError(
                 f"{path}: {name} was trained with {', '.join(saved['optimizers'])}: set that optimizer kind"
             )
         for kind, optimizer in trained.optimizer.optimizers.items():
             group_name, named = f"{name}_{kind}", trained.optimizer.names_of(kind).items()
-            tensors[group_name] = restore_optimizer(optimizer, named, layout[group_name], saved["optimizers"][kind])
+            tensors[group_name] = restore_optimizer(optimizer, named, layout.get(group_name, {}), saved["optimizers"][kind])
         if trained.ema is not None:
             if f"{name}_ema" not in layout:
                 raise UserError(f"{path} has no average of {name}: set ema.decay to null, or --resume never")

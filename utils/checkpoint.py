@@ -248,6 +248,8 @@ def layout(path: Path) -> Table:
         return shards.table_from_json(json.loads(text))
     except Damaged as error:
         raise UserError(f"{error}; {other_checkpoints(path)}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path / TABLE} is malformed ({error!r}); {other_checkpoints(path)}") from error
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -332,17 +334,24 @@ def find_resume(
 
 
 def on_main(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """What ``function`` gives on rank 0 of ``group``, on every rank; what a user can put right raises on every rank."""
+    """What ``function`` gives on rank 0 of ``group``, on every rank; what it raises is raised on every rank.
+
+    What a user can put right (UserError, OSError) is a UserError everywhere; rank 0 keeps its own traceback of the rest.
+    """
     if group is None:
         return function()
-    answer: list[Any] = [None, None]
+    found: T | None = None
+    failure: Exception | None = None
     if dist.get_rank(group) == 0:
         try:
-            answer[0] = function()
-        except (UserError, OSError) as error:
-            answer[1] = str(error)
+            found = function()
+        except Exception as error:
+            failure = error
+    users = isinstance(failure, UserError | OSError)
+    answer: list[Any] = [found, None if failure is None else (users, str(failure) if users else repr(failure))]
     dist.broadcast_object_list(answer, src=dist.get_global_rank(group, 0), group=group)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    found: T = answer[0]
-    return found
+    if answer[1] is None:
+        found = answer[0]
+        return found  # type: ignore[return-value]
+    users, text = answer[1]
+    raise (UserError(text) if users else RuntimeError(f"rank 0 failed: {text}")) from failure

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +107,21 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def refuse_several_ranks(program: str) -> None:
+    """Raises UserError under a launcher of several processes: ``program`` is one, and others would write its files."""
+    if (ranks := distributed.world_size()) > 1:
+        raise UserError(f"{program} runs as one process and was started as {ranks}: start it without torchrun")
+
+
+SAME_ERROR_SECONDS = 2.0  # in which a launcher has ended the other ranks of a run after the first one's exit
+
+
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run ``main`` and exit: 0 or its return value; a UserError is one line on stderr (of rank 0) and exit code 2;
-    a lost rank, which the watchdog has reported, is exit code EXIT_STUCK.
+    """Run ``main`` and exit: 0 or its return value; a UserError is one line on stderr and exit code 2; a lost rank,
+    which the watchdog has reported, is exit code EXIT_STUCK.
+
+    Most UserErrors are every rank's: rank 0 says them at once, another rank only if it is still there
+    SAME_ERROR_SECONDS later, for then it may be the only one.
 
     Anything else is a defect of ours and keeps its traceback. Where the environment names a folder EXIT_CODES, each
     rank leaves its code there: torchrun makes 1 of all codes, and a launcher has to tell a saved run from a failed one.
@@ -117,9 +130,11 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except UserError as error:
-        code = 2
-        if distributed.is_main():
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        code, rank = 2, distributed.rank()
+        if rank:
+            time.sleep(SAME_ERROR_SECONDS)
+        whose = f"rank {rank}: " if rank else ""
+        print(f"{Path(sys.argv[0]).name}: error: {whose}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
     except CollectiveError:
         code = EXIT_STUCK
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 BODY = """
 export PATH={bin}:$PATH
 . slurm/common.sh
-RUN_SLURM={folder} ATTEMPT={folder} SIGNALLED={signalled} TERMINATED={terminated}
+RUN_SLURM={folder} ATTEMPT={folder}/attempt_$RESTART SIGNALLED={signalled} TERMINATED={terminated}
 sleep() {{ :; }}
 settle
 """
@@ -33,15 +33,23 @@ settle
         ((143, 143), "", "1", 0, False, 1, "sbatch again"),  # scancel
         ((138, 138), "1", "1", 0, False, 1, "sbatch again"),  # scancel after the signal
         ((), "", "", 0, False, 1, "sbatch again"),  # killed by the kernel
+        ((75,), "", "", 0, True, None, "requeued after losing a rank"),  # the other rank is gone
+        ((75, 143), "", "", 0, True, None, "requeued"),  # torchrun ended the rank that was not waiting
+        ((75, 143), "", "1", 0, False, 1, "sbatch again"),  # scancel meanwhile
+        ((75, 1), "", "", 0, False, 1, "failed with code 1"),  # one rank's traceback is why the other waited
+        ((75,), "", "", 1, True, None, "requeued"),  # the attempt before was signalled
+        ((75,), "", "", 2, False, 75, "failed with code 75"),  # and the next one was stuck as well
+        ((75,), "", "", 3, False, 1, "MAX_RESTARTS"),
     ],
 )
 def test_settle(
     tmp_path: Path, codes: tuple[int, ...], signalled: str, terminated: str, restarts: int, requeued: bool,
     status: int | None, word: str,
 ) -> None:  # fmt: skip
-    (tmp_path / "exit_codes").mkdir()
-    for rank, code in enumerate(codes):
-        (tmp_path / f"exit_codes/rank_{rank}").write_text(f"{code}\n")
+    for attempt, ended in {"attempt_0": (138, 138), "attempt_1": (75, 143), f"attempt_{restarts}": codes}.items():
+        (tmp_path / attempt / "exit_codes").mkdir(parents=True)
+        for rank, code in enumerate(ended):
+            (tmp_path / attempt / f"exit_codes/rank_{rank}").write_text(f"{code}\n")
     (tmp_path / "node0.log").write_text("train.py: error: no such key\nsrun: error: task 0\n")
     scontrol = tmp_path / "bin/scontrol"
     scontrol.parent.mkdir()
