@@ -58,7 +58,9 @@ def load_run(
             )
         for kind, optimizer in trained.optimizer.optimizers.items():
             group_name, named = f"{name}_{kind}", trained.optimizer.names_of(kind).items()
-            tensors[group_name] = restore_optimizer(optimizer, named, layout.get(group_name, {}), saved["optimizers"][kind])
+            tensors[group_name] = restore_optimizer(
+                optimizer, named, layout.get(group_name, {}), saved["optimizers"][kind]
+            )
         if trained.ema is not None:
             if f"{name}_ema" not in layout:
                 raise UserError(f"{path} has no average of {name}: set ema.decay to null, or --resume never")

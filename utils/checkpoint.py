@@ -336,7 +336,7 @@ def find_resume(
 def on_main(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """What ``function`` gives on rank 0 of ``group``, on every rank; what it raises is raised on every rank.
 
-    What a user can put right (UserError, OSError) is a UserError everywhere; rank 0 keeps its own traceback of the rest.
+    What a user can put right (UserError, OSError) is a UserError everywhere; rank 0 keeps the traceback of the rest.
     """
     if group is None:
         return function()
