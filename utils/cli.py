@@ -142,8 +142,5 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     finally:
         if folder := os.environ.get("EXIT_CODES"):
             Path(folder, f"rank_{distributed.rank()}").write_text(f"{code}\n")
-    if code == EXIT_STUCK:
-        os._exit(code)  # leaving in order would wait for the rank that is gone
-    if code not in (2, 130):  # after a failure of one rank, taking the group down would wait for the others
-        distributed.shutdown()
-    sys.exit(code)
+    # after a failure of one rank, or of one it waits for, the group's orderly end would wait for the others
+    distributed.leave(code, together=code not in (2, 130, EXIT_STUCK))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -41,10 +42,19 @@ def set_timeout(timeout: timedelta | None, groups: Iterable[dist.ProcessGroup]) 
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+def leave(code: int, *, together: bool = True) -> NoReturn:
+    """End this process with ``code``; together: all ranks are doing so, and the process group ends first.
+
+    One of several ranks ends without the interpreter's own end, in which a thread of gloo that still holds a tensor
+    now and then aborts the process (pytorch/pytorch#190489): a finished run would count as a failed one.
+    """
+    if not _joined():
+        sys.exit(code)
+    if together:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def rank() -> int:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from utils import checkpoint, shards
+from utils import checkpoint, distributed, shards
 from utils.config import UserError
 from utils.optim import MomentumFreeAdamW
 from utils.optim_state import flatten_optimizer, restore_optimizer
@@ -225,4 +225,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     {"four": four, "two": two, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
     dist.barrier()
-    dist.destroy_process_group()
+    distributed.leave(0)

@@ -98,4 +98,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    distributed.shutdown()
+    distributed.leave(0)

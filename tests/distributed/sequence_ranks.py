@@ -30,6 +30,7 @@ from pipeline.causal_inference import generate
 from pipeline.diffusion_forcing import teacher_forced_velocity
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
 from tests.nets import MICRO, KeyedNoise, conditioning, gradients, latents, random_net, relative, texts
+from utils import distributed
 from utils.parallel.sequence import apply_sequence_parallel
 
 CONFIG = dataclasses.replace(MICRO, num_heads=4)
@@ -244,4 +245,4 @@ def main(rank: int, world: int, store: str, report: str) -> None:
         )
     if rank == 0:
         Path(report).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    distributed.leave(0)

@@ -157,7 +157,7 @@ def main(folder: Path) -> None:
         seen = run(folder, name, case)
         if distributed.is_main():
             save_file(seen, folder / f"{world}_{name}.safetensors")
-    distributed.shutdown()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def main(folder: Path) -> None:
         seen = run(folder, name, *RUNS[name])
         if distributed.is_main():
             save_file(seen, folder / f"{name}.safetensors")
-    distributed.shutdown()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":
