@@ -52,11 +52,14 @@ $(STAMP): requirements.txt requirements-dev.txt
 quickstart: $(STAMP)
 	@bash scripts/quickstart.sh
 
+# two workers, each file's tests in one of them, in order: the long files (tests/distributed) begin first
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	@$(RUN) -m pytest
+	@$(PYTEST)
 
 test-fast: $(STAMP)
-	@$(RUN) -m pytest -m 'not slow'
+	@$(PYTEST) -m 'not slow'
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .

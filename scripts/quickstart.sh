@@ -14,6 +14,8 @@ RUN_DIR=${RUN_DIR:-logs/quickstart}
 COUNT=${COUNT:-400}
 overrides=("$@")
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+# cores without bf16 instructions convert every number on the way: several times slower than fp32
+grep -qwE 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo 2>/dev/null || overrides=(training.precision=fp32 "$@")
 CORES=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 RANKS=$((CORES > 1 ? 2 : 1))
 GLOBAL_BATCH=16 # of configs/toy/*.yaml: split over the ranks it stays the same, and so do the losses

@@ -157,8 +157,8 @@ def main(folder: Path) -> None:
         seen = run(folder, name, case)
         if distributed.is_main():
             save_file(seen, folder / f"{world}_{name}.safetensors")
-    distributed.leave(0)
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    distributed.leave(0)
