@@ -14,8 +14,9 @@ RUN_DIR=${RUN_DIR:-logs/quickstart}
 COUNT=${COUNT:-400}
 overrides=("$@")
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-# cores without bf16 instructions convert every number on the way: several times slower than fp32
-grep -qwE 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo 2>/dev/null || overrides=(training.precision=fp32 "$@")
+# cores without bf16 instructions convert every number on the way: several times slower than their fp32
+NATIVE_BF16=$(grep -qwE 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo 2>/dev/null && echo 1 || true)
+[[ $NATIVE_BF16 ]] || overrides=(training.precision=fp32 "$@")
 CORES=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 RANKS=$((CORES > 1 ? 2 : 1))
 GLOBAL_BATCH=16 # of configs/toy/*.yaml: split over the ranks it stays the same, and so do the losses
@@ -95,7 +96,8 @@ train() { # train NUMBER STAGE RANKS [NETWORK=STAGE ...]: the named networks sta
   fi
   [[ -f $run/.done ]] && return
   local arguments=(--standalone --nproc_per_node "$ranks" train.py --config_path "configs/toy/$stage.yaml"
-    --logdir "$run" --resume auto "training.micro_batch_size=$((GLOBAL_BATCH / ranks))")
+    --logdir "$run" --resume auto "training.micro_batch_size=$((GLOBAL_BATCH / ranks))"
+    "parallel.replicate=$ranks" parallel.shard=1) # networks this small are not worth gathering
   for start in "$@"; do arguments+=("${start%%=*}.init=$RUN_DIR/${start#*=}"); done
   arguments+=(${overrides[@]+"${overrides[@]}"})
   mkdir -p "$run"
@@ -117,6 +119,8 @@ if command -v flock >/dev/null; then
   exec 9>"$RUN_DIR/.lock"
   flock -n 9 || die "another quickstart is at work in $RUN_DIR: wait for it or end it"
 fi
+
+[[ $NATIVE_BF16 ]] || say "these cores have no bf16 instructions: training in fp32, which takes two to three times as long"
 
 say "1/6 teacher: bidirectional, many steps"
 launch train 1 teacher "$RANKS"

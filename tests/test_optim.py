@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from utils.muon import Muon
 from utils.optim import LRScheduleConfig, MomentumFreeAdamW, NetworkOptimizer, OptimizerConfig
 
 
@@ -102,6 +103,22 @@ def test_muon_takes_the_hidden_matrices_and_orthogonalises_their_update() -> Non
     own = torch.linalg.svdvals(net[0].weight.grad)
     assert own.max() / own.median() > 2  # the gradient is far from orthogonal, its update is near it
     assert singular.max() < 1.3 and singular.median() > 0.6
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_muon_is_torchs_up_to_its_bf16(shape: tuple[int, int]) -> None:
+    """Two updates, with momentum and decay: the same weights but for the rounding of torch's bf16 products."""
+    start, gradients = torch.randn(shape), torch.randn(2, *shape)
+    moved = []
+    for made in (Muon, torch.optim.Muon):
+        p = nn.Parameter(start.clone())
+        optimizer = made([p], lr=0.1, momentum=0.9, weight_decay=0.01)
+        for gradient in gradients:
+            p.grad = gradient.clone()
+            optimizer.step()
+        moved.append(p.detach() - start)
+    assert (moved[0] - moved[1]).norm() < 0.02 * moved[1].norm()
+    assert (moved[0] - moved[1]).norm() > 0  # ours was not torch's by inheritance
 
 
 def test_a_loss_that_reaches_no_parameter_is_an_error() -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from utils.distributed import full, local
+from utils.muon import Muon
 
 
 @dataclass
@@ -134,12 +134,10 @@ class NetworkOptimizer:
         self.config, self.schedule, self.total = config, schedule, total_updates
         self.named = {name: p for name, p in net.named_parameters() if p.requires_grad}
         hidden = set(matrices) if config.kind == "muon" else set()
-        if hidden and any(isinstance(p, DTensor) for p in self.named.values()):
-            raise ValueError("kind muon needs whole matrices and these are sharded: choose adamw, or one process")
         rest = [p for name, p in self.named.items() if name not in hidden]
         self.optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(rest, config)}
         if hidden:
-            self.optimizers["muon"] = torch.optim.Muon(
+            self.optimizers["muon"] = Muon(
                 [p for name, p in self.named.items() if name in hidden],
                 lr=config.muon_lr,
                 momentum=config.momentum,
