@@ -120,7 +120,7 @@ if command -v flock >/dev/null; then
   flock -n 9 || die "another quickstart is at work in $RUN_DIR: wait for it or end it"
 fi
 
-[[ $NATIVE_BF16 ]] || say "these cores have no bf16 instructions: training in fp32, which takes two to three times as long"
+[[ $NATIVE_BF16 ]] || say "these cores have no bf16 instructions: training in fp32, which takes longer"
 
 say "1/6 teacher: bidirectional, many steps"
 launch train 1 teacher "$RANKS"
