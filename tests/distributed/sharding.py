@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.wan.transformer import WanTransformer
 from tests.small import DISTILLATION, NETWORKS, merged, trainer, with_weights
 from trainer.base import Trainer
+from trainer.ode import ODETrainer
 from utils import distributed
 
 BATCH = 8
@@ -126,6 +127,8 @@ def run(folder: Path, name: str, case: Case) -> dict[str, Tensor]:
             seen |= {f"ema/{trained.name}/{k}": distributed.full(v) for k, v in trained.ema.shadow.items()}
     if distributed.world_size() > 1:
         seen |= held(made)
+    if isinstance(made, ODETrainer):
+        seen["pairs"] = made.trajectories
     seen["evaluations"] = torch.tensor(made.summed_evaluations()["frames"]["teacher"])
     return {key: value.detach().contiguous().clone() for key, value in seen.items()}
 

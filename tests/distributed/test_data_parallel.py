@@ -61,7 +61,7 @@ def test_defect_11_ranks_share_the_global_batch_and_give_its_losses(base: dict[s
 
 
 def test_ranks_that_ran_other_networks_save_and_resume_together(tmp_path: Path) -> None:
-    """One rank makes the ODE pairs alone; after a resume one rank carries the count of networks the others never ran."""
+    """Ranks share the ODE pairs, unevenly; after a resume one rank carries the count of networks the others never ran."""
     save_networks(tmp_path)
     yaml = tmp_path / "ode.yaml"
     yaml.write_text(to_yaml(config(with_weights(ODE, tmp_path), training={"max_steps": 2, "micro_batch_size": 2})))

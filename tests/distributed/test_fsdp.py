@@ -81,6 +81,16 @@ def test_any_split_trains_alike(seen: dict[str, Seen], case: str) -> None:
 
 
 @pytest.mark.slow
+def test_ode_pairs_are_shared_out_and_the_same_for_any_number_of_ranks(seen: dict[str, Seen]) -> None:
+    """Three micro-batches on two ranks, and on two groups of two: one rank has none in the last turn."""
+    one, two, groups = (seen[f"{world}_ode"]["pairs"] for world in (1, 2, 4))
+    assert len({tuple(pair.flatten().tolist()) for pair in one}) == len(one) == 5
+    assert distance({"x": two}, {"x": one}, "x") < 2e-6 and distance({"x": groups}, {"x": one}, "x") < 2e-6
+    for world in (1, 2, 4):
+        assert int(seen[f"{world}_ode"]["evaluations"]) == 5 * 4 * 2 * 6  # pairs x steps x guidance x frames
+
+
+@pytest.mark.slow
 def test_what_stays_gathered_changes_no_number_but_saves_gathers(seen: dict[str, Seen]) -> None:
     sharded, kept, gathered = (seen[f"2_{name}"] for name in ("sharded", "kept", "gathered"))
     for other in (kept, gathered, seen["2_offloaded"]):
