@@ -336,8 +336,8 @@ class Trainer(ABC):
             set_aside(self.options.logdir, [other for other in saved if checkpoint.step_of(other) > state["step"]])
         self.step, self.cursor = state["step"], state["cursor"]
         self.skipped, self.skipped_in_a_row = state["skipped"], dict(state["skipped_in_a_row"])
-        if self.mesh.dp_rank == 0:  # the count is over all batches; who runs one of them carries it on
-            self.evaluations.load(state["evaluations"])
+        # the count is over all batches, and one rank carries it on; what a new start has cost is not in it
+        self.evaluations.load(state["evaluations"] if self.mesh.dp_rank == 0 else Evaluations().state())
         console.info("resumed from %s at step %d", path, self.step)
         if changed := diff(state["config"], to_plain(self.config)):
             console.warning("the config is not that of the checkpoint: %s", ", ".join(changed))

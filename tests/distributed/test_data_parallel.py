@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.small import DIFFUSION, DISTILLATION, ODE, config
+from tests.small import DIFFUSION, DISTILLATION, ODE, config, save_networks, with_weights
 from tests.test_trainer import curve, tensors
 from utils import checkpoint
 from utils.config import to_yaml
@@ -61,10 +61,12 @@ def test_defect_11_ranks_share_the_global_batch_and_give_its_losses(base: dict[s
 
 
 def test_ranks_that_ran_other_networks_save_and_resume_together(tmp_path: Path) -> None:
-    """One rank makes the ODE pairs alone; after a resume one rank carries the count of networks the others never ran."""
+    """Ranks share the ODE pairs, unevenly; after a resume one rank carries the count of networks the others never ran."""
+    save_networks(tmp_path)
     yaml = tmp_path / "ode.yaml"
-    yaml.write_text(to_yaml(config(ODE, training={"max_steps": 2, "micro_batch_size": 2})))
+    yaml.write_text(to_yaml(config(with_weights(ODE, tmp_path), training={"max_steps": 2, "micro_batch_size": 2})))
     torchrun(2, yaml, tmp_path / "ode")
+    assert all(entry["student/loss"] > 0 for entry in curve(tmp_path / "ode"))
     state = checkpoint.load_state(tmp_path / "ode/checkpoints/step_00000002")
     assert state["evaluations"]["frames"]["teacher"] == 6 * 6 * 2 * 9  # pairs x steps x guidance x frames
     yaml = tmp_path / "dmd.yaml"
