@@ -371,16 +371,6 @@ def test_teacher_is_frozen_in_bf16_and_trained_networks_are_fp32_masters(tmp_pat
         assert {p.dtype for p in trained.net.parameters()} == {torch.float32}
 
 
-def test_validation_writes_videos_without_touching_the_run(tmp_path: Path) -> None:
-    trainer(tmp_path / "with", max_steps=4, validation={"every": 2, "weights": "both"}).train()
-    trainer(tmp_path / "without", max_steps=4).train()
-    assert sorted(p.name for p in (tmp_path / "with/validation").iterdir()) == [
-        "step_000002_ema.mp4", "step_000002_raw.mp4", "step_000004_ema.mp4", "step_000004_raw.mp4",
-    ]  # fmt: skip
-    steps = [entry for entry in curve(tmp_path / "with") if "critic/loss" in entry]
-    assert steps == curve(tmp_path / "without")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
