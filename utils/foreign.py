@@ -6,6 +6,7 @@ with what cannot be carried over: nothing is dropped in silence.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shlex
@@ -63,7 +64,7 @@ def translate(dialect: Dialect, options: Mapping[str, Any]) -> Recipe:
     """Carries over what it can; each option ends either in ``values`` or in ``left``."""
     recipe = Recipe()
     for path, value in dialect.start.items():
-        recipe.set(path, value)
+        recipe.set(path, copy.deepcopy(value))
     for name, value in options.items():
         shown = f"{name}: {json.dumps(value, ensure_ascii=False)}"
         if name not in dialect.rules:
