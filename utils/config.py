@@ -344,3 +344,31 @@ def _flatten(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, value in plain.items():
         yield from _flatten(value, f"{path}.{key}" if path else str(key))
+
+
+def main() -> int:
+    """`python -m utils.config import DIALECT FILE [--out YAML]`: a recipe of another project as one of ours."""
+    from utils.cli import Parser
+    from utils.foreign import read_options, to_text, translate
+    from utils.foreign_tables import DIALECTS
+
+    parser = Parser(prog="python -m utils.config", description="Translate another project's recipe into one of ours.")
+    command = parser.add_subparsers(dest="command", required=True, parser_class=Parser).add_parser("import")
+    command.add_argument("dialect", choices=tuple(DIALECTS))
+    command.add_argument("file", type=Path, help="its YAML, JSON or shell recipe")
+    command.add_argument("--out", type=Path, help="write the YAML here instead of printing it; never over a file")
+    args = parser.parse_args()
+    text = to_text(translate(DIALECTS[args.dialect], read_options(args.file)), f"{args.dialect}'s {args.file.name}")
+    if args.out is None:
+        print(text, end="")
+    elif args.out.exists():
+        raise ConfigError(f"--out {args.out}: is there already: give another name")
+    else:
+        args.out.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    from utils.cli import run_cli
+
+    run_cli(main)
