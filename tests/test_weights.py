@@ -181,6 +181,23 @@ def test_gates_of_sparse_attention_are_left_out_with_one_warning(state: State, t
         fit(sparse, shapes_of(state) | {to_native_key(key): (48,) for key in gates}, CONFIG)
 
 
+def test_the_task_is_read_where_each_format_says_it(tmp_path: Path) -> None:
+    """Wan names it; Diffusers shows it in the channels, and for TI2V in the pipeline's file."""
+    values, part = diffusers_config(CONFIG), tmp_path / "transformer"
+    part.mkdir()
+    for changes, pipeline, expected in (
+        ({}, {}, "t2v"), ({"in_channels": 9}, {}, "i2v"), ({}, {"expand_timesteps": True}, "ti2v"),
+    ):  # fmt: skip
+        (part / "config.json").write_text(json.dumps(values | changes))
+        (tmp_path / "model_index.json").write_text(json.dumps(pipeline))
+        fields = read_config(part / "config.json")
+        assert fields is not None and fields["model_type"] == expected
+    (part / "config.json").write_text(json.dumps(native_config(CONFIG) | {"model_type": "ti2v"}))
+    assert (read_config(part / "config.json") or {})["model_type"] == "ti2v"
+    (part / "config.json").write_text(json.dumps({"z_dim": 16}))
+    assert read_config(part / "config.json") is None  # a VAE's
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -190,7 +207,7 @@ def test_a_wrong_preset_is_told_the_right_one() -> None:
 
     stored = Held({})
     stored.shapes = shapes["14b"]
-    with pytest.raises(ValueError, match=r"choose the geometry that they were made for \(preset 14b\)") as error:
+    with pytest.raises(ValueError, match=r"choose the geometry that they were made for \(preset 14b") as error:
         fit(stored, shapes["1.3b"], PRESETS["1.3b"])
     assert "\n" not in str(error.value)
 

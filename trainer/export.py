@@ -189,6 +189,7 @@ def model_index(config: RunConfig, geometry: WanConfig) -> dict[str, Any]:
         "transformer": [LIBRARY, "WanTransformer3DModel"],
         "transformer_2": [None, None],
         "vae": [LIBRARY, "AutoencoderKLWan"],
+        "expand_timesteps": geometry.model_type == "ti2v",
     }
     if image:
         clip = getattr(geometry, "image_dim", None) is not None

@@ -46,7 +46,7 @@ def read_config(file: Path) -> Fields | None:
         raise ValueError(f"'{file}' is not JSON: fetch it again") from None
     try:
         if "num_attention_heads" in values and "attention_head_dim" in values:
-            return _of_diffusers(values)
+            return _of_diffusers(values) | _of_pipeline(file.parent.parent / "model_index.json")
         if "num_heads" in values and "ffn_dim" in values:
             return _of_native(values)
     except (KeyError, TypeError) as problem:
@@ -60,9 +60,23 @@ def _of_diffusers(values: Mapping[str, Any]) -> Fields:
     fields.setdefault("out_dim", fields["in_dim"])
     fields["patch_size"] = tuple(values["patch_size"])
     fields["qk_norm"] = values.get("qk_norm", True) is not None
-    # Diffusers does not name the task: given frames come as more channels than go out, or as CLIP's tokens
-    given = fields["in_dim"] > fields["out_dim"] or "image_dim" in fields
-    return fields | {"model_type": "i2v" if given else "t2v"}
+    fields["image_dim"] = values.get("image_dim")
+    return fields | {"model_type": _task(fields)}
+
+
+def _task(fields: Fields) -> str:
+    """The task, where it is not named: given frames come as more channels than go out."""
+    return "i2v" if fields["in_dim"] > fields["out_dim"] else "t2v"
+
+
+def _of_pipeline(file: Path) -> Fields:
+    """What Diffusers says of the task in its pipeline's file only: TI2V's time is one a token."""
+    if not file.is_file():
+        return {}
+    try:
+        return {"model_type": "ti2v"} if json.loads(file.read_text()).get("expand_timesteps") else {}
+    except ValueError:
+        raise ValueError(f"'{file}' is not JSON: fetch it again") from None
 
 
 def _of_native(values: Mapping[str, Any]) -> Fields:
@@ -70,8 +84,7 @@ def _of_native(values: Mapping[str, Any]) -> Fields:
     fields["dim"] = int(values["dim"])
     if "patch_size" in fields:
         fields["patch_size"] = tuple(fields["patch_size"])
-    # the weights of these are a T2V network's; Wan's code tells them apart to treat the first frame
-    return fields | {"model_type": {"ti2v": "t2v"}.get(fields.get("model_type", "t2v"), fields.get("model_type"))}
+    return fields
 
 
 def fields_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Fields:
@@ -79,6 +92,8 @@ def fields_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Fields:
     out: Fields = {}
     if len(patch := shapes.get("patch_embedding.weight", ())) == 5:
         out |= {"dim": patch[0], "in_dim": patch[1], "patch_size": tuple(patch[2:])}
+        # always said, for it tells Wan2.1's image-to-video from Wan2.2's, which has no CLIP
+        out["image_dim"] = shapes.get("img_emb.proj.0.weight", (None,))[0]
         if (head := shapes.get("head.head.weight")) is not None:
             out["out_dim"] = head[0] // (patch[2] * patch[3] * patch[4])
     names = {
@@ -89,8 +104,6 @@ def fields_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Fields:
     out |= {field: shapes[name][1] for field, name in names.items() if len(shapes.get(name, ())) == 2}
     if layers := {name.split(".")[1] for name in shapes if name.startswith("blocks.")}:
         out["num_layers"] = len(layers)
-    if image := shapes.get("img_emb.proj.0.weight"):
-        out["image_dim"] = image[0]
     return out
 
 
@@ -106,7 +119,7 @@ def geometry_from(config: Fields | None, shapes: Mapping[str, tuple[int, ...]]) 
         fields |= {"num_heads": fields["dim"] // HEAD_DIM} if fields["dim"] % HEAD_DIM == 0 else {}
         fields |= {"qk_norm": "blocks.0.self_attn.norm_q.weight" in shapes}
         fields |= {"cross_attn_norm": "blocks.0.norm3.weight" in shapes}
-        fields |= {"model_type": "i2v" if fields["in_dim"] > fields["out_dim"] else "t2v"}
+        fields |= {"model_type": _task(fields)}
     if "num_heads" not in fields:
         raise ValueError("without a config.json beside them these weights do not say their heads: put it there")
     return WanConfig(**{key: fields[key] for key in fields if key in KNOWN})
@@ -125,7 +138,7 @@ def differences(config: WanConfig, fields: Mapping[str, Any]) -> list[str]:
     own = dataclasses.asdict(config)
     asked = {key: value for key, value in fields.items() if key in own and key not in ("text_len", "model_type")}
     odd = [key for key, value in asked.items() if own[key] != value]
-    if "image_dim" in fields and "image_dim" not in own:
+    if fields.get("image_dim") is not None and "image_dim" not in own:
         odd.append("image_dim")
     return odd
 
