@@ -37,6 +37,7 @@ PROGRAMS = {
     "inference.sh": "trainer/generate_cli.py",
     "preprocess.py": "preprocess.py",
     "trainer.evaluate": "trainer/evaluate.py",
+    "trainer.export": "trainer/export.py",
     "benchmarks.train_step": "benchmarks/train_step.py",
     "scripts.report": "scripts/report.py",
 }

@@ -16,10 +16,10 @@ from model.wan.weights import (
     detect_format,
     load_native,
     load_weights,
-    read_safetensors,
     to_diffusers_key,
     to_native,
     to_native_key,
+    weight_files,
 )
 
 # Wan2.1's own code for the first two; TI2V-5B as Diffusers builds it.
@@ -138,7 +138,7 @@ def test_load_weights_of_a_sharded_folder(tmp_path: Path) -> None:
     for name, part in shards.items():
         save_file({key: state[key] for key in part}, tmp_path / name)
     with pytest.raises(ValueError, match="2 .safetensors files and 0 index files"):
-        read_safetensors(tmp_path)
+        weight_files(tmp_path)
     index = {"weight_map": {key: name for name, part in shards.items() for key in part}}
     (tmp_path / "d.safetensors.index.json").write_text(json.dumps(index))
     net = random_net(2)
@@ -146,7 +146,7 @@ def test_load_weights_of_a_sharded_folder(tmp_path: Path) -> None:
     assert_same(net, {to_native_key(key): value for key, value in state.items()})
     (tmp_path / "d-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="d-00002-of-00002.safetensors, which is not there"):
-        read_safetensors(tmp_path)
+        weight_files(tmp_path)
 
 
 def test_load_casts_to_the_nets_own_precision(tmp_path: Path) -> None:
@@ -183,4 +183,4 @@ def test_formats_are_told_apart_by_names() -> None:
     with pytest.raises(ValueError, match="no Wan DiT"):
         detect_format(["encoder.layer.0.weight"])
     with pytest.raises(ValueError, match="no weights at"):
-        read_safetensors("nowhere")
+        weight_files("nowhere")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from configs.schema import Precision, RunConfig, TrainedConfig, TrainerKind
 from model.ema import EMA
@@ -19,8 +18,9 @@ from model.types import Evaluations
 from model.wan.attention import Backend, available
 from model.wan.config import NetworkConfig
 from model.wan.init import no_weights, random_weights
+from model.wan.lora_files import MergedWeights
 from model.wan.transformer import WanTransformer
-from model.wan.weights import LazyWeights, check_fit
+from model.wan.weights import LazyWeights, Weights, fit
 from trainer.engine import Engine, FSDPEngine
 from trainer.networks import Trained
 from trainer.task import SyntheticTask, Task, ToyTask
@@ -35,14 +35,6 @@ from utils.random import keyed_seed
 
 if TYPE_CHECKING:
     from trainer.base import RunOptions, Trainer
-
-
-class Weights(Protocol):
-    """Stored weights that are read one tensor at a time."""
-
-    shapes: dict[str, tuple[int, ...]]
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -94,25 +86,37 @@ def build_network(
     return net
 
 
-def open_init(net: WanTransformer, path: Path, which: str, name: str) -> Weights:
-    """Weights of a run, a checkpoint, or a safetensors file or folder, checked against `net` by their headers.
+def open_init(
+    net: WanTransformer, path: Path, which: str, name: str, loras: Sequence[tuple[Path, float]] = ()
+) -> Weights:
+    """Weights of a run, a checkpoint, or anything that LazyWeights opens, checked against `net` by their headers.
 
+    which: 'ema' (raw where there is none), 'raw' or 'critic'. loras: (file or folder, scale) to add to them.
     Raises ConfigError naming the network.
     """
     try:
-        if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
-            folder = checkpoint.resolve_resume(str(path), path)
-            assert folder is not None
-            has_ema = "student_ema" in checkpoint.tensor_names(folder)
-            weights: Weights = checkpoint.StoredGroup(
-                folder, "student_ema" if which == "ema" and has_ema else "student"
-            )
-        else:
-            weights = LazyWeights(path)
-        check_fit({key: tuple(p.shape) for key, p in net.named_parameters()}, weights.shapes)
+        weights = open_run(path, which) if is_run(path) else LazyWeights(path, which)
+        if loras:
+            weights = MergedWeights(weights, [(lora, scale) for lora, scale in loras])
+        fit(weights, {key: tuple(p.shape) for key, p in net.named_parameters()}, net.config)
         return weights
     except (ValueError, OSError) as problem:
         raise ConfigError(f"{name}.init: {problem}") from None
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is the folder of a run or of one of its checkpoints."""
+    return (path / "checkpoints").is_dir() or (path / "state.json").is_file()
+
+
+def open_run(path: Path, which: str) -> Weights:
+    """The student of a run or checkpoint, its average for 'ema' if it has one, or its critic. Raises UserError."""
+    folder = checkpoint.resolve_resume(str(path), path)
+    assert folder is not None
+    if which == "critic":
+        return checkpoint.StoredGroup(folder, "critic")
+    averaged = which == "ema" and "student_ema" in checkpoint.tensor_names(folder)
+    return checkpoint.StoredGroup(folder, "student_ema" if averaged else "student")
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype | None:

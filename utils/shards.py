@@ -11,7 +11,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,21 +72,34 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
     Raises OSError when it cannot be written, ValueError for a dtype that safetensors has no name for.
     """
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_stream(path, kinds, lambda names: (tensors[name] for name in names))
+
+
+def write_stream(
+    path: Path,
+    kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    read: Callable[[list[str]], Iterable[Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, int]:
+    """As ``write_file``, but of each tensor only (dtype, shape) is known beforehand: ``read`` gives them one by one, in
+    the order of the names that it gets, and no more than one is held."""
     # widest first, as the format's own writer does: every tensor is aligned to its element
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {}
+    names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        dtype, shape = kinds[name]
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     crcs: dict[str, int] = {}
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            data = _bytes(tensors[name])
+        for name, tensor in zip(names, read(names), strict=True):
+            assert (tensor.dtype, tuple(tensor.shape)) == kinds[name], name
+            data = _bytes(tensor)
             crcs[name] = zlib.crc32(data)
             file.write(data)
         file.flush()

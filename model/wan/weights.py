@@ -1,110 +1,51 @@
-"""Wan DiT weights from files, under Wan's own names or Diffusers'.
-
-The key map is a pure function of names: shapes are the same in both formats, nothing is split, joined or transposed.
-"""
+"""Wan DiT weights from anywhere (see `located`), under Wan's own names or Diffusers', read one tensor at a time."""
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from model.wan.config import WanConfig
+from model.wan.formats import (
+    GATE,
+    UNUSED,
+    Format,
+    detect_format,
+    native_names,
+    to_diffusers_key,
+    to_native_key,
+)
+from model.wan.geometry import describe, differences, fields_of_shapes, geometry_from, read_config
+from model.wan.sources import Stored, config_file, located, open_tensors, weight_files
+from utils import distributed
+
+__all__ = [
+    "Format", "LazyWeights", "Shapes", "State", "Weights", "check_fit", "detect_format", "fit", "geometry_of",
+    "load_native", "load_weights", "native_names", "shapes_of", "to_diffusers_key", "to_native", "to_native_key",
+    "weight_files",
+]  # fmt: skip
 
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
-PREFIXES = (
-    "model.",
-    "_fsdp_wrapped_module.",
-    "_orig_mod.",
-)  # what trainers' wrappers leave in front of, or within, names
-
-# native name -> Diffusers' name, of modules and bare parameters
-TOP = {
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "head.head": "proj_out",
-    "head.modulation": "scale_shift_table",
-}
-BLOCK = {"modulation": "scale_shift_table", "norm3": "norm2", "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"} | {
-    f"{native}.{part}": f"{other}.{their_part}"
-    for native, other in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-    for part, their_part in (
-        ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k"),
-    )
-}  # fmt: skip
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALES = ("scale_weight", "weight_scale")  # what an fp8 matrix beside it is to be multiplied by
+NO_WEIGHTS = ("scale_input", "input_scale")  # of quantised activations, which we do not have
+MARKER = "scaled_fp8"  # ComfyUI's sign of such a file
 
 
-class Format(Enum):
-    """Whose parameter names a state dict has."""
+class Weights(Protocol):
+    """Stored weights that are read one tensor at a time, under Wan's own names."""
 
-    NATIVE = "native"
-    DIFFUSERS = "diffusers"
+    shapes: Shapes
 
-
-def detect_format(keys: Iterable[str]) -> Format:
-    """Raises ValueError when the names are neither Wan's nor Diffusers'."""
-    names = list(keys)
-    if any(".attn1." in name or name.startswith("condition_embedder.") for name in names):
-        return Format.DIFFUSERS
-    if any(".self_attn." in name or name.startswith("time_projection.") for name in names):
-        return Format.NATIVE
-    raise ValueError(
-        f"no Wan DiT: names like {names[:3]} are neither Wan's (blocks.0.self_attn.q) nor Diffusers' (attn1.to_q)"
-    )
-
-
-def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
-    """A key under the other format's name; one that the map does not know comes back as it is."""
-    prefix, table, name = "", top, key
-    if key.startswith("blocks."):
-        _, index, name = key.split(".", 2)
-        prefix, table = f"blocks.{index}.", block
-    module, dot, leaf = name.rpartition(".")
-    if name in table:
-        return prefix + table[name]
-    return prefix + table[module] + dot + leaf if module in table else key
-
-
-_TOP_BACK, _BLOCK_BACK = ({v: k for k, v in table.items()} for table in (TOP, BLOCK))
-
-
-def to_diffusers_key(key: str) -> str:
-    """`blocks.0.self_attn.q.weight` -> `blocks.0.attn1.to_q.weight`."""
-    return _rename(key, TOP, BLOCK)
-
-
-def to_native_key(key: str) -> str:
-    """The inverse of `to_diffusers_key`."""
-    return _rename(key, _TOP_BACK, _BLOCK_BACK)
-
-
-def native_names(keys: Iterable[str]) -> dict[str, str]:
-    """Each key of either format under Wan's own name, without those of wrappers: `model.` in front, FSDP's and
-    torch.compile's anywhere. Raises ValueError when two keys become one, or they are not those of a Wan DiT."""
-    plain: dict[str, str] = {}
-    seen: set[str] = set()
-    for key in keys:
-        name = key
-        for wrapper in PREFIXES[1:]:
-            name = name.replace(wrapper, "")
-        name = name.removeprefix(PREFIXES[0])
-        if name in seen:
-            raise ValueError(f"weights hold '{name}' twice under different wrappers' names: keep one")
-        seen.add(name)
-        plain[key] = name
-    if detect_format(plain.values()) is Format.DIFFUSERS:
-        return {key: to_native_key(name) for key, name in plain.items()}
-    return plain
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def to_native(state: Mapping[str, Tensor]) -> State:
@@ -127,7 +68,7 @@ def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
 
 
 def check_fit(own: Shapes, theirs: Shapes) -> None:
-    """Raises ValueError naming missing, unexpected and wrongly shaped keys."""
+    """Raises ValueError naming missing, unexpected and wrongly shaped keys, and the preset that they are of."""
     problems = [
         ("missing", [key for key in own if key not in theirs]),
         ("unexpected", [key for key in theirs if key not in own]),
@@ -146,71 +87,97 @@ def check_fit(own: Shapes, theirs: Shapes) -> None:
         if keys
     ]
     if found:
+        remedy = "they are incomplete, or of another kind of network"
+        if (made_for := fields_of_shapes(theirs)) != fields_of_shapes(own):
+            remedy = f"choose the geometry that they were made for ({describe(made_for)})"
+        raise ValueError(f"weights do not fit this geometry: {'; '.join(found)}: {remedy}")
+
+
+def fit(weights: Weights, own: Shapes, config: WanConfig) -> None:
+    """Checks weights against the network that is to get them, by headers alone.
+
+    Gates of sparse attention that a dense network has no use for are left out, with one warning. Raises ValueError in
+    one line: names or shapes that differ, or what shapes do not show, such as the number of heads.
+    """
+    if gates := [name for name in weights.shapes if GATE.match(name) and name not in own]:
+        weights.shapes = {name: shape for name, shape in weights.shapes.items() if name not in set(gates)}
+        if distributed.is_main():
+            warnings.warn(
+                f"{len(gates)} gate tensors of sparse attention (to_gate_compress) are left out: this network's "
+                "attention is dense, and will not be what these weights were trained with",
+                stacklevel=3,
+            )
+    check_fit(own, weights.shapes)
+    stated = getattr(weights, "config", None)
+    if stated is not None and (odd := differences(config, stated)):
+        values = ", ".join(f"{key} {stated[key]} instead of {getattr(config, key, None)}" for key in odd)
         raise ValueError(
-            f"weights do not fit this geometry: {'; '.join(found)}: choose the preset that they were made for"
+            f"weights do not fit this geometry: their config.json says {values}: choose {describe(stated)}"
         )
 
 
-def weight_files(path: str | Path) -> list[Path]:
-    """One file, or of a folder its shards as an index.json lists them, else its only file.
-
-    Raises ValueError when there is nothing to read, or a shard is missing.
-    """
-    path = Path(path)
-    if path.is_file() and path.suffix == ".safetensors":
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"no weights at '{path}': give a .safetensors file or a folder of them")
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    files = sorted(path.glob("*.safetensors"))
-    if len(indices) == 1:
-        files = [path / name for name in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise ValueError(f"{indices[0].name} in '{path}' names {missing[0]}, which is not there: fetch all shards")
-    elif len(files) != 1 or indices:
-        raise ValueError(f"'{path}' has {len(files)} .safetensors files and {len(indices)} index files: name one file")
-    return files
-
-
-def read_safetensors(path: str | Path) -> State:
-    """The tensors of `weight_files`. Raises ValueError when there is nothing to read, or a shard is missing."""
-    state: State = {}
-    for file in weight_files(path):
-        state |= load_file(file)
-    return state
-
-
 class LazyWeights:
-    """The weights of a file or folder under Wan's own names, read one tensor at a time.
+    """The weights of a file, a folder or a Hub repository under Wan's own names, read one tensor at a time.
 
-    shapes: known from the headers alone. Raises ValueError, in one line, for what is not the weights of a Wan DiT.
+    which: 'ema' (raw where there is none), 'raw' or 'critic', of a checkpoint that has several; expert: see `located`.
+    shapes: known from the headers alone. config: what the config.json beside them says, if there is one.
+    Raises ValueError, in one line, for what is not the weights of a Wan DiT.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self._files: dict[str, tuple[Any, str]] = {}
-        self.shapes: Shapes = {}
+    def __init__(self, path: str | Path, which: str = "ema", expert: str | None = None) -> None:
+        self.path = path
         try:
-            for file in weight_files(path):
-                opened = safe_open(file, framework="pt")
-                for key in opened.keys():  # noqa: SIM118 - it is no mapping
-                    self._files[key] = (opened, key)
-            names = native_names(list(self._files))
+            place = located(path, expert)
+            found = open_tensors(place, which)
+            found.pop(MARKER, None)
+            file = config_file(place)
+            self.config = None if file is None else read_config(file)
+            named = {name: found[key] for key, name in _names(found).items()}
         except (ValueError, OSError, SafetensorError) as problem:
             raise ValueError(f"{path}: {problem}") from None
-        self._files = {names[key]: found for key, found in self._files.items()}
-        self.shapes = {name: tuple(f.get_slice(key).get_shape()) for name, (f, key) in self._files.items()}
-        self.path = path
+        self._scales: dict[str, Stored] = {}
+        for name in [name for name in named if name.endswith(SCALES)]:
+            self._scales[f"{name.rpartition('.')[0]}.weight"] = named.pop(name)
+        self._stored = {name: stored for name, stored in named.items() if not name.endswith(NO_WEIGHTS)}
+        self.shapes: Shapes = {name: stored.shape for name, stored in self._stored.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """(name, value) in this order, as stored."""
+        """(name, value) in this order, as stored; fp8 as the fp32 numbers that it stands for."""
         for name in names:
-            file, key = self._files[name]
-            yield name, file.get_tensor(key)
+            value = self._stored[name].read()
+            if value.dtype in FP8:
+                value = value.float()
+                if name in self._scales:
+                    value *= self._scales[name].read().float()
+            yield name, value
+
+    def geometry(self) -> WanConfig:
+        """Their geometry, from config.json and shapes. Raises ValueError, naming the path."""
+        try:
+            return geometry_from(self.config, self.shapes)
+        except ValueError as problem:
+            raise ValueError(f"{self.path}: {problem}") from None
+
+
+def _names(keys: Iterable[str]) -> dict[str, str]:
+    keys = list(keys)
+    if keys and all("lora" in key or key.endswith((".alpha", ".diff", ".diff_b")) for key in keys):
+        raise ValueError("this is a LoRA: give the base weights here, and lay it over them")
+    return {key: name for key, name in native_names(keys).items() if not UNUSED.search(key)}
+
+
+def geometry_of(path: str | Path, which: str = "ema", expert: str | None = None) -> WanConfig:
+    """The geometry of weights, by config.json (Wan's own or Diffusers') where there is one, and by their shapes.
+
+    path, which, expert: as LazyWeights takes them. Raises ValueError in one line.
+    """
+    return LazyWeights(path, which, expert).geometry()
 
 
 def load_weights(net: nn.Module, path: str | Path) -> None:
-    """Loads a file or folder in either format into `net`. Raises ValueError with one line on what does not fit."""
+    """Loads weights in any format into `net`. Raises ValueError with one line on what does not fit."""
+    weights = LazyWeights(path)
     try:
-        load_native(net, to_native(read_safetensors(path)))
+        load_native(net, dict(weights.read(weights.shapes)))
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from None

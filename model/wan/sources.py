@@ -1,0 +1,235 @@
+"""Where weights lie: a file, a folder, a pipeline's folder with one or two experts, or a repository of the Hub.
+
+Nothing is read here but names, headers and config.json: tensors are mapped, and read when they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+# folders of the experts of Wan2.2 A14B, which split the noise levels: Diffusers' names, Wan's own
+EXPERTS = {"high": ("transformer", "high_noise_model"), "low": ("transformer_2", "low_noise_model")}
+# what else lies beside Wan's own DiT as a torch file
+OTHER_MODELS = re.compile(r"models_t5|models_clip|VAE|vae")
+
+_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.-]+))?(?:/(?P<inside>.+))?")
+# groups of a Self-Forcing or CausVid checkpoint by `which`, the first that is there
+GROUPS = {"ema": ("generator_ema", "generator"), "raw": ("generator",), "critic": ("critic",)}
+NESTED = ("state_dict", "model", "module", "model_state_dict")
+
+
+class Stored(NamedTuple):
+    """One stored tensor: its shape is known, `read` fetches it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+# --------------------------------------------------------------------------------------------------------------- where
+
+
+def located(path: str | Path, expert: str | None = None) -> Path:
+    """The file or folder that holds the weights themselves, fetched from the Hub if it has to be.
+
+    path: a file, a folder of weights, a pipeline's folder, or `owner/name[@revision][/path inside]` on the Hub.
+    expert: 'high' or 'low' of a model with two. Raises ValueError in one line.
+    """
+    if expert is not None and expert not in EXPERTS:
+        raise ValueError(f"expert '{expert}' is unknown: choose high or low (noise)")
+    hub = _HUB.fullmatch(str(path))
+    # a typing error in a local path is not to be looked for on the Hub
+    if hub is None or Path(path).exists() or Path(str(path).split("/")[0]).is_dir():
+        return within(Path(path), expert)
+    return _fetched(hub["repo"], hub["revision"], hub["inside"], expert)
+
+
+def within(folder: Path, expert: str | None) -> Path:
+    """The part of a pipeline's folder that is the DiT; any other path as it is. Raises ValueError."""
+    if not folder.is_dir():
+        return folder
+    found = {
+        which: next((folder / name for name in names if (folder / name).is_dir()), None)
+        for which, names in EXPERTS.items()
+    }
+    high, low = found["high"], found["low"]
+    if expert is not None and (high or low):
+        chosen = found[expert]
+        if chosen is None:
+            raise ValueError(f"'{folder}' has one network, no {' or '.join(EXPERTS[expert])}: leave the expert out")
+        return chosen
+    if high and low:
+        raise ValueError(
+            f"'{folder}' has two experts: give {folder}/{high.name} (high noise) or {folder}/{low.name} (low noise)"
+        )
+    return high or low or folder
+
+
+def _fetched(repo: str, revision: str | None, inside: str | None, expert: str | None) -> Path:
+    if inside is not None:
+        beside = str(Path(inside).parent / "config.json")
+        root = snapshot(repo, revision, [inside, f"{inside}/*", beside])
+        return within(root / inside, expert)
+    # the layout first, from files of a few bytes: a pipeline also holds a text encoder of 20 GB
+    root = snapshot(repo, revision, ["*config.json", "model_index.json"])
+    part = within(root, expert).relative_to(root)
+    patterns = ["config.json", "diffusion_pytorch_model*"] if part == Path() else [f"{part}/*"]
+    return snapshot(repo, revision, patterns) / part
+
+
+def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    """The local folder of a Hub repository, with the files of these patterns; what is there is not fetched again.
+
+    Raises ValueError in one line, also where HF_HUB_OFFLINE forbids to ask.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except Exception as problem:  # many kinds, of three packages: none of them is ours
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            include = " ".join(f"'{pattern}'" for pattern in patterns)
+            raise ValueError(
+                f"'{repo}' is no local path, and HF_HUB_OFFLINE is set and the cache lacks it: fetch it where there is "
+                f"a network (hf download {repo} --include {include}), or give a local folder"
+            ) from problem
+        reason = (str(problem).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"'{repo}' is no local path, and cannot be had from the Hub ({type(problem).__name__}: {reason}): correct "
+            "the path, or check the name, the network and your access"
+        ) from problem
+
+
+def config_file(path: Path) -> Path | None:
+    """The config.json of located weights, if there is one."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return file if file.is_file() else None
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """One file, or of a folder its shards as an index.json lists them, else its only file.
+
+    Raises ValueError when there is nothing to read, a shard is missing, or shards of two models lie there.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix in (".safetensors", *TORCH_SUFFIXES):
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"no weights at '{path}': give a .safetensors, .pt or .pth file, or a folder of them")
+    kinds = {
+        "safetensors": (path.glob("*.safetensors"), path.glob("*.safetensors.index.json")),
+        "torch": (
+            (file for file in path.iterdir() if file.suffix in TORCH_SUFFIXES and not OTHER_MODELS.search(file.name)),
+            (file for suffix in TORCH_SUFFIXES for file in path.glob(f"*{suffix}.index.json")),
+        ),
+    }
+    found = {kind: (sorted(files), sorted(indices)) for kind, (files, indices) in kinds.items()}
+    files, indices = found["safetensors" if any(found["safetensors"]) or not any(found["torch"]) else "torch"]
+    if len(indices) == 1:
+        return _shards(indices[0], files)
+    if len(files) != 1 or indices:
+        name = TORCH_SUFFIXES[0] if files and files[0].suffix in TORCH_SUFFIXES else ".safetensors"
+        raise ValueError(f"'{path}' has {len(files)} {name} files and {len(indices)} index files: name one file")
+    return files
+
+
+def _shards(index: Path, there: list[Path]) -> list[Path]:
+    listed = sorted(set(weight_map(index).values()))
+    files = [index.parent / name for name in listed]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{index.name} in '{index.parent}' names {missing[0]}, which is not there: fetch all shards")
+    of_shards = re.compile(r"-\d+-of-\d+\.")
+    if strangers := [file.name for file in there if of_shards.search(file.name) and file not in files]:
+        raise ValueError(
+            f"'{index.parent}' also holds {strangers[0]}, which {index.name} does not name: shards of two models are "
+            "mixed; fetch one of them into a new folder"
+        )
+    return files
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file of an index.json. Raises ValueError."""
+    try:
+        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return dict(found)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"'{index}' is no index of shards: fetch it again") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------- open
+
+
+def open_tensors(path: str | Path, which: str = "ema") -> dict[str, Stored]:
+    """Every tensor of located weights under its stored name. which: group of a file that has several (see GROUPS).
+
+    Raises ValueError, SafetensorError or OSError.
+    """
+    out: dict[str, Stored] = {}
+    files = weight_files(path)
+    for file in files:
+        part = _open_safetensors(file) if file.suffix == ".safetensors" else _open_torch(file, which)
+        if len(files) > 1:
+            _check_shard(file, part, out)
+        out |= part
+    return out
+
+
+def _check_shard(file: Path, part: Mapping[str, Stored], others: Mapping[str, Stored]) -> None:
+    index = next(file.parent.glob("*.index.json"))
+    listed = {key for key, name in weight_map(index).items() if name == file.name}
+    if odd := sorted(listed ^ part.keys()) or sorted(part.keys() & others.keys()):
+        raise ValueError(
+            f"{file.name} does not hold what {index.name} says ({len(odd)} names differ, first {odd[0]}): shards of "
+            "two models are mixed; fetch them again"
+        )
+
+
+def _open_safetensors(file: Path) -> dict[str, Stored]:
+    opened = safe_open(file, framework="pt")
+
+    def stored(key: str) -> Stored:
+        return Stored(tuple(opened.get_slice(key).get_shape()), lambda: opened.get_tensor(key))
+
+    return {key: stored(key) for key in opened.keys()}  # noqa: SIM118 - it is no mapping
+
+
+def _open_torch(file: Path, which: str) -> dict[str, Stored]:
+    try:
+        state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{file.name} is damaged, or holds objects besides tensors, which could run code: save its state_dict alone"
+        ) from None
+    except (RuntimeError, EOFError) as problem:
+        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else "it ends too early"
+        raise ValueError(
+            f"{file.name} cannot be mapped ({reason}): fetch it again; one of a torch before 1.6 load and save anew"
+        ) from None
+    state = _group(state, which)
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file.name} holds no state_dict of tensors: give a file saved from one")
+    return {key: Stored(tuple(value.shape), lambda value=value: value) for key, value in state.items()}  # type: ignore[misc]
+
+
+def _group(state: Any, which: str) -> Any:
+    """The network that is asked for, of a checkpoint that may hold several."""
+    if not isinstance(state, dict):
+        return state
+    known = {name for names in GROUPS.values() for name in names}
+    if known & state.keys():
+        found = next((name for name in GROUPS[which] if name in state), None)
+        if found is None:
+            raise ValueError(f"the file has no {GROUPS[which][0]}: it has {', '.join(map(str, state))}")
+        return _group(state[found], which)
+    if inner := next((name for name in NESTED if isinstance(state.get(name), dict)), None):
+        return _group(state[inner], which)
+    return state

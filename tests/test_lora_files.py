@@ -1,0 +1,198 @@
+"""LoRA files under everyone's names, added to base weights; ours under theirs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.wan.formats import to_diffusers_key
+from model.wan.lora_files import MergedWeights, lora_to_diffusers, lora_to_peft
+from model.wan.weights import LazyWeights
+from tests.nets import MICRO, random_net
+from trainer.build import open_init
+from utils.config import ConfigError
+
+ALPHA, SCALE = 6.0, 0.7
+TARGETS = ["blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.1.ffn.0", "patch_embedding", "head.head"]
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("base") / "x.safetensors"
+    save_file({key: value.detach() for key, value in random_net(1).state_dict().items()}, file)
+    return file
+
+
+def adapter(rank: int = 3) -> State:
+    """Native names, native shapes, factors of every target."""
+    out, net = {}, random_net(1)
+    generator = torch.Generator().manual_seed(5)
+    for name in TARGETS:
+        weight = net.get_submodule(name).weight
+        tail = (1,) * (weight.ndim - 2)
+        out[f"{name}.lora_A.weight"] = torch.randn(rank, *weight.shape[1:], generator=generator)
+        out[f"{name}.lora_B.weight"] = torch.randn(weight.shape[0], rank, *tail, generator=generator)
+    return out
+
+
+def expected(state: State, factor: float) -> State:
+    """W + factor * up @ down, by hand in fp64."""
+    out = dict(random_net(1).state_dict())
+    for name in TARGETS:
+        up, down = (state[f"{name}.lora_{letter}.weight"].double() for letter in "BA")
+        change = torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1)).view(out[f"{name}.weight"].shape)
+        out[f"{name}.weight"] = (out[f"{name}.weight"].double() + factor * change).float()
+    return out
+
+
+def renamed(state: State, style: str) -> State:
+    """The same adapter as another trainer names it."""
+    out = {}
+    for key, value in state.items():
+        name, letter = key[: -len(".lora_A.weight")], key[-len("A.weight")]
+        theirs = to_diffusers_key(name)
+        half = {"A": "down", "B": "up"}[letter]
+        out[
+            {
+                "native": f"diffusion_model.{name}.lora_{letter}.weight",
+                "peft": f"base_model.model.{theirs}.lora_{letter}.default.weight",
+                "diffusers": f"transformer.{theirs}.lora_{letter}.weight",
+                "old diffusers": f"transformer.{theirs}.lora.{half}.weight",
+                "kohya": f"lora_unet_{name.replace('.', '_')}.lora_{half}.weight",
+                "down up": f"{name}.lora_{half}.weight",
+            }[style]
+        ] = value
+        if style in ("kohya", "down up"):
+            out[f"lora_unet_{name.replace('.', '_')}.alpha" if style == "kohya" else f"{name}.alpha"] = torch.tensor(
+                ALPHA
+            )
+    return out
+
+
+@pytest.mark.parametrize("style", ["native", "peft", "diffusers", "old diffusers", "kohya", "down up"])
+def test_any_trainers_names_are_the_same_change(base: Path, tmp_path: Path, style: str) -> None:
+    state = adapter()
+    save_file(renamed(state, style), tmp_path / "lora.safetensors")
+    merged = MergedWeights(LazyWeights(base), [(tmp_path / "lora.safetensors", SCALE)])
+    want = expected(state, SCALE * (ALPHA / 3 if style in ("kohya", "down up") else 1.0))
+    plain = dict(random_net(1).state_dict())
+    found = dict(merged.read(want))
+    for name, value in found.items():
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
+        assert torch.equal(value, plain[name]) == (name.removesuffix(".weight") not in TARGETS), name
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_peft_folder_says_its_alpha(base: Path, tmp_path: Path, rslora: bool) -> None:
+    state = {key: value for key, value in adapter().items()}
+    weights, config = lora_to_peft(state, ALPHA)
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    config |= {"use_rslora": rslora, "alpha_pattern": {"attn1.to_q": 9.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    root = 3**0.5 if rslora else 3
+    merged = dict(MergedWeights(LazyWeights(base), [(tmp_path, 1.0)]).read(expected(state, 1)))
+    for name, alpha in (("blocks.0.self_attn.q.weight", 9.0), ("head.head.weight", ALPHA)):
+        torch.testing.assert_close(merged[name], expected(state, alpha / root)[name], rtol=1e-5, atol=1e-5)
+
+
+def test_ours_come_back_from_both_names(base: Path, tmp_path: Path) -> None:
+    state = adapter(4)
+    save_file(lora_to_diffusers(state, 2.0), tmp_path / "pytorch_lora_weights.safetensors")  # alpha / rank = 1/2: exact
+    peft = tmp_path / "peft"
+    peft.mkdir()
+    weights, config = lora_to_peft(state, 2.0)
+    save_file(weights, peft / "adapter_model.safetensors")
+    (peft / "adapter_config.json").write_text(json.dumps(config))
+    want = expected(state, 0.5)
+    for path in (tmp_path, peft):
+        for name, value in MergedWeights(LazyWeights(base), [(path, 1.0)]).read(want):
+            torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="blocks.0.self_attn.q lacks"):
+        lora_to_diffusers({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(1, 1)}, 1.0)
+    with pytest.raises(ValueError, match="several ranks"):
+        lora_to_peft(adapter(4) | {k: v for k, v in adapter(2).items() if k.startswith("head")}, 1.0)
+
+
+def test_diffusers_reads_our_names_as_its_own() -> None:
+    """Its converter of foreign files gives the names that we write."""
+    converters = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    state = {key: value for key, value in adapter().items() if "patch" not in key}
+    theirs = converters._convert_non_diffusers_wan_lora_to_diffusers(
+        {f"diffusion_model.{k}": v for k, v in state.items()}
+    )
+    ours = lora_to_diffusers(state, 3.0)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_full_differences_biases_and_several_files_add_up(base: Path, tmp_path: Path) -> None:
+    """As CausVid's and AccVideo's extracted LoRAs: `diff` of norms, `diff_b` of biases beside the factors."""
+    state, plain = adapter(), dict(random_net(1).state_dict())
+    extra = {
+        "diffusion_model.blocks.0.norm3.diff": torch.randn(48), "diffusion_model.blocks.0.self_attn.q.diff_b": torch.randn(48),
+    }  # fmt: skip
+    save_file(renamed(state, "native") | extra, tmp_path / "a.safetensors")
+    save_file({"head.head.diff_b": torch.ones(12)}, tmp_path / "b.safetensors")
+    merged = MergedWeights(LazyWeights(base), [(tmp_path / "a.safetensors", 0.5), (tmp_path / "b.safetensors", 2.0)])
+    found = dict(merged.read(plain))
+    assert torch.allclose(found["blocks.0.norm3.weight"], plain["blocks.0.norm3.weight"] + 0.5 * extra["diffusion_model.blocks.0.norm3.diff"])  # fmt: skip
+    assert torch.allclose(found["blocks.0.self_attn.q.bias"], plain["blocks.0.self_attn.q.bias"] + 0.5 * extra["diffusion_model.blocks.0.self_attn.q.diff_b"])  # fmt: skip
+    assert torch.allclose(found["head.head.bias"], plain["head.head.bias"] + 2)
+
+
+def test_the_sum_is_rounded_once_to_what_the_base_is_stored_in(tmp_path: Path) -> None:
+    plain = {key: value.detach().bfloat16() for key, value in random_net(1).state_dict().items()}
+    save_file(plain, tmp_path / "base.safetensors")
+    state = adapter()
+    save_file(state, tmp_path / "lora.safetensors")
+    merged = MergedWeights(LazyWeights(tmp_path / "base.safetensors"), [(tmp_path / "lora.safetensors", 1.0)])
+    ((_, value),) = merged.read(["blocks.1.ffn.0.weight"])
+    up, down = (state[f"blocks.1.ffn.0.lora_{letter}.weight"] for letter in "BA")
+    assert torch.equal(value, (plain["blocks.1.ffn.0.weight"].float() + up @ down).bfloat16())
+
+
+def test_two_experts_in_one_file_are_told_apart(base: Path, tmp_path: Path) -> None:
+    state = renamed(adapter(), "diffusers")
+    low = {key.replace("transformer.", "transformer_2."): 2 * value for key, value in state.items()}
+    save_file(state | low, tmp_path / "lora.safetensors")
+    for expert, factor in (("high", 1.0), ("low", 4.0)):
+        want = expected(adapter(), factor)
+        for name, value in MergedWeights(LazyWeights(base), [(tmp_path / "lora.safetensors", 1.0)], expert).read(want):
+            torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="changes for two experts"):
+        MergedWeights(LazyWeights(base), [(tmp_path / "lora.safetensors", 1.0)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks.9.ffn.0.lora_A.weight": torch.zeros(3, 48), "blocks.9.ffn.0.lora_B.weight": torch.zeros(64, 3)}, "blocks.9.ffn.0.weight \\[64, 48\\] instead of none"),
+        ({"head.head.lora_A.weight": torch.zeros(3, 7)}, "head.head.weight \\[12, 7\\] instead of \\[12, 48\\]"),
+        ({"head.head.lora_A.weight": torch.zeros(2, 48)}, "head.head has ranks 2 and 3"),
+        ({"blocks.0.ffn.2.lora_A.weight": torch.zeros(3, 64)}, "blocks.0.ffn.2 has no up matrix: the file is not whole"),
+        ({"head.head.dora_scale": torch.zeros(1)}, "1 names are not a LoRA's .*DoRA"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line(base: Path, tmp_path: Path, change: State, message: str) -> None:
+    save_file(adapter() | change, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=message) as error:
+        MergedWeights(LazyWeights(base), [(tmp_path / "lora.safetensors", 1.0)])
+    assert "\n" not in str(error.value) and "lora.safetensors" in str(error.value)
+
+
+def test_a_network_starts_from_base_and_lora(base: Path, tmp_path: Path) -> None:
+    save_file(adapter(), tmp_path / "lora.safetensors")
+    net = random_net(2)
+    weights = open_init(net, base, "ema", "student", [(tmp_path / "lora.safetensors", SCALE)])
+    want = expected(adapter(), SCALE)
+    for name, value in weights.read(want):
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
+    other = random_net(2, replace(MICRO, num_layers=1))
+    with pytest.raises(ConfigError, match="student.init: .*do not fit this geometry"):
+        open_init(other, base, "ema", "student", [(tmp_path / "lora.safetensors", SCALE)])
