@@ -57,8 +57,8 @@ def dmd_loss(
     x0 = rollout.x0
     with torch.no_grad():
         x_sigma = mix(x0.detach(), noise, sigma)
-        fake_x0 = fake.guided_x0(x_sigma, sigma, conditioning.text, guidance.negative, guidance.fake)
-        real_x0 = real.guided_x0(x_sigma, sigma, conditioning.text, guidance.negative, guidance.real)
+        fake_x0 = fake.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.fake)
+        real_x0 = real.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.real)
         gradient = kl_gradient(x0, fake_x0, real_x0)
         target = x0.float() - gradient
     loss = 0.5 * per_sample_mean((x0.float() - target).square(), rollout.frame_mask).mean()
@@ -83,5 +83,5 @@ def critic_loss(
     x0 = rollout.x0.detach()
     weight = None if rollout.frame_mask is None else rollout.frame_mask.float().expand(x0.shape[:2])
     return flow_matching_loss(
-        lambda x, s: fake.velocity(x, s, conditioning.text), x0, noise, sigma, weight=weight, x0_target=x0_target
+        lambda x, s: fake.velocity(x, s, conditioning), x0, noise, sigma, weight=weight, x0_target=x0_target
     )

@@ -57,6 +57,25 @@ def uniform_sigmas(steps: int, shift: float) -> tuple[float, ...]:
     return tuple(shift_sigma(1 - i / steps, shift) for i in range(steps))
 
 
+def unipc_sigmas(steps: int, shift: float) -> tuple[float, ...]:
+    """`steps` levels of Wan's UniPC sampler (Diffusers' UniPCMultistepScheduler with flow sigmas), without the final 0:
+    evenly from 1 towards 1/1000, shifted; pure noise is 1 - 1e-6, where log-SNR is finite."""
+    levels = [shift_sigma(1 + i * ((1 / TIMESTEPS - 1) / steps), shift) for i in range(steps)]
+    return tuple(level - 1e-6 if abs(level - 1) < 1e-6 else level for level in levels)
+
+
+def flow_match_euler_sigmas(steps: int, shift: float) -> tuple[float, ...]:
+    """`steps` levels of Diffusers' FlowMatchEulerDiscreteScheduler, without the final 0. It counts down to the shifted
+    level of timestep 1, and shifts what it counted: its last levels are noisier than `uniform_sigmas`'."""
+    last = shift_sigma(1 / TIMESTEPS, shift)
+    return tuple(shift_sigma(1 + i * ((last - 1) / max(steps - 1, 1)), shift) for i in range(steps))
+
+
+def whole_timesteps(sigmas: Sequence[float]) -> tuple[float, ...]:
+    """Levels as Wan's UniPC tells them to the network: timesteps without their fraction."""
+    return tuple(int(sigma * TIMESTEPS) / TIMESTEPS for sigma in sigmas)
+
+
 def score_sigma(u: Tensor, *, shift: float, low: float, high: float, clamp: tuple[float, float] = (0.0, 1.0)) -> Tensor:
     """The noise level at which a score is taken: u ~ U[0, 1] -> shifted, within [low, high], then clamped.
 
@@ -74,8 +93,10 @@ class ScheduleConfig:
     denoising_step_list: the student's steps; warp_denoising_step: pass them through timestep_shift.
     timestep_shift: of the student's steps and of flow-matching training.
     score_timestep_shift: of the noise level at which scores are taken and the critic is trained; min_sigma, max_sigma:
-    its clamp; min_score_timestep: its lower bound. ts_schedule, ts_schedule_max: bound it by the exit step instead,
-    from below by the level that the step leads to, from above by the level that it starts at.
+    its clamp; min_score_timestep, max_score_timestep: its bounds, and those of a bidirectional network's flow-matching
+    training: they keep one of two experts (model/experts.py) within its own noise levels. ts_schedule, ts_schedule_max:
+    bound it by the exit step, from below by the level that the step leads to (in place of min_score_timestep), from
+    above by the level that it starts at.
     """
 
     denoising_step_list: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])
@@ -85,6 +106,7 @@ class ScheduleConfig:
     min_sigma: float = 0.02
     max_sigma: float = 0.98
     min_score_timestep: float = 0.0
+    max_score_timestep: float = TIMESTEPS
     ts_schedule: bool = False
     ts_schedule_max: bool = False
 
@@ -103,6 +125,13 @@ class ScheduleConfig:
             raise ValueError(f"min_score_timestep must be in [0, 1000), got {self.min_score_timestep}")
         if self.min_score_timestep / TIMESTEPS >= self.max_sigma:
             raise ValueError(f"min_score_timestep {self.min_score_timestep} is not below max_sigma {self.max_sigma}")
+        if not self.min_score_timestep < self.max_score_timestep <= TIMESTEPS:
+            raise ValueError(
+                f"max_score_timestep must be above min_score_timestep {self.min_score_timestep} and at most 1000, got "
+                f"{self.max_score_timestep}"
+            )
+        if self.max_score_timestep / TIMESTEPS <= self.min_sigma:
+            raise ValueError(f"max_score_timestep {self.max_score_timestep} is not above min_sigma {self.min_sigma}")
         self.sigmas()
 
     def sigmas(self) -> tuple[float, ...]:
@@ -111,11 +140,19 @@ class ScheduleConfig:
 
     def score_sigma(self, u: Tensor, sigma_from: float | None = None, sigma_to: float | None = None) -> Tensor:
         """Noise level [B] of a score from u ~ U[0, 1], given the levels between which the rollout's exit step went."""
-        low, high = self.min_score_timestep / TIMESTEPS, 1.0
+        low, high = self._bounds()
         if self.ts_schedule and sigma_to is not None:
             low = sigma_to
         if self.ts_schedule_max and sigma_from is not None:
-            high = sigma_from
+            high = min(sigma_from, high)
         return score_sigma(
             u, shift=self.score_timestep_shift, low=low, high=high, clamp=(self.min_sigma, self.max_sigma)
         )
+
+    def training_sigma(self, u: Tensor) -> Tensor:
+        """Noise level of bidirectional flow-matching training from u ~ U[0, 1]."""
+        low, high = self._bounds()
+        return score_sigma(u, shift=self.timestep_shift, low=low, high=high)
+
+    def _bounds(self) -> tuple[float, float]:
+        return self.min_score_timestep / TIMESTEPS, self.max_score_timestep / TIMESTEPS

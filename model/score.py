@@ -11,18 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from model.schedule import velocity_to_x0
-from model.types import Evaluations
+from model.types import Conditioning, Evaluations, expand_like
+
+Condition = Conditioning | Tensor
 
 
 class ScoreNet:
     """x0 prediction of a velocity network, with its evaluations counted and its precision set at the call.
 
-    net: callable `(x_BFCHW, sigma [B] | [B, F], text_BLD, **mode) -> velocity [B, F, C, H, W]`.
+    net: callable `(x_BFCHW, sigma [B] | [B, F], text_BLD, **mode) -> velocity [B, F, C, H, W]`; where the conditioning
+    has them, mode holds `channels` and `image` too. Every method takes conditioning, or its text alone.
     compute_dtype: bf16 runs the network under autocast; None leaves it in its own precision. The autocast context
     is entered anew at each call: its weight cache, filled without gradient by a rollout's early steps, would
     otherwise cut the exit step off from the weights.
     batch_guidance: with and without prompt in one call, so that sharded weights are gathered once; apart they need half
     the activations.
+    pins_initial: of a network to which given frames are shown clean, each frame with its own time (Wan2.2 TI2V-5B):
+    conditioning's initial frames take the place of x's, at sigma 0, and the velocity in them is the one that leads to
+    them, so losses and samplers need not know. Other networks see what x holds there.
     """
 
     def __init__(
@@ -32,49 +38,78 @@ class ScoreNet:
         evaluations: Evaluations | None = None,
         compute_dtype: torch.dtype | None = None,
         batch_guidance: bool = True,
+        pins_initial: bool = False,
     ) -> None:
         self.net = net
         self.name = name
         self.evaluations = evaluations if evaluations is not None else Evaluations()
         self.compute_dtype = compute_dtype
         self.batch_guidance = batch_guidance
+        self.pins_initial = pins_initial
 
-    def velocity(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor:
-        """Velocity [B, F, C, H, W] in fp32 at x [B, F, C, H, W], sigma [B] or [B, F], text [B, L, D]."""
+    def velocity(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
+        """Velocity [B, F, C, H, W] in fp32 at x [B, F, C, H, W], sigma [B] or [B, F]."""
         self.evaluations.add(self.name, frames=x.shape[0] * x.shape[1])
-        return self._run(x, sigma, text, **mode)
+        return self._run(x, sigma, given, **mode)
 
-    def _run(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor:
+    def _run(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
+        condition = Conditioning.of(given)
+        initial = condition.initial if self.pins_initial else None
+        seen, times = (x, sigma) if initial is None else _pinned(x, sigma, initial)
         with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
-            velocity = self.net(x, sigma, text, **mode)
-        return velocity.float()
+            velocity = self.net(seen, times, condition.text, **condition.beside_text, **mode)
+        return velocity.float() if initial is None else _leading_to(initial, x, sigma, velocity.float())
 
-    def x0(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor:
+    def x0(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
         """Conditional x0 [B, F, C, H, W], fp32."""
-        return velocity_to_x0(x, self.velocity(x, sigma, text, **mode), sigma)
+        return velocity_to_x0(x, self.velocity(x, sigma, given, **mode), sigma)
 
-    def x0_again(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor:
+    def x0_again(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
         """x0 of evaluations that were made, and counted, before: a replay gives them their gradient."""
-        return velocity_to_x0(x, self._run(x, sigma, text, **mode), sigma)
+        return velocity_to_x0(x, self._run(x, sigma, given, **mode), sigma)
 
     def guided_velocity(
-        self, x: Tensor, sigma: Tensor, text: Tensor, negative: Tensor, guidance: float, **mode: Any
+        self, x: Tensor, sigma: Tensor, given: Condition, negative: Tensor, guidance: float, **mode: Any
     ) -> Tensor:
         """uncond + w (cond - uncond) (arXiv 2207.12598) in one batched call, or in two.
 
+        negative: text [B, L, D] in place of the prompt's; all other conditioning is both branches'.
         `guidance` 1 is the plain conditional network and costs one evaluation, not two.
         """
+        condition = Conditioning.of(given)
         if guidance == 1.0:
-            return self.velocity(x, sigma, text, **mode)
+            return self.velocity(x, sigma, condition, **mode)
         if self.batch_guidance:
-            both = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([text, negative]), **mode)
+            both = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), condition.and_for(negative), **mode)
             cond, uncond = both.chunk(2)
         else:
-            cond, uncond = self.velocity(x, sigma, text, **mode), self.velocity(x, sigma, negative, **mode)
+            cond = self.velocity(x, sigma, condition, **mode)
+            uncond = self.velocity(x, sigma, condition.with_text(negative), **mode)
         return uncond + guidance * (cond - uncond)
 
     def guided_x0(
-        self, x: Tensor, sigma: Tensor, text: Tensor, negative: Tensor, guidance: float, **mode: Any
+        self, x: Tensor, sigma: Tensor, given: Condition, negative: Tensor, guidance: float, **mode: Any
     ) -> Tensor:
         """x0 of `guided_velocity`; guiding x0 or velocity is the same, x0 being affine in it."""
-        return velocity_to_x0(x, self.guided_velocity(x, sigma, text, negative, guidance, **mode), sigma)
+        return velocity_to_x0(x, self.guided_velocity(x, sigma, given, negative, guidance, **mode), sigma)
+
+    def finished(self, x: Tensor, given: Condition) -> Tensor:
+        """A sample [B, F, C, H, W] with the given frames, where they were pinned, free of the solver's rounding."""
+        initial = Conditioning.of(given).initial if self.pins_initial else None
+        return x if initial is None else torch.cat([initial.to(x.dtype), x[:, initial.shape[1] :]], 1)
+
+
+def _pinned(x: Tensor, sigma: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """x with the given frames [B, Fi, C, H, W] in its first ones, and the time of each frame [B, F], theirs 0."""
+    frames = initial.shape[1]
+    per_frame = (sigma if sigma.ndim == 2 else sigma[:, None]).expand(x.shape[:2])
+    times = torch.cat([torch.zeros_like(per_frame[:, :frames]), per_frame[:, frames:]], 1)
+    return torch.cat([initial.to(x.dtype), x[:, frames:]], 1), times
+
+
+def _leading_to(initial: Tensor, x: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
+    """Velocity whose x0 is the given one in the first frames, where x is at sigma: (x - x0) / sigma, 0 at sigma 0."""
+    frames = initial.shape[1]
+    level = expand_like(sigma if sigma.ndim == 1 else sigma[:, :frames], initial)
+    exact = (x[:, :frames].float() - initial.float()) / torch.where(level > 0, level, torch.inf)
+    return torch.cat([exact, velocity[:, frames:]], 1)

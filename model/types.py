@@ -5,7 +5,7 @@ B batch  F latent frames  C channels  H W latent size  L text tokens  D text wid
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -17,11 +17,21 @@ class Conditioning:
     """What a sample is conditioned on.
 
     text: [B, L, D], encoded, zeros after each prompt's length.
-    initial: [B, Fi, C, H, W] clean latents that the video starts with (image-to-video), or None.
+    initial: [B, Fi, C, H, W] clean latents that the video starts with (image-to-video, continuation), or None.
+    channels: [B, F, Cc, H, W] that the network sees beside the latents of every frame of the video, the given ones
+    included (Wan's image-to-video networks: 4 of the mask, then the latents of the given frames), or None.
+    image: [B, Li, Di] tokens of an image encoder (CLIP in Wan2.1), or None.
     """
 
     text: Tensor
     initial: Tensor | None = None
+    channels: Tensor | None = None
+    image: Tensor | None = None
+
+    @classmethod
+    def of(cls, given: Tensor | Conditioning) -> Conditioning:
+        """A bare text [B, L, D] is conditioning on nothing else."""
+        return cls(given) if isinstance(given, Tensor) else given
 
     @property
     def batch(self) -> int:
@@ -30,6 +40,29 @@ class Conditioning:
     @property
     def initial_frames(self) -> int:
         return 0 if self.initial is None else self.initial.shape[1]
+
+    @property
+    def beside_text(self) -> dict[str, Tensor]:
+        """What a network takes beside the text, by the names of its arguments."""
+        given = {"channels": self.channels, "image": self.image}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def frames(self, start: int, count: int) -> Conditioning:
+        """That of frames start .. start + count of the video alone."""
+        part = slice(start, start + count)
+        initial = None if start >= self.initial_frames or self.initial is None else self.initial[:, part]
+        return replace(self, initial=initial, channels=None if self.channels is None else self.channels[:, part])
+
+    def with_text(self, text: Tensor) -> Conditioning:
+        """The same but for the text: guidance's negative branch sees the same image."""
+        return replace(self, text=text)
+
+    def and_for(self, text: Tensor) -> Conditioning:
+        """Of a batch of twice the size: this, then this with another text."""
+        initial, channels, image = (
+            None if t is None else torch.cat([t, t]) for t in (self.initial, self.channels, self.image)
+        )
+        return Conditioning(torch.cat([self.text, text]), initial, channels, image)
 
 
 @dataclass(frozen=True)
@@ -41,6 +74,7 @@ class Rollout:
     sigma_to: noise level that the exit step leads to (0 after the last step); None likewise.
     frame_mask: [F] bool, the frames that a loss may judge; None means all.
     exit_steps: the exit step of each block, for logs.
+    start: the frame of the whole video at which x0 starts; more than 0 where only the last window is judged.
     """
 
     x0: Tensor
@@ -48,9 +82,10 @@ class Rollout:
     sigma_to: float | None = None
     frame_mask: Tensor | None = None
     exit_steps: tuple[int, ...] = ()
+    start: int = 0
 
     def detach(self) -> Rollout:
-        return Rollout(self.x0.detach(), self.sigma_from, self.sigma_to, self.frame_mask, self.exit_steps)
+        return replace(self, x0=self.x0.detach())
 
 
 @dataclass

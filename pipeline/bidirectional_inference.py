@@ -5,30 +5,169 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from enum import Enum
 
 import torch
 from torch import Tensor
 
-from model.score import ScoreNet
+from model.schedule import mix, uniform_sigmas, unipc_sigmas, velocity_to_x0, whole_timesteps
+from model.score import Condition, ScoreNet
+
+Guided = float | Sequence[float]  # one guidance, or one for each step (Wan2.2's two experts have one each)
+
+
+class Solver(Enum):
+    """Members are lower case as YAML is."""
+
+    euler = "euler"
+    unipc = "unipc"
 
 
 @torch.no_grad()
 def euler_trajectory(
-    net: ScoreNet, noise: Tensor, text: Tensor, negative: Tensor, sigmas: Sequence[float], guidance: float
+    net: ScoreNet, noise: Tensor, given: Condition, negative: Tensor, sigmas: Sequence[float], guidance: Guided
 ) -> Iterator[Tensor]:
     """Integrates dx/dsigma = v from noise [B, F, C, H, W] by Euler; yields x at each level, then at 0."""
     x = noise.float()
-    for sigma, target in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
+    levels = (*sigmas[1:], 0.0)
+    for sigma, target, w in zip(sigmas, levels, _each_step(guidance, sigmas), strict=True):
         yield x
-        level = torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)
-        x = x + (target - sigma) * net.guided_velocity(x, level, text, negative, guidance)
-    yield x
+        x = x + (target - sigma) * net.guided_velocity(x, _per_sample(sigma, x), given, negative, w)
+    yield net.finished(x, given)
+
+
+@torch.no_grad()
+def unipc_trajectory(
+    net: ScoreNet,
+    noise: Tensor,
+    given: Condition,
+    negative: Tensor,
+    sigmas: Sequence[float],
+    guidance: Guided,
+    told: Sequence[float] | None = None,
+) -> Iterator[Tensor]:
+    """UniPC (arXiv 2302.04867) of order 2, B(h) = e^h - 1, on x0: a predictor, and a corrector without evaluations.
+
+    Yields x [B, F, C, H, W] as predicted at each level, then at 0. told: noise levels that the network is told instead
+    of the solver's (Wan's pipelines tell it whole timesteps).
+    """
+    x = start = noise.float()
+    # log-SNR is infinite at pure noise
+    levels = [min(sigma, 1 - 1e-6) for sigma in sigmas] + [0.0]
+    past: list[Tensor] = []  # x0 at the levels so far, the newest last; two are enough
+    order = 0
+    for step, w in enumerate(_each_step(guidance, sigmas)):
+        yield x
+        time = _per_sample((told or sigmas)[step], x)
+        x0 = velocity_to_x0(x, net.guided_velocity(x, time, given, negative, w), _per_sample(levels[step], x))
+        if step > 0:
+            x = _unipc_step(start, past, levels[max(step - 2, 0) : step + 1], order, corrected_by=x0)
+        past = [*past, x0][-2:]
+        order = min(2, step + 1, len(sigmas) - step)  # the first and the last step have order 1
+        start, x = x, _unipc_step(x, past, levels[max(step - 1, 0) : step + 2], order)
+    yield net.finished(x, given)
+
+
+def _unipc_step(
+    x: Tensor, past: Sequence[Tensor], levels: Sequence[float], order: int, corrected_by: Tensor | None = None
+) -> Tensor:
+    """x at levels[-1] from x at levels[-2] (UniPC, eq. 3 and 9 in x0's form, section 3.4).
+
+    past: x0 at the levels before the last, the newest last. corrected_by: x0 at the last level, for the corrector.
+    """
+    sigma_s, sigma_t = levels[-2:]
+    if sigma_t == 0:
+        return past[-1]
+    snr = [math.log1p(-sigma) - math.log(sigma) for sigma in levels]
+    h = snr[-1] - snr[-2]
+    growth = math.expm1(-h)
+    differences, places = [], []  # of x0 to the newest, and where they lie in units of h
+    if order == 2:
+        differences.append(past[-2] - past[-1])
+        places.append((snr[-3] - snr[-2]) / h)
+    if corrected_by is not None:
+        differences.append(corrected_by - past[-1])
+        places.append(1.0)
+    out = sigma_t / sigma_s * x - (1 - sigma_t) * growth * past[-1]
+    for weight, place, difference in zip(_weights(h, places), places, differences, strict=True):
+        out = out - (1 - sigma_t) * growth * weight / place * difference
+    return out
+
+
+def _weights(h: float, places: Sequence[float]) -> list[float]:
+    """Weights of the differences: exact for x0 polynomial in log-SNR; a single one is 1/2, as UniPC has it."""
+    if len(places) < 2:
+        return [0.5] * len(places)
+    first = (math.expm1(-h) / -h - 1) / math.expm1(-h)
+    second = 2 * ((math.expm1(-h) / -h - 1) / -h - 0.5) / math.expm1(-h)
+    before, at = places
+    other = (first - second) / (at - before)
+    return [other, first - other]
 
 
 def euler_sample(
-    net: ScoreNet, noise: Tensor, text: Tensor, negative: Tensor, sigmas: Sequence[float], guidance: float
+    net: ScoreNet, noise: Tensor, given: Condition, negative: Tensor, sigmas: Sequence[float], guidance: Guided
 ) -> Tensor:
     """The end of `euler_trajectory`: a sample [B, F, C, H, W]."""
-    return deque(euler_trajectory(net, noise, text, negative, sigmas, guidance), maxlen=1).pop()
+    return deque(euler_trajectory(net, noise, given, negative, sigmas, guidance), maxlen=1).pop()
+
+
+def unipc_sample(
+    net: ScoreNet,
+    noise: Tensor,
+    given: Condition,
+    negative: Tensor,
+    sigmas: Sequence[float],
+    guidance: Guided,
+    told: Sequence[float] | None = None,
+) -> Tensor:
+    """The end of `unipc_trajectory`: a sample [B, F, C, H, W]."""
+    return deque(unipc_trajectory(net, noise, given, negative, sigmas, guidance, told), maxlen=1).pop()
+
+
+def many_step_sample(
+    net: ScoreNet,
+    noise: Tensor,
+    given: Condition,
+    negative: Tensor,
+    *,
+    steps: int,
+    shift: float,
+    guidance: Guided,
+    solver: Solver = Solver.euler,
+) -> Tensor:
+    """A sample [B, F, C, H, W] on the solver's usual grid: UniPC's with whole timesteps is that of Wan's pipelines."""
+    match solver:
+        case Solver.euler:
+            return euler_sample(net, noise, given, negative, uniform_sigmas(steps, shift), guidance)
+        case Solver.unipc:
+            sigmas = unipc_sigmas(steps, shift)
+            return unipc_sample(net, noise, given, negative, sigmas, guidance, whole_timesteps(sigmas))
+
+
+def from_clip(
+    clip: Tensor, noise: Tensor, sigmas: Sequence[float], strength: float
+) -> tuple[Tensor, tuple[float, ...]]:
+    """Video-to-video: a clip [B, F, C, H, W] noised to a level of the grid, and the levels from there on.
+
+    strength: the share of the steps to make, in (0, 1]; at 1 the clip is noised to the first level. What comes back is
+    the noise and the sigmas of any sampler or rollout here. Raises ValueError for another strength.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength {strength} must be in (0, 1]: 1 makes all steps, less keeps more of the clip")
+    start = len(sigmas) - max(1, min(int(len(sigmas) * strength), len(sigmas)))
+    return mix(clip, noise, _per_sample(sigmas[start], clip)), tuple(sigmas[start:])
+
+
+def _each_step(guidance: Guided, sigmas: Sequence[float]) -> Sequence[float]:
+    each = [guidance] * len(sigmas) if isinstance(guidance, (int, float)) else guidance
+    if len(each) != len(sigmas):
+        raise ValueError(f"{len(each)} guidances for {len(sigmas)} steps: give one for all, or one for each step")
+    return each
+
+
+def _per_sample(sigma: float, x: Tensor) -> Tensor:
+    return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)

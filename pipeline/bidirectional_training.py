@@ -32,7 +32,7 @@ def backward_simulation(
     x0 = denoise_block(
         student,
         noise,
-        conditioning.text,
+        conditioning,
         sigmas,
         exit_step=exit_step,
         block=0,
@@ -57,7 +57,7 @@ def noised_data(
     sigma = torch.full(latents.shape[:1], sigmas[exit_step], device=latents.device)
     x = mix(latents, source.normal("input_noise", tuple(latents.shape[1:])), sigma)
     with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
-        x0 = student.x0(x, sigma, conditioning.text)
+        x0 = student.x0(x, sigma, conditioning)
     return Rollout(x0, sigmas[exit_step], (*sigmas, 0.0)[exit_step + 1], exit_steps=(exit_step,))
 
 
@@ -78,5 +78,5 @@ def diffusion_forcing_input(
     sigma_BF = per_frame(torch.tensor(sigmas, device=latents.device)[steps_Bb], blocks)
     x = mix(latents, source.normal("input_noise", tuple(latents.shape[1:])), sigma_BF)
     with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
-        x0 = student.x0(x, sigma_BF, conditioning.text, mask=causal.mask(latents.shape[1]))
+        x0 = student.x0(x, sigma_BF, conditioning, mask=causal.mask(latents.shape[1]))
     return Rollout(x0)

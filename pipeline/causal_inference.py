@@ -19,11 +19,16 @@ from pipeline.denoise import denoise_block, write_context
 
 @torch.no_grad()
 def cache_initial(
-    student: ScoreNet, initial: Tensor, text: Tensor, blocks: Sequence[int], source: NoiseSource, cache: KVCache
+    student: ScoreNet, conditioning: Conditioning, blocks: Sequence[int], source: NoiseSource, cache: KVCache
 ) -> None:
-    """Puts given clean frames [B, Fi, C, H, W] into the cache, block by block, at sigma 0."""
-    for index, part in enumerate(initial.split(list(blocks), dim=1)):
-        write_context(student, part, text, sigma=0.0, block=-1 - index, source=source, cache=cache)
+    """Puts the given clean frames into the cache, block by block, at sigma 0."""
+    if conditioning.initial is None:
+        return
+    start = 0
+    for index, part in enumerate(conditioning.initial.split(list(blocks), dim=1)):
+        given = conditioning.frames(start, part.shape[1])
+        write_context(student, part, given, sigma=0.0, block=-1 - index, source=source, cache=cache)
+        start += part.shape[1]
 
 
 @torch.no_grad()
@@ -41,16 +46,17 @@ def stream(
     noise: [B, F, C, H, W], the frames to generate, after any initial ones of the conditioning. cache: an empty one from
     `causal.new_cache`. Raises ValueError unless the frames fill whole blocks.
     """
-    text, initial = conditioning.text, conditioning.initial
     given, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
-    if initial is not None:
-        cache_initial(student, initial, text, given, source, cache)
+    cache_initial(student, conditioning, given, source, cache)
+    start = conditioning.initial_frames
     for index, part in enumerate(noise.split(list(blocks), dim=1)):
+        own = conditioning.frames(start, part.shape[1])
+        start += part.shape[1]
         last = len(sigmas) - 1
-        x0 = denoise_block(student, part, text, sigmas, exit_step=last, block=index, source=source, cache=cache)
+        x0 = denoise_block(student, part, own, sigmas, exit_step=last, block=index, source=source, cache=cache)
         yield x0
         if index < len(blocks) - 1:  # nothing reads what the last block would write
-            write_context(student, x0, text, sigma=causal.context_sigma, block=index, source=source, cache=cache)
+            write_context(student, x0, own, sigma=causal.context_sigma, block=index, source=source, cache=cache)
 
 
 def generate(

@@ -6,11 +6,13 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from model.score import ScoreNet
+from model.score import Condition, ScoreNet
+from model.types import Conditioning
 from pipeline.causal import CausalConfig
 
 
@@ -26,7 +28,7 @@ def teacher_forced_velocity(
     sigma_BF: Tensor,
     clean: Tensor,
     clean_sigma_BF: Tensor,
-    text: Tensor,
+    given: Condition,
     causal: CausalConfig,
 ) -> Tensor:
     """Velocity [B, F, C, H, W] of noisy frames x, each block looking back at the clean ones (CausVid, section 4.1).
@@ -35,10 +37,13 @@ def teacher_forced_velocity(
     0 unless it is noise-augmented.
     """
     frames = x.shape[1]
+    condition = Conditioning.of(given)
+    if condition.channels is not None:
+        condition = replace(condition, channels=torch.cat([condition.channels, condition.channels], 1))
     velocity = net.velocity(
         torch.cat([clean, x], 1),
         torch.cat([clean_sigma_BF, sigma_BF], 1),
-        text,
+        condition,
         positions=[*range(frames), *range(frames)],
         mask=causal.teacher_forcing_mask(frames),
     )

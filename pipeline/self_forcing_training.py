@@ -66,12 +66,13 @@ def self_forcing_rollout(
     window's first frame as an image latent [B, 1, C, H, W] (a VAE's first frame is coded alone; a frame in mid-video is
     not); used when the rollout is longer than the window, whose first frame is then left out of the loss.
     """
-    text = conditioning.text
     given, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
     if len(plan.exit_steps) != len(blocks):
         raise ValueError(f"{len(plan.exit_steps)} exit steps for {len(blocks)} blocks")
     if plan.score_frames > conditioning.initial_frames + noise.shape[1]:
         raise ValueError(f"{plan.score_frames} frames to judge of {conditioning.initial_frames + noise.shape[1]}")
+    if conditioning.channels is not None and plan.score_frames < conditioning.initial_frames + noise.shape[1]:
+        raise ValueError("image channels describe a whole video: it cannot be judged by its last window alone")
     # with checkpointing the exit passes run without gradient and get it afterwards, all in one pass
     replays = (
         with_gradient
@@ -81,19 +82,20 @@ def self_forcing_rollout(
     )
     trace = Trace()
     parts: list[Tensor] = []
+    cache_initial(student, conditioning, given, source, cache)
     if conditioning.initial is not None:
-        cache_initial(student, conditioning.initial, text, given, source, cache)
         parts.append(conditioning.initial.to(noise.dtype))
     total = conditioning.initial_frames + noise.shape[1]
     done = conditioning.initial_frames
     for index, (part, exit_step) in enumerate(zip(noise.split(list(blocks), 1), plan.exit_steps, strict=True)):
+        own = conditioning.frames(done, part.shape[1])
         done += part.shape[1]
         # a longer rollout's first judged frame is replaced by its image latent, so it needs no gradient
         judged = done > total - plan.score_frames + int(total > plan.score_frames)
         x0 = denoise_block(
             student,
             part,
-            text,
+            own,
             sigmas,
             exit_step=exit_step,
             block=index,
@@ -104,20 +106,21 @@ def self_forcing_rollout(
         )
         parts.append(x0)
         if index < len(blocks) - 1:  # nothing reads what the last block would write
-            write_context(student, x0, text, sigma=causal.context_sigma, block=index, source=source, cache=cache)
+            write_context(student, x0, own, sigma=causal.context_sigma, block=index, source=source, cache=cache)
     video = torch.cat(parts, 1)
     if trace.passes:
-        video = _replay(student, trace, text, plan, video)
+        video = _replay(student, trace, conditioning, plan, video)
     return _judged_window(video, sigmas, plan, reencode)
 
 
-def _replay(student: ScoreNet, trace: Trace, text: Tensor, plan: RolloutPlan, video: Tensor) -> Tensor:
+def _replay(student: ScoreNet, trace: Trace, conditioning: Conditioning, plan: RolloutPlan, video: Tensor) -> Tensor:
     """The video, to the bit, with gradient in the frames of the traced passes, its last ones."""
     x, sigma = trace.x, trace.sigma
     if len(set(plan.exit_steps)) == 1:
         sigma = sigma[:, 0]
-    x0 = student.x0_again(x, sigma, text, replay=trace)
-    before, same = video.split([video.shape[1] - x0.shape[1], x0.shape[1]], 1)
+    start = video.shape[1] - x.shape[1]
+    x0 = student.x0_again(x, sigma, conditioning.frames(start, x.shape[1]), replay=trace)
+    before, same = video.split([start, x0.shape[1]], 1)
     return torch.cat([before, same + (x0 - x0.detach())], 1)
 
 
@@ -140,4 +143,5 @@ def _judged_window(video: Tensor, sigmas: Sequence[float], plan: RolloutPlan, re
         sigma_to=levels[exit_step + 1] if same else None,
         frame_mask=None if bool(mask.all()) else mask,
         exit_steps=plan.exit_steps,
+        start=start,
     )

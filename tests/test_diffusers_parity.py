@@ -11,7 +11,7 @@ from torch import Tensor
 from model.wan.attention import Backend
 from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer
-from model.wan.weights import to_diffusers_key, to_native, to_native_key
+from model.wan.weights import to_diffusers_key, to_native_key
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -24,7 +24,33 @@ CONFIGS = {
         dim=48, ffn_dim=64, num_heads=2, num_layers=1, in_dim=4, out_dim=4, text_dim=12, text_len=5, freq_dim=16,
         cross_attn_norm=False, eps=1e-5,
     ),
+    # Diffusers tells text from image by its 512 tokens of text
+    "i2v_clip": WanConfig(
+        dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=9, out_dim=4, text_dim=12, text_len=512, freq_dim=16,
+        model_type="i2v", image_dim=20,
+    ),
+    "i2v_without_clip": WanConfig(
+        dim=48, ffn_dim=64, num_heads=2, num_layers=1, in_dim=9, out_dim=4, text_dim=12, text_len=5, freq_dim=16,
+        model_type="i2v",
+    ),
 }  # fmt: skip
+
+IMAGE_NAMES = {
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "attn2.norm_added_k": "cross_attn.norm_k_img",
+}
+
+
+def native_key(key: str) -> str:
+    """Diffusers' name of a parameter under Wan's own, those of the image's path written out here."""
+    for theirs_, ours in IMAGE_NAMES.items():
+        key = key.replace(theirs_, ours)
+    return to_native_key(key)
 
 
 def theirs(config: WanConfig) -> Any:
@@ -41,6 +67,8 @@ def theirs(config: WanConfig) -> Any:
         cross_attn_norm=config.cross_attn_norm,
         qk_norm="rms_norm_across_heads",
         eps=config.eps,
+        image_dim=config.image_dim,
+        added_kv_proj_dim=None if config.image_dim is None else config.dim,
     )
 
 
@@ -50,11 +78,13 @@ def pair(config: WanConfig, seed: int) -> tuple[WanTransformer, Any]:
     other = theirs(config).train(False)
     with torch.no_grad():
         for name, p in other.named_parameters():
-            base = 1.0 if name.endswith(("norm_q.weight", "norm_k.weight", "norm2.weight")) else 0.0
+            base = (
+                1.0 if name.endswith(("norm_q.weight", "norm_k.weight", "norm_added_k.weight", "norm2.weight")) else 0.0
+            )
             scale = 0.3 if p.ndim == 1 or "scale_shift" in name else p[0].numel() ** -0.5
             p.copy_(base + scale * torch.randn(p.shape, generator=generator))
     net = WanTransformer(config, Backend.PLAIN)
-    net.load_state_dict(to_native(other.state_dict()))
+    net.load_state_dict({native_key(key): value for key, value in other.state_dict().items()})
     return net, other
 
 
@@ -65,6 +95,20 @@ def inputs(config: WanConfig, batch: int, frames: int, height: int, width: int) 
     text = torch.randn(batch, config.text_len, config.text_dim, generator=generator)
     text[-1, config.text_len // 2 :] = 0  # a shorter prompt
     return x, sigma, text
+
+
+def image_tokens(config: WanConfig, batch: int) -> Tensor | None:
+    if config.image_dim is None:
+        return None
+    return torch.randn(batch, 6, config.image_dim, generator=torch.Generator().manual_seed(8))
+
+
+def ours_of(net: WanTransformer, x: Tensor, sigma: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
+    """Our velocity at what Diffusers takes as one tensor: latents, and behind them the image's channels."""
+    if net.config.model_type != "i2v":
+        return net(x, sigma, text)
+    latents, channels = x.split([net.config.out_dim, net.config.in_dim - net.config.out_dim], 2)
+    return net(latents, sigma, text, channels=channels, image=image)
 
 
 def worst(actual: Tensor, expected: Tensor) -> float:
@@ -79,10 +123,12 @@ def test_outputs_and_gradients_equal_diffusers(name: str, shape: tuple[int, int,
     x, sigma, text = inputs(config, *shape)
     ours_x, theirs_x = x.clone().requires_grad_(), x.clone().requires_grad_()
 
-    ours = net(ours_x, sigma, text)
+    image = image_tokens(config, x.shape[0])
+    ours = ours_of(net, ours_x, sigma, text, image)
     expected = other(
-        hidden_states=theirs_x.transpose(1, 2), timestep=1000 * sigma, encoder_hidden_states=text, return_dict=False
-    )[0].transpose(1, 2)
+        hidden_states=theirs_x.transpose(1, 2), timestep=1000 * sigma, encoder_hidden_states=text,
+        encoder_hidden_states_image=image, return_dict=False,
+    )[0].transpose(1, 2)  # fmt: skip
     assert ours.shape == expected.shape
     assert worst(ours, expected) < 1e-5
 
@@ -91,15 +137,15 @@ def test_outputs_and_gradients_equal_diffusers(name: str, shape: tuple[int, int,
     (expected * weight).sum().backward()
     assert ours_x.grad is not None and theirs_x.grad is not None
     assert worst(ours_x.grad, theirs_x.grad) < 2e-5
-    gradients = dict(other.named_parameters())
+    gradients = {native_key(name): p for name, p in other.named_parameters()}
     checked = 0
     for key, p in net.named_parameters():
-        want = gradients[to_diffusers_key(key)].grad
+        want = gradients[key].grad
         assert p.grad is not None and want is not None, key
         if want.norm() < 1e-4 * weight.norm():  # q and k over a single token: softmax of one score has no gradient
             assert p.grad.norm() < 1e-3 * weight.norm(), key
             continue
-        assert worst(p.grad, want) < 5e-5, key
+        assert worst(p.grad, want) < (5e-5 if config.image_dim is None else 1e-4), key  # sums over 512 tokens of text
         checked += 1
     assert checked >= (
         len(gradients) - 12 * config.num_layers if shape == (1, 1, 2, 2) else len(gradients) - config.num_layers * 2
@@ -116,6 +162,39 @@ def test_time_per_frame_equals_diffusers_time_per_token() -> None:
     with torch.no_grad():
         expected = other(x.transpose(1, 2), per_token, text, return_dict=False)[0].transpose(1, 2)
         assert worst(net(x, sigma, text), expected) < 1e-5
+
+
+def test_the_image_counts() -> None:
+    """Tokens and channels of the image both change the velocity; so what is equal above is not equal for nothing."""
+    net, _ = pair(CONFIGS["i2v_clip"], seed=3)
+    x, sigma, text = inputs(net.config, 1, 2, 4, 4)
+    image = image_tokens(net.config, 1)
+    assert image is not None
+    with torch.no_grad():
+        out = ours_of(net, x, sigma, text, image)
+        assert worst(ours_of(net, x, sigma, text, image.flip(2)), out) > 1e-3
+        changed = torch.cat([x[:, :, :4], x[:, :, 4:].flip(1)], 2)
+        assert worst(ours_of(net, changed, sigma, text, image), out) > 1e-3
+
+
+def test_conditioning_that_does_not_fit_is_refused_in_one_line() -> None:
+    net, _ = pair(CONFIGS["i2v_clip"], seed=3)
+    x, sigma, text = inputs(net.config, 1, 2, 4, 4)
+    latents, channels = x.split([4, 5], 2)
+    image = image_tokens(net.config, 1)
+    bad = [
+        ({"image": image}, r"latents must be \[B, F, 9, 5 of them image conditioning, H, W\], got \[1, 2, 4, 4, 4\]"),
+        ({"image": image, "channels": channels[:, :1]}, "channels .* must be as the latents"),
+        ({"channels": channels}, "needs CLIP's tokens of an image"),
+        ({"channels": channels, "image": torch.zeros(1, 6, 3)}, r"image must be \[1, Li, 20\]"),
+    ]
+    for given, message in bad:
+        with pytest.raises(ValueError, match=message) as problem:
+            net(latents, sigma, text, **given)
+        assert "\n" not in str(problem.value)
+    plain, _ = pair(CONFIGS["i2v_without_clip"], seed=3)
+    with pytest.raises(ValueError, match="takes no image tokens"):
+        plain(latents, sigma, text[:, :5], channels=channels, image=image)
 
 
 def test_key_map_is_a_bijection() -> None:

@@ -22,8 +22,17 @@ from model.wan.weights import (
     weight_files,
 )
 
-# Wan2.1's own code for the first two; TI2V-5B as Diffusers builds it.
-PARAMETERS = {"1.3b": 1_418_996_800, "14b": 14_288_491_584, "5b": 4_999_787_712}
+# Wan2.1's own code for the first two; the others as Diffusers builds them. A14B: each of its experts.
+PARAMETERS = {
+    "1.3b": 1_418_996_800, "14b": 14_288_491_584, "5b": 4_999_787_712,
+    "i2v-14b": 16_394_878_784, "a14b": 14_288_491_584, "i2v-a14b": 14_288_901_184,
+}  # fmt: skip
+
+
+def native_key(key: str) -> str:
+    from tests.test_diffusers_parity import native_key
+
+    return native_key(key)
 
 
 def meta(config: WanConfig) -> WanTransformer:
@@ -45,9 +54,10 @@ def test_every_key_and_shape_is_diffusers(preset: str) -> None:
             patch_size=c.patch_size, num_attention_heads=c.num_heads, attention_head_dim=c.head_dim,
             in_channels=c.in_dim, out_channels=c.out_dim, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim,
             num_layers=c.num_layers, cross_attn_norm=c.cross_attn_norm, eps=c.eps,
+            image_dim=c.image_dim, added_kv_proj_dim=None if c.image_dim is None else c.dim,
         )  # fmt: skip
-    ours = {to_diffusers_key(key): value.shape for key, value in meta(c).state_dict().items()}
-    assert ours == {key: value.shape for key, value in other.state_dict().items()}
+    ours = {key: value.shape for key, value in meta(c).state_dict().items()}
+    assert ours == {native_key(key): value.shape for key, value in other.state_dict().items()}
 
 
 def parameters_in_closed_form(c: WanConfig) -> int:
@@ -56,6 +66,9 @@ def parameters_in_closed_form(c: WanConfig) -> int:
     attention = 4 * (d * d + d) + 2 * d
     block = 2 * attention + 2 * d + (d * c.ffn_dim + c.ffn_dim) + (c.ffn_dim * d + d) + 6 * d
     embeddings = (c.in_dim * patch * d + d) + (c.text_dim * d + d + d * d + d) + (c.freq_dim * d + d + d * d + d)
+    if c.image_dim is not None:
+        block += 2 * (d * d + d) + d
+        embeddings += 2 * c.image_dim + (c.image_dim**2 + c.image_dim) + (c.image_dim * d + d) + 2 * d
     return c.num_layers * block + embeddings + (d * 6 * d + 6 * d) + (d * c.out_dim * patch + c.out_dim * patch) + 2 * d
 
 
@@ -73,7 +86,10 @@ def test_parameter_count_in_closed_form(preset: str) -> None:
         ({"freq_dim": 63}, "freq_dim 63"),
         ({"patch_size": (2, 2, 2)}, "must not join frames"),
         ({"patch_size": (1, 2)}, "three positive numbers"),
-        ({"model_type": "i2v"}, "model_type 'i2v'"),
+        ({"model_type": "i2v"}, "in_dim 4 must be more than out_dim 4"),
+        ({"model_type": "s2v"}, "model_type 's2v' is unknown: choose one of t2v, i2v, ti2v"),
+        ({"image_dim": 8}, "image_dim 8 needs model_type 'i2v'"),
+        ({"model_type": "i2v", "in_dim": 9, "image_dim": 0}, "image_dim must be a whole number of at least 1"),
         ({"width": 3}, "unknown geometry field 'width'"),
     ],
 )

@@ -13,8 +13,9 @@ from torch import Tensor
 from model.schedule import mix
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations, Rollout
+from model.wan.block import Attention
 from model.wan.config import Checkpointing
-from model.wan.transformer import Attention, WanTransformer
+from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_training import backward_simulation, diffusion_forcing_input, noised_data
 from pipeline.causal import CausalConfig
 from pipeline.causal_inference import generate, stream

@@ -10,7 +10,7 @@ from torch import Tensor
 from configs.schema import DiffusionMode
 from model.diffusion import flow_matching_loss
 from model.schedule import TIMESTEPS, mix, shift_sigma
-from model.types import LossOutput
+from model.types import Conditioning, LossOutput
 from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
 from trainer.base import MicroBatch, Trainer
 from trainer.build import build_trained
@@ -39,27 +39,27 @@ class DiffusionTrainer(Trainer):
         prompts = [
             self.task.negative_prompt if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)
         ]
-        text = self.task.conditioning(prompts).text
+        given = self.task.conditioning(prompts)
         noise = micro.noise.normal("noise", tuple(latents.shape[1:]))
         match config.mode:
             case DiffusionMode.bidirectional:
-                return self._bidirectional(micro, latents, noise, text)
+                return self._bidirectional(micro, latents, noise, given)
             case DiffusionMode.diffusion_forcing:
-                return self._diffusion_forcing(micro, latents, noise, text)
+                return self._diffusion_forcing(micro, latents, noise, given)
             case DiffusionMode.teacher_forcing:
-                return self._teacher_forcing(micro, latents, noise, text)
+                return self._teacher_forcing(micro, latents, noise, given)
 
-    def _bidirectional(self, micro: MicroBatch, latents: Tensor, noise: Tensor, text: Tensor) -> LossOutput:
-        sigma = shift_sigma(micro.noise.uniform("sigma"), self.config.schedule.timestep_shift)
+    def _bidirectional(self, micro: MicroBatch, latents: Tensor, noise: Tensor, given: Conditioning) -> LossOutput:
+        sigma = self.config.schedule.training_sigma(micro.noise.uniform("sigma"))
         score = self.networks["student"].score
-        return flow_matching_loss(lambda x, s: score.velocity(x, s, text), latents, noise, sigma)
+        return flow_matching_loss(lambda x, s: score.velocity(x, s, given), latents, noise, sigma)
 
     def _block_sigmas(self, micro: MicroBatch, frames: int) -> Tensor:
         blocks = self.config.causal.blocks(frames)
         u = micro.noise.uniform("sigma", (len(blocks),))
         return per_frame(shift_sigma(u, self.config.schedule.timestep_shift), blocks)
 
-    def _diffusion_forcing(self, micro: MicroBatch, latents: Tensor, noise: Tensor, text: Tensor) -> LossOutput:
+    def _diffusion_forcing(self, micro: MicroBatch, latents: Tensor, noise: Tensor, given: Conditioning) -> LossOutput:
         frames = latents.shape[1]
         sigma_BF, causal = self._block_sigmas(micro, frames), self.config.causal
         blocks = causal.blocks(frames)
@@ -70,16 +70,16 @@ class DiffusionTrainer(Trainer):
         sigma_BF = sigma_BF.masked_fill(clean, 0.0)
         score, mask = self.networks["student"].score, causal.mask(frames)
         return flow_matching_loss(
-            lambda x, s: score.velocity(x, s, text, mask=mask), latents, noise, sigma_BF, weight=(~clean).float()
+            lambda x, s: score.velocity(x, s, given, mask=mask), latents, noise, sigma_BF, weight=(~clean).float()
         )
 
-    def _teacher_forcing(self, micro: MicroBatch, latents: Tensor, noise: Tensor, text: Tensor) -> LossOutput:
+    def _teacher_forcing(self, micro: MicroBatch, latents: Tensor, noise: Tensor, given: Conditioning) -> LossOutput:
         frames, score = latents.shape[1], self.networks["student"].score
         most = self.config.diffusion.clean_noise_max / TIMESTEPS
         clean_sigma_BF = micro.noise.uniform("clean_sigma")[:, None].expand(-1, frames) * most
         clean = mix(latents, micro.noise.normal("clean_noise", tuple(latents.shape[1:])), clean_sigma_BF)
 
         def predict(x: Tensor, sigma_BF: Tensor) -> Tensor:
-            return teacher_forced_velocity(score, x, sigma_BF, clean, clean_sigma_BF, text, self.config.causal)
+            return teacher_forced_velocity(score, x, sigma_BF, clean, clean_sigma_BF, given, self.config.causal)
 
         return flow_matching_loss(predict, latents, noise, self._block_sigmas(micro, frames))

@@ -143,7 +143,7 @@ class ScoreDistillationTrainer(Trainer):
                         noise,
                         with_gradient=with_gradient,
                     )
-        return made, conditioning
+        return made, conditioning.frames(made.start, made.x0.shape[1])
 
     def _self_forcing(self, micro: MicroBatch, conditioning: Conditioning, with_gradient: bool) -> Rollout:
         config, shape = self.config, self.task.latent_shape

@@ -110,7 +110,7 @@ class Generator:
             raise UserError(f"--frames {frames}: {given} of them are given, nothing is left to generate: ask for more")
         shape = (frames - given, *rest)
         if not self.few_steps:
-            yield self._many_steps(source, shape, conditioning.text, sampling)
+            yield self._many_steps(source, shape, conditioning, sampling)
             return
         causal = self._causal(sampling, frames, given) if self.causal else None
         noise, sigmas = source.normal("noise", shape), self.step_list(sampling.steps)
@@ -144,14 +144,14 @@ class Generator:
         except ValueError as problem:
             raise UserError(str(problem)) from None
 
-    def _many_steps(self, source: Noise, shape: tuple[int, ...], text: Tensor, sampling: Sampling) -> Tensor:
+    def _many_steps(self, source: Noise, shape: tuple[int, ...], given: Conditioning, sampling: Sampling) -> Tensor:
         validation = self.config.validation
         guidance = validation.guidance if sampling.guidance is None else sampling.guidance
         steps = validation.steps if sampling.steps is None else sampling.steps
         if steps < 1:
             raise UserError(f"--steps {steps}: give at least 1")
         shift = self.config.schedule.timestep_shift
-        return euler(self.score, source, shape, text, self.task.negative(text.shape[0]), steps, shift, guidance)
+        return euler(self.score, source, shape, given, self.task.negative(given.batch), steps, shift, guidance)
 
     def _causal(self, sampling: Sampling, frames: int, given: int) -> CausalConfig:
         own = self.config.causal

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.schema import RunConfig, TrainerKind
 from model.schedule import uniform_sigmas
-from model.score import ScoreNet
+from model.score import Condition, ScoreNet
 from model.types import Conditioning, NoiseSource
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_sample
@@ -38,9 +38,7 @@ def few_step_stream(
     with torch.no_grad():
         if causal is None:
             last = len(sigmas) - 1
-            yield denoise_block(
-                score, noise, conditioning.text, sigmas, exit_step=last, block=0, source=source, cache=None
-            )
+            yield denoise_block(score, noise, conditioning, sigmas, exit_step=last, block=0, source=source, cache=None)
             return
         assert isinstance(score.net, WanTransformer)
         total = conditioning.initial_frames + noise.shape[1]
@@ -54,14 +52,14 @@ def euler(
     score: ScoreNet,
     source: NoiseSource,
     shape: tuple[int, ...],
-    text: Tensor,
+    given: Condition,
     negative: Tensor,
     steps: int,
     shift: float,
     guidance: float,
 ) -> Tensor:
     """A many-step network's video [B, F, C, H, W]: Euler over a shifted uniform grid with guidance."""
-    return euler_sample(score, source.normal("noise", shape), text, negative, uniform_sigmas(steps, shift), guidance)
+    return euler_sample(score, source.normal("noise", shape), given, negative, uniform_sigmas(steps, shift), guidance)
 
 
 def sample(
@@ -75,9 +73,7 @@ def sample(
     """Latents [B, F, C, H, W] the way the run's network is meant to be sampled; `shape` is (F, C, H, W)."""
     if config.trainer is TrainerKind.diffusion and not config.is_causal:
         v = config.validation
-        return euler(
-            score, source, shape, conditioning.text, negative, v.steps, config.schedule.timestep_shift, v.guidance
-        )
+        return euler(score, source, shape, conditioning, negative, v.steps, config.schedule.timestep_shift, v.guidance)
     causal = config.causal if config.is_causal else None
     noise, sigmas = source.normal("noise", shape), config.schedule.sigmas()
     return torch.cat(list(few_step_stream(score, noise, conditioning, sigmas, causal, source)), dim=1)

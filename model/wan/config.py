@@ -8,11 +8,16 @@ from enum import Enum
 from typing import Any
 
 TIME_SCALE = 1000.0  # Wan embeds its noise level as a timestep in 0..1000
+MODEL_TYPES = ("t2v", "i2v", "ti2v")
 
 
 @dataclass(frozen=True)
 class WanConfig:
     """Geometry of one Wan DiT (arXiv 2503.20314, section 4.2). All of it is derived from here, none typed elsewhere.
+
+    in_dim: latent channels and, for "i2v", those of the image conditioning beside them (4 of the mask, 16 of the given
+    frames' latents). image_dim: width of CLIP's image tokens, null for a network that sees none. model_type: as Wan
+    names it: "t2v", "i2v" (Wan2.1 and Wan2.2 A14B), "ti2v" (5B: given frames come clean, at sigma 0).
 
     Raises ValueError when the heads do not divide the width or a head cannot carry the 3-D RoPE.
     """
@@ -31,6 +36,7 @@ class WanConfig:
     cross_attn_norm: bool = True
     eps: float = 1e-6
     model_type: str = "t2v"
+    image_dim: int | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -61,8 +67,22 @@ class WanConfig:
             raise ValueError(f"patch_size {self.patch_size} must be three positive numbers (frames, height, width)")
         if self.patch_size[0] != 1:
             raise ValueError(f"patch_size {self.patch_size} must not join frames: Wan's patches are (1, h, w)")
-        if self.model_type != "t2v":
-            raise ValueError(f"model_type '{self.model_type}' is not supported: only 't2v' is")
+        self._check_task()
+
+    def _check_task(self) -> None:
+        if self.model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type '{self.model_type}' is unknown: choose one of {', '.join(MODEL_TYPES)}")
+        if self.model_type == "i2v" and self.in_dim <= self.out_dim:
+            raise ValueError(
+                f"model_type 'i2v' takes image channels beside the latent's: in_dim {self.in_dim} must be more than "
+                f"out_dim {self.out_dim} (Wan: 36 and 16)"
+            )
+        if self.image_dim is None:
+            return
+        if not isinstance(self.image_dim, int) or self.image_dim < 1:
+            raise ValueError(f"image_dim must be a whole number of at least 1 or null, got {self.image_dim!r}")
+        if self.model_type != "i2v":
+            raise ValueError(f"image_dim {self.image_dim} needs model_type 'i2v', got '{self.model_type}'")
 
     @property
     def head_dim(self) -> int:
@@ -86,7 +106,13 @@ PRESETS: dict[str, WanConfig] = {
     "bench": WanConfig(dim=512, ffn_dim=2048, num_heads=8, num_layers=8, text_dim=256, text_len=64),
     "1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-    "5b": WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
+    "5b": WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48, model_type="ti2v"),
+    "i2v-14b": WanConfig(
+        dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, model_type="i2v", image_dim=1280
+    ),
+    # each of Wan2.2 A14B's two experts
+    "a14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "i2v-a14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=36, model_type="i2v"),
 }
 
 

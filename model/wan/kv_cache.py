@@ -61,7 +61,7 @@ class KVCache:
             shape.head_dim,
         )
         self._kv = torch.empty(size, dtype=dtype, device=device)
-        self._text: dict[int, tuple[Tensor, Tensor]] = {}
+        self._text: dict[int, tuple[Tensor, ...]] = {}
         self.frames = 0
         self.generation = 0
 
@@ -158,13 +158,14 @@ class KVCache:
         """Marks `frames` more as seen, once every layer has appended them."""
         self.frames += frames
 
-    def text(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """Cross-attention K and V, only in passes without gradient: with one they must reach the text projections."""
+    def text(self, layer: int) -> tuple[Tensor, ...] | None:
+        """Cross-attention K and V of the text, and of an image where one is given; only in passes without gradient:
+        with one they must reach the projections."""
         return None if torch.is_grad_enabled() else self._text.get(layer)
 
-    def keep_text(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def keep_text(self, layer: int, kv: tuple[Tensor, ...]) -> None:
         if not torch.is_grad_enabled():
-            self._text[layer] = (k, v)
+            self._text[layer] = kv
 
     def _slot(self, frame: int) -> int | None:
         if frame < self.shape.context_frames:

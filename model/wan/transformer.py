@@ -1,191 +1,26 @@
 """The Wan DiT (arXiv 2503.20314), one class for bidirectional, block-causal, teacher-forcing and KV-cached use.
 
 B batch  F latent frames  C channels  H W latent size  S tokens of a frame  L = F * S tokens  M text tokens
-N heads  D head dim  d model width.  Parameter names are Wan's own.
+d model width.  Parameter names are Wan's own.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from model.wan.attention import Backend, attend
+from model.wan.attention import Backend
+from model.wan.block import Block, Head, ImageEmbedding, fp32_linear
 from model.wan.checkpointing import recomputed
 from model.wan.config import TIME_SCALE, Checkpointing, WanConfig
 from model.wan.kv_cache import CacheShape, KVCache
 from model.wan.masks import FrameMask
-from model.wan.replay import Join, Trace, TracedPass, known_output
-from model.wan.rope import apply_rope, rope_table
+from model.wan.replay import Trace, TracedPass
+from model.wan.rope import rope_table
 from utils.parallel.sequence import FrameShards, SequenceParallel
-
-KV = tuple[Tensor, Tensor]
-Parts = list[tuple[int, Join | None]]  # numbers of tokens, each with the context that it sees
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32; Wan applies it across heads, before they are split."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
-
-
-def fp32_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer in fp32, whatever its weights are stored in."""
-    assert isinstance(layer, nn.Linear)
-    bias = None if layer.bias is None else layer.bias.float()
-    return functional.linear(x.float(), layer.weight.float(), bias)
-
-
-def modulate(x_BLd: Tensor, shift_BFd: Tensor, scale_BFd: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift in fp32; shift and scale are per frame, or one for all frames (F = 1)."""
-    normed = functional.layer_norm(x_BLd.float(), x_BLd.shape[-1:], eps=eps)
-    per_frame = normed.unflatten(1, (shift_BFd.shape[1], -1))
-    return torch.addcmul(shift_BFd[:, :, None], per_frame, 1 + scale_BFd[:, :, None]).flatten(1, 2)
-
-
-def gated_add(x_BLd: Tensor, y_BLd: Tensor, gate_BFd: Tensor) -> Tensor:
-    """x + gate y: multiplied and added in fp32, stored in x's dtype."""
-    frames = gate_BFd.shape[1]
-    out = torch.addcmul(
-        x_BLd.float().unflatten(1, (frames, -1)), y_BLd.float().unflatten(1, (frames, -1)), gate_BFd[:, :, None]
-    )
-    return out.flatten(1, 2).type_as(x_BLd)
-
-
-class Attention(nn.Module):
-    """Projections of one attention: q, k, v, o and the norms of q and k. Which keys are seen is the caller's."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.heads = config.num_heads
-        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q = RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
-
-    def query(self, x_BLd: Tensor) -> Tensor:
-        return self.norm_q(self.q(x_BLd)).unflatten(-1, (self.heads, -1))
-
-    def key_value(self, x_BLd: Tensor) -> KV:
-        k, v = self.norm_k(self.k(x_BLd)), self.v(x_BLd)
-        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
-
-
-def attend_joined(
-    q: Tensor, k: Tensor, v: Tensor, join: Join | Parts | None, mask: FrameMask | None, backend: Backend
-) -> Tensor:
-    """Attention of tokens [B, L, N, D] to themselves and what precedes them; parts see only themselves and theirs."""
-    if isinstance(join, list):
-        sizes = [size for size, _ in join]
-        parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), join, strict=True)
-        return torch.cat([attend_joined(a, b, c, one, mask, backend) for a, b, c, (_, one) in parts], 1)
-    keys, values = (k, v) if join is None else join(k, v)
-    return attend(q, keys, values, mask=mask, backend=backend)
-
-
-class Block(nn.Module):
-    """Self-attention, cross-attention to the text, MLP; the first and the last modulated by time (AdaLN)."""
-
-    def __init__(self, config: WanConfig, layer: int) -> None:
-        super().__init__()
-        self.layer, self.eps = layer, config.eps
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
-        self.self_attn = Attention(config)
-        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps) if config.cross_attn_norm else nn.Identity()
-        self.cross_attn = Attention(config)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        time_BF6d: Tensor,
-        text_BMd: Tensor | None,
-        text_kv: KV | None,
-        rope: Tensor,
-        mask: FrameMask | None,
-        join: Join | Parts | None,
-        backend: Backend,
-        shards: FrameShards | None = None,
-        known: Tensor | None = None,
-    ) -> tuple[Tensor, KV | None, KV | None]:
-        """x [B, L, d] -> x, this pass's rotated (k, v) and the text's (k, v), each [B, tokens, N, D].
-
-        join: puts the keys and values that precede these tokens, and are seen by all of them, before their own; or one
-        for each part of the tokens, which then see nothing of each other.
-        shards: x and rope are this rank's tokens; the rotated (k, v) are all tokens of this rank's heads.
-        known: x after this block, from passes already made (model/wan/replay.py): only backward computes.
-        """
-        if known is not None:
-            return self._replay(known, x, time_BF6d, text_BMd, rope, join, backend, shards), None, None
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (time_BF6d + self.modulation.float()).unbind(2)
-        h = modulate(x, shift, scale, self.eps).type_as(x)
-        k, v = self.self_attn.key_value(h)
-        k, q = apply_rope(k, rope), apply_rope(self.self_attn.query(h), rope)
-        if shards is not None:
-            q, k, v = shards.to_heads(q, k, v)
-        out = attend_joined(q, k, v, join, mask, backend)
-        if shards is not None:
-            out = shards.to_tokens(out)
-        x = gated_add(x, self.self_attn.o(out.flatten(2)), gate)
-
-        if text_kv is None:
-            assert text_BMd is not None
-            text_kv = self.cross_attn.key_value(text_BMd)
-        query = self.cross_attn.query(self._norm3(x))
-        x = x + self.cross_attn.o(attend(query, *text_kv, backend=backend).flatten(2)).type_as(x)
-
-        h = modulate(x, mlp_shift, mlp_scale, self.eps).type_as(x)
-        return gated_add(x, self.ffn(h), mlp_gate), (k, v), text_kv
-
-    def _replay(
-        self,
-        known: Tensor,
-        x: Tensor,
-        time_BF6d: Tensor,
-        text_BMd: Tensor | None,
-        rope: Tensor,
-        join: Join | Parts | None,
-        backend: Backend,
-        shards: FrameShards | None,
-    ) -> Tensor:
-        assert text_BMd is not None
-
-        def run(x: Tensor, time_BF6d: Tensor, text_BMd: Tensor) -> Tensor:
-            # not through __call__: hooks of the replay's own call surround its backward
-            return self.forward(x, time_BF6d, text_BMd, None, rope, None, join, backend, shards)[0]
-
-        weights = [p for p in self.parameters() if p.requires_grad]
-        return known_output(run, known, (x, time_BF6d, text_BMd), weights)
-
-    def _norm3(self, x: Tensor) -> Tensor:
-        if isinstance(self.norm3, nn.Identity):
-            return x
-        weight, bias = self.norm3.weight.float(), self.norm3.bias.float()
-        return functional.layer_norm(x.float(), weight.shape, weight, bias, self.eps).type_as(x)
-
-
-class Head(nn.Module):
-    """Last modulation and projection to patches."""
-
-    def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.eps = config.eps
-        self.head = nn.Linear(config.dim, config.out_dim * math.prod(config.patch_size))
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
-
-    def forward(self, x: Tensor, time_BFd: Tensor) -> Tensor:
-        shift, scale = (time_BFd[:, :, None] + self.modulation.float()).unbind(2)
-        return self.head(modulate(x, shift, scale, self.eps).type_as(x))
 
 
 def layer_weights(net: WanTransformer) -> Iterator[tuple[str, Tensor]]:
@@ -231,6 +66,8 @@ class WanTransformer(nn.Module):
             nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, config.dim * 6))
+        if config.image_dim is not None:
+            self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.head = Head(config)
         self.init_weights()
@@ -275,6 +112,8 @@ class WanTransformer(nn.Module):
         sigma: Tensor,
         text: Tensor,
         *,
+        channels: Tensor | None = None,
+        image: Tensor | None = None,
         positions: Sequence[int] | None = None,
         mask: FrameMask | None = None,
         cache: KVCache | None = None,
@@ -285,12 +124,14 @@ class WanTransformer(nn.Module):
         """Velocity [B, F, C, H, W] at x [B, F, C, H, W].
 
         sigma: noise level in [0, 1], [B] or one a frame [B, F]. text: [B, M, D], zeros after its length.
+        channels: [B, F, Cc, H, W] that the network sees beside x, for each frame: masks and latents of what is given.
+        image: CLIP's tokens [B, Li, Di], for a network with an `image_dim`.
         positions: absolute frame positions for RoPE; default 0.. or, with a cache, what follows the cached frames.
         mask: who sees whom (default: all see all). cache: frames before these; `write_cache` stores these after them.
         trace: a pass without gradient is noted in it; given as `replay`, with its x, all its passes get their gradient.
-        Raises ValueError for latents, text or a mask of another geometry.
+        Raises ValueError for latents, conditioning or a mask of another geometry.
         """
-        self._check(x, sigma, text)
+        self._check(x, sigma, text, channels, image)
         self._check_mask(x.shape[1], mask, cache)
         frames, height, width = (
             x.shape[1],
@@ -298,10 +139,11 @@ class WanTransformer(nn.Module):
             x.shape[4] // self.config.patch_size[2],
         )
         shards = None if self.sequence is None else self.sequence.frames(height * width)
-        tokens = self._patchify(x, shards)
+        seen = x if channels is None else torch.cat([x, channels.to(x.dtype)], 2)
+        tokens = self._patchify(seen, shards)
         time, time6 = self._time(sigma)
         if replay is not None:
-            tokens = self._replay(tokens, time6, text, replay, shards)
+            tokens = self._replay(tokens, time6, text, image, replay, shards)
         else:
             if positions is None:
                 start = 0 if cache is None else cache.frames
@@ -309,7 +151,7 @@ class WanTransformer(nn.Module):
             rope = rope_table(positions, height, width, self.config.head_dim, x.device)
             rope = rope if shards is None else shards.own(rope)
             noted = None if trace is None else trace.start(x, sigma, rope, frames * height * width)
-            tokens = self._run_blocks(tokens, time6, text, rope, mask, cache, write_cache, shards, noted)
+            tokens = self._run_blocks(tokens, time6, text, image, rope, mask, cache, write_cache, shards, noted)
         if cache is not None and write_cache:
             cache.advance(frames)
         out = self.head(tokens, time)
@@ -320,6 +162,7 @@ class WanTransformer(nn.Module):
         x: Tensor,
         time6: Tensor,
         text: Tensor,
+        image: Tensor | None,
         rope: Tensor,
         mask: FrameMask | None,
         cache: KVCache | None,
@@ -330,27 +173,34 @@ class WanTransformer(nn.Module):
         embedded: Tensor | None = None
         for layer, block in enumerate(self.blocks):
             join = None if cache is None else cache.join(layer)
-            text_kv = None if cache is None else cache.text(layer)
-            if text_kv is None and embedded is None:
-                embedded = self.text_embedding(text)
+            context_kv = None if cache is None else cache.text(layer)
+            if context_kv is None and embedded is None:
+                embedded = self._context(text, image)
             if noted is not None:
                 noted.joins.append(None if cache is None else cache.join(layer, again=True))
-            arguments = (x, time6, embedded, text_kv, rope, mask, join, self.backend, shards)
-            x, kv, text_kv = recomputed(block, self.checkpointing)(*arguments)
+            arguments = (x, time6, embedded, context_kv, rope, mask, join, self.backend, shards)
+            x, kv, context_kv = recomputed(block, self.checkpointing)(*arguments)
             if cache is not None:
-                cache.keep_text(layer, *text_kv)
+                cache.keep_text(layer, context_kv)
                 if write:
                     cache.append(layer, *kv)
             if noted is not None:
                 noted.outputs.append(x)
         return x
 
-    def _replay(self, x: Tensor, time6: Tensor, text: Tensor, trace: Trace, shards: FrameShards | None) -> Tensor:
-        embedded, rope = self.text_embedding(text), trace.rope
+    def _replay(
+        self, x: Tensor, time6: Tensor, text: Tensor, image: Tensor | None, trace: Trace, shards: FrameShards | None
+    ) -> Tensor:
+        embedded, rope = self._context(text, image), trace.rope
         for layer, block in enumerate(self.blocks):
             parts, known = trace.joins(layer), trace.output(layer)
             x, _, _ = block(x, time6, embedded, None, rope, None, parts, self.backend, shards, known)
         return x
+
+    def _context(self, text: Tensor, image: Tensor | None) -> Tensor:
+        """Embedded text [B, M, d], behind the image's tokens where there are any."""
+        embedded: Tensor = self.text_embedding(text)
+        return embedded if image is None else torch.cat([self.img_emb(image), embedded], 1)
 
     def _time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 time embedding [B, F, d] and its projection [B, F, 6, d]; F = 1 when all frames share a time."""
@@ -380,15 +230,28 @@ class WanTransformer(nn.Module):
         grid = x.reshape(x.shape[0], frames, height, width, ph, pw, self.config.out_dim)
         return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape[0], frames, -1, height * ph, width * pw)
 
-    def _check(self, x: Tensor, sigma: Tensor, text: Tensor) -> None:
+    def _check(self, x: Tensor, sigma: Tensor, text: Tensor, channels: Tensor | None, image: Tensor | None) -> None:
         c = self.config
-        if x.ndim != 5 or x.shape[2] != c.in_dim:
-            raise ValueError(f"latents must be [B, F, {c.in_dim}, H, W], got {list(x.shape)}")
+        beside = 0 if channels is None else channels.shape[2]
+        if x.ndim != 5 or x.shape[2] + beside != c.in_dim:
+            and_given = "" if c.model_type != "i2v" else f", {c.in_dim - c.out_dim} of them image conditioning"
+            found = f"{list(x.shape)} and {beside} channels of conditioning" if beside else f"{list(x.shape)}"
+            raise ValueError(f"latents must be [B, F, {c.in_dim}{and_given}, H, W], got {found}")
+        if channels is not None and (channels.shape[:2], channels.shape[3:]) != (x.shape[:2], x.shape[3:]):
+            raise ValueError(f"channels {list(channels.shape)} must be as the latents {list(x.shape)} in all but dim 2")
         c.tokens_per_frame(x.shape[3], x.shape[4])
         if sigma.shape not in (x.shape[:1], x.shape[:2]):
             raise ValueError(f"sigma must be [{x.shape[0]}] or {list(x.shape[:2])}, got {list(sigma.shape)}")
         if text.shape != (x.shape[0], c.text_len, c.text_dim):
             raise ValueError(f"text must be {[x.shape[0], c.text_len, c.text_dim]}, got {list(text.shape)}")
+        if (image is None) != (c.image_dim is None):
+            raise ValueError(
+                "this network has no image_dim and takes no image tokens"
+                if c.image_dim is None
+                else f"this network needs CLIP's tokens of an image [{x.shape[0]}, Li, {c.image_dim}], got none"
+            )
+        if image is not None and (image.ndim, image.shape[0], image.shape[-1]) != (3, x.shape[0], c.image_dim):
+            raise ValueError(f"image must be [{x.shape[0]}, Li, {c.image_dim}], got {list(image.shape)}")
 
     def _check_mask(self, frames: int, mask: FrameMask | None, cache: KVCache | None) -> None:
         """Attention sees tokens only: a mask of other frames would still fit where the counts happen to divide."""

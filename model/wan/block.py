@@ -1,0 +1,235 @@
+"""The parts of the Wan DiT (arXiv 2503.20314): attention and its projections, the block, the head, the image embedding.
+
+B batch  F latent frames  S tokens of a frame  L = F * S tokens  M context tokens (text, behind the image's)
+N heads  D head dim  d model width.  Parameter names are Wan's own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from model.wan.attention import Backend, attend
+from model.wan.config import WanConfig
+from model.wan.masks import FrameMask
+from model.wan.replay import Join, known_output
+from model.wan.rope import apply_rope
+from utils.parallel.sequence import FrameShards
+
+KV = tuple[Tensor, Tensor]
+ContextKV = tuple[Tensor, ...]  # keys and values of the text, then of the image where there is one
+Parts = list[tuple[int, Join | None]]  # numbers of tokens, each with the context that it sees
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in fp32; Wan applies it across heads, before they are split."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+def fp32_linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer in fp32, whatever its weights are stored in."""
+    assert isinstance(layer, nn.Linear)
+    bias = None if layer.bias is None else layer.bias.float()
+    return functional.linear(x.float(), layer.weight.float(), bias)
+
+
+def fp32_layer_norm(layer: nn.Module, x: Tensor) -> Tensor:
+    """A LayerNorm with weights in fp32, whatever they are stored in; x's dtype comes back."""
+    assert isinstance(layer, nn.LayerNorm)
+    weight, bias = layer.weight.float(), layer.bias.float()
+    return functional.layer_norm(x.float(), weight.shape, weight, bias, layer.eps).type_as(x)
+
+
+def modulate(x_BLd: Tensor, shift_BFd: Tensor, scale_BFd: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift in fp32; shift and scale are per frame, or one for all frames (F = 1)."""
+    normed = functional.layer_norm(x_BLd.float(), x_BLd.shape[-1:], eps=eps)
+    per_frame = normed.unflatten(1, (shift_BFd.shape[1], -1))
+    return torch.addcmul(shift_BFd[:, :, None], per_frame, 1 + scale_BFd[:, :, None]).flatten(1, 2)
+
+
+def gated_add(x_BLd: Tensor, y_BLd: Tensor, gate_BFd: Tensor) -> Tensor:
+    """x + gate y: multiplied and added in fp32, stored in x's dtype."""
+    frames = gate_BFd.shape[1]
+    out = torch.addcmul(
+        x_BLd.float().unflatten(1, (frames, -1)), y_BLd.float().unflatten(1, (frames, -1)), gate_BFd[:, :, None]
+    )
+    return out.flatten(1, 2).type_as(x_BLd)
+
+
+class Attention(nn.Module):
+    """Projections of one attention: q, k, v, o and the norms of q and k. Which keys are seen is the caller's."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q = RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
+
+    def query(self, x_BLd: Tensor) -> Tensor:
+        return self.norm_q(self.q(x_BLd)).unflatten(-1, (self.heads, -1))
+
+    def key_value(self, x_BLd: Tensor) -> KV:
+        k, v = self.norm_k(self.k(x_BLd)), self.v(x_BLd)
+        return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+
+
+class CrossAttention(Attention):
+    """Attention to the text; where the network sees an image's tokens too, each has a softmax of its own, and the two
+    are added (Wan2.1's image-to-video network)."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__(config)
+        self.text_len, self.sees_image = config.text_len, config.image_dim is not None
+        if self.sees_image:
+            self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
+            self.norm_k_img = RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
+
+    def context_kv(self, context_BMd: Tensor) -> ContextKV:
+        """(k, v) of the text, and of the image's tokens before it, each [B, tokens, N, D]."""
+        if not self.sees_image:
+            return self.key_value(context_BMd)
+        image, text = context_BMd.split([context_BMd.shape[1] - self.text_len, self.text_len], 1)
+        k, v = self.norm_k_img(self.k_img(image)), self.v_img(image)
+        return *self.key_value(text), k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+
+    def forward(self, x_BLd: Tensor, kv: ContextKV, backend: Backend) -> Tensor:
+        query = self.query(x_BLd)
+        out = attend(query, kv[0], kv[1], backend=backend)
+        if self.sees_image:
+            out = out + attend(query, kv[2], kv[3], backend=backend)
+        return self.o(out.flatten(2))  # type: ignore[no-any-return]
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP's tokens of an image [B, Li, image_dim] -> [B, Li, d]."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        width = config.image_dim
+        assert width is not None
+        self.proj = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, config.dim),
+            nn.LayerNorm(config.dim),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        first_norm, first, gelu, second, last_norm = self.proj
+        return fp32_layer_norm(last_norm, second(gelu(first(fp32_layer_norm(first_norm, image)))))
+
+
+def attend_joined(
+    q: Tensor, k: Tensor, v: Tensor, join: Join | Parts | None, mask: FrameMask | None, backend: Backend
+) -> Tensor:
+    """Attention of tokens [B, L, N, D] to themselves and what precedes them; parts see only themselves and theirs."""
+    if isinstance(join, list):
+        sizes = [size for size, _ in join]
+        parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), join, strict=True)
+        return torch.cat([attend_joined(a, b, c, one, mask, backend) for a, b, c, (_, one) in parts], 1)
+    keys, values = (k, v) if join is None else join(k, v)
+    return attend(q, keys, values, mask=mask, backend=backend)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to text and image, MLP; the first and the last modulated by time (AdaLN)."""
+
+    def __init__(self, config: WanConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.eps = layer, config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.self_attn = Attention(config)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps) if config.cross_attn_norm else nn.Identity()
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        time_BF6d: Tensor,
+        context_BMd: Tensor | None,
+        context_kv: ContextKV | None,
+        rope: Tensor,
+        mask: FrameMask | None,
+        join: Join | Parts | None,
+        backend: Backend,
+        shards: FrameShards | None = None,
+        known: Tensor | None = None,
+    ) -> tuple[Tensor, KV | None, ContextKV | None]:
+        """x [B, L, d] -> x, this pass's rotated (k, v) and the context's, each [B, tokens, N, D].
+
+        context_BMd: embedded text, behind the image's tokens where the network sees one; or its keys and values.
+        join: puts the keys and values that precede these tokens, and are seen by all of them, before their own; or one
+        for each part of the tokens, which then see nothing of each other.
+        shards: x and rope are this rank's tokens; the rotated (k, v) are all tokens of this rank's heads.
+        known: x after this block, from passes already made (model/wan/replay.py): only backward computes.
+        """
+        if known is not None:
+            return self._replay(known, x, time_BF6d, context_BMd, rope, join, backend, shards), None, None
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (time_BF6d + self.modulation.float()).unbind(2)
+        h = modulate(x, shift, scale, self.eps).type_as(x)
+        k, v = self.self_attn.key_value(h)
+        k, q = apply_rope(k, rope), apply_rope(self.self_attn.query(h), rope)
+        if shards is not None:
+            q, k, v = shards.to_heads(q, k, v)
+        out = attend_joined(q, k, v, join, mask, backend)
+        if shards is not None:
+            out = shards.to_tokens(out)
+        x = gated_add(x, self.self_attn.o(out.flatten(2)), gate)
+
+        if context_kv is None:
+            assert context_BMd is not None
+            context_kv = self.cross_attn.context_kv(context_BMd)
+        normed = x if isinstance(self.norm3, nn.Identity) else fp32_layer_norm(self.norm3, x)
+        x = x + self.cross_attn(normed, context_kv, backend).type_as(x)
+
+        h = modulate(x, mlp_shift, mlp_scale, self.eps).type_as(x)
+        return gated_add(x, self.ffn(h), mlp_gate), (k, v), context_kv
+
+    def _replay(
+        self,
+        known: Tensor,
+        x: Tensor,
+        time_BF6d: Tensor,
+        context_BMd: Tensor | None,
+        rope: Tensor,
+        join: Join | Parts | None,
+        backend: Backend,
+        shards: FrameShards | None,
+    ) -> Tensor:
+        assert context_BMd is not None
+
+        def run(x: Tensor, time_BF6d: Tensor, context_BMd: Tensor) -> Tensor:
+            # not through __call__: hooks of the replay's own call surround its backward
+            return self.forward(x, time_BF6d, context_BMd, None, rope, None, join, backend, shards)[0]
+
+        weights = [p for p in self.parameters() if p.requires_grad]
+        return known_output(run, known, (x, time_BF6d, context_BMd), weights)
+
+
+class Head(nn.Module):
+    """Last modulation and projection to patches."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, config.out_dim * math.prod(config.patch_size))
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, time_BFd: Tensor) -> Tensor:
+        shift, scale = (time_BFd[:, :, None] + self.modulation.float()).unbind(2)
+        return self.head(modulate(x, shift, scale, self.eps).type_as(x))
