@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.wan.config import LoraWeights, NetworkConfig
 from model.wan.formats import to_diffusers_key
 from model.wan.lora_files import MergedWeights, lora_to_diffusers, lora_to_peft
 from model.wan.weights import LazyWeights
@@ -189,10 +190,11 @@ def test_what_does_not_fit_is_one_line(base: Path, tmp_path: Path, change: State
 def test_a_network_starts_from_base_and_lora(base: Path, tmp_path: Path) -> None:
     save_file(adapter(), tmp_path / "lora.safetensors")
     net = random_net(2)
-    weights = open_init(net, base, "ema", "student", [(tmp_path / "lora.safetensors", SCALE)])
+    config = NetworkConfig(init=str(base), loras=[LoraWeights(str(tmp_path / "lora.safetensors"), SCALE)])
+    weights = open_init(net, config, "student")
     want = expected(adapter(), SCALE)
     for name, value in weights.read(want):
         torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
     other = random_net(2, replace(MICRO, num_layers=1))
     with pytest.raises(ConfigError, match="student.init: .*do not fit this geometry"):
-        open_init(other, base, "ema", "student", [(tmp_path / "lora.safetensors", SCALE)])
+        open_init(other, config, "student")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -69,7 +68,7 @@ def build_network(
     with torch.device("meta"):
         net = WanTransformer(config.geometry(), backend, config.checkpointing).to(dtype)
     net.requires_grad_(trained)
-    source = None if config.init is None or empty else open_init(net, Path(config.init), config.init_weights, name)
+    source = None if config.init is None or empty else open_init(net, config, name)
     if place is not None:
         parallelize(net, place.mesh, place.config, place.sharding)
     materialise(net, device, offload=place is not None and place.sharding.offload)
@@ -86,18 +85,19 @@ def build_network(
     return net
 
 
-def open_init(
-    net: WanTransformer, path: Path, which: str, name: str, loras: Sequence[tuple[Path, float]] = ()
-) -> Weights:
-    """Weights of a run, a checkpoint, or anything that LazyWeights opens, checked against `net` by their headers.
+def open_init(net: WanTransformer, config: NetworkConfig, name: str) -> Weights:
+    """The weights that `config.init` names, its loras added, checked against `net` by their headers.
 
-    which: 'ema' (raw where there is none), 'raw' or 'critic'. loras: (file or folder, scale) to add to them.
     Raises ConfigError naming the network.
     """
+    assert config.init is not None
     try:
-        weights = open_run(path, which) if is_run(path) else LazyWeights(path, which)
-        if loras:
-            weights = MergedWeights(weights, [(lora, scale) for lora, scale in loras])
+        if is_run(Path(config.init)):
+            weights = open_run(Path(config.init), config.init_weights)
+        else:
+            weights = LazyWeights(config.init, config.init_weights, config.expert)
+        if config.loras:
+            weights = MergedWeights(weights, [(lora.path, lora.scale) for lora in config.loras], config.expert)
         fit(weights, {key: tuple(p.shape) for key, p in net.named_parameters()}, net.config)
         return weights
     except (ValueError, OSError) as problem:

@@ -55,7 +55,12 @@ class Generator:
             raise UserError(f"no run in {path}: give a run's folder, or a checkpoint's")
         config = from_plain(RunConfig, checkpoint.load_state(folder)["config"])
         network: NetworkConfig = replace(
-            config.student, init=str(folder), init_weights=weights, checkpointing=Checkpointing.none
+            config.student,
+            init=str(folder),
+            init_weights=weights,
+            expert=None,
+            loras=[],
+            checkpointing=Checkpointing.none,
         )
         net = build_for_inference(network, "student", device, compute_dtype(config))
         return cls(config, ScoreNet(net, "student", Evaluations(), compute_dtype(config)), device)

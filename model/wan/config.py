@@ -136,18 +136,30 @@ class Checkpointing(Enum):
 
 
 @dataclass
+class LoraWeights:
+    """A LoRA file or folder, local or on the Hub, and by how much it counts."""
+
+    path: str
+    scale: float = 1.0
+
+
+@dataclass
 class NetworkConfig:
     """One network of a run.
 
     preset, overrides: geometry (see PRESETS and WanConfig's fields). init: where its weights come from: a run or
-    checkpoint folder of ours, a safetensors file or folder, null for random. init_weights: which weights of a run,
-    'ema' (raw where it has none) or 'raw'. attention: backend. checkpointing: see Checkpointing.
+    checkpoint folder of ours, a file or folder in Wan's, Diffusers' or Self-Forcing's format, a Hub repository
+    (`owner/name`), null for random. init_weights: which weights of what has several, 'ema' (raw where it has none),
+    'raw' or 'critic'. expert: 'high' or 'low' of a model with two. loras: added to the weights as they are loaded.
+    attention: backend. checkpointing: see Checkpointing.
     """
 
     preset: str = "toy"
     overrides: dict[str, Any] = field(default_factory=dict)
     init: str | None = None
     init_weights: str = "ema"
+    expert: str | None = None
+    loras: list[LoraWeights] = field(default_factory=list)
     attention: str = "sdpa"
     checkpointing: Checkpointing = Checkpointing.none
 
@@ -156,8 +168,12 @@ class NetworkConfig:
         backends = ("sdpa", "plain", "flex", "flash")
         if self.attention not in backends:
             raise ValueError(f"attention '{self.attention}' is unknown: choose one of {', '.join(backends)}")
-        if self.init_weights not in ("ema", "raw"):
-            raise ValueError(f"init_weights '{self.init_weights}' is unknown: choose ema or raw")
+        if self.init_weights not in ("ema", "raw", "critic"):
+            raise ValueError(f"init_weights '{self.init_weights}' is unknown: choose ema, raw or critic")
+        if self.expert not in (None, "high", "low"):
+            raise ValueError(f"expert '{self.expert}' is unknown: choose high or low (noise), or null")
+        if self.loras and self.init is None:
+            raise ValueError("loras are added to the weights of init, which is null: set it")
 
     def geometry(self) -> WanConfig:
         return geometry(self.preset, self.overrides)
