@@ -37,8 +37,8 @@ class Sample:
 
     name: what to call it in a message. text: embedding [L, D] without padding. latents: [F, C, H, W], normalised as the
     network sees them. first_latents: of the given first frame, [F', C, H, W]. clip: image embedding [L, D].
-    pixels: [T, 3, H, W] in [0, 1] (an image has T = 1). trajectory: [S, F, C, H, W], from noise to clean, and its
-    noise levels sigmas [S].
+    pixels: [T, 3, H, W] in [0, 1] (an image has T = 1). trajectory: [S, F, C, H, W], from noise to clean (`latents` is
+    its clean end), and its noise levels sigmas [S].
     """
 
     name: str
