@@ -24,8 +24,8 @@ from utils.data.tensors import finite, from_bytes
 class LMDBFolder:
     """One LMDB environment, or a folder of them (`shard_0`, `shard_1`, ...), opened read only and without locks.
 
-    sigmas: the noise level of each stored point, the last one 0; needed where S > 1. Samples then have `trajectory`, and
-    always its clean end as `latents`. Latents are normalised, as Self-Forcing stores them.
+    sigmas: the noise level of each stored point, the last one 0; needed where S > 1. Samples then have `trajectory`,
+    and always its clean end as `latents`. Latents are normalised, as Self-Forcing stores them.
 
     Raises ValueError where lmdb is not installed, for a folder that holds no such environment, and for levels that do
     not fit what is stored.

@@ -1,4 +1,4 @@
-"""Tensors as raw bytes beside their shape and dtype, as parquet rows and LMDB values hold them, and the statistics of latents."""
+"""Tensors as raw bytes beside shape and dtype, as parquet rows and LMDB values hold them; the statistics of latents."""
 
 # F latent frames  C channels  H W latent size
 
