@@ -71,6 +71,10 @@ class LMDBFolder:
             sigmas=self.sigmas if is_trajectory else None,
         )
 
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The latents' shape (F, C, H, W) of every row: to make buckets of."""
+        return [shape[-4:] for shape in self.shapes_of for _ in range(shape[0])]
+
     def close(self) -> None:
         """Closes the environments."""
         for environment in self.environments:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from utils.data.shard_files import arrow, atomic, found_files
+from utils.data.shard_files import arrow, atomic, found_files, whole
 from utils.data.stream import CorruptSample, Sample
 from utils.data.tensors import Statistics, finite, from_row, to_row
 
@@ -45,7 +45,7 @@ class ParquetFolder:
         self.groups: list[tuple[Path, int]] = []
         self.shard_sizes: list[int] = []
         self.raw: dict[Path, bool] = {}
-        for file in found_files(self.path, ".parquet"):
+        for file in whole(found_files(self.path, ".parquet"), self.path):
             self._index(file, normalised)
         if not sum(self.shard_sizes):
             raise ValueError(f"data: {self.path} holds no parquet row")
@@ -140,6 +140,16 @@ class ParquetFolder:
             return self.statistics.normalise(out) if raw and self.statistics else out
         except ValueError as problem:
             raise CorruptSample(f"{name}: {problem}") from None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write_parquet` was given as metadata. Raises ValueError for a damaged file."""
+    pa, pq = arrow()
+    try:
+        found = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException) as problem:
+        raise ValueError(f"data: {path} is no parquet file: {' '.join(str(problem).split())}") from None
+    return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in found.items()}
 
 
 def left_levels(timesteps: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from utils.data.shard_files import atomic, found_files
+from utils.data.shard_files import atomic, found_files, whole
 from utils.data.stream import CorruptSample, Sample
 from utils.data.tensors import Statistics, finite
 
@@ -38,7 +38,7 @@ class SafetensorsFolder:
 
     def __init__(self, path: str | Path, statistics: Statistics | None = None) -> None:
         self.path, self.statistics = Path(path), statistics
-        self.files = found_files(self.path, ".safetensors")
+        self.files = whole(found_files(self.path, ".safetensors"), self.path)
         self.headers = [read_header(file) for file in self.files]
         self.shard_sizes = [len(header["captions"]) for header in self.headers]
         kinds = {header["format"] for header in self.headers}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_NUMBERED = re.compile(r"(.*)_(\d{5})_of_(\d{5})")
 
 
 def found_files(path: Path, *suffixes: str) -> list[Path]:
@@ -24,6 +27,25 @@ def found_files(path: Path, *suffixes: str) -> list[Path]:
     if not shown:
         raise ValueError(f"data: {path} holds no {', '.join(suffixes)} file")
     return sorted(shown, key=lambda file: file.relative_to(path).as_posix())
+
+
+def whole(files: list[Path], path: Path) -> list[Path]:
+    """The files found at `path`. Raises ValueError where they are numbered (`x_00003_of_00064`) and some are absent.
+
+    A path to one file asks for that file alone.
+    """
+    numbers: dict[tuple[Path, str, int], set[int]] = {}
+    for file in files:
+        if match := _NUMBERED.fullmatch(file.stem):
+            numbers.setdefault((file.parent, match[1], int(match[3])), set()).add(int(match[2]))
+    for (folder, stem, count), there in numbers.items():
+        missing = sorted(set(range(count)) - there)
+        if missing and path.is_dir():
+            shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            raise ValueError(
+                f"data: {folder} lacks {len(missing)} of {count} files '{stem}_*' ({shown}): finish its preprocessing"
+            )
+    return files
 
 
 @contextlib.contextmanager
