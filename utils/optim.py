@@ -120,7 +120,8 @@ def adamw(params: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.opti
 class NetworkOptimizer:
     """All that updates one network: its optimizers, its schedule, its clipping.
 
-    matrices: names of the parameters that Muon may take; the others are AdamW's.
+    matrices: names of the parameters that Muon may take; the others are AdamW's. precision: of Muon's products (fp32:
+    None).
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class NetworkOptimizer:
         schedule: LRScheduleConfig,
         total_updates: int,
         matrices: Iterable[str] = (),
+        precision: torch.dtype | None = None,
     ) -> None:
         self.config, self.schedule, self.total = config, schedule, total_updates
         self.named = {name: p for name, p in net.named_parameters() if p.requires_grad}
@@ -142,6 +144,7 @@ class NetworkOptimizer:
                 lr=config.muon_lr,
                 momentum=config.momentum,
                 weight_decay=config.muon_weight_decay,
+                precision=precision or torch.float32,
             )
         self.peak = {"adamw": config.lr, "muon": config.muon_lr}
         self.updates = 0

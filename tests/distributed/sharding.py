@@ -30,6 +30,7 @@ BF16: Case = {"training": {"micro_batch_size": 2, "precision": "bf16"}, "objecti
 OTHERS: dict[str, Case] = {
     "ode": {"trainer": "ode", "critic": None, "ode": {"pairs": 5, "steps": 4, "shift": 3.0, "guidance": 2.0}},
     "sid": {"objective": {"kind": "sid"}, "rollout": {"kind": "backward_simulation", "reuse_rollout": True}},
+    "muon": {"generator_training": {"optimizer": {"kind": "muon", "muon_lr": 1e-3, "muon_weight_decay": 0.1}}},
 }
 CASES: dict[int, dict[str, Case]] = {
     1: {
@@ -67,6 +68,7 @@ CASES: dict[int, dict[str, Case]] = {
             "parallel": {"replicate": 2, "sync_each_micro_batch": True},
         },
         "ode": merged(OTHERS["ode"], {"training": {"micro_batch_size": 2}, "parallel": {"sequence": 2}}),
+        "muon": merged(OTHERS["muon"], {"training": {"micro_batch_size": 2}, "parallel": {"replicate": 2}}),
     },
 }
 
