@@ -72,7 +72,7 @@ class DataConfig:
 
     real: whether training may look at real videos; false is data-free, from prompts alone.
     toy, synthetic: the section of the kind that is used gives a video's size.
-    prompts: a file of prompts to train on (.txt, .csv, .jsonl), null for the kind's own.
+    prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet), null for the kind's own.
     text_seed: of the toy world's tiny frozen text encoder, and of synthetic text embeddings.
     """
 

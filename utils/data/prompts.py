@@ -9,18 +9,21 @@ from pathlib import Path
 
 import torch
 
+from utils.data.shard_files import arrow
 from utils.random import generator
 
 _COLUMNS = ("prompt", "caption")
 
 
 def load_prompts(path: str | Path) -> list[str]:
-    """Prompts of a .txt (one a line), .csv or .jsonl file (field `prompt` or `caption`), in order; blanks are skipped.
+    """Prompts of a .txt (one a line), .csv, .jsonl or .parquet file (field `prompt` or `caption`), in order.
+
+    Blank ones are skipped.
 
     Raises ValueError if the file is absent, of another kind, without such a field, or holds no prompt.
     """
     path = Path(path)
-    readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if path.suffix not in readers:
         raise ValueError(f"prompts: cannot read {path}; give a {', '.join(readers)} file")
     if not path.is_file():
@@ -59,6 +62,21 @@ def _read_jsonl(path: Path) -> list[str]:
             raise ValueError(f"prompts: {path}, line {number} needs a text field 'prompt' or 'caption'")
         prompts.append(value)
     return prompts
+
+
+def _read_parquet(path: Path) -> list[str]:
+    pa, pq = arrow()
+    try:
+        found = list(pq.read_schema(path).names)
+        column = next((name for name in _COLUMNS if name in found), None)
+        if column is None:
+            raise ValueError(f"prompts: {path} needs a column 'prompt' or 'caption', it has {found}")
+        values = pq.read_table(path, columns=[column])[column].to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"prompts: {path} is no parquet file: {' '.join(str(error).split())}") from error
+    if wrong := next((value for value in values if value is not None and not isinstance(value, str)), None):
+        raise ValueError(f"prompts: {path}, column '{column}' holds {wrong!r}, which is no text")
+    return [value or "" for value in values]
 
 
 class PromptStream:

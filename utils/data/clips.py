@@ -1,0 +1,279 @@
+"""Clips of videos, and images, as samples of pixels: probed, cut to buckets, decoded by PyAV."""
+
+# T frames of a clip  C channels  H W pixels
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from utils.data.buckets import Info, Pace, Size, choose, cover
+from utils.data.media import Media
+from utils.data.order import BucketOrder
+from utils.data.shard_files import atomic
+from utils.data.stream import CorruptSample, Faults, Sample
+from utils.random import keyed_seed
+
+console = logging.getLogger("fewstep")
+
+
+class Start(StrEnum):
+    """Where in a video its clip begins: anew for each position (training), or always the same (preprocessing)."""
+
+    random = "random"
+    first = "first"
+    middle = "middle"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The bucket of each item that has one; why the others have none (too short, too slow); corrupt ones by number."""
+
+    bucket_of: dict[int, int]
+    left_out: dict[int, str]
+    infos: dict[int, Info]
+
+
+class VideoClips:
+    """A source of clips: `pixels` [T, 3, H, W] in [0, 1] of the bucket that `plan_clips` chose, and the caption."""
+
+    def __init__(
+        self,
+        shards: Sequence[Sequence[Media]],
+        plan: Plan,
+        sizes: Sequence[Size],
+        pace: Pace,
+        start: Start = Start.random,
+        seed: int = 0,
+    ) -> None:
+        self.media = [media for shard in shards for media in shard]
+        self.shard_sizes = [len(shard) for shard in shards]
+        self.plan, self.sizes, self.pace, self.start, self.seed = plan, list(sizes), pace, start, seed
+
+    def buckets(self) -> list[list[list[int]]]:
+        """Items by bucket and shard, as `BucketOrder` takes them."""
+        out: list[list[list[int]]] = [[[] for _ in self.shard_sizes] for _ in self.sizes]
+        ends = np.cumsum(self.shard_sizes)
+        for item, bucket in sorted(self.plan.bucket_of.items()):
+            out[bucket][int(np.searchsorted(ends, item, side="right"))].append(item)
+        return out
+
+    def order(self, batch: int, seed: int, pool: int | None = None) -> BucketOrder:
+        """Batches of one bucket each. Raises ValueError where no video suits any."""
+        return BucketOrder(self.buckets(), batch, seed, pool)
+
+    def read(self, item: int, position: int) -> Sample:
+        """The clip of this item. Raises CorruptSample."""
+        media, info = self.media[item], self.plan.infos[item]
+        size = self.sizes[self.plan.bucket_of[item]]
+        caption = media.text()  # first: it costs nothing beside the decoding
+        begin = self._begin(info, size, position)
+        return Sample(media.name, caption, pixels=decode_clip(media, size, self.pace, info.fps, begin))
+
+    def _begin(self, info: Info, size: Size, position: int) -> float:
+        """Seconds from the video's start."""
+        spare = max(info.frames - self.pace.span(size.frames, info.fps), 0.0)
+        share = {Start.first: 0.0, Start.middle: 0.5}.get(self.start)
+        if share is None:
+            share = keyed_seed(self.seed, "clip start", position) / 2.0**63
+        return int(share * (int(spare) + 1) if self.start is Start.random else share * spare) / info.fps
+
+
+class Images:
+    """A source of images: `pixels` [1, 3, H, W] in [0, 1], scaled to cover `size` and cropped, and the caption."""
+
+    def __init__(self, shards: Sequence[Sequence[Media]], size: Size) -> None:
+        self.media = [media for shard in shards for media in shard]
+        self.shard_sizes = [len(shard) for shard in shards]
+        self.size = size
+
+    def read(self, item: int, position: int) -> Sample:
+        """The image `item`. Raises CorruptSample."""
+        del position  # nothing is drawn
+        media = self.media[item]
+        return Sample(media.name, media.text(), pixels=decode_image(media, self.size))
+
+
+def plan_clips(
+    shards: Sequence[Sequence[Media]],
+    sizes: Sequence[Size],
+    pace: Pace,
+    *,
+    cache: Path | None = None,
+    max_corrupt: float = 0.01,
+    threads: int = 8,
+) -> Plan:
+    """Reads every video's header and chooses its bucket. What suits none is left out, in one line of warning.
+
+    cache: a JSON file of the headers, read where it is there and written whole; then only new files are opened.
+    Raises TooManyCorrupt, or ValueError where no video suits a bucket.
+    """
+    media = [one for shard in shards for one in shard]
+    faults = Faults(len(media), max_corrupt)
+    plan = Plan({}, {}, {})
+    for item, found in enumerate(_headers(media, cache, threads)):
+        if isinstance(found, CorruptSample):
+            faults.add(item, found)
+            continue
+        bucket, why = choose(found, sizes, pace)
+        plan.infos[item] = found
+        if bucket is None:
+            plan.left_out[item] = f"{media[item].name} {why}"
+        else:
+            plan.bucket_of[item] = bucket
+    if plan.left_out:
+        first, count = next(iter(plan.left_out.values())), len(plan.left_out)
+        console.warning("%d of %d videos suit no bucket and are left out; the first: %s", count, len(media), first)
+    if not plan.bucket_of:
+        why = next(iter([*plan.left_out.values(), *faults.reasons.values()]))
+        raise ValueError(f"data: none of {len(media)} videos suits a bucket of {', '.join(map(str, sizes))}: {why}")
+    return plan
+
+
+def probe(media: Media) -> Info:
+    """A video's header. Raises CorruptSample."""
+    import av
+
+    try:
+        with media.part.open() as file, av.open(file, "r") as container:
+            stream = container.streams.video[0]
+            rate = stream.average_rate or stream.guessed_rate
+            if not rate:
+                raise CorruptSample(f"{media.name} does not say its frames a second")
+            fps = float(rate)
+            seconds = _seconds(stream.duration, stream.time_base, container.duration)
+            frames = stream.frames or round(seconds * fps)
+            turned = _rotation(next(container.decode(stream))) % 2
+            height, width = stream.height, stream.width
+    except (av.FFmpegError, OSError, IndexError, StopIteration) as problem:
+        raise CorruptSample(f"{media.name} cannot be decoded: {problem or 'no frame in it'}") from None
+    return Info(frames, fps, *((width, height) if turned else (height, width)))
+
+
+def decode_clip(media: Media, size: Size, pace: Pace, source_fps: float, begin: float = 0.0) -> Tensor:
+    """Frames [T, 3, H, W] in [0, 1] from `begin` (seconds) on, scaled to cover the size, the middle cropped.
+
+    Each is the last frame shown at its time, so a variable frame rate is met too. Raises CorruptSample where the video
+    cannot be decoded or ends too early.
+    """
+    import av
+
+    times = [begin + i * pace.step(source_fps) for i in range(size.frames)]
+    try:
+        with media.part.open() as file, av.open(file, "r") as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            pictures = list(_pictures(container, stream, times, 0.5 / source_fps, size))
+    except (av.FFmpegError, OSError, IndexError) as problem:
+        raise CorruptSample(f"{media.name} cannot be decoded: {problem}") from None
+    if len(pictures) < size.frames:
+        raise CorruptSample(f"{media.name} ends after {len(pictures)} of the {size.frames} frames of its clip")
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+def decode_image(media: Media, size: Size) -> Tensor:
+    """An image as [1, 3, H, W] in [0, 1], scaled to cover the size, the middle cropped. Raises CorruptSample."""
+    from PIL import Image, ImageOps
+
+    try:
+        with media.part.open() as file, Image.open(file) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError) as problem:  # Pillow raises SyntaxError for broken PNG
+        raise CorruptSample(f"{media.name} cannot be decoded: {problem}") from None
+    height, width = cover(upright.height, upright.width, size)
+    pixels = np.asarray(upright.resize((width, height), Image.Resampling.BICUBIC))
+    return torch.from_numpy(_middle(pixels, size).copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def _pictures(
+    container: Any, stream: Any, times: Sequence[float], slack: float, size: Size
+) -> Iterator[NDArray[np.uint8]]:
+    """The frame shown at each time; fewer where the video ends before."""
+    zero = float((stream.start_time or 0) * stream.time_base)
+    if times[0] > 0:
+        container.seek(int((times[0] + zero) / stream.time_base), stream=stream)  # to the key frame before it
+    wanted, last, last_time = iter(times), None, 0.0
+    due = next(wanted, None)
+    for number, frame in enumerate(container.decode(stream)):
+        moment = frame.time - zero if frame.time is not None else number * 2 * slack
+        while due is not None and last is not None and moment > due + slack:
+            yield _picture(last, size)
+            due = next(wanted, None)
+        if due is None:
+            return
+        last, last_time = frame, moment
+    while due is not None and last is not None and due <= last_time + slack:
+        yield _picture(last, size)
+        due = next(wanted, None)
+
+
+def _picture(frame: Any, size: Size) -> NDArray[np.uint8]:
+    """A frame as uint8 [H, W, 3] of the size, upright."""
+    turns = _rotation(frame)
+    shown = Size(size.frames, size.width, size.height) if turns % 2 else size
+    height, width = cover(frame.height, frame.width, shown)
+    picture = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
+    return np.rot90(_middle(picture, shown), turns)
+
+
+def _middle(picture: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+    top, left = (picture.shape[0] - size.height) // 2, (picture.shape[1] - size.width) // 2
+    return picture[top : top + size.height, left : left + size.width]
+
+
+def _rotation(frame: Any) -> int:
+    """Quarter turns, against the clock, that bring a frame upright: telephones store how they were held."""
+    return round(float(frame.rotation) / 90) % 4
+
+
+def _seconds(duration: int | None, time_base: Any, container_duration: int | None) -> float:
+    if duration and time_base:
+        return float(duration * time_base)
+    return (container_duration or 0) / 1e6  # AV_TIME_BASE: microseconds
+
+
+def _headers(media: Sequence[Media], cache: Path | None, threads: int) -> Iterator[Info | CorruptSample]:
+    """The header of each video in order, from the cache where the file is the one that was seen."""
+    known: dict[str, dict[str, Any]] = {}
+    if cache is not None and cache.is_file():
+        try:
+            known = json.loads(cache.read_text())
+        except ValueError:
+            console.warning("%s cannot be read: the videos' headers are read again", cache)
+    keys = [_identity(one) for one in media]
+    with ThreadPoolExecutor(threads) as pool:
+        new = {key: one for key, one in zip(keys, media, strict=True) if key not in known}
+        for key, found in zip(new, pool.map(_probed, new.values()), strict=True):
+            known[key] = {"corrupt": str(found)} if isinstance(found, CorruptSample) else asdict(found)
+    if cache is not None and new:
+        with atomic(cache) as partial:
+            partial.write_text(json.dumps({key: known[key] for key in keys}))
+    for key in keys:
+        yield CorruptSample(known[key]["corrupt"]) if "corrupt" in known[key] else Info(**known[key])
+
+
+def _probed(media: Media) -> Info | CorruptSample:
+    try:
+        return probe(media)
+    except CorruptSample as problem:
+        return problem
+
+
+def _identity(media: Media) -> str:
+    """Another key where the file is another one. A file that is not there has one too: reading it says so."""
+    path = media.part.path
+    stat = path.stat() if path.is_file() else None
+    facts = [media.name, media.part.offset, media.part.size, stat and stat.st_size, stat and stat.st_mtime_ns]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

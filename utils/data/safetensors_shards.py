@@ -1,0 +1,181 @@
+"""Latents and ODE trajectories in safetensors shards: what preprocessing writes, and what is read one row at a time.
+
+    latents:       `{row}.latents` [F, C, H, W] of any size, `{row}.text` [L, D], `{row}.first_latents`, `{row}.clip`
+    trajectories:  `x` [N, S, F, C, H, W] and `sigma` [S]: from noise to clean, and the noise level of each point
+
+Names and captions are JSON in the file's metadata, under `names` and `captions`.
+"""
+
+# N rows  S stored points  F latent frames  C channels  H W latent size  L text tokens  D text channels
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from utils.data.shard_files import atomic, found_files, whole
+from utils.data.stream import CorruptSample, Sample
+from utils.data.tensors import Statistics, finite
+
+LATENTS: Final = "fewstep latents 1"
+TRAJECTORIES: Final = "fewstep trajectories 1"
+_FIELDS: Final = ("latents", "text", "first_latents", "clip")
+
+
+class SafetensorsFolder:
+    """Shards of latents or of trajectories; a read maps the file and takes one row of it.
+
+    statistics: normalises latents that were stored raw. Raises ValueError for a folder without rows, a file that is no
+    shard of ours, shards of both kinds or of several noise levels, and raw latents without statistics.
+    """
+
+    def __init__(self, path: str | Path, statistics: Statistics | None = None) -> None:
+        self.path, self.statistics = Path(path), statistics
+        self.files = whole(found_files(self.path, ".safetensors"), self.path)
+        self.headers = [read_header(file) for file in self.files]
+        self.shard_sizes = [len(header["captions"]) for header in self.headers]
+        kinds = {header["format"] for header in self.headers}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"data: {self.path} mixes shards of {' and '.join(sorted(kinds))}: give one folder for each"
+            )
+        if not sum(self.shard_sizes):
+            raise ValueError(f"data: the shards of {self.path} hold no row")
+        self.is_trajectory = kinds == {TRAJECTORIES}
+        raw = [
+            file for file, header in zip(self.files, self.headers, strict=True) if header.get("normalised") == "false"
+        ]
+        if raw and statistics is None:
+            raise ValueError(f"data: {raw[0]} holds raw VAE latents: give the VAE's latents_mean and latents_std")
+        self._raw = set(raw)
+        self._first = [0]
+        for size in self.shard_sizes:
+            self._first.append(self._first[-1] + size)
+        self.sigmas = self._levels() if self.is_trajectory else None
+
+    def read(self, item: int, position: int) -> Sample:
+        """The row `item`, counted through all shards. Raises CorruptSample."""
+        del position  # nothing is drawn
+        number = bisect_right(self._first, item) - 1
+        row, file, header = item - self._first[number], self.files[number], self.headers[number]
+        where = f"{file}, row {row}"
+        name = header["names"][row] or where
+        try:
+            with safe_open(file, "pt") as opened:
+                if self.is_trajectory:
+                    x = finite(opened.get_slice("x")[row].float(), where)
+                    return Sample(name, header["captions"][row], latents=x[-1], trajectory=x, sigmas=self.sigmas)
+                keys = set(opened.keys())
+                found = {f: opened.get_tensor(f"{row}.{f}") for f in _FIELDS if f"{row}.{f}" in keys}
+        except (OSError, SafetensorError) as problem:
+            raise CorruptSample(f"{where} cannot be read: {problem}") from None
+        if "latents" not in found:
+            raise CorruptSample(f"{where} has no latents")
+        found = {f: self._normalised(tensor, file, where) if "latents" in f else tensor for f, tensor in found.items()}
+        return Sample(name, header["captions"][row], **found)
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The latents' shape (F, C, H, W) of every row, from the headers alone: to make buckets of."""
+        out: list[tuple[int, ...]] = []
+        for file, size in zip(self.files, self.shard_sizes, strict=True):
+            with safe_open(file, "pt") as opened:
+                if self.is_trajectory:
+                    out += [tuple(opened.get_slice("x").get_shape()[2:])] * size
+                else:
+                    out += [tuple(opened.get_slice(f"{row}.latents").get_shape()) for row in range(size)]
+        return out
+
+    def _normalised(self, latents: Tensor, file: Path, where: str) -> Tensor:
+        out = finite(latents.float(), where)
+        if file not in self._raw or self.statistics is None:
+            return out
+        try:
+            return self.statistics.normalise(out)
+        except ValueError as problem:
+            raise CorruptSample(f"{where}: {problem}") from None
+
+    def _levels(self) -> Tensor:
+        """The noise levels that all shards share."""
+        levels = []
+        for file in self.files:
+            with safe_open(file, "pt") as opened:
+                levels.append(opened.get_tensor("sigma").float())
+        other = next((i for i, level in enumerate(levels) if not torch.equal(level, levels[0])), None)
+        if other is not None:
+            raise ValueError(
+                f"data: {self.files[other]} stores the noise levels {levels[other].tolist()}, "
+                f"{self.files[0].name} {levels[0].tolist()}: give one folder for each"
+            )
+        return levels[0]
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """A shard's metadata, names and captions as lists. Raises ValueError for a file that is no shard of ours."""
+    try:
+        with safe_open(file, "pt") as opened:
+            header: dict[str, Any] = dict(opened.metadata() or {})
+        if header.get("format") not in (LATENTS, TRAJECTORIES):
+            raise ValueError("its metadata names no format of ours")
+        header["names"], header["captions"] = json.loads(header["names"]), json.loads(header["captions"])
+    except (OSError, SafetensorError, KeyError, ValueError) as problem:
+        raise ValueError(f"data: {file} is no shard of latents or trajectories: {problem}") from None
+    return header
+
+
+def write_latents(
+    path: Path,
+    samples: Sequence[Sample],
+    *,
+    normalised: bool,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes one shard of latents; the file appears whole. Raises ValueError for a sample without latents."""
+    tensors: dict[str, Tensor] = {}
+    for row, sample in enumerate(samples):
+        if sample.latents is None:
+            raise ValueError(f"data: {sample.name} has no latents to write to {path}")
+        for name in _FIELDS:
+            value = getattr(sample, name)
+            if value is not None:
+                tensors[f"{row}.{name}"] = value.detach().to("cpu", dtype).contiguous()
+    header = {"format": LATENTS, "normalised": "true" if normalised else "false", **(metadata or {})}
+    _write(path, tensors, header, [s.name for s in samples], [s.caption for s in samples])
+
+
+def write_trajectories(
+    path: Path,
+    x_NSFCHW: Tensor,
+    sigmas_S: Tensor,
+    captions: Sequence[str],
+    *,
+    names: Sequence[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes one shard of trajectories; the file appears whole. Raises ValueError where the sizes do not agree."""
+    if x_NSFCHW.ndim != 6 or x_NSFCHW.shape[:2] != (len(captions), len(sigmas_S)):
+        raise ValueError(
+            f"data: {len(captions)} trajectories at {len(sigmas_S)} levels are [N, S, F, C, H, W], "
+            f"got {list(x_NSFCHW.shape)}"
+        )
+    tensors = {"x": x_NSFCHW.detach().to("cpu", dtype).contiguous(), "sigma": sigmas_S.detach().cpu().float()}
+    header = {"format": TRAJECTORIES, **(metadata or {})}
+    _write(path, tensors, header, names or [""] * len(captions), captions)
+
+
+def _write(
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], names: Sequence[str], captions: Sequence[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    notes = {**header, "names": json.dumps(list(names)), "captions": json.dumps(list(captions))}
+    with atomic(path) as partial:
+        save_file(dict(tensors), partial, notes)

@@ -1,0 +1,190 @@
+"""Samples by position: a source (files) read in an order, with corrupt ones replaced, counted and named."""
+
+# T frames  F latent frames  C channels  H W size  L text tokens  D text channels  S stored points of a trajectory
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from utils.data.order import Order
+from utils.random import keyed_seed
+
+console = logging.getLogger("fewstep")
+
+MAX_CORRUPT: Final = 0.01  # of a data set: what a few broken downloads cost; more is another defect
+
+
+class CorruptSample(ValueError):
+    """One sample cannot be read. The message names the file, the row and what is wrong, in one line."""
+
+
+class TooManyCorrupt(ValueError):
+    """More of the data set is corrupt than `max_corrupt` allows."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of any kind of data; what a kind does not have is None.
+
+    name: what to call it in a message. text: embedding [L, D] without padding. latents: [F, C, H, W], normalised as the
+    network sees them. first_latents: of the given first frame, [F', C, H, W]. clip: image embedding [L, D].
+    pixels: [T, 3, H, W] in [0, 1] (an image has T = 1). trajectory: [S, F, C, H, W], from noise to clean (`latents` is
+    its clean end), and its noise levels sigmas [S].
+    """
+
+    name: str
+    caption: str = ""
+    text: Tensor | None = None
+    latents: Tensor | None = None
+    first_latents: Tensor | None = None
+    clip: Tensor | None = None
+    pixels: Tensor | None = None
+    trajectory: Tensor | None = None
+    sigmas: Tensor | None = None
+
+
+class Source(Protocol):
+    """Items 0 .. sum(shard_sizes) - 1. `read` raises CorruptSample and may be called by several threads.
+
+    The position is given for what is drawn anew each time an item is read, such as where in a video a clip begins.
+    """
+
+    shard_sizes: Sequence[int]
+
+    def read(self, item: int, position: int) -> Sample: ...
+
+
+class Faults:
+    """Which items of a data set of `size` could not be read. Raises TooManyCorrupt beyond the share `limit`.
+
+    Each rank counts what it met itself. An item is named once however often it is met.
+    """
+
+    def __init__(self, size: int, limit: float = MAX_CORRUPT) -> None:
+        if not 0 <= limit <= 1:
+            raise ValueError(f"max_corrupt must be in [0, 1], got {limit}")
+        self.size, self.limit = size, limit
+        self.reasons: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def add(self, item: int, problem: Exception) -> None:
+        """Counts and names one item. Raises TooManyCorrupt."""
+        reason = " ".join(str(problem).split())
+        with self._lock:
+            if item in self.reasons:
+                return
+            self.reasons[item] = reason
+        console.warning("corrupt sample skipped (%d so far): %s", len(self.reasons), reason)
+        if len(self.reasons) > self.limit * self.size:
+            raise TooManyCorrupt(
+                f"data: {len(self.reasons)} of {self.size} samples are corrupt, more than max_corrupt {self.limit:g} "
+                f"allows; the last: {reason}; repair or remove them, or raise max_corrupt"
+            )
+
+
+class Stream:
+    """An endless stream of samples: `samples(range)` depends on the positions and the files, and on nothing else.
+
+    A sample that cannot be read is replaced by the next one of its epoch (and bucket), the same on every rank and after
+    every resume. caption_dropout: the share of samples whose caption becomes `dropped_caption` (the empty or negative
+    prompt, whose embedding is then `dropped_text`), drawn by position.
+
+    Raises ValueError for a share outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        seed: int,
+        *,
+        caption_dropout: float = 0.0,
+        dropped_caption: str = "",
+        dropped_text: Tensor | None = None,
+        max_corrupt: float = MAX_CORRUPT,
+    ) -> None:
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"caption_dropout must be in [0, 1], got {caption_dropout}")
+        self.source, self.order, self.seed = source, order, seed
+        self.caption_dropout = caption_dropout
+        self.dropped_caption, self.dropped_text = dropped_caption, dropped_text
+        self.faults = Faults(order.size, max_corrupt)
+
+    def samples(self, positions: range) -> list[Sample]:
+        """The samples at these positions. Raises TooManyCorrupt."""
+        return [self.sample(position) for position in positions]
+
+    def sample(self, position: int) -> Sample:
+        """The sample at this position. Raises TooManyCorrupt, or ValueError for a negative position."""
+        for item in self.order.candidates(position):
+            if item in self.faults.reasons:
+                continue
+            try:
+                found = self.source.read(item, position)
+            except CorruptSample as problem:
+                self.faults.add(item, problem)
+                continue
+            return self._without_caption(found) if self.drops_caption(position) else found
+        raise TooManyCorrupt(f"data: none of {self.order.size} samples can be read; the first problems are above")
+
+    def drops_caption(self, position: int) -> bool:
+        """Whether the sample at this position loses its caption."""
+        return keyed_seed(self.seed, "caption dropout", position) < self.caption_dropout * 2.0**63
+
+    def _without_caption(self, sample: Sample) -> Sample:
+        return dataclasses.replace(sample, caption=self.dropped_caption, text=self.dropped_text)
+
+
+class Ahead:
+    """Reads of a stream in threads, one call ahead: what comes next is guessed, and a wrong guess costs only time.
+
+    After `samples(range(a, b))` the range that begins `stride` later is read in the background. stride: how far a rank
+    moves on from one call to the next; the batch of one call where there is one rank and one micro-batch.
+    """
+
+    def __init__(self, stream: Stream, stride: int, threads: int = 4) -> None:
+        if stride < 1 or threads < 1:
+            raise ValueError(f"data: stride and threads must be at least 1, got {stride} and {threads}")
+        self.stream, self.stride = stream, stride
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="data")
+        self._read: dict[int, Future[Sample]] = {}
+
+    def samples(self, positions: range) -> list[Sample]:
+        """As `Stream.samples`."""
+        for position in positions:
+            self._start(position)
+        wanted = [self._read.pop(position) for position in positions]
+        following = range(positions.start + self.stride, positions.stop + self.stride, positions.step)
+        for stale in set(self._read) - set(following):
+            self._read.pop(stale).cancel()
+        for position in following:
+            self._start(position)
+        return [future.result() for future in wanted]
+
+    def close(self) -> None:
+        """Ends the threads; what they have not begun is not read."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, position: int) -> None:
+        if position not in self._read:
+            self._read[position] = self._pool.submit(self.stream.sample, position)
+
+
+def stacked(tensors: Sequence[Tensor | None], what: str) -> Tensor:
+    """[B, ...] of one field of B samples. Raises ValueError where a sample has none, or another shape."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    if len(there) < len(tensors) or not there:
+        raise ValueError(f"data: {len(tensors) - len(there)} of {len(tensors)} samples have no {what}")
+    shapes = sorted({tuple(tensor.shape) for tensor in there})
+    if len(shapes) > 1:
+        raise ValueError(f"data: {what} of one batch have several shapes: {shapes}; use buckets, or one size")
+    return torch.stack(there)
