@@ -398,11 +398,11 @@ class RunConfig:
                 continue
             other = network.geometry()
             heads.append(other.num_heads)
-            for field_name in ("in_dim", "out_dim", "text_dim", "text_len"):
+            for field_name in ("in_dim", "out_dim", "text_dim", "text_len", "image_dim"):
                 a, b = getattr(mine, field_name), getattr(other, field_name)
                 if a != b:
                     raise ValueError(
-                        f"{name} has {field_name} {b} and student {a}: they must see the same latents and text"
+                        f"{name} has {field_name} {b} and student {a}: they must see the same latents, text and image"
                     )
         common = math.gcd(*heads)
         if common % self.parallel.sequence:

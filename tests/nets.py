@@ -14,6 +14,10 @@ MICRO = WanConfig(
     dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=3, out_dim=3, text_dim=12, text_len=5, freq_dim=16
 )
 
+NORMS = tuple(
+    f"{name}.weight" for name in ("norm_q", "norm_k", "norm_k_img", "norm3", "img_emb.proj.0", "img_emb.proj.4")
+)
+
 
 def random_net(
     seed: int,
@@ -27,7 +31,7 @@ def random_net(
     net = WanTransformer(config, backend, checkpointing)
     with torch.no_grad():
         for name, p in net.named_parameters():
-            base = 1.0 if name.endswith(("norm_q.weight", "norm_k.weight", "norm3.weight")) else 0.0
+            base = 1.0 if name.endswith(NORMS) else 0.0
             scale = 0.3 if p.ndim == 1 or name.endswith("modulation") else p[0].numel() ** -0.5
             p.copy_(base + scale * torch.randn(p.shape, generator=generator))
     return net

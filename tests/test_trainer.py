@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.types import LossOutput
+from model.types import Conditioning, LossOutput
 from tests.small import DIFFUSION, DISTILLATION, NETWORK, ODE, config, save_networks, trainer, with_weights
 from trainer import ode as trainer_ode
 from utils import activity, checkpoint
@@ -333,9 +333,9 @@ def test_reused_rollout_keeps_its_own_captions(kind: str, tmp_path: Path) -> Non
     seen: dict[str, list[torch.Tensor]] = {"student": [], "critic": []}
     velocity = run.networks["critic"].score.velocity
 
-    def spy(x: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **mode: Any) -> torch.Tensor:
-        seen["critic" if torch.is_grad_enabled() else "student"].append(text)
-        return velocity(x, sigma, text, **mode)
+    def spy(x: torch.Tensor, sigma: torch.Tensor, given: Conditioning, **mode: Any) -> torch.Tensor:
+        seen["critic" if torch.is_grad_enabled() else "student"].append(given.text)
+        return velocity(x, sigma, given, **mode)
 
     run.networks["critic"].score.velocity = spy  # type: ignore[method-assign]
     run.training_step()

@@ -124,6 +124,11 @@ def compute_dtype(config: RunConfig) -> torch.dtype | None:
     return torch.bfloat16 if config.training.precision is Precision.bf16 else None
 
 
+def pins(net: WanTransformer) -> bool:
+    """Whether given frames are shown to a bidirectional network clean, each frame with its own time."""
+    return net.config.model_type == "ti2v"
+
+
 def build_frozen(
     config: RunConfig, network: NetworkConfig, name: str, evaluations: Evaluations, device: torch.device, mesh: Mesh
 ) -> ScoreNet:
@@ -132,7 +137,7 @@ def build_frozen(
     sharding = Sharding(dtype, parallel.reshard_after_forward.teacher, parallel.offload_teacher, parallel.compile)
     net = build_for_inference(network, name, device, dtype, Placement(mesh, parallel, sharding))
     # sharded, one call for both halves of the guidance gathers the weights once; else it would only cost memory
-    return ScoreNet(net, name, evaluations, dtype, batch_guidance=is_sharded(net))
+    return ScoreNet(net, name, evaluations, dtype, batch_guidance=is_sharded(net), pins_initial=pins(net))
 
 
 def build_for_inference(
@@ -183,7 +188,7 @@ def build_trained(
         engine: Engine = DeepSpeedEngine(net, optimizer, parallel.deepspeed, twin)
     else:
         engine = build_engine(parallel, net, optimizer)
-    return Trained(name, net, ScoreNet(net, name, evaluations, dtype), optimizer, engine, ema)
+    return Trained(name, net, ScoreNet(net, name, evaluations, dtype, pins_initial=pins(net)), optimizer, engine, ema)
 
 
 def build_engine(config: ParallelConfig, net: WanTransformer, optimizer: NetworkOptimizer) -> Engine:

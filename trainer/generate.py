@@ -19,7 +19,7 @@ from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
 from model.wan.config import Checkpointing, NetworkConfig
 from pipeline.causal import CausalConfig
-from trainer.build import build_for_inference, build_task, compute_dtype
+from trainer.build import build_for_inference, build_task, compute_dtype, pins
 from trainer.sampling import euler, few_step_stream
 from utils import checkpoint
 from utils.config import UserError, from_plain
@@ -63,7 +63,8 @@ class Generator:
             checkpointing=Checkpointing.none,
         )
         net = build_for_inference(network, "student", device, compute_dtype(config))
-        return cls(config, ScoreNet(net, "student", Evaluations(), compute_dtype(config)), device)
+        score = ScoreNet(net, "student", Evaluations(), compute_dtype(config), pins_initial=pins(net))
+        return cls(config, score, device)
 
     def as_causal(self, causal: CausalConfig, steps: Sequence[float]) -> Generator:
         """The same weights run block by block with a step list: the undistilled baseline of a causal student."""

@@ -34,6 +34,7 @@ from utils import distributed
 from utils.parallel.sequence import apply_sequence_parallel
 
 CONFIG = dataclasses.replace(MICRO, num_heads=4)
+IMAGE_CONFIG = dataclasses.replace(CONFIG, in_dim=6, model_type="i2v", image_dim=10)
 CAUSAL = CausalConfig(2, window_frames=4, sink_frames=1, context_noise=100)  # the cache rolls
 SIGMAS = (1.0, 0.8, 0.5)
 FRAMES = 8
@@ -83,6 +84,20 @@ def teacher_forcing(group: Group, checkpointing: Checkpointing = Checkpointing.n
     (out * weight).sum().backward()
     assert x.grad is not None
     return {"whole output": out, "whole input gradient": x.grad, **parameters(net)}
+
+
+def with_image(group: Group, checkpointing: Checkpointing = Checkpointing.none) -> Result:
+    """Channels of each frame are split like latents; a rank's image tokens serve its own tokens only."""
+    net = random_net(1, IMAGE_CONFIG, checkpointing=checkpointing)
+    if group is not None:
+        apply_sequence_parallel(net, group)
+    x, channels, weight = (latents(seed, 2, FRAMES, CONFIG, 6, 6) for seed in (2, 9, 6))
+    channels.requires_grad_()
+    image = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(3))
+    out = net(x, per_frame_sigma(FRAMES), texts(3, 2, CONFIG), channels=channels, image=image)
+    (out * weight).sum().backward()
+    assert channels.grad is not None
+    return {"whole output": out, "whole gradient of channels": channels.grad, **parameters(net)}
 
 
 def new_cache(net: WanTransformer) -> KVCache:
@@ -153,6 +168,7 @@ CASES: dict[str, Callable[[Group], Result]] = {
 TRAINED: dict[str, Callable[..., Result]] = {  # with and without checkpointing: one reference serves both
     "block_causal": partial(masked, mask=CAUSAL.mask(FRAMES)),
     "teacher_forcing": teacher_forcing,
+    "with_image": with_image,
     "generator_dmd": partial(generator_step, objective=dmd_loss),
     "generator_sid": partial(generator_step, objective=sid_loss),
     "critic": critic_step,
