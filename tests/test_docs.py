@@ -35,7 +35,7 @@ PROGRAMS = {
     "train.py": "utils/cli.py",
     "inference.py": "trainer/generate_cli.py",
     "inference.sh": "trainer/generate_cli.py",
-    "preprocess.py": "preprocess.py",
+    "preprocess.py": "trainer/preprocess_text.py",  # of each command, with spaces between
     "trainer.evaluate": "trainer/evaluate.py",
     "trainer.export": "trainer/export.py",
     "benchmarks.train_step": "benchmarks/train_step.py",
@@ -169,7 +169,7 @@ def command_problem(line: str) -> str | None:
     tokens = shlex.split(line, comments=True)
     program = next((name for name in PROGRAMS if name in tokens), None)
     allowed = set(OPTIONS_OF_OTHERS["torchrun"]) if "torchrun" in tokens else set()
-    allowed |= options(PROGRAMS[program]) if program else set()
+    allowed |= set().union(*map(options, PROGRAMS[program].split())) if program else set()
     for before, token in zip(["", *tokens], tokens, strict=False):
         if before == "-m" and not resolves(token):
             return f"no module {token}"

@@ -1,0 +1,50 @@
+"""Parts of a model in Diffusers' layout: a pipeline's folder has one folder for each part, on disk or on the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def pipeline_folder(path: str | Path, parts: Sequence[str]) -> Path:
+    """The local folder of `path`: itself, or a Hub name's (`owner/name`), of which only `parts` are fetched.
+
+    Raises ValueError, one line, for what is neither there nor fetched (HF_HUB_OFFLINE is respected).
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise ValueError(f"{path} is no folder: give one in Diffusers' layout, or a Hub name (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=[f"{part}/*" for part in parts]))
+    except Exception as problem:  # a network, a name, a gate, a disk: hub errors share no base class
+        why = str(problem).strip().splitlines()[0]
+        raise ValueError(
+            f"{path} is no folder here, and the Hub gave none ({why}): check the name or fetch it"
+        ) from None
+
+
+def part_folder(path: str | Path, part: str) -> Path:
+    """The folder of one part: `path` itself if it has a config.json, else its subfolder `part`. Raises ValueError."""
+    folder = pipeline_folder(path, [part])
+    if (folder / "config.json").is_file():
+        return folder
+    if not (folder / part / "config.json").is_file():
+        raise ValueError(f"{folder} has no {part}/config.json, nor one of its own: give a folder in Diffusers' layout")
+    return folder / part
+
+
+def read_config(folder: Path, wanted: str) -> dict[str, Any]:
+    """Its config.json, which must be of class `wanted`. Raises ValueError."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as problem:
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {problem}") from None
+    found = config.get("_class_name") or ", ".join(config.get("architectures") or []) or "nothing that says its class"
+    if found != wanted:
+        raise ValueError(f"{folder} holds {found}: give the folder of {wanted}")
+    return config
