@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.test_data_videos import SIZES, encode, media
+from utils.config import UserError
 from utils.data.buckets import Pace
 from utils.data.clips import Start, VideoClips, decode_clip, plan_clips
 from utils.data.latents import latent_order, open_latents
@@ -21,6 +22,7 @@ from utils.data.safetensors_shards import SafetensorsFolder, read_header
 from utils.data.shard_files import found_files
 from utils.data.stream import Stream, TooManyCorrupt, stacked
 from utils.data.tensors import Statistics
+from utils.data.video_command import Encoders, video_command
 
 pytest.importorskip("pyarrow")
 
@@ -252,3 +254,47 @@ def test_a_folder_is_read_by_its_kind(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             action()
+
+
+def command(videos: Path, out: Path, *more: str, **encoders: Any) -> int:
+    made = Encoders(
+        **{"video": vae, "settings": {}, "temporal": 4, "spatial": 16, "statistics": STATISTICS, **encoders}
+    )
+    arguments = ["--videos", str(videos), "--out", str(out), *more]
+    return video_command(arguments, lambda parser: parser.add_argument("--vae"), lambda args: made)
+
+
+BUCKETS = ("--bucket", "9x32x48", "--bucket", "5x48x32")
+
+
+def test_the_command_writes_what_fastvideo_reads(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(videos, tmp_path, *BUCKETS, "--raw", "--rows", "4", "--vae", "x", "--fps", "16") == 0
+    assert "2 files made (7 rows), 0 were there" in capsys.readouterr().out
+    import pyarrow.parquet as pq
+
+    row = pq.read_table(tmp_path / "latents_00000_of_00002.parquet").to_pylist()[1]
+    raw = torch.frombuffer(bytearray(row["vae_latent_bytes"]), dtype=torch.float32).view(row["vae_latent_shape"])
+    expected = vae(decode_clip(media(videos / "1.mp4"), SIZES[0], Pace(), 16.0)[None])[0]
+    assert torch.allclose(STATISTICS.normalise(raw.transpose(0, 1)), expected, atol=1e-5)
+    assert (row["width"], row["height"], row["num_frames"], row["fps"]) == (48, 32, 9, 16.0)
+    assert row["duration_sec"] == pytest.approx(9 / 16)
+
+
+def test_the_command_refuses_in_one_line(videos: Path, tmp_path: Path) -> None:
+    for arguments, message in [
+        (("--bucket", "10x32x48"), "bucket 10x32x48: frames must be 1 .* such as 9 or 13"),
+        (("--bucket", "9x30x48"), "multiples of 16"),
+        (("--bucket", "9x32"), "write FRAMESxHEIGHTxWIDTH"),
+        ((*BUCKETS, "--share", "1"), "i from 0 to n - 1"),
+        ((*BUCKETS, "--fps", "30"), "suits a bucket of .* has 16 frames a second, fewer than the 30"),
+        ((*BUCKETS, "--captions", "x.csv"), "no such table"),
+        ((), "the following arguments are required: --bucket"),
+    ]:
+        with pytest.raises(UserError, match=message) as error:
+            command(videos, tmp_path, *arguments)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no statistics of its latents"):
+        command(videos, tmp_path, *BUCKETS, "--raw", statistics=None)
+    assert not list(tmp_path.iterdir())
