@@ -249,8 +249,8 @@ class CheckpointConfig:
 class ValidationConfig:
     """Sample videos on a fixed prompt library and seed.
 
-    every: iterations between them, null for none. prompts: a file; null takes the data's own prompts. count: how many.
-    steps: many-step samplers' step count (diffusion trainer); weights: which to sample with. guidance: of that sampler.
+    every: iterations between them, null for none. prompts: a file; null takes the data's own prompts. count: how many,
+    sampled in micro-batches. weights: which to sample with. steps, guidance: of many-step samplers (diffusion trainer).
     """
 
     every: int | None = 100

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
 from configs.schema import RunConfig
+from tests.nets import random_net
 from trainer.base import RunOptions, Trainer
 from trainer.build import build_trainer
 from utils.config import from_plain
 
+NETWORKS = ("student", "critic", "teacher")
 NETWORK = {"preset": "toy", "overrides": {"dim": 32, "ffn_dim": 64, "num_layers": 2}, "attention": "plain"}
 
 
@@ -56,6 +60,21 @@ ODE: dict[str, Any] = merged(
 
 def config(base: dict[str, Any] = DISTILLATION, **changes: Any) -> RunConfig:
     return from_plain(RunConfig, merged(base, changes))
+
+
+def save_networks(folder: Path) -> None:
+    """Weights for the three networks, none of them zero, so that every loss and gradient is something."""
+    folder.mkdir(parents=True, exist_ok=True)
+    geometry = config().student.geometry()
+    for seed, name in enumerate(NETWORKS):
+        weights = random_net(seed, geometry).state_dict()
+        save_file({key: value.detach() for key, value in weights.items()}, folder / f"{name}.safetensors")
+
+
+def with_weights(base: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`base`, its networks begun from what `save_networks` wrote; else their heads are zero, and so may a loss be."""
+    present = [name for name in NETWORKS if base[name] is not None]
+    return merged(base, {name: {"init": str(folder / f"{name}.safetensors")} for name in present})
 
 
 def trainer(

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from utils.muon import Muon
 from utils.optim import LRScheduleConfig, MomentumFreeAdamW, NetworkOptimizer, OptimizerConfig
 
 
@@ -102,6 +103,25 @@ def test_muon_takes_the_hidden_matrices_and_orthogonalises_their_update() -> Non
     own = torch.linalg.svdvals(net[0].weight.grad)
     assert own.max() / own.median() > 2  # the gradient is far from orthogonal, its update is near it
     assert singular.max() < 1.3 and singular.median() > 0.6
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_muon_is_torchs(shape: tuple[int, int]) -> None:
+    """Two updates, with momentum and decay: in bf16 torch's own weights, in fp32 they but for the rounding."""
+    start, gradients = torch.randn(shape), torch.randn(2, *shape)
+
+    def moved(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> Tensor:
+        for gradient in gradients:
+            p.grad = gradient.clone()
+            optimizer.step()
+        return p.detach() - start
+
+    p, q, r = (nn.Parameter(start.clone()) for _ in range(3))
+    theirs = moved(torch.optim.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.01), p)
+    bf16 = moved(Muon([q], 0.1, 0.9, 0.01, torch.bfloat16), q)
+    fp32 = moved(Muon([r], 0.1, 0.9, 0.01, torch.float32), r)
+    assert (bf16 - theirs).norm() < 1e-3 * theirs.norm()
+    assert 0 < (fp32 - theirs).norm() < 0.02 * theirs.norm()
 
 
 def test_a_loss_that_reaches_no_parameter_is_an_error() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.types import Conditioning, LossOutput
-from tests.small import DIFFUSION, DISTILLATION, NETWORK, ODE, config, trainer
+from tests.small import DIFFUSION, DISTILLATION, NETWORK, ODE, config, save_networks, trainer, with_weights
 from trainer import ode as trainer_ode
 from utils import activity, checkpoint
 from utils.config import UserError
@@ -43,10 +43,13 @@ def assert_same_run(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("base", [DISTILLATION, DIFFUSION, ODE], ids=["distillation", "diffusion", "ode"])
 def test_defect_10_resume_is_exact(base: dict[str, Any], tmp_path: Path) -> None:
     """losses(10) == losses(5) + resume + losses(5), bit for bit, and so are weights, averages and optimizers."""
+    save_networks(tmp_path / "start")
+    base = with_weights(base, tmp_path / "start")
     assert trainer(tmp_path / "whole", base).train() == 0
     assert trainer(tmp_path / "parts", base, max_steps=5).train() == 0
     assert trainer(tmp_path / "parts", base).train() == 0
-    assert len(curve(tmp_path / "whole")) == 10
+    losses = [entry["student/loss"] for entry in curve(tmp_path / "whole") if "student/loss" in entry]
+    assert len(curve(tmp_path / "whole")) == 10 and len(set(losses)) == len(losses) >= 5 and min(losses) > 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -260,8 +263,8 @@ def test_what_takes_long_has_the_watchdogs_long_patience(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(trainer_ode, "euler_trajectory", noted)
     activity.begin(0, slow=True)
-    made = trainer(tmp_path, ODE, training={"max_steps": 1}, ode={"pairs": 17, "steps": 2})
-    assert [(now.what, now.slow) for now in seen] == [("ODE pairs from 0", True), ("ODE pairs from 16", True)]
+    made = trainer(tmp_path, ODE, training={"max_steps": 1}, ode={"pairs": 5, "steps": 2})
+    assert [(now.what, now.slow) for now in seen] == [("ODE pairs from 0", True), ("ODE pairs from 4", True)]
     waits: list[bool] = []
     wait = made.saver.wait
 
@@ -366,16 +369,6 @@ def test_teacher_is_frozen_in_bf16_and_trained_networks_are_fp32_masters(tmp_pat
     run.train()
     for trained in run.networks.values():
         assert {p.dtype for p in trained.net.parameters()} == {torch.float32}
-
-
-def test_validation_writes_videos_without_touching_the_run(tmp_path: Path) -> None:
-    trainer(tmp_path / "with", max_steps=4, validation={"every": 2, "weights": "both"}).train()
-    trainer(tmp_path / "without", max_steps=4).train()
-    assert sorted(p.name for p in (tmp_path / "with/validation").iterdir()) == [
-        "step_000002_ema.mp4", "step_000002_raw.mp4", "step_000004_ema.mp4", "step_000004_raw.mp4",
-    ]  # fmt: skip
-    steps = [entry for entry in curve(tmp_path / "with") if "critic/loss" in entry]
-    assert steps == curve(tmp_path / "without")
 
 
 @pytest.mark.parametrize(

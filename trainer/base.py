@@ -6,6 +6,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -14,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.schema import RunConfig, SampleWeights, TrainingConfig
+from configs.schema import RunConfig, TrainingConfig
 from model.types import Conditioning, Evaluations, LossOutput
 from trainer.build import build_task
 from trainer.networks import Trained
 from trainer.sampling import sample
 from trainer.state import load_run, save_run
+from trainer.validation import read_prompts, sample_pixels, shown_weights
 from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed
 from utils.agreement import FiniteCheck
 from utils.config import ConfigError, UserError, diff, save, to_plain
-from utils.data.prompts import load_prompts
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
 from utils.parallel.mesh import Mesh, build_mesh
@@ -74,7 +75,7 @@ class Trainer(ABC):
         self.abort: str | None = None
         self.stop_signal: int | None = None
         self.latest: dict[str, float] = {}
-        self.check_validation()
+        self.validation_prompts = read_prompts(config.validation, self.task)
         self.networks: dict[str, Trained] = {}
         self.build()
         self.checkpoints = options.logdir / "checkpoints"
@@ -240,51 +241,25 @@ class Trainer(ABC):
     @activity.doing("validation", slow=True)
     @torch.no_grad()
     def validate(self) -> None:
-        """Videos of the fixed prompt library from a fixed seed, with the average, the raw weights, or both.
-
-        All ranks sample them together, for the student may be sharded; rank 0 writes them.
-        """
+        """Videos of the fixed prompt library from a fixed seed, with the average, the raw weights, or both."""
         if not self.options.visualize:
             return
-        config = self.config.validation
-        student = self.networks["student"]
-        for which in ("ema", "raw"):
-            wanted = config.weights.value in (which, SampleWeights.both.value)
-            if which == "raw" and config.weights is SampleWeights.ema and student.ema is None:
-                wanted = True  # there is no average to show
-            if not wanted or (which == "ema" and student.ema is None):
-                continue
-            if which == "ema" and student.ema is not None:
-                with student.ema.applied():
-                    self._validation_video(which)
-            else:
+        ema = self.networks["student"].ema
+        for which in shown_weights(self.config.validation.weights, ema is not None):
+            with ema.applied() if which == "ema" and ema is not None else nullcontext():
                 self._validation_video(which)
 
     def _validation_video(self, which: str) -> None:
-        config = self.config.validation
-        prompts = self.validation_prompts
         before = self.evaluations.state()
-        noise = Noise(config.seed, 0, range(len(prompts)), self.device)
-        latents = self.sample(self.task.conditioning(prompts), self.task.negative(len(prompts)), noise)
+        pixels = sample_pixels(self.sample, self.task, self.validation_prompts, self.config, self.device)
         self.evaluations.load(before)  # the count is training's
-        if not distributed.is_main():
+        if pixels is None:
             return
-        pixels = self.task.decode(latents)
         path = self.options.logdir / "validation" / f"step_{self.step:06d}_{which}.mp4"
-        write_video(path, grid(pixels), config.fps, scale=max(1, 96 // pixels.shape[-1]))
+        write_video(path, grid(pixels), self.config.validation.fps, scale=max(1, 96 // pixels.shape[-1]))
         self.logger.video(self.step, f"validation/{which}", path)
         looks = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
         self.logger.scalars(self.step, {f"validation/{which}_{name}": float(value) for name, value in looks.items()})
-
-    def check_validation(self) -> None:
-        """Reads the prompt library at the start: a mistake in it must not wait for the first validation."""
-        config = self.config.validation
-        try:
-            library = None if config.prompts is None else load_prompts(config.prompts)
-            self.validation_prompts = library[: config.count] if library else self.task.validation_prompts(config.count)
-            self.task.conditioning(self.validation_prompts)
-        except (ValueError, OSError) as problem:
-            raise ConfigError(f"validation.prompts: {problem}") from None
 
     # --------------------------------------------------------------------------------------------- state and signals
 
@@ -336,8 +311,8 @@ class Trainer(ABC):
             set_aside(self.options.logdir, [other for other in saved if checkpoint.step_of(other) > state["step"]])
         self.step, self.cursor = state["step"], state["cursor"]
         self.skipped, self.skipped_in_a_row = state["skipped"], dict(state["skipped_in_a_row"])
-        if self.mesh.dp_rank == 0:  # the count is over all batches; who runs one of them carries it on
-            self.evaluations.load(state["evaluations"])
+        # the count is over all batches, and one rank carries it on; what a new start has cost is not in it
+        self.evaluations.load(state["evaluations"] if self.mesh.dp_rank == 0 else Evaluations().state())
         console.info("resumed from %s at step %d", path, self.step)
         if changed := diff(state["config"], to_plain(self.config)):
             console.warning("the config is not that of the checkpoint: %s", ", ".join(changed))

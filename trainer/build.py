@@ -170,11 +170,7 @@ def build_trained(
     place = Placement(mesh, parallel, sharding)
     net = build_network(network, name, config.seed, device, place=place, empty=empty)
     matrices = [n for n, p in net.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
-    try:
-        optimizer = NetworkOptimizer(net, training.optimizer, training.lr_schedule, updates, matrices)
-    except ValueError as problem:
-        section = "critic_training" if name == "critic" else "generator_training"
-        raise ConfigError(f"{section}.optimizer: {problem}") from None
+    optimizer = NetworkOptimizer(net, training.optimizer, training.lr_schedule, updates, matrices, dtype)
     ema = None
     if with_ema and config.ema.decay is not None:
         ema = EMA(net, config.ema.decay, config.ema.start, config.ema.every)

@@ -65,11 +65,8 @@ class ODETrainer(Trainer):
         path = self.options.logdir / f"ode_pairs_{key[:12]}.safetensors"
         missing = distributed.all_reduce_scalars({"missing": float(distributed.is_main() and not path.is_file())})
         if missing["missing"]:
-            before = self.evaluations.state()
-            pairs = self._make()  # by all, for the teacher may be sharded: the same numbers, counted once
-            if self.mesh.dp_rank != 0:
-                self.evaluations.load(before)
-            if distributed.is_main():
+            pairs = self._make()
+            if pairs is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partial = path.with_suffix(".partial")
                 save_file(pairs, partial)
@@ -79,23 +76,42 @@ class ODETrainer(Trainer):
         return stored["x"], stored["sigma"]
 
     @torch.no_grad()
-    def _make(self) -> dict[str, Tensor]:
-        """x [pairs, S, F, C, H, W] at the student's step levels and at 0, and those levels [S]."""
-        config = self.config.ode
+    def _make(self) -> dict[str, Tensor] | None:
+        """x [pairs, S, F, C, H, W] at the student's step levels and at 0, and those levels [S]; on rank 0, else None.
+
+        The micro-batches are those of a single process, dealt to the data-parallel ranks in turn, so who makes one
+        changes nothing in it. Where the last turn has none for a rank, it repeats another's, for a sharded teacher
+        needs all ranks; that is not counted.
+        """
+        config, mesh = self.config.ode, self.mesh
         grid = uniform_sigmas(config.steps, config.shift)
-        keep = store_levels(grid, self.config.schedule.sigmas())
-        size, parts = 16, []
+        keep = [*store_levels(grid, self.config.schedule.sigmas()), len(grid)]
+        size = self.config.training.micro_batch_size
+        batches = [range(start, min(start + size, config.pairs)) for start in range(0, config.pairs, size)]
+        x = torch.empty(config.pairs, len(keep), *self.task.latent_shape) if distributed.is_main() else None
         progress = Progress(config.pairs, desc="ODE pairs", is_main=distributed.is_main())
-        for start in range(0, config.pairs, size):
-            activity.mark(f"ODE pairs from {start}")  # each batch has the watchdog's time, not all of them together
-            positions = range(start, min(start + size, config.pairs))
-            source = Noise(keyed_seed(self.config.seed, "ode_pairs"), 0, positions, self.device)
-            noise = source.normal("noise", self.task.latent_shape)
-            text = self.task.conditioning(self.task.prompts(positions)).text
-            negative = self.task.negative(len(positions))
-            states = euler_trajectory(self.teacher, noise, text, negative, grid, config.guidance)
-            points = {index: x for index, x in enumerate(states) if index in (*keep, len(grid))}
-            parts.append(torch.stack([points[index] for index in (*keep, len(grid))], dim=1).cpu())
-            progress.update(positions.stop, {})
+        for turn in range(0, len(batches), mesh.dp_size):
+            dealt = batches[turn : turn + mesh.dp_size]
+            activity.mark(f"ODE pairs from {dealt[0].start}")  # each turn has the watchdog's time, not all together
+            before = self.evaluations.state()
+            own = self._trajectories(dealt[min(mesh.dp_rank, len(dealt) - 1)], grid, keep)
+            if mesh.dp_rank >= len(dealt):
+                self.evaluations.load(before)
+            rows = [0] * mesh.world
+            rows[: len(dealt) * mesh.sequence : mesh.sequence] = map(len, dealt)  # a sequence group's first rank sends
+            made = distributed.gather_rows(own, rows)
+            if x is not None and made is not None:
+                x[dealt[0].start : dealt[-1].stop] = made
+            progress.update(dealt[-1].stop, {})
         progress.close()
-        return {"x": torch.cat(parts), "sigma": torch.tensor([*(grid[i] for i in keep), 0.0])}
+        return None if x is None else {"x": x, "sigma": torch.tensor([*grid, 0.0])[keep]}
+
+    def _trajectories(self, positions: range, grid: tuple[float, ...], keep: list[int]) -> Tensor:
+        """The teacher's states [B, S, F, C, H, W] at the levels `keep` of (*grid, 0), on the CPU; draws by position."""
+        source = Noise(keyed_seed(self.config.seed, "ode_pairs"), 0, positions, self.device)
+        noise = source.normal("noise", self.task.latent_shape)
+        text = self.task.conditioning(self.task.prompts(positions)).text
+        negative = self.task.negative(len(positions))
+        states = euler_trajectory(self.teacher, noise, text, negative, grid, self.config.ode.guidance)
+        points = {index: x for index, x in enumerate(states) if index in keep}
+        return torch.stack([points[index] for index in keep], dim=1).cpu()

@@ -134,6 +134,26 @@ def all_reduce_scalars(values: Mapping[str, float], op: Reduction = "sum") -> di
     return {name: reduced[name] for name in values}
 
 
+def gather_rows(own: Tensor, rows: Sequence[int]) -> Tensor | None:
+    """What all processes hold of [sum(rows), ...], by rank, in the CPU memory of rank 0; elsewhere None.
+
+    own: [rows[rank], ...] on the CPU; of a process of 0 rows nothing is taken. rows: by rank, the same for all.
+    """
+    if world_size() == 1:
+        return own
+    with doing("gather rows of all ranks"):
+        if not is_main():
+            if rows[rank()]:
+                dist.send(own.contiguous(), 0)
+            return None
+        parts = [own[: rows[0]]]
+        for source, count in enumerate(rows):
+            if source and count:
+                parts.append(own.new_empty(count, *own.shape[1:]))
+                dist.recv(parts[-1], source)
+    return torch.cat(parts)
+
+
 def all_gather_text(text: str, size: int = 256) -> list[str]:
     """The short texts of all processes, by rank; each cut to ``size`` bytes of UTF-8."""
     if world_size() == 1:

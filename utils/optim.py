@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from utils.distributed import full, local
+from utils.muon import Muon
 
 
 @dataclass
@@ -120,7 +120,8 @@ def adamw(params: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.opti
 class NetworkOptimizer:
     """All that updates one network: its optimizers, its schedule, its clipping.
 
-    matrices: names of the parameters that Muon may take; the others are AdamW's.
+    matrices: names of the parameters that Muon may take; the others are AdamW's. precision: of Muon's products (fp32:
+    None).
     """
 
     def __init__(
@@ -130,20 +131,20 @@ class NetworkOptimizer:
         schedule: LRScheduleConfig,
         total_updates: int,
         matrices: Iterable[str] = (),
+        precision: torch.dtype | None = None,
     ) -> None:
         self.config, self.schedule, self.total = config, schedule, total_updates
         self.named = {name: p for name, p in net.named_parameters() if p.requires_grad}
         hidden = set(matrices) if config.kind == "muon" else set()
-        if hidden and any(isinstance(p, DTensor) for p in self.named.values()):
-            raise ValueError("kind muon needs whole matrices and these are sharded: choose adamw, or one process")
         rest = [p for name, p in self.named.items() if name not in hidden]
         self.optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(rest, config)}
         if hidden:
-            self.optimizers["muon"] = torch.optim.Muon(
+            self.optimizers["muon"] = Muon(
                 [p for name, p in self.named.items() if name in hidden],
                 lr=config.muon_lr,
                 momentum=config.momentum,
                 weight_decay=config.muon_weight_decay,
+                precision=precision or torch.float32,
             )
         self.peak = {"adamw": config.lr, "muon": config.muon_lr}
         self.updates = 0

@@ -16,22 +16,28 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.wan.transformer import WanTransformer
-from tests.nets import random_net
-from tests.small import DISTILLATION, config, merged, trainer
+from tests.small import DISTILLATION, NETWORKS, merged, trainer, with_weights
 from trainer.base import Trainer
+from trainer.ode import ODETrainer
 from utils import distributed
 
 BATCH = 8
-NETWORKS = ("student", "critic", "teacher")
 
 Case = dict[str, Any]
 # unguided: sharded networks run both halves of the guidance in one call, and bf16 kernels round by the batch
 BF16: Case = {"training": {"micro_batch_size": 2, "precision": "bf16"}, "objective": {"real_guidance_scale": 1.0}}
+# other losses, each with a whole of its own to agree with
+OTHERS: dict[str, Case] = {
+    "ode": {"trainer": "ode", "critic": None, "ode": {"pairs": 5, "steps": 4, "shift": 3.0, "guidance": 2.0}},
+    "sid": {"objective": {"kind": "sid"}, "rollout": {"kind": "backward_simulation", "reuse_rollout": True}},
+    "muon": {"generator_training": {"optimizer": {"kind": "muon", "muon_lr": 1e-3, "muon_weight_decay": 0.1}}},
+}
 CASES: dict[int, dict[str, Case]] = {
     1: {
         "whole": {},
         "accumulated": {"training": {"micro_batch_size": 2}},
         "bf16": BF16,
+        **OTHERS,
     },
     2: {
         "sharded": {"training": {"micro_batch_size": 4}},
@@ -52,6 +58,7 @@ CASES: dict[int, dict[str, Case]] = {
             "training": {"micro_batch_size": 4},
             "parallel": {"offload_optimizer": True, "offload_teacher": True},
         },
+        **{name: merged(case, {"training": {"micro_batch_size": 2}}) for name, case in OTHERS.items()},
     },
     4: {
         "sharded": {"training": {"micro_batch_size": 2}},
@@ -60,6 +67,8 @@ CASES: dict[int, dict[str, Case]] = {
             "training": {"micro_batch_size": 1},
             "parallel": {"replicate": 2, "sync_each_micro_batch": True},
         },
+        "ode": merged(OTHERS["ode"], {"training": {"micro_batch_size": 2}, "parallel": {"sequence": 2}}),
+        "muon": merged(OTHERS["muon"], {"training": {"micro_batch_size": 2}, "parallel": {"replicate": 2}}),
     },
 }
 
@@ -77,21 +86,11 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def save_networks(folder: Path) -> None:
-    """Weights for the three networks, none of them zero, so that every loss and gradient is something."""
-    for seed, name in enumerate(NETWORKS):
-        geometry = config().student.geometry()
-        save_file(
-            {k: v.detach() for k, v in random_net(seed, geometry).state_dict().items()}, folder / f"{name}.safetensors"
-        )
-
-
 def make(folder: Path, name: str, case: Case) -> Trainer:
     optimizer = {"optimizer": {"lr": 1e-3, "eps": 1e-3, "betas": [0.0, 0.99], "clip_norm": 0.5}}
     base = merged(
-        DISTILLATION,
+        with_weights(DISTILLATION, folder),
         {
-            **{network: {"init": str(folder / f"{network}.safetensors")} for network in NETWORKS},
             "training": {
                 "global_batch_size": BATCH, "micro_batch_size": BATCH, "critic_warmup_steps": 0,
                 "generator_update_interval": 1,
@@ -130,6 +129,8 @@ def run(folder: Path, name: str, case: Case) -> dict[str, Tensor]:
             seen |= {f"ema/{trained.name}/{k}": distributed.full(v) for k, v in trained.ema.shadow.items()}
     if distributed.world_size() > 1:
         seen |= held(made)
+    if isinstance(made, ODETrainer):
+        seen["pairs"] = made.trajectories
     seen["evaluations"] = torch.tensor(made.summed_evaluations()["frames"]["teacher"])
     return {key: value.detach().contiguous().clone() for key, value in seen.items()}
 

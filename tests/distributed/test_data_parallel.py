@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
-from tests.small import DIFFUSION, DISTILLATION, ODE, config
+from configs.schema import RunConfig
+from tests.small import DIFFUSION, DISTILLATION, ODE, config, save_networks, with_weights
 from tests.test_trainer import curve, tensors
+from trainer.base import RunOptions
+from trainer.build import build_trainer
 from utils import checkpoint
-from utils.config import to_yaml
+from utils.config import load, to_yaml
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +32,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
-def torchrun(ranks: int, yaml: Path, logdir: Path, *more: str) -> None:
+def run(ranks: int, yaml: Path, logdir: Path, *, max_steps: int | None = None) -> None:
+    """Several ranks by torchrun; a single one is this process."""
+    if ranks == 1:
+        assert build_trainer(load(RunConfig, yaml), RunOptions(logdir, "auto", max_steps, wandb=False)).train() == 0
+        return
+    more = () if max_steps is None else ("--max_steps", str(max_steps))
     done = subprocess.run(
         command(ranks, yaml, logdir, *more), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
     )
@@ -51,28 +59,31 @@ def test_defect_11_ranks_share_the_global_batch_and_give_its_losses(base: dict[s
     """One rank, two ranks, and a resume on the other number of ranks: one curve."""
     yaml = tmp_path / "run.yaml"
     yaml.write_text(to_yaml(config(base, training={"max_steps": 6, "micro_batch_size": 1}, checkpoint={"every": 3})))
-    torchrun(1, yaml, tmp_path / "one")
-    torchrun(2, yaml, tmp_path / "two")
+    run(1, yaml, tmp_path / "one")
+    run(2, yaml, tmp_path / "two")
     assert_close(tmp_path / "one", tmp_path / "two")
-    torchrun(2, yaml, tmp_path / "mixed", "--max_steps", "3")
-    torchrun(1, yaml, tmp_path / "mixed")
+    run(2, yaml, tmp_path / "mixed", max_steps=3)
+    run(1, yaml, tmp_path / "mixed")
     assert_close(tmp_path / "one", tmp_path / "mixed")
     assert tensors(tmp_path / "one").keys() == tensors(tmp_path / "mixed").keys()
 
 
 def test_ranks_that_ran_other_networks_save_and_resume_together(tmp_path: Path) -> None:
-    """One rank makes the ODE pairs alone; after a resume one rank carries the count of networks the others never ran."""
+    """Ranks share the ODE pairs, unevenly; after a resume one rank carries the count of networks the others never ran."""
+    save_networks(tmp_path)
     yaml = tmp_path / "ode.yaml"
-    yaml.write_text(to_yaml(config(ODE, training={"max_steps": 2, "micro_batch_size": 2})))
-    torchrun(2, yaml, tmp_path / "ode")
+    yaml.write_text(to_yaml(config(with_weights(ODE, tmp_path), training={"max_steps": 2, "micro_batch_size": 2})))
+    run(2, yaml, tmp_path / "ode")
+    assert all(entry["student/loss"] > 0 for entry in curve(tmp_path / "ode"))
     state = checkpoint.load_state(tmp_path / "ode/checkpoints/step_00000002")
     assert state["evaluations"]["frames"]["teacher"] == 6 * 6 * 2 * 9  # pairs x steps x guidance x frames
     yaml = tmp_path / "dmd.yaml"
     few = {"max_steps": 6, "micro_batch_size": 2, "generator_update_interval": 3}
     yaml.write_text(to_yaml(config(training=few, checkpoint={"every": 1, "keep_last": 9})))
-    torchrun(2, yaml, tmp_path / "dmd", "--max_steps", "3")
-    torchrun(2, yaml, tmp_path / "dmd")
-    torchrun(1, yaml, tmp_path / "whole", "training.micro_batch_size=4")
+    run(2, yaml, tmp_path / "dmd", max_steps=3)
+    run(2, yaml, tmp_path / "dmd")
+    yaml.write_text(to_yaml(config(training={**few, "micro_batch_size": 4}, checkpoint={"every": 6})))
+    run(1, yaml, tmp_path / "whole")
     ends = [checkpoint.load_state(tmp_path / name / "checkpoints/step_00000006") for name in ("dmd", "whole")]
     assert ends[0]["evaluations"]["frames"] == ends[1]["evaluations"]["frames"]
 
@@ -97,5 +108,5 @@ def test_defect_10_killed_run_resumes_and_sigterm_saves(tmp_path: Path) -> None:
     assert stopped is not None
     steps = checkpoint.step_of(stopped)
     assert [entry["step"] for entry in curve(tmp_path / "run")] == list(range(1, steps + 1))
-    torchrun(1, yaml, tmp_path / "whole", "--max_steps", str(steps))
+    run(1, yaml, tmp_path / "whole", max_steps=steps)
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")

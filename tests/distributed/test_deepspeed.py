@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.distributed import zero
-from tests.distributed.sharding import save_networks
 from tests.distributed.test_data_parallel import ROOT, environment
-from tests.small import config
+from tests.small import config, save_networks
 from trainer.build import build_trainer
 from utils.config import ConfigError
 

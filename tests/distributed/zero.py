@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.types import LossOutput
-from tests.distributed.sharding import NETWORKS
-from tests.small import DISTILLATION, config, merged
+from tests.small import DISTILLATION, NETWORKS, config, merged
 from trainer.base import MicroBatch, RunOptions, Trainer
 from trainer.build import build_trainer
 from trainer.networks import Trained

@@ -1,0 +1,63 @@
+"""ODE pairs: what the teacher's sampler passes through, for each position the same in any batch, counted once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.nets import relative
+from tests.small import ODE, save_networks, trainer, with_weights
+from trainer.ode import ODETrainer
+from utils.parallel.mesh import Mesh
+from utils.random import Noise, keyed_seed
+
+PAIRS, STEPS, SHIFT, GUIDANCE = 6, 6, 3.0, 2.0  # as tests.small.ODE has them
+
+
+def made(path: Path, size: int = 4) -> ODETrainer:
+    save_networks(path / "start")
+    training = {"global_batch_size": 4, "micro_batch_size": size, "max_steps": 1}
+    run = trainer(path, with_weights(ODE, path / "start"), training=training)
+    assert isinstance(run, ODETrainer)
+    return run
+
+
+@torch.no_grad()
+def by_hand(run: ODETrainer, position: int) -> list[Tensor]:
+    """One video by Euler steps of uncond + w (cond - uncond) from its own noise: states [1, F, C, H, W] at each level."""
+    levels = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (1 - i / STEPS for i in range(STEPS + 1))]
+    noise = Noise(keyed_seed(run.config.seed, "ode_pairs"), 0, [position])
+    text = run.task.conditioning(run.task.prompts(range(position, position + 1))).text
+    states = [noise.normal("noise", run.task.latent_shape)]
+    for sigma, target in zip(levels, levels[1:], strict=False):
+        cond, uncond = (run.teacher.net(states[-1], torch.tensor([sigma]), t) for t in (text, run.task.negative(1)))
+        states.append(states[-1] + (target - sigma) * (uncond + GUIDANCE * (cond - uncond)))
+    return states
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_pairs_are_the_samplers_states_whatever_the_micro_batch(size: int, tmp_path: Path) -> None:
+    run = made(tmp_path, size)
+    assert run.trajectories.shape == (PAIRS, 4, *run.task.latent_shape)
+    # the nearest of the sampler's levels, 1, 15/16, 6/7, 3/4, ..., to the student's: 1, 0.9, 0.75
+    for position in range(PAIRS):
+        states = by_hand(run, position)
+        nearest = [states[index] for index in (0, 1, 3, STEPS)]
+        assert relative(run.trajectories[position], torch.cat(nearest)) < 2e-6
+        assert relative(run.trajectories[position, 0], run.trajectories[position, -1]) > 0.1
+    assert run.evaluations.frames["teacher"] == PAIRS * STEPS * 2 * run.task.latent_shape[0]
+
+
+def test_pairs_made_again_after_a_resume_are_not_counted_again(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    run.train()
+    counted = run.summed_evaluations()
+    next(tmp_path.glob("ode_pairs_*")).unlink()
+    again = made(tmp_path)
+    assert again.summed_evaluations() == counted
+    again.mesh = Mesh(shard=2, rank=1)
+    again._resume()
+    assert again.evaluations.total_frames == 0  # the first rank has it all
