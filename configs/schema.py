@@ -150,8 +150,13 @@ class DiffusionConfig:
 class ODEConfig:
     """ODE initialisation (CausVid): trajectories of the teacher, and regression on their clean end.
 
-    pairs: how many trajectories are made before training. steps, shift, guidance: the teacher's Euler sampler.
+    path: stored ones (parquet, safetensors, or Self-Forcing's LMDB, which needs its levels as sigmas, the last one 0),
+    read as they are needed. Where it is null, pairs: how many are made before training; steps, shift, guidance: the
+    teacher's Euler sampler.
     """
+
+    path: str | None = None
+    sigmas: list[float] | None = None
 
     pairs: int = 256
     steps: int = 48
@@ -318,8 +323,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.trainer is TrainerKind.score_distillation:
             self._check_distillation()
-        if self.trainer is TrainerKind.ode and self.teacher is None:
-            raise ValueError("teacher is null: the ode trainer makes its trajectories with one")
+        if self.trainer is TrainerKind.ode and self.teacher is None and self.ode.path is None:
+            raise ValueError(
+                "teacher is null: the ode trainer makes its trajectories with one, unless ode.path has some"
+            )
         needs = self._needs_data()
         if needs and not self.data.real:
             raise ValueError(f"data.real is false, but {needs} needs real videos: set it to true")

@@ -11,6 +11,8 @@ from torch import Tensor
 from tests.nets import relative
 from tests.small import ODE, save_networks, trainer, with_weights
 from trainer.ode import ODETrainer
+from utils.config import ConfigError
+from utils.data.safetensors_shards import write_trajectories
 from utils.parallel.mesh import Mesh
 from utils.random import Noise, keyed_seed
 
@@ -61,3 +63,34 @@ def test_pairs_made_again_after_a_resume_are_not_counted_again(tmp_path: Path) -
     again.mesh = Mesh(shard=2, rank=1)
     again._resume()
     assert again.evaluations.total_frames == 0  # the first rank has it all
+
+
+def test_stored_pairs_train_alike_and_need_no_teacher(tmp_path: Path) -> None:
+    """The same trajectories from a folder of shards, in the folder's order: the loss of the pairs that were made."""
+    run = made(tmp_path / "made", size=1)
+    prompts = [prompt for i in range(PAIRS) for prompt in run.task.prompts(range(i, i + 1))]
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    write_trajectories(folder / "pairs.safetensors", list(run.trajectories), run.sigmas_S, prompts)
+    save_networks(tmp_path / "start")
+    training = {"global_batch_size": 4, "micro_batch_size": 1, "max_steps": 1}
+    base = with_weights(ODE, tmp_path / "start") | {"teacher": None}
+    other = trainer(tmp_path / "stored", base, training=training, ode={"path": str(folder)})
+    assert isinstance(other, ODETrainer) and other.stored is not None
+    assert torch.equal(other.sigmas_S, run.sigmas_S)
+    by_caption = dict(zip(prompts, run.trajectories, strict=True))
+    seen = []
+    for micro in run.batch("ode") + other.batch("ode"):
+        trajectory, _, (caption,) = other.stored.read(micro.positions)
+        assert torch.equal(trajectory[0], by_caption[caption])
+        seen.append(caption)
+    assert len(set(seen[:4])) == 4  # no pair twice in an epoch
+    assert other.train() == 0
+
+
+def test_stored_pairs_of_another_size_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "pairs").mkdir()
+    x = torch.randn(2, 3, 4, 8, 8)
+    write_trajectories(tmp_path / "pairs/a.safetensors", [x], torch.tensor([1.0, 0.0]), ["a"])
+    with pytest.raises(ConfigError, match=r"ode.path: .* holds latents of \[3, 4, 8, 8\] and this run makes"):
+        trainer(tmp_path / "run", ODE, ode={"path": str(tmp_path / "pairs")})

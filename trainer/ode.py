@@ -5,6 +5,8 @@ B batch  S stored points  F latent frames
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,6 +18,7 @@ from pipeline.bidirectional_inference import euler_trajectory
 from pipeline.diffusion_forcing import per_frame
 from trainer.base import MicroBatch, Trainer
 from trainer.build import build_frozen, build_trained
+from trainer.stored_pairs import StoredPairs
 from utils import activity, distributed
 from utils.config import config_hash
 from utils.logging import Progress
@@ -23,26 +26,34 @@ from utils.random import Noise, keyed_seed
 
 
 class ODETrainer(Trainer):
-    """Makes `ode.pairs` trajectories once, keeps them in the run folder, and regresses the student on them."""
+    """Regresses the student on trajectories: those of `ode.path`, or `ode.pairs` which it makes once and keeps in the
+    run folder."""
 
     def build(self) -> None:
         config = self.config
-        assert config.teacher is not None
-        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device, self.mesh)
         self.networks = {
             "student": build_trained(
                 config, config.student, "student", config.generator_training, config.training.max_steps,
                 self.evaluations, self.device, self.mesh, with_ema=True,
             )
         }  # fmt: skip
+        self.stored: StoredPairs | None = None
+        if config.ode.path is not None:
+            size = config.training.micro_batch_size
+            self.stored = StoredPairs(
+                Path(config.ode.path), self.task.latent_shape, size, config.seed, config.ode.sigmas
+            )
+            self.sigmas_S = self.stored.sigmas_S
+            return
+        assert config.teacher is not None
+        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device, self.mesh)
         self.trajectories, self.sigmas_S = self._load_or_make()
 
     def training_step(self) -> dict[str, float]:
         return self.update(self.networks["student"], self.batch("ode"), self.loss)
 
     def loss(self, micro: MicroBatch) -> LossOutput:
-        pairs = [position % self.config.ode.pairs for position in micro.positions]
-        trajectory = self.trajectories[pairs].to(self.device).float()
+        trajectory, text = self._pairs(micro.positions)
         frames = trajectory.shape[2]
         blocks = self.config.causal.blocks(frames)
         points = len(self.sigmas_S)
@@ -51,12 +62,18 @@ class ODETrainer(Trainer):
         choices = torch.tensor([points - 1] + [points] * (len(blocks) - 1), device=u.device)
         index_BF = per_frame((u * choices).long(), blocks)
         x, sigma_BF = pick_stored(trajectory, self.sigmas_S.to(self.device), index_BF)
-        text = torch.cat([self._text(pair) for pair in pairs])
         x0 = self.networks["student"].score.x0(x, sigma_BF, text, mask=self.config.causal.mask(frames))
         return ode_regression_loss(x0, trajectory[:, -1], sigma_BF)
 
-    def _text(self, pair: int) -> Tensor:
-        return self.task.conditioning(self.task.prompts(range(pair, pair + 1))).text
+    def _pairs(self, positions: range) -> tuple[Tensor, Tensor]:
+        """Trajectories [B, S, F, C, H, W] and the text [B, L, D] that each was made for."""
+        if self.stored is not None:
+            trajectory, _, captions = self.stored.read(positions)
+        else:
+            pairs = [position % self.config.ode.pairs for position in positions]
+            trajectory = self.trajectories[pairs]
+            captions = [prompt for pair in pairs for prompt in self.task.prompts(range(pair, pair + 1))]
+        return trajectory.to(self.device).float(), self.task.conditioning(captions).text
 
     def _load_or_make(self) -> tuple[Tensor, Tensor]:
         key = config_hash(
