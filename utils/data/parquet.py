@@ -36,11 +36,21 @@ class ParquetFolder:
     """Parquet files under a folder (or one file), row group by row group: a group is what one read brings, a shard.
 
     statistics: normalises latents that are stored raw; needed unless the files say that theirs are normalised.
-    normalised: overrides what the files say, for files of neither kind. Raises ValueError for a folder without rows, a
-    file that is no parquet, columns that are missing, and raw latents without statistics.
+    normalised: overrides what the files say, for files of neither kind. cached: row groups kept in memory; FastVideo's
+    are whole files, and with no fewer of them than the order's pool each is read once an epoch.
+
+    Raises ValueError for a folder without rows, a file that is no parquet, columns that are missing, and raw latents
+    without statistics.
     """
 
-    def __init__(self, path: str | Path, statistics: Statistics | None = None, normalised: bool | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        statistics: Statistics | None = None,
+        normalised: bool | None = None,
+        *,
+        cached: int = 4,
+    ) -> None:
         self.path, self.statistics = Path(path), statistics
         self.groups: list[tuple[Path, int]] = []
         self.shard_sizes: list[int] = []
@@ -57,7 +67,7 @@ class ParquetFolder:
                 f"data: {self.path} holds raw VAE latents, as FastVideo writes them: give the VAE's latents_mean and "
                 "latents_std, or say that they are normalised"
             )
-        self._table = functools.lru_cache(maxsize=4)(self._read_group)
+        self._table = functools.lru_cache(maxsize=cached)(self._read_group)
 
     def read(self, item: int, position: int) -> Sample:
         """The row `item`, counted through all files. Raises CorruptSample."""
