@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from model.wan.text_encoder import TextEncoder, load_text_encoder, toy_text_encoder
+from model.wan import text_encoder
+from model.wan.text_encoder import TextConfig, TextEncoder, clean_prompt, load_text_encoder, toy_text_encoder
 from utils.data.toy_world import ToyWorld, ToyWorldConfig
 
 CAPTIONS = ToyWorld(ToyWorldConfig()).captions
@@ -113,3 +117,79 @@ def test_an_encoder_on_disk_loads(tmp_path: Path) -> None:
 def test_impossible_encoders_are_refused(texts: list[str], text_len: int, text_dim: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         toy_text_encoder(texts, text_len=text_len, text_dim=text_dim, seed=0)
+
+
+def test_cleaning_is_wans(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    fixer = SimpleNamespace(fix_text=lambda text: (seen.append(text), text.replace("\u2019", "'"))[1], __version__="9")
+    monkeypatch.setitem(sys.modules, "ftfy", fixer)
+    assert clean_prompt(" a\n cat\u2019s &amp;lt;hat\u3000 ") == "a cat's <hat" and len(seen) == 1
+    with_ftfy = text_encoder.cleaning()
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    text_encoder._warn_of_ftfy.cache_clear()
+    assert text_encoder.cleaning() != with_ftfy
+    with pytest.warns(UserWarning, match="ftfy is not installed"):
+        assert clean_prompt("a\tcat\u2019s &amp;amp; hat") == "a cat\u2019s & hat"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clean_prompt("plain")
+
+
+def test_embeddings_are_those_of_diffusers_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+    from diffusers.pipelines.wan import pipeline_wan
+
+    monkeypatch.setattr(pipeline_wan, "ftfy", SimpleNamespace(fix_text=lambda text: text), raising=False)
+    encoder = _encoder(text_len=512)
+    pipeline = WanPipeline(encoder.tokenizer, encoder.encoder, None, FlowMatchEulerDiscreteScheduler(), None)
+    prompts = [f"  {CAPTIONS[0]}", "digit\nseven", ""]
+    expected = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)[0]
+    ours = encoder.encode(prompts)
+    assert ours.shape == (3, 512, 32) and torch.allclose(ours, expected, atol=1e-5)
+    assert torch.equal(ours == 0, expected == 0) and ours.any(dim=2).sum(dim=1).tolist() == [6, 3, 1]
+
+
+def test_encoders_load_from_one_folder_too_and_others_are_refused(tmp_path: Path) -> None:
+    toy = _encoder()
+
+    def refused(match: str, path: Path, **options: str) -> None:
+        with pytest.raises(ValueError, match=match) as caught:
+            load_text_encoder(path, 8, dtype=torch.float32, **options)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+    refused("is no folder: give one in Diffusers' layout, or a Hub name", tmp_path / "absent")
+    toy.encoder.save_pretrained(tmp_path / "one")  # type: ignore[operator]
+    toy.tokenizer.save_pretrained(tmp_path / "one")
+    encoder = load_text_encoder(tmp_path / "one", 8, dtype=torch.float32)
+    assert torch.equal(encoder.encode(CAPTIONS[:2]), toy.encode(CAPTIONS[:2]))
+    whole = TextConfig(str(tmp_path / "one")).identity()
+    assert whole == TextConfig(str(tmp_path / "one")).identity()
+    assert whole != TextConfig(str(tmp_path / "one"), dtype="fp32").identity()
+    config, weights = tmp_path / "one/config.json", tmp_path / "one/model.safetensors"
+    state, text = load_file(weights), config.read_text()
+    save_file({name: value + 1 for name, value in state.items()}, weights, {"format": "pt"})
+    assert whole != TextConfig(str(tmp_path / "one")).identity()
+    save_file({k: v for k, v in state.items() if "final_layer_norm" not in k}, weights, {"format": "pt"})
+    refused("1 missing weights .encoder.final_layer_norm.weight", tmp_path / "one")
+    config.write_text(text.replace("UMT5EncoderModel", "T5EncoderModel"))
+    refused("holds T5EncoderModel: give the folder of UMT5EncoderModel", tmp_path / "one")
+    with pytest.raises(ValueError, match="quantization 'int4' is unknown: choose int8 or fp8"):
+        TextConfig(quantization="int4")
+
+
+def test_quantization_is_torchaos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in: the real package is optional."""
+    toy = _encoder()
+    toy.encoder.save_pretrained(tmp_path)  # type: ignore[operator]
+    toy.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ValueError, match="quantization int8 needs torchao: install it"):
+        load_text_encoder(tmp_path, 8, quantization="int8")
+    asked = []
+    stand_in = SimpleNamespace(
+        quantize_=lambda module, config: asked.append((type(module).__name__, config)),
+        Float8WeightOnlyConfig=lambda: "fp8",
+    )
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=stand_in))
+    load_text_encoder(tmp_path, 8, quantization="fp8")
+    assert asked == [("UMT5EncoderModel", "fp8")]

@@ -4,16 +4,50 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.wan.folders import fingerprint, pipeline_folder, read_config
+
 _PAD, _EOS, _UNKNOWN = "<pad>", "</s>", "<unk>"
+_PARTS = ("text_encoder", "tokenizer")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+QUANTIZATIONS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}  # torchao's names
+
+
+@dataclass
+class TextConfig:
+    """Where text embeddings come from: a cache, an encoder, or for prompts that the cache lacks the encoder.
+
+    encoder: a UMT5EncoderModel and its tokenizer: a folder with text_encoder and tokenizer (a pipeline's), one folder
+    of both, or a Hub name. cache: a folder of `preprocess.py text`; the encoder is loaded only where it must be.
+    dtype: 'bf16' or 'fp32', of the encoder. quantization: 'int8' or 'fp8' for its matrices (torchao), null for none.
+    """
+
+    encoder: str | None = None
+    cache: str | None = None
+    dtype: str = "bf16"
+    quantization: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype '{self.dtype}' is unknown: choose {' or '.join(DTYPES)}")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ValueError(f"quantization '{self.quantization}' is unknown: choose {' or '.join(QUANTIZATIONS)}")
+
+    def identity(self) -> list[str | None]:
+        """What the embeddings depend on: weights and tokenizer, precision, cleaning. Raises ValueError."""
+        assert self.encoder is not None
+        folders = sorted({str(folder) for folder in encoder_folders(self.encoder)})
+        return [*(fingerprint(folder) for folder in folders), self.dtype, self.quantization, cleaning()]
 
 
 class TextEncoder:
@@ -62,7 +96,7 @@ class TextEncoder:
         """
         out_BLC = torch.zeros(len(prompts), self.text_len, self.text_dim, device=self.device)
         for row, prompt in zip(out_BLC, prompts, strict=True):
-            embedding_LC = self._embed(_clean(prompt))
+            embedding_LC = self._embed(clean_prompt(prompt))
             row[: len(embedding_LC)] = embedding_LC
         return out_BLC
 
@@ -98,18 +132,54 @@ class TextEncoder:
         return cut
 
 
-def load_text_encoder(path: str | Path, text_len: int, *, dtype: torch.dtype = torch.bfloat16) -> TextEncoder:
-    """Wan's UMT5 encoder from a folder in Diffusers' layout (`text_encoder/` and `tokenizer/`), or a Hub name.
+def encoder_folders(path: str | Path) -> tuple[Path, Path]:
+    """The folders of the encoder and of its tokenizer; one and the same where both lie in `path`. Raises ValueError."""
+    root = pipeline_folder(path, _PARTS)
+    if (root / "config.json").is_file() and not (root / "text_encoder").is_dir():
+        return root, root
+    for part in _PARTS:
+        if not (root / part).is_dir():
+            raise ValueError(f"text encoder: {root} has no folder {part!r}; give a model in Diffusers' layout")
+    return root / "text_encoder", root / "tokenizer"
 
-    Raises ValueError if a local folder lacks either part.
+
+def load_text_encoder(
+    path: str | Path, text_len: int, *, dtype: torch.dtype = torch.bfloat16, quantization: str | None = None
+) -> TextEncoder:
+    """Wan's UMT5 encoder: see TextConfig.encoder. quantization: 'int8' or 'fp8' for its matrices.
+
+    Raises ValueError, one line, if a part is missing or no UMT5EncoderModel, or torchao is not installed.
     """
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    for part in ("text_encoder", "tokenizer"):
-        if Path(path).is_dir() and not (Path(path) / part).is_dir():
-            raise ValueError(f"text encoder: {path} has no folder {part!r}; give a model in Diffusers' layout")
-    encoder = UMT5EncoderModel.from_pretrained(str(path), subfolder="text_encoder", dtype=dtype)
-    return TextEncoder(encoder, AutoTokenizer.from_pretrained(str(path), subfolder="tokenizer"), text_len)
+    folder, words = encoder_folders(path)
+    read_config(folder, "UMT5EncoderModel")
+    quantize = _quantizer(quantization) if quantization else None  # before gigabytes are read
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
+        loaded: Any = UMT5EncoderModel.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        encoder, report = loaded
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
+        raise ValueError(f"text encoder: {path} does not load: {' '.join(str(problem).split())}") from None
+    for kind in ("missing", "unexpected", "mismatched"):
+        if keys := sorted(map(str, report.get(f"{kind}_keys") or ())):
+            raise ValueError(f"text encoder: {folder} has {len(keys)} {kind} weights ({keys[0]}): fetch it again")
+    if quantize is not None:
+        quantize(encoder)
+    return TextEncoder(encoder, tokenizer, text_len)
+
+
+def _quantizer(kind: str) -> Callable[[torch.nn.Module], None]:
+    try:
+        from torchao import quantization
+    except ImportError:
+        raise ValueError(
+            f"text encoder: quantization {kind} needs torchao: install it (pip install torchao), or set it to null"
+        ) from None
+    config = getattr(quantization, QUANTIZATIONS[kind])()
+    return functools.partial(quantization.quantize_, config=config)
 
 
 def toy_text_encoder(texts: Iterable[str], text_len: int, text_dim: int, seed: int) -> TextEncoder:
@@ -156,6 +226,41 @@ def _word_tokenizer(words: Sequence[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=_PAD, eos_token=_EOS, unk_token=_UNKNOWN)
 
 
-def _clean(prompt: str) -> str:
-    """Wan's cleaning without ftfy's mojibake repair: HTML entities (twice, as there) and runs of white space."""
+def clean_prompt(prompt: str) -> str:
+    """As Wan cleans (wan/modules/tokenizers.py, 'whitespace'): ftfy's repair of wrongly decoded characters, curly
+    quotes and wide letters, HTML entities undone twice, and each run of white space one space.
+
+    Without ftfy that step is left out, with one warning if a prompt has characters that it might have changed.
+    """
+    fix = _fix_text()
+    if fix is not None:
+        prompt = fix(prompt)
+    elif not prompt.isascii():
+        _warn_of_ftfy()
     return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
+def cleaning() -> str:
+    """A name that differs where `clean_prompt` would."""
+    if _fix_text() is None:
+        return "wan, no ftfy"
+    import ftfy
+
+    return f"wan, ftfy {ftfy.__version__}"
+
+
+def _fix_text() -> Callable[[str], str] | None:
+    try:
+        from ftfy import fix_text
+    except ImportError:
+        return None
+    found: Callable[[str], str] = fix_text
+    return found
+
+
+@functools.cache
+def _warn_of_ftfy() -> None:
+    warnings.warn(
+        "ftfy is not installed, so prompts beyond ASCII are not cleaned quite as Wan does: pip install ftfy",
+        stacklevel=4,
+    )
