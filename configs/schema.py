@@ -324,9 +324,7 @@ class RunConfig:
         if self.trainer is TrainerKind.score_distillation:
             self._check_distillation()
         if self.trainer is TrainerKind.ode and self.teacher is None and self.ode.path is None:
-            raise ValueError(
-                "teacher is null: the ode trainer makes its trajectories with one, unless ode.path has some"
-            )
+            raise ValueError("teacher is null: the ode trainer makes trajectories with one: set it, or ode.path")
         needs = self._needs_data()
         if needs and not self.data.real:
             raise ValueError(f"data.real is false, but {needs} needs real videos: set it to true")

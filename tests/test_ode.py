@@ -71,7 +71,7 @@ def test_stored_pairs_train_alike_and_need_no_teacher(tmp_path: Path) -> None:
     prompts = [prompt for i in range(PAIRS) for prompt in run.task.prompts(range(i, i + 1))]
     folder = tmp_path / "pairs"
     folder.mkdir()
-    write_trajectories(folder / "pairs.safetensors", list(run.trajectories), run.sigmas_S, prompts)
+    write_trajectories(folder / "pairs.safetensors", run.trajectories, run.sigmas_S, prompts)
     save_networks(tmp_path / "start")
     training = {"global_batch_size": 4, "micro_batch_size": 1, "max_steps": 1}
     base = with_weights(ODE, tmp_path / "start") | {"teacher": None}
@@ -91,6 +91,6 @@ def test_stored_pairs_train_alike_and_need_no_teacher(tmp_path: Path) -> None:
 def test_stored_pairs_of_another_size_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pairs").mkdir()
     x = torch.randn(2, 3, 4, 8, 8)
-    write_trajectories(tmp_path / "pairs/a.safetensors", [x], torch.tensor([1.0, 0.0]), ["a"])
+    write_trajectories(tmp_path / "pairs/a.safetensors", x[None], torch.tensor([1.0, 0.0]), ["a"])
     with pytest.raises(ConfigError, match=r"ode.path: .* holds latents of \[3, 4, 8, 8\] and this run makes"):
         trainer(tmp_path / "run", ODE, ode={"path": str(tmp_path / "pairs")})

@@ -31,8 +31,8 @@ class StoredPairs:
             raise ConfigError(f"ode.path: {problem}") from None
         if odd := sorted({tuple(shape) for shape in source.shapes()} - {tuple(latent_shape)}):
             raise ConfigError(
-                f"ode.path: {path} holds latents of {list(odd[0])} and this run makes {list(latent_shape)} (F, C, H, W): "
-                "set the size in data to it"
+                f"ode.path: {path} holds latents of {list(odd[0])} and this run makes {list(latent_shape)} "
+                "(F, C, H, W): set the size in data to it"
             )
         self.stream, self.path = Stream(source, latent_order(source, batch, seed), seed), path
         first = self.read(range(1))

@@ -58,7 +58,8 @@ class Source(Protocol):
     The position is given for what is drawn anew each time an item is read, such as where in a video a clip begins.
     """
 
-    shard_sizes: Sequence[int]
+    @property
+    def shard_sizes(self) -> Sequence[int]: ...
 
     def read(self, item: int, position: int) -> Sample: ...
 
