@@ -10,13 +10,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Callable, Sequence
 
+from trainer.preprocess_ode import preprocess_ode
 from trainer.preprocess_text import preprocess_text
+from trainer.preprocess_video import preprocess_video
 from utils.cli import run_cli
 from utils.config import UserError
 
 # name -> what runs it with the arguments that follow, and returns the exit code
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "text": preprocess_text,  # prompts -> embeddings
+    "video": preprocess_video,  # videos -> latents
+    "ode": preprocess_ode,  # prompts -> trajectories of a teacher
 }
 
 
