@@ -1,4 +1,4 @@
-"""`python preprocess.py video --videos DIR --vae PATH --bucket TxHxW --out DIR`: videos as the VAE's latents, made once."""
+"""`python preprocess.py video --videos DIR --vae PATH --bucket TxHxW --out DIR`: videos as latents, made once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def preprocess_video(argv: Sequence[str]) -> int:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", required=True, help="an AutoencoderKLWan: its folder, a pipeline's, or a Hub name")
-    parser.add_argument("--vae_dtype", "--vae-dtype", default="bf16", choices=tuple(DTYPES), help="it computes in (bf16)")
+    parser.add_argument(
+        "--vae_dtype", "--vae-dtype", default="bf16", choices=tuple(DTYPES), help="it computes in (bf16)"
+    )
 
 
 def _encoders(args: argparse.Namespace) -> Encoders:
