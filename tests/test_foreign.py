@@ -101,7 +101,7 @@ def imported(dialect: str, text: str, path: Path) -> tuple[Recipe, RunConfig]:
 def test_self_forcing(tmp_path: Path) -> None:
     """Its published run is our recipe of it: the same guidance, steps, rates, average."""
     recipe, run = imported("self_forcing", SELF_FORCING, tmp_path / "sf.yaml")
-    ours = load(RunConfig, "configs/wan/self_forcing_dmd_1.3b.yaml")
+    ours = load(RunConfig, "configs/wan2.1_1.3b/self_forcing_dmd.yaml")
     assert run.schedule == ours.schedule and run.objective == ours.objective and run.ema == ours.ema
     assert run.generator_training == ours.generator_training
     assert run.critic_training.optimizer.lr == 4e-7 and run.critic_training.optimizer.betas == [0.0, 0.99]

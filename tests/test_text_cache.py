@@ -120,7 +120,7 @@ def test_other_work_in_the_folder_is_refused(source: Source, task: ToyTask, tmp_
 def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\ntwo\nthree\n")
     command = [
-        *(sys.executable, "preprocess.py", "text", "--config_path", "configs/wan/dmd_3step_5b.yaml", "teacher=null"),
+        *(sys.executable, "preprocess.py", "text", "--config_path", "configs/wan2.2_5b/dmd_3step.yaml", "teacher=null"),
         *("critic=null", "trainer=diffusion", "data.real=true", "student.overrides={text_len: 3, text_dim: 4}"),
         *("--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")),
     ]
