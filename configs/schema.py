@@ -10,6 +10,8 @@ from enum import Enum
 from model.ema import EMAConfig
 from model.schedule import ScheduleConfig
 from model.wan.config import NetworkConfig
+from model.wan.text_encoder import TextConfig
+from model.wan.vae import ClipConfig, VAEConfig
 from pipeline.causal import CausalConfig
 from pipeline.self_forcing_training import rollout_lengths
 from utils.data.synthetic import SyntheticConfig
@@ -68,10 +70,12 @@ class SampleWeights(Enum):
 
 @dataclass
 class DataConfig:
-    """kind: 'toy', the world made on the fly, or 'synthetic', random numbers of a real geometry's sizes.
+    """kind: 'toy', the world made on the fly, 'synthetic', random numbers of a real geometry's sizes, or 'wan',
+    Wan's text encoder and VAE.
 
     real: whether training may look at real videos; false is data-free, from prompts alone.
-    toy, synthetic: the section of the kind that is used gives a video's size.
+    toy, synthetic, wan: the section of the kind that is used gives a video's size.
+    text, vae: of kind wan, where embeddings come from and what decodes.
     prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet), null for the kind's own.
     text_seed: of the toy world's tiny frozen text encoder, and of synthetic text embeddings.
     """
@@ -80,18 +84,21 @@ class DataConfig:
     real: bool = True
     toy: ToyWorldConfig = field(default_factory=ToyWorldConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    wan: ClipConfig = field(default_factory=ClipConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
     prompts: str | None = None
     negative_prompt: str = ""
     text_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("toy", "synthetic"):
-            raise ValueError(f"kind '{self.kind}' is unknown: choose toy or synthetic")
+        if self.kind not in ("toy", "synthetic", "wan"):
+            raise ValueError(f"kind '{self.kind}' is unknown: choose toy, synthetic or wan")
 
     @property
     def frames(self) -> int:
         """Latent frames of a video."""
-        return self.toy.frames if self.kind == "toy" else self.synthetic.frames
+        return {"toy": self.toy.frames, "synthetic": self.synthetic.frames, "wan": self.wan.frames}[self.kind]
 
 
 @dataclass
@@ -328,6 +335,10 @@ class RunConfig:
         needs = self._needs_data()
         if needs and not self.data.real:
             raise ValueError(f"data.real is false, but {needs} needs real videos: set it to true")
+        if needs and self.data.kind == "wan":
+            raise ValueError(f"data.kind wan has prompts but no videos as yet, and {needs} needs them: choose toy")
+        if self.data.kind == "wan" and self.data.vae.path is None and self.validation.every is not None:
+            raise ValueError("data.vae.path is null: give the VAE's folder, or set validation.every to null")
         if self.is_causal:
             try:
                 self.causal.blocks(self.data.frames)

@@ -14,7 +14,7 @@ from configs.schema import DataConfig
 from model.wan.config import geometry
 from trainer import text_cache
 from trainer.task import ToyTask
-from trainer.text_cache import Shard, Source, check, read_embeddings, write_shard
+from trainer.text_cache import Encode, Shard, Source, TextCache, check, write_shard
 from utils.config import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -28,11 +28,20 @@ def task() -> ToyTask:
 
 @pytest.fixture
 def source(task: ToyTask) -> Source:
-    return Source([*task.world.captions[:10], task.world.captions[0]], "encoder")  # one of them twice
+    captions = task.world.captions[:10]
+    return Source.of([*captions, captions[0], f" {captions[1].replace(' ', '  ')}"], "encoder")  # two of them twice
 
 
 def write_all(out: Path, count: int, source: Source, task: ToyTask) -> list[bool]:
-    return [write_shard(out, Shard(i, count), source, task) for i in range(count)]
+    return [write_shard(out, Shard(i, count), source, encoding(task)) for i in range(count)]
+
+
+def encoding(task: ToyTask) -> Encode:
+    return lambda prompts: task.conditioning(prompts).text
+
+
+def cache(folder: Path) -> TextCache:
+    return TextCache(folder, GEOMETRY.text_len, GEOMETRY.text_dim)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 1000])
@@ -46,12 +55,28 @@ def test_shards_share_the_prompts_out(size: int, count: int) -> None:
 @pytest.mark.parametrize("count", [1, 4, 16])
 def test_what_is_read_is_what_the_encoder_gave(count: int, source: Source, task: ToyTask, tmp_path: Path) -> None:
     assert write_all(tmp_path, count, source, task) == [True] * count
-    read = torch.cat([read_embeddings(tmp_path / Shard(i, count).name, GEOMETRY.text_len) for i in range(count)])
-    assert torch.equal(read, task.conditioning(source.prompts).text)
+    prompts = [source.prompts[7], *source.prompts, f"\t{source.prompts[2]}"]  # any order, and more than once
+    assert torch.equal(cache(tmp_path).encode(prompts), task.conditioning(prompts).text)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["count"] == 11 and len(manifest["shards"]) == count
-    assert sum(part["prompts"] for part in manifest["shards"].values()) == 11
+    assert manifest["count"] == 10 and len(manifest["shards"]) == count
+    assert sum(part["prompts"] for part in manifest["shards"].values()) == 10
     assert write_all(tmp_path, count, source, task) == [False] * count
+
+
+def test_a_cache_that_does_not_serve_is_refused(source: Source, task: ToyTask, tmp_path: Path) -> None:
+    write_shard(tmp_path, Shard(0, 2), source, encoding(task))
+    with pytest.raises(UserError, match="holds no finished text cache: run preprocess.py text"):
+        cache(tmp_path)
+    write_shard(tmp_path, Shard(1, 2), source, encoding(task))
+    for text_len, text_dim in ((GEOMETRY.text_len, 32), (4, GEOMETRY.text_dim)):
+        with pytest.raises(UserError, match=f"6 tokens x {GEOMETRY.text_dim}, the networks take {text_len} x"):
+            TextCache(tmp_path, text_len, text_dim)
+    with pytest.raises(ValueError, match="prompt 'the digit ten' is not in the text cache .*: add it to the prompts"):
+        cache(tmp_path).encode([source.prompts[0], "the digit ten"])
+    path = tmp_path / Shard(1, 2).name
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="shard_00001_of_00002.safetensors is absent or damaged"):
+        cache(tmp_path)
 
 
 def test_embeddings_that_bf16_holds_are_stored_in_it(task: ToyTask, tmp_path: Path) -> None:
@@ -66,7 +91,7 @@ def test_embeddings_that_bf16_holds_are_stored_in_it(task: ToyTask, tmp_path: Pa
         write_all(tmp_path / folder, 1, source, encoder)
     half, full = (tmp_path / name / Shard(0, 1).name for name in ("half", "full"))
     assert half.stat().st_size < 0.7 * full.stat().st_size
-    assert torch.equal(read_embeddings(half, GEOMETRY.text_len), rounded.conditioning(source.prompts).text)
+    assert torch.equal(cache(tmp_path / "half").encode(source.prompts), rounded.conditioning(source.prompts).text)
 
 
 def test_a_killed_task_leaves_nothing_that_counts(
@@ -78,13 +103,13 @@ def test_a_killed_task_leaves_nothing_that_counts(
     with monkeypatch.context() as patch:
         patch.setattr(text_cache.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            write_shard(tmp_path, Shard(0, 2), source, task)
+            write_shard(tmp_path, Shard(0, 2), source, encoding(task))
     with pytest.raises(UserError, match="holds no shard"):
         check(tmp_path, source)
-    assert write_shard(tmp_path, Shard(1, 2), source, task) and not (tmp_path / "manifest.json").exists()
+    assert write_shard(tmp_path, Shard(1, 2), source, encoding(task)) and not (tmp_path / "manifest.json").exists()
     with pytest.raises(UserError, match="lacks shard 0 of 2"):
         check(tmp_path, source)
-    assert write_shard(tmp_path, Shard(0, 2), source, task) and (tmp_path / "manifest.json").exists()
+    assert write_shard(tmp_path, Shard(0, 2), source, encoding(task)) and (tmp_path / "manifest.json").exists()
 
 
 def test_a_damaged_shard_is_named_and_made_again(source: Source, task: ToyTask, tmp_path: Path) -> None:
@@ -99,7 +124,7 @@ def test_a_damaged_shard_is_named_and_made_again(source: Source, task: ToyTask, 
 def test_a_shard_with_a_prompt_twice_is_no_proof(source: Source, task: ToyTask, tmp_path: Path) -> None:
     write_all(tmp_path, 2, source, task)
     wrong = [source.prompts[0], *source.prompts[:4]]
-    text_cache._save(tmp_path / Shard(0, 2).name, text_cache._encode(wrong, task), source.identity())
+    text_cache._save(tmp_path / Shard(0, 2).name, text_cache._encode(wrong, encoding(task)), source.identity())
     with pytest.raises(UserError, match="does not hold prompts 0 to 4"):
         check(tmp_path, source)
 
@@ -107,13 +132,13 @@ def test_a_shard_with_a_prompt_twice_is_no_proof(source: Source, task: ToyTask, 
 def test_other_work_in_the_folder_is_refused(source: Source, task: ToyTask, tmp_path: Path) -> None:
     write_all(tmp_path, 2, source, task)
     with pytest.raises(UserError, match="holds shard_0000._of_00002.safetensors: give that number of shards"):
-        write_shard(tmp_path, Shard(0, 3), source, task)
+        write_shard(tmp_path, Shard(0, 3), source, encoding(task))
     with pytest.raises(UserError, match="of another encoder"):
-        write_shard(tmp_path, Shard(0, 2), Source(source.prompts, "other"), task)
+        write_shard(tmp_path, Shard(0, 2), Source(source.prompts, "other"), encoding(task))
     with pytest.raises(UserError, match="of another prompts"):
-        write_shard(tmp_path, Shard(0, 2), Source(source.prompts[1:], "encoder"), task)
+        write_shard(tmp_path, Shard(0, 2), Source(source.prompts[1:], "encoder"), encoding(task))
     with pytest.raises(UserError, match="unknown word 'dog'"):
-        write_shard(tmp_path / "b", Shard(0, 1), Source(["the dog"], "encoder"), task)
+        write_shard(tmp_path / "b", Shard(0, 1), Source(["the dog"], "encoder"), encoding(task))
 
 
 @pytest.mark.slow
@@ -129,6 +154,8 @@ def test_the_command(tmp_path: Path) -> None:
         done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=120)
         said.append((done.returncode, (done.stdout + done.stderr).strip()))
     shard = tmp_path / "out/shard_00000_of_00001.safetensors"
-    assert said[0] == (0, f"{shard}: 3 prompts") and read_embeddings(shard, 3).shape == (3, 3, 4)
-    assert said[1] == (0, f"{tmp_path / 'out'}: each of 3 prompts is there exactly once")
+    assert said[0] == (0, f"{shard}: 4 prompts")  # these, and the run's negative prompt
+    embeddings = TextCache(tmp_path / "out", 3, 4).encode(["three", "one"])
+    assert embeddings.shape == (2, 3, 4) and embeddings[0].ne(embeddings[1]).all()
+    assert said[1] == (0, f"{tmp_path / 'out'}: each of 4 prompts is there exactly once")
     assert said[2] == (2, "preprocess.py: error: --shard 2/2: give i/n, i from 0 to n - 1")

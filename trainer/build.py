@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from configs.schema import Precision, RunConfig, TrainedConfig, TrainerKind
+from configs.schema import DataConfig, Precision, RunConfig, TrainedConfig, TrainerKind
 from model.ema import EMA
 from model.score import ScoreNet
 from model.types import Evaluations
 from model.wan.attention import Backend, available
-from model.wan.config import NetworkConfig
+from model.wan.config import NetworkConfig, WanConfig
 from model.wan.init import no_weights, random_weights
 from model.wan.lora_files import MergedWeights
 from model.wan.transformer import WanTransformer
@@ -23,6 +24,7 @@ from model.wan.weights import LazyWeights, Weights, fit
 from trainer.engine import Engine, FSDPEngine
 from trainer.networks import Trained
 from trainer.task import SyntheticTask, Task, ToyTask
+from trainer.wan_task import WanTask
 from trainer.zero import DeepSpeedEngine
 from utils import checkpoint, distributed
 from utils.config import ConfigError
@@ -201,8 +203,12 @@ def build_engine(config: ParallelConfig, net: WanTransformer, optimizer: Network
 
 def build_task(config: RunConfig, device: torch.device) -> Task:
     """What the run generates, by data.kind. Raises ConfigError."""
-    kind = ToyTask if config.data.kind == "toy" else SyntheticTask
-    return kind(config.data, config.student.geometry(), config.seed, device)
+    kinds: dict[str, Callable[[DataConfig, WanConfig, int, torch.device], Task]] = {
+        "toy": ToyTask,
+        "synthetic": SyntheticTask,
+        "wan": WanTask,
+    }
+    return kinds[config.data.kind](config.data, config.student.geometry(), config.seed, device)
 
 
 def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:

@@ -31,7 +31,7 @@ class InferenceArgs:
     weights: str
     suffix: str
     fps: int
-    scale: int
+    scale: int | None  # null enlarges small videos
     batch: int
     image: Path | None
     from_file: bool
@@ -57,7 +57,7 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument("--format", choices=("mp4", "gif", "png"), default="mp4", help="png is a strip of frames")
     parser.add_argument("--fps", type=int, default=8)
-    parser.add_argument("--scale", type=int, default=8, help="whole factor by which pixels are enlarged")
+    parser.add_argument("--scale", type=int, help="whole factor to enlarge pixels by (default: to a width of 128)")
     parser.add_argument("--batch", type=int, default=8, help="videos made at once")
     a = parser.parse_args(argv)
     for name in ("frames", "steps", "fps", "scale", "batch"):
@@ -104,12 +104,12 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     frames, first, started = 0, 0.0, time.perf_counter()
     for start in tqdm(range(0, len(todo), args.batch), desc="videos", disable=None):
         ids = todo[start : start + args.batch]
-        parts = []
+        parts, decode = [], generator.task.decoding()
         for block in generator.stream([args.prompts[i] for i in ids], args.sampling, ids, image):
-            parts.append(generator.task.decode(block))
+            parts.append(decode(block).cpu())
             first = first or time.perf_counter() - started
         for index, pixels in zip(ids, torch.cat(parts, dim=1), strict=True):
-            write_video(paths[index], pixels, args.fps, args.scale)
+            write_video(paths[index], pixels, args.fps, args.scale or max(1, 128 // pixels.shape[-1]))
             frames += pixels.shape[0]
     seconds = time.perf_counter() - started
     rate = frames / max(seconds, 1e-9)

@@ -93,9 +93,12 @@ def stripped(config: RunConfig) -> RunConfig:
     for network in networks_of(config).values():
         network.init = None
         network.attention = "sdpa" if network.attention in ("flash", "flex") else network.attention
-    task = build_task(config, torch.device("cpu"))
-    sizes, config.data.kind = config.data.synthetic, "synthetic"
-    sizes.frames, _, sizes.height, sizes.width = task.latent_shape
+    sizes, clip = config.data.synthetic, config.data.wan
+    if config.data.kind == "wan":
+        sizes.frames, sizes.height, sizes.width = clip.frames, clip.height, clip.width
+    else:
+        sizes.frames, _, sizes.height, sizes.width = build_task(config, torch.device("cpu")).latent_shape
+    config.data.kind = "synthetic"
     config.data.prompts = config.validation.prompts = config.validation.every = config.training.threads = None
     config.rollout.last_step_only = config.parallel.compile = False
     config.logging.tensorboard = config.logging.wandb = False

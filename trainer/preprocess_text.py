@@ -1,43 +1,103 @@
-"""`python preprocess.py text --config_path X --prompts FILE --out DIR [--shard i/n]`: text embeddings, made once."""
+"""`[torchrun] preprocess.py text --config_path X --prompts FILE --out DIR`: text embeddings, made once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from configs.schema import RunConfig
 from trainer.build import build_task
-from trainer.text_cache import Shard, Source, check, write_shard
+from trainer.text_cache import Encode, Shard, Source, check, write_shard
+from trainer.wan_task import WanText, encoder_hash
 from utils import distributed
 from utils.cli import Parser
 from utils.config import UserError, config_hash, load
 from utils.data.prompts import load_prompts
 
+SHARD_PROMPTS = 1024  # what a killed process loses at most
+
 
 def preprocess_text(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
-    parser = Parser(prog="preprocess.py text", description="Encode a prompt file, shard by shard.")
+    parser = Parser(prog="preprocess.py text", description="Encode prompts, shard by shard.")
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, help="the run that will use it")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--prompts", type=Path, required=True, help="file of prompts (.txt, .csv, .jsonl)")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        action="append",
+        required=True,
+        help="file of prompts; may be given again. The run's validation prompts and negative prompt are added",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    parser.add_argument("--shard", default="0/1", metavar="i/n", help="part i of n, from 0; skipped where it is there")
+    parser.add_argument("--shard", metavar="i/n", help="only part i of n, from 0 (default: all parts, of 1024 prompts)")
     parser.add_argument("--check", action="store_true", help="only prove that each prompt is there exactly once")
     args = parser.parse_intermixed_args(argv)
     config = load(RunConfig, args.config_path, args.overrides)
-    try:
-        prompts = load_prompts(args.prompts)
-    except (ValueError, OSError) as problem:
-        raise UserError(f"--prompts: {problem}") from None
-    geometry = config.student.geometry()
-    encoder = [config.data.kind, config.data.text_seed, geometry.text_len, geometry.text_dim, config.data.toy]
-    source = Source(prompts, config_hash(encoder))
+    source = Source.of(_prompts(config, args.prompts), text_identity(config))
     if args.check:
         check(args.out, source)
-        print(f"{args.out}: each of {len(prompts)} prompts is there exactly once")
+        print(f"{args.out}: each of {len(source.prompts)} prompts is there exactly once")
         return 0
-    shard = Shard.parse(args.shard)
-    made = write_shard(args.out, shard, source, build_task(config, distributed.device()))
-    here = len(shard.part(len(prompts)))
-    print(f"{args.out / shard.name}: {here} prompts{'' if made else ', there already'}")
+    encode = _Lazy(config)
+    for shard in _shards(args.shard, len(source.prompts)):
+        made = write_shard(args.out, shard, source, encode)
+        here = len(shard.part(len(source.prompts)))
+        print(f"{args.out / shard.name}: {here} prompts{'' if made else ', there already'}")
     return 0
+
+
+def _shards(one: str | None, prompts: int) -> list[Shard]:
+    """The one that is asked for, else all: of several processes started together, each takes its own."""
+    if one is not None:
+        return [Shard.parse(one)]
+    count = -(-prompts // SHARD_PROMPTS)
+    return [Shard(i, count) for i in range(distributed.rank(), count, distributed.world_size())]
+
+
+def _prompts(config: RunConfig, files: Sequence[Path]) -> list[str]:
+    """What training will ask for: the files' prompts, and the run's own."""
+    prompts = []
+    own = config.validation.prompts
+    for file in [*files, *([Path(own)] if own else [])]:
+        try:
+            prompts += load_prompts(file)
+        except (ValueError, OSError) as problem:
+            raise UserError(f"{'--prompts' if file in files else 'validation.prompts'}: {problem}") from None
+    return [*prompts, config.data.negative_prompt]
+
+
+def text_identity(config: RunConfig) -> str:
+    """A hash that differs where a run's embeddings would. Raises UserError."""
+    geometry, data = config.student.geometry(), config.data
+    if data.kind == "wan":
+        if data.text.encoder is None:
+            raise UserError("data.text.encoder is null: give the folder of a UMT5 encoder, as data.text.encoder=DIR")
+        try:
+            return encoder_hash(data.text, geometry.text_len)
+        except (ValueError, OSError) as problem:
+            raise UserError(f"data.{problem}") from None
+    return config_hash([data.kind, data.text_seed, geometry.text_len, geometry.text_dim, data.toy])
+
+
+class _Lazy:
+    """The run's text encoder, loaded when it is first asked: a shard that is there already needs none."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._encode: Encode | None = None
+
+    def __call__(self, prompts: Sequence[str]) -> torch.Tensor:
+        if self._encode is None:
+            self._encode = _encoding(self.config, distributed.device())
+        return self._encode(prompts)
+
+
+def _encoding(config: RunConfig, device: torch.device) -> Encode:
+    if config.data.kind == "wan":
+        return WanText(replace(config.data.text, cache=None), config.student.geometry(), device).encode
+    task = build_task(config, device)
+    return lambda prompts: task.conditioning(prompts).text

@@ -5,7 +5,7 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -38,6 +38,9 @@ class Task(Protocol):
     def validation_prompts(self, count: int) -> list[str]: ...
 
     def decode(self, latents: Tensor) -> Tensor: ...
+
+    def decoding(self) -> Callable[[Tensor], Tensor]:
+        """A new stream: blocks of latents in, in order, their pixels out; together what `decode` makes of the whole."""
 
     def encode(self, pixels: Tensor) -> Tensor: ...
 
@@ -94,6 +97,9 @@ class ToyTask:
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, T, 3, h, w] in [0, 1]."""
         return self.world.decode(latents.float().cpu())
+
+    def decoding(self) -> Callable[[Tensor], Tensor]:
+        return self.decode  # frames know nothing of each other
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, F, C, H, W] of pixels [B, T, C, h, w] in [0, 1]."""
@@ -153,6 +159,9 @@ class SyntheticTask:
         """Pixels [B, F, 3, H, W] in [0, 1]: the first three channels (the last one again where there are fewer)."""
         last = latents.shape[2] - 1
         return (latents[:, :, [0, min(1, last), min(2, last)]].float() / 4 + 0.5).clamp(0, 1)
+
+    def decoding(self) -> Callable[[Tensor], Tensor]:
+        return self.decode  # frames know nothing of each other
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, F, C, H, W] of pixels [B, F, 1 or 3, H, W] in [0, 1]: `decode` undone, other channels zero."""

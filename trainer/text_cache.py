@@ -1,4 +1,5 @@
-"""Text embeddings of a prompt file, made once: `preprocess.py` encodes shard i of n, whoever else works on the others.
+"""Text embeddings of prompts, made once: `preprocess.py text` encodes shard i of n, whoever else works on the others,
+and training reads them in place of an encoder of 11 GB.
 
     out/shard_00002_of_00008.safetensors   tokens [T, D] of its prompts in a row, lengths [N], digests [N, 32]
     out/manifest.json                      written when every prompt was found in the shards exactly once
@@ -15,7 +16,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.task import Task
 from utils.config import UserError
 
-FORMAT = "1"
+FORMAT = "2"
+Encode = Callable[[Sequence[str]], Tensor]  # prompts -> [B, L, D], zero after each prompt's tokens
 _NAME = re.compile(r"shard_(\d{5})_of_(\d{5})\.safetensors")
 
 
@@ -57,10 +58,18 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """What is encoded, and by what. encoder: a hash that differs where embeddings would."""
+    """What is encoded, each distinct prompt once, and by what: a hash that differs where embeddings would."""
 
     prompts: Sequence[str]
     encoder: str
+
+    @classmethod
+    def of(cls, prompts: Iterable[str], encoder: str) -> Source:
+        """Of prompts that may repeat."""
+        first: dict[bytes, str] = {}
+        for prompt in prompts:
+            first.setdefault(digest(prompt), prompt)
+        return cls(list(first.values()), encoder)
 
     def identity(self) -> dict[str, str]:
         """What every shard of one folder must have in common."""
@@ -69,11 +78,11 @@ class Source:
 
 
 def digest(prompt: str) -> bytes:
-    """32 bytes that stand for a prompt."""
-    return hashlib.sha256(prompt.encode()).digest()
+    """32 bytes that stand for a prompt; white space makes no difference, as to every encoder here."""
+    return hashlib.sha256(" ".join(prompt.split()).encode()).digest()
 
 
-def write_shard(out: Path, shard: Shard, source: Source, task: Task) -> bool:
+def write_shard(out: Path, shard: Shard, source: Source, encode: Encode) -> bool:
     """Encodes one shard; False where it was there already. The last one to finish writes the manifest.
 
     Raises UserError where `out` holds the work of another prompt file, encoder or split, or cannot be written.
@@ -82,7 +91,7 @@ def write_shard(out: Path, shard: Shard, source: Source, task: Task) -> bool:
     _refuse_others(out, shard.count)
     made = not _is_complete(path, identity)
     if made:
-        _save(path, _encode([source.prompts[i] for i in shard.part(len(source.prompts))], task), identity)
+        _save(path, _encode([source.prompts[i] for i in shard.part(len(source.prompts))], encode), identity)
     if all(_is_complete(out / Shard(i, shard.count).name, identity) for i in range(shard.count)):
         check(out, source)
     return made
@@ -115,22 +124,67 @@ def check(out: Path, source: Source) -> dict[str, object]:
     return manifest
 
 
-def read_embeddings(path: Path, text_len: int) -> Tensor:
-    """All embeddings [N, L, D] of a shard, fp32, zero after each prompt's tokens: what the encoder gave."""
-    tokens, lengths = _read(path, "tokens").float(), _read(path, "lengths").tolist()
-    out_NLD = torch.zeros(len(lengths), text_len, tokens.shape[1])
-    for row, part in zip(out_NLD, tokens.split(lengths), strict=True):
-        row[: len(part)] = part
-    return out_NLD
+class TextCache:
+    """Reads a finished folder: `encode` gives what the encoder gave, bit for bit, [B, L, D] in fp32.
+
+    Only the digests are held in memory; embeddings are read from the mapped files. Raises UserError for a folder that
+    is not finished or not whole, or whose embeddings do not fit [text_len, text_dim].
+    """
+
+    def __init__(self, folder: Path, text_len: int, text_dim: int) -> None:
+        self.folder, self.text_len, self.text_dim = folder, text_len, text_dim
+        if not (folder / "manifest.json").is_file():
+            raise UserError(f"{folder} holds no finished text cache: run preprocess.py text, every shard of it")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        self.encoder: str = manifest["encoder"]
+        self._places: dict[bytes, tuple[int, int, int]] = {}  # digest -> shard, first token, tokens
+        self._files = []
+        for number, name in enumerate(manifest["shards"]):
+            identity = {key: manifest[key] for key in ("format", "prompts", "encoder")}
+            if not _is_complete(folder / name, identity):
+                raise UserError(f"{folder / name} is absent or damaged: run preprocess.py text again")
+            file = safe_open(folder / name, "pt")
+            lengths, width = file.get_tensor("lengths"), file.get_slice("tokens").get_shape()[1]
+            longest = max(lengths.tolist(), default=0)
+            if width != text_dim or longest > text_len:
+                raise UserError(
+                    f"{folder} holds embeddings of up to {longest} tokens x {width}, the networks take {text_len} x "
+                    f"{text_dim}: make a cache with the encoder of these networks"
+                )
+            ends = lengths.cumsum(0).tolist()
+            keys = file.get_tensor("digests").numpy()
+            for key, length, end in zip(keys, lengths.tolist(), ends, strict=True):
+                self._places[key.tobytes()] = (number, end - length, length)
+            self._files.append(file)
+
+    def missing(self, prompts: Iterable[str]) -> list[str]:
+        """Those that it does not hold."""
+        return [prompt for prompt in prompts if digest(prompt) not in self._places]
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Raises ValueError naming a prompt that is not there."""
+        if missing := self.missing(prompts):
+            raise ValueError(
+                f"prompt {missing[0][:60]!r} is not in the text cache {self.folder}: add it to the prompts of "
+                "preprocess.py text, or name the encoder too (data.text.encoder)"
+            )
+        out_BLD = torch.zeros(len(prompts), self.text_len, self.text_dim)
+        for row, prompt in zip(out_BLD, prompts, strict=True):
+            number, start, length = self._places[digest(prompt)]
+            row[:length] = self._files[number].get_slice("tokens")[start : start + length]
+        return out_BLD
 
 
-def _encode(prompts: Sequence[str], task: Task) -> dict[str, Tensor]:
+def _encode(prompts: Sequence[str], encode: Encode) -> dict[str, Tensor]:
     """A shard's tensors. Raises UserError for a prompt that the encoder refuses."""
+    from tqdm import tqdm
+
     try:
-        embeddings = [_unpadded(task.conditioning([prompt]).text[0].cpu()) for prompt in prompts]
+        bar = tqdm(prompts, unit="prompt", disable=None, mininterval=1)
+        embeddings = [_unpadded(encode([prompt])[0].cpu()) for prompt in bar]
+        tokens_TD = torch.cat([*embeddings, encode([])[:, 0].cpu()])  # of the right width where there is no prompt
     except ValueError as problem:
         raise UserError(str(problem)) from None
-    tokens_TD = torch.cat([torch.zeros(0, task.negative(1).shape[-1]), *embeddings])
     if torch.equal(tokens_TD.bfloat16().float(), tokens_TD):
         tokens_TD = tokens_TD.bfloat16()  # nothing is lost: the encoder computed in bf16
     return {

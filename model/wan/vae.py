@@ -46,6 +46,20 @@ class VAEConfig:
             raise ValueError("tiled is for the VAE's own decoder: set it to false, or tiny_decoder to null")
 
 
+@dataclass
+class ClipConfig:
+    """frames, height, width: of a latent video; the defaults are 81 frames of 480x832 pixels through Wan2.1's VAE."""
+
+    frames: int = 21
+    height: int = 60
+    width: int = 104
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
 class WanVAE:
     """A frozen VAE. `decoding` and `encoding` start streams; `decode` and `encode` are one call of one.
 
@@ -227,12 +241,18 @@ class EncodeStream:
         return (mean_BFCHW - vae.mean) * vae.scale
 
 
-def load_vae(config: VAEConfig, device: torch.device | str = "cpu") -> WanVAE:
-    """The VAE that a config names. Raises ValueError, one line, for what is no whole AutoencoderKLWan."""
+def check_vae(config: VAEConfig) -> Path:
+    """The folder of the VAE that a config names. Raises ValueError, one line, for one that is none."""
     if config.path is None:
         raise ValueError("vae: path is null: give the folder of an AutoencoderKLWan or of a pipeline, or a Hub name")
     folder = part_folder(config.path, "vae")
     read_config(folder, "AutoencoderKLWan")
+    return folder
+
+
+def load_vae(config: VAEConfig, device: torch.device | str = "cpu") -> WanVAE:
+    """The VAE that a config names. Raises ValueError, one line, for what is no whole AutoencoderKLWan."""
+    folder = check_vae(config)
     tiny = load_tiny_decoder(config.tiny_decoder, DTYPES[config.dtype]) if config.tiny_decoder else None
     return WanVAE(_load(folder, DTYPES[config.dtype]), tiled=config.tiled, tiny=tiny).to(device)
 
@@ -242,7 +262,12 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
 
     try:
         model, report = AutoencoderKLWan.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            low_cpu_mem_usage=False,  # else it warns where accelerate is not installed
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as problem:
         raise ValueError(f"vae: {folder} does not load: {' '.join(str(problem).split())}") from None

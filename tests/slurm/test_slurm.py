@@ -165,8 +165,8 @@ def test_an_array_preprocesses_every_prompt_exactly_once(tmp_path: Path) -> None
     assert ended(job) == ["COMPLETED"] * 3, log(tmp_path)
     manifest = json.loads((tmp_path / "text/manifest.json").read_text())
     parts = [(part["first"], part["prompts"]) for part in manifest["shards"].values()]
-    assert manifest["count"] == len(prompts.read_text().splitlines()) == 8
-    assert parts == [(0, 2), (2, 3), (5, 3)] and len([*(tmp_path / "text").glob("shard_*")]) == 3
+    assert manifest["count"] == 9 == len(prompts.read_text().splitlines()) + 1  # and the negative prompt
+    assert parts == [(0, 3), (3, 3), (6, 3)] and len([*(tmp_path / "text").glob("shard_*")]) == 3
 
 
 @pytest.mark.slow

@@ -1,0 +1,146 @@
+"""Wan's task end to end: a tiny pipeline's encoder and VAE, a cache in the encoder's place, training, MP4 files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.schema import RunConfig
+from model.wan.text_encoder import load_text_encoder, toy_text_encoder
+from model.wan.vae import VAEConfig, load_vae
+from tests.small import DISTILLATION, config, merged, trainer
+from tests.vaes import small_vae
+from trainer import wan_task
+from trainer.build import build_task
+from trainer.generate import Generator
+from trainer.generate_cli import generate_videos, inference_args
+from trainer.preprocess_text import preprocess_text
+from trainer.wan_task import WanTask
+from utils.config import ConfigError, UserError, to_yaml
+from utils.video import read_video
+
+CPU = torch.device("cpu")
+PROMPTS = ["a cat on a mat", "a hat on a cat", "a mat"]
+NEGATIVE = "no cat"
+NETWORK = {"overrides": {"in_dim": 16, "out_dim": 16, "text_dim": 32, "text_len": 8}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's folder, prompts, and a finished cache."""
+    root = tmp_path_factory.mktemp("wan")
+    text = toy_text_encoder([*PROMPTS, NEGATIVE], 8, 32, seed=0)
+    text.encoder.save_pretrained(root / "pipeline/text_encoder")  # type: ignore[operator]
+    text.tokenizer.save_pretrained(root / "pipeline/tokenizer")
+    small_vae("2.1").save_pretrained(root / "pipeline/vae")
+    (root / "prompts.txt").write_text("\n".join([*PROMPTS, PROMPTS[0]]))
+    (root / "run.yaml").write_text(to_yaml(run(root, encoder=True)))
+    argv = [
+        "--config_path",
+        str(root / "run.yaml"),
+        "--prompts",
+        str(root / "prompts.txt"),
+        "--out",
+        str(root / "text"),
+    ]
+    assert preprocess_text(argv) == 0 and preprocess_text([*argv, "--check"]) == 0
+    return root
+
+
+def run(root: Path, *, encoder: bool = False, cache: bool = False, **changes: Any) -> RunConfig:
+    return config(base(root, encoder=encoder, cache=cache), **changes)
+
+
+def base(root: Path, *, encoder: bool = False, cache: bool = True) -> dict[str, Any]:
+    text = {"encoder": str(root / "pipeline") if encoder else None, "cache": str(root / "text") if cache else None}
+    data = {
+        **{"kind": "wan", "prompts": str(root / "prompts.txt"), "negative_prompt": NEGATIVE},
+        **{"wan": {"frames": 3, "height": 4, "width": 4}, "text": {**text, "dtype": "fp32"}},
+        "vae": {"path": str(root / "pipeline"), "dtype": "fp32"},
+    }
+    networks = {name: NETWORK for name in ("student", "teacher", "critic")}
+    return merged(DISTILLATION, {"data": data, "causal": {"num_frame_per_block": 1}, **networks})
+
+
+def test_the_cache_is_the_encoder_bit_for_bit_and_the_encoder_is_not_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_text_encoder(folder / "pipeline", 8, dtype=torch.float32).encode([*PROMPTS, NEGATIVE])
+    live = build_task(run(folder, encoder=True), CPU)
+    assert torch.equal(live.conditioning(PROMPTS).text, expected[:3])
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the encoder was loaded")
+
+    monkeypatch.setattr(wan_task, "load_text_encoder", never)
+    for encoder in (False, True):
+        task = build_task(run(folder, cache=True, encoder=encoder), CPU)
+        assert torch.equal(task.conditioning(PROMPTS).text, expected[:3])
+        assert torch.equal(task.negative(2), expected[3:].expand(2, -1, -1))
+    with pytest.raises(AssertionError, match="was loaded"):  # only for what the cache lacks
+        task.conditioning(["a mat on a mat"])
+
+
+def test_a_causal_student_trains_from_the_cache_and_makes_mp4_files(folder: Path, tmp_path: Path) -> None:
+    more = {"training": {"max_steps": 2}, "validation": {"every": 2, "count": 1}, "checkpoint": {"every": 2}}
+    trainer(tmp_path / "run", merged(base(folder), more)).train()
+    (shown,) = (tmp_path / "run").rglob("*.mp4")
+    assert read_video(shown).shape[0] == 9
+    argv = ["--run", str(tmp_path / "run"), "--prompt", PROMPTS[1], "--out", str(tmp_path / "cat.mp4")]
+    args = inference_args(argv)
+    generator = Generator.load(args.source, CPU)
+    generate_videos(generator, args)
+    assert read_video(tmp_path / "cat.mp4").shape == (9, 3, 128, 128)  # enlarged, for it is small
+    # blocks decoded as they come are the whole decoded at once
+    latents = generator([PROMPTS[1]], args.sampling, [0])
+    decode = generator.task.decoding()
+    streamed = torch.cat([decode(block) for block in latents.split(1, dim=1)], dim=1)
+    assert latents.shape == (1, 3, 16, 4, 4) and torch.equal(streamed, generator.task.decode(latents))
+
+
+def test_given_frames_and_reencoded_ones_go_through_the_vae(folder: Path) -> None:
+    task, vae = build_task(run(folder, cache=True), CPU), load_vae(VAEConfig(str(folder / "pipeline"), dtype="fp32"))
+    latents = torch.randn(1, 2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(task.reencode(latents), vae.encode(task.decode(latents)[:, -1:]))
+    image = torch.rand(1, 1, 1, 32, 32)
+    assert torch.equal(task.encode(image), vae.encode(image.expand(-1, -1, 3, -1, -1)))
+    with pytest.raises(ValueError, match=r"pixels are \[3, 16, 32\], this run's are \[3, 32, 32\]"):
+        task.encode(torch.rand(1, 1, 3, 16, 32))
+
+
+def test_what_does_not_fit_is_one_line_before_training(folder: Path, tmp_path: Path) -> None:
+    def refused(match: str, **data: Any) -> None:
+        with pytest.raises(ConfigError, match=match) as caught:
+            build_task(run(folder, cache=True, data=data), CPU)
+        assert "\n" not in str(caught.value)
+
+    (tmp_path / "more.txt").write_text("a mat\na cat on a cat\n")
+    refused("'a cat on a cat' is not in the text cache", prompts=str(tmp_path / "more.txt"))
+    refused("prompts is null: kind wan needs a file", prompts=None)
+    refused("cache and encoder are both null", text={"cache": None})
+    refused("holds no finished text cache", text={"cache": str(tmp_path)})
+    refused("made by another encoder, precision", text={"encoder": str(folder / "pipeline"), "dtype": "bf16"})
+    refused("latent size 3x4 is not a multiple of the patch", wan={"height": 3})
+    refused("has no vae/config.json", vae={"path": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"data.wan.frames and causal.num_frame_per_block disagree"):
+        run(folder, cache=True, causal={"num_frame_per_block": 2})
+    with pytest.raises(ConfigError, match="data.vae.path is null: give the VAE's folder, or set validation.every"):
+        run(folder, cache=True, data={"vae": {"path": None}}, validation={"every": 5})
+    with pytest.raises(ConfigError, match="data.kind wan has prompts but no videos"):
+        run(folder, rollout={"kind": "noised_data"})
+    with pytest.raises(UserError, match="has 16 channels, the networks 4: give theirs"):
+        wan_task.fitting_vae(VAEConfig(str(folder / "pipeline")), 4, CPU)
+    with pytest.raises(UserError, match="data.text.encoder is null"):
+        (tmp_path / "run.yaml").write_text(to_yaml(run(folder, cache=True)))
+        preprocess_text(
+            ["--config_path", str(tmp_path / "run.yaml"), "--prompts", str(tmp_path / "more.txt"), "--out", "x"]
+        )
+
+
+def test_the_task_is_of_its_kind(folder: Path) -> None:
+    task = build_task(run(folder, cache=True), CPU)
+    assert isinstance(task, WanTask) and task.latent_shape == (3, 16, 4, 4)
+    assert sorted(task.prompts(range(4))) == sorted([*PROMPTS, PROMPTS[0]])

@@ -1,0 +1,161 @@
+"""Wan behind the interface of a task: UMT5's embeddings, made once or on the fly, and Wan's VAE.
+
+B batch  F latent frames  C channels  H W latent size  T pixel frames  h w pixel size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.schema import DataConfig
+from model.types import Conditioning
+from model.wan.config import WanConfig
+from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, load_text_encoder
+from model.wan.vae import VAEConfig, WanVAE, check_vae, load_vae
+from trainer.task import spread
+from trainer.text_cache import TextCache
+from utils.config import ConfigError, UserError, config_hash
+from utils.data.prompts import PromptStream, load_prompts
+
+
+def encoder_hash(config: TextConfig, text_len: int) -> str:
+    """What a cache keeps of its encoder: other embeddings have another. Raises ValueError."""
+    return config_hash([*config.identity(), text_len])
+
+
+class WanText:
+    """Embeddings of prompts: from the cache; from the encoder those that it lacks, which is loaded only then.
+
+    Raises ValueError or UserError for a cache that does not fit networks and encoder, and where there is neither.
+    """
+
+    def __init__(self, config: TextConfig, geometry: WanConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.text_len, self.text_dim = geometry.text_len, geometry.text_dim
+        if config.cache is None and config.encoder is None:
+            raise ValueError(
+                "text: cache and encoder are both null: give the folder of preprocess.py text, or of a UMT5 encoder"
+            )
+        self.cache = TextCache(Path(config.cache), self.text_len, self.text_dim) if config.cache else None
+        if self.cache and config.encoder and Path(config.encoder).is_dir():
+            if self.cache.encoder != encoder_hash(config, self.text_len):
+                raise ValueError(
+                    f"text: {config.cache} was made by another encoder, precision or cleaning than {config.encoder} in "
+                    f"{config.dtype}: make it anew, or set text.encoder to null"
+                )
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        assert self.config.encoder is not None
+        encoder = load_text_encoder(
+            self.config.encoder,
+            self.text_len,
+            dtype=DTYPES[self.config.dtype],
+            quantization=self.config.quantization,
+        )
+        if encoder.text_dim != self.text_dim:
+            raise ValueError(
+                f"text: {self.config.encoder} gives embeddings of width {encoder.text_dim}, the networks take "
+                f"{self.text_dim}: give the encoder that they were trained with"
+            )
+        return encoder.to(self.device)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """[B, L, D] in fp32, zero after each prompt's tokens. Raises ValueError for one that cannot be had."""
+        if self.cache and (not self.config.encoder or not self.cache.missing(prompts)):
+            return self.cache.encode(prompts).to(self.device)
+        return self.encoder.encode(prompts)
+
+    def check(self, prompts: Iterable[str]) -> None:
+        """Raises ValueError naming a prompt that training would not find."""
+        if self.cache and not self.config.encoder and (missing := self.cache.missing(prompts)):
+            self.cache.encode(missing[:1])
+
+
+class WanTask:
+    """Wan's prompts, text and pixels. The VAE is loaded when pixels are first asked for; there are no videos yet.
+
+    Raises ConfigError, one line, for what of `data` does not fit the networks or is not there.
+    """
+
+    def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+        self.device, self.vae_config, clip = device, config.vae, config.wan
+        self.latent_shape: tuple[int, ...] = (clip.frames, geometry.out_dim, clip.height, clip.width)
+        self.negative_prompt = config.negative_prompt
+        try:
+            geometry.tokens_per_frame(clip.height, clip.width)
+            if config.prompts is None:
+                raise ValueError("prompts is null: kind wan needs a file of prompts")
+            self.library = load_prompts(config.prompts)
+            self.text = WanText(config.text, geometry, device)
+            self.text.check([*self.library, self.negative_prompt])
+            if config.vae.path is not None:
+                check_vae(config.vae)  # now and not hours later
+        except (ValueError, OSError, UserError) as problem:
+            raise ConfigError(f"data: {problem}") from None
+        self.stream = PromptStream(len(self.library), seed)
+
+    @cached_property
+    def vae(self) -> WanVAE:
+        """Raises UserError for a VAE that is not whole or not these networks'."""
+        return fitting_vae(self.vae_config, self.latent_shape[1], self.device)
+
+    def prompts(self, positions: range) -> list[str]:
+        """Training prompts at these positions of the endless shuffled library."""
+        return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
+
+    def real(self, positions: range) -> tuple[Tensor, list[str]]:
+        raise RuntimeError("kind wan was asked for real videos, of which it has none")
+
+    def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
+        return Conditioning(self.text.encode(prompts), initial)
+
+    def negative(self, batch: int) -> Tensor:
+        """The negative prompt's embedding [B, L, D]."""
+        return self.text.encode([self.negative_prompt]).expand(batch, -1, -1)
+
+    def validation_prompts(self, count: int) -> list[str]:
+        return spread(self.library, count)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, T, 3, h, w] in [0, 1], T = 4 (F - 1) + 1: a video at a time, for a decoder needs room."""
+        return torch.cat([self.vae.decode(latent) for latent in latents.split(1)])
+
+    def decoding(self) -> Callable[[Tensor], Tensor]:
+        return torch.no_grad()(self.vae.decoding())
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [B, F, C, H, W] of pixels [B, T, 1 or 3, h, w] in [0, 1]. Raises ValueError for another size."""
+        expected = [self.vae.spatial * size for size in self.latent_shape[2:]]
+        if pixels.shape[2] not in (1, 3) or list(pixels.shape[3:]) != expected:
+            raise ValueError(
+                f"vae: pixels are {list(pixels.shape[2:])}, this run's are [3, {expected[0]}, {expected[1]}] "
+                "(channels, height, width): resize them"
+            )
+        return self.vae.encode(pixels.expand(-1, -1, 3, -1, -1))
+
+    @torch.no_grad()
+    def reencode(self, latents: Tensor) -> Tensor:
+        """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
+        decode = self.vae.decoding()
+        for latent in latents.split(1, dim=1):
+            last = decode(latent)[:, -1:]
+        return self.vae.encode(last)
+
+
+def fitting_vae(config: VAEConfig, channels: int, device: torch.device) -> WanVAE:
+    """The VAE of a config, for networks of so many latent channels. Raises UserError."""
+    try:
+        vae = load_vae(config, device)
+        if vae.channels != channels:
+            raise ValueError(f"vae: {config.path} has {vae.channels} channels, the networks {channels}: give theirs")
+        return vae
+    except (ValueError, OSError) as problem:
+        raise UserError(f"data.{problem}") from None
