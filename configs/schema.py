@@ -75,7 +75,8 @@ class DataConfig:
 
     real: whether training may look at real videos; false is data-free, from prompts alone.
     toy, synthetic, wan: the section of the kind that is used gives a video's size.
-    text, vae: of kind wan, where embeddings come from and what decodes.
+    text, vae: of kind wan, where embeddings come from and what decodes. latents: its real videos, as a folder of
+    `preprocess.py video`, of FastVideo's parquet files, or of Self-Forcing's LMDB.
     prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet), null for the kind's own.
     text_seed: of the toy world's tiny frozen text encoder, and of synthetic text embeddings.
     """
@@ -87,6 +88,7 @@ class DataConfig:
     wan: ClipConfig = field(default_factory=ClipConfig)
     text: TextConfig = field(default_factory=TextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
+    latents: str | None = None
     prompts: str | None = None
     negative_prompt: str = ""
     text_seed: int = 0
@@ -94,6 +96,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("toy", "synthetic", "wan"):
             raise ValueError(f"kind '{self.kind}' is unknown: choose toy, synthetic or wan")
+        if self.latents is not None and self.kind != "wan":
+            raise ValueError(f"latents '{self.latents}' are for kind wan, not {self.kind}: set them null")
 
     @property
     def frames(self) -> int:
@@ -335,8 +339,10 @@ class RunConfig:
         needs = self._needs_data()
         if needs and not self.data.real:
             raise ValueError(f"data.real is false, but {needs} needs real videos: set it to true")
-        if needs and self.data.kind == "wan":
-            raise ValueError(f"data.kind wan has prompts but no videos as yet, and {needs} needs them: choose toy")
+        if needs and self.data.kind == "wan" and self.data.latents is None:
+            raise ValueError(
+                f"data.latents is null, but {needs} needs real videos: give a folder of preprocess.py video"
+            )
         if self.data.kind == "wan" and self.data.vae.path is None and self.validation.every is not None:
             raise ValueError("data.vae.path is null: give the VAE's folder, or set validation.every to null")
         if self.is_causal:

@@ -18,8 +18,10 @@ from trainer.build import build_task
 from trainer.generate import Generator
 from trainer.generate_cli import generate_videos, inference_args
 from trainer.preprocess_text import preprocess_text
-from trainer.wan_task import WanTask
+from trainer.wan_task import WanTask, statistics_of
 from utils.config import ConfigError, UserError, to_yaml
+from utils.data.safetensors_shards import write_latents
+from utils.data.stream import Sample
 from utils.video import read_video
 
 CPU = torch.device("cpu")
@@ -129,7 +131,7 @@ def test_what_does_not_fit_is_one_line_before_training(folder: Path, tmp_path: P
         run(folder, cache=True, causal={"num_frame_per_block": 2})
     with pytest.raises(ConfigError, match="data.vae.path is null: give the VAE's folder, or set validation.every"):
         run(folder, cache=True, data={"vae": {"path": None}}, validation={"every": 5})
-    with pytest.raises(ConfigError, match="data.kind wan has prompts but no videos"):
+    with pytest.raises(ConfigError, match="data.latents is null, but rollout.kind noised_data needs real videos"):
         run(folder, rollout={"kind": "noised_data"})
     with pytest.raises(UserError, match="has 16 channels, the networks 4: give theirs"):
         wan_task.fitting_vae(VAEConfig(str(folder / "pipeline")), 4, CPU)
@@ -144,3 +146,38 @@ def test_the_task_is_of_its_kind(folder: Path) -> None:
     task = build_task(run(folder, cache=True), CPU)
     assert isinstance(task, WanTask) and task.latent_shape == (3, 16, 4, 4)
     assert sorted(task.prompts(range(4))) == sorted([*PROMPTS, PROMPTS[0]])
+
+
+def test_training_on_stored_latents(folder: Path, tmp_path: Path) -> None:
+    """Real videos are the files' latents under their captions' embeddings; raw ones are normalised by the VAE's own."""
+    latents = torch.randn(3, 3, 16, 4, 4)
+    samples = [Sample(str(i), p, latents=x) for i, (p, x) in enumerate(zip(PROMPTS, latents, strict=True))]
+    write_latents(tmp_path / "latents/a.safetensors", samples, normalised=True)
+    changes = {"data": {"latents": str(tmp_path / "latents"), "real": True}}
+    task = build_task(run(folder, cache=True, **changes), CPU)
+    found, captions = task.real(range(5))
+    by_caption = dict(zip(PROMPTS, latents, strict=True))
+    assert all(torch.equal(x, by_caption[caption]) for x, caption in zip(found, captions, strict=True))
+    assert set(captions[:3]) == set(PROMPTS)
+    small = {name: value for name, value in base(folder).items() if name not in ("teacher", "critic", "trainer")}
+    training = {"max_steps": 2, "critic_warmup_steps": 0}
+    made = trainer(
+        tmp_path / "run",
+        merged(small, {**changes, "trainer": "diffusion", "teacher": None, "critic": None, "training": training}),
+    )
+    assert made.train() == 0
+    statistics = statistics_of(VAEConfig(path=str(folder / "pipeline")))
+    vae = load_vae(VAEConfig(path=str(folder / "pipeline"), dtype="fp32"))
+    assert statistics is not None
+    normalised = statistics.normalise(latents[0])
+    torch.testing.assert_close(normalised, (latents[0] - vae.mean) * vae.scale, rtol=1e-5, atol=1e-5)
+
+
+def test_real_videos_need_a_folder_of_this_size(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="data.latents is null, but rollout.kind noised_data needs real videos"):
+        run(folder, cache=True, rollout={"kind": "noised_data"})
+    write_latents(
+        tmp_path / "latents/a.safetensors", [Sample("0", PROMPTS[0], latents=torch.randn(2, 16, 4, 4))], normalised=True
+    )
+    with pytest.raises(ConfigError, match=r"data.latents: .* holds latents of \[2, 16, 4, 4\] and this run makes"):
+        build_task(run(folder, cache=True, data={"latents": str(tmp_path / "latents")}), CPU)

@@ -18,7 +18,7 @@ from pipeline.bidirectional_inference import euler_trajectory
 from pipeline.diffusion_forcing import per_frame
 from trainer.base import MicroBatch, Trainer
 from trainer.build import build_frozen, build_trained
-from trainer.stored_pairs import StoredPairs
+from trainer.stored import StoredPairs
 from utils import activity, distributed
 from utils.config import config_hash
 from utils.logging import Progress
@@ -39,10 +39,7 @@ class ODETrainer(Trainer):
         }  # fmt: skip
         self.stored: StoredPairs | None = None
         if config.ode.path is not None:
-            size = config.training.micro_batch_size
-            self.stored = StoredPairs(
-                Path(config.ode.path), self.task.latent_shape, size, config.seed, config.ode.sigmas
-            )
+            self.stored = StoredPairs(Path(config.ode.path), self.task.latent_shape, config.seed, config.ode.sigmas)
             self.sigmas_S = self.stored.sigmas_S
             return
         assert config.teacher is not None

@@ -15,12 +15,15 @@ from torch import Tensor
 from configs.schema import DataConfig
 from model.types import Conditioning
 from model.wan.config import WanConfig
+from model.wan.folders import part_folder, read_config
 from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, load_text_encoder
 from model.wan.vae import VAEConfig, WanVAE, check_vae, load_vae
+from trainer.stored import StoredLatents
 from trainer.task import spread
 from trainer.text_cache import TextCache
 from utils.config import ConfigError, UserError, config_hash
 from utils.data.prompts import PromptStream, load_prompts
+from utils.data.tensors import Statistics
 
 
 def encoder_hash(config: TextConfig, text_len: int) -> str:
@@ -78,7 +81,8 @@ class WanText:
 
 
 class WanTask:
-    """Wan's prompts, text and pixels. The VAE is loaded when pixels are first asked for; there are no videos yet.
+    """Wan's prompts, text and pixels, and real videos as stored latents. The VAE is loaded when pixels are first asked
+    for.
 
     Raises ConfigError, one line, for what of `data` does not fit the networks or is not there.
     """
@@ -99,6 +103,12 @@ class WanTask:
         except (ValueError, OSError, UserError) as problem:
             raise ConfigError(f"data: {problem}") from None
         self.stream = PromptStream(len(self.library), seed)
+        self.videos: StoredLatents | None = None
+        if config.latents is not None and config.real:
+            statistics = statistics_of(config.vae)
+            self.videos = StoredLatents(
+                "data.latents", Path(config.latents), self.latent_shape, seed, statistics=statistics
+            )
 
     @cached_property
     def vae(self) -> WanVAE:
@@ -110,7 +120,11 @@ class WanTask:
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
     def real(self, positions: range) -> tuple[Tensor, list[str]]:
-        raise RuntimeError("kind wan was asked for real videos, of which it has none")
+        """Stored latents [B, F, C, H, W] at these positions, with their captions. Raises UserError."""
+        if self.videos is None:
+            raise UserError("data.latents is null: this run needs real videos: give a folder of preprocess.py video")
+        latents, captions = self.videos.read(positions)
+        return latents.to(self.device), captions
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
         return Conditioning(self.text.encode(prompts), initial)
@@ -148,6 +162,14 @@ class WanTask:
         for latent in latents.split(1, dim=1):
             last = decode(latent)[:, -1:]
         return self.vae.encode(last)
+
+
+def statistics_of(config: VAEConfig) -> Statistics | None:
+    """Mean and deviation of the raw latents of a config's VAE, for files that hold those; None without a VAE."""
+    if config.path is None:
+        return None
+    found = read_config(part_folder(config.path, "vae"), "AutoencoderKLWan")
+    return Statistics(tuple(found["latents_mean"]), tuple(found["latents_std"]))
 
 
 def fitting_vae(config: VAEConfig, channels: int, device: torch.device) -> WanVAE:
