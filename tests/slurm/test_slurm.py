@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_data_parallel import torchrun
+from tests.distributed.test_data_parallel import run
 from tests.small import config
 from tests.test_trainer import curve, tensors
 from utils.checkpoint import list_checkpoints, step_of
@@ -96,7 +96,7 @@ def requeued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     slurm("scancel", "--signal=USR1", "--batch", job)
     yaml.write_text("name: edited meanwhile")  # of no concern to a job that runs
     (folder / "whole.yaml").write_text((folder / f"run/slurm/{job}/config.yaml").read_text())
-    torchrun(2, folder / "whole.yaml", folder / "whole")
+    run(2, folder / "whole.yaml", folder / "whole")
     assert ended(job) == ["COMPLETED"], log(folder)
     return folder, job
 
