@@ -2,7 +2,7 @@
 # The whole way on CPU cores: teacher -> causal initialisation -> Self-Forcing + DMD -> videos -> report.
 #   bash scripts/quickstart.sh [key=value ...]   (overrides for all trainings)
 #   RUN_DIR=logs/quickstart  where everything goes   PYTHON=.venv/bin/python  which interpreter
-#   COUNT=400  videos judged a row of the table   LENGTH=full|short  short: for cores without bf16 arithmetic (default there)
+#   COUNT=400  videos judged a row of the table
 # Started again after Ctrl-C, a kill or a failure it goes on where it stopped; finished stages are skipped.
 set -euo pipefail
 # job control gives each stage a process group of its own: Ctrl-C reaches only this script, which asks the stage to
@@ -11,18 +11,12 @@ set -m
 cd "$(dirname "$0")/.."
 
 RUN_DIR=${RUN_DIR:-logs/quickstart}
+COUNT=${COUNT:-400}
 overrides=("$@")
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-# Cores without bf16 instructions convert every number on the way, slower than their fp32, which is slower than bf16
-# elsewhere: they train in fp32, and for fewer steps.
+# Cores without bf16 instructions convert every number on the way: several times slower than their fp32.
 NATIVE_BF16=$(grep -qwE 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo 2>/dev/null && echo 1 || true)
 [[ $NATIVE_BF16 ]] || overrides=(training.precision=fp32 "$@")
-LENGTH=${LENGTH:-$([[ $NATIVE_BF16 ]] && echo full || echo short)}
-steps_of() { # steps_of STAGE: nothing where they are its YAML's
-  [[ $LENGTH == short ]] || return 0
-  case $1 in teacher) echo 800 ;; causal_init) echo 60 ;; self_forcing_dmd*) echo 160 ;; esac
-}
-COUNT=${COUNT:-$([[ $LENGTH == short ]] && echo 200 || echo 400)}
 CORES=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 RANKS=$((CORES > 1 ? 2 : 1))
 GLOBAL_BATCH=16 # of configs/toy/*.yaml: split over the ranks it stays the same, and so do the losses
@@ -87,7 +81,7 @@ stamp() { # stamp STAGE [NETWORK=STAGE ...]: names what the stage is made of
   local start
   {
     cat "configs/toy/$1.yaml"
-    printf '%s\n' "$(steps_of "$1")" "$@" ${overrides[@]+"${overrides[@]}"}
+    printf '%s\n' "$@" ${overrides[@]+"${overrides[@]}"}
     for start in "${@:2}"; do cat "$RUN_DIR/${start#*=}/.begun"; done
   } | cksum
 }
@@ -105,7 +99,6 @@ train() { # train NUMBER STAGE RANKS [NETWORK=STAGE ...]: the named networks sta
     --logdir "$run" --resume auto "training.micro_batch_size=$((GLOBAL_BATCH / ranks))"
     "parallel.replicate=$ranks" parallel.shard=1) # networks this small are not worth gathering
   for start in "$@"; do arguments+=("${start%%=*}.init=$RUN_DIR/${start#*=}"); done
-  [[ ! $(steps_of "$stage") ]] || arguments+=("training.max_steps=$(steps_of "$stage")")
   arguments+=(${overrides[@]+"${overrides[@]}"})
   mkdir -p "$run"
   printf '%s\n' "$made_of" >"$run/.begun"
@@ -127,8 +120,7 @@ if command -v flock >/dev/null; then
   flock -n 9 || die "another quickstart is at work in $RUN_DIR: wait for it or end it"
 fi
 
-[[ $LENGTH != short ]] || say "short: training about two fifths of the usual steps, because these cores have no bf16" \
-  "arithmetic; LENGTH=full trains all"
+[[ $NATIVE_BF16 ]] || say "these cores have no bf16 arithmetic: training in fp32, which takes longer"
 
 say "1/6 teacher: bidirectional, many steps"
 launch train 1 teacher "$RANKS"

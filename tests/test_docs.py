@@ -35,7 +35,10 @@ PROGRAMS = {
     "train.py": "utils/cli.py",
     "inference.py": "trainer/generate_cli.py",
     "inference.sh": "trainer/generate_cli.py",
-    "preprocess.py": "trainer/preprocess_text.py",  # of each command, with spaces between
+    "preprocess.py": (
+        # of all its commands
+        "trainer/preprocess_text.py trainer/preprocess_ode.py trainer/preprocess_video.py utils/data/video_command.py"
+    ),
     "trainer.evaluate": "trainer/evaluate.py",
     "trainer.export": "trainer/export.py",
     "benchmarks.train_step": "benchmarks/train_step.py",
@@ -88,7 +91,8 @@ def options(source: str) -> frozenset[str]:
 
 @cache
 def all_options() -> frozenset[str]:
-    return frozenset().union(*map(options, PROGRAMS.values()), *OPTIONS_OF_OTHERS.values())
+    files = " ".join(PROGRAMS.values()).split()
+    return frozenset().union(*map(options, files), *OPTIONS_OF_OTHERS.values())
 
 
 def is_key(path: str) -> bool:
