@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from model.wan.sources import snapshot
+
 WHOLE, PIECES, PIECE = 1 << 20, 64, 1 << 14  # bytes of a small file; how many pieces of a large one, their bytes
 
 
@@ -20,15 +22,7 @@ def pipeline_folder(path: str | Path, parts: Sequence[str]) -> Path:
         return Path(path)
     if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise ValueError(f"{path} is no folder: give one in Diffusers' layout, or a Hub name (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=[f"{part}/*" for part in parts]))
-    except Exception as problem:  # a network, a name, a gate, a disk: hub errors share no base class
-        why = str(problem).strip().splitlines()[0]
-        raise ValueError(
-            f"{path} is no folder here, and the Hub gave none ({why}): check the name or fetch it"
-        ) from None
+    return snapshot(str(path), None, [f"{part}/*" for part in parts])
 
 
 def part_folder(path: str | Path, part: str) -> Path:
