@@ -7,8 +7,7 @@ import os
 # Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from trainer.generate import Generator
-from trainer.generate_cli import generate_videos, inference_args
+from trainer.generate_cli import generate_videos, inference_args, open_generator
 from utils import distributed
 from utils.cli import refuse_several_ranks, run_cli
 
@@ -16,8 +15,7 @@ from utils.cli import refuse_several_ranks, run_cli
 def main() -> int:
     args = inference_args()
     refuse_several_ranks("inference.py")
-    generator = Generator.load(args.source, distributed.device(), weights=args.weights)
-    return generate_videos(generator, args)
+    return generate_videos(open_generator(args, distributed.device()), args)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ PROMPTS=${PROMPTS:-$root/configs/toy/prompts.txt}
 OUT=${OUT:-$root/logs/videos}
 arguments=("$@")
 has() { local a; for a in "${arguments[@]}"; do [[ $a == "$1" || $a == "$1="* ]] && return; done; return 1; }
-has --run || has --checkpoint || arguments+=(--run "$RUN")
+has --run || has --checkpoint || has --model || arguments+=(--run "$RUN")
 has --prompt || has --prompts || arguments+=(--prompts "$PROMPTS")
 has --out || arguments+=(--out "$OUT")
 exec "$PYTHON" "$root/inference.py" "${arguments[@]}"

@@ -16,12 +16,13 @@ from tests.vaes import small_vae
 from trainer import wan_task
 from trainer.build import build_task
 from trainer.generate import Generator
-from trainer.generate_cli import generate_videos, inference_args
+from trainer.generate_cli import generate_videos, inference_args, open_generator
 from trainer.preprocess_text import preprocess_text
 from trainer.wan_task import WanTask, statistics_of
 from utils.config import ConfigError, UserError, to_yaml
 from utils.data.safetensors_shards import write_latents
 from utils.data.stream import Sample
+from utils.random import Noise
 from utils.video import read_video
 
 CPU = torch.device("cpu")
@@ -181,3 +182,60 @@ def test_real_videos_need_a_folder_of_this_size(folder: Path, tmp_path: Path) ->
     )
     with pytest.raises(ConfigError, match=r"data.latents: .* holds latents of \[2, 16, 4, 4\] and this run makes"):
         build_task(run(folder, cache=True, data={"latents": str(tmp_path / "latents")}), CPU)
+
+
+@pytest.fixture
+def released(folder: Path) -> Path:
+    """The pipeline with a network and a scheduler, as Diffusers saves them."""
+    from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+
+    if not (folder / "pipeline/transformer").is_dir():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = WanTransformer3DModel(
+                num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=32, freq_dim=32,
+                ffn_dim=32, num_layers=1,
+            )  # fmt: skip
+        net.save_pretrained(folder / "pipeline/transformer")
+        UniPCMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True).save_pretrained(folder / "pipeline/scheduler")
+    return folder / "pipeline"
+
+
+def test_a_released_model_makes_a_video(released: Path, tmp_path: Path) -> None:
+    """From the folder alone: text, network, scheduler's shift, VAE; two Euler steps by hand give its latents."""
+    argv = ["--model", str(released), "--prompt", PROMPTS[0], "--out", str(tmp_path / "cat.mp4"), "--size", "32x32"]
+    args = inference_args([*argv, "--frames", "2", "--steps", "2", "--guidance", "4", "--negative_prompt", NEGATIVE])
+    generator = open_generator(args, CPU)
+    generate_videos(generator, args)
+    assert read_video(tmp_path / "cat.mp4").shape == (5, 3, 128, 128)
+    latents = generator(PROMPTS[:1], args.sampling, [0])
+    x = Noise(0, 0, [0]).normal("noise", (2, 16, 4, 4))
+    text = load_text_encoder(released, 512, dtype=torch.float32).encode([PROMPTS[0], NEGATIVE])
+    for sigma, target in ((1.0, 0.75), (0.75, 0.0)):  # 3 u / (1 + 2 u) at u = 1/2
+        with torch.no_grad():
+            cond, uncond = (generator.score.net(x, torch.tensor([sigma]), t[None]) for t in text)
+        x = x + (target - sigma) * (uncond + 4 * (cond - uncond))
+    torch.testing.assert_close(latents, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--size", "30x32"], "--size 30x32: give multiples of 16"),
+        (["--size", "big"], "--size big: give height x width"),
+        (["--window", "3"], "--window: a bidirectional network takes none"),
+    ],
+)
+def test_a_released_model_refuses_in_one_line(released: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    argv = ["--model", str(released), "--prompt", "a mat", "--out", str(tmp_path / "x.mp4"), "--frames", "1"]
+    with pytest.raises(UserError, match=message) as caught:
+        args = inference_args([*argv, *more])
+        generate_videos(open_generator(args, CPU), args)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--model .*nothing: .* is no folder"):
+        open_generator(inference_args(["--model", str(tmp_path / "nothing"), "--prompt", "a"]), CPU)
+    with pytest.raises(UserError, match="--shift is for --model"):
+        inference_args(["--run", str(tmp_path), "--prompt", "a", "--shift", "3"])

@@ -21,6 +21,7 @@ from model.wan.config import Checkpointing, NetworkConfig
 from pipeline.causal import CausalConfig
 from trainer.build import build_for_inference, build_task, compute_dtype, pins
 from trainer.sampling import euler, few_step_stream
+from trainer.task import Task
 from utils import checkpoint
 from utils.config import UserError, from_plain
 from utils.random import Noise
@@ -42,10 +43,21 @@ class Sampling:
 class Generator:
     """A trained network with its task, ready to sample."""
 
-    def __init__(self, config: RunConfig, score: ScoreNet, device: torch.device, *, causal: bool | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        score: ScoreNet,
+        device: torch.device,
+        *,
+        causal: bool | None = None,
+        few_steps: bool | None = None,
+        task: Task | None = None,
+    ) -> None:
         self.config, self.score, self.device = config, score, device
         self.causal = config.is_causal if causal is None else causal
-        self.task = build_task(config, device)
+        # whether this network is sampled by its own step list, and not by a many-step solver
+        self.few_steps = self.causal or config.trainer.value != "diffusion" if few_steps is None else few_steps
+        self.task = build_task(config, device) if task is None else task
 
     @classmethod
     def load(cls, path: Path, device: torch.device, *, weights: str = "ema") -> Generator:
@@ -70,11 +82,6 @@ class Generator:
         """The same weights run block by block with a step list: the undistilled baseline of a causal student."""
         schedule = replace(self.config.schedule, denoising_step_list=list(steps), warp_denoising_step=False)
         return Generator(replace(self.config, causal=causal, schedule=schedule), self.score, self.device, causal=True)
-
-    @property
-    def few_steps(self) -> bool:
-        """Whether this network is sampled by its own step list, and not by a many-step solver."""
-        return self.causal or self.config.trainer.value != "diffusion"
 
     def step_list(self, steps: int | None) -> tuple[float, ...]:
         """The student's noise levels, or an even choice among them. Raises UserError for more steps than it has."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.generate import Generator, Sampling, slug
+from trainer.pretrained import Model, load_model
 from utils.cli import Parser
 from utils.config import UserError
 from utils.data.prompts import load_prompts
@@ -22,9 +25,10 @@ from utils.video import read_image, write_video
 
 @dataclass(frozen=True)
 class InferenceArgs:
-    """What inference.py was asked to do. source: run or checkpoint folder; out: a folder, or a file for one prompt."""
+    """What inference.py was asked to do. source: a run or checkpoint folder, or a released model; out: a folder, or a
+    file for one prompt."""
 
-    source: Path
+    source: Path | Model
     prompts: tuple[str, ...]
     out: Path
     sampling: Sampling
@@ -43,6 +47,10 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run folder: its latest checkpoint is used")
     source.add_argument("--checkpoint", type=Path, help="one checkpoint folder")
+    source.add_argument("--model", metavar="DIR", help="a released model in Diffusers' layout: a folder, or a Hub name")
+    parser.add_argument("--size", metavar="HxW", help="of --model's videos, in pixels (480x832)")
+    parser.add_argument("--shift", type=float, help="of --model's noise levels (default: its scheduler's)")
+    parser.add_argument("--negative_prompt", "--negative-prompt", help="of --model (default: none)")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="one prompt")
     text.add_argument("--prompts", type=Path, help="file of prompts (.txt, .csv, .jsonl); finished ones are skipped")
@@ -70,9 +78,12 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     suffix = a.out.suffix.lstrip(".") if a.prompt is not None and a.out.suffix else a.format
     if suffix not in ("mp4", "gif", "png"):
         raise UserError(f"--out {a.out}: unknown format .{suffix}: use .mp4, .gif or .png")
+    source_of = _model(a) if a.model is not None else a.run or a.checkpoint
+    if a.model is None and (odd := [name for name in ("size", "shift", "negative_prompt") if getattr(a, name)]):
+        raise UserError(f"--{odd[0]} is for --model: a run has its own")
     sampling = Sampling(a.steps, a.frames, a.window, a.sinks, a.guidance, a.seed)
     return InferenceArgs(
-        a.run or a.checkpoint,
+        source_of,
         prompts,
         a.out,
         sampling,
@@ -84,6 +95,20 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
         a.image,
         a.prompts is not None,
     )
+
+
+def _model(a: argparse.Namespace) -> Model:
+    found = re.fullmatch(r"(\d+)x(\d+)", a.size or "480x832")
+    if found is None:
+        raise UserError(f"--size {a.size}: give height x width in pixels, such as 480x832")
+    return Model(a.model, int(found[1]), int(found[2]), a.shift, a.negative_prompt or "")
+
+
+def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
+    """What the command names, loaded. Raises UserError."""
+    if isinstance(args.source, Model):
+        return load_model(args.source, args.sampling.frames, device)
+    return Generator.load(args.source, device, weights=args.weights)
 
 
 def generate_videos(generator: Generator, args: InferenceArgs) -> int:

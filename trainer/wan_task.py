@@ -84,25 +84,33 @@ class WanTask:
     """Wan's prompts, text and pixels, and real videos as stored latents. The VAE is loaded when pixels are first asked
     for.
 
+    library: the prompts of a config that names no file; empty for one that only generates.
     Raises ConfigError, one line, for what of `data` does not fit the networks or is not there.
     """
 
-    def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        geometry: WanConfig,
+        seed: int,
+        device: torch.device,
+        library: Sequence[str] | None = None,
+    ) -> None:
         self.device, self.vae_config, clip = device, config.vae, config.wan
         self.latent_shape: tuple[int, ...] = (clip.frames, geometry.out_dim, clip.height, clip.width)
         self.negative_prompt = config.negative_prompt
         try:
             geometry.tokens_per_frame(clip.height, clip.width)
-            if config.prompts is None:
+            if config.prompts is None and library is None:
                 raise ValueError("prompts is null: kind wan needs a file of prompts")
-            self.library = load_prompts(config.prompts)
+            self.library = list(library or []) if config.prompts is None else load_prompts(config.prompts)
             self.text = WanText(config.text, geometry, device)
             self.text.check([*self.library, self.negative_prompt])
             if config.vae.path is not None:
                 check_vae(config.vae)  # now and not hours later
         except (ValueError, OSError, UserError) as problem:
             raise ConfigError(f"data: {problem}") from None
-        self.stream = PromptStream(len(self.library), seed)
+        self.stream = PromptStream(max(len(self.library), 1), seed)
         self.videos: StoredLatents | None = None
         if config.latents is not None and config.real:
             statistics = statistics_of(config.vae)
