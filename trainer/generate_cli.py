@@ -50,7 +50,7 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     source.add_argument("--model", metavar="DIR", help="a released model in Diffusers' layout: a folder, or a Hub name")
     parser.add_argument("--size", metavar="HxW", help="of --model's videos, in pixels (480x832)")
     parser.add_argument("--shift", type=float, help="of --model's noise levels (default: its scheduler's)")
-    parser.add_argument("--negative_prompt", "--negative-prompt", help="of --model (default: none)")
+    parser.add_argument("--negative_prompt", help="of --model (default: none)")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="one prompt")
     text.add_argument("--prompts", type=Path, help="file of prompts (.txt, .csv, .jsonl); finished ones are skipped")
