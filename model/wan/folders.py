@@ -35,15 +35,15 @@ def part_folder(path: str | Path, part: str) -> Path:
     return folder / part
 
 
-def read_config(folder: Path, wanted: str) -> dict[str, Any]:
-    """Its config.json, which must be of class `wanted`. Raises ValueError."""
+def read_config(folder: Path, *wanted: str) -> dict[str, Any]:
+    """Its config.json, which must be of a class in `wanted`. Raises ValueError."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as problem:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {problem}") from None
     found = config.get("_class_name") or ", ".join(config.get("architectures") or []) or "nothing that says its class"
-    if found != wanted:
-        raise ValueError(f"{folder} holds {found}: give the folder of {wanted}")
+    if found not in wanted:
+        raise ValueError(f"{folder} holds {found}: give the folder of {' or '.join(wanted)}")
     return config
 
 
