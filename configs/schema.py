@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
+from configs.given import check_given
 from model.ema import EMAConfig
 from model.schedule import ScheduleConfig
 from model.wan.config import NetworkConfig
@@ -76,7 +77,9 @@ class DataConfig:
     real: whether training may look at real videos; false is data-free, from prompts alone.
     toy, synthetic, wan: the section of the kind that is used gives a video's size.
     text, vae: of kind wan, where embeddings come from and what decodes. latents: its real videos, as a folder of
-    `preprocess.py video`, of FastVideo's parquet files, or of Self-Forcing's LMDB.
+    `preprocess.py video`, of FastVideo's parquet files, or of Self-Forcing's LMDB. images: a folder of `preprocess.py
+    images`, whose captions are the prompts: each video is made from an image and its caption.
+    first_frame: whether networks are given the first frame of real videos; null gives it to image-to-video ones.
     prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet), null for the kind's own.
     text_seed: of the toy world's tiny frozen text encoder, and of synthetic text embeddings.
     """
@@ -89,6 +92,8 @@ class DataConfig:
     text: TextConfig = field(default_factory=TextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     latents: str | None = None
+    images: str | None = None
+    first_frame: bool | None = None
     prompts: str | None = None
     negative_prompt: str = ""
     text_seed: int = 0
@@ -98,6 +103,18 @@ class DataConfig:
             raise ValueError(f"kind '{self.kind}' is unknown: choose toy, synthetic or wan")
         if self.latents is not None and self.kind != "wan":
             raise ValueError(f"latents '{self.latents}' are for kind wan, not {self.kind}: set them null")
+        if self.images is not None and self.kind != "wan":
+            raise ValueError(f"images '{self.images}' are for kind wan, not {self.kind}: set them null")
+        if self.images is not None and self.prompts is not None:
+            raise ValueError("images and prompts are both given, and images have captions of their own: set one null")
+        if self.images is not None and self.first_frame is False:
+            raise ValueError("first_frame is false, but images give the first frame: set one of them null")
+
+    def gives_frame(self, model_type: str, *, real: bool) -> bool:
+        """Whether samples come with a first frame: of real videos, or of images."""
+        if self.first_frame is not None:
+            return self.first_frame or model_type == "i2v"
+        return self.images is not None or model_type == "i2v" or (real and model_type == "ti2v")
 
     @property
     def frames(self) -> int:
@@ -352,6 +369,7 @@ class RunConfig:
                 where = f"data.{self.data.kind}.frames"
                 raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}") from None
         self._check_networks()
+        check_given(self, real=needs is not None)
         if self.parallel.engine == "deepspeed":
             self._check_deepspeed()
 

@@ -5,6 +5,7 @@ B batch  F latent frames  C channels  H W latent size  L text tokens  D text wid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -41,6 +42,12 @@ class Conditioning:
     def initial_frames(self) -> int:
         return 0 if self.initial is None else self.initial.shape[1]
 
+    def judged(self, frames: int) -> Tensor | None:
+        """[F] bool, of a video's frames those that are not given, which a loss may judge; None means all."""
+        if self.initial is None:
+            return None
+        return torch.arange(frames, device=self.initial.device) >= self.initial_frames
+
     @property
     def beside_text(self) -> dict[str, Tensor]:
         """What a network takes beside the text, by the names of its arguments."""
@@ -59,10 +66,26 @@ class Conditioning:
 
     def and_for(self, text: Tensor) -> Conditioning:
         """Of a batch of twice the size: this, then this with another text."""
-        initial, channels, image = (
-            None if t is None else torch.cat([t, t]) for t in (self.initial, self.channels, self.image)
-        )
-        return Conditioning(torch.cat([self.text, text]), initial, channels, image)
+        return Conditioning.joined([self, self.with_text(text)])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """Of one batch after the other; all of them have the same fields."""
+        text, *given = ([getattr(part, name) for part in parts] for name in ("text", "initial", "channels", "image"))
+        return cls(torch.cat(text), *(None if column[0] is None else torch.cat(column) for column in given))
+
+
+@dataclass(frozen=True)
+class Given:
+    """What videos are given beside their text: the fields of `Conditioning`. Nothing by default."""
+
+    initial: Tensor | None = None
+    channels: Tensor | None = None
+    image: Tensor | None = None
+
+    def with_text(self, text: Tensor) -> Conditioning:
+        """Together with the text [B, L, D]."""
+        return Conditioning(text, self.initial, self.channels, self.image)
 
 
 @dataclass(frozen=True)

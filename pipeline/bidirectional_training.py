@@ -40,7 +40,8 @@ def backward_simulation(
         cache=None,
         with_gradient=with_gradient,
     )
-    return Rollout(x0, sigmas[exit_step], (*sigmas, 0.0)[exit_step + 1], exit_steps=(exit_step,))
+    mask = conditioning.judged(x0.shape[1])
+    return Rollout(x0, sigmas[exit_step], (*sigmas, 0.0)[exit_step + 1], mask, exit_steps=(exit_step,))
 
 
 def noised_data(
@@ -58,7 +59,8 @@ def noised_data(
     x = mix(latents, source.normal("input_noise", tuple(latents.shape[1:])), sigma)
     with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
         x0 = student.x0(x, sigma, conditioning)
-    return Rollout(x0, sigmas[exit_step], (*sigmas, 0.0)[exit_step + 1], exit_steps=(exit_step,))
+    mask = conditioning.judged(x0.shape[1])
+    return Rollout(x0, sigmas[exit_step], (*sigmas, 0.0)[exit_step + 1], mask, exit_steps=(exit_step,))
 
 
 def diffusion_forcing_input(
@@ -73,10 +75,12 @@ def diffusion_forcing_input(
     with_gradient: bool,
 ) -> Rollout:
     """CausVid's input (arXiv 2412.07772, algorithm 1): real latents [B, F, C, H, W], each block at its own level of the
-    step list (steps_Bb: index per sample and block), through the block-causal student."""
+    step list (steps_Bb: index per sample and block), through the block-causal student. Given frames, which are the
+    latents' own first ones, stay clean."""
     blocks = causal.blocks(latents.shape[1])
     sigma_BF = per_frame(torch.tensor(sigmas, device=latents.device)[steps_Bb], blocks)
+    sigma_BF[:, : conditioning.initial_frames] = 0.0
     x = mix(latents, source.normal("input_noise", tuple(latents.shape[1:])), sigma_BF)
     with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
         x0 = student.x0(x, sigma_BF, conditioning, mask=causal.mask(latents.shape[1]))
-    return Rollout(x0)
+    return Rollout(x0, frame_mask=conditioning.judged(x0.shape[1]))

@@ -110,7 +110,7 @@ def self_forcing_rollout(
     video = torch.cat(parts, 1)
     if trace.passes:
         video = _replay(student, trace, conditioning, plan, video)
-    return _judged_window(video, sigmas, plan, reencode)
+    return _judged_window(video, sigmas, plan, conditioning.initial_frames, reencode)
 
 
 def _replay(student: ScoreNet, trace: Trace, conditioning: Conditioning, plan: RolloutPlan, video: Tensor) -> Tensor:
@@ -124,9 +124,11 @@ def _replay(student: ScoreNet, trace: Trace, conditioning: Conditioning, plan: R
     return torch.cat([before, same + (x0 - x0.detach())], 1)
 
 
-def _judged_window(video: Tensor, sigmas: Sequence[float], plan: RolloutPlan, reencode: Reencode | None) -> Rollout:
+def _judged_window(
+    video: Tensor, sigmas: Sequence[float], plan: RolloutPlan, initial: int, reencode: Reencode | None
+) -> Rollout:
     start = video.shape[1] - plan.score_frames
-    mask = torch.ones(plan.score_frames, dtype=torch.bool, device=video.device)
+    mask = torch.arange(start, video.shape[1], device=video.device) >= initial
     window = video[:, start:]
     if start > 0:
         if reencode is not None:

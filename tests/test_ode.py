@@ -81,8 +81,9 @@ def test_stored_pairs_train_alike_and_need_no_teacher(tmp_path: Path) -> None:
     by_caption = dict(zip(prompts, run.trajectories, strict=True))
     seen = []
     for micro in run.batch("ode") + other.batch("ode"):
-        trajectory, _, (caption,) = other.stored.read(micro.positions)
-        assert torch.equal(trajectory[0], by_caption[caption])
+        pairs = other.stored.read(micro.positions)
+        (caption,) = pairs.captions
+        assert torch.equal(pairs.trajectory[0], by_caption[caption])
         seen.append(caption)
     assert len(set(seen[:4])) == 4  # no pair twice in an epoch
     assert other.train() == 0

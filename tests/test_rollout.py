@@ -266,7 +266,8 @@ def test_given_frames_come_first_unchanged_and_unjudged(name: str) -> None:
     out = run(random_net(1), causal, noise, given, [1] * len(blocks_of(name)))
     assert given.initial is not None
     assert torch.equal(out.x0[:, : given.initial_frames], given.initial)
-    assert out.frame_mask is None  # the mean is over the whole video; given frames have no gradient to give
+    assert out.frame_mask is not None
+    assert out.frame_mask.tolist() == [frame >= given.initial_frames for frame in range(out.x0.shape[1])]
     other = Conditioning(given.text, given.initial + 1)
     assert (
         relative(run(random_net(1), causal, noise, other, [1] * len(blocks_of(name))).x0[:, -2:], out.x0[:, -2:]) > 1e-3

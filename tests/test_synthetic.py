@@ -34,9 +34,9 @@ def test_a_prompt_has_one_embedding_whatever_is_beside_it() -> None:
 
 def test_videos_and_prompts_go_by_position() -> None:
     one = task(prompts=5)
-    latents, prompts = one.real(range(2, 6))
-    again, same = one.real(range(4, 6))
-    assert latents.shape == (4, 3, 4, 4, 6) and torch.equal(latents[2:], again) and prompts[2:] == same
+    some, again = one.real(range(2, 6)), one.real(range(4, 6))
+    assert some.latents.shape == (4, 3, 4, 4, 6) and torch.equal(some.latents[2:], again.latents)
+    assert some.captions[2:] == again.captions
     assert sorted(one.prompts(range(5, 10))) == [f"sample {i}" for i in range(5)]
 
 

@@ -156,7 +156,8 @@ def test_training_on_stored_latents(folder: Path, tmp_path: Path) -> None:
     write_latents(tmp_path / "latents/a.safetensors", samples, normalised=True)
     changes = {"data": {"latents": str(tmp_path / "latents"), "real": True}}
     task = build_task(run(folder, cache=True, **changes), CPU)
-    found, captions = task.real(range(5))
+    clips = task.real(range(5))
+    found, captions = clips.latents, clips.captions
     by_caption = dict(zip(PROMPTS, latents, strict=True))
     assert all(torch.equal(x, by_caption[caption]) for x, caption in zip(found, captions, strict=True))
     assert set(captions[:3]) == set(PROMPTS)

@@ -34,12 +34,14 @@ class DiffusionTrainer(Trainer):
     def loss(self, micro: MicroBatch) -> LossOutput:
         """Flow matching at the mode's noise levels."""
         config = self.config.diffusion
-        latents, captions = self.task.real(micro.positions)
+        clips = self.task.real(micro.positions)
+        latents = clips.latents
         dropped = micro.noise.uniform("caption_dropout") < config.caption_dropout
         prompts = [
-            self.task.negative_prompt if drop else text for text, drop in zip(captions, dropped.tolist(), strict=True)
+            self.task.negative_prompt if drop else text
+            for text, drop in zip(clips.captions, dropped.tolist(), strict=True)
         ]
-        given = self.task.conditioning(prompts)
+        given = clips.given.with_text(self.task.conditioning(prompts).text)
         noise = micro.noise.normal("noise", tuple(latents.shape[1:]))
         match config.mode:
             case DiffusionMode.bidirectional:
@@ -52,7 +54,8 @@ class DiffusionTrainer(Trainer):
     def _bidirectional(self, micro: MicroBatch, latents: Tensor, noise: Tensor, given: Conditioning) -> LossOutput:
         sigma = self.config.schedule.training_sigma(micro.noise.uniform("sigma"))
         score = self.networks["student"].score
-        return flow_matching_loss(lambda x, s: score.velocity(x, s, given), latents, noise, sigma)
+        weight = _weight(given, latents)
+        return flow_matching_loss(lambda x, s: score.velocity(x, s, given), latents, noise, sigma, weight=weight)
 
     def _block_sigmas(self, micro: MicroBatch, frames: int) -> Tensor:
         blocks = self.config.causal.blocks(frames)
@@ -66,7 +69,9 @@ class DiffusionTrainer(Trainer):
         clean = (
             per_frame(micro.noise.uniform("clean", (len(blocks),)), blocks) < self.config.diffusion.clean_block_share
         )
-        clean &= ~clean.all(dim=1, keepdim=True)  # a sample with nothing left to learn from is noised after all
+        made = clean[:, given.initial_frames :]
+        made &= ~made.all(dim=1, keepdim=True)  # a sample with nothing left to learn from is noised after all
+        clean[:, : given.initial_frames] = True
         sigma_BF = sigma_BF.masked_fill(clean, 0.0)
         score, mask = self.networks["student"].score, causal.mask(frames)
         return flow_matching_loss(
@@ -77,9 +82,18 @@ class DiffusionTrainer(Trainer):
         frames, score = latents.shape[1], self.networks["student"].score
         most = self.config.diffusion.clean_noise_max / TIMESTEPS
         clean_sigma_BF = micro.noise.uniform("clean_sigma")[:, None].expand(-1, frames) * most
+        sigma_BF = self._block_sigmas(micro, frames)
+        for times in (clean_sigma_BF, sigma_BF):
+            times[:, : given.initial_frames] = 0.0
         clean = mix(latents, micro.noise.normal("clean_noise", tuple(latents.shape[1:])), clean_sigma_BF)
 
         def predict(x: Tensor, sigma_BF: Tensor) -> Tensor:
             return teacher_forced_velocity(score, x, sigma_BF, clean, clean_sigma_BF, given, self.config.causal)
 
-        return flow_matching_loss(predict, latents, noise, self._block_sigmas(micro, frames))
+        return flow_matching_loss(predict, latents, noise, sigma_BF, weight=_weight(given, latents))
+
+
+def _weight(given: Conditioning, latents: Tensor) -> Tensor | None:
+    """[B, F], 0 for the given frames of latents [B, F, C, H, W]; None where there are none."""
+    judged = given.judged(latents.shape[1])
+    return None if judged is None else judged.float().expand(latents.shape[:2])

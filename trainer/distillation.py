@@ -112,10 +112,10 @@ class ScoreDistillationTrainer(Trainer):
         config, student, noise = self.config, self.networks["student"].score, micro.noise
         shape = self.task.latent_shape
         if config.rollout.kind in (RolloutKind.noised_data, RolloutKind.diffusion_forcing):
-            latents, prompts = self.task.real(micro.positions)
+            clips = self.task.real(micro.positions)
+            latents, conditioning = clips.latents, clips.given.with_text(self.task.conditioning(clips.captions).text)
         else:
-            prompts = self.task.prompts(micro.positions)
-        conditioning = self.task.conditioning(prompts)
+            conditioning = self.task.conditions(micro.positions)
         with torch.set_grad_enabled(with_gradient), self.networks["student"].engine.rollout():
             match config.rollout.kind:
                 case RolloutKind.self_forcing:
@@ -150,8 +150,10 @@ class ScoreDistillationTrainer(Trainer):
         longest = config.rollout.num_training_frames or shape[0]
         lengths = rollout_lengths(shape[0], longest, config.causal.num_frame_per_block)
         frames = lengths[micro.noise.shared_randint("rollout_length", len(lengths), 1)[0]]
-        plan = RolloutPlan(self._exit_steps(micro, len(config.causal.blocks(frames))), shape[0])
-        noise = micro.noise.normal("noise", (frames, *shape[1:]))
+        given = conditioning.initial_frames
+        _, blocks = config.causal.split(given, frames - given)
+        plan = RolloutPlan(self._exit_steps(micro, len(blocks)), shape[0])
+        noise = micro.noise.normal("noise", (frames - given, *shape[1:]))
         return self_forcing_rollout(
             self.networks["student"].score, noise, conditioning, self.sigmas, config.causal, plan, micro.noise,
             self._empty_cache(conditioning.batch, longest), with_gradient=with_gradient, reencode=self.task.reencode,

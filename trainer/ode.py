@@ -13,11 +13,12 @@ from torch import Tensor
 
 from model.ode_regression import ode_regression_loss, pick_stored, store_levels
 from model.schedule import uniform_sigmas
-from model.types import LossOutput
+from model.types import Conditioning, LossOutput
 from pipeline.bidirectional_inference import euler_trajectory
 from pipeline.diffusion_forcing import per_frame
 from trainer.base import MicroBatch, Trainer
 from trainer.build import build_frozen, build_trained
+from trainer.given import gives
 from trainer.stored import StoredPairs
 from utils import activity, distributed
 from utils.config import config_hash
@@ -39,7 +40,11 @@ class ODETrainer(Trainer):
         }  # fmt: skip
         self.stored: StoredPairs | None = None
         if config.ode.path is not None:
-            self.stored = StoredPairs(Path(config.ode.path), self.task.latent_shape, config.seed, config.ode.sigmas)
+            frames = self.task.latent_shape[0]
+            given = gives(config.data, config.student.geometry(), frames, self.device, real=False)
+            self.stored = StoredPairs(
+                Path(config.ode.path), self.task.latent_shape, config.seed, config.ode.sigmas, given
+            )
             self.sigmas_S = self.stored.sigmas_S
             return
         assert config.teacher is not None
@@ -50,27 +55,32 @@ class ODETrainer(Trainer):
         return self.update(self.networks["student"], self.batch("ode"), self.loss)
 
     def loss(self, micro: MicroBatch) -> LossOutput:
-        trajectory, text = self._pairs(micro.positions)
+        trajectory, given = self._pairs(micro.positions)
         frames = trajectory.shape[2]
         blocks = self.config.causal.blocks(frames)
         points = len(self.sigmas_S)
         u = micro.noise.uniform("stored_index", (len(blocks),))
-        # the first block is never given clean: all samples have something to learn from
-        choices = torch.tensor([points - 1] + [points] * (len(blocks) - 1), device=u.device)
+        # the first block to generate is never given clean: all samples have something to learn from
+        known, _ = self.config.causal.split(given.initial_frames, frames - given.initial_frames)
+        choices = torch.full((len(blocks),), points, device=u.device)
+        choices[len(known)] -= 1
         index_BF = per_frame((u * choices).long(), blocks)
+        index_BF[:, : given.initial_frames] = points - 1
         x, sigma_BF = pick_stored(trajectory, self.sigmas_S.to(self.device), index_BF)
-        x0 = self.networks["student"].score.x0(x, sigma_BF, text, mask=self.config.causal.mask(frames))
+        x0 = self.networks["student"].score.x0(x, sigma_BF, given, mask=self.config.causal.mask(frames))
         return ode_regression_loss(x0, trajectory[:, -1], sigma_BF)
 
-    def _pairs(self, positions: range) -> tuple[Tensor, Tensor]:
-        """Trajectories [B, S, F, C, H, W] and the text [B, L, D] that each was made for."""
+    def _pairs(self, positions: range) -> tuple[Tensor, Conditioning]:
+        """Trajectories [B, S, F, C, H, W] and what each was made for."""
         if self.stored is not None:
-            trajectory, _, captions = self.stored.read(positions)
+            pairs = self.stored.read(positions)
+            trajectory = pairs.trajectory
+            conditioning = pairs.given.with_text(self.task.conditioning(pairs.captions).text)
         else:
-            pairs = [position % self.config.ode.pairs for position in positions]
-            trajectory = self.trajectories[pairs]
-            captions = [prompt for pair in pairs for prompt in self.task.prompts(range(pair, pair + 1))]
-        return trajectory.to(self.device).float(), self.task.conditioning(captions).text
+            numbers = [position % self.config.ode.pairs for position in positions]
+            trajectory = self.trajectories[numbers]
+            conditioning = Conditioning.joined([self.task.conditions(range(n, n + 1)) for n in numbers])
+        return trajectory.to(self.device).float(), conditioning
 
     def _load_or_make(self) -> tuple[Tensor, Tensor]:
         key = config_hash(
@@ -124,8 +134,7 @@ class ODETrainer(Trainer):
         """The teacher's states [B, S, F, C, H, W] at the levels `keep` of (*grid, 0), on the CPU; draws by position."""
         source = Noise(keyed_seed(self.config.seed, "ode_pairs"), 0, positions, self.device)
         noise = source.normal("noise", self.task.latent_shape)
-        text = self.task.conditioning(self.task.prompts(positions)).text
-        negative = self.task.negative(len(positions))
-        states = euler_trajectory(self.teacher, noise, text, negative, grid, self.config.ode.guidance)
+        given, negative = self.task.conditions(positions), self.task.negative(len(positions))
+        states = euler_trajectory(self.teacher, noise, given, negative, grid, self.config.ode.guidance)
         points = {index: x for index, x in enumerate(states) if index in keep}
         return torch.stack([points[index] for index in keep], dim=1).cpu()

@@ -75,5 +75,7 @@ def sample(
         v = config.validation
         return euler(score, source, shape, conditioning, negative, v.steps, config.schedule.timestep_shift, v.guidance)
     causal = config.causal if config.is_causal else None
-    noise, sigmas = source.normal("noise", shape), config.schedule.sigmas()
-    return torch.cat(list(few_step_stream(score, noise, conditioning, sigmas, causal, source)), dim=1)
+    given = 0 if causal is None else conditioning.initial_frames  # the others see given frames pinned in the noise
+    noise, sigmas = source.normal("noise", (shape[0] - given, *shape[1:])), config.schedule.sigmas()
+    new = list(few_step_stream(score, noise, conditioning, sigmas, causal, source))
+    return torch.cat([*([conditioning.initial] if given and conditioning.initial is not None else []), *new], dim=1)

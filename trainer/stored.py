@@ -4,15 +4,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model.types import Given
+from trainer.given import Gives
+from trainer.task import Clips
 from utils.config import ConfigError, UserError
 from utils.data.latents import latent_order, open_latents
-from utils.data.stream import Sample, Stream, TooManyCorrupt, stacked
+from utils.data.stream import CorruptSample, Sample, Stream, TooManyCorrupt, stacked
 from utils.data.tensors import Statistics
 
 
@@ -20,7 +24,8 @@ class Stored:
     """Samples of a folder, in an order that depends on the seed and the position alone.
 
     key: the option that names the folder, for messages. latent_shape: (F, C, H, W) of the run. sigmas: the levels of
-    an LMDB's trajectories, which does not hold them. statistics: of the VAE, for raw latents.
+    an LMDB's trajectories, which does not hold them. statistics: of the VAE, for raw latents. gives: what a batch's
+    samples give networks beside their text.
     Raises ConfigError for a folder of nothing of this shape.
     """
 
@@ -32,18 +37,22 @@ class Stored:
         seed: int,
         sigmas: Sequence[float] | None = None,
         statistics: Statistics | None = None,
+        gives: Gives = lambda samples: Given(),
     ) -> None:
         try:
             source = open_latents(path, sigmas=sigmas, statistics=statistics)
         except ValueError as problem:
             raise ConfigError(f"{key}: {problem}") from None
-        if odd := sorted({tuple(shape) for shape in source.shapes()} - {tuple(latent_shape)}):
+        if odd := sorted(shape for shape in set(map(tuple, source.shapes())) if not self._fits(shape, latent_shape)):
             raise ConfigError(
                 f"{key}: {path} holds latents of {list(odd[0])} and this run makes {list(latent_shape)} "
                 "(F, C, H, W): set the size in data to it"
             )
-        self.key, self.path = key, path
+        self.key, self.path, self.gives = key, path, gives
         self.stream = Stream(source, latent_order(source, 1, seed), seed)
+
+    def _fits(self, found: Sequence[int], latent_shape: Sequence[int]) -> bool:
+        return tuple(found) == tuple(latent_shape)
 
     def samples(self, positions: range) -> list[Sample]:
         """Raises UserError where too much cannot be read."""
@@ -56,32 +65,73 @@ class Stored:
 class StoredLatents(Stored):
     """Clean latents, normalised as the networks see them."""
 
-    def read(self, positions: range) -> tuple[Tensor, list[str]]:
-        """Latents [B, F, C, H, W] and captions. Raises UserError."""
+    def read(self, positions: range) -> Clips:
+        """The videos at these positions. Raises UserError."""
         samples = self.samples(positions)
         try:
-            return stacked([sample.latents for sample in samples], "latents"), [sample.caption for sample in samples]
+            latents = stacked([sample.latents for sample in samples], "latents")
+            return Clips(latents, [sample.caption for sample in samples], self.gives(samples))
         except ValueError as problem:
             raise UserError(f"{self.key}: {problem}") from None
+
+
+class StoredImages(Stored):
+    """First frames and their captions. Videos are images too: of those the first frame."""
+
+    def read(self, positions: range) -> tuple[list[str], Given]:
+        """Captions, and what networks are given. Raises UserError."""
+        return self.of(self.samples(positions))
+
+    def numbered(self, numbers: Iterable[int]) -> tuple[list[str], Given]:
+        """Of the images of these numbers in the folder. Raises UserError."""
+        try:
+            return self.of([self.stream.source.read(number, 0) for number in numbers])
+        except CorruptSample as problem:
+            raise UserError(f"{self.key}: {problem}") from None
+
+    def of(self, samples: Sequence[Sample]) -> tuple[list[str], Given]:
+        try:
+            return [sample.caption for sample in samples], self.gives(samples)
+        except ValueError as problem:
+            raise UserError(f"{self.key}: {problem}") from None
+
+    def _fits(self, found: Sequence[int], latent_shape: Sequence[int]) -> bool:
+        return tuple(found[1:]) == tuple(latent_shape[1:])
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Trajectories [B, S, F, C, H, W], their levels [S], their captions, and what networks are given."""
+
+    trajectory: Tensor
+    sigmas: Tensor
+    captions: list[str]
+    given: Given
 
 
 class StoredPairs(Stored):
     """Trajectories, all at the same levels, the last one 0."""
 
     def __init__(
-        self, path: Path, latent_shape: Sequence[int], seed: int, sigmas: Sequence[float] | None = None
+        self,
+        path: Path,
+        latent_shape: Sequence[int],
+        seed: int,
+        sigmas: Sequence[float] | None = None,
+        gives: Gives = lambda samples: Given(),
     ) -> None:
-        super().__init__("ode.path", path, latent_shape, seed, sigmas)
-        self.sigmas_S = self.read(range(1))[1]
+        super().__init__("ode.path", path, latent_shape, seed, sigmas, gives=gives)
+        self.sigmas_S = self.read(range(1)).sigmas
 
-    def read(self, positions: range) -> tuple[Tensor, Tensor, list[str]]:
-        """Trajectories [B, S, F, C, H, W], their levels [S], and captions. Raises UserError."""
+    def read(self, positions: range) -> Pairs:
+        """The trajectories at these positions. Raises UserError."""
         samples = self.samples(positions)
         try:
             trajectory = stacked([sample.trajectory for sample in samples], "trajectory")
             sigmas = stacked([sample.sigmas for sample in samples], "noise levels")
+            given = self.gives(samples)
         except ValueError as problem:
             raise UserError(f"ode.path: {problem}") from None
         if not torch.equal(sigmas, sigmas[:1].expand_as(sigmas)):
             raise UserError(f"ode.path: {self.path} holds trajectories of several lists of levels: keep one")
-        return trajectory, sigmas[0], [sample.caption for sample in samples]
+        return Pairs(trajectory, sigmas[0], [sample.caption for sample in samples], given)

@@ -6,19 +6,32 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from configs.schema import DataConfig
-from model.types import Conditioning
+from model.types import Conditioning, Given
 from model.wan.config import WanConfig
 from model.wan.text_encoder import toy_text_encoder
 from utils.config import ConfigError
 from utils.data.prompts import PromptStream, load_prompts
+from utils.data.stream import Stream
 from utils.data.toy_world import ToyWorld
 from utils.random import Noise, keyed_seed
+
+CLIP_TOKENS = 257  # of ViT-H/14 at 224 pixels: 16 x 16 patches and the class
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Real videos as latents [B, F, C, H, W], their captions, and what networks are given of them."""
+
+    latents: Tensor
+    captions: list[str]
+    given: Given = Given()
 
 
 class Task(Protocol):
@@ -26,16 +39,23 @@ class Task(Protocol):
 
     latent_shape: tuple[int, ...]  # (F, C, H, W)
     negative_prompt: str
+    streams: Sequence[Stream]  # of files: where corrupt samples are counted
 
     def prompts(self, positions: range) -> list[str]: ...
 
-    def real(self, positions: range) -> tuple[Tensor, list[str]]: ...
+    def conditions(self, positions: range) -> Conditioning:
+        """What training's samples at these positions are made from: a prompt and, where the run has them, an image."""
+
+    def real(self, positions: range) -> Clips: ...
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning: ...
 
     def negative(self, batch: int) -> Tensor: ...
 
     def validation_prompts(self, count: int) -> list[str]: ...
+
+    def validation_given(self, numbers: range) -> Given:
+        """What validation's videos of these numbers are given beside their prompts."""
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
@@ -62,6 +82,8 @@ class ToyTask:
         self.encoder = toy_text_encoder(self.world.captions, geometry.text_len, geometry.text_dim, config.text_seed)
         self.encoder.to(device)
         self.may_use_data = config.real
+        self.streams: Sequence[Stream] = ()
+        self.gives_frame = config.gives_frame(geometry.model_type, real=True)
         self.negative_prompt = config.negative_prompt
         try:
             geometry.tokens_per_frame(*self.latent_shape[2:])
@@ -77,12 +99,16 @@ class ToyTask:
         """Training prompts at these positions of the endless shuffled library."""
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
-    def real(self, positions: range) -> tuple[Tensor, list[str]]:
-        """Real latents [B, F, C, H, W] at these positions, with their captions. RuntimeError in a data-free run."""
+    def conditions(self, positions: range) -> Conditioning:
+        return self.conditioning(self.prompts(positions))
+
+    def real(self, positions: range) -> Clips:
+        """Real videos at these positions. RuntimeError in a data-free run."""
         if not self.may_use_data:
             raise RuntimeError("a data-free run asked for real videos")
         batch = self.world.batch(positions, "train")
-        return batch.latents_BFCHW.to(self.device), batch.captions
+        latents = batch.latents_BFCHW.to(self.device)
+        return Clips(latents, batch.captions, Given(latents[:, :1]) if self.gives_frame else Given())
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
         return Conditioning(self.encoder.encode(prompts).to(self.device), initial)
@@ -93,6 +119,9 @@ class ToyTask:
 
     def validation_prompts(self, count: int) -> list[str]:
         return spread(self.library, count)
+
+    def validation_given(self, numbers: range) -> Given:
+        return self.real(numbers).given if self.gives_frame and self.may_use_data else Given()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, T, 3, h, w] in [0, 1]."""
@@ -118,10 +147,11 @@ class SyntheticTask:
     """
 
     def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
-        sizes, self.device, self.seed = config.synthetic, device, seed
-        if geometry.in_dim != geometry.out_dim:
+        sizes, self.device, self.seed, self.geometry = config.synthetic, device, seed, geometry
+        self.streams: Sequence[Stream] = ()
+        if geometry.in_dim != geometry.out_dim and geometry.model_type != "i2v":
             raise ConfigError(f"student: in_dim {geometry.in_dim} and out_dim {geometry.out_dim} differ: make them one")
-        self.latent_shape: tuple[int, ...] = (sizes.frames, geometry.in_dim, sizes.height, sizes.width)
+        self.latent_shape: tuple[int, ...] = (sizes.frames, geometry.out_dim, sizes.height, sizes.width)
         self.text_shape = (geometry.text_len, geometry.text_dim)
         self.text_seed = keyed_seed(config.text_seed, "synthetic text")
         self.may_use_data, self.negative_prompt = config.real, config.negative_prompt
@@ -137,12 +167,26 @@ class SyntheticTask:
         """Training prompts at these positions of the endless shuffled library."""
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
-    def real(self, positions: range) -> tuple[Tensor, list[str]]:
+    def conditions(self, positions: range) -> Conditioning:
+        return self._given(positions).with_text(self.conditioning(self.prompts(positions)).text)
+
+    def real(self, positions: range) -> Clips:
         """Latents [B, F, C, H, W] of noise at these positions. RuntimeError in a data-free run."""
         if not self.may_use_data:
             raise RuntimeError("a data-free run asked for real videos")
         noise = Noise(keyed_seed(self.seed, "synthetic videos"), 0, positions, self.device)
-        return noise.normal("latents", self.latent_shape), self.prompts(positions)
+        return Clips(noise.normal("latents", self.latent_shape), self.prompts(positions), self._given(positions))
+
+    def _given(self, positions: range) -> Given:
+        """Noise in place of what an i2v network sees of an image; the others see none."""
+        shape = self.geometry
+        if shape.model_type != "i2v":
+            return Given()
+        noise = Noise(keyed_seed(self.seed, "synthetic images"), 0, positions, self.device)
+        frames, _, *size = self.latent_shape
+        channels = noise.normal("channels", (frames, shape.in_dim - shape.out_dim, *size))
+        image = None if shape.image_dim is None else noise.normal("image", (CLIP_TOKENS, shape.image_dim))
+        return Given(channels=channels, image=image)
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
         keys = [keyed_seed(self.text_seed, prompt) for prompt in prompts]
@@ -154,6 +198,9 @@ class SyntheticTask:
 
     def validation_prompts(self, count: int) -> list[str]:
         return spread(self.library, count)
+
+    def validation_given(self, numbers: range) -> Given:
+        return self._given(numbers)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, F, 3, H, W] in [0, 1]: the first three channels (the last one again where there are fewer)."""

@@ -51,7 +51,9 @@ def sample_pixels(
         activity.mark(f"validation: videos from {start}")  # each batch has the watchdog's time, not all together
         now = prompts[start : start + size]
         noise = Noise(config.validation.seed, 0, range(start, start + len(now)), device)
-        latents = sampler(task.conditioning(now), task.negative(len(now)), noise)
+        given = task.validation_given(range(start, start + len(now)))
+        conditioning = given.with_text(task.conditioning(now).text)
+        latents = sampler(conditioning, task.negative(len(now)), noise)
         if distributed.is_main():
             parts.append(task.decode(latents).cpu())
     return torch.cat(parts) if parts else None

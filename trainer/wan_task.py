@@ -6,6 +6,7 @@ B batch  F latent frames  C channels  H W latent size  T pixel frames  h w pixel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,16 +14,18 @@ import torch
 from torch import Tensor
 
 from configs.schema import DataConfig
-from model.types import Conditioning
+from model.types import Conditioning, Given
 from model.wan.config import WanConfig
 from model.wan.folders import part_folder, read_config
 from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, load_text_encoder
 from model.wan.vae import VAEConfig, WanVAE, check_vae, load_vae
-from trainer.stored import StoredLatents
-from trainer.task import spread
+from trainer.given import gives
+from trainer.stored import StoredImages, StoredLatents
+from trainer.task import Clips, spread
 from trainer.text_cache import TextCache
 from utils.config import ConfigError, UserError, config_hash
 from utils.data.prompts import PromptStream, load_prompts
+from utils.data.stream import Stream
 from utils.data.tensors import Statistics
 
 
@@ -101,8 +104,8 @@ class WanTask:
         self.negative_prompt = config.negative_prompt
         try:
             geometry.tokens_per_frame(clip.height, clip.width)
-            if config.prompts is None and library is None:
-                raise ValueError("prompts is null: kind wan needs a file of prompts")
+            if config.prompts is None and config.images is None and library is None:
+                raise ValueError("prompts is null: kind wan needs a file of prompts, or images")
             self.library = list(library or []) if config.prompts is None else load_prompts(config.prompts)
             self.text = WanText(config.text, geometry, device)
             self.text.check([*self.library, self.negative_prompt])
@@ -111,12 +114,31 @@ class WanTask:
         except (ValueError, OSError, UserError) as problem:
             raise ConfigError(f"data: {problem}") from None
         self.stream = PromptStream(max(len(self.library), 1), seed)
+        statistics, frames = statistics_of(config.vae), clip.frames
         self.videos: StoredLatents | None = None
         if config.latents is not None and config.real:
-            statistics = statistics_of(config.vae)
+            given = gives(config, geometry, frames, device, real=True)
             self.videos = StoredLatents(
-                "data.latents", Path(config.latents), self.latent_shape, seed, statistics=statistics
+                "data.latents", Path(config.latents), self.latent_shape, seed, statistics=statistics, gives=given
             )
+        self.images: StoredImages | None = None
+        if config.images is not None:
+            given = gives(config, geometry, frames, device, real=False)
+            self.images = StoredImages(
+                "data.images", Path(config.images), self.latent_shape, seed, statistics=statistics, gives=given
+            )
+        self.streams: Sequence[Stream] = [stored.stream for stored in (self.videos, self.images) if stored is not None]
+        self._check_first(geometry)
+
+    def _check_first(self, geometry: WanConfig) -> None:
+        """Files that lack what the network needs are refused now. Raises ConfigError."""
+        try:
+            if self.images is not None:
+                self.images.read(range(1))
+            if self.videos is not None and geometry.model_type == "i2v":
+                self.videos.read(range(1))
+        except UserError as problem:
+            raise ConfigError(str(problem)) from None
 
     @cached_property
     def vae(self) -> WanVAE:
@@ -124,15 +146,24 @@ class WanTask:
         return fitting_vae(self.vae_config, self.latent_shape[1], self.device)
 
     def prompts(self, positions: range) -> list[str]:
-        """Training prompts at these positions of the endless shuffled library."""
+        """Training prompts at these positions of the endless shuffled library, or of the shuffled images."""
+        if self.images is not None:
+            return self.images.read(positions)[0]
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
-    def real(self, positions: range) -> tuple[Tensor, list[str]]:
-        """Stored latents [B, F, C, H, W] at these positions, with their captions. Raises UserError."""
+    def conditions(self, positions: range) -> Conditioning:
+        """What samples at these positions are made from. Raises UserError."""
+        if self.images is None:
+            return self.conditioning(self.prompts(positions))
+        captions, given = self.images.read(positions)
+        return given.with_text(self.text.encode(captions))
+
+    def real(self, positions: range) -> Clips:
+        """Stored videos at these positions. Raises UserError."""
         if self.videos is None:
             raise UserError("data.latents is null: this run needs real videos: give a folder of preprocess.py video")
-        latents, captions = self.videos.read(positions)
-        return latents.to(self.device), captions
+        clips = self.videos.read(positions)
+        return replace(clips, latents=clips.latents.to(self.device))
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
         return Conditioning(self.text.encode(prompts), initial)
@@ -142,7 +173,22 @@ class WanTask:
         return self.text.encode([self.negative_prompt]).expand(batch, -1, -1)
 
     def validation_prompts(self, count: int) -> list[str]:
+        """Without a library the captions of the images that `validation_given` shows. Raises UserError."""
+        if self.images is not None:
+            return self.images.numbered(self._shown(range(count)))[0]
+        if not self.library and self.videos is not None:
+            return self.videos.read(range(count)).captions
         return spread(self.library, count)
+
+    def validation_given(self, numbers: range) -> Given:
+        """Of the folder's first images, or of the first real videos. Raises UserError."""
+        if self.images is not None:
+            return self.images.numbered(self._shown(numbers))[1]
+        return Given() if self.videos is None else self.videos.read(numbers).given
+
+    def _shown(self, numbers: range) -> list[int]:
+        assert self.images is not None
+        return [number % self.images.stream.order.size for number in numbers]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

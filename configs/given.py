@@ -1,0 +1,48 @@
+"""Runs whose videos begin with a given frame: what must fit together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+
+def check_given(config: RunConfig, *, real: bool) -> None:
+    """Raises ValueError, one line, where a run gives a first frame that is not there, or that a network cannot take.
+
+    real: whether the run trains on real videos, whose own first frame it is. An i2v network takes it as channels beside
+    the latents, a ti2v or causal one as its clean first frame.
+    """
+    data, kind = config.data, config.student.geometry().model_type
+    if kind == "i2v" and data.first_frame is False:
+        raise ValueError("data.first_frame is false, but an i2v network always needs an image: set it null")
+    if not data.gives_frame(kind, real=real):
+        return
+    made = config.trainer.value == "ode" and config.ode.path is None
+    stored = config.trainer.value == "ode" and config.ode.path is not None
+    from_files = real or stored or data.images is not None
+    # an i2v run without prompts never trains: it is a model from elsewhere, and inference gives the image
+    if data.kind != "synthetic" and not from_files and (kind != "i2v" or data.prompts is not None):
+        raise ValueError(
+            "data.images is null, but networks are to be given a first frame: name a folder of preprocess.py images, "
+            "and set data.prompts null"
+        )
+    if kind == "i2v":
+        if config.rollout.num_training_frames not in (None, data.frames):
+            raise ValueError(
+                f"rollout.num_training_frames {config.rollout.num_training_frames}: the channels of an i2v network "
+                f"describe {data.frames} frames: set it null"
+            )
+        return
+    teacher = "" if config.teacher is None else config.teacher.geometry().model_type
+    if (kind == "t2v" and not config.is_causal) or (made and teacher == "t2v"):
+        raise ValueError(
+            f"{'teacher' if made else 'student'}: a bidirectional network of model_type 't2v' cannot be given the "
+            "first frame of data.images or data.first_frame: choose a preset of ti2v or i2v, or set them null"
+        )
+    if config.is_causal and 1 not in config.causal.blocks(data.frames)[:1]:
+        raise ValueError(
+            f"causal.num_frame_per_block {config.causal.num_frame_per_block}: a given first frame is a block of its "
+            "own: set causal.independent_first_frame to true"
+        )

@@ -1,0 +1,69 @@
+"""What stored samples give networks of their first frame: its clean latent, or channels and an image's tokens."""
+
+# B batch  F latent frames  C channels  H W latent size  Li image tokens  Di their width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from configs.schema import DataConfig
+from model.types import Given
+from model.wan.config import WanConfig
+from model.wan.vae import STRIDE_T
+from utils.data.stream import Sample, stacked
+
+Gives = Callable[[Sequence[Sample]], Given]
+
+
+def gives(config: DataConfig, geometry: WanConfig, frames: int, device: torch.device, *, real: bool) -> Gives:
+    """What is made of a batch's samples: of videos of `frames` latent frames, real ones or images.
+
+    What it returns raises ValueError for samples that lack what the network needs.
+    """
+    if not config.gives_frame(geometry.model_type, real=real):
+        return lambda samples: Given()
+    if geometry.model_type == "i2v":
+        return lambda samples: _beside(samples, geometry, frames, device)
+    return lambda samples: Given(stacked([_first(s) for s in samples], "latents").float().to(device))
+
+
+def channels_of(latents: Tensor) -> Tensor:
+    """Channels [B, F, 4 + C, H, W] of the latents [B, F, C, H, W] of an image and grey frames after it.
+
+    The mask comes first: 1 for the first latent frame, 0 for the others (as `image_channels` makes both).
+    """
+    mask = torch.zeros_like(latents[:, :, :1]).expand(-1, -1, STRIDE_T, -1, -1).clone()
+    mask[:, 0] = 1
+    return torch.cat([mask, latents], 2)
+
+
+def _first(sample: Sample) -> Tensor | None:
+    return None if sample.latents is None else sample.latents[:1]
+
+
+def _beside(samples: Sequence[Sample], geometry: WanConfig, frames: int, device: torch.device) -> Given:
+    short = [s.name for s in samples if s.first_latents is None or len(s.first_latents) < frames]
+    if short:
+        raise ValueError(
+            f"{short[0]} has no first_frame_latent of {frames} frames, which an i2v network needs: preprocess with "
+            "--i2v and a bucket of so many frames"
+        )
+    first = stacked([s.first_latents[:frames] for s in samples if s.first_latents is not None], "first_frame_latent")
+    channels = channels_of(first.float().to(device))
+    if channels.shape[2] != geometry.in_dim - geometry.out_dim:
+        raise ValueError(
+            f"{samples[0].name} makes {channels.shape[2]} channels beside the latents, the network takes "
+            f"{geometry.in_dim - geometry.out_dim}: preprocess with its VAE"
+        )
+    if geometry.image_dim is None:
+        return Given(channels=channels)
+    bare = [s.name for s in samples if s.clip is None or s.clip.shape[-1] != geometry.image_dim]
+    if bare:
+        raise ValueError(
+            f"{bare[0]} has no clip_feature of width {geometry.image_dim}, which the network needs: preprocess with "
+            "--image_encoder"
+        )
+    return Given(channels=channels, image=stacked([s.clip for s in samples], "clip_feature").float().to(device))
