@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from trainer.preprocess_ode import preprocess_ode
 from trainer.preprocess_text import preprocess_text
-from trainer.preprocess_video import preprocess_video
+from trainer.preprocess_video import preprocess_images, preprocess_video
 from utils.cli import run_cli
 from utils.config import UserError
 
@@ -20,6 +20,7 @@ from utils.config import UserError
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "text": preprocess_text,  # prompts -> embeddings
     "video": preprocess_video,  # videos -> latents
+    "images": preprocess_images,  # first frames -> latents
     "ode": preprocess_ode,  # prompts -> trajectories of a teacher
 }
 

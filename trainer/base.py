@@ -18,6 +18,7 @@ from torch import Tensor
 from configs.schema import RunConfig, TrainingConfig
 from model.types import Conditioning, Evaluations, LossOutput
 from trainer.build import build_task
+from trainer.faults import SharedFaults
 from trainer.networks import Trained
 from trainer.sampling import sample
 from trainer.state import load_run, save_run
@@ -26,6 +27,7 @@ from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed
 from utils.agreement import FiniteCheck
 from utils.config import ConfigError, UserError, diff, save, to_plain
+from utils.data.stream import Stream
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
 from utils.parallel.mesh import Mesh, build_mesh
@@ -78,6 +80,7 @@ class Trainer(ABC):
         self.validation_prompts = read_prompts(config.validation, self.task)
         self.networks: dict[str, Trained] = {}
         self.build()
+        self.faults = SharedFaults(self.streams())
         self.checkpoints = options.logdir / "checkpoints"
         cadence = config.checkpoint
         self.saver = checkpoint.Saver(
@@ -159,18 +162,22 @@ class Trainer(ABC):
     )
 
     def _vitals(self, seconds: float) -> dict[str, float]:
+        sums = distributed.all_reduce_scalars(
+            {"frames": float(self.evaluations.total_frames), "corrupt": self.faults.count}
+        )
         return {
             "step_seconds": seconds,
             "samples_per_second": self.config.training.global_batch_size / seconds,
             "peak_memory_gib": distributed.all_reduce_scalars({"gib": peak_memory_gib()}, "max")["gib"],
-            "network_evaluations": float(self.total_evaluations()),
+            # videos through a network so far, in training, over all ranks: latent frames evaluated / frames of a video
+            "network_evaluations": sums["frames"] / self.mesh.sequence / self.task.latent_shape[0],
             "skipped_updates": float(self.skipped),
+            **self.faults.agree(sums["corrupt"]),
         }
 
-    def total_evaluations(self) -> float:
-        """Videos through a network so far, in training, over all ranks: latent frames evaluated / frames of a video."""
-        frames = self.summed({"frames": float(self.evaluations.total_frames)})["frames"]
-        return frames / self.task.latent_shape[0]
+    def streams(self) -> Sequence[Stream]:
+        """What the run reads samples from."""
+        return self.task.streams
 
     def summed(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over the batches that run at a time: the ranks of a sequence group share one, and count once."""

@@ -5,6 +5,7 @@ B batch  S stored points  F latent frames
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from trainer.given import gives
 from trainer.stored import StoredPairs
 from utils import activity, distributed
 from utils.config import config_hash
+from utils.data.stream import Stream
 from utils.logging import Progress
 from utils.random import Noise, keyed_seed
 
@@ -50,6 +52,9 @@ class ODETrainer(Trainer):
         assert config.teacher is not None
         self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device, self.mesh)
         self.trajectories, self.sigmas_S = self._load_or_make()
+
+    def streams(self) -> Sequence[Stream]:
+        return [*self.task.streams, *([] if self.stored is None else [self.stored.stream])]
 
     def training_step(self) -> dict[str, float]:
         return self.update(self.networks["student"], self.batch("ode"), self.loss)

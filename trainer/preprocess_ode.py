@@ -17,9 +17,11 @@ from torch import Tensor
 from configs.schema import RunConfig, TrainerKind
 from model.ode_regression import store_levels
 from model.schedule import uniform_sigmas
-from model.types import Evaluations
+from model.types import Conditioning, Evaluations
+from model.wan.vae import STRIDE_T
 from pipeline.bidirectional_inference import euler_trajectory
 from trainer.build import build_frozen, build_task
+from trainer.task import Task
 from utils import distributed
 from utils.cli import Parser
 from utils.config import UserError, load, to_plain
@@ -49,10 +51,11 @@ def preprocess_ode(argv: Sequence[str]) -> int:
         raise UserError(f"--share: {problem}") from None
     distributed.init()
     mesh = build_mesh(config.parallel, distributed.world_size())
-    make, levels = trajectories(config, mesh)
+    task = build_task(config, distributed.device())
+    make, levels = trajectories(config, mesh, task)
     try:
         report = write_ode(
-            build_task(config, distributed.device()).prompts(range(config.ode.pairs)),
+            task.prompts(range(config.ode.pairs)),
             make,
             levels,
             args.out,
@@ -62,6 +65,7 @@ def preprocess_ode(argv: Sequence[str]) -> int:
             share=Share(job.index * mesh.dp_size + mesh.dp_rank, job.count * mesh.dp_size),
             together=_most if mesh.world > 1 else None,
             writes=mesh.sequence_rank == 0,
+            given=lambda positions: _stored(task.conditions(positions)),
             dtype=PRECISIONS[args.dtype],
             show=distributed.is_main(),
         )
@@ -72,24 +76,30 @@ def preprocess_ode(argv: Sequence[str]) -> int:
     return 0
 
 
-def trajectories(config: RunConfig, mesh: Mesh) -> tuple[MakeTrajectories, list[float]]:
+def trajectories(config: RunConfig, mesh: Mesh, task: Task) -> tuple[MakeTrajectories, list[float]]:
     """What makes trajectories [B, S, F, C, H, W] on the CPU, draws by position; and the stored levels [S]."""
     assert config.teacher is not None
     device, settings = distributed.device(), config.ode
-    task = build_task(config, device)
     teacher = build_frozen(config, config.teacher, "teacher", Evaluations(), device, mesh)
     grid = uniform_sigmas(settings.steps, settings.shift)
     keep = sorted({*store_levels(grid, config.schedule.sigmas()), len(grid)})
 
     @torch.no_grad()
-    def make(positions: range, prompts: Sequence[str]) -> Tensor:
+    def make(positions: range, _prompts: Sequence[str]) -> Tensor:
         source = Noise(keyed_seed(config.seed, "ode_pairs"), 0, positions, device)
         noise = source.normal("noise", task.latent_shape)
-        text, negative = task.conditioning(prompts).text, task.negative(len(positions))
-        states = enumerate(euler_trajectory(teacher, noise, text, negative, grid, settings.guidance))
+        given, negative = task.conditions(positions), task.negative(len(positions))
+        states = enumerate(euler_trajectory(teacher, noise, given, negative, grid, settings.guidance))
         return torch.stack([x.cpu() for index, x in states if index in keep], dim=1)
 
     return make, [[*grid, 0.0][index] for index in keep]
+
+
+def _stored(given: Conditioning) -> dict[str, Tensor]:
+    """What a trajectory was made from beside its prompt, and does not hold itself; by Sample's fields."""
+    latents = None if given.channels is None else given.channels[:, :, STRIDE_T:]
+    fields = {"first_latents": latents, "clip": given.image}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _most(count: int) -> int:

@@ -154,6 +154,19 @@ def gather_rows(own: Tensor, rows: Sequence[int]) -> Tensor | None:
     return torch.cat(parts)
 
 
+def union(own: Iterable[int]) -> set[int]:
+    """The whole numbers from 0 on that any process holds."""
+    numbers = sorted(set(own))
+    if world_size() == 1:
+        return set(numbers)
+    most = int(all_reduce_scalars({"count": float(len(numbers))}, "max")["count"])
+    padded = torch.tensor(numbers + [-1] * (most - len(numbers)), dtype=torch.int64, device=device())
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    with doing("gather numbers of all ranks"):
+        dist.all_gather(parts, padded)
+        return {number for part in parts for number in part.tolist() if number >= 0}
+
+
 def all_gather_text(text: str, size: int = 256) -> list[str]:
     """The short texts of all processes, by rank; each cut to ``size`` bytes of UTF-8."""
     if world_size() == 1:

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from utils.data.stream import CorruptSample, Faults, Sample
 from utils.random import keyed_seed
 
 console = logging.getLogger("fewstep")
+
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF: the tag, and its values where height and width are swapped
 
 
 class Start(StrEnum):
@@ -61,6 +64,12 @@ class VideoClips:
         self.media = [media for shard in shards for media in shard]
         self.shard_sizes = [len(shard) for shard in shards]
         self.plan, self.sizes, self.pace, self.start, self.seed = plan, list(sizes), pace, start, seed
+
+    media_type = "video"
+
+    def video_frames(self, item: int) -> int:
+        """Frames of the video that a model makes of this item, or sees: here the clip's."""
+        return self.sizes[self.plan.bucket_of[item]].frames
 
     def buckets(self) -> list[list[list[int]]]:
         """Items by bucket and shard, as `BucketOrder` takes them."""
@@ -106,6 +115,27 @@ class Images:
         return Sample(media.name, media.text(), pixels=decode_image(media, self.size))
 
 
+class ImageClips(VideoClips):
+    """Images as clips of one frame, in buckets by aspect. sizes: of the videos that begin with them, frames included;
+    plan: of `plan_clips` with `header=probe_image`, for sizes of one frame."""
+
+    media_type = "image"
+
+    def __init__(self, shards: Sequence[Sequence[Media]], plan: Plan, sizes: Sequence[Size]) -> None:
+        super().__init__(shards, plan, [replace(size, frames=1) for size in sizes], Pace(), Start.first)
+        self.lengths = [size.frames for size in sizes]
+
+    def read(self, item: int, position: int) -> Sample:
+        """The image `item`: pixels [1, 3, H, W]. Raises CorruptSample."""
+        del position  # nothing is drawn
+        media = self.media[item]
+        pixels = decode_image(media, self.sizes[self.plan.bucket_of[item]])
+        return Sample(media.name, media.text(), pixels=pixels)
+
+    def video_frames(self, item: int) -> int:
+        return self.lengths[self.plan.bucket_of[item]]
+
+
 def plan_clips(
     shards: Sequence[Sequence[Media]],
     sizes: Sequence[Size],
@@ -114,16 +144,17 @@ def plan_clips(
     cache: Path | None = None,
     max_corrupt: float = 0.01,
     threads: int = 8,
+    header: Callable[[Media], Info] | None = None,
 ) -> Plan:
     """Reads every video's header and chooses its bucket. What suits none is left out, in one line of warning.
 
     cache: a JSON file of the headers, read where it is there and written whole; then only new files are opened.
-    Raises TooManyCorrupt, or ValueError where no video suits a bucket.
+    header: reads one; null is `probe`, of videos. Raises TooManyCorrupt, or ValueError where no video suits a bucket.
     """
     media = [one for shard in shards for one in shard]
     faults = Faults(len(media), max_corrupt)
     plan = Plan({}, {}, {})
-    for item, found in enumerate(_headers(media, cache, threads)):
+    for item, found in enumerate(_headers(media, cache, threads, header or probe)):
         if isinstance(found, CorruptSample):
             faults.add(item, found)
             continue
@@ -160,6 +191,19 @@ def probe(media: Media) -> Info:
     except (av.FFmpegError, OSError, IndexError, StopIteration) as problem:
         raise CorruptSample(f"{media.name} cannot be decoded: {problem or 'no frame in it'}") from None
     return Info(frames, fps, *((width, height) if turned else (height, width)))
+
+
+def probe_image(media: Media) -> Info:
+    """An image's header, as a video of one frame. Raises CorruptSample."""
+    from PIL import Image
+
+    try:
+        with media.part.open() as file, Image.open(file) as image:
+            turned = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+            width, height = image.size
+    except (OSError, ValueError, SyntaxError) as problem:
+        raise CorruptSample(f"{media.name} cannot be decoded: {problem}") from None
+    return Info(1, 1.0, *((width, height) if turned else (height, width)))
 
 
 def decode_clip(media: Media, size: Size, pace: Pace, source_fps: float, begin: float = 0.0) -> Tensor:
@@ -244,7 +288,9 @@ def _seconds(duration: int | None, time_base: Any, container_duration: int | Non
     return (container_duration or 0) / 1e6  # AV_TIME_BASE: microseconds
 
 
-def _headers(media: Sequence[Media], cache: Path | None, threads: int) -> Iterator[Info | CorruptSample]:
+def _headers(
+    media: Sequence[Media], cache: Path | None, threads: int, header: Callable[[Media], Info]
+) -> Iterator[Info | CorruptSample]:
     """The header of each video in order, from the cache where the file is the one that was seen."""
     known: dict[str, dict[str, Any]] = {}
     if cache is not None and cache.is_file():
@@ -255,7 +301,7 @@ def _headers(media: Sequence[Media], cache: Path | None, threads: int) -> Iterat
     keys = [_identity(one) for one in media]
     with ThreadPoolExecutor(threads) as pool:
         new = {key: one for key, one in zip(keys, media, strict=True) if key not in known}
-        for key, found in zip(new, pool.map(_probed, new.values()), strict=True):
+        for key, found in zip(new, pool.map(functools.partial(_probed, header), new.values()), strict=True):
             known[key] = {"corrupt": str(found)} if isinstance(found, CorruptSample) else asdict(found)
     if cache is not None and new:
         with atomic(cache) as partial:
@@ -264,9 +310,9 @@ def _headers(media: Sequence[Media], cache: Path | None, threads: int) -> Iterat
         yield CorruptSample(known[key]["corrupt"]) if "corrupt" in known[key] else Info(**known[key])
 
 
-def _probed(media: Media) -> Info | CorruptSample:
+def _probed(header: Callable[[Media], Info], media: Media) -> Info | CorruptSample:
     try:
-        return probe(media)
+        return header(media)
     except CorruptSample as problem:
         return problem
 

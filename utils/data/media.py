@@ -2,6 +2,7 @@
 
 Captions: `a.mp4` beside `a.txt` (the text) or `a.json` (field `caption`, `prompt` or `text`), in a folder as in a tar;
 or a .csv, .jsonl, .json or .parquet table that names files. Nothing is read but names until a sample is asked for.
+Where nothing has a caption all captions are empty; where only some lack one, those samples are corrupt.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from utils.data.shard_files import arrow, found_files
 from utils.data.stream import CorruptSample
+
+console = logging.getLogger("fewstep")
 
 VIDEOS: Final = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".gif")
 IMAGES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -90,6 +94,10 @@ def find_media(
         shards = [_of_folder(path, kinds)]
     if not any(shards):
         raise ValueError(f"data: {path} holds no {', '.join(kinds)} in its tar files")
+    media = [one for shard in shards for one in shard]
+    if all(one.caption is None for one in media):
+        console.warning("%s: none of %d files has a caption: all captions are empty", path, len(media))
+        return [[replace(one, caption="") for one in shard] for shard in shards]
     return shards
 
 
@@ -141,12 +149,13 @@ def _of_tar(path: Path, suffixes: tuple[str, ...]) -> list[Media]:
 
 
 def _of_table(table: Path, root: Path) -> list[Media]:
-    out = []
-    for number, row in enumerate(_rows(table), start=1):
+    rows, out = list(_rows(table)), []
+    has_captions = any(caption_of(row) is not None for row in rows)
+    for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise ValueError(f"data: {table}, row {number} is no table of fields but {row!r}")
         file = next((row[name] for name in FILE_COLUMNS if row.get(name)), None)
-        caption = caption_of(row)
+        caption = caption_of(row) if has_captions else ""
         if file is None or caption is None:
             raise ValueError(
                 f"data: {table}, row {number} needs a file (column {', '.join(FILE_COLUMNS[:4])}, ...) and a caption "

@@ -2,8 +2,10 @@
 
 A tensor is three columns, `{name}_bytes`, `{name}_shape`, `{name}_dtype`; of these `vae_latent` [C, F, H, W],
 `text_embedding` [L, D], and for I2V `first_frame_latent` [C, F, H, W] and `clip_feature` [L, D]; of a trajectory
-`trajectory_latents` [S, C, F, H, W] and `trajectory_timesteps` [S]. FastVideo's latents are the VAE's raw ones and are
-normalised in training; ours say so in the file's metadata (`fewstep.normalised`). Ours are [F, C, H, W] in a Sample.
+`trajectory_latents` [S, C, F, H, W] and `trajectory_timesteps` [S]. FastVideo's `vae_latent` is the VAE's raw one and
+is normalised in training; ours say so in the file's metadata (`fewstep.normalised`). `first_frame_latent`, which its
+network sees as it is stored, is normalised in its files and in ours. Ours are [F, C, H, W] in a Sample. FastVideo's I2V
+layout has a `pil_image` too, which it leaves empty, and so do we.
 """
 
 # F latent frames  C channels  H W latent size  L text tokens  D text channels  S stored points
@@ -132,7 +134,7 @@ class ParquetFolder:
             caption=row.get("caption") or row.get("prompt") or "",
             text=_unbatched(text, 2),
             latents=self._frames_first(latent, name, raw) if points is None else points[-1],
-            first_latents=self._frames_first(first, name, raw),
+            first_latents=self._frames_first(first, name, raw=False),
             clip=_unbatched(clip, 2),
             trajectory=points,
             sigmas=None if timesteps is None else left_levels(timesteps),
@@ -184,9 +186,9 @@ def write_parquet(
 ) -> None:
     """Writes latents in FastVideo's T2V (or, with `first_latents` or `clip`, I2V) layout; the file appears whole.
 
-    normalised: what the latents are. For FastVideo to read them they must be raw, and `dtype` float32. facts: what else
-    a row says (width, height, num_frames, duration_sec, fps, media_type). A row is a group by default: random reads
-    then bring no other rows.
+    normalised: what the latents are; first frames always are. For FastVideo to read them they must be raw, and `dtype`
+    float32. facts: what else a row says (width, height, num_frames, duration_sec, fps, media_type). A row is a group by
+    default: random reads then bring no other rows.
     """
     pa, pq = arrow()
     rows = []
@@ -204,6 +206,8 @@ def write_parquet(
     tensors = _TENSORS if any(f"{name}_bytes" in row for name in _TENSORS[2:] for row in rows) else _TENSORS[:2]
     notes = {NORMALISED: b"true" if normalised else b"false"}
     notes |= {key.encode(): value.encode() for key, value in (metadata or {}).items()}
+    if tensors is _TENSORS:
+        rows = [{"pil_image_bytes": b"", "pil_image_shape": [], "pil_image_dtype": ""} | row for row in rows]
     table = pa.Table.from_pylist(rows, schema=pa.schema(_fields(tensors), metadata=notes))
     with atomic(path) as partial:
         pq.write_table(table, partial, row_group_size=rows_per_group, compression="zstd")
@@ -212,7 +216,7 @@ def write_parquet(
 def _fields(tensors: Sequence[str]) -> list[Any]:
     pa, _ = arrow()
     out = [pa.field("id", pa.string())]
-    for name in tensors:
+    for name in [*tensors, *(["pil_image"] if len(tensors) > 2 else [])]:
         out.append(pa.field(f"{name}_bytes", pa.binary()))
         out.append(pa.field(f"{name}_shape", pa.list_(pa.int64())))
         out.append(pa.field(f"{name}_dtype", pa.string()))

@@ -17,13 +17,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from utils.data.clips import VideoClips
+from utils.data.clips import ImageClips, VideoClips
 from utils.data.parquet import read_metadata, write_parquet
 from utils.data.safetensors_shards import read_header, write_latents, write_trajectories
 from utils.data.stream import MAX_CORRUPT, CorruptSample, Faults, Sample
@@ -31,6 +32,9 @@ from utils.data.tensors import Statistics
 from utils.logging import Progress
 
 EncodeVideo = Callable[[Tensor], Tensor]  # pixels [B, T, 3, H, W] in [0, 1] -> normalised latents [B, F, C, H, W]
+EncodeGiven = Callable[
+    [int, Tensor], Mapping[str, Tensor]
+]  # a video's frames, first ones [B, 3, H, W] -> Sample fields
 EncodeText = Callable[[Sequence[str]], Sequence[Tensor]]  # captions -> embeddings [L, D] without padding
 MakeTrajectories = Callable[[range, Sequence[str]], Tensor]  # positions, their prompts -> [B, S, F, C, H, W]
 
@@ -117,6 +121,7 @@ def encode_videos(
     *,
     settings: Mapping[str, Any],
     encode_text: EncodeText | None = None,
+    encode_given: EncodeGiven | None = None,
     raw: Statistics | None = None,
     kind: str = "parquet",
     rows: int = 64,
@@ -127,6 +132,9 @@ def encode_videos(
     show: bool = True,
 ) -> Report:
     """Writes the latents (and with `encode_text` the embeddings) of this share's clips; resumes where it stopped.
+
+    encode_given: what image-to-video networks see of the first frame: `first_latents` [B, F, C, H, W], and maybe `clip`
+    [B, L, D].
 
     settings: what else decides the numbers, such as the VAE's name: files of other settings are refused. raw: the VAE's
     statistics, to store latents as FastVideo does. batch: clips of one bucket encoded together. Clips that cannot be
@@ -141,18 +149,20 @@ def encode_videos(
     items = sorted(clips.plan.bucket_of)
     source = [(clips.media[item].name, str(clips.media[item].caption), clips.plan.bucket_of[item]) for item in items]
     facts = [dataclasses.asdict(clips.pace), list(map(str, clips.sizes)), str(clips.start), clips.seed]
+    facts += [clips.lengths] if isinstance(clips, ImageClips) else []
     stored = [str(dtype), None if raw is None else dataclasses.asdict(raw)]
     files = Files(out, "latents", SUFFIXES[kind], len(items), rows, _digest([source, facts, stored, dict(settings)]))
     todo, report = files.missing(share), Report()
     report.there = len(range(share.index, files.count, share.count)) - len(todo)
     faults = Faults(max(sum(len(files.items(n)) for n in range(share.index, files.count, share.count)), 1), max_corrupt)
-    progress = Progress(sum(len(files.items(n)) for n in todo), desc="videos", is_main=show)
+    progress = Progress(sum(len(files.items(n)) for n in todo), desc=f"{clips.media_type}s", is_main=show)
     seen = 0
     for number in todo:
         own = [items[i] for i in files.items(number)]
         made: dict[int, Sample] = {}
         for group in _batches(own, clips, faults, batch):
-            made |= _encoded(group, encode, encode_text, raw)
+            given = partial(encode_given, clips.video_frames(group[0][0])) if encode_given else None
+            made |= _encoded(group, encode, encode_text, given, raw)
             progress.update(seen + len(made), {"file": number, "corrupt": len(faults.reasons)})
         seen += len(own)
         if len(made) < len(own):
@@ -177,6 +187,7 @@ def write_ode(
     share: Share = Share(),  # noqa: B008 - immutable
     together: Callable[[int], int] | None = None,
     writes: bool = True,
+    given: Callable[[range], Mapping[str, Tensor]] | None = None,
     dtype: torch.dtype = torch.float32,
     show: bool = True,
 ) -> Report:
@@ -185,7 +196,8 @@ def write_ode(
     make: draws by position (a prompt's number), so nothing depends on who makes what. settings: steps, shift, guidance,
     teacher, seed; with the prompts and levels they are the files' identity, and their metadata. together: the most of a
     number over all ranks, where `make` needs all of them (a sharded teacher): a rank that is done goes on making and
-    throws it away. writes: false for the ranks that make the same as another one (a sequence group).
+    throws it away. writes: false for the ranks that make the same as another one (a sequence group). given: what
+    trajectories of positions are made from beside their prompts (see `write_trajectories`).
 
     Raises ValueError for another job's files in `out`, levels that do not fall to 0, and trajectories of another size
     or with NaN.
@@ -213,8 +225,10 @@ def write_ode(
             progress.update(seen, {"file": number})
         captions = [prompts[i] for i in files.items(number)]
         if writes:
-            x = torch.cat(rows_made)
-            write_trajectories(files.path(number), x, torch.tensor(levels), captions, metadata=notes, dtype=dtype)
+            write_trajectories(
+                files.path(number), torch.cat(rows_made), torch.tensor(levels), captions, metadata=notes, dtype=dtype,
+                given=given(files.items(number)) if given else None,
+            )  # fmt: skip
         report.made, report.rows = report.made + 1, report.rows + len(captions)
     for _ in range(most - calls):
         positions = range(min(batch, len(prompts)))
@@ -242,17 +256,24 @@ def _batches(items: Sequence[int], clips: VideoClips, faults: Faults, batch: int
 
 
 def _encoded(
-    group: Sequence[tuple[int, Sample]], encode: EncodeVideo, encode_text: EncodeText | None, raw: Statistics | None
+    group: Sequence[tuple[int, Sample]],
+    encode: EncodeVideo,
+    encode_text: EncodeText | None,
+    encode_given: Callable[[Tensor], Mapping[str, Tensor]] | None,
+    raw: Statistics | None,
 ) -> dict[int, Sample]:
-    pixels = [sample.pixels for _, sample in group if sample.pixels is not None]
-    latents_BFCHW = encode(torch.stack(pixels)).detach().float().cpu()
+    pixels_BTCHW = torch.stack([sample.pixels for _, sample in group if sample.pixels is not None])
+    fields = {"latents": encode(pixels_BTCHW), **(encode_given(pixels_BTCHW[:, 0]) if encode_given else {})}
     texts = encode_text([sample.caption for _, sample in group]) if encode_text else [None] * len(group)
     out = {}
-    for (item, sample), latents, text in zip(group, latents_BFCHW, texts, strict=True):
-        if not torch.isfinite(latents).all():
-            raise ValueError(f"the VAE's latents of {sample.name} hold NaN or infinity: encode in another precision")
-        latents = latents if raw is None else raw.denormalise(latents)
-        out[item] = dataclasses.replace(sample, pixels=None, latents=latents, text=None if text is None else text.cpu())
+    for row, ((item, sample), text) in enumerate(zip(group, texts, strict=True)):
+        own: dict[str, Any] = {name: value[row].detach().float().cpu() for name, value in fields.items()}
+        for name, value in own.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"the {name} of {sample.name} hold NaN or infinity: encode in another precision")
+        if raw is not None:
+            own["latents"] = raw.denormalise(own["latents"])
+        out[item] = dataclasses.replace(sample, pixels=None, text=None if text is None else text.cpu(), **own)
     return out
 
 
@@ -275,8 +296,8 @@ def _write_latents(
     for item, _ in rows:
         size, info = clips.sizes[clips.plan.bucket_of[item]], clips.plan.infos[item]
         fps = 1 / clips.pace.step(info.fps)
-        facts.append({"width": size.width, "height": size.height, "num_frames": size.frames, "fps": fps,
-                      "duration_sec": size.frames / fps})  # fmt: skip
+        facts.append({"media_type": clips.media_type, "width": size.width, "height": size.height,
+                      "num_frames": size.frames, "fps": fps, "duration_sec": size.frames / fps})  # fmt: skip
     write_parquet(path, samples, normalised=raw is None, metadata=notes, facts=facts, dtype=dtype)
 
 

@@ -1,7 +1,8 @@
 """Latents and ODE trajectories in safetensors shards: what preprocessing writes, and what is read one row at a time.
 
     latents:       `{row}.latents` [F, C, H, W] of any size, `{row}.text` [L, D], `{row}.first_latents`, `{row}.clip`
-    trajectories:  `x` [N, S, F, C, H, W] and `sigma` [S]: from noise to clean, and the noise level of each point
+    trajectories:  `x` [N, S, F, C, H, W] and `sigma` [S]: from noise to clean, and the noise level of each point; for
+                   image-to-video `first_latents` [N, F, C, H, W] and `clip` [N, L, D]
 
 Names and captions are JSON in the file's metadata, under `names` and `captions`.
 """
@@ -26,7 +27,8 @@ from utils.data.tensors import Statistics, finite
 
 LATENTS: Final = "fewstep latents 1"
 TRAJECTORIES: Final = "fewstep trajectories 1"
-_FIELDS: Final = ("latents", "text", "first_latents", "clip")
+_GIVEN: Final = ("first_latents", "clip")
+_FIELDS: Final = ("latents", "text", *_GIVEN)
 
 
 class SafetensorsFolder:
@@ -71,14 +73,19 @@ class SafetensorsFolder:
             with safe_open(file, "pt") as opened:
                 if self.is_trajectory:
                     x = finite(opened.get_slice("x")[row].float(), where)
-                    return Sample(name, header["captions"][row], latents=x[-1], trajectory=x, sigmas=self.sigmas)
+                    given = {f: finite(opened.get_slice(f)[row].float(), where) for f in _GIVEN if f in opened.keys()}
+                    return Sample(
+                        name, header["captions"][row], latents=x[-1], trajectory=x, sigmas=self.sigmas, **given
+                    )
                 keys = set(opened.keys())
                 found = {f: opened.get_tensor(f"{row}.{f}") for f in _FIELDS if f"{row}.{f}" in keys}
         except (OSError, SafetensorError) as problem:
             raise CorruptSample(f"{where} cannot be read: {problem}") from None
         if "latents" not in found:
             raise CorruptSample(f"{where} has no latents")
-        found = {f: self._normalised(tensor, file, where) if "latents" in f else tensor for f, tensor in found.items()}
+        found["latents"] = self._normalised(found["latents"], file, where)
+        if "first_latents" in found:  # normalised in any file
+            found["first_latents"] = finite(found["first_latents"].float(), where)
         return Sample(name, header["captions"][row], **found)
 
     def shapes(self) -> list[tuple[int, ...]]:
@@ -159,14 +166,22 @@ def write_trajectories(
     names: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
+    given: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes one shard of trajectories; the file appears whole. Raises ValueError where the sizes do not agree."""
+    """Writes one shard of trajectories; the file appears whole. Raises ValueError where the sizes do not agree.
+
+    given: what they were made from beside their captions: `first_latents` [N, F, C, H, W], `clip` [N, L, D].
+    """
     if x_NSFCHW.ndim != 6 or x_NSFCHW.shape[:2] != (len(captions), len(sigmas_S)):
         raise ValueError(
             f"data: {len(captions)} trajectories at {len(sigmas_S)} levels are [N, S, F, C, H, W], "
             f"got {list(x_NSFCHW.shape)}"
         )
     tensors = {"x": x_NSFCHW.detach().to("cpu", dtype).contiguous(), "sigma": sigmas_S.detach().cpu().float()}
+    for name, tensor in (given or {}).items():
+        if name not in _GIVEN or len(tensor) != len(captions):
+            raise ValueError(f"data: {name} {list(tensor.shape)} is not {' or '.join(_GIVEN)} of {len(captions)} rows")
+        tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
     header = {"format": TRAJECTORIES, **(metadata or {})}
     _write(path, tensors, header, names or [""] * len(captions), captions)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -36,9 +36,9 @@ class Sample:
     """One sample of any kind of data; what a kind does not have is None.
 
     name: what to call it in a message. text: embedding [L, D] without padding. latents: [F, C, H, W], normalised as the
-    network sees them. first_latents: of the given first frame, [F', C, H, W]. clip: image embedding [L, D].
-    pixels: [T, 3, H, W] in [0, 1] (an image has T = 1). trajectory: [S, F, C, H, W], from noise to clean (`latents` is
-    its clean end), and its noise levels sigmas [S].
+    network sees them. first_latents: of the given first frame and grey ones after it, [F', C, H, W], normalised too.
+    clip: image embedding [L, D]. pixels: [T, 3, H, W] in [0, 1] (an image has T = 1). trajectory: [S, F, C, H, W], from
+    noise to clean (`latents` is its clean end), and its noise levels sigmas [S].
     """
 
     name: str
@@ -67,7 +67,7 @@ class Source(Protocol):
 class Faults:
     """Which items of a data set of `size` could not be read. Raises TooManyCorrupt beyond the share `limit`.
 
-    Each rank counts what it met itself. An item is named once however often it is met.
+    Each rank counts what it met itself, and `join` adds what others did. An item is named once however often it is met.
     """
 
     def __init__(self, size: int, limit: float = MAX_CORRUPT) -> None:
@@ -85,10 +85,21 @@ class Faults:
                 return
             self.reasons[item] = reason
         console.warning("corrupt sample skipped (%d so far): %s", len(self.reasons), reason)
+        self._check(reason)
+
+    def join(self, items: Iterable[int]) -> None:
+        """Counts items that other ranks could not read. Raises TooManyCorrupt."""
+        with self._lock:
+            for item in items:
+                self.reasons.setdefault(item, "another rank's log names it")
+        if self.reasons:
+            self._check(next(reversed(self.reasons.values())))
+
+    def _check(self, last: str) -> None:
         if len(self.reasons) > self.limit * self.size:
             raise TooManyCorrupt(
                 f"data: {len(self.reasons)} of {self.size} samples are corrupt, more than max_corrupt {self.limit:g} "
-                f"allows; the last: {reason}; repair or remove them, or raise max_corrupt"
+                f"allows; the last: {last}; repair or remove them, or raise max_corrupt"
             )
 
 
