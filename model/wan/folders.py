@@ -14,7 +14,8 @@ WHOLE, PIECES, PIECE = 1 << 20, 64, 1 << 14  # bytes of a small file; how many p
 
 
 def pipeline_folder(path: str | Path, parts: Sequence[str]) -> Path:
-    """The local folder of `path`: itself, or a Hub name's (`owner/name`), of which only `parts` are fetched.
+    """The local folder of `path`: itself, or a Hub name's (`owner/name`), of which only `parts` are fetched: folders,
+    or files by their names.
 
     Raises ValueError, one line, for what is neither there nor fetched (HF_HUB_OFFLINE is respected).
     """
@@ -22,7 +23,7 @@ def pipeline_folder(path: str | Path, parts: Sequence[str]) -> Path:
         return Path(path)
     if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise ValueError(f"{path} is no folder: give one in Diffusers' layout, or a Hub name (owner/name)")
-    return snapshot(str(path), None, [f"{part}/*" for part in parts])
+    return snapshot(str(path), None, [part if "." in part else f"{part}/*" for part in parts])
 
 
 def part_folder(path: str | Path, part: str) -> Path:
