@@ -19,15 +19,6 @@ def check_given(config: RunConfig, *, real: bool) -> None:
         raise ValueError("data.first_frame is false, but an i2v network always needs an image: set it null")
     if not data.gives_frame(kind, real=real):
         return
-    made = config.trainer.value == "ode" and config.ode.path is None
-    stored = config.trainer.value == "ode" and config.ode.path is not None
-    from_files = real or stored or data.images is not None
-    # an i2v run without prompts never trains: it is a model from elsewhere, and inference gives the image
-    if data.kind != "synthetic" and not from_files and (kind != "i2v" or data.prompts is not None):
-        raise ValueError(
-            "data.images is null, but networks are to be given a first frame: name a folder of preprocess.py images, "
-            "and set data.prompts null"
-        )
     if kind == "i2v":
         if config.rollout.num_training_frames not in (None, data.frames):
             raise ValueError(
@@ -35,6 +26,7 @@ def check_given(config: RunConfig, *, real: bool) -> None:
                 f"describe {data.frames} frames: set it null"
             )
         return
+    made = config.trainer.value == "ode" and config.ode.path is None
     teacher = "" if config.teacher is None else config.teacher.geometry().model_type
     if (kind == "t2v" and not config.is_causal) or (made and teacher == "t2v"):
         raise ValueError(
@@ -45,4 +37,15 @@ def check_given(config: RunConfig, *, real: bool) -> None:
         raise ValueError(
             f"causal.num_frame_per_block {config.causal.num_frame_per_block}: a given first frame is a block of its "
             "own: set causal.independent_first_frame to true"
+        )
+
+
+def check_images(config: RunConfig, *, real: bool) -> None:
+    """Raises ValueError for a run that would train on first frames and has none; inference brings its own."""
+    data, stored = config.data, config.trainer.value == "ode" and config.ode.path is not None
+    from_files = real or stored or data.images is not None or data.kind == "synthetic"
+    if data.gives_frame(config.student.geometry().model_type, real=real) and not from_files:
+        raise ValueError(
+            "data.images is null, but networks are to be given a first frame: name a folder of preprocess.py images, "
+            "and set data.prompts null"
         )

@@ -355,7 +355,7 @@ class RunConfig:
             self._check_distillation()
         if self.trainer is TrainerKind.ode and self.teacher is None and self.ode.path is None:
             raise ValueError("teacher is null: the ode trainer makes trajectories with one: set it, or ode.path")
-        needs = self._needs_data()
+        needs = self.needs_data()
         if needs and not self.data.real:
             raise ValueError(f"data.real is false, but {needs} needs real videos: set it to true")
         if needs and self.data.kind == "wan" and self.data.latents is None:
@@ -388,7 +388,8 @@ class RunConfig:
                     f"{section}.optimizer: clip_value is not for engine deepspeed: set clip_norm, or choose fsdp2"
                 )
 
-    def _needs_data(self) -> str | None:
+    def needs_data(self) -> str | None:
+        """What of the run needs real videos, in words; null where nothing does."""
         if self.trainer is TrainerKind.diffusion:
             return "trainer diffusion"
         from_data = (RolloutKind.noised_data, RolloutKind.diffusion_forcing)

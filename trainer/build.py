@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from configs.given import check_images
 from configs.schema import DataConfig, Precision, RunConfig, TrainedConfig, TrainerKind
 from model.ema import EMA
 from model.score import ScoreNet
@@ -219,6 +220,10 @@ def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:
 
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
+    try:
+        check_images(config, real=config.needs_data() is not None)
+    except ValueError as problem:
+        raise ConfigError(str(problem)) from None
     distributed.init()
     if config.parallel.engine == "deepspeed":
         deepspeed.start()

@@ -50,9 +50,12 @@ def video_command(
     kind = "images" if images else "videos"
     name = "images" if images else "video"
     parser = Parser(prog=f"preprocess.py {name}", description=f"Latents of {kind}, file by file.")
-    _options(parser, kind)
-    if not images:
+    if images:
+        parser.add_argument("--images", type=Path, required=True, help="folder of images, or of webdataset .tar shards")
+    else:
+        parser.add_argument("--videos", type=Path, required=True, help="folder of videos, or of webdataset .tar shards")
         _video_options(parser)
+    _options(parser, kind)
     add_options(parser)
     args = parser.parse_intermixed_args(argv)
     try:
@@ -99,7 +102,6 @@ def video_command(
 
 
 def _options(parser: argparse.ArgumentParser, kind: str) -> None:
-    parser.add_argument(f"--{kind}", type=Path, required=True, help=f"folder of {kind}, or of webdataset .tar shards")
     parser.add_argument("--captions", type=Path, help=".csv, .jsonl, .json or .parquet of files and captions")
     parser.add_argument("--out", type=Path, required=True, help="folder of the files; those that are there are skipped")
     parser.add_argument(
