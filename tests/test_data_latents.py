@@ -115,6 +115,7 @@ def test_round_trip(kind: str, first_frame: bool, tmp_path: Path) -> None:
     write(tmp_path / f"c.{suffix}", samples[3:], normalised=True, dtype=torch.bfloat16)
     folder: Any = ParquetFolder(tmp_path) if kind == "parquet" else SafetensorsFolder(tmp_path)
     assert sum(folder.shard_sizes) == 5 and folder.shapes() == [(F, C, H, W)] * 5
+    assert folder.captions() == [sample.caption for sample in samples]
     for i in range(3):
         same(folder.read(i, 0), samples[i])
     assert torch.equal(folder.read(4, 0).latents, samples[4].latents.bfloat16().float())
@@ -244,7 +245,7 @@ def test_self_forcings_lmdb(tmp_path: Path) -> None:
     store_lmdb(tmp_path / "ode/shard_1", rows[2:], ["c", "d", "ü"])
     levels = [1.0, 0.9, 0.5, 0.0]
     folder = LMDBFolder(tmp_path / "ode", levels)
-    assert folder.shard_sizes == [2, 3]
+    assert folder.shard_sizes == [2, 3] and folder.captions() == ["a", "b", "c", "d", "ü"]
     for i, prompt in enumerate(["a", "b", "c", "d", "ü"]):
         sample = folder.read(i, 0)
         assert torch.equal(sample.trajectory, torch.from_numpy(rows[i]).float()) and sample.caption == prompt

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from model.wan.image_encoder import image_channels, load_image_encoder
+from model.wan.text_encoder import toy_text_encoder
 from model.wan.vae import WanVAE
 from tests.nets import relative
+from tests.small import trainer
 from tests.test_data_videos import encode
 from tests.test_image_encoder import save_image_encoder
 from tests.vaes import small_vae
@@ -25,6 +27,7 @@ from utils.data.latents import open_latents
 from utils.data.media import IMAGES, find_media
 from utils.data.stream import CorruptSample
 from utils.data.tensors import Statistics
+from utils.video import read_video
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("diffusers")
@@ -156,3 +159,27 @@ def test_bad_options_are_one_line(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as caught:
             preprocess_images(command)
         assert "\n" not in str(caught.value)
+
+
+def test_a_run_from_image_files_to_a_validation_video(folder: Path, tmp_path: Path) -> None:
+    """An i2v student learns from the cache alone, and shows what it makes of the images."""
+    text = toy_text_encoder(["a wide one", "a tall one", ""], 6, 16, seed=0)
+    text.encoder.save_pretrained(tmp_path / "text/text_encoder")  # type: ignore[operator]
+    text.tokenizer.save_pretrained(tmp_path / "text/tokenizer")
+    where = ["--images", str(folder / "pictures"), "--vae", str(folder / "model"), "--bucket", "5x32x32"]
+    clip = ["--i2v", "--image_encoder", str(folder / "model"), "--vae_dtype", "fp32"]
+    assert preprocess_images([*where, *clip, "--out", str(tmp_path / "cache")]) == 0
+    sizes = {"dim": 24, "ffn_dim": 32, "num_layers": 1, "num_heads": 2, "text_dim": 16, "text_len": 6, "freq_dim": 16}
+    network = {"overrides": {**sizes, "in_dim": 36, "out_dim": 16, "model_type": "i2v", "image_dim": 20}}
+    data = {
+        **{"kind": "wan", "images": str(tmp_path / "cache"), "wan": {"frames": 2, "height": 4, "width": 4}},
+        **{"text": {"encoder": str(tmp_path / "text"), "dtype": "fp32"}},
+        **{"vae": {"path": str(folder / "model"), "dtype": "fp32"}},
+    }
+    run = trainer(
+        tmp_path / "run", data=data, student=network, teacher=network, critic=network,
+        causal={"num_frame_per_block": 1}, validation={"every": 1}, training={"max_steps": 1, "critic_warmup_steps": 0},
+    )  # fmt: skip
+    assert run.train() == 0
+    (shown,) = (tmp_path / "run").rglob("*.mp4")
+    assert read_video(shown).shape[0] == 5

@@ -89,6 +89,9 @@ def trajectories(config: RunConfig, mesh: Mesh, task: Task) -> tuple[MakeTraject
         source = Noise(keyed_seed(config.seed, "ode_pairs"), 0, positions, device)
         noise = source.normal("noise", task.latent_shape)
         given, negative = task.conditions(positions), task.negative(len(positions))
+        if any(stream.faults.reasons for stream in task.streams):
+            # another image took its place, and the files would say the caption of this one
+            raise UserError("data.images: an image cannot be read, the line above names it: repair it or remove it")
         states = enumerate(euler_trajectory(teacher, noise, given, negative, grid, settings.guidance))
         return torch.stack([x.cpu() for index, x in states if index in keep], dim=1)
 

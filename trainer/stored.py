@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ class Stored:
                 f"{key}: {path} holds latents of {list(odd[0])} and this run makes {list(latent_shape)} "
                 "(F, C, H, W): set the size in data to it"
             )
-        self.key, self.path, self.gives = key, path, gives
+        self.key, self.path, self.gives, self.source = key, path, gives, source
         self.stream = Stream(source, latent_order(source, 1, seed), seed)
 
     def _fits(self, found: Sequence[int], latent_shape: Sequence[int]) -> bool:
@@ -78,20 +79,33 @@ class StoredLatents(Stored):
 class StoredImages(Stored):
     """First frames and their captions. Videos are images too: of those the first frame."""
 
+    @cached_property
+    def captions(self) -> list[str]:
+        """Of every image, by its number in the folder. Raises UserError."""
+        try:
+            return self.source.captions()
+        except ValueError as problem:
+            raise UserError(f"{self.key}: {problem}") from None
+
+    def planned(self, positions: range) -> list[str]:
+        """The captions at these positions, as far as all images can be read. Raises UserError."""
+        return [self.captions[self.stream.order.index(position)] for position in positions]
+
     def read(self, positions: range) -> tuple[list[str], Given]:
         """Captions, and what networks are given. Raises UserError."""
-        return self.of(self.samples(positions))
+        samples = self.samples(positions)
+        return [sample.caption for sample in samples], self._given(samples)
 
-    def numbered(self, numbers: Iterable[int]) -> tuple[list[str], Given]:
-        """Of the images of these numbers in the folder. Raises UserError."""
+    def numbered(self, numbers: Iterable[int]) -> Given:
+        """What the images of these numbers in the folder give; they begin again after its end. Raises UserError."""
         try:
-            return self.of([self.stream.source.read(number, 0) for number in numbers])
+            return self._given([self.source.read(number % len(self.captions), 0) for number in numbers])
         except CorruptSample as problem:
             raise UserError(f"{self.key}: {problem}") from None
 
-    def of(self, samples: Sequence[Sample]) -> tuple[list[str], Given]:
+    def _given(self, samples: Sequence[Sample]) -> Given:
         try:
-            return [sample.caption for sample in samples], self.gives(samples)
+            return self.gives(samples)
         except ValueError as problem:
             raise UserError(f"{self.key}: {problem}") from None
 

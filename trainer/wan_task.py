@@ -136,14 +136,17 @@ class WanTask:
         self._check_first(geometry)
 
     def _check_first(self, geometry: WanConfig) -> None:
-        """Files that lack what the network needs are refused now. Raises ConfigError."""
+        """Files that lack what the network needs, and captions that have no embedding, are refused now."""
         try:
             if self.images is not None:
                 self.images.read(range(1))
+                self.text.check(self.images.captions)
             if self.videos is not None and geometry.model_type == "i2v":
                 self.videos.read(range(1))
         except UserError as problem:
             raise ConfigError(str(problem)) from None
+        except ValueError as problem:
+            raise ConfigError(f"data.images: {problem}") from None
 
     @cached_property
     def vae(self) -> WanVAE:
@@ -167,7 +170,7 @@ class WanTask:
     def prompts(self, positions: range) -> list[str]:
         """Training prompts at these positions of the endless shuffled library, or of the shuffled images."""
         if self.images is not None:
-            return self.images.read(positions)[0]
+            return self.images.planned(positions)
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
     def conditions(self, positions: range) -> Conditioning:
@@ -213,7 +216,7 @@ class WanTask:
     def validation_prompts(self, count: int) -> list[str]:
         """Without a library the captions of the images that `validation_given` shows. Raises UserError."""
         if self.images is not None:
-            return self.images.numbered(self._shown(range(count)))[0]
+            return (self.images.captions * count)[:count]
         if not self.library and self.videos is not None:
             return self.videos.read(range(count)).captions
         return spread(self.library, count)
@@ -221,12 +224,8 @@ class WanTask:
     def validation_given(self, numbers: range) -> Given:
         """Of the folder's first images, or of the first real videos. Raises UserError."""
         if self.images is not None:
-            return self.images.numbered(self._shown(numbers))[1]
+            return self.images.numbered(numbers)
         return Given() if self.videos is None else self.videos.read(numbers).given
-
-    def _shown(self, numbers: range) -> list[int]:
-        assert self.images is not None
-        return [number % self.images.stream.order.size for number in numbers]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

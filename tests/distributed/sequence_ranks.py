@@ -248,6 +248,7 @@ def main(rank: int, world: int, store: str, report: str) -> None:
     assert dist.group.WORLD is not None
     groups = {2: pairs[rank // 2], 4: dist.group.WORLD}
     found: dict[str, Any] = {"refusal": refusal(groups[4]), "alone": network(1, alone).sequence is None}
+    found["union"] = [sorted(distributed.union(range(rank))), sorted(distributed.union([]))]
     expected: dict[str, Result] = {}
     for name, case in CASES.items():
         one = name.removesuffix("_checkpointed")

@@ -58,6 +58,11 @@ def test_a_group_of_one_is_none_and_a_group_that_splits_no_heads_is_refused(foun
     assert found["refusal"] == "sequence parallelism over 4 ranks cannot split 3 heads: use one of 1, 3"
 
 
+@pytest.mark.slow
+def test_numbers_that_any_rank_holds_are_known_to_all(found: dict[str, Any]) -> None:
+    assert found["union"] == [[0, 1, 2], []]
+
+
 @pytest.mark.parametrize(
     ("heads", "degree", "legal"),
     [(40, 16, "1, 2, 4, 5, 8, 10, 20, 40"), (12, 8, "1, 2, 3, 4, 6, 12"), (12, 0, "1, 2, 3, 4, 6, 12")],

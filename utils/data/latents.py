@@ -15,13 +15,15 @@ from utils.data.tensors import Statistics
 
 
 class LatentSource(Protocol):
-    """A `Source` that knows the latents' shape (F, C, H, W) of every item without reading it."""
+    """A `Source` that knows the latents' shape (F, C, H, W) and the caption of every item without reading it."""
 
     shard_sizes: list[int]
 
     def read(self, item: int, position: int) -> Sample: ...
 
     def shapes(self) -> list[tuple[int, ...]]: ...
+
+    def captions(self) -> list[str]: ...
 
 
 def open_latents(

@@ -75,6 +75,12 @@ class LMDBFolder:
         """The latents' shape (F, C, H, W) of every row: to make buckets of."""
         return [shape[-4:] for shape in self.shapes_of for _ in range(shape[0])]
 
+    def captions(self) -> list[str]:
+        """The prompt of every row. Raises CorruptSample."""
+        rows = ((shard, row) for shard, size in enumerate(self.shard_sizes) for row in range(size))
+        where = str(self.path)
+        return [self._values(shard, row, where)[1].decode(errors="replace") for shard, row in rows]
+
     def close(self) -> None:
         """Closes the environments."""
         for environment in self.environments:

@@ -94,6 +94,16 @@ class ParquetFolder:
                 out.append((f[0] if f else 1, c, h, w))
         return out
 
+    def captions(self) -> list[str]:
+        """The caption of every row, from its column alone."""
+        _, pq = arrow()
+        out: list[str] = []
+        for file in dict.fromkeys(file for file, _ in self.groups):
+            names = [name for name in ("caption", "prompt") if name in pq.read_schema(file).names]
+            rows = pq.read_table(file, columns=names or ["id"]).to_pylist()
+            out += [row.get("caption") or row.get("prompt") or "" for row in rows]
+        return out
+
     def _index(self, file: Path, normalised: bool | None) -> None:
         pa, pq = arrow()
         try:

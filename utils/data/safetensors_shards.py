@@ -99,6 +99,10 @@ class SafetensorsFolder:
                     out += [tuple(opened.get_slice(f"{row}.latents").get_shape()) for row in range(size)]
         return out
 
+    def captions(self) -> list[str]:
+        """The caption of every row."""
+        return [caption for header in self.headers for caption in header["captions"]]
+
     def _normalised(self, latents: Tensor, file: Path, where: str) -> Tensor:
         out = finite(latents.float(), where)
         if file not in self._raw or self.statistics is None:
