@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from model.schedule import flow_match_euler_sigmas
+from model.score import ScoreNet
+from model.wan.config import WanConfig
 from model.wan.text_encoder import toy_text_encoder
 from pipeline.bidirectional_inference import euler_sample
+from pipeline.causal import CausalConfig
 from tests.nets import relative
 from tests.test_diffusers_parity import pair
 from tests.test_image_encoder import as_pil, picture, save_image_encoder
 from tests.vaes import small_vae
 from trainer import generate
-from trainer.generate import Generator
+from trainer.generate import Generator, Sampling
 from trainer.generate_cli import generate_videos, inference_args, open_generator
 from utils.config import UserError
 from utils.random import Noise
@@ -37,9 +40,7 @@ WIDTH, STEPS, SHIFT = 32, 4, 3.0
 KINDS = ("t2v", "t2v_experts", "i2v", "i2v_experts", "ti2v")
 
 
-def geometry(kind: str) -> Any:
-    from model.wan.config import WanConfig
-
+def geometry(kind: str) -> WanConfig:
     sizes: dict[str, Any] = {
         "dim": 24,
         "ffn_dim": 32,
@@ -203,6 +204,35 @@ def test_video_to_video_gives_the_pipelines_latents(
     )[0].transpose(1, 2)  # fmt: skip
     assert relative(made, expected) < 1e-4
     assert relative(generator(PROMPTS[:1], args.sampling, [0], clip=clip.flip(0)), expected) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["i2v", "i2v_experts"])
+@torch.no_grad()
+def test_a_few_step_student_of_such_a_network_takes_the_image(folders: Callable[[str], Path], kind: str) -> None:
+    """Bidirectional by hand; and block by block, where each block has its own channels. Its clip brings its image."""
+    model, _ = opened(folders(kind))
+    config = model.config
+    config.schedule.denoising_step_list = [1000.0, 500.0]
+    task, net = model.task, model.score.net.high if kind == "i2v_experts" else model.score.net  # type: ignore[union-attr]
+    student = Generator(config, ScoreNet(net, "student"), CPU, task=task)  # type: ignore[arg-type]
+    image = picture(32, 64)[None]
+    made = student(PROMPTS, Sampling(), [0, 1], image)
+    given, source, (first, second) = task.given(PROMPTS, image[None]), Noise(0, 0, [0, 1]), config.schedule.sigmas()
+    assert given.channels is not None and (given.image is None) == (kind == "i2v_experts")
+
+    def x0(x: Tensor, sigma: float) -> Tensor:
+        return x - sigma * net(x, torch.full((2,), sigma), given.text, channels=given.channels, image=given.image)  # type: ignore[no-any-return, operator]
+
+    fresh = source.normal("renoise.b0.s0", (3, 16, 4, 8))
+    by_hand = x0((1 - second) * x0(noise(student), first) + second * fresh, second)
+    assert relative(made, by_hand) < 1e-5
+    blocks = student.as_causal(CausalConfig(1), [1000.0, 500.0])
+    for way in (student, blocks):
+        expected = way(PROMPTS, Sampling(), [0, 1], image)
+        assert expected.shape == (2, 3, 16, 4, 8)
+        assert relative(way(PROMPTS, Sampling(), [0, 1], image.flip(-1)), expected) > 1e-3
+        clip = torch.cat([image, *[picture(32, 64, seed)[None] for seed in range(1, 9)]])
+        assert torch.equal(way(PROMPTS, Sampling(strength=1.0), [0, 1], clip=clip), expected)
 
 
 def test_the_image_option_makes_a_video(folders: Callable[[str], Path], tmp_path: Path) -> None:

@@ -35,17 +35,6 @@ class Footage(NamedTuple):
     clip: Tensor | None = None
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument("--image", type=Path, help="first frame of the video (image-to-video)")
-    given.add_argument("--video", type=Path, help="a clip, with --strength or --extend")
-    use = parser.add_mutually_exclusive_group()
-    use.add_argument("--strength", type=float, help="make --video anew: share of the steps, 1 keeps nothing of it")
-    use.add_argument(
-        "--extend", type=int, nargs="?", const=0, metavar="N", help="go on from the last N latent frames of --video"
-    )
-
-
 def footage_args(a: argparse.Namespace) -> FootageArgs:
     """Raises UserError for options that make no sense together."""
     used = next((name for name in ("strength", "extend") if getattr(a, name) is not None), None)

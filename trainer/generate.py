@@ -104,7 +104,8 @@ class Generator:
     def as_causal(self, causal: CausalConfig, steps: Sequence[float]) -> Generator:
         """The same weights run block by block with a step list: the undistilled baseline of a causal student."""
         schedule = replace(self.config.schedule, denoising_step_list=list(steps), warp_denoising_step=False)
-        return Generator(replace(self.config, causal=causal, schedule=schedule), self.score, self.device, causal=True)
+        config = replace(self.config, causal=causal, schedule=schedule)
+        return Generator(config, self.score, self.device, causal=True, task=self.task)
 
     def step_list(self, steps: int | None) -> tuple[float, ...]:
         """The student's noise levels, or an even choice among them. Raises UserError for more steps than it has."""
@@ -144,7 +145,8 @@ class Generator:
         first_frames [T, C, h, w], that all videos start with; clip [T, C, h, w], that all start from, noised as
         `sampling.strength` says. Raises UserError for what this network cannot do.
         """
-        self._refuse_unused(sampling, first_frames, clip)
+        self._refuse_unused(sampling)
+        self._refuse_given(sampling, first_frames, clip)
         conditioning = self._conditioning(prompts, sampling, first_frames, clip)
         source = Noise(sampling.seed, 0, ids, self.device)
         frames = self._frames(sampling, conditioning)
@@ -172,8 +174,8 @@ class Generator:
             raise UserError(f"--frames {frames}: {given} of them are given, nothing is left to generate: ask for more")
         return frames
 
-    def _refuse_unused(self, sampling: Sampling, first_frames: Tensor | None, clip: Tensor | None) -> None:
-        """UserError for what this network would silently ignore, or needs and lacks."""
+    def _refuse_unused(self, sampling: Sampling) -> None:
+        """UserError for options that this network would silently ignore."""
         given: dict[str, object]
         if not self.causal:
             kind, given = "a bidirectional network", {"window": sampling.window, "sinks": sampling.sinks}
@@ -187,14 +189,18 @@ class Generator:
             for name in ("guidance", "guidance_2", "solver"):
                 if getattr(sampling, name) is not None:
                     raise UserError(f"--{name}: a distilled student takes none: leave it out")
-        if (clip is None) != (sampling.strength is None) or (sampling.strength and not 0 < sampling.strength <= 1):
-            raise UserError(
-                f"--strength {sampling.strength}: give a clip and a share of the steps in (0, 1], or neither"
-            )
         if sampling.guidance_2 is not None and not isinstance(self.score.net, Experts):
             raise UserError("--guidance_2 is for models of two experts: this is one network: leave it out")
         if sampling.sinks is not None and sampling.window is None and self.config.causal.window_frames is None:
             raise UserError(f"--sinks {sampling.sinks}: without a window nothing is ever dropped: give --window too")
+
+    def _refuse_given(self, sampling: Sampling, first_frames: Tensor | None, clip: Tensor | None) -> None:
+        """UserError for an image or a clip that this network cannot take, or lacks."""
+        strength = sampling.strength
+        if (clip is None) != (strength is None) or (strength is not None and not 0 < strength <= 1):
+            raise UserError(f"--strength {strength}: give a clip and a share of the steps in (0, 1], or neither")
+        if clip is not None and first_frames is not None:
+            raise UserError("--strength makes a clip anew, from its own first frame: leave the image out")
         if first_frames is not None and not self.causal and self.model_type == "t2v":
             raise UserError(
                 "--image, --extend: a bidirectional network takes none unless it was made for it (model_type ti2v or "

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.bidirectional_inference import Solver
-from trainer.footage import FootageArgs, add_options, footage_args, read_footage
+from trainer.footage import FootageArgs, footage_args, read_footage
 from trainer.generate import Generator, Sampling, slug
 from trainer.pretrained import Model, load_model
 from utils.cli import Parser
@@ -42,8 +42,7 @@ class InferenceArgs:
     from_file: bool
 
 
-def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
-    """Parses the command line. Raises UserError."""
+def _parser() -> Parser:
     parser = Parser(prog="inference.py", description="Generate videos from a trained run.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run folder: its latest checkpoint is used")
@@ -64,13 +63,25 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     parser.add_argument("--guidance_2", type=float, help="of the low-noise expert, where a model has two")
     parser.add_argument("--solver", choices=[s.value for s in Solver], help="of a many-step network (default: its own)")
     parser.add_argument("--seed", type=int, default=0)
-    add_options(parser)
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--image", type=Path, help="first frame of the video (image-to-video)")
+    given.add_argument("--video", type=Path, help="a clip, with --strength or --extend")
+    use = parser.add_mutually_exclusive_group()
+    use.add_argument("--strength", type=float, help="make --video anew: share of the steps, 1 keeps nothing of it")
+    use.add_argument(
+        "--extend", type=int, nargs="?", const=0, metavar="N", help="go on from --video's last N latent frames"
+    )
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument("--format", choices=("mp4", "gif", "png"), default="mp4", help="png is a strip of frames")
     parser.add_argument("--fps", type=int, default=8)
     parser.add_argument("--scale", type=int, help="whole factor to enlarge pixels by (default: to a width of 128)")
     parser.add_argument("--batch", type=int, default=8, help="videos made at once")
-    a = parser.parse_args(argv)
+    return parser
+
+
+def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
+    """Parses the command line. Raises UserError."""
+    a = _parser().parse_args(argv)
     for name in ("frames", "steps", "fps", "scale", "batch"):
         if (value := getattr(a, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: give a number of at least 1")
