@@ -352,6 +352,7 @@ class RunConfig:
                 where = f"data.{self.data.kind}.frames"
                 raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}") from None
         self._check_networks()
+        self._check_adapters()
         if self.parallel.engine == "deepspeed":
             self._check_deepspeed()
 
@@ -367,6 +368,24 @@ class RunConfig:
                 raise ValueError(
                     f"{section}.optimizer: clip_value is not for engine deepspeed: set clip_norm, or choose fsdp2"
                 )
+
+    def _check_adapters(self) -> None:
+        trained = {name: net for name, net in (("student", self.student), ("critic", self.critic)) if net and net.lora}
+        if trained and self.parallel.engine == "deepspeed":
+            raise ValueError(f"{next(iter(trained))}.lora is not for engine deepspeed: choose fsdp2")
+        has_teacher = self.trainer is not TrainerKind.diffusion and self.ode.path is None
+        if self.teacher is None or not has_teacher:
+            return
+        sharing = {name: net for name, net in trained.items() if net.lora and net.lora.share}
+        for name, net in sharing.items():
+            if not net.same_weights(self.teacher):
+                raise ValueError(
+                    f"{name}.lora.share puts the adapter on the teacher's weights, but {name}.init is {net.init} and "
+                    f"teacher.init {self.teacher.init}: give it the teacher's preset and init, or set share to false"
+                )
+        looks = {(net.attention, net.checkpointing) for net in sharing.values()}
+        if len(looks) > 1:
+            raise ValueError("student and critic share one copy of the weights: give them one attention, checkpointing")
 
     def _needs_data(self) -> str | None:
         if self.trainer is TrainerKind.diffusion:
