@@ -110,7 +110,7 @@ def make(folder: Path, name: str, case: Case) -> Trainer:
         },
     )  # fmt: skip
     for network in NETWORKS:
-        if "lora" in case.get(network, {}):  # the shared copy is the teacher's
+        if "lora" in (case.get(network) or {}):  # the shared copy is the teacher's
             base = merged(base, {network: {"init": base["teacher"]["init"]}})
     return trainer(folder / f"run_{distributed.world_size()}_{name}", base, **case)
 
