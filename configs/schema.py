@@ -75,8 +75,9 @@ class DataConfig:
 
     real: whether training may look at real videos; false is data-free, from prompts alone.
     toy, synthetic, wan: the section of the kind that is used gives a video's size.
-    text, vae: of kind wan, where embeddings come from and what decodes. latents: its real videos, as a folder of
-    `preprocess.py video`, of FastVideo's parquet files, or of Self-Forcing's LMDB.
+    text, vae: of kind wan, where embeddings come from and what decodes. image_encoder: a pipeline's folder or Hub name
+    with CLIP, for networks with an image_dim. latents: its real videos, as a folder of `preprocess.py video`, of
+    FastVideo's parquet files, or of Self-Forcing's LMDB.
     prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet), null for the kind's own.
     text_seed: of the toy world's tiny frozen text encoder, and of synthetic text embeddings.
     """
@@ -88,6 +89,7 @@ class DataConfig:
     wan: ClipConfig = field(default_factory=ClipConfig)
     text: TextConfig = field(default_factory=TextConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
+    image_encoder: str | None = None
     latents: str | None = None
     prompts: str | None = None
     negative_prompt: str = ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 
 import torch
@@ -136,16 +136,28 @@ def many_step_sample(
     *,
     steps: int,
     shift: float,
-    guidance: Guided,
+    guidance: Guided | Callable[[Sequence[float]], Guided],
     solver: Solver = Solver.euler,
+    clip: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
-    """A sample [B, F, C, H, W] on the solver's usual grid: UniPC's with whole timesteps is that of Wan's pipelines."""
+    """A sample [B, F, C, H, W] on the solver's usual grid: UniPC's with whole timesteps is that of Wan's pipelines.
+
+    guidance: also a function of the noise levels that the network is told (see `Experts.each_step`). clip: what the
+    sample starts from instead of noise, by so much (see `from_clip`).
+    """
     match solver:
         case Solver.euler:
-            return euler_sample(net, noise, given, negative, uniform_sigmas(steps, shift), guidance)
+            sigmas = uniform_sigmas(steps, shift)
         case Solver.unipc:
             sigmas = unipc_sigmas(steps, shift)
-            return unipc_sample(net, noise, given, negative, sigmas, guidance, whole_timesteps(sigmas))
+    if clip is not None:
+        noise, sigmas = from_clip(clip, noise, sigmas, strength)
+    told = sigmas if solver is Solver.euler else whole_timesteps(sigmas)
+    each = guidance(told) if callable(guidance) else guidance
+    if solver is Solver.euler:
+        return euler_sample(net, noise, given, negative, sigmas, each)
+    return unipc_sample(net, noise, given, negative, sigmas, each, told)
 
 
 def from_clip(

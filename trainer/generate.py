@@ -8,19 +8,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
+from model.experts import Experts
 from model.schedule import step_sigmas
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
 from model.wan.config import Checkpointing, NetworkConfig
+from pipeline.bidirectional_inference import Solver, from_clip, many_step_sample
 from pipeline.causal import CausalConfig
 from trainer.build import build_for_inference, build_task, compute_dtype, pins
-from trainer.sampling import euler, few_step_stream
+from trainer.sampling import few_step_stream
 from trainer.task import Task
 from utils import checkpoint
 from utils.config import UserError, from_plain
@@ -30,7 +33,9 @@ from utils.random import Noise
 @dataclass(frozen=True)
 class Sampling:
     """How to sample. steps: null takes the run's own. frames: latent frames in all, given ones included; null takes the
-    run's. window, sinks: of a causal student, null takes the run's. guidance: of a many-step teacher."""
+    run's. window, sinks: of a causal student, null takes the run's. guidance, solver ('euler' or 'unipc'): of a
+    many-step network; guidance_2: of the low-noise expert of two, null takes guidance. strength: share of the steps
+    that are made where videos start from a clip."""
 
     steps: int | None = None
     frames: int | None = None
@@ -38,10 +43,14 @@ class Sampling:
     sinks: int | None = None
     guidance: float | None = None
     seed: int = 0
+    guidance_2: float | None = None
+    solver: str | None = None
+    strength: float | None = None
 
 
 class Generator:
-    """A trained network with its task, ready to sample."""
+    """A trained network with its task, ready to sample. solver, guidance_2: of a many-step network, where the sampling
+    names none."""
 
     def __init__(
         self,
@@ -52,12 +61,26 @@ class Generator:
         causal: bool | None = None,
         few_steps: bool | None = None,
         task: Task | None = None,
+        solver: Solver = Solver.euler,
+        guidance_2: float | None = None,
     ) -> None:
         self.config, self.score, self.device = config, score, device
         self.causal = config.is_causal if causal is None else causal
         # whether this network is sampled by its own step list, and not by a many-step solver
         self.few_steps = self.causal or config.trainer.value != "diffusion" if few_steps is None else few_steps
         self.task = build_task(config, device) if task is None else task
+        self.solver, self.guidance_2 = solver, guidance_2
+
+    @property
+    def model_type(self) -> str:
+        return self.config.student.geometry().model_type
+
+    @property
+    def context_frames(self) -> int:
+        """Latent frames of a video that this network goes on from: a block, or the one of image-to-video networks."""
+        if not self.causal or self.model_type == "i2v":
+            return 1
+        return self.config.causal.num_frame_per_block + self.config.causal.independent_first_frame
 
     @classmethod
     def load(cls, path: Path, device: torch.device, *, weights: str = "ema") -> Generator:
@@ -81,7 +104,8 @@ class Generator:
     def as_causal(self, causal: CausalConfig, steps: Sequence[float]) -> Generator:
         """The same weights run block by block with a step list: the undistilled baseline of a causal student."""
         schedule = replace(self.config.schedule, denoising_step_list=list(steps), warp_denoising_step=False)
-        return Generator(replace(self.config, causal=causal, schedule=schedule), self.score, self.device, causal=True)
+        config = replace(self.config, causal=causal, schedule=schedule)
+        return Generator(config, self.score, self.device, causal=True, task=self.task)
 
     def step_list(self, steps: int | None) -> tuple[float, ...]:
         """The student's noise levels, or an even choice among them. Raises UserError for more steps than it has."""
@@ -95,76 +119,138 @@ class Generator:
         return step_sigmas(chosen, warp=schedule.warp_denoising_step, shift=schedule.timestep_shift)
 
     def __call__(
-        self, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int], first_frame: Tensor | None = None
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        ids: Sequence[int],
+        first_frames: Tensor | None = None,
+        clip: Tensor | None = None,
     ) -> Tensor:
         """Latents [B, F, C, H, W]: all that `stream` yields, joined."""
-        return torch.cat(list(self.stream(prompts, sampling, ids, first_frame)), dim=1)
+        return torch.cat(list(self.stream(prompts, sampling, ids, first_frames, clip)), dim=1)
 
     @torch.no_grad()
     def stream(
-        self, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int], first_frame: Tensor | None = None
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        ids: Sequence[int],
+        first_frames: Tensor | None = None,
+        clip: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yields latents [B, f, C, H, W] as they are done: block by block from a causal student (given frames first),
         all at once from a bidirectional network.
 
-        ids: key each video's draws beside the seed, so a video is the same in any batch. first_frame: pixels
-        [1, C, h, w] in [0, 1] that all videos start with. Raises UserError for what this network cannot do.
+        ids: key each video's draws beside the seed, so a video is the same in any batch. Pixels in [0, 1]:
+        first_frames [T, C, h, w], that all videos start with; clip [T, C, h, w], that all start from, noised as
+        `sampling.strength` says. Raises UserError for what this network cannot do.
         """
-        self._refuse_unused(sampling, first_frame)
-        conditioning = self._conditioning(prompts, first_frame)
+        self._refuse_unused(sampling)
+        self._refuse_given(sampling, first_frames, clip)
+        conditioning = self._conditioning(prompts, sampling, first_frames, clip)
         source = Noise(sampling.seed, 0, ids, self.device)
-        given = conditioning.initial_frames
-        frames, *rest = self.task.latent_shape
-        if sampling.frames is not None:
-            frames = sampling.frames
-        elif given and not self.config.causal.independent_first_frame:
-            frames += given
-        if frames <= given:
-            raise UserError(f"--frames {frames}: {given} of them are given, nothing is left to generate: ask for more")
-        shape = (frames - given, *rest)
+        frames = self._frames(sampling, conditioning)
+        kept = conditioning.initial_frames if self.causal else 0  # others make given frames again, or pin them
+        noise = source.normal("noise", (frames - kept, *self.task.latent_shape[1:]))
+        start = None if clip is None else self._start(clip, noise)
         if not self.few_steps:
-            yield self._many_steps(source, shape, conditioning, sampling)
+            yield self._many_steps(noise, conditioning, sampling, start)
             return
-        causal = self._causal(sampling, frames, given) if self.causal else None
-        noise, sigmas = source.normal("noise", shape), self.step_list(sampling.steps)
-        if conditioning.initial is not None:
+        sigmas = self.step_list(sampling.steps)
+        if start is not None and sampling.strength is not None:
+            noise, sigmas = from_clip(start, noise, sigmas, sampling.strength)
+        causal = self._causal(sampling, frames, kept) if self.causal else None
+        if kept and conditioning.initial is not None:
             yield conditioning.initial.to(noise.dtype)
         yield from few_step_stream(self.score, noise, conditioning, sigmas, causal, source)
 
-    def _refuse_unused(self, sampling: Sampling, first_frame: Tensor | None) -> None:
-        """UserError for what this network would silently ignore."""
+    def _frames(self, sampling: Sampling, conditioning: Conditioning) -> int:
+        """Latent frames in all, given ones included."""
+        given = conditioning.initial_frames
+        frames = self.task.latent_shape[0] if sampling.frames is None else sampling.frames
+        if sampling.frames is None and self.causal and not self.config.causal.independent_first_frame:
+            frames += given
+        if frames <= given:
+            raise UserError(f"--frames {frames}: {given} of them are given, nothing is left to generate: ask for more")
+        return frames
+
+    def _refuse_unused(self, sampling: Sampling) -> None:
+        """UserError for options that this network would silently ignore."""
         given: dict[str, object]
         if not self.causal:
-            kind = "a bidirectional network"
-            given = {"image": first_frame, "window": sampling.window, "sinks": sampling.sinks}
+            kind, given = "a bidirectional network", {"window": sampling.window, "sinks": sampling.sinks}
             instead = "use a causal student"
         else:
             kind, given, instead = "a causal student", {"guidance": sampling.guidance}, "leave it out"
         for name, value in given.items():
             if value is not None:
                 raise UserError(f"--{name}: {kind} takes none: {instead}")
-        if self.few_steps and sampling.guidance is not None:
-            raise UserError("--guidance: a distilled student takes none: leave it out")
+        if self.few_steps:
+            for name in ("guidance", "guidance_2", "solver"):
+                if getattr(sampling, name) is not None:
+                    raise UserError(f"--{name}: a distilled student takes none: leave it out")
+        if sampling.guidance_2 is not None and not isinstance(self.score.net, Experts):
+            raise UserError("--guidance_2 is for models of two experts: this is one network: leave it out")
         if sampling.sinks is not None and sampling.window is None and self.config.causal.window_frames is None:
             raise UserError(f"--sinks {sampling.sinks}: without a window nothing is ever dropped: give --window too")
 
-    def _conditioning(self, prompts: Sequence[str], first_frame: Tensor | None) -> Conditioning:
+    def _refuse_given(self, sampling: Sampling, first_frames: Tensor | None, clip: Tensor | None) -> None:
+        """UserError for an image or a clip that this network cannot take, or lacks."""
+        strength = sampling.strength
+        if (clip is None) != (strength is None) or (strength is not None and not 0 < strength <= 1):
+            raise UserError(f"--strength {strength}: give a clip and a share of the steps in (0, 1], or neither")
+        if clip is not None and first_frames is not None:
+            raise UserError("--strength makes a clip anew, from its own first frame: leave the image out")
+        if first_frames is not None and not self.causal and self.model_type == "t2v":
+            raise UserError(
+                "--image, --extend: a bidirectional network takes none unless it was made for it (model_type ti2v or "
+                "i2v): use such a network, or a causal student"
+            )
+        if first_frames is None and clip is None and self.model_type == "i2v":
+            raise UserError("this network makes videos from an image (model_type i2v): give --image")
+
+    def _conditioning(
+        self, prompts: Sequence[str], sampling: Sampling, first_frames: Tensor | None, clip: Tensor | None
+    ) -> Conditioning:
+        if first_frames is None and clip is not None and self.model_type == "i2v":
+            first_frames = clip[:1]
         try:
-            initial = None
-            if first_frame is not None:
-                initial = self.task.encode(first_frame[None]).expand(len(prompts), -1, -1, -1, -1)
-            return self.task.conditioning(prompts, initial)
+            if first_frames is None:
+                return self.task.conditioning(prompts)
+            return self.task.given(prompts, first_frames[None], sampling.frames)
         except ValueError as problem:
             raise UserError(str(problem)) from None
 
-    def _many_steps(self, source: Noise, shape: tuple[int, ...], given: Conditioning, sampling: Sampling) -> Tensor:
-        validation = self.config.validation
+    def _start(self, clip: Tensor, noise: Tensor) -> Tensor:
+        """Latents of a clip [T, C, h, w] for each video, as the noise [B, F, C, H, W] is."""
+        try:
+            latents = self.task.encode(clip[None])
+        except ValueError as problem:
+            raise UserError(str(problem)) from None
+        if latents.shape[1] != noise.shape[1]:
+            raise UserError(f"--video: {latents.shape[1]} latent frames for videos of {noise.shape[1]}: give as many")
+        return latents.expand(noise.shape)
+
+    def _many_steps(self, noise: Tensor, given: Conditioning, sampling: Sampling, start: Tensor | None) -> Tensor:
+        validation, net = self.config.validation, self.score.net
         guidance = validation.guidance if sampling.guidance is None else sampling.guidance
+        own = self.guidance_2 if sampling.guidance is None else None
+        low = next((w for w in (sampling.guidance_2, own) if w is not None), guidance)
         steps = validation.steps if sampling.steps is None else sampling.steps
         if steps < 1:
             raise UserError(f"--steps {steps}: give at least 1")
-        shift = self.config.schedule.timestep_shift
-        return euler(self.score, source, shape, given, self.task.negative(given.batch), steps, shift, guidance)
+        return many_step_sample(
+            self.score,
+            noise,
+            given,
+            self.task.negative(given.batch),
+            steps=steps,
+            shift=self.config.schedule.timestep_shift,
+            guidance=partial(net.each_step, high=guidance, low=low) if isinstance(net, Experts) else guidance,
+            solver=self.solver if sampling.solver is None else Solver(sampling.solver),
+            clip=start,
+            strength=1.0 if sampling.strength is None else sampling.strength,
+        )
 
     def _causal(self, sampling: Sampling, frames: int, given: int) -> CausalConfig:
         own = self.config.causal

@@ -12,15 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from pipeline.bidirectional_inference import Solver
+from trainer.footage import FootageArgs, footage_args, read_footage
 from trainer.generate import Generator, Sampling, slug
 from trainer.pretrained import Model, load_model
 from utils.cli import Parser
 from utils.config import UserError
 from utils.data.prompts import load_prompts
-from utils.video import read_image, write_video
+from utils.video import write_video
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,11 @@ class InferenceArgs:
     fps: int
     scale: int | None  # null enlarges small videos
     batch: int
-    image: Path | None
+    footage: FootageArgs
     from_file: bool
 
 
-def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
-    """Parses the command line. Raises UserError."""
+def _parser() -> Parser:
     parser = Parser(prog="inference.py", description="Generate videos from a trained run.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run folder: its latest checkpoint is used")
@@ -59,15 +59,29 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     parser.add_argument("--steps", type=int, help="denoising steps (default: as trained)")
     parser.add_argument("--window", type=int, help="latent frames that a block sees; needed to go on without end")
     parser.add_argument("--sinks", type=int, help="first latent frames that stay in the window")
-    parser.add_argument("--guidance", type=float, help="of a many-step teacher (default: its config's)")
+    parser.add_argument("--guidance", type=float, help="of a many-step network (default: its config's)")
+    parser.add_argument("--guidance_2", type=float, help="of the low-noise expert, where a model has two")
+    parser.add_argument("--solver", choices=[s.value for s in Solver], help="of a many-step network (default: its own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--image", type=Path, help="first frame of the video (image-to-video)")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--image", type=Path, help="first frame of the video (image-to-video)")
+    given.add_argument("--video", type=Path, help="a clip, with --strength or --extend")
+    use = parser.add_mutually_exclusive_group()
+    use.add_argument("--strength", type=float, help="make --video anew: share of the steps, 1 keeps nothing of it")
+    use.add_argument(
+        "--extend", type=int, nargs="?", const=0, metavar="N", help="go on from --video's last N latent frames"
+    )
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
     parser.add_argument("--format", choices=("mp4", "gif", "png"), default="mp4", help="png is a strip of frames")
     parser.add_argument("--fps", type=int, default=8)
     parser.add_argument("--scale", type=int, help="whole factor to enlarge pixels by (default: to a width of 128)")
     parser.add_argument("--batch", type=int, default=8, help="videos made at once")
-    a = parser.parse_args(argv)
+    return parser
+
+
+def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
+    """Parses the command line. Raises UserError."""
+    a = _parser().parse_args(argv)
     for name in ("frames", "steps", "fps", "scale", "batch"):
         if (value := getattr(a, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: give a number of at least 1")
@@ -81,7 +95,8 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     source_of = _model(a) if a.model is not None else a.run or a.checkpoint
     if a.model is None and (odd := [name for name in ("size", "shift", "negative_prompt") if getattr(a, name)]):
         raise UserError(f"--{odd[0]} is for --model: a run has its own")
-    sampling = Sampling(a.steps, a.frames, a.window, a.sinks, a.guidance, a.seed)
+    footage = footage_args(a)
+    sampling = Sampling(a.steps, a.frames, a.window, a.sinks, a.guidance, a.seed, a.guidance_2, a.solver, a.strength)
     return InferenceArgs(
         source_of,
         prompts,
@@ -92,7 +107,7 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
         a.fps,
         a.scale,
         a.batch,
-        a.image,
+        footage,
         a.prompts is not None,
     )
 
@@ -125,12 +140,12 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     todo = [i for i, path in enumerate(paths) if not (resumable and path.is_file())]
     if len(todo) < len(paths):
         print(f"{len(paths) - len(todo)} of {len(paths)} videos are there already")
-    image = _first_frame(args)
+    footage = read_footage(generator, args.footage, args.sampling)
     frames, first, started = 0, 0.0, time.perf_counter()
     for start in tqdm(range(0, len(todo), args.batch), desc="videos", disable=None):
         ids = todo[start : start + args.batch]
         parts, decode = [], generator.task.decoding()
-        for block in generator.stream([args.prompts[i] for i in ids], args.sampling, ids, image):
+        for block in generator.stream([args.prompts[i] for i in ids], args.sampling, ids, *footage):
             parts.append(decode(block).cpu())
             first = first or time.perf_counter() - started
         for index, pixels in zip(ids, torch.cat(parts, dim=1), strict=True):
@@ -145,22 +160,14 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     return 0
 
 
-def _first_frame(args: InferenceArgs) -> Tensor | None:
-    """Pixels [1, C, h, w] in [0, 1] of --image."""
-    if args.image is None:
-        return None
-    try:
-        return read_image(args.image)[None]
-    except (ValueError, OSError) as problem:
-        raise UserError(f"--image: {problem}") from None
-
-
 def _same_settings(args: InferenceArgs) -> None:
     """Keeps what the folder's videos were made with beside them, and refuses to go on with anything else."""
     settings = {
         "source": str(args.source),
         "weights": args.weights,
-        "image": str(args.image),
+        "image": str(args.footage.image),
+        "video": None if args.footage.video is None else str(args.footage.video),
+        "extend": args.footage.extend,
         "scale": args.scale,
         "fps": args.fps,
         "prompts": hashlib.sha256("\n".join(args.prompts).encode()).hexdigest(),

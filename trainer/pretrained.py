@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from configs.schema import (
     DataConfig,
@@ -19,6 +20,7 @@ from configs.schema import (
     TrainingConfig,
     ValidationConfig,
 )
+from model.experts import Experts
 from model.schedule import ScheduleConfig
 from model.score import ScoreNet
 from model.types import Evaluations
@@ -28,13 +30,21 @@ from model.wan.folders import read_config as read_part
 from model.wan.text_encoder import TextConfig
 from model.wan.vae import ClipConfig, VAEConfig
 from model.wan.weights import geometry_of
+from pipeline.bidirectional_inference import Solver
 from trainer.build import build_for_inference, compute_dtype
 from trainer.generate import Generator
 from trainer.wan_task import WanTask
 from utils.config import UserError
 
-PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-STEPS, GUIDANCE = 50, 5.0  # Wan's own (arXiv 2503.20314), where the command says nothing
+PARTS = (
+    "model_index.json", "transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler",
+    "image_encoder", "image_processor",
+)  # fmt: skip
+# Wan's own (arXiv 2503.20314, and Wan2.2's configs), where the command says nothing; of two experts high and low noise
+STEPS, GUIDANCE = 50, 5.0
+EXPERTS_GUIDANCE = {"t2v": (4.0, 3.0), "i2v": (3.5, 3.5)}
+SCHEDULER = "scheduler/scheduler_config.json"
+SOLVERS = {"UniPCMultistepScheduler": Solver.unipc, "FlowMatchEulerDiscreteScheduler": Solver.euler}
 
 
 @dataclass(frozen=True)
@@ -50,29 +60,36 @@ class Model:
 
 
 def load_model(model: Model, frames: int | None, device: torch.device) -> Generator:
-    """A generator of `frames` latent frames (null: 21). Raises UserError for what is no text-to-video model of Wan."""
+    """A generator of `frames` latent frames (null: 21). Raises UserError for what is no model of Wan."""
     try:
-        folder = pipeline_folder(model.path, [*PARTS, "model_index.json"])
-        config = run_of(folder, model, frames or ClipConfig.frames, on_cpu=device.type == "cpu")
+        folder = pipeline_folder(model.path, PARTS)
+        boundary = boundary_of(folder)
+        config = run_of(folder, model, frames or ClipConfig.frames, boundary is not None, on_cpu=device.type == "cpu")
+        solver = solver_of(folder)
         task = WanTask(config.data, config.student.geometry(), config.seed, device, library=[])
     except (ValueError, OSError) as problem:
         raise UserError(f"--model {model.path}: {problem}") from None
-    net = build_for_inference(config.student, "model", device, compute_dtype(config))
-    score = ScoreNet(net, "model", Evaluations(), compute_dtype(config))
-    return Generator(config, score, device, task=task, few_steps=False)
+    dtype, kind = compute_dtype(config), config.student.geometry().model_type
+    net: nn.Module = build_for_inference(config.student, "model", device, dtype)
+    low = None
+    if boundary is not None:
+        net = Experts(net, build_for_inference(replace(config.student, expert="low"), "model", device, dtype), boundary)
+        low = EXPERTS_GUIDANCE.get(kind, (GUIDANCE, GUIDANCE))[1]
+    score = ScoreNet(net, "model", Evaluations(), dtype, pins_initial=kind == "ti2v")
+    return Generator(config, score, device, task=task, few_steps=False, solver=solver, guidance_2=low)
 
 
-def run_of(folder: Path, model: Model, frames: int, *, on_cpu: bool) -> RunConfig:
-    """The model as the student of a run that never trains. Raises ValueError in one line."""
-    geometry = geometry_of(folder)
-    if geometry.model_type == "i2v":
-        raise ValueError("makes videos from an image, which cannot be given yet: choose a text-to-video model")
-    network = NetworkConfig("1.3b", overrides=dataclasses.asdict(geometry), init=str(folder))
+def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu: bool) -> RunConfig:
+    """The model, or its high-noise expert, as the student of a run that never trains. Raises ValueError in one line."""
+    expert = "high" if has_experts else None
+    geometry = geometry_of(folder, expert=expert)
+    network = NetworkConfig("1.3b", overrides=asdict(geometry), init=str(folder), expert=expert)
     side = spatial_of(folder) * geometry.patch_size[1]
     if model.height % side or model.width % side:
         raise ValueError(f"--size {model.height}x{model.width}: give multiples of {side}")
     side //= geometry.patch_size[1]
     dtype = "fp32" if on_cpu else "bf16"
+    guidance = EXPERTS_GUIDANCE.get(geometry.model_type, (GUIDANCE,))[0] if has_experts else GUIDANCE
     return RunConfig(
         name=folder.name,
         student=network,
@@ -82,16 +99,35 @@ def run_of(folder: Path, model: Model, frames: int, *, on_cpu: bool) -> RunConfi
         objective=ObjectiveConfig(),
         schedule=ScheduleConfig(timestep_shift=model.shift or shift_of(folder)),
         training=TrainingConfig(precision=Precision(dtype)),
-        validation=ValidationConfig(steps=STEPS, guidance=GUIDANCE),
+        validation=ValidationConfig(steps=STEPS, guidance=guidance),
         data=DataConfig(
             kind="wan",
             real=False,
             wan=ClipConfig(frames, model.height // side, model.width // side),
             text=TextConfig(encoder=str(folder), dtype=dtype),
             vae=VAEConfig(path=str(folder), dtype=dtype),
+            image_encoder=None if geometry.image_dim is None else str(folder),
             negative_prompt=model.negative,
         ),
     )
+
+
+def boundary_of(folder: Path) -> float | None:
+    """The noise level that parts the two experts, None of one network. Raises ValueError where it is not told."""
+    if not (folder / "transformer_2").is_dir():
+        return None
+    boundary = _json(folder / "model_index.json").get("boundary_ratio")
+    if boundary is None:
+        raise ValueError(
+            "it has a transformer_2, but its model_index.json no boundary_ratio: add it (Wan2.2: 0.875 for text, 0.9 "
+            "for images)"
+        )
+    return float(boundary)
+
+
+def solver_of(folder: Path) -> Solver:
+    """That of the scheduler's file, Euler where it names another one."""
+    return SOLVERS.get(str(_json(folder / SCHEDULER).get("_class_name")), Solver.euler)
 
 
 def spatial_of(folder: Path) -> int:
@@ -101,9 +137,16 @@ def spatial_of(folder: Path) -> int:
 
 def shift_of(folder: Path) -> float:
     """What the scheduler's file says. Raises ValueError where it says nothing."""
-    file = folder / "scheduler/scheduler_config.json"
-    values = json.loads(file.read_text()) if file.is_file() else {}
+    values = _json(folder / SCHEDULER)
     for key in ("flow_shift", "shift"):
         if values.get(key):
             return float(values[key])
     raise ValueError("its scheduler names no flow_shift: give --shift (3 at 480p, 5 at 720p)")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError:
+        raise ValueError(f"{file} is not JSON: fetch it again") from None
+    return values if isinstance(values, dict) else {}

@@ -38,7 +38,8 @@ def few_step_stream(
     with torch.no_grad():
         if causal is None:
             last = len(sigmas) - 1
-            yield denoise_block(score, noise, conditioning, sigmas, exit_step=last, block=0, source=source, cache=None)
+            x0 = denoise_block(score, noise, conditioning, sigmas, exit_step=last, block=0, source=source, cache=None)
+            yield score.finished(x0, conditioning)
             return
         assert isinstance(score.net, WanTransformer)
         total = conditioning.initial_frames + noise.shape[1]

@@ -16,6 +16,7 @@ from model.types import Conditioning
 from model.wan.config import WanConfig
 from model.wan.text_encoder import toy_text_encoder
 from utils.config import ConfigError
+from utils.data.buckets import Size
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.toy_world import ToyWorld
 from utils.random import Noise, keyed_seed
@@ -33,6 +34,13 @@ class Task(Protocol):
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning: ...
 
+    def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
+        """Conditioning on the first pixel frames of the videos too, as these networks take them.
+
+        pixels: [B, T, 1 or 3, h, w] in [0, 1], or [1, ...] that all videos start with. frames: latent frames of the
+        videos; null is `latent_shape`'s. Raises ValueError for pixels of another size.
+        """
+
     def negative(self, batch: int) -> Tensor: ...
 
     def validation_prompts(self, count: int) -> list[str]: ...
@@ -43,6 +51,9 @@ class Task(Protocol):
         """A new stream: blocks of latents in, in order, their pixels out; together what `decode` makes of the whole."""
 
     def encode(self, pixels: Tensor) -> Tensor: ...
+
+    def pixel_size(self, frames: int) -> Size:
+        """Pixel frames, height and width of so many latent frames."""
 
     def reencode(self, latents: Tensor) -> Tensor: ...
 
@@ -87,6 +98,10 @@ class ToyTask:
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
         return Conditioning(self.encoder.encode(prompts).to(self.device), initial)
 
+    def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
+        """Conditioning on the latents of the first frames [B or 1, T, C, h, w] in [0, 1]."""
+        return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
+
     def negative(self, batch: int) -> Tensor:
         """The negative prompt's embedding [B, L, D]."""
         return self.encoder.encode([self.negative_prompt]).to(self.device).expand(batch, -1, -1)
@@ -104,6 +119,9 @@ class ToyTask:
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, F, C, H, W] of pixels [B, T, C, h, w] in [0, 1]."""
         return self.world.encode(pixels).to(self.device)
+
+    def pixel_size(self, frames: int) -> Size:
+        return Size(frames, self.world.config.canvas, self.world.config.canvas)
 
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
@@ -148,6 +166,10 @@ class SyntheticTask:
         keys = [keyed_seed(self.text_seed, prompt) for prompt in prompts]
         return Conditioning(Noise(self.text_seed, 0, keys, self.device).normal("text", self.text_shape), initial)
 
+    def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
+        """Conditioning on the latents of the first frames [B or 1, T, C, h, w] in [0, 1]."""
+        return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
+
     def negative(self, batch: int) -> Tensor:
         """The negative prompt's embedding [B, L, D]."""
         return self.conditioning([self.negative_prompt]).text.expand(batch, -1, -1)
@@ -175,9 +197,19 @@ class SyntheticTask:
         latents[:, :, :shown] = (pixels.to(self.device)[:, :, :shown] - 0.5) * 4
         return latents
 
+    def pixel_size(self, frames: int) -> Size:
+        return Size(frames, *self.latent_shape[2:])
+
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
         return self.encode(self.decode(latents[:, -1:]))
+
+
+def for_each(prompts: Sequence[str], one_or_each: Tensor) -> Tensor:
+    """[B, ...], of what is there for each prompt or [1, ...] for all. Raises ValueError for another number."""
+    if one_or_each.shape[0] not in (1, len(prompts)):
+        raise ValueError(f"{len(prompts)} prompts and {one_or_each.shape[0]} images: give one for all, or one for each")
+    return one_or_each.expand(len(prompts), *one_or_each.shape[1:])
 
 
 def spread(library: Sequence[str], count: int) -> list[str]:

@@ -6,6 +6,7 @@ B batch  F latent frames  C channels  H W latent size  T pixel frames  h w pixel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from configs.schema import DataConfig
 from model.types import Conditioning
 from model.wan.config import WanConfig
 from model.wan.folders import part_folder, read_config
+from model.wan.image_encoder import ImageEncoder, check_image_encoder, image_channels, load_image_encoder
 from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, load_text_encoder
-from model.wan.vae import VAEConfig, WanVAE, check_vae, load_vae
+from model.wan.vae import STRIDE_T, VAEConfig, WanVAE, check_vae, load_vae
 from trainer.stored import StoredLatents
-from trainer.task import spread
+from trainer.task import for_each, spread
 from trainer.text_cache import TextCache
 from utils.config import ConfigError, UserError, config_hash
+from utils.data.buckets import Size
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.tensors import Statistics
 
@@ -97,6 +100,7 @@ class WanTask:
         library: Sequence[str] | None = None,
     ) -> None:
         self.device, self.vae_config, clip = device, config.vae, config.wan
+        self.geometry, self.image_encoder_path = geometry, config.image_encoder
         self.latent_shape: tuple[int, ...] = (clip.frames, geometry.out_dim, clip.height, clip.width)
         self.negative_prompt = config.negative_prompt
         try:
@@ -108,6 +112,8 @@ class WanTask:
             self.text.check([*self.library, self.negative_prompt])
             if config.vae.path is not None:
                 check_vae(config.vae)  # now and not hours later
+            if config.image_encoder is not None:
+                check_image_encoder(config.image_encoder)
         except (ValueError, OSError, UserError) as problem:
             raise ConfigError(f"data: {problem}") from None
         self.stream = PromptStream(max(len(self.library), 1), seed)
@@ -123,6 +129,20 @@ class WanTask:
         """Raises UserError for a VAE that is not whole or not these networks'."""
         return fitting_vae(self.vae_config, self.latent_shape[1], self.device)
 
+    @cached_property
+    def image_encoder(self) -> ImageEncoder:
+        """Raises UserError for one that is not there, not whole or not these networks'."""
+        path, width = self.image_encoder_path, self.geometry.image_dim
+        try:
+            if path is None:
+                raise ValueError("image_encoder is null: these networks see CLIP's tokens: give a pipeline's folder")
+            encoder = load_image_encoder(path, DTYPES[self.vae_config.dtype], self.device)
+            if encoder.width != width:
+                raise ValueError(f"image_encoder: {path} has width {encoder.width}, the networks take {width}")
+            return encoder
+        except (ValueError, OSError) as problem:
+            raise UserError(f"data.{problem}") from None
+
     def prompts(self, positions: range) -> list[str]:
         """Training prompts at these positions of the endless shuffled library."""
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
@@ -136,6 +156,25 @@ class WanTask:
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
         return Conditioning(self.text.encode(prompts), initial)
+
+    @torch.no_grad()
+    def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
+        """Conditioning on the first pixel frames [B or 1, T, 3, h, w] in [0, 1] of videos of `frames` latent frames:
+        channels, and CLIP's tokens of the first one where the networks take them, of model_type i2v; else latents.
+
+        Raises ValueError for another size, or more frames than the videos have.
+        """
+        if self.geometry.model_type != "i2v":
+            return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
+        self._check_size(pixels)
+        seen = pixels.expand(-1, -1, 3, -1, -1)
+        channels = image_channels(self.vae, seen, frames or self.latent_shape[0])
+        image = None if self.geometry.image_dim is None else self.image_encoder.encode(seen[:, 0])
+        return replace(
+            self.conditioning(prompts),
+            channels=for_each(prompts, channels),
+            image=None if image is None else for_each(prompts, image),
+        )
 
     def negative(self, batch: int) -> Tensor:
         """The negative prompt's embedding [B, L, D]."""
@@ -155,13 +194,20 @@ class WanTask:
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, F, C, H, W] of pixels [B, T, 1 or 3, h, w] in [0, 1]. Raises ValueError for another size."""
-        expected = [self.vae.spatial * size for size in self.latent_shape[2:]]
-        if pixels.shape[2] not in (1, 3) or list(pixels.shape[3:]) != expected:
+        self._check_size(pixels)
+        return self.vae.encode(pixels.expand(-1, -1, 3, -1, -1))
+
+    def pixel_size(self, frames: int) -> Size:
+        height, width = (self.vae.spatial * size for size in self.latent_shape[2:])
+        return Size(STRIDE_T * (frames - 1) + 1, height, width)
+
+    def _check_size(self, pixels: Tensor) -> None:
+        size = self.pixel_size(1)
+        if pixels.shape[2] not in (1, 3) or tuple(pixels.shape[3:]) != (size.height, size.width):
             raise ValueError(
-                f"vae: pixels are {list(pixels.shape[2:])}, this run's are [3, {expected[0]}, {expected[1]}] "
+                f"vae: pixels are {list(pixels.shape[2:])}, this run's are [3, {size.height}, {size.width}] "
                 "(channels, height, width): resize them"
             )
-        return self.vae.encode(pixels.expand(-1, -1, 3, -1, -1))
 
     @torch.no_grad()
     def reencode(self, latents: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ WHOLE, PIECES, PIECE = 1 << 20, 64, 1 << 14  # bytes of a small file; how many p
 
 
 def pipeline_folder(path: str | Path, parts: Sequence[str]) -> Path:
-    """The local folder of `path`: itself, or a Hub name's (`owner/name`), of which only `parts` are fetched.
+    """The local folder of `path`: itself, or a Hub name's (`owner/name`), of which only `parts` are fetched: folders,
+    or files by their names.
 
     Raises ValueError, one line, for what is neither there nor fetched (HF_HUB_OFFLINE is respected).
     """
@@ -22,7 +23,7 @@ def pipeline_folder(path: str | Path, parts: Sequence[str]) -> Path:
         return Path(path)
     if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise ValueError(f"{path} is no folder: give one in Diffusers' layout, or a Hub name (owner/name)")
-    return snapshot(str(path), None, [f"{part}/*" for part in parts])
+    return snapshot(str(path), None, [part if "." in part else f"{part}/*" for part in parts])
 
 
 def part_folder(path: str | Path, part: str) -> Path:
@@ -35,15 +36,15 @@ def part_folder(path: str | Path, part: str) -> Path:
     return folder / part
 
 
-def read_config(folder: Path, wanted: str) -> dict[str, Any]:
-    """Its config.json, which must be of class `wanted`. Raises ValueError."""
+def read_config(folder: Path, *wanted: str) -> dict[str, Any]:
+    """Its config.json, which must be of a class in `wanted`. Raises ValueError."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as problem:
         raise ValueError(f"{folder / 'config.json'} cannot be read: {problem}") from None
     found = config.get("_class_name") or ", ".join(config.get("architectures") or []) or "nothing that says its class"
-    if found != wanted:
-        raise ValueError(f"{folder} holds {found}: give the folder of {wanted}")
+    if found not in wanted:
+        raise ValueError(f"{folder} holds {found}: give the folder of {' or '.join(wanted)}")
     return config
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,25 @@ def decode_clip(media: Media, size: Size, pace: Pace, source_fps: float, begin: 
         raise CorruptSample(f"{media.name} cannot be decoded: {problem}") from None
     if len(pictures) < size.frames:
         raise CorruptSample(f"{media.name} ends after {len(pictures)} of the {size.frames} frames of its clip")
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+def decode_end(media: Media, size: Size, *, last: bool) -> Tensor:
+    """The first or the last frames [T, 3, H, W] in [0, 1] of a video, each as it is stored whatever its time, scaled
+    to cover the size, the middle cropped. Raises CorruptSample where the video cannot be decoded or has too few."""
+    import av
+
+    try:
+        with media.part.open() as file, av.open(file, "r") as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            decoded = container.decode(stream)
+            kept = deque(decoded if last else islice(decoded, size.frames), maxlen=size.frames)
+            pictures = [_picture(frame, size) for frame in kept]
+    except (av.FFmpegError, OSError, IndexError) as problem:
+        raise CorruptSample(f"{media.name} cannot be decoded: {problem}") from None
+    if len(pictures) < size.frames:
+        raise CorruptSample(f"{media.name} has {len(pictures)} frames, {size.frames} are needed")
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
