@@ -11,7 +11,7 @@ from model.ema import EMAConfig
 from model.schedule import ScheduleConfig
 from model.wan.config import NetworkConfig
 from model.wan.text_encoder import TextConfig
-from model.wan.vae import ClipConfig, VAEConfig
+from model.wan.vae import STRIDE_T, ClipConfig, VAEConfig
 from pipeline.causal import CausalConfig
 from pipeline.self_forcing_training import rollout_lengths
 from utils.data.synthetic import SyntheticConfig
@@ -351,8 +351,9 @@ class RunConfig:
             try:
                 self.causal.blocks(self.data.frames)
             except ValueError as problem:
-                where = f"data.{self.data.kind}.frames"
-                raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}") from None
+                where, frames = f"data.{self.data.kind}.frames", self.data.frames
+                video = "" if self.data.kind == "toy" else f" (these are {STRIDE_T * (frames - 1) + 1} frames of video)"
+                raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}{video}") from None
         self._check_networks()
         self._check_adapters()
         if self.parallel.engine == "deepspeed":
