@@ -12,7 +12,7 @@ from model.ema import EMAConfig
 from model.schedule import ScheduleConfig
 from model.wan.config import NetworkConfig
 from model.wan.text_encoder import TextConfig
-from model.wan.vae import ClipConfig, VAEConfig
+from model.wan.vae import STRIDE_T, ClipConfig, VAEConfig
 from pipeline.causal import CausalConfig
 from pipeline.self_forcing_training import rollout_lengths
 from utils.data.synthetic import SyntheticConfig
@@ -368,10 +368,12 @@ class RunConfig:
             try:
                 self.causal.blocks(self.data.frames)
             except ValueError as problem:
-                where = f"data.{self.data.kind}.frames"
-                raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}") from None
+                where, frames = f"data.{self.data.kind}.frames", self.data.frames
+                video = "" if self.data.kind == "toy" else f" (these are {STRIDE_T * (frames - 1) + 1} frames of video)"
+                raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}{video}") from None
         self._check_networks()
         check_given(self, real=needs is not None)
+        self._check_adapters()
         if self.parallel.engine == "deepspeed":
             self._check_deepspeed()
 
@@ -387,6 +389,24 @@ class RunConfig:
                 raise ValueError(
                     f"{section}.optimizer: clip_value is not for engine deepspeed: set clip_norm, or choose fsdp2"
                 )
+
+    def _check_adapters(self) -> None:
+        trained = {name: net for name, net in (("student", self.student), ("critic", self.critic)) if net and net.lora}
+        if trained and self.parallel.engine == "deepspeed":
+            raise ValueError(f"{next(iter(trained))}.lora is not for engine deepspeed: choose fsdp2")
+        has_teacher = self.trainer is not TrainerKind.diffusion and self.ode.path is None
+        if self.teacher is None or not has_teacher:
+            return
+        sharing = {name: net for name, net in trained.items() if net.lora and net.lora.share}
+        for name, net in sharing.items():
+            if not net.same_weights(self.teacher):
+                raise ValueError(
+                    f"{name}.lora.share puts the adapter on the teacher's weights, but {name}.init is {net.init} and "
+                    f"teacher.init {self.teacher.init}: give it the teacher's preset and init, or set share to false"
+                )
+        looks = {(net.attention, net.checkpointing) for net in sharing.values()}
+        if len(looks) > 1:
+            raise ValueError("student and critic share one copy of the weights: give them one attention, checkpointing")
 
     def needs_data(self) -> str | None:
         """What of the run needs real videos, in words; null where nothing does."""

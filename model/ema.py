@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.distributed import local, stored
+from utils.optim import trainable
 from utils.parallel.parallelize import reshard
 
 
@@ -32,12 +33,17 @@ class EMAConfig:
 
 
 class EMA:
-    """fp32 shadow of the trained parameters, on the shards that this rank holds: nothing is gathered."""
+    """fp32 shadow of the trained parameters, on the shards that this rank holds: nothing is gathered.
 
-    def __init__(self, net: nn.Module, decay: float, start: int, every: int) -> None:
+    named: the parameters by the names under which they are kept; all that `net` trains under its own, if left out.
+    """
+
+    def __init__(
+        self, net: nn.Module, decay: float, start: int, every: int, named: Mapping[str, nn.Parameter] | None = None
+    ) -> None:
         self.net, self.decay, self.start, self.every = net, decay, start, every
         # held here: while a sharded network is gathered, it names other tensors its parameters
-        self.live = {name: stored(p) for name, p in net.named_parameters() if p.requires_grad}
+        self.live = {name: stored(p) for name, p in (trainable(net) if named is None else named).items()}
         self.shadow: dict[str, Tensor] = {name: p.detach().clone().float() for name, p in self.live.items()}
 
     @torch.no_grad()

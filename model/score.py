@@ -29,6 +29,7 @@ class ScoreNet:
     pins_initial: of a network to which given frames are shown clean, each frame with its own time (Wan2.2 TI2V-5B):
     conditioning's initial frames take the place of x's, at sigma 0, and the velocity in them is the one that leads to
     them, so losses and samplers need not know. Other networks see what x holds there.
+    adapter: of a network that plays several roles, the one that makes it this one (model/wan/lora.py).
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class ScoreNet:
         compute_dtype: torch.dtype | None = None,
         batch_guidance: bool = True,
         pins_initial: bool = False,
+        adapter: str | None = None,
     ) -> None:
         self.net = net
         self.name = name
@@ -46,6 +48,7 @@ class ScoreNet:
         self.compute_dtype = compute_dtype
         self.batch_guidance = batch_guidance
         self.pins_initial = pins_initial
+        self.adapter = adapter
 
     def velocity(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
         """Velocity [B, F, C, H, W] in fp32 at x [B, F, C, H, W], sigma [B] or [B, F]."""
@@ -56,6 +59,8 @@ class ScoreNet:
         condition = Conditioning.of(given)
         initial = condition.initial if self.pins_initial else None
         seen, times = (x, sigma) if initial is None else _pinned(x, sigma, initial)
+        if self.adapter is not None:
+            mode["adapter"] = self.adapter
         with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
             velocity = self.net(seen, times, condition.text, **condition.beside_text, **mode)
         return velocity.float() if initial is None else _leading_to(initial, x, sigma, velocity.float())

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from utils.agreement import FiniteCheck
-from utils.optim import LRScheduleConfig, NetworkOptimizer, OptimizerConfig
+from utils.optim import LRScheduleConfig, NetworkOptimizer, OptimizerConfig, trainable
 
 
 def net(gradient_of_second: float) -> nn.Sequential:
@@ -23,7 +23,7 @@ def net(gradient_of_second: float) -> nn.Sequential:
 
 
 def checked(layers: nn.Module, losses: dict[str, float], **clip: float | None) -> str | None:
-    optimizer = NetworkOptimizer(layers, OptimizerConfig(**clip), LRScheduleConfig(), 10)  # type: ignore[arg-type]
+    optimizer = NetworkOptimizer(trainable(layers), OptimizerConfig(**clip), LRScheduleConfig(), 10)  # type: ignore[arg-type]
     check = FiniteCheck(losses, optimizer.named)
     return check.agree(float(optimizer.clip()))
 

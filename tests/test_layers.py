@@ -14,7 +14,7 @@ LAYERS = ["utils", "model.wan", "model", "pipeline", "configs", "trainer", "entr
 ENTRY_FOLDERS = {"benchmarks", "scripts"}
 PACKAGES = {"utils", "model", "pipeline", "configs", "trainer", "tests", *ENTRY_FOLDERS}
 OPTIONAL = [
-    *("diffusers", "transformers", "wandb", "deepspeed", "matplotlib"),
+    *("diffusers", "transformers", "peft", "accelerate", "wandb", "deepspeed", "matplotlib"),
     *("av", "pyarrow", "lmdb", "sklearn", "tensorboard", "flash_attn", "flash_attn_interface"),
 ]
 

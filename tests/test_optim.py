@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.muon import Muon
-from utils.optim import LRScheduleConfig, MomentumFreeAdamW, NetworkOptimizer, OptimizerConfig
+from utils.optim import LRScheduleConfig, MomentumFreeAdamW, NetworkOptimizer, OptimizerConfig, trainable
 
 
 def linear() -> nn.Linear:
@@ -40,7 +40,9 @@ def test_schedule_has_its_closed_form(config: LRScheduleConfig, update: int, exp
 def test_first_adamw_update_has_its_closed_form() -> None:
     """With beta1 = 0 the step is -lr sign(g) (eps aside), after decoupled decay."""
     net = linear()
-    optimizer = NetworkOptimizer(net, OptimizerConfig(lr=0.1, weight_decay=0.5, clip_norm=None), LRScheduleConfig(), 10)
+    optimizer = NetworkOptimizer(
+        trainable(net), OptimizerConfig(lr=0.1, weight_decay=0.5, clip_norm=None), LRScheduleConfig(), 10
+    )
     net.weight.grad = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])
     net.bias.grad = torch.ones(2)
     assert optimizer.clip() == pytest.approx(math.sqrt(1 + 4 + 9 + 16 + 25 + 36 + 2))
@@ -74,7 +76,7 @@ def test_clipping_by_norm_and_by_value() -> None:
     ):
         net = linear()
         net.weight.grad, net.bias.grad = gradient.clone(), torch.zeros(2)
-        norm = NetworkOptimizer(net, config, LRScheduleConfig(), 1).clip()
+        norm = NetworkOptimizer(trainable(net), config, LRScheduleConfig(), 1).clip()
         assert norm == pytest.approx(5.0)  # as it was, not as clipped
         torch.testing.assert_close(net.weight.grad, expected, atol=1e-5, rtol=1e-5)
 
@@ -82,7 +84,7 @@ def test_clipping_by_norm_and_by_value() -> None:
 def test_defect_10_clipping_never_turns_itself_off() -> None:
     """A non-finite norm is reported as one, and the next finite gradient is clipped as ever."""
     net = linear()
-    optimizer = NetworkOptimizer(net, OptimizerConfig(clip_norm=1.0), LRScheduleConfig(), 1)
+    optimizer = NetworkOptimizer(trainable(net), OptimizerConfig(clip_norm=1.0), LRScheduleConfig(), 1)
     net.weight.grad, net.bias.grad = torch.full((2, 3), float("inf")), torch.zeros(2)
     assert not math.isfinite(optimizer.clip())
     net.weight.grad = torch.full((2, 3), 100.0)
@@ -93,7 +95,7 @@ def test_defect_10_clipping_never_turns_itself_off() -> None:
 def test_muon_takes_the_hidden_matrices_and_orthogonalises_their_update() -> None:
     net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8))
     config = OptimizerConfig("muon", lr=1e-3, muon_lr=0.1, momentum=0.0, clip_norm=None)
-    optimizer = NetworkOptimizer(net, config, LRScheduleConfig(), 1, matrices=["0.weight"])
+    optimizer = NetworkOptimizer(trainable(net), config, LRScheduleConfig(), 1, matrices=["0.weight"])
     assert set(optimizer.names_of("muon")) == {"0.weight"}
     assert set(optimizer.names_of("adamw")) == {"1.weight", "1.bias"}
     before = net[0].weight.detach().clone()
@@ -126,4 +128,4 @@ def test_muon_is_torchs(shape: tuple[int, int]) -> None:
 
 def test_a_loss_that_reaches_no_parameter_is_an_error() -> None:
     with pytest.raises(ValueError, match="no parameter has a gradient"):
-        NetworkOptimizer(linear(), OptimizerConfig(), LRScheduleConfig(), 1).clip()
+        NetworkOptimizer(trainable(linear()), OptimizerConfig(), LRScheduleConfig(), 1).clip()

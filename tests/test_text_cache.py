@@ -147,6 +147,7 @@ def test_the_command(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "preprocess.py", "text", "--config_path", "configs/wan2.2_5b/dmd_3step.yaml", "teacher=null"),
         *("critic=null", "trainer=diffusion", "data.real=true", "student.overrides={text_len: 3, text_dim: 4}"),
+        *("data.kind=synthetic", "data.prompts=null", "validation.every=null"),
         *("--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")),
     ]
     said = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,10 @@ from model.ema import EMA
 from model.score import ScoreNet
 from model.types import Evaluations
 from model.wan.attention import Backend, available
-from model.wan.config import NetworkConfig, WanConfig
+from model.wan.config import LoraConfig, NetworkConfig, WanConfig
 from model.wan.init import no_weights, random_weights
-from model.wan.lora_files import MergedWeights
+from model.wan.lora import adapter_names, adapter_weights, add_adapter, base_names
+from model.wan.lora_files import MergedWeights, StoredLora
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, Weights, fit
 from trainer.engine import Engine, FSDPEngine
@@ -28,8 +29,8 @@ from trainer.task import SyntheticTask, Task, ToyTask
 from trainer.wan_task import WanTask
 from trainer.zero import DeepSpeedEngine
 from utils import checkpoint, distributed
-from utils.config import ConfigError
-from utils.optim import NetworkOptimizer
+from utils.config import ConfigError, from_plain
+from utils.optim import NetworkOptimizer, trainable
 from utils.parallel import deepspeed
 from utils.parallel.mesh import Mesh, ParallelConfig
 from utils.parallel.parallelize import Sharding, fill, is_sharded, materialise, parallelize
@@ -58,9 +59,11 @@ def build_network(
     trained: bool = True,
     place: Placement | None = None,
     empty: bool = False,
+    adapters: Mapping[str, LoraConfig] | None = None,
 ) -> WanTransformer:
     """A network with its starting weights. Random ones are keyed by (seed, name): the same for any number of ranks.
-    empty: without values, for one that is about to get others.
+    empty: without values, for one that is about to get others. adapters: put beside the weights, which are then frozen;
+    their values are keyed by (seed, adapter).
 
     It is made without memory and sharded; then rank 0 reads or draws its weights one by one and sends each rank its
     part. Raises ConfigError, on every rank, for a missing backend or weights that do not fit.
@@ -72,20 +75,36 @@ def build_network(
         net = WanTransformer(config.geometry(), backend, config.checkpointing).to(dtype)
     net.requires_grad_(trained)
     source = None if config.init is None or empty else open_init(net, config, name)
+    for adapter, lora in (adapters or {}).items():
+        try:
+            add_adapter(net, adapter, lora)
+        except ValueError as problem:
+            raise ConfigError(f"{adapter}.{problem}") from None
     if place is not None:
         parallelize(net, place.mesh, place.config, place.sharding)
     materialise(net, device, offload=place is not None and place.sharding.offload)
     if empty:
         return net
-    reads = place is None or distributed.is_main()
+    reads, shared, there = place is None or distributed.is_main(), place is not None, base_names(net)
     if source is not None:
-        names = [key for key, _ in net.named_parameters()]
-        fill(net, source.read(names) if reads else no_weights(net), shared=place is not None)
-        return net
-    with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if reads else torch.device("meta"):
-        torch.default_generator.manual_seed(keyed_seed(seed, "weights", name))
-        fill(net, random_weights(config.geometry()), shared=place is not None)
+        weights = source.read(there) if reads else no_weights(net, there.values())
+        fill(net, ((there.get(key, key), value) for key, value in weights), shared=shared)
+    else:
+        with _drawn(seed, "weights", name, reads):
+            weights = random_weights(config.geometry())
+            fill(net, ((there[key], value) for key, value in weights), shared=shared)
+    for adapter in adapters or {}:
+        with _drawn(seed, "adapter", adapter, reads):
+            fill(net, adapter_weights(net, adapter), shared=shared)
     return net
+
+
+@contextlib.contextmanager
+def _drawn(seed: int, kind: str, name: str, reads: bool) -> Iterator[None]:
+    """Inside, torch's default generator draws what (seed, kind, name) say; nothing on a rank that does not read."""
+    with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if reads else torch.device("meta"):
+        torch.default_generator.manual_seed(keyed_seed(seed, kind, name))
+        yield
 
 
 def open_init(net: WanTransformer, config: NetworkConfig, name: str) -> Weights:
@@ -93,18 +112,25 @@ def open_init(net: WanTransformer, config: NetworkConfig, name: str) -> Weights:
 
     Raises ConfigError naming the network.
     """
-    assert config.init is not None
     try:
-        if is_run(Path(config.init)):
-            weights = open_run(Path(config.init), config.init_weights)
-        else:
-            weights = LazyWeights(config.init, config.init_weights, config.expert)
-        if config.loras:
-            weights = MergedWeights(weights, [(lora.path, lora.scale) for lora in config.loras], config.expert)
+        weights = stored_weights(config)
         fit(weights, {key: tuple(p.shape) for key, p in net.named_parameters()}, net.config)
         return weights
     except (ValueError, OSError) as problem:
         raise ConfigError(f"{name}.init: {problem}") from None
+
+
+def stored_weights(config: NetworkConfig) -> Weights:
+    """What `config.init` names, its loras added, without an adapter in training. Raises ValueError or OSError."""
+    if config.init is None:
+        raise ValueError("null: the weights were random, and are kept nowhere")
+    if is_run(Path(config.init)):
+        weights = open_run(Path(config.init), config.init_weights)
+    else:
+        weights = LazyWeights(config.init, config.init_weights, config.expert)
+    if not config.loras:
+        return weights
+    return MergedWeights(weights, [(lora.path, lora.scale) for lora in config.loras], config.expert)
 
 
 def is_run(path: Path) -> bool:
@@ -113,13 +139,26 @@ def is_run(path: Path) -> bool:
 
 
 def open_run(path: Path, which: str) -> Weights:
-    """The student of a run or checkpoint, its average for 'ema' if it has one, or its critic. Raises UserError."""
+    """The student of a run or checkpoint, its average for 'ema' if it has one, or its critic. An adapter is added to
+    the weights that it was trained on. Raises UserError or ValueError."""
     folder = checkpoint.resolve_resume(str(path), path)
     assert folder is not None
-    if which == "critic":
-        return checkpoint.StoredGroup(folder, "critic")
-    averaged = which == "ema" and "student_ema" in checkpoint.tensor_names(folder)
-    return checkpoint.StoredGroup(folder, "student_ema" if averaged else "student")
+    name = "critic" if which == "critic" else "student"
+    averaged = which == "ema" and f"{name}_ema" in checkpoint.tensor_names(folder)
+    return open_group(folder, f"{name}_ema" if averaged else name)
+
+
+def open_group(folder: Path, group: str) -> Weights:
+    """All weights of a checkpoint's group: `student`, `student_ema`, `critic`. Raises UserError, and ValueError where
+    those that an adapter was trained on are not there any more."""
+    stored, name = checkpoint.StoredGroup(folder, group), group.removesuffix("_ema")
+    network = getattr(from_plain(RunConfig, checkpoint.load_state(folder)["config"]), name)
+    if network.lora is None:
+        return stored
+    try:
+        return MergedWeights(stored_weights(network), [(StoredLora(stored, network.lora, folder), 1.0)])
+    except (ValueError, OSError) as problem:
+        raise ValueError(f"{folder} is an adapter on {name}.init {network.init}: {problem}") from None
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype | None:
@@ -132,13 +171,38 @@ def pins(net: WanTransformer) -> bool:
     return net.config.model_type == "ti2v"
 
 
+def sharing(config: RunConfig) -> dict[str, LoraConfig]:
+    """The adapters that lie on the teacher's copy of the weights, by the network that each makes of it."""
+    if config.teacher is None:
+        return {}
+    trained = {"student": config.student, "critic": config.critic}
+    return {name: net.lora for name, net in trained.items() if net is not None and net.lora and net.lora.share}
+
+
 def build_frozen(
-    config: RunConfig, network: NetworkConfig, name: str, evaluations: Evaluations, device: torch.device, mesh: Mesh
+    config: RunConfig,
+    network: NetworkConfig,
+    name: str,
+    evaluations: Evaluations,
+    device: torch.device,
+    mesh: Mesh,
+    adapters: Mapping[str, LoraConfig] | None = None,
 ) -> ScoreNet:
-    """A frozen network, stored in bf16 where the run computes in it."""
+    """A frozen network, stored in bf16 where the run computes in it. adapters: of networks that are to share it."""
     dtype, parallel = compute_dtype(config), config.parallel
-    sharding = Sharding(dtype, parallel.reshard_after_forward.teacher, parallel.offload_teacher, parallel.compile)
-    net = build_for_inference(network, name, device, dtype, Placement(mesh, parallel, sharding))
+    compiled, offload = parallel.compile, parallel.offload_teacher
+    if adapters:  # it is theirs in all that it does for them
+        first = config.student if "student" in adapters else config.critic
+        assert first is not None
+        network = replace(network, attention=first.attention, checkpointing=first.checkpointing)
+        compiled = compiled and not ("student" in adapters and config.is_causal)
+        offload = offload or parallel.offload_optimizer
+    sharding = Sharding(dtype, parallel.reshard_after_forward.teacher, offload, compiled)
+    place = Placement(mesh, parallel, sharding)
+    seed = config.seed if adapters else 0
+    net = build_network(
+        network, name, seed, device, dtype or torch.float32, trained=False, place=place, adapters=adapters
+    ).eval()
     # sharded, one call for both halves of the guidance gathers the weights once; else it would only cost memory
     return ScoreNet(net, name, evaluations, dtype, batch_guidance=is_sharded(net), pins_initial=pins(net))
 
@@ -166,8 +230,10 @@ def build_trained(
     *,
     with_ema: bool,
     empty: bool = False,
+    base: WanTransformer | None = None,
 ) -> Trained:
-    """A network with fp32 master weights, its optimizer and schedule over `updates` updates, and maybe its EMA."""
+    """A network with fp32 master weights, its optimizer and schedule over `updates` updates, and maybe its EMA.
+    base: the network that its adapter is part of already, see `sharing`."""
     if device.type == "cpu" and Backend(network.attention) is Backend.FLEX:
         raise ConfigError(f"{name}.attention: flex has no backward on a CPU: use sdpa or plain")
     dtype, parallel = compute_dtype(config), config.parallel
@@ -175,12 +241,21 @@ def build_trained(
     cached = name == "student" and config.is_causal  # the context grows from block to block, and Inductor fails on it
     sharding = Sharding(dtype, reshard, parallel.offload_optimizer, parallel.compile and not cached)
     place = Placement(mesh, parallel, sharding)
-    net = build_network(network, name, config.seed, device, place=place, empty=empty)
-    matrices = [n for n, p in net.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
-    optimizer = NetworkOptimizer(net, training.optimizer, training.lr_schedule, updates, matrices, dtype)
+    if network.lora is None:
+        net = build_network(network, name, config.seed, device, place=place, empty=empty)
+        named = trainable(net)
+    else:
+        net = base or build_network(
+            network, name, config.seed, device, dtype or torch.float32, trained=False, place=place,
+            adapters={name: network.lora},
+        )  # fmt: skip
+        live = dict(net.named_parameters())
+        named = {key: live[there] for key, there in adapter_names(net, name).items()}
+    matrices = [key for key, p in named.items() if key.startswith("blocks.") and p.ndim == 2]
+    optimizer = NetworkOptimizer(named, training.optimizer, training.lr_schedule, updates, matrices, dtype)
     ema = None
     if with_ema and config.ema.decay is not None:
-        ema = EMA(net, config.ema.decay, config.ema.start, config.ema.every)
+        ema = EMA(net, config.ema.decay, config.ema.start, config.ema.every, named)
     if parallel.engine == "deepspeed":
         # in CPU memory, and sharded as FSDP2 does it: one format of checkpoint for all
         usual = replace(config, parallel=replace(parallel, engine="fsdp2", offload_optimizer=True))
@@ -191,7 +266,9 @@ def build_trained(
         engine: Engine = DeepSpeedEngine(net, optimizer, parallel.deepspeed, twin)
     else:
         engine = build_engine(parallel, net, optimizer)
-    return Trained(name, net, ScoreNet(net, name, evaluations, dtype, pins_initial=pins(net)), optimizer, engine, ema)
+    adapter = None if network.lora is None else name
+    score = ScoreNet(net, name, evaluations, dtype, pins_initial=pins(net), adapter=adapter)
+    return Trained(name, net, score, optimizer, engine, ema)
 
 
 def build_engine(config: ParallelConfig, net: WanTransformer, optimizer: NetworkOptimizer) -> Engine:

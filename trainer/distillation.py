@@ -6,6 +6,7 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 
@@ -14,10 +15,11 @@ from model.dmd import Guidance, critic_loss, dmd_loss
 from model.sid import sid_loss
 from model.types import Conditioning, LossOutput, Rollout
 from model.wan.kv_cache import KVCache
+from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_training import backward_simulation, diffusion_forcing_input, noised_data
 from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_forcing_rollout
 from trainer.base import MicroBatch, Trainer
-from trainer.build import build_frozen, build_trained
+from trainer.build import build_frozen, build_trained, sharing
 from trainer.sampling import cache_dtype
 from utils.metrics import luma, saturation
 from utils.parallel.parallelize import frozen
@@ -38,16 +40,20 @@ class ScoreDistillationTrainer(Trainer):
     def build(self) -> None:
         config = self.config
         assert config.teacher is not None and config.critic is not None
-        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device, self.mesh)
+        shared = sharing(config)
+        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device, self.mesh, shared)
+        base = {name: cast(WanTransformer, self.teacher.net) for name in shared}
         steps = config.training.max_steps
         self.networks = {
             "student": build_trained(
                 config, config.student, "student", config.generator_training,
                 config.training.generator_updates(steps), self.evaluations, self.device, self.mesh, with_ema=True,
+                base=base.get("student"),
             ),
             "critic": build_trained(
                 config, config.critic, "critic", config.critic_training,
                 config.training.critic_updates(steps), self.evaluations, self.device, self.mesh, with_ema=False,
+                base=base.get("critic"),
             ),
         }  # fmt: skip
         self.sigmas = config.schedule.sigmas()
@@ -75,7 +81,7 @@ class ScoreDistillationTrainer(Trainer):
             output = self.objective(micro, rollout, conditioning)
             return self._with_looks(output, rollout)
 
-        with frozen(critic.net):
+        with frozen(critic.net, critic.optimizer.parameters):
             return self.update(student, batch, loss_of)
 
     def _train_critic(self, batch: list[MicroBatch], made: list[Sample]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from model.wan.formats import Format
 from model.wan.lora_files import ADAPTER_CONFIG, lora_to_diffusers, lora_to_peft
 from model.wan.save import SHARD_BYTES, Dtype, save_model
 from model.wan.weights import Weights
+from trainer.build import open_group
 from utils import checkpoint
 from utils.checkpoint_folder import read_manifest
 from utils.cli import Parser, refuse_several_ranks, run_cli
@@ -46,10 +47,22 @@ class ExportArgs:
 class Found:
     """One network of a checkpoint."""
 
-    weights: Weights
-    geometry: WanConfig
+    folder: Path
+    group: str  # of the checkpoint
+    network: NetworkConfig
     config: RunConfig
     label: str  # e.g. "student, averaged, step 600"
+
+    @property
+    def geometry(self) -> WanConfig:
+        return self.network.geometry()
+
+    def weights(self) -> Weights:
+        """All of them: those of an adapter with what it was trained on. Raises UserError."""
+        try:
+            return open_group(self.folder, self.group)
+        except ValueError as problem:
+            raise UserError(str(problem)) from None
 
 
 def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
@@ -86,26 +99,30 @@ def find(run: Path, network: str, weights: str | None) -> Found:
     averaged = f"{network}_ema" in groups if weights is None else weights == "ema"
     if averaged and f"{network}_ema" not in groups:
         raise UserError(f"--weights ema: {folder} has no average of the {network}: use --weights raw")
-    stored = checkpoint.StoredGroup(folder, f"{network}_ema" if averaged else network)
     section: NetworkConfig | None = config.student if network == "student" else config.critic
     assert section is not None
     label = f"{network}, {'averaged' if averaged else 'raw'} weights, step {read_manifest(folder)['step']}"
-    return Found(stored, section.geometry(), config, label)
+    group = f"{network}_ema" if averaged else network
+    return Found(folder, group, section, config, label)
 
 
 def export(args: ExportArgs) -> Path:
     """Writes what was asked for, whole or not at all, and returns the folder. Raises UserError."""
-    if args.format == "lora":
-        state, alpha = lora_of_run(args.run)
-        return written(args.out, lambda folder: save_lora(folder, state, alpha))
     found = find(args.run, args.network, args.weights)
-    names = Format(args.format)
+    if args.format == "lora":
+        if args.dtype is Dtype.fp8:
+            raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
+        state, alpha = lora_of(found)
+        if args.dtype is Dtype.bf16:
+            state = {name: value.bfloat16() for name, value in state.items()}
+        return written(args.out, lambda folder: save_lora(folder, state, alpha))
+    names, weights = Format(args.format), found.weights()
 
     def write(folder: Path) -> None:
         if names is Format.NATIVE:
-            save_model(folder, found.weights, found.geometry, names, args.dtype, args.shard_bytes)
+            save_model(folder, weights, found.geometry, names, args.dtype, args.shard_bytes)
             return
-        save_model(folder / "transformer", found.weights, found.geometry, names, args.dtype, args.shard_bytes)
+        save_model(folder / "transformer", weights, found.geometry, names, args.dtype, args.shard_bytes)
         (folder / "scheduler").mkdir()
         _json(folder / "scheduler" / "scheduler_config.json", scheduler_config(found.config))
         _json(folder / "model_index.json", model_index(found.config, found.geometry))
@@ -232,13 +249,16 @@ def card(found: Found) -> str:
 # ---------------------------------------------------------------------------------------------------------------- LoRA
 
 
-def lora_of_run(run: Path) -> tuple[dict[str, Tensor], float]:
-    """(adapter under native names: `blocks.0.self_attn.q.lora_A.weight`, alpha) of a run that trained one.
-
-    Raises UserError: no trainer of ours makes adapters yet; whoever adds one reads its group of the checkpoint here.
-    """
-    find(run, "student", None)
-    raise UserError(f"--format lora: {run} trained all weights, and has no adapter: use --format diffusers or native")
+def lora_of(found: Found) -> tuple[dict[str, Tensor], float]:
+    """(adapter under native names, `blocks.0.self_attn.q.lora_A.weight`; alpha) of a network that is one. Raises
+    UserError for any other."""
+    lora = found.network.lora
+    if lora is None:
+        raise UserError(
+            f"--format lora: {found.folder} trained all weights, and has no adapter: use --format diffusers or native"
+        )
+    stored = checkpoint.StoredGroup(found.folder, found.group)
+    return dict(stored.read(stored.shapes)), lora.scale * lora.rank
 
 
 def save_lora(folder: Path, state: Mapping[str, Tensor], alpha: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,10 +16,11 @@ from torch import Tensor
 from model.ode_regression import ode_regression_loss, pick_stored, store_levels
 from model.schedule import uniform_sigmas
 from model.types import Conditioning, LossOutput
+from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_trajectory
 from pipeline.diffusion_forcing import per_frame
 from trainer.base import MicroBatch, Trainer
-from trainer.build import build_frozen, build_trained
+from trainer.build import build_frozen, build_trained, sharing
 from trainer.given import gives
 from trainer.stored import StoredPairs
 from utils import activity, distributed
@@ -33,25 +35,28 @@ class ODETrainer(Trainer):
     run folder."""
 
     def build(self) -> None:
-        config = self.config
+        config, base = self.config, None
+        self.stored: StoredPairs | None = None
+        if config.ode.path is None:
+            assert config.teacher is not None
+            shared = sharing(config)
+            self.teacher = build_frozen(
+                config, config.teacher, "teacher", self.evaluations, self.device, self.mesh, shared
+            )
+            base = cast(WanTransformer, self.teacher.net) if "student" in shared else None
         self.networks = {
             "student": build_trained(
                 config, config.student, "student", config.generator_training, config.training.max_steps,
-                self.evaluations, self.device, self.mesh, with_ema=True,
+                self.evaluations, self.device, self.mesh, with_ema=True, base=base,
             )
         }  # fmt: skip
-        self.stored: StoredPairs | None = None
-        if config.ode.path is not None:
-            frames = self.task.latent_shape[0]
-            given = gives(config.data, config.student.geometry(), frames, self.device, real=False)
-            self.stored = StoredPairs(
-                Path(config.ode.path), self.task.latent_shape, config.seed, config.ode.sigmas, given
-            )
-            self.sigmas_S = self.stored.sigmas_S
+        if config.ode.path is None:
+            self.trajectories, self.sigmas_S = self._load_or_make()
             return
-        assert config.teacher is not None
-        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device, self.mesh)
-        self.trajectories, self.sigmas_S = self._load_or_make()
+        shape = self.task.latent_shape
+        given = gives(config.data, config.student.geometry(), shape[0], self.device, real=False)
+        self.stored = StoredPairs(Path(config.ode.path), shape, config.seed, config.ode.sigmas, given)
+        self.sigmas_S = self.stored.sigmas_S
 
     def streams(self) -> Sequence[Stream]:
         return [*self.task.streams, *([] if self.stored is None else [self.stored.stream])]

@@ -154,9 +154,11 @@ class Probe:
 
     def __init__(self, trainer: Trainer, meter: Meter) -> None:
         self.trainer, self.meter = trainer, meter
-        self.nets: dict[str, nn.Module] = {name: trained.net for name, trained in trainer.networks.items()}
+        self.nets: dict[str, nn.Module] = {}
         if (teacher := getattr(trainer, "teacher", None)) is not None:
             self.nets["teacher"] = teacher.net
+        # a network that plays several roles is the teacher's
+        self.nets |= {name: one.net for name, one in trainer.networks.items() if one.net not in self.nets.values()}
         self.key = Key(-1, "", 0, "build")
         self.ends: list[dict[Owner, float]] = []
         self.exits: list[int] = [0]
@@ -194,6 +196,7 @@ class Probe:
         for name, net in self.nets.items():
             self.meter.assign(net.parameters(), Owner(name, "parameters"))
         for name, trained in self.trainer.networks.items():
+            self.meter.assign(trained.optimizer.parameters, Owner(name, "parameters"))
             for optimizer in trained.optimizer.optimizers.values():
                 self.meter.assign(tree_leaves(list(optimizer.state.values())), Owner(name, "optimizer"))
             if trained.ema is not None:

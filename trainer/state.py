@@ -23,7 +23,7 @@ def save_run(networks: dict[str, Trained]) -> tuple[Tensors, dict[str, Any]]:
     tensors: Tensors = {}
     state: dict[str, Any] = {"networks": {}}
     for name, trained in networks.items():
-        tensors[name] = dict(trained.net.state_dict())
+        tensors[name] = trained.state_dict()
         if trained.ema is not None:
             tensors[f"{name}_ema"] = dict(trained.ema.shadow)
         kinds: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def load_run(
     for name, trained in networks.items():
         saved = state["networks"][name]
         reshard(trained.net)  # a gathered copy would go on being used
-        tensors[name] = dict(trained.net.state_dict())
+        tensors[name] = trained.state_dict()
         _refuse_other_geometry(name, tensors[name], layout.get(name, {}), path)
         if set(saved["optimizers"]) != set(trained.optimizer.optimizers):
             raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -117,16 +117,21 @@ def adamw(params: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.opti
     )
 
 
+def trainable(net: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that need a gradient, by name."""
+    return {name: p for name, p in net.named_parameters() if p.requires_grad}
+
+
 class NetworkOptimizer:
     """All that updates one network: its optimizers, its schedule, its clipping.
 
-    matrices: names of the parameters that Muon may take; the others are AdamW's. precision: of Muon's products (fp32:
-    None).
+    named: what it updates, by the names under which it is kept. matrices: names of those that Muon may take; the others
+    are AdamW's. precision: of Muon's products (fp32: None).
     """
 
     def __init__(
         self,
-        net: nn.Module,
+        named: Mapping[str, nn.Parameter],
         config: OptimizerConfig,
         schedule: LRScheduleConfig,
         total_updates: int,
@@ -134,7 +139,7 @@ class NetworkOptimizer:
         precision: torch.dtype | None = None,
     ) -> None:
         self.config, self.schedule, self.total = config, schedule, total_updates
-        self.named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.named = dict(named)
         hidden = set(matrices) if config.kind == "muon" else set()
         rest = [p for name, p in self.named.items() if name not in hidden]
         self.optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(rest, config)}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.wan.attention import Backend, attend
 from model.wan.config import WanConfig
+from model.wan.lora import use_adapter
 from model.wan.masks import FrameMask
 from model.wan.replay import Join, known_output
 from model.wan.rope import apply_rope
@@ -149,6 +150,7 @@ class Block(nn.Module):
     def __init__(self, config: WanConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.eps = layer, config.eps
+        self.adapted: list[nn.Module] = []  # its layers with adapters: see model/wan/lora.py
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
         self.self_attn = Attention(config)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps) if config.cross_attn_norm else nn.Identity()
@@ -169,6 +171,7 @@ class Block(nn.Module):
         backend: Backend,
         shards: FrameShards | None = None,
         known: Tensor | None = None,
+        adapter: str | None = None,
     ) -> tuple[Tensor, KV | None, ContextKV | None]:
         """x [B, L, d] -> x, this pass's rotated (k, v) and the context's, each [B, tokens, N, D].
 
@@ -177,9 +180,12 @@ class Block(nn.Module):
         for each part of the tokens, which then see nothing of each other.
         shards: x and rope are this rank's tokens; the rotated (k, v) are all tokens of this rank's heads.
         known: x after this block, from passes already made (model/wan/replay.py): only backward computes.
+        adapter: the one that this pass adds; a pass that is computed again has it again, whatever ran in between.
         """
         if known is not None:
-            return self._replay(known, x, time_BF6d, context_BMd, rope, join, backend, shards), None, None
+            return self._replay(known, x, time_BF6d, context_BMd, rope, join, backend, shards, adapter), None, None
+        if self.adapted:
+            use_adapter(self.adapted, adapter)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (time_BF6d + self.modulation.float()).unbind(2)
         h = modulate(x, shift, scale, self.eps).type_as(x)
         k, v = self.self_attn.key_value(h)
@@ -210,12 +216,13 @@ class Block(nn.Module):
         join: Join | Parts | None,
         backend: Backend,
         shards: FrameShards | None,
+        adapter: str | None,
     ) -> Tensor:
         assert context_BMd is not None
 
         def run(x: Tensor, time_BF6d: Tensor, context_BMd: Tensor) -> Tensor:
             # not through __call__: hooks of the replay's own call surround its backward
-            return self.forward(x, time_BF6d, context_BMd, None, rope, None, join, backend, shards)[0]
+            return self.forward(x, time_BF6d, context_BMd, None, rope, None, join, backend, shards, adapter=adapter)[0]
 
         weights = [p for p in self.parameters() if p.requires_grad]
         return known_output(run, known, (x, time_BF6d, context_BMd), weights)

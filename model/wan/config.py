@@ -143,6 +143,37 @@ class LoraWeights:
     scale: float = 1.0
 
 
+TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # all of a text-to-video block
+
+
+@dataclass
+class LoraConfig:
+    """An adapter that is trained in place of the weights themselves (LoRA, arXiv 2106.09685).
+
+    rank, alpha: W + alpha / rank * up @ down; null takes alpha = rank. targets: which linear layers of each block.
+    share: the adapter lies on the teacher's own copy of the weights, of which there is then one for all roles; false
+    gives it a frozen copy of its own, which `init` may then take from elsewhere.
+    """
+
+    rank: int = 64
+    alpha: float | None = None
+    targets: list[str] = field(default_factory=lambda: list(TARGETS))
+    share: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"alpha must be positive, or null for the rank, got {self.alpha}")
+        if not self.targets:
+            raise ValueError(f"targets is empty: choose among {', '.join(TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
 @dataclass
 class NetworkConfig:
     """One network of a run.
@@ -151,7 +182,8 @@ class NetworkConfig:
     checkpoint folder of ours, a file or folder in Wan's, Diffusers' or Self-Forcing's format, a Hub repository
     (`owner/name`), null for random. init_weights: which weights of what has several, 'ema' (raw where it has none),
     'raw' or 'critic'. expert: 'high' or 'low' of a model with two. loras: added to the weights as they are loaded.
-    attention: backend. checkpointing: see Checkpointing.
+    lora: an adapter to train, the weights being frozen; null trains the weights. attention: backend. checkpointing: see
+    Checkpointing.
     """
 
     preset: str = "toy"
@@ -160,6 +192,7 @@ class NetworkConfig:
     init_weights: str = "ema"
     expert: str | None = None
     loras: list[LoraWeights] = field(default_factory=list)
+    lora: LoraConfig | None = None
     attention: str = "sdpa"
     checkpointing: Checkpointing = Checkpointing.none
 
@@ -174,6 +207,14 @@ class NetworkConfig:
             raise ValueError(f"expert '{self.expert}' is unknown: choose high or low (noise), or null")
         if self.loras and self.init is None:
             raise ValueError("loras are added to the weights of init, which is null: set it")
+
+    def same_weights(self, other: NetworkConfig) -> bool:
+        """Whether both start from the same weights: by what they say, not by what the files hold."""
+
+        def said(network: NetworkConfig) -> tuple[object, ...]:
+            return network.geometry(), network.init, network.init_weights, network.expert, network.loras
+
+        return said(self) == said(other)
 
     def geometry(self) -> WanConfig:
         return geometry(self.preset, self.overrides)

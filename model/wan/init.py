@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ def _without_memory(_parent: nn.Module, _name: str, module: nn.Module) -> nn.Mod
     return module.to("meta") if isinstance(module, LAYERS) else None
 
 
-def no_weights(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and shapes of `net`'s parameters, in its order: what ranks give that have nothing to send."""
-    for name, p in net.named_parameters():
-        yield name, torch.empty(p.shape, device="meta")
+def no_weights(net: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Names and shapes of these parameters of `net`, in this order: what ranks give that have nothing to send."""
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    for name in names:
+        yield name, torch.empty(shapes[name], device="meta")

@@ -10,12 +10,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.wan.config import LoraConfig
 from model.wan.formats import to_diffusers_key, to_native_key, unwrapped
 from model.wan.sources import Stored, located, open_tensors, weight_files
 from model.wan.weights import Shapes, State, Weights
@@ -90,17 +92,45 @@ class LoraFile:
         return float(alpha) / (math.sqrt(rank) if self.alphas["rslora"] else rank)
 
 
+class StoredLora:
+    """The changes of an adapter as our own checkpoints keep it: `blocks.0.self_attn.q.lora_A.weight` and so on."""
+
+    def __init__(self, stored: Weights, config: LoraConfig, path: str | Path) -> None:
+        self.path, self.config = path, config
+        self.changes: dict[str, Change] = {}
+        for name, shape in stored.shapes.items():
+            module, part, _ = name.rsplit(".", 2)
+            change = self.changes.setdefault(module, Change())
+            setattr(change, "down" if part == "lora_A" else "up", Stored(tuple(shape), partial(_one, stored, name)))
+
+    def factor(self, _module: str, _change: Change) -> float:
+        return self.config.scale
+
+
+def _one(stored: Weights, name: str) -> Tensor:
+    ((_, value),) = stored.read([name])
+    return value
+
+
+Lora = LoraFile | StoredLora
+
+
 class MergedWeights:
     """Base weights with LoRAs added, still read one tensor at a time.
 
-    loras: (path, scale). Raises ValueError in one line when a LoRA changes what the base does not have.
+    loras: (LoRA, or the path of one, scale). Raises ValueError in one line when a LoRA changes what the base does not
+    have.
     """
 
-    def __init__(self, base: Weights, loras: Sequence[tuple[str | Path, float]], expert: str | None = None) -> None:
+    def __init__(
+        self, base: Weights, loras: Sequence[tuple[Lora | str | Path, float]], expert: str | None = None
+    ) -> None:
         self.base, self.shapes = base, base.shapes
         self.config = getattr(base, "config", None)
         modules = {name.rpartition(".")[0] for name in base.shapes}
-        self.loras = [(LoraFile(path, modules, expert), scale) for path, scale in loras]
+        self.loras = [
+            (LoraFile(lora, modules, expert) if isinstance(lora, (str, Path)) else lora, scale) for lora, scale in loras
+        ]
         for lora, _ in self.loras:
             _check(lora, base.shapes)
 
@@ -125,7 +155,7 @@ class MergedWeights:
         return out.to(value.dtype)
 
 
-def _check(lora: LoraFile, shapes: Shapes) -> None:
+def _check(lora: Lora, shapes: Shapes) -> None:
     odd = []
     for module, change in lora.changes.items():
         shape, weight, bias = change.shape(), f"{module}.weight", f"{module}.bias"

@@ -120,6 +120,7 @@ class WanTransformer(nn.Module):
         write_cache: bool = False,
         trace: Trace | None = None,
         replay: Trace | None = None,
+        adapter: str | None = None,
     ) -> Tensor:
         """Velocity [B, F, C, H, W] at x [B, F, C, H, W].
 
@@ -129,6 +130,7 @@ class WanTransformer(nn.Module):
         positions: absolute frame positions for RoPE; default 0.. or, with a cache, what follows the cached frames.
         mask: who sees whom (default: all see all). cache: frames before these; `write_cache` stores these after them.
         trace: a pass without gradient is noted in it; given as `replay`, with its x, all its passes get their gradient.
+        adapter: the one that is added to the weights, null for none.
         Raises ValueError for latents, conditioning or a mask of another geometry.
         """
         self._check(x, sigma, text, channels, image)
@@ -143,7 +145,7 @@ class WanTransformer(nn.Module):
         tokens = self._patchify(seen, shards)
         time, time6 = self._time(sigma)
         if replay is not None:
-            tokens = self._replay(tokens, time6, text, image, replay, shards)
+            tokens = self._replay(tokens, time6, text, image, replay, shards, adapter)
         else:
             if positions is None:
                 start = 0 if cache is None else cache.frames
@@ -151,7 +153,9 @@ class WanTransformer(nn.Module):
             rope = rope_table(positions, height, width, self.config.head_dim, x.device)
             rope = rope if shards is None else shards.own(rope)
             noted = None if trace is None else trace.start(x, sigma, rope, frames * height * width)
-            tokens = self._run_blocks(tokens, time6, text, image, rope, mask, cache, write_cache, shards, noted)
+            tokens = self._run_blocks(
+                tokens, time6, text, image, rope, mask, cache, write_cache, shards, noted, adapter
+            )
         if cache is not None and write_cache:
             cache.advance(frames)
         out = self.head(tokens, time)
@@ -169,6 +173,7 @@ class WanTransformer(nn.Module):
         write: bool,
         shards: FrameShards | None,
         noted: TracedPass | None,
+        adapter: str | None,
     ) -> Tensor:
         embedded: Tensor | None = None
         for layer, block in enumerate(self.blocks):
@@ -179,7 +184,7 @@ class WanTransformer(nn.Module):
             if noted is not None:
                 noted.joins.append(None if cache is None else cache.join(layer, again=True))
             arguments = (x, time6, embedded, context_kv, rope, mask, join, self.backend, shards)
-            x, kv, context_kv = recomputed(block, self.checkpointing)(*arguments)
+            x, kv, context_kv = recomputed(block, self.checkpointing)(*arguments, adapter=adapter)
             if cache is not None:
                 cache.keep_text(layer, context_kv)
                 if write:
@@ -189,12 +194,19 @@ class WanTransformer(nn.Module):
         return x
 
     def _replay(
-        self, x: Tensor, time6: Tensor, text: Tensor, image: Tensor | None, trace: Trace, shards: FrameShards | None
+        self,
+        x: Tensor,
+        time6: Tensor,
+        text: Tensor,
+        image: Tensor | None,
+        trace: Trace,
+        shards: FrameShards | None,
+        adapter: str | None,
     ) -> Tensor:
         embedded, rope = self._context(text, image), trace.rope
         for layer, block in enumerate(self.blocks):
             parts, known = trace.joins(layer), trace.output(layer)
-            x, _, _ = block(x, time6, embedded, None, rope, None, parts, self.backend, shards, known)
+            x, _, _ = block(x, time6, embedded, None, rope, None, parts, self.backend, shards, known, adapter)
         return x
 
     def _context(self, text: Tensor, image: Tensor | None) -> Tensor:

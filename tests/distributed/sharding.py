@@ -26,10 +26,13 @@ BATCH = 8
 Case = dict[str, Any]
 # unguided: sharded networks run both halves of the guidance in one call, and bf16 kernels round by the batch
 BF16: Case = {"training": {"micro_batch_size": 2, "precision": "bf16"}, "objective": {"real_guidance_scale": 1.0}}
+ADAPTED = {"lora": {"rank": 4, "targets": ["q", "v", "ffn.0"]}}
 # other losses, each with a whole of its own to agree with
 OTHERS: dict[str, Case] = {
     "ode": {"trainer": "ode", "critic": None, "ode": {"pairs": 5, "steps": 4, "shift": 3.0, "guidance": 2.0}},
     "sid": {"objective": {"kind": "sid"}, "rollout": {"kind": "backward_simulation", "reuse_rollout": True}},
+    # one sharded copy in three roles; the adapters' values do not depend on the ranks, nor do the random weights
+    "lora": {name: ADAPTED for name in ("student", "critic")},
     "muon": {"generator_training": {"optimizer": {"kind": "muon", "muon_lr": 1e-3, "muon_weight_decay": 0.1}}},
 }
 CASES: dict[int, dict[str, Case]] = {
@@ -68,6 +71,11 @@ CASES: dict[int, dict[str, Case]] = {
             "parallel": {"replicate": 2, "sync_each_micro_batch": True},
         },
         "ode": merged(OTHERS["ode"], {"training": {"micro_batch_size": 2}, "parallel": {"sequence": 2}}),
+        "lora": {
+            **{name: {**ADAPTED, "checkpointing": "full"} for name in ("student", "critic")},
+            "training": {"micro_batch_size": 2},
+            "parallel": {"sequence": 2, "keep_gathered_in_rollout": True},
+        },
         "muon": merged(OTHERS["muon"], {"training": {"micro_batch_size": 2}, "parallel": {"replicate": 2}}),
     },
 }
@@ -101,6 +109,9 @@ def make(folder: Path, name: str, case: Case) -> Trainer:
             "critic_training": optimizer,
         },
     )  # fmt: skip
+    for network in NETWORKS:
+        if "lora" in (case.get(network) or {}):  # the shared copy is the teacher's
+            base = merged(base, {network: {"init": base["teacher"]["init"]}})
     return trainer(folder / f"run_{distributed.world_size()}_{name}", base, **case)
 
 

@@ -143,13 +143,14 @@ def _param_groups(module: FSDPModule) -> list[Any]:
 
 
 @contextmanager
-def frozen(net: nn.Module) -> Iterator[None]:
-    """Weights need no gradient inside: another network is being trained through this one."""
+def frozen(net: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
+    """These weights of `net`, or all, need no gradient inside: another network is being trained through this one, or
+    another adapter of this one."""
     if isinstance(net, FSDPModule):
         # what is reduced, and in which precision, is settled at the first pass: not by one in which nothing is trained
         net._get_fsdp_state()._lazy_init()
     reshard(net)
-    needed = [p for p in net.parameters() if p.requires_grad]
+    needed = [p for p in (net.parameters() if parameters is None else parameters) if p.requires_grad]
     for p in needed:
         p.requires_grad_(False)
     try:

@@ -1,0 +1,46 @@
+"""Every recipe loads, says what it needs, and its smoke test's overrides leave nothing that has to be fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.schema import RunConfig
+from trainer.build import sharing
+from utils.config import load
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("wan2*/*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_loads_and_so_does_its_smoke_test(recipe: str) -> None:
+    text = (ROOT / recipe).read_text()
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert all(any(line.startswith(f"# {word}:") for line in header) for word in ("Command", "Hardware", "Settings"))
+    config = load(RunConfig, ROOT / recipe)
+    assert config.data.kind == "wan" and config.data.text.encoder and config.data.vae.path and config.data.prompts
+    (smoke,) = [line for line in header if line.startswith("# Smoke test")]
+    overrides = smoke.split(": add ")[1].split()
+    bare = load(RunConfig, ROOT / recipe, overrides)
+    assert bare.data.kind == "synthetic" and bare.validation.every is None
+    networks = (bare.student, bare.teacher, bare.critic)
+    assert all(network is None or network.init is None for network in networks)
+    clip, sizes = config.data.wan, config.data.synthetic
+    assert (clip.frames, clip.height, clip.width) == (sizes.frames, sizes.height, sizes.width)
+
+
+def test_adapters_of_a_recipe_lie_on_one_copy() -> None:
+    adapted = [recipe for recipe in RECIPES if recipe.endswith("_lora.yaml")]
+    assert len(adapted) >= 3
+    for recipe in adapted:
+        assert set(sharing(load(RunConfig, ROOT / recipe))) == {"student", "critic"}
+
+
+def test_experts_take_steps_and_scores_on_their_side_of_the_boundary() -> None:
+    high, low = (load(RunConfig, ROOT / f"configs/wan2.2_a14b/dmd_{side}.yaml").schedule for side in ("high", "low"))
+    assert min(high.sigmas()) >= 0.875 > max(low.sigmas())
+    assert high.min_score_timestep == low.max_score_timestep == 875
+    whole = load(RunConfig, ROOT / "configs/wan2.1_1.3b/self_forcing_dmd.yaml").schedule
+    assert (*high.sigmas(), *low.sigmas()) == whole.sigmas()
