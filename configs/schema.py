@@ -5,311 +5,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
 
 from configs.given import check_given
+from configs.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DiffusionConfig,
+    DiffusionMode,
+    LoggingConfig,
+    ObjectiveConfig,
+    ODEConfig,
+    RolloutConfig,
+    RolloutKind,
+    TrainedConfig,
+    TrainerKind,
+    TrainingConfig,
+    UpdateSchedule,
+    ValidationConfig,
+)
 from model.ema import EMAConfig
 from model.schedule import ScheduleConfig
 from model.wan.config import NetworkConfig
-from model.wan.text_encoder import TextConfig
-from model.wan.vae import STRIDE_T, ClipConfig, VAEConfig
+from model.wan.vae import STRIDE_T
 from pipeline.causal import CausalConfig
 from pipeline.self_forcing_training import rollout_lengths
-from utils.data.synthetic import SyntheticConfig
-from utils.data.toy_world import ToyWorldConfig
-from utils.optim import LRScheduleConfig, OptimizerConfig
+from utils.optim import OptimizerConfig
 from utils.parallel.mesh import ParallelConfig
 from utils.watchdog import WatchdogConfig
-
-# Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
-
-
-class TrainerKind(Enum):
-    score_distillation = "score_distillation"  # a student by distribution matching
-    diffusion = "diffusion"  # a teacher, or a causal initialisation, by flow matching
-    ode = "ode"  # a causal initialisation by regression on a teacher's trajectories
-
-
-class ObjectiveKind(Enum):
-    dmd = "dmd"
-    sid = "sid"
-
-
-class RolloutKind(Enum):
-    self_forcing = "self_forcing"  # causal, block by block over the KV cache
-    backward_simulation = "backward_simulation"  # bidirectional, from noise
-    noised_data = "noised_data"  # bidirectional, from real data
-    diffusion_forcing = "diffusion_forcing"  # causal, from real data (CausVid)
-
-
-class DiffusionMode(Enum):
-    bidirectional = "bidirectional"
-    diffusion_forcing = "diffusion_forcing"  # an own noise level for each block
-    teacher_forcing = "teacher_forcing"  # noisy blocks look back at clean ones
-
-
-class CriticLoss(Enum):
-    flow = "flow"
-    x0 = "x0"
-
-
-class UpdateSchedule(Enum):
-    joint = "joint"  # critic every iteration, student each `generator_update_interval`-th beside it
-    alternating = "alternating"  # student each `generator_update_interval`-th instead of the critic
-
-
-class Precision(Enum):
-    fp32 = "fp32"
-    bf16 = "bf16"  # fp32 master weights of what is trained, bf16 autocast; frozen networks stored in bf16
-
-
-class SampleWeights(Enum):
-    ema = "ema"
-    raw = "raw"
-    both = "both"
-
-
-@dataclass
-class DataConfig:
-    """kind: 'toy', the world made on the fly, 'synthetic', random numbers of a real geometry's sizes, or 'wan',
-    Wan's text encoder and VAE.
-
-    real: whether training may look at real videos; false is data-free, from prompts alone.
-    toy, synthetic, wan: the section of the kind that is used gives a video's size.
-    text, vae: of kind wan, where embeddings come from and what decodes. image_encoder: a pipeline's folder or Hub name
-    with CLIP, for networks with an image_dim. latents: its real videos, as a folder of `preprocess.py video`, of
-    FastVideo's parquet files, or of Self-Forcing's LMDB. images: a folder of `preprocess.py images`, whose captions are
-    the prompts: each video is made from an image and its caption.
-    first_frame: whether networks are given the first frame of real videos; null gives it to image-to-video ones.
-    prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet), null for the kind's own.
-    text_seed: of the toy world's tiny frozen text encoder, and of synthetic text embeddings.
-    """
-
-    kind: str = "toy"
-    real: bool = True
-    toy: ToyWorldConfig = field(default_factory=ToyWorldConfig)
-    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
-    wan: ClipConfig = field(default_factory=ClipConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-    vae: VAEConfig = field(default_factory=VAEConfig)
-    image_encoder: str | None = None
-    latents: str | None = None
-    images: str | None = None
-    first_frame: bool | None = None
-    prompts: str | None = None
-    negative_prompt: str = ""
-    text_seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("toy", "synthetic", "wan"):
-            raise ValueError(f"kind '{self.kind}' is unknown: choose toy, synthetic or wan")
-        if self.latents is not None and self.kind != "wan":
-            raise ValueError(f"latents '{self.latents}' are for kind wan, not {self.kind}: set them null")
-        if self.images is not None and self.kind != "wan":
-            raise ValueError(f"images '{self.images}' are for kind wan, not {self.kind}: set them null")
-        if self.images is not None and self.prompts is not None:
-            raise ValueError("images and prompts are both given, and images have captions of their own: set one null")
-        if self.images is not None and self.first_frame is False:
-            raise ValueError("first_frame is false, but images give the first frame: set one of them null")
-
-    def gives_frame(self, model_type: str, *, real: bool) -> bool:
-        """Whether samples come with a first frame: of real videos, or of images."""
-        if self.first_frame is not None:
-            return self.first_frame or model_type == "i2v"
-        return self.images is not None or model_type == "i2v" or (real and model_type == "ti2v")
-
-    @property
-    def frames(self) -> int:
-        """Latent frames of a video."""
-        return {"toy": self.toy.frames, "synthetic": self.synthetic.frames, "wan": self.wan.frames}[self.kind]
-
-
-@dataclass
-class RolloutConfig:
-    """Where the student's samples come from.
-
-    same_step_across_blocks: one exit step for all blocks, else one a block. last_step_only: always leave at the last
-    step instead of a uniform draw over all steps. num_training_frames: latent frames of the longest rollout, null for
-    the data's own; lengths are drawn in whole blocks and the last `data` frames are judged.
-    reuse_rollout: in iterations that train both networks the critic learns from the generator's sample (made before
-    its update, for the same prompts) instead of making its own: the critic then sees the student of one update ago and
-    the batch that the student was just judged on, and an iteration costs one rollout less.
-    """
-
-    kind: RolloutKind = RolloutKind.self_forcing
-    same_step_across_blocks: bool = True
-    last_step_only: bool = False
-    num_training_frames: int | None = None
-    reuse_rollout: bool = False
-
-
-@dataclass
-class ObjectiveConfig:
-    """What the student is trained on. Guidance is `uncond + w (cond - uncond)`: 1 is none. sid_alpha: SiD's alpha."""
-
-    kind: ObjectiveKind = ObjectiveKind.dmd
-    real_guidance_scale: float = 4.0
-    fake_guidance_scale: float = 1.0
-    sid_alpha: float = 1.0
-    critic_loss: CriticLoss = CriticLoss.flow
-
-
-@dataclass
-class DiffusionConfig:
-    """Flow-matching training. caption_dropout: share of samples trained with the negative prompt.
-
-    clean_block_share: diffusion forcing's share of blocks given clean and left out of the loss.
-    clean_noise_max: teacher forcing noises its clean half to U(0, this) timesteps.
-    """
-
-    mode: DiffusionMode = DiffusionMode.bidirectional
-    caption_dropout: float = 0.1
-    clean_block_share: float = 0.0
-    clean_noise_max: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
-        if not 0 <= self.clean_block_share < 1:
-            raise ValueError(f"clean_block_share must be in [0, 1), got {self.clean_block_share}")
-        if not 0 <= self.clean_noise_max < 1000:
-            raise ValueError(f"clean_noise_max is a timestep in [0, 1000), got {self.clean_noise_max}")
-
-
-@dataclass
-class ODEConfig:
-    """ODE initialisation (CausVid): trajectories of the teacher, and regression on their clean end.
-
-    path: stored ones (parquet, safetensors, or Self-Forcing's LMDB, which needs its levels as sigmas, the last one 0),
-    read as they are needed. Where it is null, pairs: how many are made before training; steps, shift, guidance: the
-    teacher's Euler sampler.
-    """
-
-    path: str | None = None
-    sigmas: list[float] | None = None
-
-    pairs: int = 256
-    steps: int = 48
-    shift: float = 8.0
-    guidance: float = 6.0
-
-    def __post_init__(self) -> None:
-        if self.pairs < 1 or self.steps < 1:
-            raise ValueError(f"pairs and steps must be at least 1, got {self.pairs} and {self.steps}")
-
-
-@dataclass
-class TrainedConfig:
-    """How one trained network is updated."""
-
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
-
-
-@dataclass
-class TrainingConfig:
-    """The loop.
-
-    max_steps: iterations. global_batch_size: samples an update, over all ranks and accumulation steps;
-    micro_batch_size: samples a rank runs at once. generator_update_interval: see UpdateSchedule; critic_warmup_steps:
-    first iterations, in which only the critic learns. non_finite_limit: consecutive skipped updates that abort the run.
-    threads: CPU threads of a rank, null for torch's choice.
-    """
-
-    max_steps: int = 600
-    global_batch_size: int = 64
-    micro_batch_size: int = 1
-    update_schedule: UpdateSchedule = UpdateSchedule.joint
-    generator_update_interval: int = 5
-    critic_warmup_steps: int = 0
-    precision: Precision = Precision.bf16
-    non_finite_limit: int = 10
-    log_every: int = 1
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, or null for torch's choice, got {self.threads}")
-        if self.update_schedule is UpdateSchedule.alternating and self.generator_update_interval == 1:
-            raise ValueError("generator_update_interval 1 leaves an alternating critic no iteration: use 2 or more")
-        least = {"critic_warmup_steps": 0}
-        for name in (
-            "max_steps",
-            "global_batch_size",
-            "micro_batch_size",
-            "generator_update_interval",
-            "critic_warmup_steps",
-            "non_finite_limit",
-            "log_every",
-        ):
-            if getattr(self, name) < least.get(name, 1):
-                raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {getattr(self, name)}")
-
-    def generator_updates(self, steps: int) -> int:
-        """How many of the first `steps` iterations train the student."""
-        return sum(self.trains_generator(step) for step in range(steps))
-
-    def critic_updates(self, steps: int) -> int:
-        return sum(self.trains_critic(step) for step in range(steps))
-
-    def trains_generator(self, step: int) -> bool:
-        after = step - self.critic_warmup_steps
-        return after >= 0 and after % self.generator_update_interval == 0
-
-    def trains_critic(self, step: int) -> bool:
-        return self.update_schedule is UpdateSchedule.joint or not self.trains_generator(step)
-
-
-@dataclass
-class CheckpointConfig:
-    """every: iterations between saves; keep_last: how many to keep; keep_every: keep multiples of this for good.
-
-    background: train on while a thread writes; the host then holds a copy of what its ranks write.
-    """
-
-    every: int = 100
-    keep_last: int = 2
-    keep_every: int | None = None
-    background: bool = True
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.keep_last < 1 or (self.keep_every is not None and self.keep_every < 1):
-            raise ValueError(
-                f"every, keep_last and keep_every must be at least 1, got {self.every}, {self.keep_last}, "
-                f"{self.keep_every}"
-            )
-
-
-@dataclass
-class ValidationConfig:
-    """Sample videos on a fixed prompt library and seed.
-
-    every: iterations between them, null for none. prompts: a file; null takes the data's own prompts. count: how many,
-    sampled in micro-batches. weights: which to sample with. steps, guidance: of many-step samplers (diffusion trainer).
-    """
-
-    every: int | None = 100
-    prompts: str | None = None
-    count: int = 8
-    seed: int = 1234
-    steps: int = 50
-    guidance: float = 1.0
-    weights: SampleWeights = SampleWeights.ema
-    fps: int = 8
-
-    def __post_init__(self) -> None:
-        if self.fps < 1:
-            raise ValueError(f"fps must be at least 1, got {self.fps}")
-        if (self.every is not None and self.every < 1) or self.count < 1 or self.steps < 1:
-            raise ValueError(f"every, count and steps must be at least 1, got {self.every}, {self.count}, {self.steps}")
-
-
-@dataclass
-class LoggingConfig:
-    """JSONL is always written. wandb runs offline unless a key is set; neither can stop a run."""
-
-    tensorboard: bool = True
-    wandb: bool = False
 
 
 @dataclass
@@ -467,6 +189,10 @@ class RunConfig:
                     raise ValueError(
                         f"{name} has {field_name} {b} and student {a}: they must see the same latents, text and image"
                     )
+        networks = {"student": self.student, "teacher": self.teacher, "critic": self.critic}
+        plain = [name for name, net in networks.items() if net is not None and net.attention == "plain"]
+        if self.parallel.compile and plain:
+            raise ValueError(f"parallel.compile is not for {plain[0]}.attention plain: choose sdpa, flex or flash")
         common = math.gcd(*heads)
         if common % self.parallel.sequence:
             legal = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)

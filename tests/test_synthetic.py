@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import DataConfig, RunConfig
+from configs.schema import RunConfig
+from configs.sections import DataConfig
 from model.wan.config import WanConfig, geometry
 from tests.small import NETWORK, trainer
 from tests.test_trainer import curve

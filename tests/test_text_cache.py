@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import DataConfig
+from configs.sections import DataConfig
 from model.wan.config import geometry
 from trainer import text_cache
 from trainer.task import ToyTask

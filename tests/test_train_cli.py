@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import RunConfig, TrainerKind
+from configs.schema import RunConfig
+from configs.sections import TrainerKind
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from utils.config import ConfigError, load

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import SampleWeights
+from configs.sections import SampleWeights
 from model.types import Conditioning
 from tests.nets import relative
 from tests.small import DISTILLATION, save_networks, trainer, with_weights

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.schema import RunConfig, TrainingConfig
+from configs.schema import RunConfig
+from configs.sections import TrainingConfig
 from model.types import Conditioning, Evaluations, LossOutput
 from trainer.build import build_task
 from trainer.faults import SharedFaults

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from configs.given import check_images
-from configs.schema import DataConfig, Precision, RunConfig, TrainedConfig, TrainerKind
+from configs.schema import RunConfig
+from configs.sections import DataConfig, Precision, TrainedConfig, TrainerKind
 from model.ema import EMA
 from model.score import ScoreNet
 from model.types import Evaluations

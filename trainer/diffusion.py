@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from configs.schema import DiffusionMode
+from configs.sections import DiffusionMode
 from model.diffusion import flow_matching_loss
 from model.schedule import TIMESTEPS, mix, shift_sigma
 from model.types import Conditioning, LossOutput

@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from configs.schema import CriticLoss, ObjectiveKind, RolloutKind
+from configs.sections import CriticLoss, ObjectiveKind, RolloutKind
 from model.dmd import Guidance, critic_loss, dmd_loss
 from model.sid import sid_loss
 from model.types import Conditioning, LossOutput, Rollout
@@ -189,6 +189,7 @@ class ScoreDistillationTrainer(Trainer):
 
     @torch.no_grad()
     def _with_looks(self, output: LossOutput, rollout: Rollout) -> LossOutput:
-        pixels = self.task.decode(rollout.x0.detach())
-        output.metrics |= {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
+        pixels = self.task.glimpse(rollout.x0.detach())
+        if pixels is not None:
+            output.metrics |= {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
         return output

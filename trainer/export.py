@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.schema import RunConfig, TrainerKind
+from configs.schema import RunConfig
+from configs.sections import TrainerKind
 from model.schedule import TIMESTEPS, unshift_sigma
 from model.wan.config import NetworkConfig, WanConfig
 from model.wan.formats import Format

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from configs.schema import DataConfig
+from configs.sections import DataConfig
 from model.types import Given
 from model.wan.config import WanConfig
 from model.wan.vae import STRIDE_T

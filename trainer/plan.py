@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from configs.schema import RunConfig, TrainerKind, UpdateSchedule
+from configs.schema import RunConfig
+from configs.sections import TrainerKind, UpdateSchedule
 from trainer.base import micro_batches
 from trainer.plan_run import (
     ALLOCATION,

@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
-from configs.schema import RunConfig, TrainerKind
+from configs.schema import RunConfig
+from configs.sections import TrainerKind
 from model.types import LossOutput
 from model.wan.config import NetworkConfig
 from model.wan.kv_cache import KVCache

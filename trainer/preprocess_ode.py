@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.schema import RunConfig, TrainerKind
+from configs.schema import RunConfig
+from configs.sections import TrainerKind
 from model.ode_regression import store_levels
 from model.schedule import uniform_sigmas
 from model.types import Conditioning, Evaluations

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.schema import (
+from configs.schema import RunConfig
+from configs.sections import (
     DataConfig,
     ObjectiveConfig,
     Precision,
     RolloutConfig,
     RolloutKind,
-    RunConfig,
     TrainingConfig,
     ValidationConfig,
 )

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from configs.schema import RunConfig, TrainerKind
+from configs.schema import RunConfig
+from configs.sections import TrainerKind
 from model.schedule import uniform_sigmas
 from model.score import Condition, ScoreNet
 from model.types import Conditioning, NoiseSource

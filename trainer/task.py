@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from configs.schema import DataConfig
+from configs.sections import DataConfig
 from model.types import Conditioning, Given
 from model.wan.config import WanConfig
 from model.wan.text_encoder import toy_text_encoder
@@ -66,6 +66,9 @@ class Task(Protocol):
         """What validation's videos of these numbers are given beside their prompts."""
 
     def decode(self, latents: Tensor) -> Tensor: ...
+
+    def glimpse(self, latents: Tensor) -> Tensor | None:
+        """Pixels [B, t, 3, h, w] of what can be decoded in passing, for the log; None where nothing can."""
 
     def decoding(self) -> Callable[[Tensor], Tensor]:
         """A new stream: blocks of latents in, in order, their pixels out; together what `decode` makes of the whole."""
@@ -141,6 +144,9 @@ class ToyTask:
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, T, 3, h, w] in [0, 1]."""
         return self.world.decode(latents.float().cpu())
+
+    def glimpse(self, latents: Tensor) -> Tensor:
+        return self.decode(latents)
 
     def decoding(self) -> Callable[[Tensor], Tensor]:
         return self.decode  # frames know nothing of each other
@@ -228,6 +234,9 @@ class SyntheticTask:
         """Pixels [B, F, 3, H, W] in [0, 1]: the first three channels (the last one again where there are fewer)."""
         last = latents.shape[2] - 1
         return (latents[:, :, [0, min(1, last), min(2, last)]].float() / 4 + 0.5).clamp(0, 1)
+
+    def glimpse(self, latents: Tensor) -> Tensor:
+        return self.decode(latents)
 
     def decoding(self) -> Callable[[Tensor], Tensor]:
         return self.decode  # frames know nothing of each other

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from configs.schema import RunConfig, SampleWeights, ValidationConfig
+from configs.schema import RunConfig
+from configs.sections import SampleWeights, ValidationConfig
 from model.types import Conditioning
 from trainer.task import Task
 from utils import activity, distributed

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.schema import DataConfig
+from configs.sections import DataConfig
 from model.types import Conditioning, Given
 from model.wan.config import WanConfig
 from model.wan.folders import part_folder, read_config
@@ -231,6 +231,10 @@ class WanTask:
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, T, 3, h, w] in [0, 1], T = 4 (F - 1) + 1: a video at a time, for a decoder needs room."""
         return torch.cat([self.vae.decode(latent) for latent in latents.split(1)])
+
+    def glimpse(self, latents: Tensor) -> Tensor | None:
+        """The last latent frame, where drift shows most, decoded as an image; None without a VAE."""
+        return None if self.vae_config.path is None else self.decode(latents[:, -1:])
 
     def decoding(self) -> Callable[[Tensor], Tensor]:
         return torch.no_grad()(self.vae.decoding())
