@@ -19,11 +19,15 @@ from model.types import Conditioning, LossOutput, Rollout
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance of the two scores, `uncond + w (cond - uncond)`, and the negative prompt's text [B, L, D]."""
+    """Guidance of the two scores, `uncond + w (cond - uncond)`, and the negative prompt's text [B, L, D].
+
+    rescale: phi of `model.score.rescaled` for the real score, 0 for none.
+    """
 
     negative: Tensor
     real: float
     fake: float = 1.0
+    rescale: float = 0.0
 
 
 def kl_gradient(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
@@ -40,6 +44,16 @@ def per_sample_mean(x: Tensor, frame_mask: Tensor | None) -> Tensor:
     return (x if frame_mask is None else x[:, frame_mask]).flatten(1).mean(1)
 
 
+def matching_loss(x: Tensor, gradient: Tensor, frame_mask: Tensor | None, weight: Tensor | None = None) -> Tensor:
+    """1/2 mean (x - sg(x - g))^2, whose gradient in x is g over the number of elements (DMD2, eq. 2).
+
+    x, gradient: [B, F, ...]. frame_mask: [F], the frames that count. weight: [B], of each sample, detached here.
+    """
+    target = (x.float() - gradient).detach()
+    per_sample = per_sample_mean((x.float() - target).square(), frame_mask)
+    return 0.5 * (per_sample if weight is None else weight.detach() * per_sample).mean()
+
+
 def dmd_loss(
     rollout: Rollout,
     real: ScoreNet,
@@ -48,20 +62,21 @@ def dmd_loss(
     guidance: Guidance,
     sigma: Tensor,
     noise: Tensor,
+    *,
+    weight: Tensor | None = None,
 ) -> LossOutput:
     """1/2 mean (x - sg(x - g))^2 with g = `kl_gradient`: its gradient in x is g over the number of elements.
 
-    Both scores see the same x_sigma. sigma: [B], one noise level a sample; noise: like x0. Nothing is trained here but
-    what made `rollout.x0`.
+    Both scores see the same x_sigma. sigma: [B], one noise level a sample; noise: like x0. weight: [B], of each sample
+    in the mean over them, detached; None is 1. Nothing is trained here but what made `rollout.x0`.
     """
     x0 = rollout.x0
     with torch.no_grad():
         x_sigma = mix(x0.detach(), noise, sigma)
         fake_x0 = fake.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.fake)
-        real_x0 = real.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.real)
+        real_x0 = real.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.real, guidance.rescale)
         gradient = kl_gradient(x0, fake_x0, real_x0)
-        target = x0.float() - gradient
-    loss = 0.5 * per_sample_mean((x0.float() - target).square(), rollout.frame_mask).mean()
+    loss = matching_loss(x0, gradient, rollout.frame_mask, weight)
     metrics = {
         "loss": loss.detach(),
         "dmd_gradient_norm": per_sample_mean(gradient.square(), rollout.frame_mask).sqrt().mean(),

@@ -33,8 +33,9 @@ class Experts(nn.Module):
             raise ValueError(f"boundary {boundary} must be a noise level in (0, 1): Wan2.2 has 0.875 (T2V), 0.9 (I2V)")
         self.high, self.low, self.boundary = high, low, boundary
 
-    def forward(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor:
-        """Velocity [B, F, C, H, W] at x, sigma [B] or [B, F]; a sample's side is that of its noisiest frame."""
+    def forward(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor | list[Tensor]:
+        """Velocity [B, F, C, H, W] at x, sigma [B] or [B, F]; a sample's side is that of its noisiest frame. With
+        `features` in mode the list of what those blocks put out."""
         if mode.get("cache") is not None or mode.get("replay") is not None:
             raise ValueError("two experts cannot share a KV cache: sample them bidirectionally")
         is_high = (sigma if sigma.ndim == 1 else sigma.amax(1)) >= self.boundary
@@ -45,7 +46,10 @@ class Experts(nn.Module):
             net(x[own], sigma[own], text[own], **{k: v[own] if k in BY_SAMPLE else v for k, v in mode.items()})
             for net, own in zip((self.high, self.low), rows, strict=True)
         ]
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        order = torch.cat(rows).argsort()
+        if isinstance(parts[0], list):
+            return [torch.cat(pair)[order] for pair in zip(*parts, strict=True)]
+        return torch.cat(parts)[order]
 
     def fsdp_units(self) -> list[nn.Module]:
         """The modules to shard one by one."""

@@ -5,6 +5,7 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,15 +56,25 @@ class ScoreNet:
         self.evaluations.add(self.name, frames=x.shape[0] * x.shape[1])
         return self._run(x, sigma, given, **mode)
 
+    def features(self, x: Tensor, sigma: Tensor, given: Condition, blocks: Sequence[int]) -> list[Tensor]:
+        """What these blocks (rising from 0) put out, each [B, F, d, h, w] in the net's precision: one evaluation."""
+        self.evaluations.add(self.name, frames=x.shape[0] * x.shape[1])
+        out: list[Tensor] = self._call(x, sigma, Conditioning.of(given), features=blocks)
+        return out
+
     def _run(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
         condition = Conditioning.of(given)
+        velocity: Tensor = self._call(x, sigma, condition, **mode).float()
         initial = condition.initial if self.pins_initial else None
-        seen, times = (x, sigma) if initial is None else _pinned(x, sigma, initial)
+        return velocity if initial is None else _leading_to(initial, x, sigma, velocity)
+
+    def _call(self, x: Tensor, sigma: Tensor, condition: Conditioning, **mode: Any) -> Any:
+        if self.pins_initial and condition.initial is not None:
+            x, sigma = _pinned(x, sigma, condition.initial)
         if self.adapter is not None:
             mode["adapter"] = self.adapter
         with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
-            velocity = self.net(seen, times, condition.text, **condition.beside_text, **mode)
-        return velocity.float() if initial is None else _leading_to(initial, x, sigma, velocity.float())
+            return self.net(x, sigma, condition.text, **condition.beside_text, **mode)
 
     def x0(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
         """Conditional x0 [B, F, C, H, W], fp32."""
@@ -81,27 +92,58 @@ class ScoreNet:
         negative: text [B, L, D] in place of the prompt's; all other conditioning is both branches'.
         `guidance` 1 is the plain conditional network and costs one evaluation, not two.
         """
-        condition = Conditioning.of(given)
         if guidance == 1.0:
-            return self.velocity(x, sigma, condition, **mode)
+            return self.velocity(x, sigma, given, **mode)
+        cond, uncond = self.branches(x, sigma, given, negative, **mode)
+        return uncond + guidance * (cond - uncond)
+
+    def branches(
+        self, x: Tensor, sigma: Tensor, given: Condition, negative: Tensor, **mode: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Velocities with the prompt and with the negative text [B, L, D] in its place, in one batched call or two."""
+        condition = Conditioning.of(given)
         if self.batch_guidance:
             both = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), condition.and_for(negative), **mode)
             cond, uncond = both.chunk(2)
-        else:
-            cond = self.velocity(x, sigma, condition, **mode)
-            uncond = self.velocity(x, sigma, condition.with_text(negative), **mode)
-        return uncond + guidance * (cond - uncond)
+            return cond, uncond
+        cond = self.velocity(x, sigma, condition, **mode)
+        return cond, self.velocity(x, sigma, condition.with_text(negative), **mode)
 
     def guided_x0(
-        self, x: Tensor, sigma: Tensor, given: Condition, negative: Tensor, guidance: float, **mode: Any
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        given: Condition,
+        negative: Tensor,
+        guidance: float,
+        rescale: float = 0.0,
+        **mode: Any,
     ) -> Tensor:
-        """x0 of `guided_velocity`; guiding x0 or velocity is the same, x0 being affine in it."""
-        return velocity_to_x0(x, self.guided_velocity(x, sigma, given, negative, guidance, **mode), sigma)
+        """x0 of `guided_velocity`; guiding x0 or velocity is the same, x0 being affine in it.
+
+        rescale: phi in [0, 1] of `rescaled`, which keeps strong guidance from raising contrast; 0 for none.
+        """
+        if guidance == 1.0 or rescale == 0.0:
+            return velocity_to_x0(x, self.guided_velocity(x, sigma, given, negative, guidance, **mode), sigma)
+        velocities = self.branches(x, sigma, given, negative, **mode)
+        cond, uncond = (velocity_to_x0(x, velocity, sigma) for velocity in velocities)
+        return rescaled(uncond + guidance * (cond - uncond), cond, rescale)
 
     def finished(self, x: Tensor, given: Condition) -> Tensor:
         """A sample [B, F, C, H, W] with the given frames, where they were pinned, free of the solver's rounding."""
         initial = Conditioning.of(given).initial if self.pins_initial else None
         return x if initial is None else torch.cat([initial.to(x.dtype), x[:, initial.shape[1] :]], 1)
+
+
+def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
+    """phi T std(T_c) / std(T) + (1 - phi) T, each std over all elements of a sample (arXiv 2305.08891, eq. 15, 16).
+
+    guided, cond: x0 predictions T and T_c [B, ...]. Raises ValueError for phi outside [0, 1].
+    """
+    if not 0 <= phi <= 1:
+        raise ValueError(f"guidance rescale must be in [0, 1] (0 = none), got {phi}")
+    ratio = cond.flatten(1).std(1) / guided.flatten(1).std(1)
+    return guided * (phi * ratio + 1 - phi).reshape(-1, *(1,) * (guided.ndim - 1))
 
 
 def _pinned(x: Tensor, sigma: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:

@@ -121,8 +121,9 @@ class WanTransformer(nn.Module):
         trace: Trace | None = None,
         replay: Trace | None = None,
         adapter: str | None = None,
-    ) -> Tensor:
-        """Velocity [B, F, C, H, W] at x [B, F, C, H, W].
+        features: Sequence[int] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Velocity [B, F, C, H, W] at x [B, F, C, H, W]; with `features` a list of tokens in its place.
 
         sigma: noise level in [0, 1], [B] or one a frame [B, F]. text: [B, M, D], zeros after its length.
         channels: [B, F, Cc, H, W] that the network sees beside x, for each frame: masks and latents of what is given.
@@ -131,9 +132,11 @@ class WanTransformer(nn.Module):
         mask: who sees whom (default: all see all). cache: frames before these; `write_cache` stores these after them.
         trace: a pass without gradient is noted in it; given as `replay`, with its x, all its passes get their gradient.
         adapter: the one that is added to the weights, null for none.
-        Raises ValueError for latents, conditioning or a mask of another geometry.
+        features: blocks, rising from 0, whose outputs come back, each [B, F, d, H / ph, W / pw]; later ones don't run.
+        Raises ValueError for latents, conditioning or a mask of another geometry, and for blocks that there are not.
         """
         self._check(x, sigma, text, channels, image)
+        self._check_features(features, replay is not None or write_cache)
         self._check_mask(x.shape[1], mask, cache)
         frames, height, width = (
             x.shape[1],
@@ -153,9 +156,11 @@ class WanTransformer(nn.Module):
             rope = rope_table(positions, height, width, self.config.head_dim, x.device)
             rope = rope if shards is None else shards.own(rope)
             noted = None if trace is None else trace.start(x, sigma, rope, frames * height * width)
-            tokens = self._run_blocks(
-                tokens, time6, text, image, rope, mask, cache, write_cache, shards, noted, adapter
+            tokens, *tapped = self._run_blocks(
+                tokens, time6, text, image, rope, mask, cache, write_cache, shards, noted, adapter, features
             )
+            if features is not None:
+                return [self._grid(x if shards is None else shards.gather(x), frames, height, width) for x in tapped]
         if cache is not None and write_cache:
             cache.advance(frames)
         out = self.head(tokens, time)
@@ -174,8 +179,11 @@ class WanTransformer(nn.Module):
         shards: FrameShards | None,
         noted: TracedPass | None,
         adapter: str | None,
-    ) -> Tensor:
+        features: Sequence[int] | None,
+    ) -> list[Tensor]:
+        """Tokens after the last block that ran, then those after the blocks of `features`."""
         embedded: Tensor | None = None
+        tapped: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             join = None if cache is None else cache.join(layer)
             context_kv = None if cache is None else cache.text(layer)
@@ -191,7 +199,11 @@ class WanTransformer(nn.Module):
                     cache.append(layer, *kv)
             if noted is not None:
                 noted.outputs.append(x)
-        return x
+            if features is not None and layer in features:
+                tapped.append(x)
+                if layer == features[-1]:
+                    break
+        return [x, *tapped]
 
     def _replay(
         self,
@@ -242,6 +254,10 @@ class WanTransformer(nn.Module):
         grid = x.reshape(x.shape[0], frames, height, width, ph, pw, self.config.out_dim)
         return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape[0], frames, -1, height * ph, width * pw)
 
+    def _grid(self, x: Tensor, frames: int, height: int, width: int) -> Tensor:
+        """Tokens [B, L, d] where they lie: [B, F, d, height, width]."""
+        return x.unflatten(1, (frames, height, width)).movedim(-1, 2)
+
     def _check(self, x: Tensor, sigma: Tensor, text: Tensor, channels: Tensor | None, image: Tensor | None) -> None:
         c = self.config
         beside = 0 if channels is None else channels.shape[2]
@@ -264,6 +280,15 @@ class WanTransformer(nn.Module):
             )
         if image is not None and (image.ndim, image.shape[0], image.shape[-1]) != (3, x.shape[0], c.image_dim):
             raise ValueError(f"image must be [{x.shape[0]}, Li, {c.image_dim}], got {list(image.shape)}")
+
+    def _check_features(self, features: Sequence[int] | None, is_whole: bool) -> None:
+        if features is None:
+            return
+        rising = all(a < b for a, b in zip(features, features[1:], strict=False))
+        if not features or not rising or features[0] < 0 or features[-1] >= len(self.blocks):
+            raise ValueError(f"features must be blocks of 0..{len(self.blocks) - 1}, rising, got {list(features)}")
+        if is_whole:
+            raise ValueError("features end a pass early: it can neither write a cache nor be a replay")
 
     def _check_mask(self, frames: int, mask: FrameMask | None, cache: KVCache | None) -> None:
         """Attention sees tokens only: a mask of other frames would still fit where the counts happen to divide."""

@@ -1,0 +1,162 @@
+"""f-distill (arXiv 2502.15681): DMD for any f-divergence, each sample weighted by h(r) = f''(r) r^2.
+
+r = p_real / p_student at the noised sample, which the discriminator of the GAN term knows: its logit is log r.
+D_f = E_student[f(r)]; the reverse KL, f = -log r, has h = 1: DMD itself.
+
+B batch  K logits of a sample
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from model.discriminator import Discriminator
+from model.dmd import Guidance, dmd_loss
+from model.gan import Adversarial, generator_terms, judged, with_term
+from model.schedule import mix
+from model.score import ScoreNet
+from model.types import Conditioning, LossOutput, Rollout
+
+Total = Callable[[Tensor], Tensor]  # sums a tensor over the ranks that hold different samples
+
+BINS = 10
+LEAST = 1e-8
+
+
+class Divergence(Enum):
+    """Reverse, forward KL, Jensen-Shannon, softened reverse KL, Neyman's chi squared, squared Hellinger, Jeffreys."""
+
+    rkl = "rkl"
+    kl = "kl"
+    js = "js"
+    sf = "sf"
+    neyman = "neyman"
+    sh = "sh"
+    jf = "jf"
+
+
+def h(divergence: Divergence, r: Tensor) -> Tensor:
+    """f''(r) r^2 up to a constant factor (f-distill, table 1), which normalisation by the mean takes out."""
+    match divergence:
+        case Divergence.rkl:
+            return torch.ones_like(r)
+        case Divergence.kl:
+            return r
+        case Divergence.js:
+            return r / (1 + r)
+        case Divergence.sf:
+            return 1 / (1 + r)
+        case Divergence.neyman:
+            return 1 / r.clamp_min(LEAST)
+        case Divergence.sh:
+            return r.sqrt()
+        case Divergence.jf:
+            return 1 + r
+        case _:
+            assert_never(divergence)
+
+
+@dataclass(frozen=True)
+class RatioClip:
+    """How a logit becomes a ratio: clip(exp(clamp(logit, +-logit)), low, high)."""
+
+    logit: float = 10.0
+    low: float = 0.1
+    high: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.logit <= 0 or not 0 < self.low <= 1 <= self.high:
+            raise ValueError(
+                "the ratio's clip must have logit > 0 and 0 < low <= 1 <= high, got "
+                f"{self.logit}, {self.low} and {self.high}"
+            )
+
+
+def density_ratio(logits: Tensor, clip: RatioClip) -> Tensor:
+    """r [B], fp32, detached, of logits [B, K], which count by their mean: r is a geometric mean of the heads'."""
+    return logits.detach().float().mean(1).clamp(-clip.logit, clip.logit).exp().clamp(clip.low, clip.high)
+
+
+class RatioBins:
+    """Running means of r in uniform bins of sigma; r divided by its bin's mean has mean 1 at each noise level, as the
+    true ratio has under the student.
+
+    rho: what is kept of the old mean at an update. Begins at 1. Part of the run: `state` goes into its checkpoint.
+    Raises ValueError unless 0 < rho < 1: with 0 and one sample a bin r would be 1, and f-distill DMD.
+    """
+
+    def __init__(self, rho: float = 0.5, bins: int = BINS, device: torch.device | str = "cpu") -> None:
+        if not 0 < rho < 1:
+            raise ValueError(f"rho must be in (0, 1), got {rho}: 0 would make a bin's only sample 1, 1 learn nothing")
+        self.rho = rho
+        self.means = torch.ones(bins, dtype=torch.float32, device=device)
+
+    @torch.no_grad()
+    def normalised(self, r: Tensor, sigma: Tensor, total: Total) -> Tensor:
+        """r [B] over the mean of its bin at sigma [B], after these samples, of all ranks, have entered the means."""
+        count = len(self.means)
+        index = (sigma.to(r.device, torch.float64) * count).long().clamp(0, count - 1)
+        sums = torch.zeros(2, count, dtype=torch.float32, device=r.device)
+        sums.index_add_(1, index, torch.stack([r.float(), torch.ones_like(r, dtype=torch.float32)]))
+        sums, counts = total(sums)
+        updated = self.rho * self.means + (1 - self.rho) * sums / counts.clamp_min(1)
+        self.means = torch.where(counts > 0, updated, self.means)
+        return r / self.means[index]
+
+    def state(self) -> dict[str, Tensor]:
+        return {"means": self.means.clone()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.means = state["means"].to(self.means)
+
+
+@torch.no_grad()
+def f_weights(
+    logits: Tensor,
+    sigma: Tensor,
+    divergence: Divergence,
+    total: Total,
+    bins: RatioBins | None = None,
+    clip: RatioClip | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(weights [B] of mean 1 over all ranks' samples, ratios r [B] as clipped). logits [B, K] at x_sigma, sigma [B]."""
+    ratio = density_ratio(logits, clip or RatioClip())
+    weight = h(divergence, ratio if bins is None else bins.normalised(ratio, sigma, total))
+    sums = total(torch.stack([weight.sum(), torch.full_like(weight[0], len(weight))]))
+    return weight / (sums[0] / sums[1]).clamp_min(LEAST), ratio
+
+
+def f_distill_loss(
+    rollout: Rollout,
+    real: ScoreNet,
+    fake: ScoreNet,
+    judge: Discriminator,
+    conditioning: Conditioning,
+    guidance: Guidance,
+    sigma: Tensor,
+    noise: Tensor,
+    *,
+    divergence: Divergence,
+    total: Total,
+    bins: RatioBins | None = None,
+    clip: RatioClip | None = None,
+    gan_weight: float = 0.0,
+) -> LossOutput:
+    """DMD with each sample's loss weighted by h(r), and `gan_weight` times the student's GAN loss at the same x_sigma.
+
+    judge: trained with `Adversarial.softplus`, so that its logit is log r. total: sums over data-parallel ranks; it is
+    a collective. One evaluation of the backbone gives ratio and GAN term. Other arguments as `dmd_loss` has them.
+    """
+    with torch.set_grad_enabled(gan_weight > 0 and torch.is_grad_enabled()):
+        logits = judge.logits(mix(judged(rollout), noise, sigma), sigma, conditioning)
+    weight, ratio = f_weights(logits, sigma, divergence, total, bins, clip)
+    output = dmd_loss(rollout, real, fake, conditioning, guidance, sigma, noise, weight=weight)
+    output.metrics |= {"ratio": ratio.mean(), "weight_max": weight.max(), "weight_min": weight.min()}
+    gan = generator_terms(logits, None, Adversarial.softplus).mean()
+    return with_term(output, LossOutput(gan, {"gan_loss": gan.detach()}), gan_weight) if gan_weight > 0 else output
