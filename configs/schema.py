@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass, field
 
 from configs.given import check_given
+from configs.objective import Features, ObjectiveConfig, ObjectiveKind
 from configs.sections import (
     CheckpointConfig,
     DataConfig,
     DiffusionConfig,
     DiffusionMode,
     LoggingConfig,
-    ObjectiveConfig,
     ODEConfig,
     RolloutConfig,
     RolloutKind,
@@ -137,12 +137,12 @@ class RunConfig:
         from_data = (RolloutKind.noised_data, RolloutKind.diffusion_forcing)
         if self.trainer is TrainerKind.score_distillation and self.rollout.kind in from_data:
             return f"rollout.kind {self.rollout.kind.value}"
+        if self.trainer is TrainerKind.score_distillation and self.objective.gan is not None:
+            return "objective.gan"
         return None
 
     def _check_distillation(self) -> None:
-        if self.teacher is None or self.critic is None:
-            missing = "teacher" if self.teacher is None else "critic"
-            raise ValueError(f"{missing} is null: the score_distillation trainer needs both a teacher and a critic")
+        self._check_roles()
         rollout, schedule = self.rollout, self.schedule
         by_exit = schedule.ts_schedule or schedule.ts_schedule_max
         if by_exit and not rollout.same_step_across_blocks and not rollout.last_step_only:
@@ -174,6 +174,25 @@ class RunConfig:
                 f"training.max_steps {self.training.max_steps} ends within critic_warmup_steps "
                 f"{self.training.critic_warmup_steps}: the student would never train"
             )
+
+    def _check_roles(self) -> None:
+        """Who takes part: scores compare teacher and critic; a discriminator alone needs only what it looks through."""
+        objective, kind = self.objective, self.objective.kind.value
+        alone = objective.kind in (ObjectiveKind.gan, ObjectiveKind.ladd)
+        on_critic = objective.gan is not None and objective.gan.features is Features.critic
+        needed = {"teacher": not (alone and on_critic), "critic": not alone or on_critic}
+        for name, is_needed in needed.items():
+            if is_needed and getattr(self, name) is None:
+                raise ValueError(f"{name} is null, but objective.kind {kind} needs it: give it a preset and an init")
+            if not is_needed and getattr(self, name) is not None:
+                raise ValueError(f"{name} is not used by objective.kind {kind} on these features: set it to null")
+        from_data = (RolloutKind.noised_data, RolloutKind.diffusion_forcing)
+        if objective.reward is not None and (self.rollout.kind in from_data or self.data.images is not None):
+            raise ValueError("objective.reward judges samples of prompts alone: choose another rollout.kind, or none")
+        if objective.kind is ObjectiveKind.phased_dmd and self.schedule.min_score_timestep <= 0:
+            raise ValueError("objective.kind phased_dmd needs schedule.min_score_timestep, where its interval starts")
+        if self.parallel.engine == "deepspeed" and (objective.gan or objective.critic_keep is not None):
+            raise ValueError("objective.gan and critic_keep are not for engine deepspeed: choose fsdp2")
 
     def _check_networks(self) -> None:
         mine = self.student.geometry()

@@ -20,11 +20,6 @@ class TrainerKind(Enum):
     ode = "ode"  # a causal initialisation by regression on a teacher's trajectories
 
 
-class ObjectiveKind(Enum):
-    dmd = "dmd"
-    sid = "sid"
-
-
 class RolloutKind(Enum):
     self_forcing = "self_forcing"  # causal, block by block over the KV cache
     backward_simulation = "backward_simulation"  # bidirectional, from noise
@@ -36,11 +31,6 @@ class DiffusionMode(Enum):
     bidirectional = "bidirectional"
     diffusion_forcing = "diffusion_forcing"  # an own noise level for each block
     teacher_forcing = "teacher_forcing"  # noisy blocks look back at clean ones
-
-
-class CriticLoss(Enum):
-    flow = "flow"
-    x0 = "x0"
 
 
 class UpdateSchedule(Enum):
@@ -134,14 +124,11 @@ class RolloutConfig:
 
 
 @dataclass
-class ObjectiveConfig:
-    """What the student is trained on. Guidance is `uncond + w (cond - uncond)`: 1 is none. sid_alpha: SiD's alpha."""
+class TrainedConfig:
+    """How one trained network is updated."""
 
-    kind: ObjectiveKind = ObjectiveKind.dmd
-    real_guidance_scale: float = 4.0
-    fake_guidance_scale: float = 1.0
-    sid_alpha: float = 1.0
-    critic_loss: CriticLoss = CriticLoss.flow
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
 
 
 @dataclass
@@ -186,14 +173,6 @@ class ODEConfig:
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.steps < 1:
             raise ValueError(f"pairs and steps must be at least 1, got {self.pairs} and {self.steps}")
-
-
-@dataclass
-class TrainedConfig:
-    """How one trained network is updated."""
-
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from trainer.build import build_task
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.faults import SharedFaults
+from trainer.objectives import Sample
 from trainer.ode import ODETrainer
 from trainer.plan import Cluster, make_plan
 from trainer.preprocess_ode import preprocess_ode
@@ -149,7 +150,8 @@ def test_a_distillation_step_judges_what_was_made(folder: Path, kind: str, tmp_p
         made, given = run.rollout(micro, with_gradient=False)
 
         def losses() -> list[Tensor]:
-            return [run.objective(micro, made, given).loss, critic_loss(made, fake.score, given, sigma, noise).loss]
+            student = run.objective.student_loss(Sample(made, given, micro.positions, micro.noise))
+            return [student.loss, critic_loss(made, fake.score, given, sigma, noise).loss]
 
         before = losses()
         spoil(fake.net, 0)

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from configs.sections import TrainingConfig
 from model.types import Conditioning, Evaluations, LossOutput
 from trainer.build import build_task
 from trainer.faults import SharedFaults
-from trainer.networks import Trained
+from trainer.networks import Trained, TrainedNetwork
 from trainer.sampling import sample
 from trainer.state import load_run, save_run
 from trainer.validation import read_prompts, sample_pixels, shown_weights
@@ -33,6 +33,7 @@ from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
 from utils.parallel.mesh import Mesh, build_mesh
 from utils.random import Noise, keyed_seed
+from utils.signals import handled
 from utils.video import grid, write_video
 
 
@@ -60,6 +61,14 @@ class MicroBatch:
     weight: float
 
 
+class Extra(Protocol):
+    """What is neither weights nor an optimizer and belongs to a run's state."""
+
+    def state(self) -> dict[str, list[float]]: ...
+
+    def load(self, state: dict[str, list[float]]) -> None: ...
+
+
 class Trainer(ABC):
     """One run. Subclasses make the networks and say what an iteration does; this class does what all runs share."""
 
@@ -79,7 +88,9 @@ class Trainer(ABC):
         self.stop_signal: int | None = None
         self.latest: dict[str, float] = {}
         self.validation_prompts = read_prompts(config.validation, self.task)
-        self.networks: dict[str, Trained] = {}
+        self.networks: dict[str, TrainedNetwork] = {}
+        self.heads: dict[str, Trained] = {}
+        self.extras: dict[str, Extra] = {}
         self.build()
         self.faults = SharedFaults(self.streams())
         self.checkpoints = options.logdir / "checkpoints"
@@ -101,7 +112,8 @@ class Trainer(ABC):
 
     @abstractmethod
     def build(self) -> None:
-        """Fills `self.networks` and whatever else the trainer needs."""
+        """Fills `self.networks` and whatever else the trainer needs: `self.heads`, what is trained beside them;
+        `self.extras`, what else a checkpoint must hold."""
 
     @abstractmethod
     def training_step(self) -> dict[str, float]:
@@ -123,7 +135,7 @@ class Trainer(ABC):
             save(self.config, self.options.logdir / "config.yaml")
         unlogged: dict[str, float] = {}
         activity.begin(self.step, slow=True)  # the first iteration compiles and allocates
-        with self._signals():
+        with handled(self._on_signal):
             while self.step < total and not self._stopping():
                 started = time.perf_counter()
                 metrics = self.training_step()
@@ -201,30 +213,47 @@ class Trainer(ABC):
         return out
 
     def update(
-        self, trained: Trained, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], LossOutput]
+        self,
+        trained: Trained,
+        batch: list[MicroBatch],
+        loss_of: Callable[[MicroBatch], LossOutput],
+        beside: Sequence[Trained] = (),
     ) -> dict[str, float]:
-        """Accumulates a global batch's gradient and takes one optimizer step, unless a number is not finite."""
-        engine = trained.engine
-        engine.zero_grad()
+        """Accumulates a global batch's gradient and takes one optimizer step, unless a number is not finite.
+
+        beside: what else the loss trains; all of them take their step, or none.
+        """
+        group = [trained, *beside]
+        for one in group:
+            one.engine.zero_grad()
         sums: dict[str, float] = {}
         own_loss = 0.0
         for micro in batch:
             activity.mark(f"{trained.name} loss and backward")
             output = loss_of(micro)
-            engine.backward(output.loss * micro.weight, last=micro is batch[-1])
+            last = micro is batch[-1]
+            for one in beside:
+                one.engine.before_backward(last=last)
+            trained.engine.backward(output.loss * micro.weight, last=last)
+            for one in beside:
+                one.engine.after_backward(last=last)
             for name, value in output.metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * micro.weight
             own_loss += float(output.loss.detach())
         activity.mark(f"{trained.name} update")
-        check = FiniteCheck(sums | {"loss": own_loss}, trained.optimizer.named)
-        metrics = self.summed(sums)
-        metrics["grad_norm"] = float(engine.clip())
-        if self._accepted(trained.name, check.agree(metrics["grad_norm"])):
-            metrics["lr"] = engine.step()
-            if trained.ema is not None:
-                trained.ema.update(trained.optimizer.updates)
-        engine.zero_grad()
-        return {f"{trained.name}/{name}": value for name, value in metrics.items()}
+        named = {f"{one.name}.{key}": p for one in group for key, p in one.optimizer.named.items()}
+        check = FiniteCheck(sums | {"loss": own_loss}, trained.optimizer.named if not beside else named)
+        metrics = {f"{trained.name}/{name}": value for name, value in self.summed(sums).items()}
+        norms = {one.name: float(one.engine.clip()) for one in group}
+        metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
+        if self._accepted(trained.name, check.agree(sum(norms.values()))):
+            for one in group:
+                metrics[f"{one.name}/lr"] = one.engine.step()
+                if one.ema is not None:
+                    one.ema.update(one.optimizer.updates)
+        for one in group:
+            one.engine.zero_grad()
+        return metrics
 
     def _accepted(self, name: str, problem: str | None) -> bool:
         """Whether the update is taken; counts what is skipped. problem: what is not finite and where, on all ranks."""
@@ -277,7 +306,7 @@ class Trainer(ABC):
         if not self.options.save or self.saver.step == self.step:
             return
         evaluations = self.summed_evaluations()
-        tensors, state = save_run(portable(self.networks))
+        tensors, state = save_run(portable({**self.networks, **self.heads}))
         state |= {
             "step": self.step,
             "cursor": self.cursor,
@@ -285,6 +314,7 @@ class Trainer(ABC):
             "skipped_in_a_row": self.skipped_in_a_row,
             "evaluations": evaluations,
             "config": to_plain(self.config),
+            "extras": {name: extra.state() for name, extra in self.extras.items()},
         }
         self.saver.save(self.step, tensors, state)
 
@@ -310,9 +340,12 @@ class Trainer(ABC):
         if found is None:
             return
         path, state, layout = found
-        networks = portable(self.networks, values=False)
+        trained: dict[str, Trained] = {**self.networks, **self.heads}
+        networks = portable(trained, values=False)
         load_run(networks, path, state, layout, self.saver.group)
-        absorb(self.networks, networks)
+        absorb(trained, networks)
+        for name, kept in state.get("extras", {}).items():
+            self.extras[name].load(kept)
         if path.parent.resolve() == self.checkpoints.resolve():
             # the run's other future: the newest checkpoint must be the one to go on from
             saved = checkpoint.list_checkpoints(self.checkpoints)
@@ -338,30 +371,11 @@ class Trainer(ABC):
             self.stop_signal = agreed
         return agreed != 0
 
-    def _signals(self) -> Any:
-        return _SignalScope(self._on_signal)
-
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         self.stop_signal = number
         console.warning("%s: saving after this step, then stopping", signal.Signals(number).name)
-
-
-class _SignalScope:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a save and a stop inside; what they did before is put back after."""
-
-    def __init__(self, handler: Callable[[int, FrameType | None], None]) -> None:
-        self.handler = handler
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self.previous[number] = signal.signal(number, self.handler)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
 
 RUN_FILES = ("checkpoints", "metrics.jsonl", "config.yaml", "validation", "tensorboard", "wandb", "wandb_id.txt")

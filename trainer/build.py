@@ -25,7 +25,7 @@ from model.wan.lora_files import MergedWeights, StoredLora
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, Weights, fit
 from trainer.engine import Engine, FSDPEngine
-from trainer.networks import Trained
+from trainer.networks import TrainedNetwork
 from trainer.task import SyntheticTask, Task, ToyTask
 from trainer.wan_task import WanTask
 from trainer.zero import DeepSpeedEngine
@@ -232,7 +232,7 @@ def build_trained(
     with_ema: bool,
     empty: bool = False,
     base: WanTransformer | None = None,
-) -> Trained:
+) -> TrainedNetwork:
     """A network with fp32 master weights, its optimizer and schedule over `updates` updates, and maybe its EMA.
     base: the network that its adapter is part of already, see `sharing`."""
     if device.type == "cpu" and Backend(network.attention) is Backend.FLEX:
@@ -269,7 +269,7 @@ def build_trained(
         engine = build_engine(parallel, net, optimizer)
     adapter = None if network.lora is None else name
     score = ScoreNet(net, name, evaluations, dtype, pins_initial=pins(net), adapter=adapter)
-    return Trained(name, net, score, optimizer, engine, ema)
+    return TrainedNetwork(name, net, optimizer, engine, ema, score)
 
 
 def build_engine(config: ParallelConfig, net: WanTransformer, optimizer: NetworkOptimizer) -> Engine:

@@ -6,30 +6,34 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import cast
 
 import torch
 
-from configs.sections import CriticLoss, ObjectiveKind, RolloutKind
-from model.dmd import Guidance, critic_loss, dmd_loss
-from model.sid import sid_loss
+from configs.objective import Features
+from configs.sections import RolloutKind
+from model.ida import Alignment
+from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
 from model.wan.kv_cache import KVCache
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_training import backward_simulation, diffusion_forcing_input, noised_data
 from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_forcing_rollout
+from trainer.adversary import Adversary
 from trainer.base import MicroBatch, Trainer
 from trainer.build import build_frozen, build_trained, sharing
+from trainer.objectives import Objective, Sample
 from trainer.sampling import cache_dtype
+from utils import distributed
 from utils.metrics import luma, saturation
 from utils.parallel.parallelize import frozen
 
-Sample = tuple[Rollout, Conditioning]  # what the student made, and what it was conditioned on
-
 
 class ScoreDistillationTrainer(Trainer):
-    """DMD and its relatives. The student's samples come from the configured rollout, its gradient from the objective,
-    and the critic follows the student by flow matching on those samples."""
+    """DMD and its relatives. The student's samples come from the configured rollout, its gradient from the objective;
+    the critic follows the student by flow matching on those samples, and a discriminator judges them."""
 
     headline = (
         "student/loss", "student/grad_norm", "student/dmd_gradient_norm", "student/luma",
@@ -39,25 +43,55 @@ class ScoreDistillationTrainer(Trainer):
 
     def build(self) -> None:
         config = self.config
-        assert config.teacher is not None and config.critic is not None
-        shared = sharing(config)
-        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device, self.mesh, shared)
-        base = {name: cast(WanTransformer, self.teacher.net) for name in shared}
-        steps = config.training.max_steps
+        shared, steps = sharing(config), config.training.max_steps
+        self.teacher: ScoreNet | None = None
+        if config.teacher is not None:
+            self.teacher = build_frozen(
+                config, config.teacher, "teacher", self.evaluations, self.device, self.mesh, shared
+            )
+        base = {name: cast(WanTransformer, cast(ScoreNet, self.teacher).net) for name in shared}
         self.networks = {
             "student": build_trained(
                 config, config.student, "student", config.generator_training,
                 config.training.generator_updates(steps), self.evaluations, self.device, self.mesh, with_ema=True,
                 base=base.get("student"),
             ),
-            "critic": build_trained(
+        }  # fmt: skip
+        if config.critic is not None:
+            self.networks["critic"] = build_trained(
                 config, config.critic, "critic", config.critic_training,
                 config.training.critic_updates(steps), self.evaluations, self.device, self.mesh, with_ema=False,
                 base=base.get("critic"),
-            ),
-        }  # fmt: skip
+            )  # fmt: skip
+        critic = self.networks["critic"].score if "critic" in self.networks else None
+        adversary = self._adversary(critic)
+        self.objective = Objective(
+            config, self.task, self.teacher, critic, adversary, self._total, self.task.reward(config.objective.reward)
+        )
+        self.extras = {"objective": self.objective}
+        self.alignment: Alignment | None = None
+        if config.objective.critic_keep is not None:
+            pair = self.networks["critic"], self.networks["student"]
+            self.alignment = Alignment(
+                pair[0].net, pair[1].net, config.objective.critic_keep, *(one.optimizer.named for one in pair)
+            )
         self.sigmas = config.schedule.sigmas()
         self._cache: KVCache | None = None
+
+    def _adversary(self, critic: ScoreNet | None) -> Adversary | None:
+        config, gan = self.config, self.config.objective.gan
+        if gan is None:
+            return None
+        on_teacher = gan.features is Features.teacher
+        backbone, network = (self.teacher, config.teacher) if on_teacher else (critic, config.critic)
+        assert backbone is not None and network is not None
+        updates = config.training.critic_updates(config.training.max_steps)
+        adversary = Adversary(config, backbone, network.geometry(), self.task, self.device, updates, self.mesh.sequence)
+        self.heads = {adversary.heads.name: adversary.heads}
+        return adversary
+
+    def _total(self, tensor: torch.Tensor) -> torch.Tensor:
+        return distributed.all_reduce_(tensor.clone()) / self.mesh.sequence
 
     def training_step(self) -> dict[str, float]:
         training = self.config.training
@@ -73,47 +107,33 @@ class ScoreDistillationTrainer(Trainer):
         return metrics
 
     def _train_generator(self, batch: list[MicroBatch], made: list[Sample]) -> dict[str, float]:
-        student, critic = self.networks["student"], self.networks["critic"]
-
         def loss_of(micro: MicroBatch) -> LossOutput:
-            rollout, conditioning = self.rollout(micro, with_gradient=True)
-            made.append((rollout.detach(), conditioning))
-            output = self.objective(micro, rollout, conditioning)
-            return self._with_looks(output, rollout)
+            sample = self.sample_of(micro, with_gradient=True)
+            made.append(replace(sample, rollout=sample.rollout.detach()))
+            return self._with_looks(self.objective.student_loss(sample), sample.rollout)
 
-        with frozen(critic.net, critic.optimizer.parameters):
-            return self.update(student, batch, loss_of)
+        with ExitStack() as others:
+            for other in [*self.heads.values(), *(net for name, net in self.networks.items() if name != "student")]:
+                others.enter_context(frozen(other.net, other.optimizer.parameters))
+            metrics = self.update(self.networks["student"], batch, loss_of)
+        if self.alignment is not None:
+            self.alignment.update()
+        return metrics
 
     def _train_critic(self, batch: list[MicroBatch], made: list[Sample]) -> dict[str, float]:
         reused: Iterator[Sample] = iter(made)
 
         def loss_of(micro: MicroBatch) -> LossOutput:
-            rollout, conditioning = next(reused) if made else self.rollout(micro, with_gradient=False)
-            sigma = self._score_sigma(micro, "critic_sigma", rollout)
-            noise = micro.noise.normal("critic_noise", tuple(rollout.x0.shape[1:]))
-            x0_target = self.config.objective.critic_loss is CriticLoss.x0
-            return critic_loss(rollout, self.networks["critic"].score, conditioning, sigma, noise, x0_target=x0_target)
+            return self.objective.critic_loss(next(reused) if made else self.sample_of(micro, with_gradient=False))
 
-        return self.update(self.networks["critic"], batch, loss_of)
+        trained = [*(net for name, net in self.networks.items() if name != "student"), *self.heads.values()]
+        return self.update(trained[0], batch, loss_of, trained[1:])
 
-    def objective(self, micro: MicroBatch, rollout: Rollout, conditioning: Conditioning) -> LossOutput:
-        """The student's loss on its rollout."""
-        config = self.config.objective
-        guidance = Guidance(
-            self.task.negative(conditioning.batch), config.real_guidance_scale, config.fake_guidance_scale
-        )
-        sigma = self._score_sigma(micro, "score_sigma", rollout)
-        noise = micro.noise.normal("score_noise", tuple(rollout.x0.shape[1:]))
-        fake = self.networks["critic"].score
-        match config.kind:
-            case ObjectiveKind.dmd:
-                return dmd_loss(rollout, self.teacher, fake, conditioning, guidance, sigma, noise)
-            case ObjectiveKind.sid:
-                return sid_loss(
-                    rollout, self.teacher, fake, conditioning, guidance, sigma, noise, alpha=config.sid_alpha
-                )
+    def sample_of(self, micro: MicroBatch, *, with_gradient: bool) -> Sample:
+        rollout, conditioning = self.rollout(micro, with_gradient=with_gradient)
+        return Sample(rollout, conditioning, micro.positions, micro.noise)
 
-    def rollout(self, micro: MicroBatch, *, with_gradient: bool) -> Sample:
+    def rollout(self, micro: MicroBatch, *, with_gradient: bool) -> tuple[Rollout, Conditioning]:
         """The student's sample for a micro-batch, with what it is conditioned on."""
         config, student, noise = self.config, self.networks["student"].score, micro.noise
         shape = self.task.latent_shape
@@ -183,9 +203,6 @@ class ScoreDistillationTrainer(Trainer):
             self._cache = self.config.causal.new_cache(student.net, batch, frames, height, width, dtype, self.device)
         self._cache.reset()
         return self._cache
-
-    def _score_sigma(self, micro: MicroBatch, role: str, rollout: Rollout) -> torch.Tensor:
-        return self.config.schedule.score_sigma(micro.noise.uniform(role), rollout.sigma_from, rollout.sigma_to)
 
     @torch.no_grad()
     def _with_looks(self, output: LossOutput, rollout: Rollout) -> LossOutput:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from utils import distributed
 from utils.optim import NetworkOptimizer
 from utils.parallel.parallelize import kept_gathered, reshard
 
@@ -26,7 +27,15 @@ class Engine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradient of `loss`, this micro-batch's share of the global loss. last: of the update; after it the
         gradients are those of all ranks, summed."""
+        self.before_backward(last=last)
         loss.backward()
+        self.after_backward(last=last)
+
+    def before_backward(self, *, last: bool) -> None:
+        """To be called before a backward that is another engine's too, and that one runs."""
+
+    def after_backward(self, *, last: bool) -> None:
+        """Likewise after it."""
 
     def clip(self) -> Tensor:
         """Clips as configured; returns the global norm before that, a scalar that is the same on every rank."""
@@ -51,11 +60,10 @@ class FSDPEngine(Engine):
         super().__init__(net, optimizer)
         self.keep_gathered, self.sync_each = keep_gathered, sync_each
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def before_backward(self, *, last: bool) -> None:
         assert isinstance(self.net, FSDPModule)
         self.net.set_requires_gradient_sync(last or self.sync_each)
         self.net.set_requires_all_reduce(last)
-        loss.backward()
 
     def step(self) -> float:
         rate = super().step()
@@ -64,3 +72,18 @@ class FSDPEngine(Engine):
 
     def rollout(self) -> AbstractContextManager[None]:
         return kept_gathered(self.net, self.keep_gathered)
+
+
+class ReplicatedEngine(Engine):
+    """Weights that every rank holds whole: heads too small to shard. Ranks of a sequence group see the same sample,
+    each all of it, and count once."""
+
+    def __init__(self, net: nn.Module, optimizer: NetworkOptimizer, sequence: int) -> None:
+        super().__init__(net, optimizer)
+        self.sequence = sequence
+
+    def after_backward(self, *, last: bool) -> None:
+        if last:
+            for p in self.optimizer.parameters:
+                if p.grad is not None:
+                    distributed.all_reduce_(p.grad).div_(self.sequence)

@@ -1,10 +1,10 @@
-"""A trained network with all that belongs to its training."""
+"""A trained module with all that belongs to its training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.ema import EMA
 from model.score import ScoreNet
@@ -16,19 +16,28 @@ from utils.optim import NetworkOptimizer
 
 @dataclass
 class Trained:
-    """name: under which it is logged and saved, and that of its adapter where the score has one: then `net` may be
-    other networks' as well."""
+    """name: under which it is logged and saved."""
 
     name: str
-    net: WanTransformer
-    score: ScoreNet
+    net: nn.Module
     optimizer: NetworkOptimizer
     engine: Engine
     ema: EMA | None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The live tensors that are kept of it: all weights, or its adapter's, whole or sharded."""
-        state: dict[str, Tensor] = dict(self.net.state_dict())
+        """The live tensors that are kept of it, whole or sharded."""
+        return dict(self.net.state_dict())
+
+
+@dataclass
+class TrainedNetwork(Trained):
+    """A DiT. Where the score has an adapter, this is the adapter of that name: then `net` may be others' too."""
+
+    net: WanTransformer
+    score: ScoreNet
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
         if self.score.adapter is None:
             return state
         return {name: state[there] for name, there in adapter_names(self.net, self.score.adapter).items()}

@@ -217,7 +217,7 @@ class Probe:
             whole = batch(phase)
             return [self._planned(micro, exit_step) for micro, exit_step in zip(whole, self.exits, strict=False)]
 
-        def observed(trained: Trained, parts: list[MicroBatch], loss_of: Any) -> dict[str, float]:
+        def observed(trained: Trained, parts: list[MicroBatch], loss_of: Any, beside: Any = ()) -> dict[str, float]:
             self.ends = []
             self._enter(update=trained.name, micro=-1)
 
@@ -227,7 +227,7 @@ class Probe:
                 self._enter(stage="backward", network=trained.name, last=False)
                 return output
 
-            metrics = update(trained, parts, counted)
+            metrics = update(trained, parts, counted, beside)
             if len(self.ends) > 1:
                 first, second = self.ends[0], self.ends[-1]
                 left = {o: second.get(o, 0) - first.get(o, 0) for o in second if o.category not in (GRADIENTS, SHARDED)}

@@ -10,16 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from configs.objective import ObjectiveConfig
 from configs.schema import RunConfig
-from configs.sections import (
-    DataConfig,
-    ObjectiveConfig,
-    Precision,
-    RolloutConfig,
-    RolloutKind,
-    TrainingConfig,
-    ValidationConfig,
-)
+from configs.sections import DataConfig, Precision, RolloutConfig, RolloutKind, TrainingConfig, ValidationConfig
 from model.experts import Experts
 from model.schedule import ScheduleConfig
 from model.score import ScoreNet

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from configs.objective import RewardConfig
 from configs.sections import DataConfig
 from model.types import Conditioning, Given
 from model.wan.config import WanConfig
@@ -22,6 +24,9 @@ from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
 from utils.data.toy_world import ToyWorld
 from utils.random import Noise, keyed_seed
+from utils.toy_judge import ToyJudge
+
+Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
 CLIP_TOKENS = 257  # of ViT-H/14 at 224 pixels: 16 x 16 patches and the class
 
@@ -79,6 +84,10 @@ class Task(Protocol):
         """Pixel frames, height and width of so many latent frames."""
 
     def reencode(self, latents: Tensor) -> Tensor: ...
+
+    def reward(self, config: RewardConfig | None) -> Reward | None:
+        """What the config names, of a sample's latents [B, F, C, H, W] and prompts: [B], higher is better. Raises
+        ConfigError for a reward that this task does not have."""
 
 
 class ToyTask:
@@ -161,6 +170,20 @@ class ToyTask:
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
         return self.encode(self.decode(latents)[:, -1:])
+
+    def reward(self, config: RewardConfig | None) -> Reward | None:
+        """'prompt_adherence': the judge's. It is trained at first use, and kept."""
+        if config is None:
+            return None
+        if config.name != "prompt_adherence":
+            raise ConfigError(f"objective.reward.name '{config.name}' is unknown: the toy world has prompt_adherence")
+        return ToyJudge(self.world, Path("logs/cache")).adherence
+
+
+def no_reward(config: RewardConfig | None) -> None:
+    """Of a task without rewards. Raises ConfigError."""
+    if config is not None:
+        raise ConfigError(f"objective.reward.name '{config.name}': this data has no rewards: choose data.kind toy")
 
 
 class SyntheticTask:
@@ -259,6 +282,9 @@ class SyntheticTask:
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
         return self.encode(self.decode(latents[:, -1:]))
+
+    def reward(self, config: RewardConfig | None) -> None:
+        return no_reward(config)
 
 
 def for_each(prompts: Sequence[str], one_or_each: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configs.objective import RewardConfig
 from configs.sections import DataConfig
 from model.types import Conditioning, Given
 from model.wan.config import WanConfig
@@ -22,7 +23,7 @@ from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, load_text_en
 from model.wan.vae import STRIDE_T, VAEConfig, WanVAE, check_vae, load_vae
 from trainer.given import gives
 from trainer.stored import StoredImages, StoredLatents
-from trainer.task import Clips, for_each, spread
+from trainer.task import Clips, for_each, no_reward, spread
 from trainer.text_cache import TextCache
 from utils.config import ConfigError, UserError, config_hash
 from utils.data.buckets import Size
@@ -256,6 +257,9 @@ class WanTask:
                 f"vae: pixels are {list(pixels.shape[2:])}, this run's are [3, {size.height}, {size.width}] "
                 "(channels, height, width): resize them"
             )
+
+    def reward(self, config: RewardConfig | None) -> None:
+        return no_reward(config)
 
     @torch.no_grad()
     def reencode(self, latents: Tensor) -> Tensor:

@@ -134,6 +134,13 @@ def all_reduce_scalars(values: Mapping[str, float], op: Reduction = "sum") -> di
     return {name: reduced[name] for name in values}
 
 
+def all_reduce_(tensor: Tensor) -> Tensor:
+    """Sums a tensor over the processes, in place. Every process gives one of the same shape."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def gather_rows(own: Tensor, rows: Sequence[int]) -> Tensor | None:
     """What all processes hold of [sum(rows), ...], by rank, in the CPU memory of rank 0; elsewhere None.
 

@@ -143,6 +143,17 @@ class ToyJudge:
             "videos": float(count),
         }
 
+    @torch.no_grad()
+    def adherence(self, latents_BFCHW: Tensor, captions: Sequence[str]) -> Tensor:
+        """[B] in [0, 1]: the caption's digit's probability, by the mean of the frames' log-likelihoods, and 0 for
+        another direction: a reward, not a measure to report. NaN latents give 0."""
+        pixels = self.world.decode(latents_BFCHW.detach().float().cpu().nan_to_num())[:, :, :1]
+        digits, directions = zip(*(self.world.parse(caption) for caption in captions), strict=True)
+        features_BFD = self._net(centred(pixels).flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        likelihood = self._net.head(features_BFD).log_softmax(-1).mean(dim=1).softmax(-1)
+        right = likelihood[torch.arange(len(digits)), torch.tensor(digits)]
+        return right * self._motion(pixels, directions)[0]
+
     def _check(self, latents_BFCHW: Tensor, captions: Sequence[str]) -> None:
         frame = self.world.latent_shape[1:]
         if latents_BFCHW.ndim != 5 or latents_BFCHW.shape[2:] != frame or latents_BFCHW.shape[1] < 2:

@@ -33,6 +33,7 @@ OTHERS: dict[str, Case] = {
     "sid": {"objective": {"kind": "sid"}, "rollout": {"kind": "backward_simulation", "reuse_rollout": True}},
     # one sharded copy in three roles; the adapters' values do not depend on the ranks, nor do the random weights
     "lora": {name: ADAPTED for name in ("student", "critic")},
+    "gan": {"objective": {"gan": {"features": "critic", "weight": 0.5, "depths": [0.5], "discriminator_weight": 0.5}}},
     "muon": {"generator_training": {"optimizer": {"kind": "muon", "muon_lr": 1e-3, "muon_weight_decay": 0.1}}},
 }
 CASES: dict[int, dict[str, Case]] = {
@@ -76,6 +77,7 @@ CASES: dict[int, dict[str, Case]] = {
             "training": {"micro_batch_size": 2},
             "parallel": {"sequence": 2, "keep_gathered_in_rollout": True},
         },
+        "gan": merged(OTHERS["gan"], {"training": {"micro_batch_size": 2}, "parallel": {"sequence": 2}}),
         "muon": merged(OTHERS["muon"], {"training": {"micro_batch_size": 2}, "parallel": {"replicate": 2}}),
     },
 }

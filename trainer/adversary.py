@@ -1,0 +1,108 @@
+"""The discriminator of a run: its heads, what they look through, and when they judge what.
+
+B batch  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from configs.objective import GANConfig, Heads, ObjectiveKind
+from configs.schema import RunConfig
+from model.discriminator import Discriminator, RegisterHead, VideoHeads, tapped_blocks
+from model.gan import Adversarial, Real, discriminator_loss, gan_loss
+from model.ladd import ladd_sigma
+from model.score import ScoreNet
+from model.types import Conditioning, LossOutput, Rollout
+from model.wan.config import WanConfig
+from trainer.engine import ReplicatedEngine
+from trainer.networks import Trained
+from trainer.task import Task
+from utils.config import ConfigError
+from utils.optim import NetworkOptimizer, trainable
+from utils.random import Noise, keyed_seed
+
+NAME = "discriminator"
+
+
+def build_heads(config: GANConfig, geometry: WanConfig, blocks: int) -> nn.Module:
+    """Heads for so many tapped blocks of a network. Raises ConfigError."""
+    try:
+        match config.heads:
+            case Heads.video:
+                return VideoHeads(geometry.dim, blocks, geometry.patch_size[1])
+            case Heads.register:
+                return RegisterHead(geometry.dim, blocks, heads=geometry.num_heads)
+    except ValueError as problem:
+        raise ConfigError(f"objective.gan.heads: {problem}") from None
+
+
+class Adversary:
+    """Judges the student's samples against the task's real ones, both noised. backbone: whose features it sees;
+    updates: how often its heads will be trained; sequence: ranks that share a sample."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        backbone: ScoreNet,
+        geometry: WanConfig,
+        task: Task,
+        device: torch.device,
+        updates: int,
+        sequence: int,
+    ) -> None:
+        gan = config.objective.gan
+        assert gan is not None
+        self.run, self.config, self.task = config, gan, task
+        blocks = tapped_blocks(geometry.num_layers, gan.depths)
+        with torch.random.fork_rng(devices=[]):  # the same on every rank
+            torch.default_generator.manual_seed(keyed_seed(config.seed, "weights", NAME))
+            heads = build_heads(gan, geometry, len(blocks)).to(device)
+        self.judge = Discriminator(backbone, heads, blocks)
+        training = gan.training
+        optimizer = NetworkOptimizer(trainable(heads), training.optimizer, training.lr_schedule, updates)
+        self.heads = Trained(NAME, heads, optimizer, ReplicatedEngine(heads, optimizer, sequence), None)
+
+    def sigma(self, noise: Noise, role: str) -> Tensor:
+        """Noise levels [B] at which samples are judged."""
+        if self.run.objective.kind is ObjectiveKind.ladd:
+            schedule = self.run.schedule
+            return ladd_sigma(noise.normal(role, ())).clamp(schedule.min_sigma, schedule.max_sigma)
+        return self.run.schedule.score_sigma(noise.uniform(role), None, None)
+
+    def real(self, positions: range, noise: Noise, phase: str) -> Real:
+        """Real samples at these positions, with their own noise."""
+        clips = self.task.real(positions)
+        given = clips.given.with_text(self.task.conditioning(clips.captions).text)
+        eps = noise.normal(f"{phase}_real_noise", tuple(clips.latents.shape[1:]))
+        return Real(clips.latents, given, self.sigma(noise, f"{phase}_real_sigma"), eps)
+
+    def draw(self, rollout: Rollout, noise: Noise, phase: str) -> tuple[Tensor, Tensor]:
+        """A noise level [B] and noise like the sample's."""
+        return self.sigma(noise, f"{phase}_sigma"), noise.normal(f"{phase}_noise", tuple(rollout.x0.shape[1:]))
+
+    def term(
+        self,
+        rollout: Rollout,
+        conditioning: Conditioning,
+        positions: range,
+        noise: Noise,
+        draw: tuple[Tensor, Tensor] | None = None,
+    ) -> LossOutput:
+        """The student's adversarial loss; draw: the noise level and noise to judge at, in place of its own."""
+        sigma, eps = self.draw(rollout, noise, "gan") if draw is None else draw
+        paired = self.config.loss is Adversarial.relativistic
+        real = self.real(positions, noise, "gan") if paired else None
+        return gan_loss(rollout, self.judge, conditioning, sigma, eps, kind=self.config.loss, real=real)
+
+    def loss(self, rollout: Rollout, conditioning: Conditioning, positions: range, noise: Noise) -> LossOutput:
+        """The discriminator's own loss, with its penalties."""
+        sigma, eps = self.draw(rollout, noise, NAME)
+        penalty, shape = self.config.penalty(), tuple(rollout.x0.shape[1:])
+        real_step = noise.normal("r1_step", shape) if penalty.r1 else None
+        fake_step = noise.normal("r2_step", shape) if penalty.r2 else None
+        return discriminator_loss(
+            rollout, self.judge, conditioning, sigma, eps, self.real(positions, noise, NAME),
+            kind=self.config.loss, penalty=penalty, real_step=real_step, fake_step=fake_step,
+        )  # fmt: skip
