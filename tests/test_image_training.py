@@ -17,12 +17,11 @@ from model.wan.text_encoder import toy_text_encoder
 from tests.nets import random_net
 from tests.small import DIFFUSION, DISTILLATION, ODE, config, merged, trainer
 from tests.test_trainer import assert_same_run, curve
-from trainer import faults
+from trainer import faults, objectives
 from trainer.build import build_task
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.faults import SharedFaults
-from trainer.objectives import Sample
 from trainer.ode import ODETrainer
 from trainer.plan import Cluster, make_plan
 from trainer.preprocess_ode import preprocess_ode
@@ -150,7 +149,7 @@ def test_a_distillation_step_judges_what_was_made(folder: Path, kind: str, tmp_p
         made, given = run.rollout(micro, with_gradient=False)
 
         def losses() -> list[Tensor]:
-            student = run.objective.student_loss(Sample(made, given, micro.positions, micro.noise))
+            student = run.objective.student_loss(objectives.Sample(made, given, micro.positions, micro.noise))
             return [student.loss, critic_loss(made, fake.score, given, sigma, noise).loss]
 
         before = losses()
