@@ -106,7 +106,8 @@ class RatioBins:
         sums.index_add_(1, index, torch.stack([r.float(), torch.ones_like(r, dtype=torch.float32)]))
         sums, counts = total(sums)
         updated = self.rho * self.means + (1 - self.rho) * sums / counts.clamp_min(1)
-        self.means = torch.where(counts > 0, updated, self.means)
+        # a step whose numbers are not finite is skipped by the trainer: nothing of it may stay
+        self.means = torch.where((counts > 0) & updated.isfinite(), updated, self.means)
         return r / self.means[index]
 
     def state(self) -> dict[str, Tensor]:
