@@ -21,7 +21,8 @@ from model.discriminator import (
 from model.experts import Experts
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
-from model.wan.config import Checkpointing
+from model.wan.config import PRESETS, Checkpointing, LoraConfig
+from model.wan.lora import adapter_names, add_adapter
 from tests.nets import MICRO, conditioning, gradients, latents, random_net, relative, texts
 
 DEEP = replace(MICRO, num_layers=4)
@@ -187,3 +188,30 @@ def test_a_trained_backbone_gets_the_classifiers_gradient_a_frozen_one_none() ->
     x = latents(1, 2, 3).requires_grad_()
     judge.logits(x, SIGMA, given).sum().backward()
     assert gradients(net) == {} and x.grad is not None and float(x.grad.norm()) > 0
+
+
+@pytest.mark.parametrize(("preset", "width"), [("1.3b", 384), ("14b", 1280)])
+def test_heads_fit_wans_own_geometry(preset: str, width: int) -> None:
+    config = PRESETS[preset]
+    with torch.device("meta"):
+        tokens = [torch.empty(1, 21, config.dim, 30, 52) for _ in tapped_blocks(config.num_layers)]
+        heads, registers = VideoHeads(config.dim, 3), RegisterHead(config.dim, 3, config.num_heads)
+        assert heads(tokens).shape == (1, 3) and registers(tokens).shape == (1, 1)
+    assert heads.heads[0].conv.weight.shape == (width, width, 2, 4, 4)
+
+
+def test_features_are_of_the_role_that_an_adapter_plays() -> None:
+    net = random_net(0, DEEP)
+    x, bare = latents(1, 2, 3), ScoreNet(random_net(0, DEEP), "teacher")
+    for seed, name in enumerate(("a", "b")):
+        add_adapter(net, name, LoraConfig(rank=2, targets=["q", "ffn.0"]))
+        generator = torch.Generator().manual_seed(seed)
+        for key in adapter_names(net, name).values():
+            weight = net.get_parameter(key)
+            weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
+    roles = [ScoreNet(net, str(name), adapter=name).features(x, SIGMA, conditioning(2, 2), (3,)) for name in ("a", "b")]
+    teacher = ScoreNet(net, "teacher").features(x, SIGMA, conditioning(2, 2), (3,))
+    assert torch.equal(teacher[0], bare.features(x, SIGMA, conditioning(2, 2), (3,))[0])
+    assert not torch.allclose(roles[0][0], teacher[0], atol=1e-3) and not torch.allclose(
+        *[r[0] for r in roles], atol=1e-3
+    )

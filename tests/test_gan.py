@@ -249,3 +249,28 @@ def test_ladd_is_the_gan_loss_alone_at_logit_normal_noise() -> None:
     assert (float(logits.mean()), float(logits.std())) == pytest.approx((1.0, 0.5), abs=0.02)
     with pytest.raises(ValueError, match="must be positive"):
         ladd_sigma(torch.zeros(1), std=0.0)
+
+
+def test_a_student_learns_the_datas_mean_from_the_discriminator_alone() -> None:
+    """LADD's whole loop on N(m, 1): heads and student in turn, R1 keeps them from circling."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    mean, judge = torch.tensor(-0.5, requires_grad=True), linear(heads=1, scale=0.0)
+    given, penalty = Conditioning(prompt(32)), Penalty(r1=0.5, per_step=True, step=0.01)
+    heads = torch.optim.SGD(judge.heads.parameters(), lr=0.05)
+    for _ in range(250):
+        shape = (32, *SHAPE)
+        made, sigma, noise = Rollout(mean + draw(*shape)), ladd_sigma(draw(32), mean=0.0), draw(*shape)
+        data = Real(0.8 + draw(*shape), given, ladd_sigma(draw(32), mean=0.0), draw(*shape))
+        heads.zero_grad()
+        discriminator_loss(
+            made, judge, given, sigma, noise, data, penalty=penalty, real_step=draw(*shape)
+        ).loss.backward()
+        heads.step()
+        slope = torch.autograd.grad(ladd_loss(made, judge, given, sigma, noise).loss, mean)[0]
+        with torch.no_grad():
+            mean -= 0.02 * slope
+    assert float(mean.detach()) == pytest.approx(0.8, abs=0.1)

@@ -17,8 +17,11 @@ from model.dmd import Guidance, critic_loss, dmd_loss
 from model.ida import Alignment
 from model.phased import noised_on, phase_start, phased_critic_loss, phased_dmd_loss
 from model.schedule import mix, uniform_sigmas
+from model.score import ScoreNet
 from model.types import Conditioning, Rollout, expand_like
-from tests.nets import MICRO, random_net
+from pipeline.causal import CausalConfig
+from pipeline.diffusion_forcing import teacher_forced_velocity
+from tests.nets import MICRO, latents, random_net, texts
 from tests.test_dmd import SHAPE, SIGMA, GaussianNet, exact, free, normal, prompt, score
 
 GIVEN = Conditioning(prompt(4))
@@ -203,6 +206,52 @@ def test_consistency_with_a_level_a_frame_leaves_given_frames_out() -> None:
     rest = consistency_loss(line, line, teacher, normal(1)[:, 1:], normal(2)[:, 1:], sigma[:, 1:], after[:, 1:]).loss
     assert float(part) == pytest.approx(float(rest), rel=1e-5)
     assert adjacent(torch.tensor([0]), uniform_sigmas(4, 5.0))[0].tolist() == [1.0]
+
+
+def test_causal_consistency_of_a_network_sees_clean_frames_before_its_block_and_none_after() -> None:
+    """As it is trained: teacher forcing in student, average and guided teacher. Later frames change nothing earlier."""
+    causal, guidance = CausalConfig(2), 3.0
+    nets = [ScoreNet(random_net(seed), name) for seed, name in enumerate(("student", "average", "teacher"))]
+    sigma, after = adjacent(torch.tensor([[0, 0, 1, 1]] * 2), (0.8, 0.4))
+    clean, noise, text, negative = latents(5, 2, 4), latents(6, 2, 4), texts(7, 2), texts(8, 2)
+
+    def first_block_gradient(clean: Tensor) -> tuple[Tensor, Tensor]:
+        def velocity(net: ScoreNet, x: Tensor, s: Tensor, w: float = 1.0) -> Tensor:
+            zero = torch.zeros_like(s)
+            return teacher_forced_velocity(net, x, s, clean, zero, text, causal, negative=negative, guidance=w)
+
+        start = noise.clone().requires_grad_()
+        out = consistency_loss(
+            lambda x, s: velocity(nets[0], x, s), lambda x, s: velocity(nets[1], x, s),
+            lambda x, s: velocity(nets[2], x, s, guidance), clean, start, sigma, after,
+        )  # fmt: skip
+        return out.loss, torch.autograd.grad(out.loss, start)[0]
+
+    loss, gradient = first_block_gradient(clean)
+    later = torch.cat([clean[:, :2], clean[:, 2:] + 1], 1)
+    other, changed = first_block_gradient(later)
+    assert not torch.allclose(loss, other) and torch.allclose(gradient[:, :2], changed[:, :2], atol=1e-6)
+    earlier = torch.cat([clean[:, :2] + 1, clean[:, 2:]], 1)
+    assert not torch.allclose(gradient[:, 2:], first_block_gradient(earlier)[1][:, 2:], atol=1e-6)
+    assert nets[2].evaluations.calls["teacher"] == 3  # guided in one batched call each
+
+
+def test_guided_teacher_forcing_is_the_one_convention() -> None:
+    net, causal = ScoreNet(random_net(0), "teacher"), CausalConfig(2)
+    x, clean, sigma, text, negative = (
+        latents(5, 2, 4),
+        latents(6, 2, 4),
+        torch.full((2, 4), 0.6),
+        texts(7, 2),
+        texts(8, 2),
+    )
+    cond, uncond = (
+        teacher_forced_velocity(net, x, sigma, clean, 0 * sigma, t, causal).detach() for t in (text, negative)
+    )
+    guided = teacher_forced_velocity(net, x, sigma, clean, 0 * sigma, text, causal, negative=negative, guidance=3.0)
+    assert torch.allclose(guided, uncond + 3 * (cond - uncond), atol=1e-4)
+    with pytest.raises(ValueError, match="needs the negative prompt"):
+        teacher_forced_velocity(net, x, sigma, clean, 0 * sigma, text, causal, guidance=3.0)
 
 
 def test_pseudo_huber_is_a_square_near_zero_and_a_norm_far_off() -> None:
