@@ -48,8 +48,13 @@ def consistency_loss(
         x_next = x.float() + step * teacher(x, sigma).float()
         target = velocity_to_x0(x_next, average(x_next.to(x.dtype), sigma_next), sigma_next)
     error = (velocity_to_x0(x, student(x, sigma), sigma) - target).flatten(2).square()
-    per_frame = error.mean(2) if huber is None else (error.sum(2) + huber**2).sqrt() - huber
+    per_frame = error.mean(2) if huber is None else _pseudo_huber(error.sum(2), huber)
     judged = (sigma if sigma.ndim == 2 else sigma[:, None]).expand(per_frame.shape) > 0
     per_sample = (per_frame * judged).sum(1) / judged.sum(1).clamp_min(1)
     loss = per_sample.mean()
     return LossOutput(loss, {"loss": loss.detach()})
+
+
+def _pseudo_huber(square: Tensor, c: float) -> Tensor:
+    """sqrt(square + c^2) - c without its cancellation."""
+    return square / ((square + c**2).sqrt() + c)

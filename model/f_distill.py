@@ -8,7 +8,6 @@ B batch  K logits of a sample
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
@@ -21,9 +20,7 @@ from model.dmd import Guidance, dmd_loss
 from model.gan import Adversarial, generator_terms, judged, with_term
 from model.schedule import mix
 from model.score import ScoreNet
-from model.types import Conditioning, LossOutput, Rollout
-
-Total = Callable[[Tensor], Tensor]  # sums a tensor over the ranks that hold different samples
+from model.types import Conditioning, LossOutput, Rollout, Total
 
 BINS = 10
 LEAST = 1e-8
@@ -106,7 +103,8 @@ class RatioBins:
         sums.index_add_(1, index, torch.stack([r.float(), torch.ones_like(r, dtype=torch.float32)]))
         sums, counts = total(sums)
         updated = self.rho * self.means + (1 - self.rho) * sums / counts.clamp_min(1)
-        self.means = torch.where(counts > 0, updated, self.means)
+        # a step whose numbers are not finite is skipped by the trainer: nothing of it may stay
+        self.means = torch.where((counts > 0) & updated.isfinite(), updated, self.means)
         return r / self.means[index]
 
     def state(self) -> dict[str, Tensor]:

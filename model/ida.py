@@ -57,4 +57,4 @@ def _check_alike(critic: Mapping[str, Tensor], student: Mapping[str, Tensor]) ->
     for name, value in critic.items():
         shapes = [list(getattr(p, "ds_shape", p.shape)) for p in (value, student[name])]  # whole ones, under ZeRO-3 too
         if shapes[0] != shapes[1]:
-            raise ValueError(f"{cannot}: '{name}' is {shapes[0]} there and {shapes[1]} here; give both one geometry")
+            raise ValueError(f"{cannot}: '{name}' is {shapes[0]} and {shapes[1]}; give both one geometry")

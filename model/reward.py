@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.f_distill import Total
+from model.types import Total
 
 
 @torch.no_grad()

@@ -5,12 +5,14 @@ B batch  F latent frames  C channels  H W latent size  L text tokens  D text wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+Total = Callable[[Tensor], Tensor]  # sums a tensor over the ranks that hold different samples: a collective
 
 
 @dataclass(frozen=True)

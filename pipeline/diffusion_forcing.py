@@ -30,20 +30,27 @@ def teacher_forced_velocity(
     clean_sigma_BF: Tensor,
     given: Condition,
     causal: CausalConfig,
+    *,
+    negative: Tensor | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
     """Velocity [B, F, C, H, W] of noisy frames x, each block looking back at the clean ones (CausVid, section 4.1).
 
     One pass over [clean | noisy], both halves at the same RoPE positions. clean_sigma_BF: the clean half's own time;
-    0 unless it is noise-augmented.
+    0 unless it is noise-augmented. guidance: w of uncond + w (cond - uncond), which needs the negative text [B, L, D].
     """
     frames = x.shape[1]
     condition = Conditioning.of(given)
     if condition.channels is not None:
         condition = replace(condition, channels=torch.cat([condition.channels, condition.channels], 1))
-    velocity = net.velocity(
+    if guidance != 1.0 and negative is None:
+        raise ValueError(f"guidance {guidance} needs the negative prompt's text")
+    velocity = net.guided_velocity(
         torch.cat([clean, x], 1),
         torch.cat([clean_sigma_BF, sigma_BF], 1),
         condition,
+        condition.text if negative is None else negative,
+        guidance,
         positions=[*range(frames), *range(frames)],
         mask=causal.teacher_forcing_mask(frames),
     )

@@ -23,13 +23,12 @@ from model.reward import reward_weights
 from model.schedule import TIMESTEPS
 from model.score import ScoreNet
 from model.sid import sid_loss
-from model.types import Conditioning, LossOutput, Rollout
+from model.types import Conditioning, LossOutput, Rollout, Total
 from trainer.adversary import NAME, Adversary
 from trainer.task import Task
 from utils.random import Noise
 
 Reward = Callable[[Tensor, list[str]], Tensor]  # latents [B, F, C, H, W], prompts -> [B], higher is better
-Total = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,18 @@ def with_image(group: Group, checkpointing: Checkpointing = Checkpointing.none) 
     return {"whole output": out, "whole gradient of channels": channels.grad, **parameters(net)}
 
 
+def tapped(group: Group, checkpointing: Checkpointing = Checkpointing.none) -> Result:
+    """What a discriminator's heads see: the tokens of blocks, whole on every rank."""
+    net = network(1, group, checkpointing)
+    x = latents(2, 2, FRAMES, CONFIG, 6, 6).requires_grad_()
+    features = net(x, per_frame_sigma(FRAMES), texts(3, 2, CONFIG), features=(0, 1))
+    weight = torch.randn(features[0].shape, generator=torch.Generator().manual_seed(6))
+    sum((feature * weight).sum() for feature in features).backward()
+    assert x.grad is not None
+    outputs = {f"whole feature {i}": feature for i, feature in enumerate(features)}
+    return {**outputs, "whole input gradient": x.grad, **parameters(net)}
+
+
 def new_cache(net: WanTransformer) -> KVCache:
     return CAUSAL.new_cache(net, 2, FRAMES, 6, 6, torch.float32, torch.device("cpu"))
 
@@ -169,6 +181,7 @@ TRAINED: dict[str, Callable[..., Result]] = {  # with and without checkpointing:
     "block_causal": partial(masked, mask=CAUSAL.mask(FRAMES)),
     "teacher_forcing": teacher_forcing,
     "with_image": with_image,
+    "features": tapped,
     "generator_dmd": partial(generator_step, objective=dmd_loss),
     "generator_sid": partial(generator_step, objective=sid_loss),
     "critic": critic_step,
