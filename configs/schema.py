@@ -10,6 +10,7 @@ from configs.given import check_given
 from configs.objective import Features, ObjectiveConfig, ObjectiveKind
 from configs.sections import (
     CheckpointConfig,
+    ConsistencyConfig,
     DataConfig,
     DiffusionConfig,
     DiffusionMode,
@@ -51,6 +52,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     ode: ODEConfig = field(default_factory=ODEConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     generator_training: TrainedConfig = field(default_factory=TrainedConfig)
     critic_training: TrainedConfig = field(default_factory=TrainedConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -69,7 +71,7 @@ class RunConfig:
                 return self.rollout.kind in (RolloutKind.self_forcing, RolloutKind.diffusion_forcing)
             case TrainerKind.diffusion:
                 return self.diffusion.mode is not DiffusionMode.bidirectional
-            case TrainerKind.ode:
+            case TrainerKind.ode | TrainerKind.consistency:
                 return True
 
     def __post_init__(self) -> None:
@@ -77,6 +79,8 @@ class RunConfig:
             self._check_distillation()
         if self.trainer is TrainerKind.ode and self.teacher is None and self.ode.path is None:
             raise ValueError("teacher is null: the ode trainer makes trajectories with one: set it, or ode.path")
+        if self.trainer is TrainerKind.consistency and (self.teacher is None or self.ema.decay is None):
+            raise ValueError("trainer consistency needs a causal teacher, and an average: set teacher and ema.decay")
         needs = self.needs_data()
         if needs and not self.data.real:
             raise ValueError(f"data.real is false, but {needs} needs real videos: set it to true")
@@ -132,8 +136,8 @@ class RunConfig:
 
     def needs_data(self) -> str | None:
         """What of the run needs real videos, in words; null where nothing does."""
-        if self.trainer is TrainerKind.diffusion:
-            return "trainer diffusion"
+        if self.trainer in (TrainerKind.diffusion, TrainerKind.consistency):
+            return f"trainer {self.trainer.value}"
         from_data = (RolloutKind.noised_data, RolloutKind.diffusion_forcing)
         if self.trainer is TrainerKind.score_distillation and self.rollout.kind in from_data:
             return f"rollout.kind {self.rollout.kind.value}"

@@ -18,6 +18,7 @@ class TrainerKind(Enum):
     score_distillation = "score_distillation"  # a student by distribution matching
     diffusion = "diffusion"  # a teacher, or a causal initialisation, by flow matching
     ode = "ode"  # a causal initialisation by regression on a teacher's trajectories
+    consistency = "consistency"  # the same from a causal teacher's single steps, without trajectories
 
 
 class RolloutKind(Enum):
@@ -121,6 +122,22 @@ class RolloutConfig:
     last_step_only: bool = False
     num_training_frames: int | None = None
     reuse_rollout: bool = False
+
+
+@dataclass
+class ConsistencyConfig:
+    """Causal consistency distillation. steps: of the teacher's Euler grid, shifted by schedule.timestep_shift;
+    guidance: of the teacher; huber: c of the pseudo-Huber distance, null for the squared one."""
+
+    steps: int = 48
+    guidance: float = 4.0
+    huber: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"steps must be at least 2, got {self.steps}")
+        if self.huber is not None and self.huber <= 0:
+            raise ValueError(f"huber must be positive, or null for the squared distance, got {self.huber}")
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.small import DISTILLATION, merged, save_networks, trainer, with_weights
+from tests.small import DIFFUSION, DISTILLATION, NETWORK, merged, save_networks, trainer, with_weights
 from trainer.base import Trainer
 from utils.config import ConfigError
 
@@ -146,3 +146,30 @@ def test_nonsense_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any]
     with pytest.raises((ValueError, ConfigError), match=words) as refused:
         trainer(tmp_path, **changes)
     assert "\n" not in str(refused.value)
+
+
+CONSISTENCY = merged(
+    DIFFUSION, {"trainer": "consistency", "teacher": NETWORK, "consistency": {"steps": 6, "guidance": 2.0}}
+)
+
+
+def test_consistency_trains_against_its_own_average_and_goes_on_exactly(folder: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, with_weights(CONSISTENCY, folder))
+    student = run.networks["student"]
+    assert student.ema is not None
+    own = {name: p.detach().clone() for name, p in student.net.named_parameters()}
+    (micro,) = run.batch("consistency")
+    loss = run.loss(micro).loss  # type: ignore[attr-defined]
+    assert all(torch.equal(p, own[name]) for name, p in student.net.named_parameters())  # its own weights again
+    student.ema.shadow["head.head.weight"].add_(0.5)
+    assert run.loss(micro).loss != loss  # type: ignore[attr-defined]
+    student.ema.shadow["head.head.weight"].sub_(0.5)
+    run.cursor = 0
+    first = run.training_step()
+    run.step = 1
+    run.save_checkpoint()
+    run.finish_saving()
+    again = trainer(tmp_path, with_weights(CONSISTENCY, folder))
+    assert run.training_step() == again.training_step() != first
+    with pytest.raises(ConfigError, match="needs a causal teacher, and an average"):
+        trainer(tmp_path / "no", CONSISTENCY, ema={"decay": None})

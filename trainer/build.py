@@ -292,6 +292,7 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
 
 def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:
     """The trainer that the config names, resumed if there is something to resume. Raises ConfigError."""
+    from trainer.consistency import ConsistencyTrainer
     from trainer.diffusion import DiffusionTrainer
     from trainer.distillation import ScoreDistillationTrainer
     from trainer.ode import ODETrainer
@@ -312,3 +313,5 @@ def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:
             return DiffusionTrainer(config, options)
         case TrainerKind.ode:
             return ODETrainer(config, options)
+        case TrainerKind.consistency:
+            return ConsistencyTrainer(config, options)

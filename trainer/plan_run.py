@@ -84,9 +84,9 @@ class PlannedNoise(Noise):
 
 def stripped(config: RunConfig) -> RunConfig:
     """The run without files, weights and other software: none of it changes what a GPU holds or computes."""
-    if config.trainer is TrainerKind.ode:
+    if config.trainer in (TrainerKind.ode, TrainerKind.consistency):
         raise UserError(
-            "--plan does not cover trainer ode: plan its student with trainer diffusion, which costs the same"
+            f"--plan does not cover trainer {config.trainer.value}: plan its student with trainer diffusion"
         )
     if config.parallel.engine != "fsdp2":
         raise UserError(f"--plan does not cover parallel.engine {config.parallel.engine}: plan it as fsdp2")

@@ -1,0 +1,76 @@
+"""ConsistencyTrainer: a few-step causal start without stored trajectories (Causal Forcing++, arXiv 2605.15141).
+
+B batch  F latent frames
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor
+
+from model.consistency import adjacent, consistency_loss
+from model.schedule import uniform_sigmas
+from model.types import LossOutput
+from model.wan.transformer import WanTransformer
+from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
+from trainer.base import MicroBatch, Trainer
+from trainer.build import build_frozen, build_trained, sharing
+
+
+class ConsistencyTrainer(Trainer):
+    """The student's x0 at a noise level of the teacher's grid is drawn to its average's x0 one teacher step further.
+
+    All three look back at clean frames, as in teacher forcing: the teacher is a causal network.
+    """
+
+    def build(self) -> None:
+        config = self.config
+        assert config.teacher is not None
+        shared = sharing(config)
+        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device, self.mesh, shared)
+        base = cast(WanTransformer, self.teacher.net) if "student" in shared else None
+        self.networks = {
+            "student": build_trained(
+                config, config.student, "student", config.generator_training, config.training.max_steps,
+                self.evaluations, self.device, self.mesh, with_ema=True, base=base,
+            )
+        }  # fmt: skip
+        self.levels = uniform_sigmas(config.consistency.steps, config.schedule.timestep_shift)
+
+    def training_step(self) -> dict[str, float]:
+        return self.update(self.networks["student"], self.batch("consistency"), self.loss)
+
+    def loss(self, micro: MicroBatch) -> LossOutput:
+        """A level of the grid for each block."""
+        config, student = self.config, self.networks["student"]
+        clips = self.task.real(micro.positions)
+        given = clips.given.with_text(self.task.conditioning(clips.captions).text)
+        clean, frames = clips.latents, clips.latents.shape[1]
+        blocks = config.causal.blocks(frames)
+        index = (micro.noise.uniform("level", (len(blocks),)) * len(self.levels)).long()
+        sigma, sigma_next = (per_frame(level, blocks) for level in adjacent(index, self.levels))
+        zeros = sigma.new_zeros(sigma.shape)
+        for level in (sigma, sigma_next):
+            level[:, : given.initial_frames] = 0.0
+        negative = self.task.negative(given.batch)
+
+        def student_velocity(x: Tensor, level: Tensor) -> Tensor:
+            return teacher_forced_velocity(student.score, x, level, clean, zeros, given, config.causal)
+
+        def average_velocity(x: Tensor, level: Tensor) -> Tensor:
+            assert student.ema is not None
+            with student.ema.applied():
+                return student_velocity(x, level)
+
+        def teacher_velocity(x: Tensor, level: Tensor) -> Tensor:
+            return teacher_forced_velocity(
+                self.teacher, x, level, clean, zeros, given, config.causal,
+                negative=negative, guidance=config.consistency.guidance,
+            )  # fmt: skip
+
+        noise = micro.noise.normal("noise", tuple(clean.shape[1:]))
+        return consistency_loss(
+            student_velocity, average_velocity, teacher_velocity, clean, noise, sigma, sigma_next,
+            huber=config.consistency.huber,
+        )  # fmt: skip
