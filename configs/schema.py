@@ -14,6 +14,7 @@ from configs.sections import (
     DataConfig,
     DiffusionConfig,
     DiffusionMode,
+    GuardConfig,
     LoggingConfig,
     ODEConfig,
     RolloutConfig,
@@ -60,6 +61,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 

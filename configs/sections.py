@@ -291,6 +291,28 @@ class ValidationConfig:
 
 
 @dataclass
+class GuardConfig:
+    """When a student has gone wrong beyond return: bounds of what its samples look like, null for none. A run whose
+    samples lie beyond one for `patience` of the student's updates in a row is saved and ended.
+
+    luma, saturation: [least, most], means in [0, 1]. clipped: most, the share of values beyond what pixels can show.
+    """
+
+    luma: list[float] | None = None
+    saturation: list[float] | None = None
+    clipped: float | None = None
+    patience: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("luma", "saturation"):
+            bounds = getattr(self, name)
+            if bounds is not None and (len(bounds) != 2 or not bounds[0] < bounds[1]):
+                raise ValueError(f"{name} must be [least, most], or null for no bound, got {bounds}")
+        if self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
+
+
+@dataclass
 class LoggingConfig:
     """JSONL is always written. wandb runs offline unless a key is set; neither can stop a run."""
 

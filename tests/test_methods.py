@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.small import DIFFUSION, DISTILLATION, NETWORK, merged, save_networks, trainer, with_weights
 from trainer.base import Trainer
-from utils.config import ConfigError
+from utils import checkpoint
+from utils.config import ConfigError, UserError
 
 HEADS = {"optimizer": {"lr": 1e-2, "betas": [0.0, 0.99]}}
 GAN = {"weight": 0.5, "discriminator_weight": 0.5, "depths": [0.5], "training": HEADS}
@@ -173,3 +174,18 @@ def test_consistency_trains_against_its_own_average_and_goes_on_exactly(folder: 
     assert run.training_step() == again.training_step() != first
     with pytest.raises(ConfigError, match="needs a causal teacher, and an average"):
         trainer(tmp_path / "no", CONSISTENCY, ema={"decay": None})
+
+
+def test_a_guard_saves_and_ends_a_run_that_went_wrong(folder: Path, tmp_path: Path) -> None:
+    """After `patience` updates in a row beyond a bound, counted over a resume; within it nothing happens."""
+    guard = {"luma": [0.9, 1.0], "patience": 3}
+    base = with_weights(
+        merged(BASE, {"guard": guard, "training": {"max_steps": 6}, "checkpoint": {"every": 100}}), folder
+    )
+    assert trainer(tmp_path, base, max_steps=2).train() == 0
+    with pytest.raises(
+        UserError, match=r"guard.luma: the student's samples are at 0\.\d+, beyond \[0.9, 1\] for 3 updates"
+    ):
+        trainer(tmp_path, base).train()
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == [2, 3]
+    assert trainer(tmp_path / "fine", base, guard={"luma": [0.0, 0.9], "clipped": 1.0}, max_steps=4).train() == 0

@@ -24,6 +24,7 @@ from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_fo
 from trainer.adversary import Adversary
 from trainer.base import MicroBatch, Trainer
 from trainer.build import build_frozen, build_trained, sharing
+from trainer.guard import Guard
 from trainer.objectives import Objective, Sample
 from trainer.sampling import cache_dtype
 from utils import distributed
@@ -68,7 +69,8 @@ class ScoreDistillationTrainer(Trainer):
         self.objective = Objective(
             config, self.task, self.teacher, critic, adversary, self._total, self.task.reward(config.objective.reward)
         )
-        self.extras = {"objective": self.objective}
+        self.guard = Guard(config.guard)
+        self.extras = {"objective": self.objective, "guard": self.guard}
         self.alignment: Alignment | None = None
         if config.objective.critic_keep is not None:
             pair = self.networks["critic"], self.networks["student"]
@@ -116,6 +118,7 @@ class ScoreDistillationTrainer(Trainer):
             for other in [*self.heads.values(), *(net for name, net in self.networks.items() if name != "student")]:
                 others.enter_context(frozen(other.net, other.optimizer.parameters))
             metrics = self.update(self.networks["student"], batch, loss_of)
+        self.abort = self.abort or self.guard.check(metrics)
         if self.alignment is not None:
             self.alignment.update()
         return metrics
@@ -206,7 +209,8 @@ class ScoreDistillationTrainer(Trainer):
 
     @torch.no_grad()
     def _with_looks(self, output: LossOutput, rollout: Rollout) -> LossOutput:
-        pixels = self.task.glimpse(rollout.x0.detach())
-        if pixels is not None:
-            output.metrics |= {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
+        seen = self.task.glimpse(rollout.x0.detach())
+        if seen is not None:
+            values = {"luma": luma(seen.pixels), "saturation": saturation(seen.pixels), "clipped": seen.clipped}
+            output.metrics |= {name: value.mean() for name, value in values.items()}
         return output

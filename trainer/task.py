@@ -23,12 +23,26 @@ from utils.data.buckets import Size
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
 from utils.data.toy_world import ToyWorld
+from utils.metrics import clipped_share
 from utils.random import Noise, keyed_seed
 from utils.toy_judge import ToyJudge
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
 CLIP_TOKENS = 257  # of ViT-H/14 at 224 pixels: 16 x 16 patches and the class
+
+
+@dataclass(frozen=True)
+class Glimpse:
+    """pixels: [B, t, 3, h, w] in [0, 1]. clipped: [B], the share of them that a clamp put there."""
+
+    pixels: Tensor
+    clipped: Tensor
+
+    @classmethod
+    def of(cls, pixels: Tensor) -> Glimpse:
+        """Of pixels before their clamp."""
+        return cls(pixels.clamp(0, 1), clipped_share(pixels))
 
 
 @dataclass(frozen=True)
@@ -72,8 +86,8 @@ class Task(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
-    def glimpse(self, latents: Tensor) -> Tensor | None:
-        """Pixels [B, t, 3, h, w] of what can be decoded in passing, for the log; None where nothing can."""
+    def glimpse(self, latents: Tensor) -> Glimpse | None:
+        """How samples look, by what can be decoded in passing; None where nothing can."""
 
     def decoding(self) -> Callable[[Tensor], Tensor]:
         """A new stream: blocks of latents in, in order, their pixels out; together what `decode` makes of the whole."""
@@ -154,8 +168,8 @@ class ToyTask:
         """Pixels [B, T, 3, h, w] in [0, 1]."""
         return self.world.decode(latents.float().cpu())
 
-    def glimpse(self, latents: Tensor) -> Tensor:
-        return self.decode(latents)
+    def glimpse(self, latents: Tensor) -> Glimpse:
+        return Glimpse.of(self.world.decode(latents.float().cpu(), clamp=False))
 
     def decoding(self) -> Callable[[Tensor], Tensor]:
         return self.decode  # frames know nothing of each other
@@ -255,11 +269,14 @@ class SyntheticTask:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, F, 3, H, W] in [0, 1]: the first three channels (the last one again where there are fewer)."""
-        last = latents.shape[2] - 1
-        return (latents[:, :, [0, min(1, last), min(2, last)]].float() / 4 + 0.5).clamp(0, 1)
+        return self._pixels(latents).clamp(0, 1)
 
-    def glimpse(self, latents: Tensor) -> Tensor:
-        return self.decode(latents)
+    def _pixels(self, latents: Tensor) -> Tensor:
+        last = latents.shape[2] - 1
+        return latents[:, :, [0, min(1, last), min(2, last)]].float() / 4 + 0.5
+
+    def glimpse(self, latents: Tensor) -> Glimpse:
+        return Glimpse.of(self._pixels(latents))
 
     def decoding(self) -> Callable[[Tensor], Tensor]:
         return self.decode  # frames know nothing of each other

@@ -23,7 +23,7 @@ from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, load_text_en
 from model.wan.vae import STRIDE_T, VAEConfig, WanVAE, check_vae, load_vae
 from trainer.given import gives
 from trainer.stored import StoredImages, StoredLatents
-from trainer.task import Clips, for_each, no_reward, spread
+from trainer.task import Clips, Glimpse, for_each, no_reward, spread
 from trainer.text_cache import TextCache
 from utils.config import ConfigError, UserError, config_hash
 from utils.data.buckets import Size
@@ -233,9 +233,14 @@ class WanTask:
         """Pixels [B, T, 3, h, w] in [0, 1], T = 4 (F - 1) + 1: a video at a time, for a decoder needs room."""
         return torch.cat([self.vae.decode(latent) for latent in latents.split(1)])
 
-    def glimpse(self, latents: Tensor) -> Tensor | None:
-        """The last latent frame, where drift shows most, decoded as an image; None without a VAE."""
-        return None if self.vae_config.path is None else self.decode(latents[:, -1:])
+    def glimpse(self, latents: Tensor) -> Glimpse | None:
+        """The last latent frame, where drift shows most, decoded as an image; None without a VAE. Decoders clamp, so
+        what was beyond lies at the limits."""
+        if self.vae_config.path is None:
+            return None
+        pixels = self.decode(latents[:, -1:])
+        at_limits = (pixels <= 0) | (pixels >= 1)
+        return Glimpse(pixels, at_limits.float().mean(dim=(1, 2, 3, 4)))
 
     def decoding(self) -> Callable[[Tensor], Tensor]:
         return torch.no_grad()(self.vae.decoding())
