@@ -119,6 +119,10 @@ class RunConfig:
                 )
 
     def _check_adapters(self) -> None:
+        if self.teacher is not None and self.teacher.lora is not None:
+            raise ValueError("teacher.lora: a teacher is never trained: set it null (LoRA files: teacher.loras)")
+        if self.trainer is not TrainerKind.score_distillation and self.critic is not None and self.critic.lora:
+            raise ValueError(f"critic.lora: trainer {self.trainer.value} has no critic: set it null")
         trained = {name: net for name, net in (("student", self.student), ("critic", self.critic)) if net and net.lora}
         if trained and self.parallel.engine == "deepspeed":
             raise ValueError(f"{next(iter(trained))}.lora is not for engine deepspeed: choose fsdp2")
@@ -127,10 +131,11 @@ class RunConfig:
             return
         sharing = {name: net for name, net in trained.items() if net.lora and net.lora.share}
         for name, net in sharing.items():
-            if not net.same_weights(self.teacher):
+            if odd := net.other_weights(self.teacher):
+                mine, theirs = (n.preset if odd == "geometry" else getattr(n, odd) for n in (net, self.teacher))
                 raise ValueError(
-                    f"{name}.lora.share puts the adapter on the teacher's weights, but {name}.init is {net.init} and "
-                    f"teacher.init {self.teacher.init}: give it the teacher's preset and init, or set share to false"
+                    f"{name}.lora.share puts the adapter on the teacher's weights, but {name} has {odd} {mine} and the "
+                    f"teacher {theirs}: give both the same, or set {name}.lora.share to false"
                 )
         looks = {(net.attention, net.checkpointing) for net in sharing.values()}
         if len(looks) > 1:

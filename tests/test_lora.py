@@ -259,9 +259,11 @@ REFUSED = [
     ({"student": {"lora": {"targets": ["w1"]}}}, r"student.lora.targets: w1: no layer of a block; choose among q, k, "),
     (
         {"student": {"lora": {}, "init": "elsewhere"}},
-        "student.lora.share puts the adapter on the teacher's weights, but",
+        "student.lora.share puts the adapter on the teacher's weights, but student has init elsewhere and the teacher None",
     ),
     ({"critic": {"lora": {}, "checkpointing": "full"}, "student": {"lora": {}}}, "give them one attention"),
+    ({"teacher": {"lora": {}}}, "teacher.lora: a teacher is never trained"),
+    ({"student": {"lora": {}, "expert": "low"}}, "student has expert low and the teacher None"),
     ({"student": {"lora": {}}, "parallel": {"engine": "deepspeed"}}, "student.lora is not for engine deepspeed"),
 ]
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from model.wan.lora_files import ADAPTER_CONFIG, lora_to_diffusers, lora_to_peft
 from model.wan.save import SHARD_BYTES, Dtype, save_model
 from model.wan.weights import Weights
 from trainer.build import open_group
+from trainer.two_experts import joined, starts_from_noise
 from utils import checkpoint
 from utils.checkpoint_folder import read_manifest
 from utils.cli import Parser, refuse_several_ranks, run_cli
@@ -29,6 +30,13 @@ from utils.config import UserError, from_plain
 from utils.shards import write_file
 
 LIBRARY = "diffusers"
+PIPELINES = {"t2v": "WanPipeline", "ti2v": "WanPipeline", "i2v": "WanImageToVideoPipeline"}
+BASES = {  # by model type, and whether the network sees CLIP's tokens: whose other parts fit
+    ("t2v", False): "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    ("ti2v", False): "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    ("i2v", True): "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    ("i2v", False): "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class ExportArgs:
     weights: str | None
     network: str
     shard_bytes: int | None
+    low: Path | None = None  # run of the low-noise expert
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
     """Parses the command line. Raises UserError."""
     parser = Parser(prog="python -m trainer.export", description="Write a run's network for others to load.")
     parser.add_argument("--run", type=Path, required=True, help="run folder, or one checkpoint")
+    parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, for a pipeline of both")
     parser.add_argument("--format", choices=("diffusers", "native", "lora"), required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument("--dtype", choices=[kind.value for kind in Dtype], default="fp32", help="default: fp32")
@@ -83,7 +93,9 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
     if not 0 <= a.shard_gb < float("inf"):
         raise UserError(f"--shard_gb {a.shard_gb}: give a size in GB, or 0 for one file")
     shard = int(a.shard_gb * 1e9) or None
-    return ExportArgs(a.run, a.format, a.out, Dtype(a.dtype), a.weights, a.network, shard)
+    if a.low_run is not None and a.format != "diffusers":
+        raise UserError(f"--low_run is for --format diffusers: export each run alone as {a.format}")
+    return ExportArgs(a.run, a.format, a.out, Dtype(a.dtype), a.weights, a.network, shard, a.low_run)
 
 
 def find(run: Path, network: str, weights: str | None) -> Found:
@@ -117,17 +129,28 @@ def export(args: ExportArgs) -> Path:
         if args.dtype is Dtype.bf16:
             state = {name: value.bfloat16() for name, value in state.items()}
         return written(args.out, lambda folder: save_lora(folder, state, alpha))
-    names, weights = Format(args.format), found.weights()
+    names, parts = Format(args.format), {"transformer": found}
+    config, boundary = found.config, None
+    if args.low is not None:
+        parts["transformer_2"] = low = find(args.low, args.network, args.weights)
+        config, boundary = joined(config, low.config)
+    elif names is Format.DIFFUSERS and few_steps(config) and not starts_from_noise(config):
+        raise UserError(
+            f"--run {args.run}: a low-noise expert makes no pipeline alone: give it as --low_run beside the high one's "
+            "--run, or use --format native"
+        )
+    weights = {name: part.weights() for name, part in parts.items()}
 
     def write(folder: Path) -> None:
         if names is Format.NATIVE:
-            save_model(folder, weights, found.geometry, names, args.dtype, args.shard_bytes)
+            save_model(folder, weights["transformer"], found.geometry, names, args.dtype, args.shard_bytes)
             return
-        save_model(folder / "transformer", weights, found.geometry, names, args.dtype, args.shard_bytes)
+        for name, values in weights.items():
+            save_model(folder / name, values, found.geometry, names, args.dtype, args.shard_bytes)
         (folder / "scheduler").mkdir()
-        _json(folder / "scheduler" / "scheduler_config.json", scheduler_config(found.config))
-        _json(folder / "model_index.json", model_index(found.config, found.geometry))
-        (folder / "README.md").write_text(card(found))
+        _json(folder / "scheduler" / "scheduler_config.json", scheduler_config(config))
+        _json(folder / "model_index.json", model_index(config, found.geometry, boundary))
+        (folder / "README.md").write_text(card(replace(found, config=config)))
 
     return written(args.out, write)
 
@@ -195,17 +218,18 @@ def scheduler_sigmas(config: RunConfig) -> list[float]:
     return [unshift_sigma(sigma, shift) for sigma in config.schedule.sigmas()]
 
 
-def model_index(config: RunConfig, geometry: WanConfig) -> dict[str, Any]:
-    """The pipeline's parts: those that are not exported are passed to `from_pretrained`."""
+def model_index(config: RunConfig, geometry: WanConfig, boundary: float | None = None) -> dict[str, Any]:
+    """The pipeline's parts: those that are not exported are passed to `from_pretrained`. boundary: of two experts."""
     scheduler = scheduler_config(config)["_class_name"]
     image = geometry.model_type == "i2v"
     index: dict[str, Any] = {
-        "_class_name": "WanImageToVideoPipeline" if image else "WanPipeline",
+        "_class_name": PIPELINES[geometry.model_type],
         "scheduler": [LIBRARY, scheduler],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"],
         "transformer": [LIBRARY, "WanTransformer3DModel"],
-        "transformer_2": [None, None],
+        "transformer_2": [None, None] if boundary is None else [LIBRARY, "WanTransformer3DModel"],
+        "boundary_ratio": boundary,
         "vae": [LIBRARY, "AutoencoderKLWan"],
         "expand_timesteps": geometry.model_type == "ti2v",
     }
@@ -218,18 +242,24 @@ def model_index(config: RunConfig, geometry: WanConfig) -> dict[str, Any]:
 
 def card(found: Found) -> str:
     """README.md of an exported folder: what it is, and the lines that load and sample it as the run does."""
-    config = found.config
+    config, geometry = found.config, found.geometry
+    pipeline = PIPELINES[geometry.model_type]
+    base = BASES.get((geometry.model_type, geometry.image_dim is not None), BASES["t2v", False])
+    names = ["vae", "text_encoder", "tokenizer"]
+    if geometry.image_dim is not None:
+        names += ["image_encoder", "image_processor"]
+    image = "image=IMAGE, " if geometry.model_type == "i2v" else ""
     lines = [
         f"# {config.name}",
         "",
         f"Exported by fewstep: {found.label}.",
         "",
         "```python",
-        "from diffusers import WanPipeline",
-        'base = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # whichever has the text encoder and VAE of this model',
-        "parts = WanPipeline.from_pretrained(base, transformer=None, scheduler=None)",
-        "others = dict(vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer)",
-        "pipe = WanPipeline.from_pretrained(DIR, **others)",
+        f"from diffusers import {pipeline}",
+        f'base = "{base}"  # whichever has the text encoder and VAE of this model',
+        f"parts = {pipeline}.from_pretrained(base, transformer=None, transformer_2=None)",
+        f"others = dict({', '.join(f'{name}=parts.{name}' for name in names)})",
+        f"pipe = {pipeline}.from_pretrained(DIR, **others)",
     ]
     if few_steps(config):
         sigmas = scheduler_sigmas(config)
@@ -237,11 +267,13 @@ def card(found: Found) -> str:
             "from functools import partial",
             f"steps = {[round(sigma, 9) for sigma in sigmas]}",
             "pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=steps)",
-            f"pipe(PROMPT, num_inference_steps={len(sigmas)}, guidance_scale=1.0)",
+            f"pipe({image}prompt=PROMPT, num_inference_steps={len(sigmas)}, guidance_scale=1.0)",
         ]
     else:
-        lines += [f"pipe(PROMPT, guidance_scale={config.validation.guidance})"]
+        lines += [f"pipe({image}prompt=PROMPT, guidance_scale={config.validation.guidance})"]
     lines += ["```"]
+    if geometry.model_type == "ti2v":
+        lines += ["", "With WanImageToVideoPipeline in its place, and image=IMAGE, it goes on from an image."]
     if config.is_causal:
         lines += ["", "It was trained to generate block by block; this pipeline denoises all frames at once."]
     return "\n".join(lines) + "\n"

@@ -25,6 +25,7 @@ from pipeline.causal import CausalConfig
 from trainer.build import build_for_inference, build_task, compute_dtype, pins
 from trainer.sampling import few_step_stream
 from trainer.task import Task
+from trainer.two_experts import joined, starts_from_noise
 from utils import checkpoint
 from utils.config import UserError, from_plain
 from utils.random import Noise
@@ -101,6 +102,15 @@ class Generator:
         score = ScoreNet(net, "student", Evaluations(), compute_dtype(config), pins_initial=pins(net))
         return cls(config, score, device)
 
+    def with_low(self, low: Generator) -> Generator:
+        """This high-noise expert and a low-noise one as one student. Raises UserError for what is no such pair."""
+        config, boundary = joined(self.config, low.config)
+        score = ScoreNet(
+            Experts(self.score.net, low.score.net, boundary), "student", Evaluations(), self.score.compute_dtype,
+            pins_initial=self.score.pins_initial,
+        )  # fmt: skip
+        return Generator(config, score, self.device, task=self.task)
+
     def as_causal(self, causal: CausalConfig, steps: Sequence[float]) -> Generator:
         """The same weights run block by block with a step list: the undistilled baseline of a causal student."""
         schedule = replace(self.config.schedule, denoising_step_list=list(steps), warp_denoising_step=False)
@@ -157,6 +167,11 @@ class Generator:
             yield self._many_steps(noise, conditioning, sampling, start)
             return
         sigmas = self.step_list(sampling.steps)
+        if start is None and not starts_from_noise(self.config):
+            raise UserError(
+                f"--run: its first step is at noise level {sigmas[0]:.3g}, so it cannot start from noise: give it as "
+                "--low_run beside its high-noise expert's --run, or --video with --strength"
+            )
         if start is not None and sampling.strength is not None:
             noise, sigmas = from_clip(start, noise, sigmas, sampling.strength)
         causal = self._causal(sampling, frames, kept) if self.causal else None

@@ -30,6 +30,7 @@ class InferenceArgs:
     file for one prompt."""
 
     source: Path | Model
+    low_run: Path | None  # of the low-noise expert
     prompts: tuple[str, ...]
     out: Path
     sampling: Sampling
@@ -47,6 +48,7 @@ def _parser() -> Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run folder: its latest checkpoint is used")
     source.add_argument("--checkpoint", type=Path, help="one checkpoint folder")
+    parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, beside --run of the high-noise one")
     source.add_argument("--model", metavar="DIR", help="a released model in Diffusers' layout: a folder, or a Hub name")
     parser.add_argument("--size", metavar="HxW", help="of --model's videos, in pixels (480x832)")
     parser.add_argument("--shift", type=float, help="of --model's noise levels (default: its scheduler's)")
@@ -71,7 +73,7 @@ def _parser() -> Parser:
     use.add_argument(
         "--extend", type=int, nargs="?", const=0, metavar="N", help="go on from --video's last N latent frames"
     )
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="of --run (default: the average)")
     parser.add_argument("--format", choices=("mp4", "gif", "png"), default="mp4", help="png is a strip of frames")
     parser.add_argument("--fps", type=int, default=8)
     parser.add_argument("--scale", type=int, help="whole factor to enlarge pixels by (default: to a width of 128)")
@@ -95,14 +97,21 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     source_of = _model(a) if a.model is not None else a.run or a.checkpoint
     if a.model is None and (odd := [name for name in ("size", "shift", "negative_prompt") if getattr(a, name)]):
         raise UserError(f"--{odd[0]} is for --model: a run has its own")
+    if a.model is not None and a.low_run is not None:
+        raise UserError("--low_run is for --run: a released model has both experts in its folder")
+    if a.model is not None and a.weights is not None:
+        raise UserError("--weights is for --run: a released model has one set of weights")
+    if a.shift is not None and a.shift <= 0:
+        raise UserError(f"--shift {a.shift}: give a positive number, 1 for none")
     footage = footage_args(a)
     sampling = Sampling(a.steps, a.frames, a.window, a.sinks, a.guidance, a.seed, a.guidance_2, a.solver, a.strength)
     return InferenceArgs(
         source_of,
+        a.low_run,
         prompts,
         a.out,
         sampling,
-        a.weights,
+        a.weights or "ema",
         suffix,
         a.fps,
         a.scale,
@@ -123,7 +132,10 @@ def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
     """What the command names, loaded. Raises UserError."""
     if isinstance(args.source, Model):
         return load_model(args.source, args.sampling.frames, device)
-    return Generator.load(args.source, device, weights=args.weights)
+    generator = Generator.load(args.source, device, weights=args.weights)
+    if args.low_run is None:
+        return generator
+    return generator.with_low(Generator.load(args.low_run, device, weights=args.weights))
 
 
 def generate_videos(generator: Generator, args: InferenceArgs) -> int:
@@ -164,6 +176,7 @@ def _same_settings(args: InferenceArgs) -> None:
     """Keeps what the folder's videos were made with beside them, and refuses to go on with anything else."""
     settings = {
         "source": str(args.source),
+        "low_run": str(args.low_run),
         "weights": args.weights,
         "image": str(args.footage.image),
         "video": None if args.footage.video is None else str(args.footage.video),

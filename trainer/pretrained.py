@@ -90,7 +90,7 @@ def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu
         critic=network,  # neither is built
         rollout=RolloutConfig(kind=RolloutKind.backward_simulation),
         objective=ObjectiveConfig(),
-        schedule=ScheduleConfig(timestep_shift=model.shift or shift_of(folder)),
+        schedule=ScheduleConfig(timestep_shift=shift_of(folder) if model.shift is None else model.shift),
         training=TrainingConfig(precision=Precision(dtype)),
         validation=ValidationConfig(steps=STEPS, guidance=guidance),
         data=DataConfig(

@@ -208,13 +208,13 @@ class NetworkConfig:
         if self.loras and self.init is None:
             raise ValueError("loras are added to the weights of init, which is null: set it")
 
-    def same_weights(self, other: NetworkConfig) -> bool:
-        """Whether both start from the same weights: by what they say, not by what the files hold."""
-
-        def said(network: NetworkConfig) -> tuple[object, ...]:
-            return network.geometry(), network.init, network.init_weights, network.expert, network.loras
-
-        return said(self) == said(other)
+    def other_weights(self, other: NetworkConfig) -> str | None:
+        """The first of what names the weights that differs, None where both start from the same: by what they say, not
+        by what the files hold."""
+        if self.geometry() != other.geometry():
+            return "geometry"
+        names = ("init", "init_weights", "expert", "loras")
+        return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
 
     def geometry(self) -> WanConfig:
         return geometry(self.preset, self.overrides)
