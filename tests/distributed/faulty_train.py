@@ -58,11 +58,11 @@ healthy = Trainer.update
 
 
 def update(
-    self: Trainer, trained: Trained, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], LossOutput]
+    self: Trainer, trained: Trained, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], LossOutput], *beside: Any
 ) -> dict[str, Any]:
     before = digest(trained)
     misbehave(self.step)
-    metrics = healthy(self, trained, batch, lambda micro: spoilt(loss_of(micro), self.step, trained))
+    metrics = healthy(self, trained, batch, lambda micro: spoilt(loss_of(micro), self.step, trained), *beside)
     note(f"{self.step} {before} {digest(trained)}")
     return metrics
 

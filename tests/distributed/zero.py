@@ -91,14 +91,14 @@ def skipped_step(made: Trainer) -> None:
     update = made.update
 
     def spoiled(
-        trained: Trained, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], LossOutput]
+        trained: Trained, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], LossOutput], *beside: Any
     ) -> dict[str, float]:
         def loss(micro: MicroBatch) -> LossOutput:
             output = loss_of(micro)
             output.metrics["spoiled"] = torch.tensor(torch.nan)
             return output
 
-        return update(trained, batch, loss)
+        return update(trained, batch, loss, *beside)
 
     before = made.skipped
     made.update = spoiled  # type: ignore[method-assign]
