@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from configs.schema import RunConfig
+from model.wan.config import LoraConfig, geometry
+from model.wan.lora import linear_layers
+from model.wan.transformer import WanTransformer
 from utils import config as config_module
-from utils.config import ConfigError, from_plain, load
-from utils.foreign import Recipe, read_options, shell_options, translate
+from utils.config import ConfigError, load
+from utils.foreign import Recipe, read_options, shell_options, to_text, translate
+from utils.foreign_lora import ATTENTION, FASTVIDEO_LAYERS
 from utils.foreign_tables import DIALECTS
 
 SELF_FORCING = """
@@ -36,6 +42,7 @@ dfake_gen_update_ratio: 5
 image_or_video_shape: [1, 21, 16, 60, 104]
 distribution_loss: dmd
 num_frame_per_block: 3
+data_path: prompts/vidprom.txt
 sharding_strategy: hybrid_full
 brand_new: 7
 model_kwargs: {timestep_shift: 5.0}
@@ -95,7 +102,14 @@ SIMPLETUNER = {
 def imported(dialect: str, text: str, path: Path) -> tuple[Recipe, RunConfig]:
     path.write_text(text)
     recipe = translate(DIALECTS[dialect], read_options(path))
-    return recipe, from_plain(RunConfig, recipe.values)
+    out = path.with_suffix(".ours.yaml")
+    out.write_text(to_text(recipe, path.name))
+    return recipe, load(RunConfig, out)
+
+
+def listed(lines: list[str]) -> list[str]:
+    """The keys or options that begin these lines."""
+    return [re.split(r"[:( ]", line)[0] for line in lines]
 
 
 def test_self_forcing(tmp_path: Path) -> None:
@@ -106,8 +120,12 @@ def test_self_forcing(tmp_path: Path) -> None:
     assert run.generator_training == ours.generator_training
     assert run.critic_training.optimizer.lr == 4e-7 and run.critic_training.optimizer.betas == [0.0, 0.99]
     assert run.teacher is not None and run.teacher.preset == "14b" and run.student.init == "checkpoints/ode_init.pt"
-    assert run.data.synthetic == ours.data.synthetic and run.training.generator_update_interval == 5
-    assert [line.split(":")[0] for line in recipe.left] == ["sharding_strategy", "brand_new"]
+    assert run.data.synthetic == ours.data.synthetic and run.data.wan == ours.data.wan
+    assert run.data.kind == "wan" and run.data.prompts == "prompts/vidprom.txt" and not run.data.real
+    assert run.data.text.encoder == run.data.vae.path == "Wan2.1-T2V-1.3B-Diffusers"  # the layout they are read in
+    assert run.training.generator_update_interval == 5 and run.validation.fps == ours.validation.fps
+    assert listed(recipe.left) == ["sharding_strategy", "brand_new"]
+    assert listed(recipe.missing) == ["data.text.encoder,", "data.text.cache", "data.negative_prompt"]
 
 
 def test_fastvideo(tmp_path: Path) -> None:
@@ -116,9 +134,14 @@ def test_fastvideo(tmp_path: Path) -> None:
     assert run.schedule.timestep_shift == run.schedule.score_timestep_shift == 8 and run.training.max_steps == 4000
     assert run.training.global_batch_size == 32  # 64 GPUs, two of which share a video
     assert (run.data.synthetic.frames, run.data.synthetic.height, run.data.synthetic.width) == (16, 56, 104)
+    assert (run.data.wan.frames, run.data.wan.height, run.data.wan.width) == (16, 56, 104)
+    base = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert run.data.kind == "wan" and run.data.text.encoder == run.data.vae.path == run.student.init == base
+    assert listed(recipe.missing) == ["data.prompts", "data.text.cache", "data.negative_prompt"]
     assert run.generator_training.optimizer.lr == run.critic_training.optimizer.lr == 1e-5
     assert run.rollout.kind.value == "backward_simulation" and run.student.checkpointing.value == "full"
-    assert [line.split(":")[0] for line in recipe.left] == ["log_validation", "VSA_sparsity"]
+    assert listed(recipe.left) == ["log_validation", "VSA_sparsity"] and run.student.lora is None
+    assert listed(recipe.notes) == ["rollout.kind"]  # noised videos, and none are named
 
 
 def test_simpletuner(tmp_path: Path) -> None:
@@ -129,8 +152,129 @@ def test_simpletuner(tmp_path: Path) -> None:
     assert (critic.optimizer.lr, critic.optimizer.clip_value, critic.optimizer.clip_norm) == (1e-5, None, 1.0)
     assert (critic.lr_schedule.kind, critic.lr_schedule.floor) == ("cosine", 0.5)
     assert run.ema.decay is None and run.training.global_batch_size == 2
-    left = " ".join(recipe.left)
-    assert all(name in left for name in ("model_type", "lora_rank", "report_to", "global batch"))
+    assert run.data.kind == "wan" and run.data.vae.path == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert listed(recipe.left) == ["report_to", "lora_dropout"]  # 0.1 by its default
+    assert "training.global_batch_size" in listed(recipe.notes) and "data.wan" in listed(recipe.missing)
+
+
+@pytest.mark.parametrize(("scale", "w"), [(0.0, 1.0), (3.0, 3.0)])
+def test_simpletuner_guidance_is_ours_and_zero_is_none(scale: float, w: float, tmp_path: Path) -> None:
+    text = json.dumps({"distillation_config": {"real_score_guidance_scale": scale, "fake_score_guidance_scale": scale}})
+    recipe, run = imported("simpletuner", text, tmp_path / "a.json")
+    assert run.objective.real_guidance_scale == run.objective.fake_guidance_scale == w
+    assert "objective.real_guidance_scale" in listed(recipe.notes)  # it acts here also where it does not there
+
+
+def test_simpletuner_lora(tmp_path: Path) -> None:
+    """The student's alone: its critic trains all weights. Both start from the teacher's, so one copy serves."""
+    recipe, run = imported("simpletuner", json.dumps(SIMPLETUNER), tmp_path / "config.json")
+    lora = run.student.lora
+    assert lora == LoraConfig(rank=128, alpha=None, targets=["q", "k", "v", "o"], share=True)
+    assert run.critic is not None and run.critic.lora is None
+    assert {"student.lora.share", "critic.lora"} <= set(listed(recipe.notes))
+    recipe, run = imported("simpletuner", json.dumps({"lora_alpha": 8, "lora_dropout": 0.0}), tmp_path / "b.json")
+    assert run.student.lora is not None and (run.student.lora.rank, run.student.lora.scale) == (16, 0.5)  # its defaults
+    assert "model_type" in listed(recipe.notes) and "lora_dropout" not in listed(recipe.left)
+    recipe, run = imported("simpletuner", json.dumps({"model_type": "full", "lora_rank": 4}), tmp_path / "c.json")
+    assert run.student.lora is None and listed(recipe.left) == ["lora_rank"]
+
+
+LORA = "  --lora_training True\n  --lora-rank 32\n  --lora_alpha 16\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "targets"),
+    [
+        ("", ["q", "k", "v", "o"]),
+        ("--lora_target_modules to_q to_v ffn\n", ["q", "v", "ffn.0", "ffn.2"]),
+        ("--lora_target_modules attn2.to_q fc_in\n", ["cross_attn.q", "ffn.0"]),
+    ],
+)
+def test_fastvideo_lora(more: str, targets: list[str], tmp_path: Path) -> None:
+    """Student and critic, each target any part of a layer's name."""
+    recipe, run = imported("fastvideo", FASTVIDEO.replace("  --sp_size", f"{LORA}{more}  --sp_size"), tmp_path / "a.sh")
+    expected = LoraConfig(rank=32, alpha=16.0, targets=targets, share=True)
+    assert run.student.lora == expected and run.critic is not None and run.critic.lora == expected
+    assert listed(recipe.left) == ["log_validation", "VSA_sparsity"]
+    assert run.parallel.sequence == 2  # the option after the list is its own
+
+
+def test_imported_targets_are_layers() -> None:
+    """All names that an import can write are found in a block, those of images in an image-to-video one."""
+    with torch.device("meta"):
+        net = WanTransformer(geometry("tiny", {"model_type": "i2v", "in_dim": 8, "image_dim": 32}))
+    assert {*FASTVIDEO_LAYERS.values(), *ATTENTION} <= set(linear_layers(net))
+    assert {name for name in linear_layers(net) if "." in name} == set(FASTVIDEO_LAYERS.values())
+
+
+def test_an_adapter_on_other_weights_has_its_own_copy(tmp_path: Path) -> None:
+    """What the teacher's weights cannot carry is not laid on them; a target that is no layer is listed."""
+    options = {
+        "lora_training": True, "lora_rank": 8, "pretrained_model_name_or_path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "real_score_model_path": "Wan-AI/Wan2.1-T2V-14B-Diffusers", "lora_target_modules": ["to_q", "norm"],
+    }  # fmt: skip
+    recipe, run = imported("fastvideo", json.dumps(options), tmp_path / "a.json")
+    assert run.student.lora is not None and not run.student.lora.share and run.student.lora.targets == ["q"]
+    assert run.teacher is not None and run.teacher.preset == "14b" and run.student.preset == "1.3b"
+    assert any("no linear layer" in line and "norm" in line for line in recipe.left)
+    recipe, run = imported("fastvideo", json.dumps({"lora_rank": 8}), tmp_path / "b.json")
+    assert run.student.lora is None and listed(recipe.left) == ["lora_rank"]  # as there: lora_training is off
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "size", "missing"),
+    [
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "14b", (21, 60, 104), ""),
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "5b", (31, 44, 80), ""),
+        ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "i2v-14b", (21, 60, 104), "data.image_encoder"),
+        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "a14b", (21, 60, 104), "student.expert,"),
+        ("checkpoints/mine", "1.3b", (21, 60, 104), "student.preset"),
+    ],
+)
+def test_models(name: str, preset: str, size: tuple[int, int, int], missing: str, tmp_path: Path) -> None:
+    """Each model gives its geometry, its size and its parts, whatever stands before it."""
+    options = {"seed": 1, "pretrained_model_name_or_path": name}
+    recipe, run = imported("fastvideo", json.dumps(options), tmp_path / "a.json")
+    assert run.teacher is not None and run.critic is not None
+    assert {run.student.preset, run.teacher.preset, run.critic.preset} == {preset}
+    assert (run.data.wan.frames, run.data.wan.height, run.data.wan.width) == size
+    assert run.data.vae.path == run.student.init == name and run.validation.fps == (24 if preset == "5b" else 16)
+    assert not missing or missing in listed(recipe.missing)
+
+
+def test_simpletuner_model_and_frames(tmp_path: Path) -> None:
+    """A flavour is a model; frames that are not whole blocks are cut to them, and that is said."""
+    options: dict[str, Any] = {
+        "model_flavour": "ti2v-5b-2.2",
+        "model_type": "full",
+        "distillation_config": {"num_training_frames": 31},
+    }
+    recipe, run = imported("simpletuner", json.dumps(options), tmp_path / "a.json")
+    assert run.student.preset == "5b" and run.critic is not None and run.critic.init == run.student.init
+    assert (run.data.wan.frames, run.data.wan.height) == (30, 44) and "data.wan.frames" in listed(recipe.notes)
+    options["distillation_config"] = {"num_training_frames": 31, "independent_first_frame": True}
+    recipe, run = imported("simpletuner", json.dumps(options), tmp_path / "c.json")
+    assert run.data.wan.frames == 31 and "data.wan.frames" not in listed(recipe.notes)
+
+
+def test_fastvideo_inputs(tmp_path: Path) -> None:
+    """Noised videos, unless it is told to simulate the student's own inputs."""
+    options = {"data_path": "data/parquet", "pretrained_model_name_or_path": "Wan2.1-T2V-1.3B-Diffusers"}
+    _, run = imported("fastvideo", json.dumps(options), tmp_path / "a.json")
+    assert run.rollout.kind.value == "noised_data" and run.data.real and run.data.latents == "data/parquet"
+    recipe, run = imported(
+        "fastvideo", json.dumps({**options, "simulate_generator_forward": True}), tmp_path / "b.json"
+    )
+    assert run.rollout.kind.value == "backward_simulation" and not run.data.real and run.data.latents is None
+    assert listed(recipe.left) == ["data_path"]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_recipe_that_says_nothing_loads(dialect: str, tmp_path: Path) -> None:
+    """Also where there is no model to take the encoder and the VAE from."""
+    recipe, run = imported(dialect, "seed: 3", tmp_path / "a.yaml")
+    assert run.seed == 3 and run.data.kind == "wan"
+    assert (run.data.vae.path is None) == ("data.vae.path" in listed(recipe.missing)) == (run.validation.every is None)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -148,8 +292,9 @@ def test_every_option_is_carried_over_or_listed(dialect: str) -> None:
         [1, 4, 16, 8, 8],
         "0.5,0.9",
         "cosine",
+        "ti2v-5b-2.2",
     ]
-    harmless = {"simulate_generator_forward", "trainer"}
+    harmless = {"trainer"}
     for name in DIALECTS[dialect].rules.keys() - harmless:
         outcomes = []
         for value in samples:
@@ -159,7 +304,7 @@ def test_every_option_is_carried_over_or_listed(dialect: str) -> None:
             except ConfigError:
                 continue
             bare = translate(DIALECTS[dialect], others)
-            outcomes.append(recipe.values != bare.values or recipe.left != bare.left)
+            outcomes.append(recipe != bare)
         assert any(outcomes), name
 
 
@@ -199,6 +344,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", arguments)
     assert config_module.main() == 0
     assert '#   sharding_strategy: "hybrid_full"' in out.read_text()
+    assert "# To fill in:\n" in out.read_text() and "# Means something else" not in out.read_text()
     assert load(RunConfig, out).objective.real_guidance_scale == 4.0
     with pytest.raises(ConfigError, match="is there already"):
         config_module.main()

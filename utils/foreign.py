@@ -7,6 +7,7 @@ with what cannot be carried over: nothing is dropped in silence.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import re
 import shlex
@@ -26,10 +27,20 @@ class Untranslated(ValueError):
 
 @dataclass
 class Recipe:
-    """A run in the making. values: our keys, nested. left: options that were not carried over, and why."""
+    """A run in the making.
+
+    values: our keys, nested. left: options that were not carried over, and why. notes: what differs in meaning.
+    missing: our keys that the file cannot tell.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def fill(self, key: str, what: str) -> None:
+        """Lists a key that is to be filled in by hand."""
+        self.missing.append(f"{key} ({what})")
 
     def set(self, path: str, value: Any) -> None:
         """`recipe.set("ema.decay", 0.99)`."""
@@ -117,8 +128,12 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 _ASSIGNMENT = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=([^\s(]\S*|\"[^\"]*\"|'[^']*')\s*(?:#.*)?$", re.MULTILINE)
 
 
+MANY = ("lora_target_modules",)  # options that take all words up to the next one
+
+
 def shell_options(text: str, path: Path) -> dict[str, Any]:
-    """`--name value`, `--name=value` and bare `--name` of all commands and arrays in a script; `$NAME` is put in.
+    """`--name value`, `--name=value` and bare `--name` of all commands and arrays in a script; `$NAME` is put in, and
+    `--some-name` is `some_name`. Several values (see MANY) are joined by commas.
 
     Options of torchrun stand before the first `.py` and are not the recipe's.
     """
@@ -135,9 +150,10 @@ def shell_options(text: str, path: Path) -> dict[str, Any]:
         if not word.startswith("--") or len(word) < 3:
             continue
         name, equals, value = word[2:].partition("=")
-        follows = words[i + 1] if i + 1 < len(words) else "--"
+        name = name.replace("-", "_")
+        follow = list(itertools.takewhile(lambda w: not w.startswith("--") and w not in ("(", ")"), words[i + 1 :]))
         if not equals:
-            value = "true" if follows.startswith("--") or follows in ("(", ")") else follows
+            value = "true" if not follow else ",".join(follow) if name in MANY else follow[0]
         options[name] = _plain(re.sub(r"\$\{?(\w+)\}?", lambda m: known.get(m[1], m[0]), value))
     if not options:
         raise ConfigError(f"{path}: has no --option of a training command: give the script that starts the training")
@@ -153,8 +169,10 @@ def _plain(text: str) -> Any:
 
 
 def to_text(recipe: Recipe, source: str) -> str:
-    """The YAML, below a header that says where it is from and what is not in it."""
+    """The YAML, below a header that says where it is from, what is not in it, what differs and what is to be added."""
     lines = [f"# Translated from {source}. Not carried over:"]
     lines += [f"#   {line}" for line in recipe.left] or ["#   (nothing)"]
+    for title, listed in (("Means something else here", recipe.notes), ("To fill in", recipe.missing)):
+        lines += [f"# {title}:", *(f"#   {line}" for line in listed)] if listed else []
     body = yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     return "\n".join(lines) + "\n" + body

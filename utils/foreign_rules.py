@@ -7,23 +7,37 @@ from collections.abc import Callable
 from typing import Any
 
 from utils.foreign import Recipe, Untranslated
+from utils.foreign_data import preset_of
 
-PRESETS = {"1.3b": "1.3b", "14b": "14b", "5b": "5b"}
 
-
-def network(*names: str) -> Callable[[Recipe, Any], None]:
+def network(name: str) -> Callable[[Recipe, Any], None]:
     """A model's name or path: the geometry by the size in it, the weights by itself."""
 
     def rule(recipe: Recipe, value: Any) -> None:
-        size = next((preset for part, preset in PRESETS.items() if part in str(value).lower()), None)
-        for name in names:
-            recipe.set(f"{name}.init", str(value))
-            if size is not None:
-                recipe.set(f"{name}.preset", size)
-        if size is None and recipe.get(f"{names[0]}.preset") is None:
-            raise Untranslated(f"its size is not in its name: set {names[0]}.preset; the path was taken")
+        recipe.set(f"{name}.init", str(value))
+        if (size := preset_of(str(value))) is not None:
+            recipe.set(f"{name}.preset", size)
+        else:
+            recipe.fill(f"{name}.preset", f"the size is not in the name '{value}': check what was put")
 
     return rule
+
+
+def spread_base(recipe: Recipe) -> None:
+    """`base`, the model of all networks, for those of which nothing else is said, whatever the options' order."""
+    base = recipe.get("base")
+    size = preset_of(base or "")
+    if size is None:
+        recipe.fill("student.preset", f"the size is not in the name '{base}': check what was put")
+    for name in ("student", "teacher", "critic"):
+        if recipe.get(f"{name}.preset") is None:
+            recipe.set(f"{name}.preset", size or "1.3b")
+        if recipe.get(f"{name}.init") is None and base is not None:
+            recipe.set(f"{name}.init", base)
+
+
+def text(path: str) -> Callable[[Recipe, Any], None]:
+    return lambda recipe, value: recipe.set(path, str(value))
 
 
 def weights(path: str) -> Callable[[Recipe, Any], None]:
@@ -125,7 +139,7 @@ def must_be(*accepted: Any) -> Callable[[Recipe, Any], None]:
 def shape(recipe: Recipe, value: Any) -> None:
     """[B, F, C, H, W] of latents."""
     _, frames, _, height, width = value
-    recipe.set("data.synthetic", {"frames": int(frames), "height": int(height), "width": int(width)})
+    recipe.set("size", {"frames": int(frames), "height": int(height), "width": int(width)})
 
 
 def critic_learns_ode(recipe: Recipe, value: Any) -> None:

@@ -1,6 +1,7 @@
 """What the options of Self-Forcing, SimpleTuner and FastVideo are here. See `foreign.py`.
 
-Guidance: Self-Forcing and FastVideo write `cond + s (cond - uncond)`, which is `w = s + 1` here; SimpleTuner has ours.
+Guidance: Self-Forcing and FastVideo write `cond + s (cond - uncond)`, which is `w = s + 1` here; SimpleTuner has ours,
+`uncond + w (cond - uncond)`, but its 0 is no guidance, which is `w = 1`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from utils import foreign_lora as lora
 from utils.foreign import Dialect, Recipe, Rule, Untranslated
+from utils.foreign_data import finish_data
 from utils.foreign_rules import (
     beta,
     betas,
@@ -24,12 +27,15 @@ from utils.foreign_rules import (
     plus_one,
     precision,
     shape,
+    spread_base,
     steps,
+    text,
     weights,
     whole,
 )
 
 G, C = "generator_training", "critic_training"
+NETWORKS = ("student", "teacher", "critic")
 
 SELF_FORCING_RULES: dict[str, Rule] = {
     "generator_ckpt": weights("student"),
@@ -90,6 +96,12 @@ SELF_FORCING_RULES: dict[str, Rule] = {
     )),
 }  # fmt: skip
 
+
+def self_forcing_finish(recipe: Recipe) -> None:
+    finish_data(recipe)
+    finish_updates(recipe)
+
+
 SELF_FORCING = Dialect(
     SELF_FORCING_RULES,
     start={
@@ -97,12 +109,12 @@ SELF_FORCING = Dialect(
         "student": {"preset": "1.3b"},
         "teacher": {"preset": "1.3b"},
         "critic": {"preset": "1.3b", "init": "Wan2.1-T2V-1.3B"},
-        "data": {"kind": "synthetic", "real": False},
+        "data": {"kind": "wan", "real": False},
         "rollout.kind": "self_forcing",
         f"{G}.optimizer": {"kind": "adamw", "weight_decay": 0.01, "clip_norm": 10.0},
         f"{C}.optimizer": {"clip_norm": 10.0},
     },
-    finish=finish_updates,
+    finish=self_forcing_finish,
 )
 
 
@@ -122,6 +134,11 @@ def lr_kind(section: str) -> Callable[[Recipe, Any], None]:
     return one_of(f"{section}.lr_schedule.kind", known)
 
 
+def no_zero(path: str) -> Callable[[Recipe, Any], None]:
+    """Its 0 leaves the network unguided."""
+    return lambda recipe, value: recipe.set(path, float(value) or 1.0)
+
+
 def simpletuner_finish(recipe: Recipe) -> None:
     optimizer = recipe.get(f"{G}.optimizer")
     if recipe.values.pop("clip_by", "value") == "value" and "clip_norm" in optimizer:  # its own default
@@ -129,28 +146,38 @@ def simpletuner_finish(recipe: Recipe) -> None:
     accumulated = recipe.values.pop("accumulation", 1)
     micro = recipe.get("training.micro_batch_size") or 1
     recipe.set("training.global_batch_size", micro * accumulated)
-    recipe.left.append(
-        "its global batch grows with the number of GPUs: training.global_batch_size is one GPU's: multiply it"
-    )
+    recipe.notes += [
+        "training.global_batch_size: one GPU's; its global batch grows with the number of GPUs: multiply it",
+        "objective.real_guidance_scale: w as written; there it acts only on batches that bring a negative embedding",
+        "objective: its student also learns by flow matching on its videos, in every iteration; here it does not",
+    ]
+    by_exit = recipe.get("schedule.ts_schedule") or recipe.get("schedule.ts_schedule_max")
+    if by_exit and not recipe.get("rollout.same_step_across_blocks"):
+        recipe.set("rollout.same_step_across_blocks", True)
+        recipe.notes.append(
+            "rollout.same_step_across_blocks: it draws a step for each block and takes the last one's for ts_schedule; "
+            "here ts_schedule needs one step for all"
+        )
+    flavour = recipe.values.pop("flavour")
+    recipe.set("base", recipe.get("base") or flavour)
+    spread_base(recipe)
+    lora.finish_simpletuner(recipe)
+    finish_data(recipe)
     finish_updates(recipe)
 
 
-def lora(recipe: Recipe, value: Any) -> None:
-    raise Untranslated("this recipe trains all weights here")
-
-
-def model_type(recipe: Recipe, value: Any) -> None:
-    if value != "full":
-        lora(recipe, value)
-
-
 D = "distillation_config"
+FLAVOURS = {
+    "t2v-480p-1.3b-2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "t2v-480p-14b-2.1": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "i2v-14b-2.1": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "i2v-14b-2.1-720p": "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+    "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+}  # fmt: skip
 SIMPLETUNER_RULES: dict[str, Rule] = {
     "distillation_method": must_be("dmd"),
     f"{D}.dmd_denoising_steps": steps("schedule.denoising_step_list"),
     f"{D}.generator_update_interval": whole("training.generator_update_interval"),
-    f"{D}.real_score_guidance_scale": number("objective.real_guidance_scale"),
-    f"{D}.fake_score_guidance_scale": lambda r, v: r.set("objective.fake_guidance_scale", float(v) or 1.0),
+    f"{D}.real_score_guidance_scale": no_zero("objective.real_guidance_scale"),
+    f"{D}.fake_score_guidance_scale": no_zero("objective.fake_guidance_scale"),
     f"{D}.fake_score_lr": number(f"{C}.optimizer.lr"),
     f"{D}.fake_score_weight_decay": number(f"{C}.optimizer.weight_decay"),
     f"{D}.fake_score_betas": betas(C),
@@ -164,7 +191,7 @@ SIMPLETUNER_RULES: dict[str, Rule] = {
     f"{D}.independent_first_frame": flag("causal.independent_first_frame"),
     f"{D}.same_step_across_blocks": flag("rollout.same_step_across_blocks"),
     f"{D}.last_step_only": flag("rollout.last_step_only"),
-    f"{D}.num_training_frames": whole("data.synthetic.frames"),
+    f"{D}.num_training_frames": whole("size.frames"),
     f"{D}.context_noise": number("causal.context_noise"),
     f"{D}.ts_schedule": flag("schedule.ts_schedule"),
     f"{D}.ts_schedule_max": flag("schedule.ts_schedule_max"),
@@ -193,12 +220,16 @@ SIMPLETUNER_RULES: dict[str, Rule] = {
     "checkpointing_steps": whole("checkpoint.every"),
     "checkpoint_step_interval": whole("checkpoint.every"),
     "checkpoints_total_limit": whole("checkpoint.keep_last"),
-    "pretrained_model_name_or_path": network("student", "teacher", "critic"),
+    "pretrained_model_name_or_path": text("base"),
+    "pretrained_t5_model_name_or_path": "data.text.encoder",
+    "pretrained_vae_model_name_or_path": "data.vae.path",
     "model_family": must_be("wan"),
-    "model_type": model_type,
-    "lora_rank": lora,
-    "lora_alpha": lora,
-    "lora_type": lora,
+    "model_flavour": one_of("flavour", FLAVOURS),
+    "model_type": lora.simpletuner_kind,
+    "lora_rank": lora.rank,
+    "lora_alpha": lora.alpha,
+    "lora_type": lora.simpletuner_type,
+    "lora_dropout": lora.no_dropout,
     "validation_seed": whole("validation.seed"),
     "validation_negative_prompt": "data.negative_prompt",
     "validation_step_interval": whole("validation.every"),
@@ -213,11 +244,11 @@ SIMPLETUNER = Dialect(
     SIMPLETUNER_RULES,
     start={
         "trainer": "score_distillation",
-        "student": {"preset": "1.3b"},
-        "teacher": {"preset": "1.3b"},
-        "critic": {"preset": "1.3b"},
-        "data": {"kind": "synthetic", "real": False},
-        "rollout": {"kind": "self_forcing", "same_step_across_blocks": True},
+        **{name: {} for name in NETWORKS},
+        "size": {"frames": 21},
+        "flavour": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",  # its own default
+        "data": {"kind": "wan", "real": False},
+        "rollout": {"kind": "self_forcing", "same_step_across_blocks": False},
         "schedule": {"denoising_step_list": [1000, 757, 522], "warp_denoising_step": False, "score_timestep_shift": 1.0,
                      "ts_schedule": True},
         "objective": {"kind": "dmd", "real_guidance_scale": 3.0},
@@ -239,26 +270,42 @@ def fastvideo_finish(recipe: Recipe) -> None:
     gpus, sequence = recipe.values.pop("gpus", 1), recipe.get("parallel.sequence") or 1
     micro = recipe.get("training.micro_batch_size") or 1
     recipe.set("training.global_batch_size", micro * recipe.values.pop("accumulation", 1) * max(gpus // sequence, 1))
-    pixels = recipe.values.pop("pixels", {})
-    if pixels:
-        ratio = 16 if recipe.get("student.preset") == "5b" else 8
-        sizes = recipe.values["data"].setdefault("synthetic", {})
-        sizes |= {side: pixels[side] // ratio for side in ("height", "width") if side in pixels}
     shift = recipe.get("schedule.timestep_shift")
     if shift is not None:
         recipe.set("schedule.score_timestep_shift", shift)
-    causal = recipe.values.pop("self_forcing", False)
-    recipe.set("rollout.kind", "self_forcing" if causal else "backward_simulation")
+    fastvideo_inputs(recipe)
+    spread_base(recipe)
+    lora.finish_fastvideo(recipe)
+    finish_data(recipe)
     finish_updates(recipe)
 
 
-def simulate(recipe: Recipe, value: Any) -> None:
-    """Its name for a student that makes its own inputs, which both of ours do."""
+def fastvideo_inputs(recipe: Recipe) -> None:
+    """What the student starts from: its own samples, or noised videos where it is not told to simulate them."""
+    causal, simulated = recipe.values.pop("self_forcing", False), recipe.values.pop("simulated", False)
+    stored = recipe.values.pop("stored", None)
+    if causal or simulated or stored is None:
+        recipe.set("rollout.kind", "self_forcing" if causal else "backward_simulation")
+    else:
+        recipe.set("rollout.kind", "noised_data")
+        recipe.values["data"] |= {"real": True, "latents": stored}
+    if not causal and not simulated and stored is None:
+        recipe.notes.append(
+            "rollout.kind: without simulate_generator_forward its student starts from noised videos, and the file "
+            "names none: for these, set noised_data, data.real true and data.latents"
+        )
+    if stored is not None and (causal or simulated):
+        recipe.left.append(f"data_path: {stored} (stored embeddings of prompts: give data.prompts)")
 
 
 def block(recipe: Recipe, value: Any) -> None:
     recipe.set("causal.num_frame_per_block", int(value))
     recipe.set("self_forcing", True)
+
+
+def critic_rate(recipe: Recipe, value: Any) -> None:
+    if float(value):  # 0 is the student's
+        recipe.set(f"{C}.optimizer.lr", float(value))
 
 
 FASTVIDEO_RULES: dict[str, Rule] = {
@@ -270,23 +317,25 @@ FASTVIDEO_RULES: dict[str, Rule] = {
     "hsdp_replicate_dim": lambda r, v: None if v == 1 else r.set("parallel.replicate", int(v)),
     "hsdp_shard_dim": lambda r, v: r.set("parallel.shard", int(v)),
     "tp_size": must_be(1),
-    "num_latent_t": whole("data.synthetic.frames"),
+    "data_path": text("stored"),
+    "num_latent_t": whole("size.frames"),
+    "num_frames": whole("pixels.frames"),
     "num_height": whole("pixels.height"),
     "num_width": whole("pixels.width"),
     "enable_gradient_checkpointing_type": checkpointing,
-    "simulate_generator_forward": simulate,
+    "simulate_generator_forward": flag("simulated"),
     "num_frame_per_block": block,
     "independent_first_frame": flag("causal.independent_first_frame"),
     "same_step_across_blocks": flag("rollout.same_step_across_blocks"),
     "last_step_only": flag("rollout.last_step_only"),
     "context_noise": number("causal.context_noise"),
-    "pretrained_model_name_or_path": network("student", "teacher", "critic"),
+    "pretrained_model_name_or_path": text("base"),
     "generator_model_path": network("student"),
     "real_score_model_path": network("teacher"),
     "fake_score_model_path": network("critic"),
     "init_weights_from_safetensors": weights("student"),
     "learning_rate": number(f"{G}.optimizer.lr"),
-    "fake_score_learning_rate": number(f"{C}.optimizer.lr"),
+    "fake_score_learning_rate": critic_rate,
     "weight_decay": both("weight_decay"),
     "betas": betas(G),
     "fake_score_betas": betas(C),
@@ -307,6 +356,10 @@ FASTVIDEO_RULES: dict[str, Rule] = {
     "real_score_guidance_scale": plus_one("objective.real_guidance_scale"),
     "warp_denoising_step": flag("schedule.warp_denoising_step"),
     "training_cfg_rate": must_be(0.0),
+    "lora_training": flag("adapter.on"),
+    "lora_rank": lora.rank,
+    "lora_alpha": lora.alpha,
+    "lora_target_modules": lora.fastvideo_targets,
     **dict.fromkeys((
         "tracker_project_name", "output_dir", "log_validation", "log_visualization", "dataloader_num_workers",
         "model_path",
@@ -319,15 +372,14 @@ FASTVIDEO = Dialect(
     FASTVIDEO_RULES,
     start={
         "trainer": "score_distillation",
-        "student": {"preset": "1.3b"},
-        "teacher": {"preset": "1.3b"},
-        "critic": {"preset": "1.3b"},
-        "data": {"kind": "synthetic", "real": False},
-        "rollout.same_step_across_blocks": True,
+        **{name: {} for name in NETWORKS},
+        "data": {"kind": "wan", "real": False},
+        "rollout.same_step_across_blocks": False,
         "schedule": {"denoising_step_list": [1000, 757, 522], "warp_denoising_step": False},
-        "objective.kind": "dmd",
+        "objective": {"kind": "dmd", "real_guidance_scale": 4.5},
         "training.generator_update_interval": 5,
         f"{G}.optimizer": {"kind": "adamw", "betas": [0.9, 0.999], "weight_decay": 0.01},
+        f"{C}.optimizer.betas": [0.9, 0.999],
     },
     finish=fastvideo_finish,
 )
