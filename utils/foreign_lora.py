@@ -60,7 +60,7 @@ def put_adapter(recipe: Recipe, names: tuple[str, ...], adapter: dict[str, Any],
         recipe.set(f"{name}.lora", said)
         if share:
             recipe.notes.append(
-                f"{name}.lora.share: the adapter lies on the teacher's own copy of the weights; false gives it a frozen one"
+                f"{name}.lora.share: the adapter lies on the teacher's own copy of the weights, the only one"
             )
         else:
             recipe.notes.append(
