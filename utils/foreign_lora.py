@@ -59,9 +59,7 @@ def put_adapter(recipe: Recipe, names: tuple[str, ...], adapter: dict[str, Any],
         said = {"rank": adapter["rank"], "alpha": adapter.get("alpha"), "targets": list(targets), "share": share}
         recipe.set(f"{name}.lora", said)
         if share:
-            recipe.notes.append(
-                f"{name}.lora.share: the adapter lies on the teacher's own copy of the weights; false gives it a frozen one"
-            )
+            recipe.notes.append(f"{name}.lora.share: the adapter lies on the teacher's own copy of the weights")
         else:
             recipe.notes.append(
                 f"{name}.lora.share: false, as {name} does not start from the teacher's weights: a frozen copy more"
