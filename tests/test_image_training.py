@@ -37,7 +37,7 @@ from utils.random import Noise
 CPU = torch.device("cpu")
 COUNT, C, F, H, W, CLIP = 6, 4, 3, 4, 4, (5, 10)
 CAPTIONS = [f"image {i}" for i in range(COUNT)]
-LEVELS = torch.tensor([1.0, 0.75, 0.5, 0.0])
+LEVELS = torch.tensor([1.0, 0.9, 0.75, 0.0])
 # how each network takes an image: in the noise, pinned; beside the latents; as the first block of a causal one
 KINDS = ("ti2v", "i2v", "causal", "causal_i2v")
 INIT = ("student", "teacher", "critic")

@@ -12,7 +12,7 @@ from configs.schema import RunConfig
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.text_encoder import load_text_encoder, toy_text_encoder
 from model.wan.vae import VAEConfig, load_vae
-from tests.small import DISTILLATION, config, merged, trainer
+from tests.small import DISTILLATION, NETWORKS, config, merged, trainer
 from tests.test_image_encoder import save_image_encoder
 from tests.vaes import small_vae
 from trainer import wan_task
@@ -24,7 +24,7 @@ from trainer.task import for_each
 from trainer.wan_task import WanTask, statistics_of
 from utils.config import ConfigError, UserError, to_yaml
 from utils.data.buckets import Size
-from utils.data.safetensors_shards import write_latents
+from utils.data.safetensors_shards import write_latents, write_trajectories
 from utils.data.stream import Sample
 from utils.random import Noise
 from utils.video import read_video
@@ -173,6 +173,8 @@ def test_what_does_not_fit_is_one_line_before_training(folder: Path, tmp_path: P
         run(folder, cache=True, data={"vae": {"path": None}}, validation={"every": 5})
     with pytest.raises(ConfigError, match="data.latents is null, but rollout.kind noised_data needs real videos"):
         run(folder, rollout={"kind": "noised_data"})
+    with pytest.raises(ConfigError, match="data: vae: .* has 16 channels, the networks 4: give theirs"):
+        build_task(run(folder, cache=True, **{n: {"overrides": {"in_dim": 4, "out_dim": 4}} for n in NETWORKS}), CPU)
     with pytest.raises(UserError, match="has 16 channels, the networks 4: give theirs"):
         wan_task.fitting_vae(VAEConfig(str(folder / "pipeline")), 4, CPU)
     with pytest.raises(UserError, match="data.text.encoder is null"):
@@ -212,6 +214,43 @@ def test_training_on_stored_latents(folder: Path, tmp_path: Path) -> None:
     assert statistics is not None
     normalised = statistics.normalise(latents[0])
     torch.testing.assert_close(normalised, (latents[0] - vae.mean) * vae.scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["videos", "trajectories"])
+def test_captions_that_the_cache_lacks_are_refused_at_the_start(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Of all samples, not of the first; an encoder beside the cache makes what it lacks."""
+    captions, latents = [*PROMPTS, "a hat"], torch.randn(4, 3, 16, 4, 4)
+    if kind == "videos":
+        samples = [Sample(str(i), p, latents=x) for i, (p, x) in enumerate(zip(captions, latents, strict=True))]
+        write_latents(tmp_path / "data/a.safetensors", samples, normalised=True)
+        changes: dict[str, Any] = {"trainer": "diffusion", "data": {"latents": str(tmp_path / "data")}}
+    else:
+        (tmp_path / "data").mkdir()
+        levels = torch.tensor([1.0, 0.9, 0.75, 0.0])
+        x = (1 - levels).view(-1, 1, 1, 1, 1) * latents[:, None]
+        write_trajectories(tmp_path / "data/a.safetensors", x, levels, captions)
+        changes = {"trainer": "ode", "ode": {"path": str(tmp_path / "data")}}
+    changes |= {"teacher": None, "critic": None, "training": {"max_steps": 2, "critic_warmup_steps": 0}}
+    key = "data.latents" if kind == "videos" else "ode.path"
+    with pytest.raises(ConfigError, match=f"{key}: prompt 'a hat' is not in the text cache") as caught:
+        trainer(tmp_path / "run", merged(base(folder), changes))
+    assert "\n" not in str(caught.value)
+    made = trainer(tmp_path / "run", merged(base(folder, encoder=True), changes))
+    assert made.train() == 0
+
+
+def test_a_prompt_that_is_missed_later_is_one_line(folder: Path, tmp_path: Path) -> None:
+    """What cannot be known at the start: a cache that loses a prompt, and an encoder that does not load."""
+    made = trainer(tmp_path / "run", base(folder))
+    task = made.task
+    assert isinstance(task, WanTask) and task.text.cache is not None
+    task.text.cache._places.clear()
+    with pytest.raises(UserError, match="data: prompt '.*' is not in the text cache") as caught:
+        made.train()
+    assert "\n" not in str(caught.value)
+    text = {"cache": None, "encoder": str(tmp_path)}
+    with pytest.raises(UserError, match="data: text encoder: .* has no folder 'text_encoder'"):
+        build_task(run(folder, data={"text": text}), CPU).negative(1)
 
 
 def test_real_videos_need_a_folder_of_this_size(folder: Path, tmp_path: Path) -> None:

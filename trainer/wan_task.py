@@ -20,9 +20,9 @@ from model.wan.config import WanConfig
 from model.wan.folders import part_folder, read_config
 from model.wan.image_encoder import ImageEncoder, check_image_encoder, image_channels, load_image_encoder
 from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, load_text_encoder
-from model.wan.vae import STRIDE_T, VAEConfig, WanVAE, check_vae, load_vae
+from model.wan.vae import STRIDE_T, VAEConfig, WanVAE, load_vae, vae_channels
 from trainer.given import gives
-from trainer.stored import StoredImages, StoredLatents
+from trainer.stored import Stored, StoredImages, StoredLatents
 from trainer.task import Clips, Glimpse, for_each, no_reward, spread
 from trainer.text_cache import TextCache
 from utils.config import ConfigError, UserError, config_hash
@@ -80,9 +80,14 @@ class WanText:
             return self.cache.encode(prompts).to(self.device)
         return self.encoder.encode(prompts)
 
+    @property
+    def from_cache_alone(self) -> bool:
+        """Whether there is no encoder for a prompt that the cache lacks."""
+        return self.cache is not None and not self.config.encoder
+
     def check(self, prompts: Iterable[str]) -> None:
         """Raises ValueError naming a prompt that training would not find."""
-        if self.cache and not self.config.encoder and (missing := self.cache.missing(prompts)):
+        if self.cache and self.from_cache_alone and (missing := self.cache.missing(prompts)):
             self.cache.encode(missing[:1])
 
 
@@ -114,7 +119,7 @@ class WanTask:
             self.text = WanText(config.text, geometry, device)
             self.text.check([*self.library, self.negative_prompt])
             if config.vae.path is not None:
-                check_vae(config.vae)  # now and not hours later
+                _check_channels(config.vae, vae_channels(config.vae), geometry.out_dim)  # now and not hours later
             if config.image_encoder is not None:
                 check_image_encoder(config.image_encoder)
         except (ValueError, OSError, UserError) as problem:
@@ -141,13 +146,13 @@ class WanTask:
         try:
             if self.images is not None:
                 self.images.read(range(1))
-                self.text.check(self.images.captions)
-            if self.videos is not None and geometry.model_type == "i2v":
-                self.videos.read(range(1))
+                self.check_captions(self.images)
+            if self.videos is not None:
+                if geometry.model_type == "i2v":
+                    self.videos.read(range(1))
+                self.check_captions(self.videos)
         except UserError as problem:
             raise ConfigError(str(problem)) from None
-        except ValueError as problem:
-            raise ConfigError(f"data.images: {problem}") from None
 
     @cached_property
     def vae(self) -> WanVAE:
@@ -179,7 +184,7 @@ class WanTask:
         if self.images is None:
             return self.conditioning(self.prompts(positions))
         captions, given = self.images.read(positions)
-        return given.with_text(self.text.encode(captions))
+        return given.with_text(self._embed(captions))
 
     def real(self, positions: range) -> Clips:
         """Stored videos at these positions. Raises UserError."""
@@ -189,7 +194,25 @@ class WanTask:
         return replace(clips, latents=clips.latents.to(self.device))
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
-        return Conditioning(self.text.encode(prompts), initial)
+        """Raises UserError for a prompt that neither cache nor encoder gives an embedding."""
+        return Conditioning(self._embed(prompts), initial)
+
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        try:
+            return self.text.encode(prompts)
+        except (ValueError, OSError) as problem:
+            raise UserError(f"data: {problem}") from None
+
+    def check_captions(self, stored: Stored) -> None:
+        """Raises ConfigError for stored captions that no cache knows, where there is no encoder."""
+        if not self.text.from_cache_alone:
+            return
+        try:
+            self.text.check(stored.captions)
+        except UserError as problem:
+            raise ConfigError(str(problem)) from None
+        except ValueError as problem:
+            raise ConfigError(f"{stored.key}: {problem}") from None
 
     @torch.no_grad()
     def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
@@ -212,7 +235,7 @@ class WanTask:
 
     def negative(self, batch: int) -> Tensor:
         """The negative prompt's embedding [B, L, D]."""
-        return self.text.encode([self.negative_prompt]).expand(batch, -1, -1)
+        return self._embed([self.negative_prompt]).expand(batch, -1, -1)
 
     def validation_prompts(self, count: int) -> list[str]:
         """Without a library the captions of the images that `validation_given` shows. Raises UserError."""
@@ -287,8 +310,12 @@ def fitting_vae(config: VAEConfig, channels: int, device: torch.device) -> WanVA
     """The VAE of a config, for networks of so many latent channels. Raises UserError."""
     try:
         vae = load_vae(config, device)
-        if vae.channels != channels:
-            raise ValueError(f"vae: {config.path} has {vae.channels} channels, the networks {channels}: give theirs")
+        _check_channels(config, vae.channels, channels)
         return vae
     except (ValueError, OSError) as problem:
         raise UserError(f"data.{problem}") from None
+
+
+def _check_channels(config: VAEConfig, found: int, channels: int) -> None:
+    if found != channels:
+        raise ValueError(f"vae: {config.path} has {found} channels, the networks {channels}: give theirs")
