@@ -398,7 +398,7 @@ def test_corrupt_samples_of_all_ranks_count_as_one(monkeypatch: pytest.MonkeyPat
     assert shared.agree(2.0) == {"corrupt_samples": 1.0} and asked == [{3}]
     assert shared.agree(2.0 * shared.count) == {"corrupt_samples": 1.0} and len(asked) == 1
     others = {4}
-    with pytest.raises(UserError, match=r"2 of 100 samples are corrupt, more than max_corrupt 0\.01") as caught:
+    with pytest.raises(UserError, match=r"2 of 100 samples are corrupt, more than a share of 0\.01") as caught:
         shared.agree(3.0)
     assert "\n" not in str(caught.value)
     assert SharedFaults([]).agree(0.0) == {}
