@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from utils.data.buckets import Size
 from utils.data.safetensors_shards import write_latents, write_trajectories
 from utils.data.stream import Sample
 from utils.random import Noise
-from utils.video import read_video
+from utils.video import read_video, write_video
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat on a mat", "a hat on a cat", "a mat"]
@@ -182,6 +185,71 @@ def test_what_does_not_fit_is_one_line_before_training(folder: Path, tmp_path: P
         preprocess_text(
             ["--config_path", str(tmp_path / "run.yaml"), "--prompts", str(tmp_path / "more.txt"), "--out", "x"]
         )
+
+
+def test_an_encoder_on_the_hub_is_compared_by_what_the_cache_says(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without fetching it: by name and precision; where the name is another, or none, one warning for all."""
+    monkeypatch.setattr(wan_task, "load_text_encoder", None)
+    manifest = json.loads((folder / "text/manifest.json").read_text())
+    assert manifest["made_with"] == wan_task.made_with(run(folder, encoder=True).data.text, 8)
+    assert manifest["made_with"]["encoder"] == str(folder / "pipeline") and manifest["made_with"]["dtype"] == "fp32"
+
+    def started(name: str | None, dtype: str = "fp32") -> str:
+        cache = tmp_path / f"{name}_{dtype}".replace("/", "_")
+        shutil.copytree(folder / "text", cache, dirs_exist_ok=True)
+        said = {} if name is None else manifest["made_with"] | {"encoder": name}
+        (cache / "manifest.json").write_text(json.dumps(manifest | {"made_with": said}))
+        caplog.clear()
+        text = {"cache": str(cache), "encoder": "Wan-AI/small", "dtype": dtype}
+        build_task(run(folder, data={"text": text}), CPU)
+        return caplog.text
+
+    assert started("Wan-AI/small") == ""
+    with pytest.raises(
+        ConfigError, match="was made by another encoder, precision or cleaning than Wan-AI/small in bf1"
+    ):
+        started("Wan-AI/small", "bf16")
+    assert "was made by Wan-AI/other: whether Wan-AI/small gives" in started("Wan-AI/other")
+    assert started("Wan-AI/other") == ""
+    assert "was made by an encoder that it does not name" in started(None)
+
+
+def test_a_run_of_stored_clip_tokens_takes_an_image_encoder_for_inference(folder: Path, tmp_path: Path) -> None:
+    save_image_encoder(folder / "clip")
+    image = Sample("0", PROMPTS[0], latents=torch.randn(1, 16, 4, 4), first_latents=torch.randn(3, 16, 4, 4))
+    write_latents(tmp_path / "images/a.safetensors", [replace(image, clip=torch.randn(5, 20))], normalised=True)
+    network = {"overrides": {**NETWORK["overrides"], "model_type": "i2v", "in_dim": 36, "image_dim": 20}}
+    data = {"images": str(tmp_path / "images"), "prompts": None, "vae": {"path": str(folder / "pipeline")}}
+    made = trainer(tmp_path / "run", base(folder), data=data, **dict.fromkeys(NETWORKS, network))
+    made.save_checkpoint()
+    made.finish_saving()
+    write_video(tmp_path / "image.png", torch.rand(1, 3, 32, 32), 8)
+    out = tmp_path / "video.mp4"
+    argv = [
+        "--run",
+        str(tmp_path / "run"),
+        "--prompt",
+        PROMPTS[0],
+        "--image",
+        str(tmp_path / "image.png"),
+        "--out",
+        str(out),
+    ]
+
+    def infer(*more: str) -> None:
+        args = inference_args([*argv, *more])
+        generate_videos(open_generator(args, CPU), args)
+
+    with pytest.raises(UserError, match=r"data.image_encoder is null: .* \(inference.py: --image_encoder\)"):
+        infer()
+    with pytest.raises(UserError, match="has no image_encoder/config.json"):
+        infer("--image_encoder", str(tmp_path))
+    infer("--image_encoder", str(folder / "clip"))
+    assert read_video(out).shape[0] == 9
+    with pytest.raises(UserError, match="--image_encoder is for runs"):
+        inference_args(["--model", "x", "--prompt", "a", "--image_encoder", "y"])
 
 
 def test_the_task_is_of_its_kind(folder: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -19,22 +19,38 @@ from model.types import Conditioning, Given
 from model.wan.config import WanConfig
 from model.wan.folders import part_folder, read_config
 from model.wan.image_encoder import ImageEncoder, check_image_encoder, image_channels, load_image_encoder
-from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, load_text_encoder
+from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, cleaning, load_text_encoder
 from model.wan.vae import STRIDE_T, VAEConfig, WanVAE, load_vae, vae_channels
 from trainer.given import gives
 from trainer.stored import Stored, StoredImages, StoredLatents
 from trainer.task import Clips, Glimpse, for_each, no_reward, spread
 from trainer.text_cache import TextCache
+from utils import distributed
 from utils.config import ConfigError, UserError, config_hash
 from utils.data.buckets import Size
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
 from utils.data.tensors import Statistics
+from utils.logging import console
+
+
+@cache
+def _warn_once(message: str) -> None:
+    if distributed.is_main():
+        console.warning("%s", message)
 
 
 def encoder_hash(config: TextConfig, text_len: int) -> str:
     """What a cache keeps of its encoder: other embeddings have another. Raises ValueError."""
     return config_hash([*config.identity(), text_len])
+
+
+def made_with(config: TextConfig, text_len: int) -> dict[str, str | int | None]:
+    """What a cache says of its encoder in words: the parts of `encoder_hash` that are known without its files."""
+    return {
+        "encoder": config.encoder, "dtype": config.dtype, "quantization": config.quantization, "text_len": text_len,
+        "cleaning": cleaning(),
+    }  # fmt: skip
 
 
 class WanText:
@@ -51,12 +67,28 @@ class WanText:
                 "text: cache and encoder are both null: give the folder of preprocess.py text, or of a UMT5 encoder"
             )
         self.cache = TextCache(Path(config.cache), self.text_len, self.text_dim) if config.cache else None
-        if self.cache and config.encoder and Path(config.encoder).is_dir():
-            if self.cache.encoder != encoder_hash(config, self.text_len):
-                raise ValueError(
-                    f"text: {config.cache} was made by another encoder, precision or cleaning than {config.encoder} in "
-                    f"{config.dtype}: make it anew, or set text.encoder to null"
-                )
+        if self.cache and config.encoder:
+            self._check_encoder(self.cache, config)
+
+    def _check_encoder(self, cache: TextCache, config: TextConfig) -> None:
+        """Raises ValueError where cache and encoder would give other embeddings. One on the Hub is not fetched for
+        that: what the cache says in words has to do, and a warning where it says too little."""
+        mine, refused = made_with(config, self.text_len), False
+        if Path(str(config.encoder)).is_dir():
+            refused = cache.encoder != encoder_hash(config, self.text_len)
+        elif cache.made_with:
+            refused = any(cache.made_with.get(key) != value for key, value in mine.items() if key != "encoder")
+        if refused:
+            raise ValueError(
+                f"text: {config.cache} was made by another encoder, precision or cleaning than {config.encoder} in "
+                f"{config.dtype}: make it anew, or set text.encoder to null"
+            )
+        if not Path(str(config.encoder)).is_dir() and cache.made_with.get("encoder") != config.encoder:
+            made_by = cache.made_with.get("encoder") or "an encoder that it does not name"
+            _warn_once(
+                f"data.text: {config.cache} was made by {made_by}: whether {config.encoder} gives the same embeddings "
+                "cannot be known before it is fetched"
+            )
 
     @cached_property
     def encoder(self) -> TextEncoder:
@@ -165,7 +197,10 @@ class WanTask:
         path, width = self.image_encoder_path, self.geometry.image_dim
         try:
             if path is None:
-                raise ValueError("image_encoder is null: these networks see CLIP's tokens: give a pipeline's folder")
+                raise ValueError(
+                    "image_encoder is null: these networks see CLIP's tokens: give a pipeline's folder (inference.py: "
+                    "--image_encoder)"
+                )
             encoder = load_image_encoder(path, DTYPES[self.vae_config.dtype], self.device)
             if encoder.width != width:
                 raise ValueError(f"image_encoder: {path} has width {encoder.width}, the networks take {width}")
