@@ -5,10 +5,14 @@ B batch  S stored points  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from model.types import LossOutput
+
+SAME_LEVEL = 1e-3  # a whole timestep: files that keep timesteps round to it
 
 
 def pick_stored(trajectory: Tensor, sigmas_S: Tensor, index_BF: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,3 +34,15 @@ def store_levels(sampler: tuple[float, ...], wanted: tuple[float, ...]) -> list[
     """For each wanted noise level the nearest of the sampler's: the pair is stored with the level it really has."""
     levels = torch.tensor(sampler, dtype=torch.float64)
     return [int((levels - level).abs().argmin()) for level in wanted]
+
+
+def lacking_levels(stored: Sequence[float], wanted: tuple[float, ...], sampler: tuple[float, ...]) -> tuple[float, ...]:
+    """The wanted noise levels that none of the stored is as near to as the sampler's nearest (see `store_levels`)."""
+    tolerances = [
+        abs(sampler[i] - level) + SAME_LEVEL for i, level in zip(store_levels(sampler, wanted), wanted, strict=True)
+    ]
+    return tuple(
+        level
+        for level, tolerance in zip(wanted, tolerances, strict=True)
+        if min(abs(one - level) for one in stored) > tolerance
+    )

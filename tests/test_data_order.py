@@ -134,9 +134,14 @@ def test_more_than_one_percent_corrupt_is_the_end() -> None:
     order = ShardedOrder([200], 0)
     good = Stream(Numbers([200], {5, 60}), order, 0)
     assert len(good.samples(range(200))) == 200 and len(good.faults.reasons) == 2
-    with pytest.raises(TooManyCorrupt, match=r"3 of 200 samples are corrupt, more than max_corrupt 0\.01") as error:
+    with pytest.raises(
+        TooManyCorrupt,
+        match=r"3 of 200 samples are corrupt, more than a share of 0\.01",
+    ) as error:
         Stream(Numbers([200], {5, 60, 7}), order, 0).samples(range(200))
-    assert "numbers.tar is broken; repair or remove them" in str(error.value) and "\n" not in str(error.value)
+    assert "numbers.tar is broken; the log names them all: make their files anew" in str(
+        error.value
+    ) and "\n" not in str(error.value)
     with pytest.raises(TooManyCorrupt, match="none of 3 samples"):
         Stream(Numbers([3], {0, 1, 2}), ShardedOrder([3], 0), 0, max_corrupt=1).sample(0)
 

@@ -319,7 +319,9 @@ def test_broken_videos_are_named_and_too_many_end_it(
         (tmp_path / f"{i}.txt").write_text("c")
     (tmp_path / "bad.mp4").write_bytes(b"x" * 100)
     shards = find_media(tmp_path)
-    with pytest.raises(TooManyCorrupt, match=r"1 of 4 samples are corrupt.*bad.mp4 cannot be decoded"):
+    with pytest.raises(
+        TooManyCorrupt, match=r"1 of 4 samples are corrupt.*bad.mp4 cannot be decoded.*raise --max_corrupt"
+    ):
         plan_clips(shards, SIZES, Pace())
     plan = plan_clips(shards, SIZES, Pace(), max_corrupt=0.5)
     assert sorted(plan.bucket_of) == [0, 1, 2] and "bad.mp4" in caplog.text

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.score import ScoreNet
@@ -207,6 +207,59 @@ def test_a_base_that_is_gone_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "weights/teacher.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"is an adapter on student.init .*teacher.safetensors.*: .*"):
         Generator.load(tmp_path / "run", CPU)
+
+
+ANOTHER = [
+    ({"lora": {"alpha": 3.0}}, r"student.lora is another \(alpha 2.0 there, 3.0 here\): use its config, or --resume n"),
+    ({"lora": {"rank": 2}}, r"student.lora is another \(rank 4 there, 2 here\)"),
+    ({"lora": {"targets": ["q"]}}, r"student.lora is another \(targets \[.*\] there, \['q'\] here\)"),
+    ({"lora": {"share": False}, "init": "critic"}, "the adapter of student was trained on other weights than student.init"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "words"), ANOTHER)
+def test_an_adapter_does_not_go_on_as_another(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    trained(folder, tmp_path)
+    changes = changes | ({"init": str(folder / "critic.safetensors")} if "init" in changes else {})
+    with pytest.raises(UserError, match=words) as refused:
+        made(folder, tmp_path, student=changes)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_base_that_has_changed_is_refused(folder: Path, tmp_path: Path) -> None:
+    """The file's own values, and those of a LoRA that is added to it: by resume, by inference and by export."""
+    save_networks(tmp_path / "weights")
+    base, loras = tmp_path / "weights/teacher.safetensors", [{"path": str(tmp_path / "lora"), "scale": 1.0}]
+    trained(folder, tmp_path / "first")
+    options = ["--format", "lora", "--weights", "raw"]
+    export(export_args(["--run", str(tmp_path / "first"), *options, "--out", str(tmp_path / "lora")]))
+    merges = dict.fromkeys(NETWORKS, {"loras": loras})
+    trained(tmp_path / "weights", tmp_path / "run", **merges)
+    Generator.load(tmp_path / "run", CPU)
+    made(tmp_path / "weights", tmp_path / "run", **merges)
+
+    def rewrite(file: Path, values: dict[str, Tensor]) -> None:
+        file.unlink()  # else what others have mapped would change under them
+        save_file(values, file)
+
+    def refused() -> None:
+        with pytest.raises(UserError, match=r"is an adapter on student.init .*: other weights lie there now"):
+            Generator.load(tmp_path / "run", CPU)
+        with pytest.raises(UserError, match="other weights lie there now"):
+            arguments = ["--run", str(tmp_path / "run"), "--format", "native", "--out", str(tmp_path / "no")]
+            export(export_args(arguments))
+        with pytest.raises(UserError, match="was trained on other weights than"):
+            made(tmp_path / "weights", tmp_path / "run", **merges)
+
+    weights, file = load_file(base), tmp_path / "lora/pytorch_lora_weights.safetensors"
+    rewrite(base, {**weights, "head.head.bias": weights["head.head.bias"] + 1})
+    refused()
+    rewrite(base, weights)
+    Generator.load(tmp_path / "run", CPU)
+    rewrite(file, {name: value * 1.5 for name, value in load_file(file).items()})
+    refused()
 
 
 def test_only_one_copy_is_in_memory(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.nets import relative
-from tests.small import ODE, save_networks, trainer, with_weights
+from tests.small import DIFFUSION, ODE, save_networks, trainer, with_weights
 from trainer.ode import ODETrainer
 from utils.config import ConfigError
 from utils.data.safetensors_shards import write_trajectories
@@ -94,4 +94,38 @@ def test_stored_pairs_of_another_size_are_refused(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 4, 8, 8)
     write_trajectories(tmp_path / "pairs/a.safetensors", x[None], torch.tensor([1.0, 0.0]), ["a"])
     with pytest.raises(ConfigError, match=r"ode.path: .* holds latents of \[3, 4, 8, 8\] and this run makes"):
+        trainer(tmp_path / "run", ODE, ode={"path": str(tmp_path / "pairs")})
+
+
+def test_steps_that_are_not_stored_are_refused(tmp_path: Path) -> None:
+    """All of the student's noise levels must be there, as near as the teacher's grid comes; a file may hold more."""
+
+    def started(levels: list[float]) -> ODETrainer:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        x = torch.randn(1, len(levels), *shape)
+        write_trajectories(folder / "a.safetensors", x, torch.tensor(levels), caption)
+        run = trainer(tmp_path / "run", ODE, ode={"path": str(folder)})
+        assert isinstance(run, ODETrainer)
+        return run
+
+    plain = trainer(tmp_path / "plain", DIFFUSION)
+    shape, caption = plain.task.latent_shape, plain.task.prompts(range(1))
+    # wanted are 1, 0.9, 0.75; of the teacher's grid 15/16 is the nearest to 0.9
+    for levels in ([1.0, 0.9, 0.75, 0.0], [1.0, 15 / 16, 0.75, 0.0], [1.0, 0.95, 0.9, 0.8, 0.75, 0.4, 0.0]):
+        assert started(levels).loss(plain.batch("ode")[0]).loss > 0
+    for levels, lacking in (([1.0, 0.96, 0.75, 0.0], "0.9"), ([1.0, 0.9, 0.0], "0.75"), ([0.9, 0.0], "1, 0.75")):
+        stored = ", ".join(f"{level:.4g}" for level in levels)
+        with pytest.raises(ConfigError, match=f"stores the noise levels {stored}, and not {lacking} of") as caught:
+            started(levels)
+        assert "\n" not in str(caught.value)
+
+
+def test_trajectories_of_unknown_captions_are_refused(tmp_path: Path) -> None:
+    plain = trainer(tmp_path / "plain", DIFFUSION)
+    x = torch.randn(2, 4, *plain.task.latent_shape)
+    captions = [*plain.task.prompts(range(1)), "one zebra"]
+    (tmp_path / "pairs").mkdir()
+    write_trajectories(tmp_path / "pairs/a.safetensors", x, torch.tensor([1.0, 0.9, 0.75, 0.0]), captions)
+    with pytest.raises(ConfigError, match="ode.path: prompt 'one zebra': unknown word 'zebra'"):
         trainer(tmp_path / "run", ODE, ode={"path": str(tmp_path / "pairs")})

@@ -22,7 +22,9 @@ MISTAKES = [
     ("training.max_stepz=5", ["training.max_stepz", "max_steps"]),
     ("training.max_steps=many", ["training.max_steps", "many", "whole number"]),
     ("trainer=ddpo", ["trainer", "ddpo", "score_distillation", "diffusion", "ode"]),
-    ("objective.kind=gan", ["objective.kind", "gan", "dmd"]),
+    ("objective.kind=gam", ["objective.kind", "gam", "dmd"]),
+    ("objective.kind=gan", ["objective.gan", "null", "kind gan", "give it a gan section"]),
+    ("objective.gan={}", ["data.real", "false", "objective.gan needs real videos"]),
     (
         "causal.num_frame_per_block=2",
         ["data.toy.frames", "causal.num_frame_per_block", "9 latent frames", "blocks of 2", "8 or 10"],

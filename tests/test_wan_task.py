@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from configs.schema import RunConfig
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.text_encoder import load_text_encoder, toy_text_encoder
 from model.wan.vae import VAEConfig, load_vae
-from tests.small import DISTILLATION, config, merged, trainer
+from tests.small import DISTILLATION, NETWORKS, config, merged, trainer
 from tests.test_image_encoder import save_image_encoder
 from tests.vaes import small_vae
 from trainer import wan_task
@@ -24,10 +27,10 @@ from trainer.task import for_each
 from trainer.wan_task import WanTask, statistics_of
 from utils.config import ConfigError, UserError, to_yaml
 from utils.data.buckets import Size
-from utils.data.safetensors_shards import write_latents
+from utils.data.safetensors_shards import write_latents, write_trajectories
 from utils.data.stream import Sample
 from utils.random import Noise
-from utils.video import read_video
+from utils.video import read_video, write_video
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat on a mat", "a hat on a cat", "a mat"]
@@ -173,6 +176,8 @@ def test_what_does_not_fit_is_one_line_before_training(folder: Path, tmp_path: P
         run(folder, cache=True, data={"vae": {"path": None}}, validation={"every": 5})
     with pytest.raises(ConfigError, match="data.latents is null, but rollout.kind noised_data needs real videos"):
         run(folder, rollout={"kind": "noised_data"})
+    with pytest.raises(ConfigError, match="data: vae: .* has 16 channels, the networks 4: give theirs"):
+        build_task(run(folder, cache=True, **{n: {"overrides": {"in_dim": 4, "out_dim": 4}} for n in NETWORKS}), CPU)
     with pytest.raises(UserError, match="has 16 channels, the networks 4: give theirs"):
         wan_task.fitting_vae(VAEConfig(str(folder / "pipeline")), 4, CPU)
     with pytest.raises(UserError, match="data.text.encoder is null"):
@@ -180,6 +185,71 @@ def test_what_does_not_fit_is_one_line_before_training(folder: Path, tmp_path: P
         preprocess_text(
             ["--config_path", str(tmp_path / "run.yaml"), "--prompts", str(tmp_path / "more.txt"), "--out", "x"]
         )
+
+
+def test_an_encoder_on_the_hub_is_compared_by_what_the_cache_says(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without fetching it: by name and precision; where the name is another, or none, one warning for all."""
+    monkeypatch.setattr(wan_task, "load_text_encoder", None)
+    manifest = json.loads((folder / "text/manifest.json").read_text())
+    assert manifest["made_with"] == wan_task.made_with(run(folder, encoder=True).data.text, 8)
+    assert manifest["made_with"]["encoder"] == str(folder / "pipeline") and manifest["made_with"]["dtype"] == "fp32"
+
+    def started(name: str | None, dtype: str = "fp32") -> str:
+        cache = tmp_path / f"{name}_{dtype}".replace("/", "_")
+        shutil.copytree(folder / "text", cache, dirs_exist_ok=True)
+        said = {} if name is None else manifest["made_with"] | {"encoder": name}
+        (cache / "manifest.json").write_text(json.dumps(manifest | {"made_with": said}))
+        caplog.clear()
+        text = {"cache": str(cache), "encoder": "Wan-AI/small", "dtype": dtype}
+        build_task(run(folder, data={"text": text}), CPU)
+        return caplog.text
+
+    assert started("Wan-AI/small") == ""
+    with pytest.raises(
+        ConfigError, match="was made by another encoder, precision or cleaning than Wan-AI/small in bf1"
+    ):
+        started("Wan-AI/small", "bf16")
+    assert "was made by Wan-AI/other: whether Wan-AI/small gives" in started("Wan-AI/other")
+    assert started("Wan-AI/other") == ""
+    assert "was made by an encoder that it does not name" in started(None)
+
+
+def test_a_run_of_stored_clip_tokens_takes_an_image_encoder_for_inference(folder: Path, tmp_path: Path) -> None:
+    save_image_encoder(folder / "clip")
+    image = Sample("0", PROMPTS[0], latents=torch.randn(1, 16, 4, 4), first_latents=torch.randn(3, 16, 4, 4))
+    write_latents(tmp_path / "images/a.safetensors", [replace(image, clip=torch.randn(5, 20))], normalised=True)
+    network = {"overrides": {**NETWORK["overrides"], "model_type": "i2v", "in_dim": 36, "image_dim": 20}}
+    data = {"images": str(tmp_path / "images"), "prompts": None, "vae": {"path": str(folder / "pipeline")}}
+    made = trainer(tmp_path / "run", base(folder), data=data, **dict.fromkeys(NETWORKS, network))
+    made.save_checkpoint()
+    made.finish_saving()
+    write_video(tmp_path / "image.png", torch.rand(1, 3, 32, 32), 8)
+    out = tmp_path / "video.mp4"
+    argv = [
+        "--run",
+        str(tmp_path / "run"),
+        "--prompt",
+        PROMPTS[0],
+        "--image",
+        str(tmp_path / "image.png"),
+        "--out",
+        str(out),
+    ]
+
+    def infer(*more: str) -> None:
+        args = inference_args([*argv, *more])
+        generate_videos(open_generator(args, CPU), args)
+
+    with pytest.raises(UserError, match=r"data.image_encoder is null: .* \(inference.py: --image_encoder\)"):
+        infer()
+    with pytest.raises(UserError, match="has no image_encoder/config.json"):
+        infer("--image_encoder", str(tmp_path))
+    infer("--image_encoder", str(folder / "clip"))
+    assert read_video(out).shape[0] == 9
+    with pytest.raises(UserError, match="--image_encoder is for runs"):
+        inference_args(["--model", "x", "--prompt", "a", "--image_encoder", "y"])
 
 
 def test_the_task_is_of_its_kind(folder: Path) -> None:
@@ -212,6 +282,43 @@ def test_training_on_stored_latents(folder: Path, tmp_path: Path) -> None:
     assert statistics is not None
     normalised = statistics.normalise(latents[0])
     torch.testing.assert_close(normalised, (latents[0] - vae.mean) * vae.scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["videos", "trajectories"])
+def test_captions_that_the_cache_lacks_are_refused_at_the_start(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Of all samples, not of the first; an encoder beside the cache makes what it lacks."""
+    captions, latents = [*PROMPTS, "a hat"], torch.randn(4, 3, 16, 4, 4)
+    if kind == "videos":
+        samples = [Sample(str(i), p, latents=x) for i, (p, x) in enumerate(zip(captions, latents, strict=True))]
+        write_latents(tmp_path / "data/a.safetensors", samples, normalised=True)
+        changes: dict[str, Any] = {"trainer": "diffusion", "data": {"latents": str(tmp_path / "data")}}
+    else:
+        (tmp_path / "data").mkdir()
+        levels = torch.tensor([1.0, 0.9, 0.75, 0.0])
+        x = (1 - levels).view(-1, 1, 1, 1, 1) * latents[:, None]
+        write_trajectories(tmp_path / "data/a.safetensors", x, levels, captions)
+        changes = {"trainer": "ode", "ode": {"path": str(tmp_path / "data")}}
+    changes |= {"teacher": None, "critic": None, "training": {"max_steps": 2, "critic_warmup_steps": 0}}
+    key = "data.latents" if kind == "videos" else "ode.path"
+    with pytest.raises(ConfigError, match=f"{key}: prompt 'a hat' is not in the text cache") as caught:
+        trainer(tmp_path / "run", merged(base(folder), changes))
+    assert "\n" not in str(caught.value)
+    made = trainer(tmp_path / "run", merged(base(folder, encoder=True), changes))
+    assert made.train() == 0
+
+
+def test_a_prompt_that_is_missed_later_is_one_line(folder: Path, tmp_path: Path) -> None:
+    """What cannot be known at the start: a cache that loses a prompt, and an encoder that does not load."""
+    made = trainer(tmp_path / "run", base(folder))
+    task = made.task
+    assert isinstance(task, WanTask) and task.text.cache is not None
+    task.text.cache._places.clear()
+    with pytest.raises(UserError, match="data: prompt '.*' is not in the text cache") as caught:
+        made.train()
+    assert "\n" not in str(caught.value)
+    text = {"cache": None, "encoder": str(tmp_path)}
+    with pytest.raises(UserError, match="data: text encoder: .* has no folder 'text_encoder'"):
+        build_task(run(folder, data={"text": text}), CPU).negative(1)
 
 
 def test_real_videos_need_a_folder_of_this_size(folder: Path, tmp_path: Path) -> None:

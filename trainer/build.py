@@ -26,11 +26,12 @@ from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, Weights, fit
 from trainer.engine import Engine, FSDPEngine
 from trainer.networks import TrainedNetwork
+from trainer.origin import adapter_origin, base_digest
 from trainer.task import SyntheticTask, Task, ToyTask
 from trainer.wan_task import WanTask
 from trainer.zero import DeepSpeedEngine
 from utils import checkpoint, distributed
-from utils.config import ConfigError, from_plain
+from utils.config import ConfigError, config_hash, from_plain
 from utils.optim import NetworkOptimizer, trainable
 from utils.parallel import deepspeed
 from utils.parallel.mesh import Mesh, ParallelConfig
@@ -152,12 +153,20 @@ def open_run(path: Path, which: str) -> Weights:
 def open_group(folder: Path, group: str) -> Weights:
     """All weights of a checkpoint's group: `student`, `student_ema`, `critic`. Raises UserError, and ValueError where
     those that an adapter was trained on are not there any more."""
-    stored, name = checkpoint.StoredGroup(folder, group), group.removesuffix("_ema")
-    network = getattr(from_plain(RunConfig, checkpoint.load_state(folder)["config"]), name)
+    stored, name, state = (
+        checkpoint.StoredGroup(folder, group),
+        group.removesuffix("_ema"),
+        checkpoint.load_state(folder),
+    )
+    network = getattr(from_plain(RunConfig, state["config"]), name)
     if network.lora is None:
         return stored
+    kept = state["networks"][name].get("adapter")  # older checkpoints have none
     try:
-        return MergedWeights(stored_weights(network), [(StoredLora(stored, network.lora, folder), 1.0)])
+        base = stored_weights(network)
+        if kept is not None and kept["base"] != base_digest(base):
+            raise ValueError("other weights lie there now: put back those that it was trained on")
+        return MergedWeights(base, [(StoredLora(stored, network.lora, folder), 1.0)])
     except (ValueError, OSError) as problem:
         raise ValueError(f"{folder} is an adapter on {name}.init {network.init}: {problem}") from None
 
@@ -267,9 +276,18 @@ def build_trained(
         engine: Engine = DeepSpeedEngine(net, optimizer, parallel.deepspeed, twin)
     else:
         engine = build_engine(parallel, net, optimizer)
-    adapter = None if network.lora is None else name
+    adapter = origin = None
+    if network.lora is not None:
+        adapter, origin = name, adapter_origin(network.lora, _base_of(config, network, "teacher" if base else name))
     score = ScoreNet(net, name, evaluations, dtype, pins_initial=pins(net), adapter=adapter)
-    return TrainedNetwork(name, net, optimizer, engine, ema, score)
+    return TrainedNetwork(name, net, optimizer, engine, ema, score, origin=origin)
+
+
+def _base_of(config: RunConfig, network: NetworkConfig, name: str) -> str:
+    """A name of the weights below an adapter that differs where they would; name: whose random ones they are."""
+    if network.init is None:
+        return config_hash(["random", config.seed, name, network.geometry()])
+    return base_digest(stored_weights(network))
 
 
 def build_engine(config: ParallelConfig, net: WanTransformer, optimizer: NetworkOptimizer) -> Engine:

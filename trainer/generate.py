@@ -84,12 +84,19 @@ class Generator:
         return self.config.causal.num_frame_per_block + self.config.causal.independent_first_frame
 
     @classmethod
-    def load(cls, path: Path, device: torch.device, *, weights: str = "ema") -> Generator:
-        """From a run folder or one checkpoint; its average unless `weights` is 'raw'. Raises UserError."""
+    def load(
+        cls, path: Path, device: torch.device, *, weights: str = "ema", image_encoder: str | None = None
+    ) -> Generator:
+        """From a run folder or one checkpoint; its average unless `weights` is 'raw'. image_encoder: in place of its
+        data.image_encoder. Raises UserError."""
         folder = None if str(path) in ("auto", "never") else checkpoint.resolve_resume(str(path), path)
         if folder is None:
             raise UserError(f"no run in {path}: give a run's folder, or a checkpoint's")
         config = from_plain(RunConfig, checkpoint.load_state(folder)["config"])
+        if image_encoder is not None:
+            if config.student.geometry().image_dim is None:
+                raise UserError("--image_encoder: this network sees no CLIP tokens: leave it out")
+            config.data.image_encoder = image_encoder
         network: NetworkConfig = replace(
             config.student,
             init=str(folder),

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -41,6 +42,7 @@ class InferenceArgs:
     batch: int
     footage: FootageArgs
     from_file: bool
+    image_encoder: str | None = None  # null takes the run's own
 
 
 def _parser() -> Parser:
@@ -68,6 +70,10 @@ def _parser() -> Parser:
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--image", type=Path, help="first frame of the video (image-to-video)")
     given.add_argument("--video", type=Path, help="a clip, with --strength or --extend")
+    parser.add_argument(
+        "--image_encoder", metavar="DIR",
+        help="a folder with CLIP, for a run that trained on stored tokens of images (its data.image_encoder is null)",
+    )  # fmt: skip
     use = parser.add_mutually_exclusive_group()
     use.add_argument("--strength", type=float, help="make --video anew: share of the steps, 1 keeps nothing of it")
     use.add_argument(
@@ -97,12 +103,11 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     source_of = _model(a) if a.model is not None else a.run or a.checkpoint
     if a.model is None and (odd := [name for name in ("size", "shift", "negative_prompt") if getattr(a, name)]):
         raise UserError(f"--{odd[0]} is for --model: a run has its own")
-    if a.model is not None and a.low_run is not None:
-        raise UserError("--low_run is for --run: a released model has both experts in its folder")
-    if a.model is not None and a.weights is not None:
-        raise UserError("--weights is for --run: a released model has one set of weights")
-    if a.shift is not None and a.shift <= 0:
-        raise UserError(f"--shift {a.shift}: give a positive number, 1 for none")
+    options: dict[str, Any] = {"weights": args.weights, "image_encoder": args.image_encoder}
+    generator = Generator.load(args.source, device, **options)
+    if args.low_run is None:
+        return generator
+    return generator.with_low(Generator.load(args.low_run, device, **options))
     footage = footage_args(a)
     sampling = Sampling(a.steps, a.frames, a.window, a.sinks, a.guidance, a.seed, a.guidance_2, a.solver, a.strength)
     return InferenceArgs(
@@ -118,6 +123,7 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
         a.batch,
         footage,
         a.prompts is not None,
+        a.image_encoder,
     )
 
 
@@ -132,10 +138,11 @@ def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
     """What the command names, loaded. Raises UserError."""
     if isinstance(args.source, Model):
         return load_model(args.source, args.sampling.frames, device)
-    generator = Generator.load(args.source, device, weights=args.weights)
+    options: dict[str, Any] = {"weights": args.weights, "image_encoder": args.image_encoder}
+    generator = Generator.load(args.source, device, **options)
     if args.low_run is None:
         return generator
-    return generator.with_low(Generator.load(args.low_run, device, weights=args.weights))
+    return generator.with_low(Generator.load(args.low_run, device, **options))
 
 
 def generate_videos(generator: Generator, args: InferenceArgs) -> int:
@@ -181,6 +188,7 @@ def _same_settings(args: InferenceArgs) -> None:
         "image": str(args.footage.image),
         "video": None if args.footage.video is None else str(args.footage.video),
         "extend": args.footage.extend,
+        "image_encoder": args.image_encoder,
         "scale": args.scale,
         "fps": args.fps,
         "prompts": hashlib.sha256("\n".join(args.prompts).encode()).hexdigest(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,13 +17,14 @@ from utils.optim import NetworkOptimizer
 
 @dataclass
 class Trained:
-    """name: under which it is logged and saved."""
+    """name: under which it is logged and saved. origin: of an adapter, see `adapter_origin`."""
 
     name: str
     net: nn.Module
     optimizer: NetworkOptimizer
     engine: Engine
     ema: EMA | None
+    origin: dict[str, Any] | None = field(default=None, kw_only=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The live tensors that are kept of it, whole or sharded."""

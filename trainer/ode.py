@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.ode_regression import ode_regression_loss, pick_stored, store_levels
+from model.ode_regression import lacking_levels, ode_regression_loss, pick_stored, store_levels
 from model.schedule import uniform_sigmas
 from model.types import Conditioning, LossOutput
 from model.wan.transformer import WanTransformer
@@ -24,7 +24,7 @@ from trainer.build import build_frozen, build_trained, sharing
 from trainer.given import gives
 from trainer.stored import StoredPairs
 from utils import activity, distributed
-from utils.config import config_hash
+from utils.config import ConfigError, config_hash
 from utils.data.stream import Stream
 from utils.logging import Progress
 from utils.random import Noise, keyed_seed
@@ -57,6 +57,19 @@ class ODETrainer(Trainer):
         given = gives(config.data, config.student.geometry(), shape[0], self.device, real=False)
         self.stored = StoredPairs(Path(config.ode.path), shape, config.seed, config.ode.sigmas, given)
         self.sigmas_S = self.stored.sigmas_S
+        self.task.check_captions(self.stored)
+        self._check_levels()
+
+    def _check_levels(self) -> None:
+        """Raises ConfigError unless the student's steps are all stored, as near as the teacher's grid comes to them."""
+        config, wanted = self.config.ode, self.config.schedule.sigmas()
+        there = self.sigmas_S.tolist()
+        if lacking := lacking_levels(there, wanted, uniform_sigmas(config.steps, config.shift)):
+            raise ConfigError(
+                f"ode.path: {config.path} stores the noise levels {', '.join(f'{s:.4g}' for s in there)}, and not "
+                f"{', '.join(f'{s:.4g}' for s in lacking)} of schedule.denoising_step_list: set that list (and "
+                "timestep_shift) to what is stored, or make trajectories with this config"
+            )
 
     def streams(self) -> Sequence[Stream]:
         return [*self.task.streams, *([] if self.stored is None else [self.stored.stream])]

@@ -11,7 +11,7 @@ import torch
 from configs.schema import RunConfig
 from trainer.build import build_task
 from trainer.text_cache import Encode, Shard, Source, check, write_shard
-from trainer.wan_task import WanText, encoder_hash
+from trainer.wan_task import WanText, encoder_hash, made_with
 from utils import distributed
 from utils.cli import Parser
 from utils.config import UserError, config_hash, load
@@ -37,7 +37,8 @@ def preprocess_text(argv: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only prove that each prompt is there exactly once")
     args = parser.parse_intermixed_args(argv)
     config = load(RunConfig, args.config_path, args.overrides)
-    source = Source.of(_prompts(config, args.prompts), text_identity(config))
+    said = made_with(config.data.text, config.student.geometry().text_len) if config.data.kind == "wan" else None
+    source = Source.of(_prompts(config, args.prompts), text_identity(config), said)
     if args.check:
         check(args.out, source)
         print(f"{args.out}: each of {len(source.prompts)} prompts is there exactly once")

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from trainer.networks import Trained
+from trainer.origin import refuse_other_origin
 from utils import checkpoint
 from utils.config import UserError
 from utils.optim_state import flatten_optimizer, restore_optimizer
@@ -31,6 +32,8 @@ def save_run(networks: dict[str, Trained]) -> tuple[Tensors, dict[str, Any]]:
             named = trained.optimizer.names_of(kind).items()
             tensors[f"{name}_{kind}"], kinds[kind] = flatten_optimizer(optimizer, named)
         state["networks"][name] = {"updates": trained.optimizer.updates, "optimizers": kinds}
+        if trained.origin is not None:
+            state["networks"][name]["adapter"] = trained.origin
     return tensors, state
 
 
@@ -39,7 +42,7 @@ def load_run(
 ) -> None:
     """Fills the networks in place, each rank what it holds, whatever ranks saved. layout: `checkpoint.layout(path)`.
 
-    Raises UserError when the checkpoint is of other networks, another geometry or another optimizer.
+    Raises UserError when the checkpoint is of other networks, another geometry or optimizer, or an adapter on others.
     """
     if set(state["networks"]) != set(networks):
         raise UserError(
@@ -51,6 +54,7 @@ def load_run(
         saved = state["networks"][name]
         reshard(trained.net)  # a gathered copy would go on being used
         tensors[name] = trained.state_dict()
+        refuse_other_origin(name, trained.origin, saved.get("adapter"), path)
         _refuse_other_geometry(name, tensors[name], layout.get(name, {}), path)
         if set(saved["optimizers"]) != set(trained.optimizer.optimizers):
             raise UserError(

@@ -55,6 +55,14 @@ class Stored:
     def _fits(self, found: Sequence[int], latent_shape: Sequence[int]) -> bool:
         return tuple(found) == tuple(latent_shape)
 
+    @cached_property
+    def captions(self) -> list[str]:
+        """Of every sample, by its number in the folder, without its tensors. Raises UserError."""
+        try:
+            return self.source.captions()
+        except ValueError as problem:
+            raise UserError(f"{self.key}: {problem}") from None
+
     def samples(self, positions: range) -> list[Sample]:
         """Raises UserError where too much cannot be read."""
         try:
@@ -78,14 +86,6 @@ class StoredLatents(Stored):
 
 class StoredImages(Stored):
     """First frames and their captions. Videos are images too: of those the first frame."""
-
-    @cached_property
-    def captions(self) -> list[str]:
-        """Of every image, by its number in the folder. Raises UserError."""
-        try:
-            return self.source.captions()
-        except ValueError as problem:
-            raise UserError(f"{self.key}: {problem}") from None
 
     def planned(self, positions: range) -> list[str]:
         """The captions at these positions, as far as all images can be read. Raises UserError."""

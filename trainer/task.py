@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from utils.data.toy_world import ToyWorld
 from utils.metrics import clipped_share
 from utils.random import Noise, keyed_seed
 from utils.toy_judge import ToyJudge
+
+if TYPE_CHECKING:
+    from trainer.stored import Stored
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -83,6 +86,9 @@ class Task(Protocol):
 
     def validation_given(self, numbers: range) -> Given:
         """What validation's videos of these numbers are given beside their prompts."""
+
+    def check_captions(self, stored: Stored) -> None:
+        """Raises ConfigError where a stored sample's caption has no embedding, as far as that is known beforehand."""
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
@@ -160,6 +166,13 @@ class ToyTask:
 
     def validation_prompts(self, count: int) -> list[str]:
         return spread(self.library, count)
+
+    def check_captions(self, stored: Stored) -> None:
+        try:
+            for caption in sorted(set(stored.captions)):  # the toy world has few
+                self.encoder.encode([caption])
+        except ValueError as problem:
+            raise ConfigError(f"{stored.key}: {problem}") from None
 
     def validation_given(self, numbers: range) -> Given:
         return self.real(numbers).given if self.gives_frame and self.may_use_data else Given()
@@ -263,6 +276,9 @@ class SyntheticTask:
 
     def validation_prompts(self, count: int) -> list[str]:
         return spread(self.library, count)
+
+    def check_captions(self, stored: Stored) -> None:
+        """Every text has an embedding."""
 
     def validation_given(self, numbers: range) -> Given:
         return self._given(numbers)

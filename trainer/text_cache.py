@@ -16,8 +16,8 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -62,14 +62,17 @@ class Source:
 
     prompts: Sequence[str]
     encoder: str
+    made_with: Mapping[str, str | int | None] = field(default_factory=dict)  # in words, where a hash cannot be had
 
     @classmethod
-    def of(cls, prompts: Iterable[str], encoder: str) -> Source:
+    def of(
+        cls, prompts: Iterable[str], encoder: str, made_with: Mapping[str, str | int | None] | None = None
+    ) -> Source:
         """Of prompts that may repeat."""
         first: dict[bytes, str] = {}
         for prompt in prompts:
             first.setdefault(digest(prompt), prompt)
-        return cls(list(first.values()), encoder)
+        return cls(list(first.values()), encoder, made_with or {})
 
     def identity(self) -> dict[str, str]:
         """What every shard of one folder must have in common."""
@@ -117,7 +120,12 @@ def check(out: Path, source: Source) -> dict[str, object]:
         if not torch.equal(held, wanted):
             raise UserError(f"{path} does not hold prompts {part.start} to {part.stop - 1}: delete it and run it again")
         files[shard.name] = {"first": part.start, "prompts": len(part), "tokens": int(_read(path, "lengths").sum())}
-    manifest = {**source.identity(), "count": len(source.prompts), "shards": files}
+    manifest = {
+        **source.identity(),
+        "made_with": dict(source.made_with),
+        "count": len(source.prompts),
+        "shards": files,
+    }
     partial = out / f".manifest.{uuid.uuid4().hex}"  # two tasks may finish last at once
     partial.write_text(json.dumps(manifest, indent=1))
     os.replace(partial, out / "manifest.json")
@@ -137,6 +145,7 @@ class TextCache:
             raise UserError(f"{folder} holds no finished text cache: run preprocess.py text, every shard of it")
         manifest = json.loads((folder / "manifest.json").read_text())
         self.encoder: str = manifest["encoder"]
+        self.made_with: dict[str, str | int | None] = manifest.get("made_with", {})  # older caches do not say
         self._places: dict[bytes, tuple[int, int, int]] = {}  # digest -> shard, first token, tokens
         self._files = []
         for number, name in enumerate(manifest["shards"]):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -19,22 +19,38 @@ from model.types import Conditioning, Given
 from model.wan.config import WanConfig
 from model.wan.folders import part_folder, read_config
 from model.wan.image_encoder import ImageEncoder, check_image_encoder, image_channels, load_image_encoder
-from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, load_text_encoder
-from model.wan.vae import STRIDE_T, VAEConfig, WanVAE, check_vae, load_vae
+from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, cleaning, load_text_encoder
+from model.wan.vae import STRIDE_T, VAEConfig, WanVAE, load_vae, vae_channels
 from trainer.given import gives
-from trainer.stored import StoredImages, StoredLatents
+from trainer.stored import Stored, StoredImages, StoredLatents
 from trainer.task import Clips, Glimpse, for_each, no_reward, spread
 from trainer.text_cache import TextCache
+from utils import distributed
 from utils.config import ConfigError, UserError, config_hash
 from utils.data.buckets import Size
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
 from utils.data.tensors import Statistics
+from utils.logging import console
+
+
+@cache
+def _warn_once(message: str) -> None:
+    if distributed.is_main():
+        console.warning("%s", message)
 
 
 def encoder_hash(config: TextConfig, text_len: int) -> str:
     """What a cache keeps of its encoder: other embeddings have another. Raises ValueError."""
     return config_hash([*config.identity(), text_len])
+
+
+def made_with(config: TextConfig, text_len: int) -> dict[str, str | int | None]:
+    """What a cache says of its encoder in words: the parts of `encoder_hash` that are known without its files."""
+    return {
+        "encoder": config.encoder, "dtype": config.dtype, "quantization": config.quantization, "text_len": text_len,
+        "cleaning": cleaning(),
+    }  # fmt: skip
 
 
 class WanText:
@@ -51,12 +67,28 @@ class WanText:
                 "text: cache and encoder are both null: give the folder of preprocess.py text, or of a UMT5 encoder"
             )
         self.cache = TextCache(Path(config.cache), self.text_len, self.text_dim) if config.cache else None
-        if self.cache and config.encoder and Path(config.encoder).is_dir():
-            if self.cache.encoder != encoder_hash(config, self.text_len):
-                raise ValueError(
-                    f"text: {config.cache} was made by another encoder, precision or cleaning than {config.encoder} in "
-                    f"{config.dtype}: make it anew, or set text.encoder to null"
-                )
+        if self.cache and config.encoder:
+            self._check_encoder(self.cache, config)
+
+    def _check_encoder(self, cache: TextCache, config: TextConfig) -> None:
+        """Raises ValueError where cache and encoder would give other embeddings. One on the Hub is not fetched for
+        that: what the cache says in words has to do, and a warning where it says too little."""
+        mine, refused = made_with(config, self.text_len), False
+        if Path(str(config.encoder)).is_dir():
+            refused = cache.encoder != encoder_hash(config, self.text_len)
+        elif cache.made_with:
+            refused = any(cache.made_with.get(key) != value for key, value in mine.items() if key != "encoder")
+        if refused:
+            raise ValueError(
+                f"text: {config.cache} was made by another encoder, precision or cleaning than {config.encoder} in "
+                f"{config.dtype}: make it anew, or set text.encoder to null"
+            )
+        if not Path(str(config.encoder)).is_dir() and cache.made_with.get("encoder") != config.encoder:
+            made_by = cache.made_with.get("encoder") or "an encoder that it does not name"
+            _warn_once(
+                f"data.text: {config.cache} was made by {made_by}: whether {config.encoder} gives the same embeddings "
+                "cannot be known before it is fetched"
+            )
 
     @cached_property
     def encoder(self) -> TextEncoder:
@@ -80,9 +112,14 @@ class WanText:
             return self.cache.encode(prompts).to(self.device)
         return self.encoder.encode(prompts)
 
+    @property
+    def from_cache_alone(self) -> bool:
+        """Whether there is no encoder for a prompt that the cache lacks."""
+        return self.cache is not None and not self.config.encoder
+
     def check(self, prompts: Iterable[str]) -> None:
         """Raises ValueError naming a prompt that training would not find."""
-        if self.cache and not self.config.encoder and (missing := self.cache.missing(prompts)):
+        if self.cache and self.from_cache_alone and (missing := self.cache.missing(prompts)):
             self.cache.encode(missing[:1])
 
 
@@ -114,7 +151,7 @@ class WanTask:
             self.text = WanText(config.text, geometry, device)
             self.text.check([*self.library, self.negative_prompt])
             if config.vae.path is not None:
-                check_vae(config.vae)  # now and not hours later
+                _check_channels(config.vae, vae_channels(config.vae), geometry.out_dim)  # now and not hours later
             if config.image_encoder is not None:
                 check_image_encoder(config.image_encoder)
         except (ValueError, OSError, UserError) as problem:
@@ -141,13 +178,13 @@ class WanTask:
         try:
             if self.images is not None:
                 self.images.read(range(1))
-                self.text.check(self.images.captions)
-            if self.videos is not None and geometry.model_type == "i2v":
-                self.videos.read(range(1))
+                self.check_captions(self.images)
+            if self.videos is not None:
+                if geometry.model_type == "i2v":
+                    self.videos.read(range(1))
+                self.check_captions(self.videos)
         except UserError as problem:
             raise ConfigError(str(problem)) from None
-        except ValueError as problem:
-            raise ConfigError(f"data.images: {problem}") from None
 
     @cached_property
     def vae(self) -> WanVAE:
@@ -160,7 +197,10 @@ class WanTask:
         path, width = self.image_encoder_path, self.geometry.image_dim
         try:
             if path is None:
-                raise ValueError("image_encoder is null: these networks see CLIP's tokens: give a pipeline's folder")
+                raise ValueError(
+                    "image_encoder is null: these networks see CLIP's tokens: give a pipeline's folder (inference.py: "
+                    "--image_encoder)"
+                )
             encoder = load_image_encoder(path, DTYPES[self.vae_config.dtype], self.device)
             if encoder.width != width:
                 raise ValueError(f"image_encoder: {path} has width {encoder.width}, the networks take {width}")
@@ -179,7 +219,7 @@ class WanTask:
         if self.images is None:
             return self.conditioning(self.prompts(positions))
         captions, given = self.images.read(positions)
-        return given.with_text(self.text.encode(captions))
+        return given.with_text(self._embed(captions))
 
     def real(self, positions: range) -> Clips:
         """Stored videos at these positions. Raises UserError."""
@@ -189,7 +229,25 @@ class WanTask:
         return replace(clips, latents=clips.latents.to(self.device))
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
-        return Conditioning(self.text.encode(prompts), initial)
+        """Raises UserError for a prompt that neither cache nor encoder gives an embedding."""
+        return Conditioning(self._embed(prompts), initial)
+
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        try:
+            return self.text.encode(prompts)
+        except (ValueError, OSError) as problem:
+            raise UserError(f"data: {problem}") from None
+
+    def check_captions(self, stored: Stored) -> None:
+        """Raises ConfigError for stored captions that no cache knows, where there is no encoder."""
+        if not self.text.from_cache_alone:
+            return
+        try:
+            self.text.check(stored.captions)
+        except UserError as problem:
+            raise ConfigError(str(problem)) from None
+        except ValueError as problem:
+            raise ConfigError(f"{stored.key}: {problem}") from None
 
     @torch.no_grad()
     def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
@@ -212,7 +270,7 @@ class WanTask:
 
     def negative(self, batch: int) -> Tensor:
         """The negative prompt's embedding [B, L, D]."""
-        return self.text.encode([self.negative_prompt]).expand(batch, -1, -1)
+        return self._embed([self.negative_prompt]).expand(batch, -1, -1)
 
     def validation_prompts(self, count: int) -> list[str]:
         """Without a library the captions of the images that `validation_given` shows. Raises UserError."""
@@ -287,8 +345,12 @@ def fitting_vae(config: VAEConfig, channels: int, device: torch.device) -> WanVA
     """The VAE of a config, for networks of so many latent channels. Raises UserError."""
     try:
         vae = load_vae(config, device)
-        if vae.channels != channels:
-            raise ValueError(f"vae: {config.path} has {vae.channels} channels, the networks {channels}: give theirs")
+        _check_channels(config, vae.channels, channels)
         return vae
     except (ValueError, OSError) as problem:
         raise UserError(f"data.{problem}") from None
+
+
+def _check_channels(config: VAEConfig, found: int, channels: int) -> None:
+    if found != channels:
+        raise ValueError(f"vae: {config.path} has {found} channels, the networks {channels}: give theirs")

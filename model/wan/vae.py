@@ -23,6 +23,7 @@ from model.wan.tiny_decoder import TinyDecoder, load_tiny_decoder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STRIDE_T = 4  # frames of every latent frame but the first
+Z_DIM = 16  # latent channels where a config.json does not say
 TILE, TILE_STRIDE = 256, 192  # pixels; Diffusers' own, so that tiles are where its tiles are
 
 
@@ -248,6 +249,11 @@ def check_vae(config: VAEConfig) -> Path:
     folder = part_folder(config.path, "vae")
     read_config(folder, "AutoencoderKLWan")
     return folder
+
+
+def vae_channels(config: VAEConfig) -> int:
+    """Latent channels of the VAE that a config names, by its config.json. Raises ValueError."""
+    return int(read_config(check_vae(config), "AutoencoderKLWan").get("z_dim", Z_DIM))
 
 
 def load_vae(config: VAEConfig, device: torch.device | str = "cpu") -> WanVAE:

@@ -26,7 +26,7 @@ from utils.data.buckets import Info, Pace, Size, choose, cover
 from utils.data.media import Media
 from utils.data.order import BucketOrder
 from utils.data.shard_files import atomic
-from utils.data.stream import CorruptSample, Faults, Sample
+from utils.data.stream import REMEDY_BEFORE, CorruptSample, Faults, Sample
 from utils.random import keyed_seed
 
 console = logging.getLogger("fewstep")
@@ -154,7 +154,7 @@ def plan_clips(
     header: reads one; null is `probe`, of videos. Raises TooManyCorrupt, or ValueError where no video suits a bucket.
     """
     media = [one for shard in shards for one in shard]
-    faults = Faults(len(media), max_corrupt)
+    faults = Faults(len(media), max_corrupt, REMEDY_BEFORE)
     plan = Plan({}, {}, {})
     for item, found in enumerate(_headers(media, cache, threads, header or probe)):
         if isinstance(found, CorruptSample):

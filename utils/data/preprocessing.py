@@ -27,7 +27,7 @@ from torch import Tensor
 from utils.data.clips import ImageClips, VideoClips
 from utils.data.parquet import read_metadata, write_parquet
 from utils.data.safetensors_shards import read_header, write_latents, write_trajectories
-from utils.data.stream import MAX_CORRUPT, CorruptSample, Faults, Sample
+from utils.data.stream import MAX_CORRUPT, REMEDY_BEFORE, CorruptSample, Faults, Sample
 from utils.data.tensors import Statistics
 from utils.logging import Progress
 
@@ -154,7 +154,11 @@ def encode_videos(
     files = Files(out, "latents", SUFFIXES[kind], len(items), rows, _digest([source, facts, stored, dict(settings)]))
     todo, report = files.missing(share), Report()
     report.there = len(range(share.index, files.count, share.count)) - len(todo)
-    faults = Faults(max(sum(len(files.items(n)) for n in range(share.index, files.count, share.count)), 1), max_corrupt)
+    faults = Faults(
+        max(sum(len(files.items(n)) for n in range(share.index, files.count, share.count)), 1),
+        max_corrupt,
+        REMEDY_BEFORE,
+    )
     progress = Progress(sum(len(files.items(n)) for n in todo), desc=f"{clips.media_type}s", is_main=show)
     seen = 0
     for number in todo:

@@ -21,6 +21,8 @@ from utils.random import keyed_seed
 console = logging.getLogger("fewstep")
 
 MAX_CORRUPT: Final = 0.01  # of a data set: what a few broken downloads cost; more is another defect
+REMEDY: Final = "make their files anew, or take them out of the folder"
+REMEDY_BEFORE: Final = "repair or remove them, or raise --max_corrupt"  # while the data is made
 
 
 class CorruptSample(ValueError):
@@ -65,15 +67,16 @@ class Source(Protocol):
 
 
 class Faults:
-    """Which items of a data set of `size` could not be read. Raises TooManyCorrupt beyond the share `limit`.
+    """Which items of a data set of `size` could not be read. Raises TooManyCorrupt beyond the share `limit`, with what
+    can be done about it, the remedy.
 
     Each rank counts what it met itself, and `join` adds what others did. An item is named once however often it is met.
     """
 
-    def __init__(self, size: int, limit: float = MAX_CORRUPT) -> None:
+    def __init__(self, size: int, limit: float = MAX_CORRUPT, remedy: str = REMEDY) -> None:
         if not 0 <= limit <= 1:
             raise ValueError(f"max_corrupt must be in [0, 1], got {limit}")
-        self.size, self.limit = size, limit
+        self.size, self.limit, self.remedy = size, limit, remedy
         self.reasons: dict[int, str] = {}
         self._lock = threading.Lock()
 
@@ -98,8 +101,8 @@ class Faults:
     def _check(self, last: str) -> None:
         if len(self.reasons) > self.limit * self.size:
             raise TooManyCorrupt(
-                f"data: {len(self.reasons)} of {self.size} samples are corrupt, more than max_corrupt {self.limit:g} "
-                f"allows; the last: {last}; repair or remove them, or raise max_corrupt"
+                f"data: {len(self.reasons)} of {self.size} samples are corrupt, more than a share of {self.limit:g}; "
+                f"the last: {last}; the log names them all: {self.remedy}"
             )
 
 

@@ -1,0 +1,55 @@
+"""What an adapter was trained as, and on which weights: kept in the checkpoint, which has none of those weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.wan.config import LoraConfig
+from model.wan.lora_files import MergedWeights
+from model.wan.weights import Weights
+from utils.config import UserError
+
+# small, of every geometry, and changed by any training of all weights; and one that most adapters change
+TELLING = ("blocks.0.norm3.weight", "head.head.bias", "blocks.0.self_attn.q.weight")
+VALUES = 1 << 16  # of each that are looked at
+
+
+def adapter_origin(lora: LoraConfig, base: str) -> dict[str, Any]:
+    """JSON for a checkpoint. base: of `base_digest`, or another name of the weights below the adapter."""
+    return {"rank": lora.rank, "alpha": lora.scale * lora.rank, "targets": sorted(set(lora.targets)), "base": base}
+
+
+def base_digest(weights: Weights) -> str:
+    """A hash of all names and shapes, and of a few tensors as fp32: not of gigabytes, but other weights have another.
+    Raises what reading them raises."""
+    digest = hashlib.sha256(repr(sorted(weights.shapes.items())).encode())
+    names = [name for name in dict.fromkeys([*TELLING, *_changed(weights)]) if name in weights.shapes]
+    for name, value in weights.read(names):
+        digest.update(name.encode() + value.flatten()[:VALUES].to(torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _changed(weights: Weights) -> list[str]:
+    """A weight that each of the LoRAs in it changes."""
+    if not isinstance(weights, MergedWeights):
+        return []
+    return [*(f"{min(lora.changes)}.weight" for lora, _ in weights.loras), *_changed(weights.base)]
+
+
+def refuse_other_origin(name: str, mine: dict[str, Any] | None, saved: dict[str, Any] | None, path: Path) -> None:
+    """Raises UserError where a network's adapter would go on as another, or over other weights. None: not an adapter,
+    or a checkpoint of before this was kept."""
+    if mine is None or saved is None:
+        return
+    if odd := [key for key in ("rank", "alpha", "targets") if mine[key] != saved[key]]:
+        values = ", ".join(f"{key} {saved[key]} there, {mine[key]} here" for key in odd)
+        raise UserError(f"{path}: {name}.lora is another ({values}): use its config, or --resume never")
+    if mine["base"] != saved["base"]:
+        raise UserError(
+            f"{path}: the adapter of {name} was trained on other weights than {name}.init names now: name those of "
+            "that run, as they were, or --resume never"
+        )
