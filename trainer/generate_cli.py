@@ -103,11 +103,17 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     source_of = _model(a) if a.model is not None else a.run or a.checkpoint
     if a.model is None and (odd := [name for name in ("size", "shift", "negative_prompt") if getattr(a, name)]):
         raise UserError(f"--{odd[0]} is for --model: a run has its own")
-    options: dict[str, Any] = {"weights": args.weights, "image_encoder": args.image_encoder}
-    generator = Generator.load(args.source, device, **options)
-    if args.low_run is None:
-        return generator
-    return generator.with_low(Generator.load(args.low_run, device, **options))
+    if a.model is not None:
+        refused = {
+            "low_run": "a released model has both experts in its folder",
+            "weights": "a model has one set of them",
+        }
+        refused |= {"image_encoder": "a model's folder has its own"}
+        for name, why in refused.items():
+            if getattr(a, name) is not None:
+                raise UserError(f"--{name} is for runs: {why}")
+    if a.shift is not None and a.shift <= 0:
+        raise UserError(f"--shift {a.shift}: give a positive number, 1 for none")
     footage = footage_args(a)
     sampling = Sampling(a.steps, a.frames, a.window, a.sinks, a.guidance, a.seed, a.guidance_2, a.solver, a.strength)
     return InferenceArgs(
