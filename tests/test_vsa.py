@@ -73,18 +73,18 @@ def test_triton_agrees_in_bf16(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_agrees_eagerly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward; without its compiler FlexAttention is slow, but computes the same mask."""
+    """Forward; without its compiler FlexAttention is slow and ignores the blocks, but computes the same mask."""
     from torch.nn.attention import flex_attention as module
 
-    monkeypatch.setattr("model.wan.vsa.flex._compiled_flex", lambda: module.flex_attention)
+    monkeypatch.setattr("model.wan.vsa.flex._compiled_flex", lambda _: module.flex_attention)
     flex_forward(name, torch.float32, 1e-5)
 
 
 @pytest.mark.slow
 def test_flex_agrees_compiled() -> None:
-    for name, dtype in itertools.product(("ragged", "wide_heads", "cached"), (torch.float32,)):
-        flex_forward(name, dtype, 1e-5)
+    flex_forward("cached", torch.float32, 1e-5)
 
 
 def flex_forward(name: str, dtype: torch.dtype, tolerance: float) -> None:

@@ -30,7 +30,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, queries: Tiling, keys: T
     mask = kept_block_mask(select_tiles(scores, kept), queries, keys)
     flat = (t.flatten(2, 3) for t in (q_tiles, k_tiles, v_tiles))
     options = {name: queries.slots for name in BLOCK_OPTIONS} if q.device.type == "cuda" else None
-    fine = _compiled_flex()(*flat, block_mask=mask, kernel_options=options)
+    fine = _compiled_flex(q.is_cuda)(*flat, block_mask=mask, kernel_options=options)
     fine = to_tokens(fine.unflatten(2, (queries.tiles, queries.slots)), queries)
     return (fine.float() + gate.float() * spread(coarse, queries)).type_as(q)
 
@@ -40,25 +40,30 @@ BLOCK_OPTIONS = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOC
 
 
 @cache
-def _compiled_flex() -> Any:
+def _compiled_flex(on_cuda: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    # What a CPU's compiler makes of dynamic shapes and this mask does not compile: there each shape is compiled anew.
+    return torch.compile(flex_attention, dynamic=None if on_cuda else False)
 
 
 def kept_block_mask(chosen_BNnK: Tensor, queries: Tiling, keys: Tiling) -> Any:
     """FlexAttention's BlockMask with one block a tile: whole key tiles computed unmasked, ragged ones masked."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    counts = tile_maps(keys, chosen_BNnK.device).counts
+    maps = tile_maps(keys, chosen_BNnK.device)
     batch, heads, tiles, _ = chosen_BNnK.shape
     dense = torch.zeros(batch, heads, tiles, keys.tiles, dtype=torch.bool, device=chosen_BNnK.device)
     dense.scatter_(3, chosen_BNnK.long(), True)
-    whole = counts == keys.slots
+    whole = maps.counts == keys.slots
+
+    query_tile, key_tile = (
+        torch.arange(t.tiles, device=dense.device).repeat_interleave(t.slots) for t in (queries, keys)
+    )
+    valid = maps.valid.flatten()
 
     def seen(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        tile = k_index // keys.slots
-        return dense[b, h, q_index // queries.slots, tile] & (k_index % keys.slots < counts[tile])
+        return dense[b, h, query_tile[q_index], key_tile[k_index]] & valid[k_index]
 
     return BlockMask.from_kv_blocks(
         *_ordered(dense & ~whole),

@@ -9,6 +9,8 @@ Imported without triton, the kernels stay plain functions that nothing calls.
 B batch  N heads  D head dim  n query tiles  m key tiles  T slots of a tile  K kept key tiles
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from typing import Any
@@ -27,7 +29,7 @@ except ImportError:
 @jit
 def tile_kernel(
     x, x_b, x_l, x_n, tokens, counts, tiles, means, heads, D: tl.constexpr, T: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Tokens -> one padded tile [T, D] and the mean of its valid tokens, fp32 [D]."""
     tile, row = tl.program_id(0), tl.program_id(1)
     batch, head = (row // heads).to(tl.int64), row % heads
@@ -44,7 +46,7 @@ def tile_kernel(
 @jit
 def untile_kernel(
     d_tiles, d_means, tokens, counts, dx, heads, length, D: tl.constexpr, T: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Backward of tile_kernel: each token's gradient is its slot's plus its share of the mean's."""
     tile, row = tl.program_id(0), tl.program_id(1)
     batch, head = (row // heads).to(tl.int64), row % heads
@@ -58,7 +60,7 @@ def untile_kernel(
 
 
 @jit
-def select_kernel(scores, chosen, rows, m, K, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def select_kernel(scores, chosen, rows, m, K, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The K highest of each row of m fp32 scores, as ascending indices; ties go to the lower index.
 
     A row's K-th highest is found bit by bit, over the scores' bits: they order as integers once negatives are flipped.
@@ -87,7 +89,7 @@ def select_kernel(scores, chosen, rows, m, K, ROWS: tl.constexpr, BLOCK: tl.cons
 def attend_kernel(
     q, k, v, chosen, counts, tokens, coarse, gate, g_b, g_l, g_n, fine, logsum, out, scale, heads, length, m, K,
     D: tl.constexpr, T: tl.constexpr, DOT: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """One query tile over its K kept key tiles: O_f, the logarithm (base 2) of its normaliser, O_f + gate * O_c."""
     tile, row = tl.program_id(0), tl.program_id(1)
     batch, head = (row // heads).to(tl.int64), row % heads
@@ -126,7 +128,7 @@ def attend_kernel(
 def gate_backward_kernel(
     d_out, o_b, o_l, o_n, fine, coarse, gate, g_b, g_l, g_n, tokens, d_fine, delta, d_gate, d_coarse, heads, length,
     D: tl.constexpr, T: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Backward of the sum: dO as a tile, delta = sum over D of O_f dO, d gate = dO O_c, d O_c = sum of gate dO."""
     tile, row = tl.program_id(0), tl.program_id(1)
     batch, head = (row // heads).to(tl.int64), row % heads
@@ -149,7 +151,7 @@ def gate_backward_kernel(
 @jit
 def d_query_kernel(
     q, k, v, chosen, counts, d_fine, logsum, delta, dq, scale, m, K, D: tl.constexpr, T: tl.constexpr, DOT: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """dQ of one query tile: P = 2^(S - logsum), dS = P (dO V^T - delta), dQ = scale dS K over its kept tiles."""
     tile, row = tl.program_id(0), tl.program_id(1)
     place = row.to(tl.int64) * tl.num_programs(0) + tile
@@ -179,7 +181,7 @@ def d_query_kernel(
 def d_key_value_kernel(
     q, k, v, readers, offsets, counts, d_fine, logsum, delta, dk, dv, scale, n, K,
     D: tl.constexpr, T: tl.constexpr, DOT: tl.constexpr
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """dK and dV of one key tile over the query tiles that kept it, transposed: dV = P^T dO, dK = scale dS^T Q."""
     tile, row = tl.program_id(0), tl.program_id(1)
     m = tl.num_programs(0)
