@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +26,8 @@ from model.wan.vsa.tiles import tile_maps, to_tiles, to_tokens
 from tests.nets import relative
 from tests.sparse import Inputs, dense_masked, inputs_of, with_gradients
 
+ROOT = Path(__file__).resolve().parent.parent
+HOPPER_SHARED = 227 * 1024  # bytes that one block may have
 CPU = torch.device("cpu")
 NAMES = ("out", "dq", "dk", "dv", "dgate")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -303,3 +310,17 @@ def test_triton_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -
     q, k, v, gate = (t.detach() for t in inputs_of(1, 1, 16, (1, 3, 4), (1, 3, 4)))
     with pytest.raises(ValueError, match="needs the triton package"):
         video_sparse_attention(q, k, v, gate, (1, 3, 4), 0.5, backend=SparseBackend.TRITON)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_kernels_build_for_hopper(tmp_path: Path) -> None:
+    """No GPU needed: Triton compiles them ahead of time. The interpreter would not notice what a GPU cannot hold."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.triton_build", "90", "bf16", "128"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    built = json.loads(done.stdout.splitlines()[-1])
+    assert len(built) == 7 and all(kernel["shared"] <= HOPPER_SHARED for kernel in built.values())
+    products = {name for name, kernel in built.items() if kernel["tensor_cores"]}
+    assert products == {"attend_kernel", "d_query_kernel", "d_key_value_kernel"}

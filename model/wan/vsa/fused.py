@@ -19,6 +19,7 @@ from model.wan.vsa.tiles import Tiling, tile_maps
 
 WIDTHS = (16, 32, 64, 128)  # of a head
 SLOTS = (16, 32, 64, 128)  # of a tile
+FORWARD_STAGES, BACKWARD_STAGES = 3, 2  # tiles loaded ahead, in 16 bits
 SELECT = 4096  # scores that one program selects from
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -115,7 +116,7 @@ class _FineAndGate(torch.autograd.Function):
         kernels.attend_kernel[(tiles, batch * heads)](
             q, k, v, chosen, tile_maps(keys, q.device).counts, tile_maps(queries, q.device).token_of_slot,
             coarse, gate, *gate.stride()[:3], fine, logsum, out, width**-0.5, heads, queries.tokens,
-            keys.tiles, chosen.shape[-1], D=width, T=slots, **_launch(q, 3),
+            keys.tiles, chosen.shape[-1], D=width, T=slots, **_launch(q, FORWARD_STAGES),
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, coarse, gate, chosen, fine, logsum)
         ctx.queries, ctx.keys = queries, keys
@@ -155,23 +156,26 @@ def _fine_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     kernels.d_query_kernel[(tiles, batch * heads)](
         q, k, v, chosen, counts, d_fine, logsum, delta, dq, width**-0.5, keys.tiles, kept,
-        D=width, T=slots, **_launch(q, 2),
+        D=width, T=slots, **_launch(q, BACKWARD_STAGES),
     )  # fmt: skip
     readers, offsets = invert(chosen, keys.tiles)
     kernels.d_key_value_kernel[(keys.tiles, batch * heads)](
         q, k, v, readers, offsets, counts, d_fine, logsum, delta, dk, dv, width**-0.5, tiles, kept,
-        D=width, T=slots, **_launch(q, 2),
+        D=width, T=slots, **_launch(q, BACKWARD_STAGES),
     )  # fmt: skip
     return dq, dk, dv
 
 
 def _launch(x: Tensor, stages: int) -> dict[str, Any]:
-    """Warps and pipeline stages; fp32 tiles are twice as large, so that two of them at once fill shared memory."""
     import triton.language as tl
 
     own = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
-    exact = x.dtype is torch.float32
-    return {"DOT": own if x.is_cuda else tl.float32, "num_warps": 4, "num_stages": 1 if exact else stages}
+    return {"DOT": own if x.is_cuda else tl.float32} | launch_options(x.dtype, stages)
+
+
+def launch_options(dtype: torch.dtype, stages: int) -> dict[str, int]:
+    """Warps and pipeline stages. Tiles in fp32 are twice as large: shared memory has no room to load one ahead."""
+    return {"num_warps": 8, "num_stages": 1} if dtype is torch.float32 else {"num_warps": 4, "num_stages": stages}
 
 
 def _dense_rows(x: Tensor) -> Tensor:

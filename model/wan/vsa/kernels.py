@@ -3,7 +3,8 @@ atomics: results are the same bits at every run. Launched by model/wan/vsa/fused
 
 Scores are scaled in fp32 after the product: a key scaled in bf16 would be rounded twice, its gradient too.
 DOT is the dtype of the products' operands: their own, but fp32 in Triton's interpreter, which has no product in bf16;
-what is rounded to bf16 before a product is rounded there too.
+what is rounded to bf16 before a product is rounded there too. tf32x3 concerns fp32 operands: three products of the
+tensor cores that add up to fp32's accuracy.
 Imported without triton, the kernels stay plain functions that nothing calls.
 
 B batch  N heads  D head dim  n query tiles  m key tiles  T slots of a tile  K kept key tiles
@@ -105,14 +106,14 @@ def attend_kernel(
         other = tl.load(chosen + place * K + i)
         start = (row.to(tl.int64) * m + other) * T * D
         key = tl.load(k + start + block)
-        score = tl.dot(query.to(DOT), tl.trans(key).to(DOT), input_precision="ieee") * scale_2
+        score = tl.dot(query.to(DOT), tl.trans(key).to(DOT), input_precision="tf32x3") * scale_2
         score = tl.where(slots[None, :] < tl.load(counts + other), score, float("-inf"))
         new = tl.maximum(highest, tl.max(score, 1))  # a tile has a valid token: never -inf
         weight = tl.exp2(score - new[:, None])
         shrink = tl.exp2(highest - new)
         total = total * shrink + tl.sum(weight, 1)
         value = tl.load(v + start + block)
-        acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype).to(DOT), value.to(DOT), input_precision="ieee")
+        acc = acc * shrink[:, None] + tl.dot(weight.to(value.dtype).to(DOT), value.to(DOT), input_precision="tf32x3")
         highest = new
     acc = acc / total[:, None]
     tl.store(fine + place * T * D + block, acc)
@@ -168,12 +169,12 @@ def d_query_kernel(
         start = (row.to(tl.int64) * m + other) * T * D
         key = tl.load(k + start + block)
         value = tl.load(v + start + block)
-        score = tl.dot(query.to(DOT), tl.trans(key).to(DOT), input_precision="ieee") * scale_2
+        score = tl.dot(query.to(DOT), tl.trans(key).to(DOT), input_precision="tf32x3") * scale_2
         score = tl.where(slots[None, :] < tl.load(counts + other), score, float("-inf"))
         weight = tl.exp2(score - normaliser)
-        d_weight = tl.dot(upstream.to(DOT), tl.trans(value).to(DOT), input_precision="ieee")
+        d_weight = tl.dot(upstream.to(DOT), tl.trans(value).to(DOT), input_precision="tf32x3")
         d_score = weight * (d_weight - own)
-        acc += tl.dot(d_score.to(key.dtype).to(DOT), key.to(DOT), input_precision="ieee")
+        acc += tl.dot(d_score.to(key.dtype).to(DOT), key.to(DOT), input_precision="tf32x3")
     tl.store(dq + place * T * D + block, acc * scale)
 
 
@@ -201,11 +202,11 @@ def d_key_value_kernel(
         upstream = tl.load(d_fine + other * T * D + block)
         normaliser = tl.load(logsum + other * T + slots)[None, :]
         own = tl.load(delta + other * T + slots)[None, :]
-        score = tl.dot(key.to(DOT), tl.trans(query).to(DOT), input_precision="ieee") * scale_2
+        score = tl.dot(key.to(DOT), tl.trans(query).to(DOT), input_precision="tf32x3") * scale_2
         weight = tl.exp2(tl.where(valid, score, float("-inf")) - normaliser)
-        d_value += tl.dot(weight.to(upstream.dtype).to(DOT), upstream.to(DOT), input_precision="ieee")
-        d_weight = tl.dot(value.to(DOT), tl.trans(upstream).to(DOT), input_precision="ieee")
+        d_value += tl.dot(weight.to(upstream.dtype).to(DOT), upstream.to(DOT), input_precision="tf32x3")
+        d_weight = tl.dot(value.to(DOT), tl.trans(upstream).to(DOT), input_precision="tf32x3")
         d_score = weight * (d_weight - own)
-        d_key += tl.dot(d_score.to(query.dtype).to(DOT), query.to(DOT), input_precision="ieee")
+        d_key += tl.dot(d_score.to(query.dtype).to(DOT), query.to(DOT), input_precision="tf32x3")
     tl.store(dk + place * T * D + block, d_key * scale)
     tl.store(dv + place * T * D + block, d_value)
