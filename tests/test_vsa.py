@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from model.wan.vsa import CUBES, Shape, SparseBackend, Tiling, choose_cube, kept_tiles, video_sparse_attention
 from model.wan.vsa.flex import kept_block_mask
@@ -153,6 +154,20 @@ def test_two_runs_are_the_same_bits(backend: SparseBackend) -> None:
 def strided(x: Tensor) -> Tensor:
     """The same numbers, laid out with heads before tokens, as attention backends leave them."""
     return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.value)
+def test_in_a_compiled_and_in_a_checkpointed_block(backend: SparseBackend) -> None:
+    grid = (1, 3, 5)
+    inputs = inputs_of(1, 1, 16, grid, grid)
+
+    def block(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        return 3 * video_sparse_attention(q * 2, k, v, gate, grid, 0.5, backend=backend, cube=(1, 4, 4))
+
+    plain = with_gradients(block(*inputs), inputs)
+    compiled = with_gradients(torch.compile(block, backend="aot_eager")(*inputs), inputs)
+    again = with_gradients(checkpoint(block, *inputs, use_reentrant=False), inputs)
+    assert all(map(torch.equal, compiled, plain)) and all(map(torch.equal, again, plain))
 
 
 @needs_triton

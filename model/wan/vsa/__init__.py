@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 from model.wan.vsa.tiles import CUBES, Shape, Tiling, choose_cube, kept_tiles
@@ -40,6 +41,7 @@ def available(backend: SparseBackend) -> str | None:
     return None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled block would make the index maps anew at each call
 def video_sparse_attention(
     q: Tensor,
     k: Tensor,

@@ -24,7 +24,6 @@ SELECT = 4096  # scores that one program selects from
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # kernels of our own: nothing in them is left to fuse
 def fused(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, queries: Tiling, keys: Tiling, kept: int) -> Tensor:
     """O_f + gate * O_c for q, gate [B, L, N, D] and k, v [B, M, N, D]; see video_sparse_attention.
 
