@@ -157,6 +157,16 @@ def strided(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.value)
+def test_autocast_changes_nothing(backend: SparseBackend) -> None:
+    """Tiles are compared in fp32: in bf16 many would tie."""
+    case = (1, 1, 16, (1, 5, 9), (1, 5, 9), (1, 4, 4), 0.5)
+    inputs = inputs_of(*case[:5])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = video_sparse_attention(*inputs, case[3], 0.5, backend=backend, cube=case[5])
+    assert all(map(torch.equal, with_gradients(out, inputs), run(inputs, case, backend)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.value)
 def test_in_a_compiled_and_in_a_checkpointed_block(backend: SparseBackend) -> None:
     grid = (1, 3, 5)
     inputs = inputs_of(1, 1, 16, grid, grid)

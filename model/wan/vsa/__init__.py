@@ -66,7 +66,7 @@ def video_sparse_attention(
     all-to-all, on whole sequences of local heads.
 
     Returns [B, L, N, D] in q's dtype. Raises ValueError for shapes that do not fit, a sparsity outside [0, 1], or a
-    backend that cannot run.
+    backend that cannot run. Autocast changes nothing in here.
     """
     key_grid = grid if key_grid is None else key_grid
     cube = cube or choose_cube(grid, key_grid)
@@ -86,7 +86,8 @@ def video_sparse_attention(
             if problem is not None:
                 raise ValueError(problem)
             from model.wan.vsa.fused import fused as run
-    return run(q, k, v, gate, queries, keys, kept)
+    with torch.autocast(q.device.type, enabled=False):  # scores of tiles are fp32: rounded to bf16 they would tie
+        return run(q, k, v, gate, queries, keys, kept)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, queries: Tiling, keys: Tiling) -> None:
