@@ -231,6 +231,17 @@ def test_triton_keeps_the_same_tiles(name: str) -> None:
 
 
 @needs_triton
+def test_scores_that_are_no_numbers_still_keep_tiles_that_exist() -> None:
+    """An index out of range would be read from anywhere; the numbers themselves are caught where losses are."""
+    from model.wan.vsa.fused import select_tiles as fused_select
+
+    nan = torch.full((4,), float("nan"))
+    scores = torch.stack([nan, -nan, torch.tensor([1.0, float("nan"), 2.0, 0.0])])[None, None]
+    chosen = fused_select(scores, 3)
+    assert int(chosen.min()) >= 0 and int(chosen.max()) < 4 and bool((chosen.diff() > 0).all())
+
+
+@needs_triton
 def test_inverted_map() -> None:
     from model.wan.vsa.fused import invert
 
