@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.types import Conditioning
 from model.wan.attention import Backend
-from model.wan.config import Checkpointing, WanConfig
+from model.wan.config import Checkpointing, SparseConfig, WanConfig
 from model.wan.transformer import WanTransformer
 
 MICRO = WanConfig(
@@ -25,10 +25,11 @@ def random_net(
     *,
     backend: Backend = Backend.PLAIN,
     checkpointing: Checkpointing = Checkpointing.none,
+    sparse: SparseConfig | None = None,
 ) -> WanTransformer:
     """A network with every parameter random and none zero, so that time, text and positions all matter."""
     generator = torch.Generator().manual_seed(seed)
-    net = WanTransformer(config, backend, checkpointing)
+    net = WanTransformer(config, backend, checkpointing, sparse)
     with torch.no_grad():
         for name, p in net.named_parameters():
             base = 1.0 if name.endswith(NORMS) else 0.0

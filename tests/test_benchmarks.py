@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import common, train_step
+from benchmarks import attention, common, train_step
 from model.wan.attention import Backend
 from model.wan.config import Checkpointing
 
@@ -79,6 +80,46 @@ def test_report_puts_the_public_figures_below_ours() -> None:
     assert "9.50" in lines[2] and "1.000 x min" in lines[2]
     assert lines[3].split()[:2] == ["public", "Self-Forcing"] and "9.80" in lines[3] and "1.77" in lines[3]
     assert len(train_step.report([ours], public=False).splitlines()) == 3
+
+
+def test_attention_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """42 tokens in 4 tiles of 16: at 0.9 one is kept, at 0.5 two."""
+    out = tmp_path / "new" / "attention.json"
+    flags = ["--size", "smoke", "--cube", "1", "4", "4", "--sparsity", "0.5", "0.9", "--out", str(out)]
+    assert attention.main([*flags, "--repeats", "1", "--only", "sdpa", "reference"]) == 0
+    assert "42 tokens, cube (1, 4, 4), 52.4% padding" in capsys.readouterr().out
+    written = json.loads(out.read_text())
+    names = ["sdpa", "vsa 0.5 reference", "vsa 0.9 reference"]
+    assert [r["name"] for r in written["results"]] == names and [r["share"] for r in written["results"]] == [
+        1,
+        0.5,
+        0.25,
+    ]
+    for r in written["results"]:
+        assert r["forward_speedup"] == pytest.approx(written["results"][0]["forward"] / r["forward"])
+        flops = 4 * 42 * 42 * 16 * r["share"]
+        assert r["forward_tflops"] == pytest.approx(flops / r["forward"] / 1e12)
+        assert r["forward_backward_tflops"] == pytest.approx(3.5 * flops / r["forward_backward"] / 1e12)
+        assert r["forward_of_roofline"] == pytest.approx(r["forward_tflops"] / written["matmul_tflops"])
+
+
+def test_attention_that_cannot_run_says_why() -> None:
+    size = attention.SIZES["smoke"]
+    content = attention.benchmark(size, [], (1, 4, 4), 1, ["sdpa"])
+    content["results"].append({"name": "flash", "sparsity": None, "share": 1.0, "forward_refused": "needs flash_attn"})
+    assert "flash, forward: needs flash_attn" in attention.report(content)
+
+
+def test_attention_sizes_are_the_true_ones() -> None:
+    tokens = {name: math.prod(size.grid) for name, size in attention.SIZES.items()}
+    assert (tokens["480p"], tokens["720p"]) == (32760, 75600)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU")
+def test_attention_at_true_size_without_a_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert attention.main(["--size", "720p"]) == 2
+    error = capsys.readouterr().err
+    assert "--size 720p needs a CUDA GPU" in error and error.count("\n") == 1
 
 
 def test_a_worker_that_fails_is_told_in_one_line() -> None:

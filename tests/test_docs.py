@@ -42,6 +42,7 @@ PROGRAMS = {
     "trainer.evaluate": "trainer/evaluate.py",
     "trainer.export": "trainer/export.py",
     "benchmarks.train_step": "benchmarks/train_step.py",
+    "benchmarks.attention": "benchmarks/attention.py",
     "scripts.report": "scripts/report.py",
 }
 OPTIONS_OF_OTHERS = {"torchrun": {"--standalone", "--nproc_per_node"}, "ruff": {"--check"}}

@@ -15,7 +15,7 @@ ENTRY_FOLDERS = {"benchmarks", "scripts"}
 PACKAGES = {"utils", "model", "pipeline", "configs", "trainer", "tests", *ENTRY_FOLDERS}
 OPTIONAL = [
     *("diffusers", "transformers", "peft", "accelerate", "wandb", "deepspeed", "matplotlib"),
-    *("av", "pyarrow", "lmdb", "sklearn", "tensorboard", "flash_attn", "flash_attn_interface"),
+    *("av", "pyarrow", "lmdb", "sklearn", "tensorboard", "flash_attn", "flash_attn_interface", "triton"),
 ]
 
 

@@ -138,6 +138,7 @@ class Trainer(ABC):
         with handled(self._on_signal):
             while self.step < total and not self._stopping():
                 started = time.perf_counter()
+                self._ramp_sparsity()
                 metrics = self.training_step()
                 self.step += 1
                 activity.begin(self.step)
@@ -165,6 +166,15 @@ class Trainer(ABC):
         distributed.barrier()
         # a signal that came after the last step stopped nothing, and maybe only some ranks had it
         return 0 if self.stop_signal is None or self.step >= total else 128 + self.stop_signal
+
+    def _ramp_sparsity(self) -> None:
+        """Sparse networks get this iteration's sparsity. Constant within a step: backward computes passes again."""
+        networks = {name: getattr(self.config, name) for name in ("student", "critic")}
+        for name, config in networks.items():
+            if config is not None and config.sparse is not None and name in self.networks:
+                sparse = self.networks[name].net.sparse
+                assert sparse is not None
+                sparse.level = config.sparse.at(self.step)
 
     headline: tuple[str, ...] = (
         "student/loss",

@@ -19,7 +19,8 @@ from model.score import ScoreNet
 from model.types import Evaluations
 from model.wan.attention import Backend, available
 from model.wan.config import LoraConfig, NetworkConfig, WanConfig
-from model.wan.init import no_weights, random_weights
+from model.wan.formats import GATE
+from model.wan.init import no_weights, random_weights, zero_gates
 from model.wan.lora import adapter_names, adapter_weights, add_adapter, base_names
 from model.wan.lora_files import MergedWeights, StoredLora
 from model.wan.transformer import WanTransformer
@@ -74,7 +75,7 @@ def build_network(
     if problem := available(backend):
         raise ConfigError(f"{name}.attention: {problem}")
     with torch.device("meta"):
-        net = WanTransformer(config.geometry(), backend, config.checkpointing).to(dtype)
+        net = WanTransformer(config.geometry(), backend, config.checkpointing, config.sparse).to(dtype)
     net.requires_grad_(trained)
     source = None if config.init is None or empty else open_init(net, config, name)
     for adapter, lora in (adapters or {}).items():
@@ -89,11 +90,13 @@ def build_network(
         return net
     reads, shared, there = place is None or distributed.is_main(), place is not None, base_names(net)
     if source is not None:
-        weights = source.read(there) if reads else no_weights(net, there.values())
+        stored = [key for key in there if key in source.shapes]
+        weights = source.read(stored) if reads else no_weights(net, [there[key] for key in stored])
         fill(net, ((there.get(key, key), value) for key, value in weights), shared=shared)
+        fill(net, zero_gates(net, [there[key] for key in there if key not in source.shapes]), shared=shared)
     else:
         with _drawn(seed, "weights", name, reads):
-            weights = random_weights(config.geometry())
+            weights = random_weights(config.geometry(), config.sparse)
             fill(net, ((there[key], value) for key, value in weights), shared=shared)
     for adapter in adapters or {}:
         with _drawn(seed, "adapter", adapter, reads):
@@ -116,7 +119,10 @@ def open_init(net: WanTransformer, config: NetworkConfig, name: str) -> Weights:
     """
     try:
         weights = stored_weights(config)
-        fit(weights, {key: tuple(p.shape) for key, p in net.named_parameters()}, net.config)
+        own = {key: tuple(p.shape) for key, p in net.named_parameters()}
+        if not any(GATE.match(key) for key in weights.shapes):  # of a dense model: its gates begin at zero
+            own = {key: shape for key, shape in own.items() if not GATE.match(key)}
+        fit(weights, own, net.config)
         return weights
     except (ValueError, OSError) as problem:
         raise ConfigError(f"{name}.init: {problem}") from None

@@ -7,6 +7,8 @@ N heads  D head dim  d model width.  Parameter names are Wan's own.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as functional
@@ -18,6 +20,7 @@ from model.wan.lora import use_adapter
 from model.wan.masks import FrameMask
 from model.wan.replay import Join, known_output
 from model.wan.rope import apply_rope
+from model.wan.sparse import Size, Sparsity
 from utils.parallel.sequence import FrameShards
 
 KV = tuple[Tensor, Tensor]
@@ -80,9 +83,21 @@ class Attention(nn.Module):
     def query(self, x_BLd: Tensor) -> Tensor:
         return self.norm_q(self.q(x_BLd)).unflatten(-1, (self.heads, -1))
 
+    def gate(self, x_BLd: Tensor) -> Tensor:
+        """Of the coarse branch of sparse attention [B, L, N, D]; neither normalised nor rotated."""
+        return self.to_gate_compress(x_BLd).unflatten(-1, (self.heads, -1))
+
     def key_value(self, x_BLd: Tensor) -> KV:
         k, v = self.norm_k(self.k(x_BLd)), self.v(x_BLd)
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
+
+
+def zero_linear(dim: int) -> nn.Linear:
+    """A layer of `dim` to `dim` that gives 0."""
+    layer = nn.Linear(dim, dim)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class CrossAttention(Attention):
@@ -132,27 +147,37 @@ class ImageEmbedding(nn.Module):
         return fp32_layer_norm(last_norm, second(gelu(first(fp32_layer_norm(first_norm, image)))))
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # queries, keys, values, gate
+
+
 def attend_joined(
-    q: Tensor, k: Tensor, v: Tensor, join: Join | Parts | None, mask: FrameMask | None, backend: Backend
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, join: Join | Parts | None, run: Attend
 ) -> Tensor:
     """Attention of tokens [B, L, N, D] to themselves and what precedes them; parts see only themselves and theirs."""
     if isinstance(join, list):
         sizes = [size for size, _ in join]
-        parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), join, strict=True)
-        return torch.cat([attend_joined(a, b, c, one, mask, backend) for a, b, c, (_, one) in parts], 1)
+        gates = [None] * len(sizes) if gate is None else gate.split(sizes, 1)
+        parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), gates, join, strict=True)
+        return torch.cat([attend_joined(a, b, c, g, one, run) for a, b, c, g, (_, one) in parts], 1)
     keys, values = (k, v) if join is None else join(k, v)
-    return attend(q, keys, values, mask=mask, backend=backend)
+    return run(q, keys, values, gate)
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to text and image, MLP; the first and the last modulated by time (AdaLN)."""
+    """Self-attention, cross-attention to text and image, MLP; the first and the last modulated by time (AdaLN).
 
-    def __init__(self, config: WanConfig, layer: int) -> None:
+    sparse: the network's sparse attention, shared by its blocks; each then has a gate for its coarse branch, zero at
+    first."""
+
+    def __init__(self, config: WanConfig, layer: int, sparse: Sparsity | None = None) -> None:
         super().__init__()
         self.layer, self.eps = layer, config.eps
         self.adapted: list[nn.Module] = []  # its layers with adapters: see model/wan/lora.py
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.sparse = sparse
         self.self_attn = Attention(config)
+        if sparse is not None:
+            self.self_attn.to_gate_compress = zero_linear(config.dim)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps) if config.cross_attn_norm else nn.Identity()
         self.cross_attn = CrossAttention(config)
         self.ffn = nn.Sequential(
@@ -172,6 +197,7 @@ class Block(nn.Module):
         shards: FrameShards | None = None,
         known: Tensor | None = None,
         adapter: str | None = None,
+        size: Size = (0, 0),
     ) -> tuple[Tensor, KV | None, ContextKV | None]:
         """x [B, L, d] -> x, this pass's rotated (k, v) and the context's, each [B, tokens, N, D].
 
@@ -180,19 +206,26 @@ class Block(nn.Module):
         for each part of the tokens, which then see nothing of each other.
         shards: x and rope are this rank's tokens; the rotated (k, v) are all tokens of this rank's heads.
         known: x after this block, from passes already made (model/wan/replay.py): only backward computes.
+        size: tokens of a frame along height and width, for sparse attention.
         adapter: the one that this pass adds; a pass that is computed again has it again, whatever ran in between.
         """
         if known is not None:
-            return self._replay(known, x, time_BF6d, context_BMd, rope, join, backend, shards, adapter), None, None
+            return (
+                self._replay(known, x, time_BF6d, context_BMd, rope, join, backend, shards, adapter, size),
+                None,
+                None,
+            )
         if self.adapted:
             use_adapter(self.adapted, adapter)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (time_BF6d + self.modulation.float()).unbind(2)
         h = modulate(x, shift, scale, self.eps).type_as(x)
         k, v = self.self_attn.key_value(h)
         k, q = apply_rope(k, rope), apply_rope(self.self_attn.query(h), rope)
+        coarse = None if self.sparse is None else self.self_attn.gate(h)
         if shards is not None:
-            q, k, v = shards.to_heads(q, k, v)
-        out = attend_joined(q, k, v, join, mask, backend)
+            q, k, v, *gates = shards.to_heads(q, k, v, *([] if coarse is None else [coarse]))
+            coarse = gates[0] if gates else None
+        out = attend_joined(q, k, v, coarse, join, partial(self._attend, size=size, mask=mask, backend=backend))
         if shards is not None:
             out = shards.to_tokens(out)
         x = gated_add(x, self.self_attn.o(out.flatten(2)), gate)
@@ -206,6 +239,13 @@ class Block(nn.Module):
         h = modulate(x, mlp_shift, mlp_scale, self.eps).type_as(x)
         return gated_add(x, self.ffn(h), mlp_gate), (k, v), context_kv
 
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, size: Size, mask: FrameMask | None, backend: Backend
+    ) -> Tensor:
+        if self.sparse is None or gate is None:
+            return attend(q, k, v, mask=mask, backend=backend)
+        return self.sparse.attend(q, k, v, gate, size, mask)
+
     def _replay(
         self,
         known: Tensor,
@@ -217,12 +257,15 @@ class Block(nn.Module):
         backend: Backend,
         shards: FrameShards | None,
         adapter: str | None,
+        size: Size,
     ) -> Tensor:
         assert context_BMd is not None
 
         def run(x: Tensor, time_BF6d: Tensor, context_BMd: Tensor) -> Tensor:
             # not through __call__: hooks of the replay's own call surround its backward
-            return self.forward(x, time_BF6d, context_BMd, None, rope, None, join, backend, shards, adapter=adapter)[0]
+            return self.forward(
+                x, time_BF6d, context_BMd, None, rope, None, join, backend, shards, adapter=adapter, size=size
+            )[0]
 
         weights = [p for p in self.parameters() if p.requires_grad]
         return known_output(run, known, (x, time_BF6d, context_BMd), weights)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from model.wan.vsa.tiles import CUBES
+
 TIME_SCALE = 1000.0  # Wan embeds its noise level as a timestep in 0..1000
 MODEL_TYPES = ("t2v", "i2v", "ti2v")
 
@@ -175,6 +177,39 @@ class LoraConfig:
 
 
 @dataclass
+class SparseConfig:
+    """Video sparse attention (arXiv 2505.13389) in place of the network's self-attention.
+
+    sparsity: share of key tiles that a tile of queries leaves out. cube: a tile's tokens along frames, height and
+    width, 64 in all; null for what pads a grid least, which changes as a cache grows. backend: 'reference', 'triton' or
+    'flex', null for Triton on CUDA and the reference elsewhere. ramp_step, ramp_every: sparsity grows from 0 by this
+    each so many iterations (FastVideo: 0.03 and 30), null for none.
+    """
+
+    sparsity: float = 0.8
+    cube: list[int] | None = field(default_factory=lambda: [4, 4, 4])
+    backend: str | None = None
+    ramp_step: float | None = None
+    ramp_every: int = 30
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.cube is not None and (len(self.cube) != 3 or tuple(self.cube) not in CUBES):
+            raise ValueError(f"cube {self.cube} is not supported: choose among {', '.join(map(str, CUBES))}, or null")
+        if self.backend not in (None, "reference", "triton", "flex"):
+            raise ValueError(f"backend '{self.backend}' is unknown: choose reference, triton or flex, or null")
+        if (self.ramp_step is not None and self.ramp_step <= 0) or self.ramp_every < 1:
+            raise ValueError(f"ramp_step must be positive, ramp_every >= 1, got {self.ramp_step}, {self.ramp_every}")
+
+    def at(self, step: int) -> float:
+        """The sparsity of iteration `step`, counted from 0."""
+        if self.ramp_step is None:
+            return self.sparsity
+        return min(self.sparsity, self.ramp_step * (step // self.ramp_every))
+
+
+@dataclass
 class NetworkConfig:
     """One network of a run.
 
@@ -182,8 +217,8 @@ class NetworkConfig:
     checkpoint folder of ours, a file or folder in Wan's, Diffusers' or Self-Forcing's format, a Hub repository
     (`owner/name`), null for random. init_weights: which weights of what has several, 'ema' (raw where it has none),
     'raw' or 'critic'. expert: 'high' or 'low' of a model with two. loras: added to the weights as they are loaded.
-    lora: an adapter to train, the weights being frozen; null trains the weights. attention: backend. checkpointing: see
-    Checkpointing.
+    lora: an adapter to train, the weights being frozen; null trains the weights. sparse: sparse self-attention, null
+    for dense. attention: backend of dense attention. checkpointing: see Checkpointing.
     """
 
     preset: str = "toy"
@@ -193,6 +228,7 @@ class NetworkConfig:
     expert: str | None = None
     loras: list[LoraWeights] = field(default_factory=list)
     lora: LoraConfig | None = None
+    sparse: SparseConfig | None = None
     attention: str = "sdpa"
     checkpointing: Checkpointing = Checkpointing.none
 
@@ -213,6 +249,8 @@ class NetworkConfig:
         by what the files hold."""
         if self.geometry() != other.geometry():
             return "geometry"
+        if (self.sparse is None) != (other.sparse is None):
+            return "sparse"
         names = ("init", "init_weights", "expert", "loras")
         return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
 

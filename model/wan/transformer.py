@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from model.wan.attention import Backend
 from model.wan.block import Block, Head, ImageEmbedding, fp32_linear
 from model.wan.checkpointing import recomputed
-from model.wan.config import TIME_SCALE, Checkpointing, WanConfig
+from model.wan.config import TIME_SCALE, Checkpointing, SparseConfig, WanConfig
 from model.wan.kv_cache import CacheShape, KVCache
 from model.wan.masks import FrameMask
 from model.wan.replay import Trace, TracedPass
 from model.wan.rope import rope_table
+from model.wan.sparse import Size, Sparsity
 from utils.parallel.sequence import FrameShards, SequenceParallel
 
 
@@ -27,7 +28,11 @@ def layer_weights(net: WanTransformer) -> Iterator[tuple[str, Tensor]]:
     """Wan's initialisation, (name, value) one at a time: Xavier for linear layers, N(0, 0.02) for text and time
     embeddings, a zero head. Some come twice, the second counts: so the order of draws is one and the same for all."""
     shapes = {name: p.shape for name, p in net.named_parameters()}
-    layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    layers = [name for name in linear if not name.endswith(".to_gate_compress")]
+    for gate in (name for name in linear if name.endswith(".to_gate_compress")):
+        yield f"{gate}.weight", torch.zeros(shapes[f"{gate}.weight"])
+        yield f"{gate}.bias", torch.zeros(shapes[f"{gate}.bias"])
     for name in layers:
         yield f"{name}.weight", nn.init.xavier_uniform_(torch.empty(shapes[f"{name}.weight"]))
         yield f"{name}.bias", torch.zeros(shapes[f"{name}.bias"])
@@ -44,7 +49,7 @@ def layer_weights(net: WanTransformer) -> Iterator[tuple[str, Tensor]]:
 class WanTransformer(nn.Module):
     """Velocity network. Causal or bidirectional is a mask or a cache, never another class.
 
-    backend: attention backend. checkpointing: what is kept of each block for backward.
+    backend: attention backend. checkpointing: what is kept of each block for backward. sparse: its self-attention's.
     sequence: the ranks that share the tokens, set from outside (`apply_sequence_parallel`); None where there are none.
     """
 
@@ -55,8 +60,10 @@ class WanTransformer(nn.Module):
         config: WanConfig,
         backend: Backend = Backend.SDPA,
         checkpointing: Checkpointing = Checkpointing.none,
+        sparse: SparseConfig | None = None,
     ) -> None:
         super().__init__()
+        self.sparse = None if sparse is None else Sparsity(sparse)
         self.config, self.backend, self.checkpointing = config, backend, checkpointing
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -68,7 +75,7 @@ class WanTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, config.dim * 6))
         if config.image_dim is not None:
             self.img_emb = ImageEmbedding(config)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer, self.sparse) for layer in range(config.num_layers))
         self.head = Head(config)
         self.init_weights()
 
@@ -148,7 +155,7 @@ class WanTransformer(nn.Module):
         tokens = self._patchify(seen, shards)
         time, time6 = self._time(sigma)
         if replay is not None:
-            tokens = self._replay(tokens, time6, text, image, replay, shards, adapter)
+            tokens = self._replay(tokens, time6, text, image, replay, shards, adapter, (height, width))
         else:
             if positions is None:
                 start = 0 if cache is None else cache.frames
@@ -156,8 +163,9 @@ class WanTransformer(nn.Module):
             rope = rope_table(positions, height, width, self.config.head_dim, x.device)
             rope = rope if shards is None else shards.own(rope)
             noted = None if trace is None else trace.start(x, sigma, rope, frames * height * width)
+            size = (height, width)
             tokens, *tapped = self._run_blocks(
-                tokens, time6, text, image, rope, mask, cache, write_cache, shards, noted, adapter, features
+                tokens, time6, text, image, rope, mask, cache, write_cache, shards, noted, adapter, features, size
             )
             if features is not None:
                 return [self._grid(x if shards is None else shards.gather(x), frames, height, width) for x in tapped]
@@ -180,6 +188,7 @@ class WanTransformer(nn.Module):
         noted: TracedPass | None,
         adapter: str | None,
         features: Sequence[int] | None,
+        size: Size,
     ) -> list[Tensor]:
         """Tokens after the last block that ran, then those after the blocks of `features`."""
         embedded: Tensor | None = None
@@ -192,7 +201,7 @@ class WanTransformer(nn.Module):
             if noted is not None:
                 noted.joins.append(None if cache is None else cache.join(layer, again=True))
             arguments = (x, time6, embedded, context_kv, rope, mask, join, self.backend, shards)
-            x, kv, context_kv = recomputed(block, self.checkpointing)(*arguments, adapter=adapter)
+            x, kv, context_kv = recomputed(block, self.checkpointing)(*arguments, adapter=adapter, size=size)
             if cache is not None:
                 cache.keep_text(layer, context_kv)
                 if write:
@@ -214,11 +223,12 @@ class WanTransformer(nn.Module):
         trace: Trace,
         shards: FrameShards | None,
         adapter: str | None,
+        size: Size,
     ) -> Tensor:
         embedded, rope = self._context(text, image), trace.rope
         for layer, block in enumerate(self.blocks):
             parts, known = trace.joins(layer), trace.output(layer)
-            x, _, _ = block(x, time6, embedded, None, rope, None, parts, self.backend, shards, known, adapter)
+            x, _, _ = block(x, time6, embedded, None, rope, None, parts, self.backend, shards, known, adapter, size)
         return x
 
     def _context(self, text: Tensor, image: Tensor | None) -> Tensor:

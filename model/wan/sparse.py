@@ -1,0 +1,48 @@
+"""Sparse self-attention of one network: which of its tiles see which, now."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.wan.config import SparseConfig
+from model.wan.masks import FrameMask
+from model.wan.vsa import SparseBackend, video_sparse_attention
+from model.wan.vsa.tiles import Shape
+
+Size = tuple[int, int]  # tokens of a frame along height and width
+
+
+class Sparsity:
+    """A network's sparse attention. level: the share of key tiles left out, which a trainer may change between steps;
+    passes that backward computes again must find it as it was."""
+
+    def __init__(self, config: SparseConfig) -> None:
+        self.level = config.sparsity
+        self.cube: Shape | None = None if config.cube is None else (config.cube[0], config.cube[1], config.cube[2])
+        self.backend = None if config.backend is None else SparseBackend(config.backend)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size: Size, mask: FrameMask | None) -> Tensor:
+        """Attention of queries [B, Fq h w, N, D] to keys and values [B, Fk h w, N, D], whole frames of `size` tokens.
+
+        gate: like q. mask: which frames see which: runs of frames that see the same are attended apart.
+        """
+        if mask is None:
+            return self._run(q, k, v, gate, size)
+        tokens = size[0] * size[1]
+        out = []
+        for queries, runs in mask.segments:
+            rows = slice(queries.start * tokens, queries.stop * tokens)
+            keys, values = (
+                torch.cat([t[:, run.start * tokens : run.stop * tokens] for run in runs], 1) for t in (k, v)
+            )
+            out.append(self._run(q[:, rows], keys, values, gate[:, rows], size))
+        return torch.cat(out, 1)
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size: Size) -> Tensor:
+        tokens = size[0] * size[1]
+        grid, key_grid = (q.shape[1] // tokens, *size), (k.shape[1] // tokens, *size)
+        return video_sparse_attention(
+            q, k.to(q.dtype), v.to(q.dtype), gate, grid, self.level, key_grid=key_grid, backend=self.backend,
+            cube=self.cube,
+        )  # fmt: skip

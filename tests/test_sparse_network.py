@@ -1,0 +1,164 @@
+"""Sparse attention inside the network: masks, cache, replay, weights, ramp. The kernels have tests/test_vsa.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.wan.config import NetworkConfig, SparseConfig
+from model.wan.formats import GATE
+from model.wan.masks import block_causal_mask, teacher_forcing_mask
+from model.wan.transformer import WanTransformer
+from tests.nets import latents, random_net, texts
+from tests.small import DISTILLATION, NETWORK, config, merged, save_networks, trainer, with_weights
+from trainer.build import build_network
+from trainer.export import export, export_args
+
+CPU = torch.device("cpu")
+CUBE = [1, 8, 8]
+SPARSE = SparseConfig(0.5, [4, 4, 4], "reference")
+BLOCKS = (2, 2, 2)
+
+
+def pair(sparsity: float, gates: float) -> tuple[WanTransformer, WanTransformer]:
+    """A sparse network, and the dense one of the same weights; gates: by what the sparse one's are multiplied."""
+    sparse = random_net(1, sparse=replace(SPARSE, sparsity=sparsity))
+    with torch.no_grad():
+        for name, p in sparse.named_parameters():
+            if GATE.match(name):
+                p.mul_(gates)
+    dense = random_net(2)
+    dense.load_state_dict({k: v for k, v in sparse.state_dict().items() if not GATE.match(k)})
+    return sparse, dense
+
+
+@pytest.mark.parametrize("mask", [None, block_causal_mask(BLOCKS), block_causal_mask(BLOCKS, 4, 1)])
+def test_nothing_left_out_and_a_closed_gate_is_dense_attention(mask: Any) -> None:
+    sparse, dense = pair(0.0, 0.0)
+    x, sigma, text = latents(3, 2, 6), torch.tensor([0.3, 0.8]), texts(4, 2)
+    torch.testing.assert_close(
+        sparse(x, sigma, text, mask=mask), dense(x, sigma, text, mask=mask), rtol=1e-4, atol=1e-5
+    )
+    chosen, _ = pair(0.6, 0.0)
+    assert float((chosen(x, sigma, text, mask=mask) - dense(x, sigma, text, mask=mask)).abs().max()) > 1e-3
+    opened, _ = pair(0.0, 1.0)
+    assert float((opened(x, sigma, text, mask=mask) - dense(x, sigma, text, mask=mask)).abs().max()) > 1e-3
+
+
+def test_cached_blocks_are_the_masked_pass() -> None:
+    """Query tiles of a block choose among the tiles of all that they see: the same, whether it comes from a cache."""
+    net, _ = pair(0.5, 1.0)
+    x, sigma, text = latents(3, 1, 6), torch.zeros(1), texts(4, 1)
+    whole = net(x, sigma, text, mask=block_causal_mask(BLOCKS))
+    cache = net.new_cache(1, 6, 4, 6, block_frames=2, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        parts = [net(x[:, i : i + 2], sigma, text, cache=cache, write_cache=True) for i in range(0, 6, 2)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_forcing_sees_clean_blocks_sparsely() -> None:
+    net, dense = pair(0.0, 0.0)
+    x, sigma, text = latents(3, 1, 12), torch.rand(1, 12), texts(4, 1)
+    mask, positions = teacher_forcing_mask(BLOCKS), [*range(6), *range(6)]
+    out = [one(x, sigma, text, mask=mask, positions=positions) for one in (net, dense)]
+    torch.testing.assert_close(*out, rtol=1e-4, atol=1e-5)
+
+
+def student(**sparse: Any) -> dict[str, Any]:
+    return {**NETWORK, "sparse": {"sparsity": 0.5, "cube": [4, 4, 4], "backend": "reference", **sparse}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    save_networks(folder)
+    return folder
+
+
+BASE = merged(
+    DISTILLATION,
+    {
+        "data": {"toy": {"frames": 6}},
+        "schedule": {"denoising_step_list": [1000, 500]},
+        "training": {
+            "max_steps": 4, "critic_warmup_steps": 0, "generator_update_interval": 1, "global_batch_size": 2,
+            "micro_batch_size": 2,
+        },
+    },
+)  # fmt: skip
+
+
+def test_only_the_student_is_sparse_and_its_gates_learn(folder: Path, tmp_path: Path) -> None:
+    """Whatever is recomputed: losses and gates after two steps are the same with and without checkpointing."""
+    runs = []
+    for kind in ("none", "full"):
+        base = with_weights(merged(BASE, {"student": {**student(), "checkpointing": kind}}), folder)
+        run = trainer(tmp_path / kind, base)
+        assert run.networks["student"].net.sparse is not None and run.networks["critic"].net.sparse is None
+        assert run.teacher.net.sparse is None  # type: ignore[attr-defined]
+        runs.append((run, [run.training_step() for _ in range(2)]))
+    for plain, recomputed in zip(runs[0][1], runs[1][1], strict=True):
+        assert plain == pytest.approx(recomputed, rel=1e-5)
+    gates = {k: p for k, p in runs[0][0].networks["student"].net.named_parameters() if GATE.match(k)}
+    assert len(gates) == 4 and all(float(p.detach().abs().max()) > 0 for k, p in gates.items() if k.endswith("weight"))
+
+
+def test_gates_begin_at_zero_and_come_back_through_an_export(folder: Path, tmp_path: Path) -> None:
+    network = NetworkConfig(**{**NETWORK, "init": str(folder / "student.safetensors"), "sparse": SPARSE})
+    net = build_network(network, "student", 0, CPU)
+    state = net.state_dict()
+    assert all(not value.any() for name, value in state.items() if GATE.match(name))
+    dense = load_file(folder / "student.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in dense.items())
+
+    base = with_weights(merged(BASE, {"student": student()}), folder)
+    run = trainer(tmp_path / "run", base)
+    for run.step in range(2):
+        run.training_step()
+    run.step = 2
+    run.save_checkpoint()
+    run.finish_saving()
+    for form in ("diffusers", "native"):
+        argv = ["--run", str(tmp_path / "run"), "--format", form, "--weights", "raw", "--out", str(tmp_path / form)]
+        export(export_args(argv))
+        again = build_network(replace(network, init=str(tmp_path / form)), "student", 0, CPU).state_dict()
+        own = run.networks["student"].net.state_dict()
+        assert any(value.any() for name, value in again.items() if GATE.match(name))
+        assert all(torch.equal(value, again[name]) for name, value in own.items())
+
+
+def test_sparsity_grows_as_told(folder: Path, tmp_path: Path) -> None:
+    ramp = SparseConfig(0.8, ramp_step=0.03, ramp_every=30)
+    assert [ramp.at(step) for step in (0, 29, 30, 60, 10_000)] == pytest.approx([0, 0, 0.03, 0.06, 0.8])
+    base = with_weights(merged(BASE, {"student": student(ramp_step=0.2, ramp_every=1)}), folder)
+    run, levels = trainer(tmp_path, base, max_steps=4), []
+    step = run.training_step
+
+    def noted() -> dict[str, float]:
+        sparse = run.networks["student"].net.sparse
+        assert sparse is not None
+        levels.append(sparse.level)
+        return step()
+
+    run.training_step = noted  # type: ignore[method-assign]
+    run.train()
+    assert levels == pytest.approx([0.0, 0.2, 0.4, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("sparse", "words"),
+    [
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\)"),
+        ({"cube": [3, 3, 3]}, "cube \\[3, 3, 3\\] is not supported"),
+        ({"backend": "magic"}, "backend 'magic' is unknown"),
+        ({"ramp_step": 0.0}, "ramp_step must be positive"),
+    ],
+)
+def test_nonsense_is_refused(sparse: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        config(DISTILLATION, student=student(**sparse))
