@@ -62,7 +62,7 @@ CASES: dict[int, dict[str, Case]] = {
             "training": {"micro_batch_size": 4},
             "parallel": {"offload_optimizer": True, "offload_teacher": True},
         },
-        **{name: merged(case, {"training": {"micro_batch_size": 2}}) for name, case in OTHERS.items()},
+        **{name: merged(OTHERS[name], {"training": {"micro_batch_size": 2}}) for name in ("ode", "sid", "muon")},
     },
     4: {
         "sharded": {"training": {"micro_batch_size": 2}},
@@ -78,7 +78,6 @@ CASES: dict[int, dict[str, Case]] = {
             "parallel": {"sequence": 2, "keep_gathered_in_rollout": True},
         },
         "gan": merged(OTHERS["gan"], {"training": {"micro_batch_size": 2}, "parallel": {"sequence": 2}}),
-        "muon": merged(OTHERS["muon"], {"training": {"micro_batch_size": 2}, "parallel": {"replicate": 2}}),
     },
 }
 
