@@ -91,7 +91,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init()
     for name in ("bf16", "wide"):
-        peak = measured(config(**CASES[name]), folder / name)
+        # what gloo's threads freed late is still counted: that only adds, and by chance, so the least is the truest
+        peak = min(measured(config(**CASES[name]), folder / f"{name}{again}") for again in range(3))
         if distributed.is_main():
             (folder / f"{name}.json").write_text(json.dumps(peak))
 
