@@ -176,6 +176,10 @@ class RunConfig:
                     f"rollout.num_training_frames needs kind self_forcing, not {rollout.kind.value}: set it null"
                 )
             rollout_lengths(self.data.frames, rollout.num_training_frames, self.causal.num_frame_per_block)
+        if rollout.self_gradient and rollout.kind is not RolloutKind.self_forcing:
+            raise ValueError(
+                f"rollout.self_gradient needs kind self_forcing, not {rollout.kind.value}: set it to false"
+            )
         if rollout.reuse_rollout and self.training.update_schedule is UpdateSchedule.alternating:
             raise ValueError(
                 "rollout.reuse_rollout needs iterations that train both networks: set training.update_schedule to joint"

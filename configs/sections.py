@@ -112,6 +112,8 @@ class RolloutConfig:
     same_step_across_blocks: one exit step for all blocks, else one a block. last_step_only: always leave at the last
     step instead of a uniform draw over all steps. num_training_frames: latent frames of the longest rollout, null for
     the data's own; lengths are drawn in whole blocks and the last `data` frames are judged.
+    self_gradient: later blocks' losses reach the keys and values that they looked back at (self-gradient forcing), for
+    one more pass over the finished blocks and the exit steps' inputs.
     reuse_rollout: in iterations that train both networks the critic learns from the generator's sample (made before
     its update, for the same prompts) instead of making its own: the critic then sees the student of one update ago and
     the batch that the student was just judged on, and an iteration costs one rollout less.
@@ -121,6 +123,7 @@ class RolloutConfig:
     same_step_across_blocks: bool = True
     last_step_only: bool = False
     num_training_frames: int | None = None
+    self_gradient: bool = False
     reuse_rollout: bool = False
 
 

@@ -181,7 +181,7 @@ class ScoreDistillationTrainer(Trainer):
         frames = lengths[micro.noise.shared_randint("rollout_length", len(lengths), 1)[0]]
         given = conditioning.initial_frames
         _, blocks = config.causal.split(given, frames - given)
-        plan = RolloutPlan(self._exit_steps(micro, len(blocks)), shape[0])
+        plan = RolloutPlan(self._exit_steps(micro, len(blocks)), shape[0], config.rollout.self_gradient)
         noise = micro.noise.normal("noise", (frames - given, *shape[1:]))
         return self_forcing_rollout(
             self.networks["student"].score, noise, conditioning, self.sigmas, config.causal, plan, micro.noise,
