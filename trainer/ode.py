@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from configs.schema import RunConfig
 from model.ode_regression import lacking_levels, ode_regression_loss, pick_stored, store_levels
 from model.schedule import uniform_sigmas
+from model.score import ScoreNet
 from model.types import Conditioning, LossOutput
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_trajectory
@@ -23,6 +25,7 @@ from trainer.base import MicroBatch, Trainer
 from trainer.build import build_frozen, build_trained, sharing
 from trainer.given import gives
 from trainer.stored import StoredPairs
+from trainer.task import Task
 from utils import activity, distributed
 from utils.config import ConfigError, config_hash
 from utils.data.stream import Stream
@@ -141,7 +144,8 @@ class ODETrainer(Trainer):
             dealt = batches[turn : turn + mesh.dp_size]
             activity.mark(f"ODE pairs from {dealt[0].start}")  # each turn has the watchdog's time, not all together
             before = self.evaluations.state()
-            own = self._trajectories(dealt[min(mesh.dp_rank, len(dealt) - 1)], grid, keep)
+            positions = dealt[min(mesh.dp_rank, len(dealt) - 1)]
+            own = trajectories(self.config, self.teacher, self.task, positions, keep, self.device)
             if mesh.dp_rank >= len(dealt):
                 self.evaluations.load(before)
             rows = [0] * mesh.world
@@ -153,11 +157,15 @@ class ODETrainer(Trainer):
         progress.close()
         return None if x is None else {"x": x, "sigma": torch.tensor([*grid, 0.0])[keep]}
 
-    def _trajectories(self, positions: range, grid: tuple[float, ...], keep: list[int]) -> Tensor:
-        """The teacher's states [B, S, F, C, H, W] at the levels `keep` of (*grid, 0), on the CPU; draws by position."""
-        source = Noise(keyed_seed(self.config.seed, "ode_pairs"), 0, positions, self.device)
-        noise = source.normal("noise", self.task.latent_shape)
-        given, negative = self.task.conditions(positions), self.task.negative(len(positions))
-        states = euler_trajectory(self.teacher, noise, given, negative, grid, self.config.ode.guidance)
-        points = {index: x for index, x in enumerate(states) if index in keep}
-        return torch.stack([points[index] for index in keep], dim=1).cpu()
+
+def trajectories(
+    config: RunConfig, teacher: ScoreNet, task: Task, positions: range, keep: Sequence[int], device: torch.device
+) -> Tensor:
+    """The teacher's states [B, S, F, C, H, W] at these of its steps and 0, on the CPU; draws by position."""
+    source = Noise(keyed_seed(config.seed, "ode_pairs"), 0, positions, device)
+    noise = source.normal("noise", task.latent_shape)
+    given, negative = task.conditions(positions), task.negative(len(positions))
+    grid = uniform_sigmas(config.ode.steps, config.ode.shift)
+    states = enumerate(euler_trajectory(teacher, noise, given, negative, grid, config.ode.guidance))
+    points = {index: x.cpu() for index, x in states if index in keep}
+    return torch.stack([points[index] for index in keep], dim=1)
