@@ -180,6 +180,8 @@ class ODEConfig:
     path: stored ones (parquet, safetensors, or Self-Forcing's LMDB, which needs its levels as sigmas, the last one 0),
     read as they are needed. Where it is null, pairs: how many are made before training; steps, shift, guidance: the
     teacher's Euler sampler.
+    causal_teacher: the teacher generates block by block itself (Causal Forcing): a block's trajectory is its own given
+    the clean ends of those before it, and that is what the student, which looks back at the same ends, learns.
     """
 
     path: str | None = None
@@ -189,6 +191,7 @@ class ODEConfig:
     steps: int = 48
     shift: float = 8.0
     guidance: float = 6.0
+    causal_teacher: bool = False
 
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.steps < 1:

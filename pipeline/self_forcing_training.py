@@ -66,11 +66,12 @@ def self_forcing_rollout(
     """Self-Forcing (arXiv 2506.08009, algorithm 1): x0 with the gradient of each block's own exit step.
 
     noise: [B, F, C, H, W] of the frames to generate. cache: an empty one that holds all of them but the last block; its
-    keys and values are never differentiated; with `plan.context_gradient` (self-gradient forcing, arXiv 2607.20368) all
-    gradient comes from a pass of its own over the finished blocks and the exit steps' inputs, in which later blocks'
-    losses reach the keys and values that they looked back at. reencode: given all latents before the judged window's second frame, the
-    window's first frame as an image latent [B, 1, C, H, W] (a VAE's first frame is coded alone; a frame in mid-video is
-    not); used when the rollout is longer than the window, whose first frame is then left out of the loss.
+    keys and values are never differentiated. With `plan.context_gradient` (self-gradient forcing, arXiv 2607.20368) all
+    gradient comes from a pass of its own over the finished blocks and what the exit steps saw, in which later blocks'
+    losses reach the keys and values that they looked back at.
+    reencode: given all latents before the judged window's second frame, the window's first frame as an image latent
+    [B, 1, C, H, W] (a VAE's first frame is coded alone; a frame in mid-video is not); used when the rollout is longer
+    than the window, whose first frame is then left out of the loss.
     """
     given, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
     if len(plan.exit_steps) != len(blocks):
@@ -144,8 +145,8 @@ def _forced(
     source: NoiseSource,
     video: Tensor,
 ) -> Tensor:
-    """The video, to the bit, with the gradient of one teacher-forced pass over [finished blocks | exit inputs], in which
-    the finished blocks, as the cache saw them, are inputs without gradient and their keys and values have it.
+    """The video, to the bit, with the gradient of one teacher-forced pass over [finished blocks | exit inputs]: the
+    finished blocks, as the cache saw them, are inputs without gradient, and their keys and values have it.
 
     exits: what the exit steps of the last blocks saw; levels: noise level of every generated block's exit step.
     """
