@@ -1,0 +1,200 @@
+"""Training and judging one row of docs/methods.md, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from configs.schema import RunConfig
+from scripts.methods_table import BY_KEY, Method
+from trainer.base import RunOptions
+from trainer.build import build_trainer
+from trainer.digits_task import DigitsTask
+from trainer.evaluate import SPLITS, Row, eval_prompts, generate_all
+from trainer.generate import Generator, Sampling
+from trainer.task import spread
+from utils import distributed
+from utils.config import UserError, config_hash, load, to_plain
+from utils.digits_judge import DigitsJudge
+from utils.logging import peak_memory_gib, read_jsonl
+from utils.toy_judge import ToyJudge
+
+GUIDANCE = 2.0  # of the many-step teacher
+SHOWN = 6  # videos a strip
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of the whole: where, how many videos are judged, which split, and what shortens every run in a trial."""
+
+    root: Path
+    count: int = 400
+    split: str = "test"
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row and seed."""
+
+    method: Method
+    seed: int
+    options: Options
+
+    @property
+    def folder(self) -> Path:
+        return run_folder(self.options.root, self.method.key, self.seed, once=self.method.once)
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result.json"
+
+    def config(self) -> RunConfig | None:
+        """The run's, or null for a row that trains nothing. Raises ConfigError."""
+        method = self.method
+        if method.recipe is None:
+            return None
+        folder = "digits" if method.group == "digits" else "methods"
+        name = method.recipe.removeprefix("digits/")
+        starts = [f"{network}.init={self.folder_of(row)}" for network, row in method.start.items()]
+        quick = _quick(folder, name) if self.options.quick else []
+        return load(
+            RunConfig, Path(f"configs/{folder}/{name}.yaml"), [f"seed={self.seed}", *method.overrides, *starts, *quick]
+        )
+
+    def folder_of(self, row: str) -> Path:
+        return run_folder(self.options.root, row, self.seed, once=BY_KEY[row].once)
+
+    def needs(self, other: Job) -> bool:
+        """Whether this one starts from the other."""
+        return other.method.key in self.method.needs() and (other.method.once or other.seed == self.seed)
+
+    def identity(self) -> str:
+        """Of all that the result depends on: the run's config and those of the runs it starts from."""
+        config = self.config()
+        said = [None if config is None else to_plain(config), self.options.count, self.options.split]
+        before = [(self.folder_of(row) / "result.json").read_text() for row in sorted(self.method.needs())]
+        sampled = [self.method.run, self.method.steps, self.method.causal_from, self.method.low]
+        return config_hash([said, before, sampled])
+
+
+def run_folder(root: Path, key: str, seed: int, *, once: bool) -> Path:
+    return root / key / ("once" if once else f"seed_{seed}")
+
+
+def _quick(folder: str, recipe: str) -> list[str]:
+    """Overrides of a trial run: everything happens, nothing is learnt."""
+    short = ["training.max_steps=3", "training.global_batch_size=2", "training.micro_batch_size=2", "checkpoint.every=3"]
+    if recipe in ("teacher", "causal_init"):
+        return short
+    if recipe == "ode":
+        return [*short, "ode.pairs=2", "ode.steps=3"]
+    if recipe == "consistency":
+        return [*short, "consistency.steps=3"]
+    return [*short, "training.critic_warmup_steps=1", "training.generator_update_interval=2"]
+
+
+def perform(job: Job) -> None:
+    """Trains what is to be trained, judges it and writes the result. What it prints goes to the folder's log.txt, and
+    so does the reason of a failure, which is raised again."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(job.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
+    torch.set_num_threads(1)
+    try:
+        if not finished(job):
+            _judge(job, _train(job))
+    except BaseException:
+        traceback.print_exc()
+        raise
+
+
+def _train(job: Job) -> dict[str, float]:
+    """What training cost: evaluations of networks, in videos, and bytes beyond those of the idle process."""
+    config = job.config()
+    if config is None:
+        return {}
+    idle = peak_memory_gib()
+    begun, identity = job.folder / "begun", job.identity()
+    resume = "auto" if begun.is_file() and begun.read_text() == identity else "never"
+    begun.write_text(identity)
+    if build_trainer(config, RunOptions(job.folder, resume, wandb=False, visualize=False)).train():
+        raise UserError("stopped, and saved: the same command goes on from here")
+    lines = [line for line in read_jsonl(job.folder / "metrics.jsonl") if "network_evaluations" in line]
+    return {
+        "network_evaluations": lines[-1]["network_evaluations"],
+        "peak_mb": (lines[-1]["peak_memory_gib"] - idle) * 2**30 / 1e6,
+        "iterations": lines[-1]["step"],
+    }
+
+
+def _judge(job: Job, trained: dict[str, float]) -> None:
+    options = job.options
+    generator = _generator(job)
+    judge = _judge_of(job, generator)
+    prompts = eval_prompts(judge.world.captions, options.count, options.split)
+    shown = spread(judge.world.captions, SHOWN)
+    if job.method.key.endswith("real"):
+        latents = judge.world.real_videos_for(prompts, seed=SPLITS[options.split])
+        pictures, evaluations = judge.world.real_videos_for(shown, seed=0), 0.0
+    else:
+        few = generator.few_steps
+        sampling = Sampling(steps=job.method.steps, guidance=None if few else GUIDANCE, seed=SPLITS[options.split])
+        before = generator.score.evaluations.total_frames
+        latents = generate_all(generator, prompts, sampling, 25)
+        evaluations = (generator.score.evaluations.total_frames - before) / latents.shape[1] / options.count
+        pictures = generate_all(generator, shown, replace(sampling, seed=0))
+    row = Row(job.method.key, judge.evaluate(latents, prompts), evaluations, 0.0)
+    save_file({"pixels": judge.world.decode(pictures)[:, :, :1].contiguous()}, job.folder / "shown.safetensors")
+    said: dict[str, Any] = {
+        "key": job.method.key, "seed": job.seed, "metrics": row.metrics, "evaluations": row.evaluations,
+        "training": trained, "shown": shown, "identity": job.identity(),
+    }  # fmt: skip
+    partial = job.result.with_suffix(".partial")
+    partial.write_text(json.dumps(said, indent=1))
+    partial.rename(job.result)
+
+
+def _generator(job: Job) -> Generator:
+    method, device = job.method, distributed.device()
+    if method.key.endswith("real"):
+        return Generator.load(job.folder_of(next(iter(method.needs()))), device)
+    folder = job.folder if method.run is None else job.folder_of(method.run)
+    generator = Generator.load(folder, device)
+    if method.low is not None:
+        return generator.with_low(Generator.load(job.folder_of(method.low), device))
+    if method.causal_from is not None:
+        other = Generator.load(job.folder_of(method.causal_from), device).config
+        return generator.as_causal(other.causal, other.schedule.denoising_step_list)
+    return generator
+
+
+def _judge_of(job: Job, generator: Generator) -> ToyJudge | DigitsJudge:
+    cache = Path("logs/cache")
+    if isinstance(generator.task, DigitsTask):
+        return DigitsJudge(generator.task.world, cache)
+    return ToyJudge(generator.task.world, cache)  # type: ignore[attr-defined]
+
+
+def finished(job: Job) -> bool:
+    """Whether its result is there and of this very job. What it needs must be finished."""
+    try:
+        return bool(json.loads(job.result.read_text())["identity"] == job.identity())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def pictures(job: Job) -> Tensor:
+    """Pixels [P, T, 1, H, W] in [0, 1] of the shown prompts."""
+    return load_file(job.folder / "shown.safetensors")["pixels"]
