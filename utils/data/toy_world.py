@@ -84,7 +84,8 @@ class ToyWorld:
 
     def __init__(self, config: ToyWorldConfig) -> None:
         self.config = config
-        self.latent_shape = (config.frames, 4, config.canvas // 2, config.canvas // 2)
+        self.side = config.canvas  # pixels
+        self.latent_shape: tuple[int, ...] = (config.frames, 4, config.canvas // 2, config.canvas // 2)
         self.captions = [self.caption(digit, direction) for digit in range(10) for direction in DIRECTIONS]
 
     def caption(self, digit: int, direction: str) -> str:
