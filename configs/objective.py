@@ -33,6 +33,7 @@ class Features(Enum):
 
 class Heads(Enum):
     video = "video"  # unpatchified tokens through a strided convolution, one logit a tapped block
+    image = "image"  # a frame's grid of tokens through convolutions down to one, one logit a tapped block
     register = "register"  # learned tokens that look at the network's by cross-attention, one logit
 
 

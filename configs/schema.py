@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from configs.given import check_given
-from configs.objective import Features, ObjectiveConfig, ObjectiveKind
+from configs.objective import Features, Heads, ObjectiveConfig, ObjectiveKind
 from configs.sections import (
     CheckpointConfig,
     ConsistencyConfig,
@@ -96,8 +96,11 @@ class RunConfig:
             try:
                 self.causal.blocks(self.data.frames)
             except ValueError as problem:
-                where, frames = f"data.{self.data.kind}.frames", self.data.frames
-                video = "" if self.data.kind == "toy" else f" (these are {STRIDE_T * (frames - 1) + 1} frames of video)"
+                kind, frames = self.data.kind, self.data.frames
+                where = "data.kind digits" if kind == "digits" else f"data.{kind}.frames"
+                video = (
+                    "" if kind in ("toy", "digits") else f" (these are {STRIDE_T * (frames - 1) + 1} frames of video)"
+                )
                 raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}{video}") from None
         self._check_networks()
         check_given(self, real=needs is not None)
@@ -206,6 +209,11 @@ class RunConfig:
             raise ValueError("objective.reward judges samples of prompts alone: choose another rollout.kind, or none")
         if objective.kind is ObjectiveKind.phased_dmd and self.schedule.min_score_timestep <= 0:
             raise ValueError("objective.kind phased_dmd needs schedule.min_score_timestep, where its interval starts")
+        if objective.gan is not None and objective.gan.heads is Heads.image and self.data.frames != 1:
+            raise ValueError(
+                f"objective.gan.heads image judges single images, not videos of {self.data.frames} latent frames: "
+                "choose video or register"
+            )
         if self.parallel.engine == "deepspeed" and (objective.gan or objective.critic_keep is not None):
             raise ValueError("objective.gan and critic_keep are not for engine deepspeed: choose fsdp2")
 

@@ -7,6 +7,7 @@ from enum import Enum
 
 from model.wan.text_encoder import TextConfig
 from model.wan.vae import ClipConfig, VAEConfig
+from utils.data.digits import DigitsConfig
 from utils.data.synthetic import SyntheticConfig
 from utils.data.toy_world import ToyWorldConfig
 from utils.optim import LRScheduleConfig, OptimizerConfig
@@ -52,23 +53,24 @@ class SampleWeights(Enum):
 
 @dataclass
 class DataConfig:
-    """kind: 'toy', the world made on the fly, 'synthetic', random numbers of a real geometry's sizes, or 'wan',
-    Wan's text encoder and VAE.
+    """kind: 'toy', the world made on the fly, 'digits', scikit-learn's handwriting as videos of one frame, 'synthetic',
+    random numbers of a real geometry's sizes, or 'wan', Wan's text encoder and VAE.
 
     real: whether training may look at real videos; false is data-free, from prompts alone.
-    toy, synthetic, wan: the section of the kind that is used gives a video's size.
+    toy, synthetic, wan: the section of the kind that is used gives a video's size; digits has one frame of 8x8.
     text, vae: of kind wan, where embeddings come from and what decodes. image_encoder: a pipeline's folder or Hub name
     with CLIP, for networks with an image_dim. latents: its real videos, as a folder of `preprocess.py video`, of
     FastVideo's parquet files, or of Self-Forcing's LMDB. images: a folder of `preprocess.py images`, whose captions are
     the prompts: each video is made from an image and its caption.
     first_frame: whether networks are given the first frame of real videos; null gives it to image-to-video ones.
     prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet), null for the kind's own.
-    text_seed: of the toy world's tiny frozen text encoder, and of synthetic text embeddings.
+    text_seed: of the tiny frozen text encoder of toy and digits, and of synthetic text embeddings.
     """
 
     kind: str = "toy"
     real: bool = True
     toy: ToyWorldConfig = field(default_factory=ToyWorldConfig)
+    digits: DigitsConfig = field(default_factory=DigitsConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     wan: ClipConfig = field(default_factory=ClipConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -82,8 +84,8 @@ class DataConfig:
     text_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("toy", "synthetic", "wan"):
-            raise ValueError(f"kind '{self.kind}' is unknown: choose toy, synthetic or wan")
+        if self.kind not in ("toy", "digits", "synthetic", "wan"):
+            raise ValueError(f"kind '{self.kind}' is unknown: choose toy, digits, synthetic or wan")
         if self.latents is not None and self.kind != "wan":
             raise ValueError(f"latents '{self.latents}' are for kind wan, not {self.kind}: set them null")
         if self.images is not None and self.kind != "wan":
@@ -102,7 +104,8 @@ class DataConfig:
     @property
     def frames(self) -> int:
         """Latent frames of a video."""
-        return {"toy": self.toy.frames, "synthetic": self.synthetic.frames, "wan": self.wan.frames}[self.kind]
+        sizes = {"toy": self.toy.frames, "digits": 1, "synthetic": self.synthetic.frames, "wan": self.wan.frames}
+        return sizes[self.kind]
 
 
 @dataclass

@@ -48,7 +48,7 @@ MISTAKES = [
     ("training.update_schedule=alternating training.generator_update_interval=1", ["generator_update_interval"]),
     ("schedule.min_score_timestep=990", ["schedule.min_score_timestep", "990"]),
     ("rollout.kind=diffusion_forcing data.real=true", ["diffusion_forcing", "no exit step", "last_step_only"]),
-    ("data.kind=moon", ["data.kind", "moon", "choose toy, synthetic or wan"]),
+    ("data.kind=moon", ["data.kind", "moon", "choose toy, digits, synthetic or wan"]),
     ("data.kind=wan", ["data.vae.path", "null", "validation.every"]),
     ("data.kind=synthetic data.synthetic.frames=8", ["data.synthetic.frames", "8 latent frames", "6 or 9"]),
     ("data.kind=synthetic data.synthetic.height=0", ["data.synthetic.height", "at least 1", "0"]),

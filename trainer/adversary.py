@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from configs.objective import GANConfig, Heads, ObjectiveKind
 from configs.schema import RunConfig
-from model.discriminator import Discriminator, RegisterHead, VideoHeads, tapped_blocks
+from model.discriminator import Discriminator, ImageHeads, RegisterHead, VideoHeads, tapped_blocks
 from model.gan import Adversarial, Real, discriminator_loss, gan_loss
 from model.ladd import ladd_sigma
 from model.score import ScoreNet
@@ -26,12 +26,17 @@ from utils.random import Noise, keyed_seed
 NAME = "discriminator"
 
 
-def build_heads(config: GANConfig, geometry: WanConfig, blocks: int) -> nn.Module:
-    """Heads for so many tapped blocks of a network. Raises ConfigError."""
+def build_heads(config: GANConfig, geometry: WanConfig, blocks: int, size: tuple[int, int]) -> nn.Module:
+    """Heads for so many tapped blocks of a network, at latents of this height and width. Raises ConfigError."""
     try:
         match config.heads:
             case Heads.video:
                 return VideoHeads(geometry.dim, blocks, geometry.patch_size[1])
+            case Heads.image:
+                rows, columns = (n // patch for n, patch in zip(size, geometry.patch_size[1:], strict=True))
+                if rows != columns:
+                    raise ValueError(f"image heads need square images, not {rows}x{columns} tokens: choose video")
+                return ImageHeads([(geometry.dim, rows)] * blocks)
             case Heads.register:
                 return RegisterHead(geometry.dim, blocks, heads=geometry.num_heads)
     except ValueError as problem:
@@ -55,10 +60,11 @@ class Adversary:
         gan = config.objective.gan
         assert gan is not None
         self.run, self.config, self.task = config, gan, task
+        height, width = task.latent_shape[2:]
         blocks = tapped_blocks(geometry.num_layers, gan.depths)
         with torch.random.fork_rng(devices=[]):  # the same on every rank
             torch.default_generator.manual_seed(keyed_seed(config.seed, "weights", NAME))
-            heads = build_heads(gan, geometry, len(blocks)).to(device)
+            heads = build_heads(gan, geometry, len(blocks), (height, width)).to(device)
         self.judge = Discriminator(backbone, heads, blocks)
         training = gan.training
         optimizer = NetworkOptimizer(trainable(heads), training.optimizer, training.lr_schedule, updates)

@@ -24,6 +24,7 @@ from model.wan.lora import adapter_names, adapter_weights, add_adapter, base_nam
 from model.wan.lora_files import MergedWeights, StoredLora
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, Weights, fit
+from trainer.digits_task import DigitsTask
 from trainer.engine import Engine, FSDPEngine
 from trainer.networks import TrainedNetwork
 from trainer.origin import adapter_origin, base_digest
@@ -302,6 +303,7 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
     """What the run generates, by data.kind. Raises ConfigError."""
     kinds: dict[str, Callable[[DataConfig, WanConfig, int, torch.device], Task]] = {
         "toy": ToyTask,
+        "digits": DigitsTask,
         "synthetic": SyntheticTask,
         "wan": WanTask,
     }

@@ -20,9 +20,10 @@ from model.wan.config import WanConfig
 from model.wan.text_encoder import toy_text_encoder
 from utils.config import ConfigError
 from utils.data.buckets import Size
+from utils.data.glyphs import Split
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
-from utils.data.toy_world import ToyWorld
+from utils.data.toy_world import ToyBatch, ToyWorld
 from utils.metrics import clipped_share
 from utils.random import Noise, keyed_seed
 from utils.toy_judge import ToyJudge
@@ -110,17 +111,34 @@ class Task(Protocol):
         ConfigError for a reward that this task does not have."""
 
 
-class ToyTask:
-    """The toy world behind the interface of a real task: everything by position, nothing by state."""
+class World(Protocol):
+    """Real samples with captions, made on the fly. side: pixels of a frame's side. See ToyWorld."""
 
-    def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
-        self.world = ToyWorld(config.toy)
+    latent_shape: tuple[int, ...]
+    side: int
+    captions: list[str]
+
+    def parse(self, caption: str) -> object: ...
+
+    def batch(self, indices: Sequence[int], split: Split) -> ToyBatch: ...
+
+    def encode(self, pixels_BFCHW: Tensor) -> Tensor: ...
+
+    def decode(self, latents_BFCHW: Tensor, *, clamp: bool = True) -> Tensor: ...
+
+
+class WorldTask:
+    """A world behind the interface of a real task: everything by position, nothing by state."""
+
+    def __init__(self, world: World, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+        self.world = world
         self.device = device
         self.latent_shape: tuple[int, ...] = self.world.latent_shape
         channels = self.latent_shape[1]
         if geometry.in_dim != channels or geometry.out_dim != channels:
             raise ConfigError(
-                f"student: in_dim {geometry.in_dim} does not fit the toy world's {channels} latent channels"
+                f"student: in_dim {geometry.in_dim} and out_dim {geometry.out_dim} do not fit data.kind {config.kind}: "
+                f"set both to its {channels} latent channels in student.overrides"
             )
         self.encoder = toy_text_encoder(self.world.captions, geometry.text_len, geometry.text_dim, config.text_seed)
         self.encoder.to(device)
@@ -192,11 +210,24 @@ class ToyTask:
         return self.world.encode(pixels).to(self.device)
 
     def pixel_size(self, frames: int) -> Size:
-        return Size(frames, self.world.config.canvas, self.world.config.canvas)
+        return Size(frames, self.world.side, self.world.side)
 
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
         return self.encode(self.decode(latents)[:, -1:])
+
+    def reward(self, config: RewardConfig | None) -> Reward | None:
+        no_reward(config)
+        return None
+
+
+class ToyTask(WorldTask):
+    """The toy world."""
+
+    world: ToyWorld
+
+    def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+        super().__init__(ToyWorld(config.toy), config, geometry, seed, device)
 
     def reward(self, config: RewardConfig | None) -> Reward | None:
         """'prompt_adherence': the judge's. It is trained at first use, and kept."""
