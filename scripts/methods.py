@@ -31,18 +31,15 @@ def jobs(options: Options, seeds: int, only: Sequence[str] | None = None) -> lis
     known = {method.key for method in METHODS}
     if unknown := sorted(set(only or ()) - known):
         raise UserError(f"--only {unknown[0]}: choose among {', '.join(sorted(known))}")
-    return [
-        Job(method, seed, options)
-        for method in chosen(only)
-        for seed in ([0] if method.once else range(seeds))
-    ]
+    return [Job(method, seed, options) for method in chosen(only) for seed in ([0] if method.once else range(seeds))]
 
 
 def run_all(todo: Sequence[Job], workers: int) -> list[Job]:
     """Runs them, starts first; returns those that failed or whose starts did."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LOADED)
-    waiting, failed = list(todo), []
+    waiting = list(todo)
+    failed: list[Job] = []
     running: dict[Future[None], Job] = {}
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
         bar = tqdm(total=len(todo), desc="methods", unit="run", mininterval=1)

@@ -1,4 +1,4 @@
-"""docs/methods.md: tables with spreads over seeds, verdicts against the naive few-step teachers, and strips of samples."""
+"""docs/methods.md: tables with spreads over seeds, verdicts against the naive few-step teachers, strips of samples."""
 
 from __future__ import annotations
 
@@ -68,9 +68,10 @@ def write_page(path: Path, jobs: Sequence[Job]) -> None:
             parts.append(_section(group, shown, naive, beside))
     parts.append(_how(lines))
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    judged = [line for line in lines if line.method.group]
     numbers = [
         {"row": line.method.key, "label": line.method.label, "seeds": [_public(result) for result in line.results]}
-        for line in lines
+        for line in judged
     ]
     (beside / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
 
@@ -93,18 +94,19 @@ def _head(count: int, seeds: int, split: str, quick: bool) -> str:
     trial = "**This is a trial of a few iterations each: its numbers mean nothing.**\n\n" if quick else ""
     return f"""# Every method on the toy world
 
-{trial}Written by `make methods`, which trains all of it from nothing: each row of a table is a YAML of `configs/methods` or
-`configs/digits` with the overrides that `scripts/methods_table.py` lists. The world (a handwritten digit that glides over a
-torus, six frames of 16 x 16 pixels), the networks (0.3M parameters) and the budgets (100 updates of the student) are toys: a
-row shows that a method does what it says and what it costs, not how it ranks at scale.
+{trial}Written by `make methods`, which trains all of it from nothing: each row of a table is a YAML of `configs/methods`
+or `configs/digits` with the overrides listed at the end. The world (a handwritten digit that glides over a torus, six
+frames of 16 x 16 pixels), the networks (0.3M parameters) and the budgets (100 updates of the student) are toys: a row
+shows that a method does what it says and what it costs, not how it ranks at scale.
 
-A cell is the mean over {seeds} trainings with seeds of their own, ± their standard deviation; {count} videos are judged in each,
-of prompts and noise of the split `{split}`. Where there is one training, ± is the error of a share of {count}. Hyper-parameters
-were chosen on the split `dev`, which shares neither. "Clearly better" means that prompts (digits) are right more often and that
-the distance is smaller than the naive row's, both by more than {SURE:g} standard deviations of the student's seeds.
+A cell is the mean over {seeds} trainings with seeds of their own, ± their standard deviation; {count} videos are judged
+in each, of prompts and noise of the split `{split}`. Where there is one training, ± is the error of a share of {count}.
+Hyper-parameters were chosen on the split `dev`, which shares neither. "Clearly better" means that prompts (digits) are
+right more often and that the distance is smaller than in the naive row, both by more than {SURE:g} standard deviations of
+the student's seeds.
 
-Training costs are the row's own stage alone: evaluations of any network, in whole videos, and the most memory that the process
-held beyond what it holds when idle."""
+Training costs are the row's own stage alone: evaluations of any network, in whole videos, and the most memory that the
+process held beyond what it holds when idle."""
 
 
 def _section(group: Group, lines: Sequence[Line], naive: Line | None, beside: Path) -> str:
@@ -118,7 +120,9 @@ def _section(group: Group, lines: Sequence[Line], naive: Line | None, beside: Pa
     picture = beside / f"{group.key}.png"
     videos = torch.stack([pictures(line.jobs[0]) for line in shown])
     count = 2 if videos.shape[2] > 1 else videos.shape[1]  # what fits beside each other
-    write_strips(picture, [line.method.label for line in shown], lines[0].results[0]["shown"][:count], videos[:, :count])
+    write_strips(
+        picture, [line.method.label for line in shown], lines[0].results[0]["shown"][:count], videos[:, :count]
+    )
     text = [f"## {group.title}", group.intro, "\n".join(table)]
     if naive is not None:
         text += _verdicts(lines, naive, columns)
@@ -173,8 +177,11 @@ def _verdicts(lines: Sequence[Line], naive: Line, columns: Sequence[tuple[str, s
 
 def _how(lines: Sequence[Line]) -> str:
     info = Path("/proc/cpuinfo")
-    models = [one.split(":", 1)[1].strip() for one in info.read_text().splitlines() if one.startswith("model name")] \
-        if info.is_file() else []
+    models = (
+        [one.split(":", 1)[1].strip() for one in info.read_text().splitlines() if one.startswith("model name")]
+        if info.is_file()
+        else []
+    )
     machine = models[0] if models else platform.machine()
     rows = ["| row | run |", "|---|---|"]
     for line in lines:
@@ -183,7 +190,9 @@ def _how(lines: Sequence[Line]) -> str:
             folder = "digits" if method.group == "digits" else "methods"
             starts = ", ".join(f"{network} from `{row}`" for network, row in method.start.items())
             overrides = " ".join(f"`{one}`" for one in method.overrides)
-            rows.append(f"| `{method.key}` | `configs/{folder}/{method.recipe}.yaml` {overrides}{': ' + starts if starts else ''} |")
+            rows.append(
+                f"| `{method.key}` | `configs/{folder}/{method.recipe}.yaml` {overrides}{': ' + starts if starts else ''} |"
+            )
     return f"""## How it was made
 
 {machine}, {platform.python_version()}, PyTorch {torch.__version__}. All numbers, seed by seed: `results.json` beside the pictures.

@@ -19,7 +19,7 @@ from scripts.methods_table import BY_KEY, Method
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from trainer.digits_task import DigitsTask
-from trainer.evaluate import SPLITS, Row, eval_prompts, generate_all
+from trainer.evaluate import SPLITS, eval_prompts, generate_all
 from trainer.generate import Generator, Sampling
 from trainer.task import spread
 from utils import distributed
@@ -93,7 +93,12 @@ def run_folder(root: Path, key: str, seed: int, *, once: bool) -> Path:
 
 def _quick(folder: str, recipe: str) -> list[str]:
     """Overrides of a trial run: everything happens, nothing is learnt."""
-    short = ["training.max_steps=3", "training.global_batch_size=2", "training.micro_batch_size=2", "checkpoint.every=3"]
+    short = [
+        "training.max_steps=3",
+        "training.global_batch_size=2",
+        "training.micro_batch_size=2",
+        "checkpoint.every=3",
+    ]
     if recipe in ("teacher", "causal_init"):
         return short
     if recipe == "ode":
@@ -140,6 +145,16 @@ def _train(job: Job) -> dict[str, float]:
 
 
 def _judge(job: Job, trained: dict[str, float]) -> None:
+    """The result's file; of what is trained for others alone it says no more than that."""
+    said: dict[str, Any] = {"key": job.method.key, "seed": job.seed, "training": trained, "identity": job.identity()}
+    if job.method.group:
+        said |= _judged(job)
+    partial = job.result.with_suffix(".partial")
+    partial.write_text(json.dumps(said, indent=1))
+    partial.rename(job.result)
+
+
+def _judged(job: Job) -> dict[str, Any]:
     options = job.options
     generator = _generator(job)
     judge = _judge_of(job, generator)
@@ -155,15 +170,8 @@ def _judge(job: Job, trained: dict[str, float]) -> None:
         latents = generate_all(generator, prompts, sampling, 25)
         evaluations = (generator.score.evaluations.total_frames - before) / latents.shape[1] / options.count
         pictures = generate_all(generator, shown, replace(sampling, seed=0))
-    row = Row(job.method.key, judge.evaluate(latents, prompts), evaluations, 0.0)
     save_file({"pixels": judge.world.decode(pictures)[:, :, :1].contiguous()}, job.folder / "shown.safetensors")
-    said: dict[str, Any] = {
-        "key": job.method.key, "seed": job.seed, "metrics": row.metrics, "evaluations": row.evaluations,
-        "training": trained, "shown": shown, "identity": job.identity(),
-    }  # fmt: skip
-    partial = job.result.with_suffix(".partial")
-    partial.write_text(json.dumps(said, indent=1))
-    partial.rename(job.result)
+    return {"metrics": judge.evaluate(latents, prompts), "evaluations": evaluations, "shown": shown}
 
 
 def _generator(job: Job) -> Generator:

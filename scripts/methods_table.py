@@ -88,7 +88,12 @@ def _init(key: str, label: str, recipe: str, *overrides: str, teacher: str | Non
 
 
 def _causal(key: str, label: str, *overrides: str, init: str = "init_df") -> Method:
-    return replace(_one(key, label, *overrides), group="causal", recipe="causal", start=_one("", "", *overrides).start | {"student": init})
+    return replace(
+        _one(key, label, *overrides),
+        group="causal",
+        recipe="causal",
+        start=_one("", "", *overrides).start | {"student": init},
+    )
 
 
 def _digits(key: str, label: str, recipe: str, *overrides: str) -> Method:
