@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 _CHUNK = 32  # frames a forward
@@ -79,7 +80,7 @@ def load_features(folder: str | Path, device: torch.device | str = "cpu") -> Fea
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         model, report = loaded
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as problem:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as problem:
         raise ValueError(f"features: {folder} does not load: {' '.join(str(problem).split())[:300]}") from None
     missing = sorted(map(str, report.get("missing_keys") or ()))
     pooled = not any("pooler" in key.split(".") for key in missing)  # a classifier's weights have no pooling layer

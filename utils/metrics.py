@@ -84,7 +84,7 @@ def moments_of(batches: Iterable[Tensor], features: Callable[[Tensor], Tensor]) 
 
 
 def frechet_between(a: Moments, b: Moments) -> float:
-    """|mu_a - mu_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)), Gaussians of these moments (arXiv 1706.08500, eq. 6).
+    """|mu_a - mu_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)), Gaussians of these moments (arXiv 1706.08500).
 
     In fp64. Raises ValueError for fewer than two samples, or features of different widths.
     """
@@ -118,9 +118,9 @@ def frechet_distance(features_a_ND: Tensor, features_b_ND: Tensor) -> float:
 def drift(values_BFx: Tensor, share: float = DRIFT_SHARE) -> Tensor:
     """[B, ...]: mean of a measure [B, F, ...] over the last frames of each video less that over the first ones.
 
-    `share` of the frames at either end, at least one (start-end contrast at 15 %: FramePack, arXiv 2504.12626, section
-    4). In the measure's unit, signed: take its magnitude or, of features, its norm. Raises ValueError for one frame,
-    or a share outside (0, 0.5].
+    `share` of the frames at either end, at least one (FramePack's start-end contrast takes 15 %, arXiv 2504.12626). In
+    the measure's unit, signed: take its magnitude or, of features, its norm. Raises ValueError for one frame, or a
+    share outside (0, 0.5].
     """
     frames = values_BFx.shape[1]
     if frames < 2 or not 0 < share <= 0.5:
