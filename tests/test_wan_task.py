@@ -16,10 +16,12 @@ from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.text_encoder import load_text_encoder, toy_text_encoder
 from model.wan.vae import VAEConfig, load_vae
 from tests.small import DISTILLATION, NETWORKS, config, merged, trainer
+from tests.test_evaluation import save_encoder
 from tests.test_image_encoder import save_image_encoder
 from tests.vaes import small_vae
 from trainer import wan_task
 from trainer.build import build_task
+from trainer.fid_suite import FidArgs, evaluate_fid
 from trainer.generate import Generator
 from trainer.generate_cli import generate_videos, inference_args, open_generator
 from trainer.preprocess_text import preprocess_text
@@ -109,6 +111,12 @@ def test_a_causal_student_trains_from_the_cache_and_makes_mp4_files(folder: Path
     decode = generator.task.decoding()
     streamed = torch.cat([decode(block) for block in latents.split(1, dim=1)], dim=1)
     assert latents.shape == (1, 3, 16, 4, 4) and torch.equal(streamed, generator.task.decode(latents))
+    # and evaluation sees them through the VAE too
+    write_video(tmp_path / "real/a.mp4", streamed[0].flip(0), fps=8)
+    save_encoder(tmp_path / "clip", "clip")
+    asked = FidArgs(str(tmp_path / "clip"), tmp_path / "real", None, 2, "dev", tmp_path, 2)
+    rows = evaluate_fid(generator, asked, args.sampling)
+    assert rows["generated"]["frames"] == 18 and rows["real"]["frames"] == 9 and rows["generated"]["fd_frames"] > 0
 
 
 def test_given_frames_and_reencoded_ones_go_through_the_vae(folder: Path) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from utils.metrics import frechet_distance
+from utils.metrics import diversity, frechet_distance
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -96,7 +96,7 @@ def relative_distance(features_ND: Tensor, reference_RD: Tensor) -> float:
     return 100 * frechet_distance(features_ND, reference_RD) / reference_RD.var(dim=0).sum().item()
 
 
-def diversity(features_BD: Tensor, captions: Sequence[str], reference_RD: Tensor) -> float:
+def relative_diversity(features_BD: Tensor, captions: Sequence[str], reference_RD: Tensor) -> float:
     """Mean distance between features of one caption's samples, relative to real ones'; nan if no caption is repeated.
 
     reference_RD: real samples of the same captions, the whole list of them some times over.
@@ -111,4 +111,4 @@ def _pairwise_within(features_ND: Tensor, captions: Sequence[str]) -> dict[str, 
     rows: dict[str, list[int]] = defaultdict(list)
     for i, caption in enumerate(captions):
         rows[caption].append(i)
-    return {c: functional.pdist(features_ND[index]).mean().item() for c, index in rows.items() if len(index) > 1}
+    return {c: diversity(features_ND[index]) for c, index in rows.items() if len(index) > 1}

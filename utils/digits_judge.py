@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from utils.data.digits import DigitsWorld
-from utils.digit_net import DigitNet, diversity, kept, relative_distance, stored_at
+from utils.digit_net import DigitNet, kept, relative_distance, relative_diversity, stored_at
 from utils.metrics import binomial_error, clipped_share, frechet_distance
 
 # name -> (label, better), as of the toy world's judge
@@ -82,7 +82,7 @@ class DigitsJudge:
             "fid_floor_sd": reference.floor_sd,
             "digit_right": right,
             "digit_right_se": binomial_error(right, count),
-            "diversity": diversity(features, captions, reference.features),
+            "diversity": relative_diversity(features, captions, reference.features),
             "novelty": self._novelty(latents),
             "intensity": pixels.mean().item(),
             "intensity_se": pixels.std().item() / math.sqrt(count),

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from utils.data.glyphs import Split
 from utils.data.toy_world import DIRECTIONS, ToyWorld
-from utils.digit_net import DigitNet, diversity, kept, relative_distance, stored_at
-from utils.metrics import binomial_error, clipped_share
+from utils.digit_net import DigitNet, kept, relative_distance, relative_diversity, stored_at
+from utils.metrics import binomial_error, clipped_share, drift, motion
 
 # name -> (label, better): what a metric table needs to know. "real" = the nearer to real videos' value the better.
 METRICS: Final = {
@@ -34,6 +34,9 @@ METRICS: Final = {
     "flicker": ("flicker", "low"),
     "intensity": ("intensity", "real"),
     "diversity": ("diversity", "real"),
+    "appearance_drift": ("appearance drift", "real"),
+    "intensity_drift": ("intensity drift", "low"),
+    "motion": ("motion", "real"),
 }
 _SEED: Final = 201117
 _TRAINING_VIDEOS: Final = 4000
@@ -51,6 +54,8 @@ class _Reference:
     ink: Tensor  # [R, F]
     floor: float
     floor_sd: float
+    drift: float
+    motion: float
 
 
 class ToyJudge:
@@ -83,6 +88,10 @@ class ToyJudge:
         flicker: mean frame-to-frame |change of total ink|, as a share of real ink, beyond that of real videos.
         intensity: mean pixel, with *_se; intensity_real: that of real videos. clipped: share of values outside [0, 1].
         diversity: mean feature distance between videos of one caption, relative to real; nan if no caption is repeated.
+        appearance_drift: mean distance of a video's features over its last 15 % of frames to those over its first, in
+            percent of the spread of real videos; appearance_drift_real: real videos'. intensity_drift: mean magnitude
+            of the mean pixel's change between the same frames, as a share of real intensity. motion: mean absolute
+            change of a pixel from frame to frame; motion_real: real videos'.
 
         Raises ValueError if sizes disagree, fewer than 2 videos are given, or latents are not finite.
         """
@@ -90,7 +99,8 @@ class ToyJudge:
         latents_BFCHW = latents_BFCHW.detach().cpu()
         pixels = self.world.decode(latents_BFCHW)[:, :, :1]
         told_digits, told_directions = zip(*(self.world.parse(caption) for caption in captions), strict=True)
-        features_BD, digits = self._appearance(pixels)
+        features_BFD, digits = self._appearance(pixels)
+        features_BD = features_BFD.mean(dim=1)
         digit_ok = digits == torch.tensor(told_digits)
         direction_ok, speed_error, jitter = self._motion(pixels, told_directions)
         reference = self._reference(captions)
@@ -113,9 +123,24 @@ class ToyJudge:
             "intensity_real": real_ink.item() / self.world.config.canvas**2,
             "flicker": max(_flicker(_ink(pixels), real_ink) - _flicker(reference.ink, real_ink), 0.0),
             "clipped": clipped_share(self.world.decode(latents_BFCHW, clamp=False)).mean().item(),
-            "diversity": diversity(features_BD, captions, reference.features),
+            "diversity": relative_diversity(features_BD, captions, reference.features),
+            "appearance_drift": _relative_drift(features_BFD, reference.features),
+            "appearance_drift_real": reference.drift,
+            "intensity_drift": drift(_ink(pixels)).abs().mean().item() / real_ink.item(),
+            "motion": motion(pixels).mean().item(),
+            "motion_real": reference.motion,
             "videos": float(count),
         }
+
+    def features(self, pixels_BFCHW: Tensor) -> Tensor:
+        """The CNN's features of each frame, [B, F, D], wherever in the frame the digit is; pixels in [0, 1].
+
+        Raises ValueError for frames of another size than the world's.
+        """
+        side = self.world.config.canvas
+        if pixels_BFCHW.ndim != 5 or tuple(pixels_BFCHW.shape[3:]) != (side, side):
+            raise ValueError(f"toy judge: pixels must be [B, F, C, {side}, {side}], got {list(pixels_BFCHW.shape)}")
+        return self._appearance(pixels_BFCHW[:, :, :1].detach().cpu())[0]
 
     @torch.no_grad()
     def adherence(self, latents_BFCHW: Tensor, captions: Sequence[str]) -> Tensor:
@@ -154,12 +179,12 @@ class ToyJudge:
         return direction_ok, speed_error, jitter
 
     def _appearance(self, pixels_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """(CNN features averaged over frames [B, D], digit by the frames' joint likelihood [B])."""
+        """(CNN features of each frame [B, F, D], digit by the frames' joint likelihood [B])."""
         features, digits = [], []
         with torch.no_grad():
             for chunk in pixels_BFCHW.split(_CHUNK):
                 features_BFD = self._net(centred(chunk).flatten(0, 1)).unflatten(0, chunk.shape[:2])
-                features.append(features_BFD.mean(dim=1))
+                features.append(features_BFD)
                 digits.append(self._net.head(features_BFD).log_softmax(-1).mean(dim=1).argmax(-1))
         return torch.cat(features), torch.cat(digits)
 
@@ -167,14 +192,22 @@ class ToyJudge:
         key = tuple(captions)
         if key not in self._references:
             repeats = math.ceil(_REFERENCE_VIDEOS / len(captions))
-            pixels, features = self._real(list(captions) * repeats, _SEED, "train")
-            held_out = [self._real(captions, _SEED + draw, "test")[1] for draw in range(_FLOOR_DRAWS)]
+            pixels, features_RFD = self._real(list(captions) * repeats, _SEED, "train")
+            features = features_RFD.mean(dim=1)
+            held_out = [self._real(captions, _SEED + draw, "test")[1].mean(dim=1) for draw in range(_FLOOR_DRAWS)]
             floors = torch.tensor([relative_distance(draw, features) for draw in held_out])
-            self._references[key] = _Reference(features, _ink(pixels), floors.mean().item(), floors.std().item())
+            self._references[key] = _Reference(
+                features,
+                _ink(pixels),
+                floors.mean().item(),
+                floors.std().item(),
+                _relative_drift(features_RFD, features),
+                motion(pixels).mean().item(),
+            )
         return self._references[key]
 
     def _real(self, captions: Sequence[str], seed: int, split: Split) -> tuple[Tensor, Tensor]:
-        """Real videos' (pixels, features)."""
+        """Real videos' (pixels, features of each frame)."""
         pixels = self.world.decode(self.world.real_videos_for(captions, seed, split))[:, :, :1]
         return pixels, self._appearance(pixels)[0]
 
@@ -223,6 +256,12 @@ def _mean_and_error(name: str, values_B: Tensor) -> dict[str, float]:
 
 def _flicker(ink_BF: Tensor, real_ink: Tensor) -> float:
     return (ink_BF.diff(dim=1).abs().mean() / real_ink).item()
+
+
+def _relative_drift(features_BFD: Tensor, reference_RD: Tensor) -> float:
+    """Mean distance between the features of the last and of the first frames, in percent of the reference's spread."""
+    apart = drift(features_BFD).norm(dim=-1).mean()
+    return 100 * (apart / reference_RD.var(dim=0).sum().sqrt()).item()
 
 
 def _frames(world: ToyWorld, count: int, split: Split) -> tuple[Tensor, Tensor]:
