@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from configs.sizes import VideoSize, check_values
 from model.wan.text_encoder import TextConfig
 from model.wan.vae import ClipConfig, VAEConfig
 from utils.data.synthetic import SyntheticConfig
@@ -102,7 +103,15 @@ class DataConfig:
     @property
     def frames(self) -> int:
         """Latent frames of a video."""
-        return {"toy": self.toy.frames, "synthetic": self.synthetic.frames, "wan": self.wan.frames}[self.kind]
+        return self.size[0]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Latent frames, height and width of a video."""
+        if self.kind == "toy":
+            return self.toy.frames, self.toy.canvas // 2, self.toy.canvas // 2
+        sizes = self.synthetic if self.kind == "synthetic" else self.wan
+        return sizes.frames, sizes.height, sizes.width
 
 
 @dataclass
@@ -199,7 +208,8 @@ class TrainingConfig:
     max_steps: iterations. global_batch_size: samples an update, over all ranks and accumulation steps;
     micro_batch_size: samples a rank runs at once. generator_update_interval: see UpdateSchedule; critic_warmup_steps:
     first iterations, in which only the critic learns. non_finite_limit: consecutive skipped updates that abort the run.
-    threads: CPU threads of a rank, null for torch's choice.
+    threads: CPU threads of a rank, null for torch's choice. sizes: of videos, of which each update draws one, null for
+    the data's own; scale_shift: whether the schedule's shifts grow with the root of a drawn video's tokens.
     """
 
     max_steps: int = 600
@@ -212,8 +222,12 @@ class TrainingConfig:
     non_finite_limit: int = 10
     log_every: int = 1
     threads: int | None = None
+    sizes: list[VideoSize] | None = None
+    scale_shift: bool = True
 
     def __post_init__(self) -> None:
+        if self.sizes is not None:
+            check_values(self.sizes)
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, or null for torch's choice, got {self.threads}")
         if self.update_schedule is UpdateSchedule.alternating and self.generator_update_interval == 1:
