@@ -46,7 +46,7 @@ def report(plan: Plan) -> str:
     training = plan.config.training
     where = "" if plan.when.network == "other" else f", in the {plan.when.network}'s layers"
     size = "x".join(map(str, largest(plan.config)))
-    several = "" if training.sizes is None else f"; all of the largest of training.sizes, {size} (an upper bound)"
+    several = "" if training.sizes is None else f"; every video of the largest of training.sizes, {size}"
     head = [
         f"{plan.config.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu_name}: "
         f"replicate {replicate} x shard {shard} x sequence {sequence}; "
