@@ -108,10 +108,12 @@ class DataConfig:
     @property
     def size(self) -> tuple[int, int, int]:
         """Latent frames, height and width of a video."""
-        if self.kind == "toy":
-            return self.toy.frames, self.toy.canvas // 2, self.toy.canvas // 2
-        sizes = self.synthetic if self.kind == "synthetic" else self.wan
-        return sizes.frames, sizes.height, sizes.width
+        side = self.toy.canvas // 2
+        return {
+            "toy": (self.toy.frames, side, side),
+            "synthetic": (self.synthetic.frames, self.synthetic.height, self.synthetic.width),
+            "wan": (self.wan.frames, self.wan.height, self.wan.width),
+        }[self.kind]
 
 
 @dataclass
