@@ -25,6 +25,7 @@ from configs.sections import (
     UpdateSchedule,
     ValidationConfig,
 )
+from configs.sizes import check_sizes
 from model.ema import EMAConfig
 from model.schedule import ScheduleConfig
 from model.wan.config import NetworkConfig
@@ -104,6 +105,7 @@ class RunConfig:
                 raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}{video}") from None
         self._check_networks()
         check_given(self, real=needs is not None)
+        check_sizes(self)
         self._check_adapters()
         if self.parallel.engine == "deepspeed":
             self._check_deepspeed()

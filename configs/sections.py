@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from configs.sizes import VideoSize, check_values
 from model.wan.text_encoder import TextConfig
 from model.wan.vae import ClipConfig, VAEConfig
 from utils.data.digits import DigitsConfig
+from utils.data.glyphs import GLYPH
 from utils.data.synthetic import SyntheticConfig
 from utils.data.toy_world import ToyWorldConfig
 from utils.optim import LRScheduleConfig, OptimizerConfig
@@ -104,8 +106,18 @@ class DataConfig:
     @property
     def frames(self) -> int:
         """Latent frames of a video."""
-        sizes = {"toy": self.toy.frames, "digits": 1, "synthetic": self.synthetic.frames, "wan": self.wan.frames}
-        return sizes[self.kind]
+        return self.size[0]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Latent frames, height and width of a video."""
+        side = self.toy.canvas // 2
+        return {
+            "toy": (self.toy.frames, side, side),
+            "digits": (1, GLYPH, GLYPH),
+            "synthetic": (self.synthetic.frames, self.synthetic.height, self.synthetic.width),
+            "wan": (self.wan.frames, self.wan.height, self.wan.width),
+        }[self.kind]
 
 
 @dataclass
@@ -208,7 +220,8 @@ class TrainingConfig:
     max_steps: iterations. global_batch_size: samples an update, over all ranks and accumulation steps;
     micro_batch_size: samples a rank runs at once. generator_update_interval: see UpdateSchedule; critic_warmup_steps:
     first iterations, in which only the critic learns. non_finite_limit: consecutive skipped updates that abort the run.
-    threads: CPU threads of a rank, null for torch's choice.
+    threads: CPU threads of a rank, null for torch's choice. sizes: of videos, of which each update draws one, null for
+    the data's own; scale_shift: whether the schedule's shifts grow with the root of a drawn video's tokens.
     """
 
     max_steps: int = 600
@@ -221,8 +234,12 @@ class TrainingConfig:
     non_finite_limit: int = 10
     log_every: int = 1
     threads: int | None = None
+    sizes: list[VideoSize] | None = None
+    scale_shift: bool = True
 
     def __post_init__(self) -> None:
+        if self.sizes is not None:
+            check_values(self.sizes)
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, or null for torch's choice, got {self.threads}")
         if self.update_schedule is UpdateSchedule.alternating and self.generator_update_interval == 1:

@@ -208,7 +208,7 @@ def test_a_diffusion_step_is_given_the_first_frame(folder: Path, mode: str, kind
         if not is_i2v(kind):
             assert clips.given.initial is not None and torch.equal(clips.given.initial, clips.latents[:, :1])
             changed[:, :1] += 1  # the frame itself has no loss: what changes is what the others see
-        run.task.real = lambda positions: replace(clips, latents=changed, given=other(clips.given))
+        run.task.real = lambda positions, shape=None: replace(clips, latents=changed, given=other(clips.given))
         assert abs(run.loss(micro).loss - before) > 1e-4 * before
         run.task.real = real
         spoil(run.networks["student"].net, *((0, F) if mode == "teacher_forcing" else (0,)))

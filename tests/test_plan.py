@@ -215,6 +215,14 @@ def test_what_would_make_it_fit(hybrid: Plan) -> None:
     assert len(lines) == 2 and lines[1].startswith("  parallel.")
 
 
+def test_of_several_sizes_the_largest_is_planned(hybrid: Plan) -> None:
+    several = config(training={"sizes": [{"frames": 3}, {"height": 20, "width": 32}, {"frames": 9, "height": 8}]})
+    plain = stripped(several)
+    assert plain.data.size == (6, 20, 32) and plain.training.sizes is None
+    assert "largest of training.sizes, 6x20x32" in report(dataclasses.replace(hybrid, config=several))
+    assert "training.sizes" not in report(hybrid)
+
+
 @pytest.mark.slow
 def test_offloaded_state_is_not_the_gpus(hybrid: Plan) -> None:
     state = ("parameters", "optimizer", "EMA", SHARDED)

@@ -278,6 +278,8 @@ def test_training_on_stored_latents(folder: Path, tmp_path: Path) -> None:
     by_caption = dict(zip(PROMPTS, latents, strict=True))
     assert all(torch.equal(x, by_caption[caption]) for x, caption in zip(found, captions, strict=True))
     assert set(captions[:3]) == set(PROMPTS)
+    shorter = task.real(range(5), (2, 16, 4, 4))
+    assert torch.equal(shorter.latents, found[:, :2]) and shorter.captions == captions
     small = {name: value for name, value in base(folder).items() if name not in ("teacher", "critic", "trainer")}
     training = {"max_steps": 2, "critic_warmup_steps": 0}
     made = trainer(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from configs.objective import CriticLoss, ObjectiveKind
 from configs.schema import RunConfig
+from configs.sizes import shift_factor
 from model.decoupled_dmd import decoupled_dmd_loss
 from model.dmd import Guidance, critic_loss, dmd_loss
 from model.f_distill import RatioBins, f_distill_loss
@@ -151,6 +152,7 @@ class Objective:
         """A noise level [B] within the schedule's bounds, and noise like the sample's."""
         schedule = self.run.schedule if shift is None else replace(self.run.schedule, score_timestep_shift=shift)
         exits = sample.rollout.sigma_from, sample.rollout.sigma_to
+        schedule = schedule.scaled(shift_factor(self.run, sample.rollout.x0.shape[1:]))
         sigma = schedule.score_sigma(sample.noise.uniform(f"{role}_sigma"), *exits)
         return sigma, self._eps(sample, f"{role}_noise")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from configs.schema import RunConfig
+from configs.sizes import largest
 from model.wan.config import Checkpointing
 from trainer.base import micro_batches
 from trainer.plan import Cluster, Plan, make_plan
@@ -44,10 +45,12 @@ def report(plan: Plan) -> str:
     cluster, (replicate, shard, sequence) = plan.cluster, plan.split
     training = plan.config.training
     where = "" if plan.when.network == "other" else f", in the {plan.when.network}'s layers"
+    size = "x".join(map(str, largest(plan.config)))
+    several = "" if training.sizes is None else f"; every video of the largest of training.sizes, {size}"
     head = [
         f"{plan.config.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu_name}: "
         f"replicate {replicate} x shard {shard} x sequence {sequence}; "
-        f"samples a rank and update: {plan.micro_batches} x {training.micro_batch_size}",
+        f"samples a rank and update: {plan.micro_batches} x {training.micro_batch_size}{several}",
         "",
         f"GB per GPU at the worst moment ({plan.when.stage} of the {plan.when.update}'s update{where}):",
     ]

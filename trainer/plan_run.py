@@ -11,7 +11,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from configs.schema import RunConfig
 from configs.sections import TrainerKind
+from configs.sizes import largest
 from model.types import LossOutput
 from model.wan.config import NetworkConfig
 from model.wan.kv_cache import KVCache
@@ -83,7 +84,8 @@ class PlannedNoise(Noise):
 
 
 def stripped(config: RunConfig) -> RunConfig:
-    """The run without files, weights and other software: none of it changes what a GPU holds or computes."""
+    """The run without files, weights and other software: none of it changes what a GPU holds or computes. Of several
+    sizes of videos it has the largest alone."""
     if config.trainer in (TrainerKind.ode, TrainerKind.consistency):
         raise UserError(
             f"--plan does not cover trainer {config.trainer.value}: plan its student with trainer diffusion"
@@ -95,11 +97,13 @@ def stripped(config: RunConfig) -> RunConfig:
         network.init = None
         network.attention = "sdpa" if network.attention in ("flash", "flex") else network.attention
     sizes, clip = config.data.synthetic, config.data.wan
-    if config.data.kind == "wan":
+    if config.training.sizes is not None:
+        sizes.frames, sizes.height, sizes.width = largest(config)
+    elif config.data.kind == "wan":
         sizes.frames, sizes.height, sizes.width = clip.frames, clip.height, clip.width
     else:
         sizes.frames, _, sizes.height, sizes.width = build_task(config, torch.device("cpu")).latent_shape
-    config.data.kind = "synthetic"
+    config.data.kind, config.training.sizes = "synthetic", None
     config.data.prompts = config.validation.prompts = config.validation.every = config.training.threads = None
     config.rollout.last_step_only = config.parallel.compile = False
     config.logging.tensorboard = config.logging.wandb = False
@@ -244,7 +248,7 @@ class Probe:
     def _planned(micro: MicroBatch, exit_step: int) -> MicroBatch:
         noise = PlannedNoise(micro.noise.seed, micro.noise.step, micro.noise.sample_ids, micro.noise.device)
         noise.exit_step = exit_step
-        return MicroBatch(micro.positions, noise, micro.weight)
+        return replace(micro, noise=noise)
 
     def _backward(self, trained: Trained, backward: Any, loss: Tensor, *, last: bool) -> None:
         backward(loss, last=last)

@@ -6,7 +6,7 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,6 +31,7 @@ from utils.toy_judge import ToyJudge
 if TYPE_CHECKING:
     from trainer.stored import Stored
 
+Shape = tuple[int, ...]
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
 CLIP_TOKENS = 257  # of ViT-H/14 at 224 pixels: 16 x 16 patches and the class
@@ -57,6 +58,12 @@ class Clips:
     captions: list[str]
     given: Given = Given()
 
+    def start(self, frames: int, device: torch.device) -> Clips:
+        """Their first frames, with the latents on `device`."""
+        channels = self.given.channels if self.given.channels is None else self.given.channels[:, :frames]
+        latents = self.latents[:, :frames].to(device)
+        return replace(self, latents=latents, given=replace(self.given, channels=channels))
+
 
 class Task(Protocol):
     """What trainers and generation ask of a task. All of it is a function of positions and prompts, none of state."""
@@ -67,10 +74,14 @@ class Task(Protocol):
 
     def prompts(self, positions: range) -> list[str]: ...
 
-    def conditions(self, positions: range) -> Conditioning:
-        """What training's samples at these positions are made from: a prompt and, where the run has them, an image."""
+    def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
+        """What training's samples at these positions are made from: a prompt and, where the run has them, an image.
 
-    def real(self, positions: range) -> Clips: ...
+        shape: (F, C, H, W) of the samples, null for `latent_shape`; here and in `real` one that the config allows.
+        """
+
+    def real(self, positions: range, shape: Shape | None = None) -> Clips:
+        """Real videos at these positions: in any size the same content."""
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning: ...
 
@@ -126,6 +137,9 @@ class World(Protocol):
 
     def decode(self, latents_BFCHW: Tensor, *, clamp: bool = True) -> Tensor: ...
 
+    def resized(self, frames: int, height: int) -> World:
+        """The same world with so many frames, and latents of another height and width."""
+
 
 class WorldTask:
     """A world behind the interface of a real task: everything by position, nothing by state."""
@@ -160,14 +174,15 @@ class WorldTask:
         """Training prompts at these positions of the endless shuffled library."""
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
-    def conditions(self, positions: range) -> Conditioning:
+    def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
         return self.conditioning(self.prompts(positions))
 
-    def real(self, positions: range) -> Clips:
+    def real(self, positions: range, shape: Shape | None = None) -> Clips:
         """Real videos at these positions. RuntimeError in a data-free run."""
         if not self.may_use_data:
             raise RuntimeError("a data-free run asked for real videos")
-        batch = self.world.batch(positions, "train")
+        frames, _, height, _ = shape or self.latent_shape
+        batch = self.world.resized(frames, height).batch(positions, "train")
         latents = batch.latents_BFCHW.to(self.device)
         return Clips(latents, batch.captions, Given(latents[:, :1]) if self.gives_frame else Given())
 
@@ -214,7 +229,7 @@ class WorldTask:
 
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
-        return self.encode(self.decode(latents)[:, -1:])
+        return self._world(latents.shape[1:]).encode(self.decode(latents)[:, -1:]).to(self.device)
 
     def reward(self, config: RewardConfig | None) -> Reward | None:
         no_reward(config)
@@ -272,25 +287,26 @@ class SyntheticTask:
         """Training prompts at these positions of the endless shuffled library."""
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
-    def conditions(self, positions: range) -> Conditioning:
-        return self._given(positions).with_text(self.conditioning(self.prompts(positions)).text)
+    def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
+        return self._given(positions, shape).with_text(self.conditioning(self.prompts(positions)).text)
 
-    def real(self, positions: range) -> Clips:
+    def real(self, positions: range, shape: Shape | None = None) -> Clips:
         """Latents [B, F, C, H, W] of noise at these positions. RuntimeError in a data-free run."""
         if not self.may_use_data:
             raise RuntimeError("a data-free run asked for real videos")
         noise = Noise(keyed_seed(self.seed, "synthetic videos"), 0, positions, self.device)
-        return Clips(noise.normal("latents", self.latent_shape), self.prompts(positions), self._given(positions))
+        latents = noise.normal("latents", shape or self.latent_shape)
+        return Clips(latents, self.prompts(positions), self._given(positions, shape))
 
-    def _given(self, positions: range) -> Given:
+    def _given(self, positions: range, shape: Shape | None = None) -> Given:
         """Noise in place of what an i2v network sees of an image; the others see none."""
-        shape = self.geometry
-        if shape.model_type != "i2v":
+        net = self.geometry
+        if net.model_type != "i2v":
             return Given()
         noise = Noise(keyed_seed(self.seed, "synthetic images"), 0, positions, self.device)
-        frames, _, *size = self.latent_shape
-        channels = noise.normal("channels", (frames, shape.in_dim - shape.out_dim, *size))
-        image = None if shape.image_dim is None else noise.normal("image", (CLIP_TOKENS, shape.image_dim))
+        frames, _, *size = shape or self.latent_shape
+        channels = noise.normal("channels", (frames, net.in_dim - net.out_dim, *size))
+        image = None if net.image_dim is None else noise.normal("image", (CLIP_TOKENS, net.image_dim))
         return Given(channels=channels, image=image)
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
@@ -330,12 +346,16 @@ class SyntheticTask:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, F, C, H, W] of pixels [B, F, 1 or 3, H, W] in [0, 1]: `decode` undone, other channels zero."""
-        _, channels, height, width = self.latent_shape
+        height, width = self.latent_shape[2:]
         if pixels.shape[2] not in (1, 3) or tuple(pixels.shape[3:]) != (height, width):
             raise ValueError(
                 f"synthetic data: pixels must be [B, F, 1 or 3, {height}, {width}], got {list(pixels.shape)}"
             )
-        latents = torch.zeros(*pixels.shape[:2], channels, height, width, device=self.device)
+        return self._latents(pixels)
+
+    def _latents(self, pixels: Tensor) -> Tensor:
+        channels = self.latent_shape[1]
+        latents = torch.zeros(*pixels.shape[:2], channels, *pixels.shape[3:], device=self.device)
         shown = min(3, channels)
         latents[:, :, :shown] = (pixels.to(self.device)[:, :, :shown] - 0.5) * 4
         return latents
@@ -345,7 +365,7 @@ class SyntheticTask:
 
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
-        return self.encode(self.decode(latents[:, -1:]))
+        return self._latents(self.decode(latents[:, -1:]))
 
     def reward(self, config: RewardConfig | None) -> None:
         return no_reward(config)

@@ -88,6 +88,12 @@ class DigitsWorld:
         pixels = latents_BFCHW.float() * PIXEL_STD + PIXEL_MEAN
         return (pixels.clamp(0, 1) if clamp else pixels).expand(-1, -1, 3, -1, -1)
 
+    def resized(self, frames: int, height: int) -> DigitsWorld:
+        """Itself: there is one size. Raises ValueError for another."""
+        if (frames, height) != (1, GLYPH):
+            raise ValueError(f"digits: images are one frame of {GLYPH} x {GLYPH}, not {frames} of {height} x {height}")
+        return self
+
     def _images(self, digits: Sequence[int], u_B: NDArray[np.float64], split: Split) -> Tensor:
         pools = [glyph_indices(split)[digit] for digit in digits]
         chosen = [pool[int(u * len(pool))] for pool, u in zip(pools, u_B, strict=True)]

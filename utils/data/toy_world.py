@@ -15,7 +15,7 @@ Space-to-depth by 2 stands in for the VAE: pixels [B, F, 1, 16, 16] <-> latents 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -107,6 +107,11 @@ class ToyWorld:
         batch = self.batch([index], split)
         digit, direction = self.parse(batch.captions[0])
         return ToySample(batch.latents_BFCHW[0], batch.captions[0], digit, direction)
+
+    def resized(self, frames: int, height: int) -> ToyWorld:
+        """The same world with so many frames, on the canvas whose latents are so high: itself where it has both."""
+        config = replace(self.config, frames=frames, canvas=2 * height)
+        return self if config == self.config else ToyWorld(config)
 
     def batch(self, indices: Sequence[int], split: Split) -> ToyBatch:
         """The samples with these indices. Raises ValueError on an unknown split or a negative index."""
