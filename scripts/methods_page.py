@@ -94,16 +94,16 @@ def _head(count: int, seeds: int, split: str, quick: bool) -> str:
     trial = "**This is a trial of a few iterations each: its numbers mean nothing.**\n\n" if quick else ""
     return f"""# Every method on the toy world
 
-{trial}Written by `make methods`, which trains all of it from nothing: each row of a table is a YAML of `configs/methods`
-or `configs/digits` with the overrides listed at the end. The world (a handwritten digit that glides over a torus, six
-frames of 16 x 16 pixels), the networks (0.3M parameters) and the budgets (100 updates of the student) are toys: a row
-shows that a method does what it says and what it costs, not how it ranks at scale.
+{trial}Written by `make methods`, which trains all of it from nothing: each row of a table is a YAML of
+`configs/methods` or `configs/digits` with the overrides listed at the end. The world (a handwritten digit that glides
+over a torus, six frames of 16 x 16 pixels), the networks (0.3M parameters) and the budgets (100 updates of the student)
+are toys: a row shows that a method does what it says and what it costs, not how it ranks at scale.
 
 A cell is the mean over {seeds} trainings with seeds of their own, ± their standard deviation; {count} videos are judged
 in each, of prompts and noise of the split `{split}`. Where there is one training, ± is the error of a share of {count}.
 Hyper-parameters were chosen on the split `dev`, which shares neither. "Clearly better" means that prompts (digits) are
-right more often and that the distance is smaller than in the naive row, both by more than {SURE:g} standard deviations of
-the student's seeds.
+right more often and that the distance is smaller than in the naive row, both by more than {SURE:g} standard deviations
+of the student's seeds.
 
 Training costs are the row's own stage alone: evaluations of any network, in whole videos, and the most memory that the
 process held beyond what it holds when idle."""
@@ -190,11 +190,11 @@ def _how(lines: Sequence[Line]) -> str:
             folder = "digits" if method.group == "digits" else "methods"
             starts = ", ".join(f"{network} from `{row}`" for network, row in method.start.items())
             overrides = " ".join(f"`{one}`" for one in method.overrides)
-            rows.append(
-                f"| `{method.key}` | `configs/{folder}/{method.recipe}.yaml` {overrides}{': ' + starts if starts else ''} |"
-            )
+            said = f"`configs/{folder}/{method.recipe}.yaml` {overrides}"
+            rows.append(f"| `{method.key}` | {said}{': ' + starts if starts else ''} |")
     return f"""## How it was made
 
-{machine}, {platform.python_version()}, PyTorch {torch.__version__}. All numbers, seed by seed: `results.json` beside the pictures.
+{machine}, Python {platform.python_version()}, PyTorch {torch.__version__}. All numbers, seed by seed, are in
+`results.json` beside the pictures.
 
 """ + "\n".join(rows)

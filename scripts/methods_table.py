@@ -22,7 +22,7 @@ class Group:
 class Method:
     """A row. recipe, overrides: of the run that is trained, null where nothing is. start: networks and the rows whose
     runs they start from, of the same seed (a teacher has one). run, steps, causal_from: of a row without a run of its
-    own, whose weights are sampled how, see scripts/report_samples.py. low: of two experts, the row of the low-noise one.
+    own, whose weights are sampled how, see scripts/report_samples.py. low: of two experts, the row of the low one.
     group: '' for what is trained for others and not shown. why: where it does not beat the naive row, the reason."""
 
     key: str
@@ -49,7 +49,7 @@ class Method:
 
 GROUPS = (
     Group("baselines", "The teacher, and what it gives without distillation", None,
-          "Real videos are held out from all training. Steps are Euler steps at guidance 2, two network evaluations each."),
+          "Real videos are held out from all training. Steps are Euler's at guidance 2, two network evaluations each."),
     Group("one_step", "One step", "teacher_1",
           "A bidirectional student of one evaluation a video, from the teacher's weights."),
     Group("two_steps", "Two steps", "teacher_2",
@@ -59,8 +59,9 @@ GROUPS = (
     Group("causal", "Causal students", "causal_2",
           "Two steps a block over the student's own cache, from diffusion forcing's weights unless the row says more."),
     Group("digits", "Images", "digits_1",
-          "scikit-learn's handwritten digits, 8 x 8 pixels, one step, from a teacher of images. The distance is computed "
-          "like FID but on another network's features: it ranks these rows and says nothing beside published numbers."),
+          "scikit-learn's handwritten digits, 8 x 8 pixels, one step, from a teacher of images. The distance is "
+          "computed like FID but on another network's features: it ranks these rows, and stands beside no published "
+          "number."),
 )  # fmt: skip
 
 _SCORES = {"teacher": TEACHER, "critic": TEACHER}
@@ -112,7 +113,7 @@ METHODS: tuple[Method, ...] = (
         Method(f"teacher_{n}", f"Teacher, {n} step{'s'[: n > 1]}", "baselines", run=TEACHER, steps=n)
         for n in (4, 2, 1)
     ),
-    Method("causal_2", "Teacher's weights run block by block, 2 steps", "baselines", run=TEACHER, causal_from="init_df"),
+    Method("causal_2", "Teacher, block by block, 2 steps", "baselines", run=TEACHER, causal_from="init_df"),
     _one("dmd", "DMD"),
     _one("dmd2", "DMD2: with a discriminator on the teacher's features", *_GAN),
     _one("dmd2_critic", "DMD2: on the critic's features, register tokens", *_GAN,
@@ -131,8 +132,8 @@ METHODS: tuple[Method, ...] = (
     _two("phased", "Phased DMD, two experts", *_HIGH, low="phased_low"),
     _two("phased_low", "Phased DMD, the low-noise expert", *_LOW, *_DATA, group=""),
     _init("init_df", "Diffusion forcing", "causal_init"),
-    _init("init_tf", "Teacher forcing", "causal_init", "diffusion.mode=teacher_forcing", "diffusion.caption_dropout=0.1",
-          "diffusion.clean_block_share=0"),
+    _init("init_tf", "Teacher forcing", "causal_init", "diffusion.mode=teacher_forcing",
+          "diffusion.caption_dropout=0.1", "diffusion.clean_block_share=0"),
     _init("init_ode", "ODE regression, bidirectional teacher", "ode", teacher=TEACHER),
     _init("init_ode_causal", "ODE regression, causal teacher", "ode", "ode.causal_teacher=true", teacher="init_tf"),
     _init("init_consistency", "Causal consistency distillation", "consistency", teacher="init_tf"),

@@ -229,7 +229,8 @@ class WorldTask:
 
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
-        return self._world(latents.shape[1:]).encode(self.decode(latents)[:, -1:]).to(self.device)
+        world = self.world.resized(latents.shape[1], latents.shape[3])
+        return world.encode(self.decode(latents)[:, -1:]).to(self.device)
 
     def reward(self, config: RewardConfig | None) -> Reward | None:
         no_reward(config)
