@@ -30,7 +30,7 @@ from utils.toy_judge import ToyJudge
 if TYPE_CHECKING:
     from trainer.stored import Stored
 
-Reward = Callable[[Tensor, Sequence[str]], Tensor]
+Reward = Callable[[Tensor, Sequence[str]], Tensor]  # latents [B, F, C, H, W], prompts -> [B], higher is better
 
 CLIP_TOKENS = 257  # of ViT-H/14 at 224 pixels: 16 x 16 patches and the class
 
