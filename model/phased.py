@@ -85,7 +85,6 @@ def _gains(start: float, s: Tensor) -> tuple[Tensor, Tensor]:
     if not 0 <= start < 1:
         raise ValueError(f"an interval of noise levels must start in [0, 1), got {start}")
     keep = (1 - s) / (1 - start)
-    if bool((s < start).any()):
-        lowest = float(s.min())
+    if (lowest := float(s.min())) < start:
         raise ValueError(f"noise level {lowest:g} lies below its interval's start {start:g}: bound the schedule")
     return keep, (s.square() - (keep * start).square()).clamp_min(0).sqrt()
