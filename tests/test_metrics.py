@@ -157,6 +157,17 @@ def test_the_judge_is_trained_once_and_leaves_the_random_state_alone(tmp_path: P
     assert [file.name for file in tmp_path.iterdir()] == [judge.path.name]
 
 
+def test_the_reward_of_a_sample_with_nan_is_nan(judge: ToyJudge, real: Tensor) -> None:
+    """An update on it is then skipped and counted; what is beside it keeps its reward."""
+    clean = judge.adherence(real[:6], CAPTIONS[:6])
+    assert bool(((clean >= 0) & (clean <= 1)).all()) and float(clean.max()) > 0.5
+    spoilt = real[:6].clone()
+    spoilt[1], spoilt[4, 3, 0, 2, 2] = math.nan, math.nan
+    found = judge.adherence(spoilt, CAPTIONS[:6])
+    assert found.isnan().tolist() == [False, True, False, False, True, False]
+    assert torch.allclose(found[[0, 2, 3, 5]], clean[[0, 2, 3, 5]], atol=1e-6)
+
+
 def test_the_judge_refuses_what_it_cannot_measure(judge: ToyJudge, real: Tensor) -> None:
     with pytest.raises(ValueError, match="F >= 2, 4, 8, 8"):
         judge.evaluate(real[:, :1], CAPTIONS)

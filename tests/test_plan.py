@@ -179,6 +179,37 @@ def test_few_layers_tell_of_many(parallel: dict[str, int], cluster: Cluster) -> 
     assert guessed.iterations[0].cost == pytest.approx(whole.iterations[0].cost, rel=1e-12)
 
 
+def test_a_discriminator_is_planned() -> None:
+    """Of LADD, without a critic: its heads' own update, and as many tapped blocks in runs of few layers as in the
+    whole. Its teacher is not run beyond the last of them."""
+    changes: dict[str, Any] = {
+        "critic": None,
+        "objective": {"kind": "ladd", "gan": {"depths": [0.5, 0.7]}},  # the one block 2 of 4 layers, two of 3 and of 5
+        "data": {"real": True, "synthetic": {"frames": 3}},
+        "rollout": {"kind": "noised_data"},
+        "training": {"critic_warmup_steps": 1, "max_steps": 3},
+    }
+    plain = config(5, **changes)
+    cluster = Cluster(1, 1, "h200", H200)
+    guessed, whole = make_plan(plain, cluster), make_plan(plain, cluster, whole=True)
+    assert guessed.peak == whole.peak and guessed.rest == whole.rest
+    assert guessed.rest[Owner("discriminator", "optimizer")] > guessed.rest[Owner("discriminator", "parameters")] > 0
+    for one, other in zip(guessed.iterations, whole.iterations, strict=True):
+        assert one.cost == pytest.approx(other.cost, rel=1e-12) and one.cost[FLOPS] > 0
+    assert [(item.kind.name, item.kind.count) for item in guessed.iterations] == [
+        ("student and discriminator", 2), ("discriminator", 1)
+    ]  # fmt: skip
+    assert "\ndiscriminator " in report(guessed) and "critic" not in report(guessed)
+
+
+def test_what_no_plan_can_know_stops_none() -> None:
+    """Made-up numbers lie within an expert's interval; synthetic samples have no reward."""
+    objective = {"kind": "phased_dmd", "reward": {"name": "prompt_adherence"}}
+    schedule = {"denoising_step_list": [1000], "min_score_timestep": 500}
+    plain = stripped(config(objective=objective, schedule=schedule, training={"global_batch_size": 1}))
+    assert run(plain, Meter(), [Iteration(0, [0])]).phases
+
+
 def test_cost_is_affine_in_the_exit_step() -> None:
     plain = stripped(config(schedule={"denoising_step_list": [1000, 750, 500]}))
     record = run(plain, Meter(), [Iteration(0, [1, 0]), Iteration(0, [2, 2])])

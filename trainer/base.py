@@ -248,8 +248,8 @@ class Trainer(ABC):
                 sums[name] = sums.get(name, 0.0) + float(value) * micro.weight
             own_loss += float(output.loss.detach())
         activity.mark(f"{trained.name} update")
-        named = {f"{one.name}.{key}": p for one in group for key, p in one.optimizer.named.items()}
-        check = FiniteCheck(sums | {"loss": own_loss}, trained.optimizer.named if not beside else named)
+        others = {f"{one.name}.{key}": p for one in beside for key, p in one.optimizer.named.items()}
+        check = FiniteCheck(sums | {"loss": own_loss}, {**trained.optimizer.named, **others})
         metrics = {f"{trained.name}/{name}": value for name, value in self.summed(sums).items()}
         norms = {one.name: float(one.engine.clip()) for one in group}
         metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}

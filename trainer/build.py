@@ -154,18 +154,14 @@ def open_run(path: Path, which: str) -> Weights:
 def open_group(folder: Path, group: str) -> Weights:
     """All weights of a checkpoint's group: `student`, `student_ema`, `critic`. Raises UserError, and ValueError where
     those that an adapter was trained on are not there any more."""
-    stored, name, state = (
-        checkpoint.StoredGroup(folder, group),
-        group.removesuffix("_ema"),
-        checkpoint.load_state(folder),
-    )
+    stored = checkpoint.StoredGroup(folder, group)
+    name, state = group.removesuffix("_ema"), checkpoint.load_state(folder)
     network = getattr(from_plain(RunConfig, state["config"]), name)
     if network.lora is None:
         return stored
-    kept = state["networks"][name].get("adapter")  # older checkpoints have none
     try:
         base = stored_weights(network)
-        if kept is not None and kept["base"] != base_digest(base):
+        if state["networks"][name]["adapter"]["base"] != base_digest(base):
             raise ValueError("other weights lie there now: put back those that it was trained on")
         return MergedWeights(base, [(StoredLora(stored, network.lora, folder), 1.0)])
     except (ValueError, OSError) as problem:

@@ -5,7 +5,6 @@ B batch  F latent frames
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import assert_never
 
@@ -26,10 +25,8 @@ from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import Conditioning, LossOutput, Rollout, Total
 from trainer.adversary import NAME, Adversary
-from trainer.task import Task
+from trainer.task import Reward, Task
 from utils.random import Noise
-
-Reward = Callable[[Tensor, list[str]], Tensor]  # latents [B, F, C, H, W], prompts -> [B], higher is better
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,9 @@ class Objective:
                 assert_never(config.kind)
 
     def _weights(self, sample: Sample) -> Tensor | None:
-        if self.config.reward is None or self.reward is None:
+        if self.config.reward is None:
             return None
+        assert self.reward is not None
         prompts = self.task.prompts(sample.positions)
         with torch.no_grad():
             value = self.reward(sample.rollout.x0.detach(), prompts)

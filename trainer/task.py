@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from trainer.stored import Stored
 
 Shape = tuple[int, ...]
-Reward = Callable[[Tensor, Sequence[str]], Tensor]
+Reward = Callable[[Tensor, Sequence[str]], Tensor]  # latents [B, F, C, H, W], prompts -> [B], higher is better
 
 CLIP_TOKENS = 257  # of ViT-H/14 at 224 pixels: 16 x 16 patches and the class
 

@@ -270,8 +270,12 @@ class WanTask:
         )
 
     def negative(self, batch: int) -> Tensor:
-        """The negative prompt's embedding [B, L, D]."""
-        return self._embed([self.negative_prompt]).expand(batch, -1, -1)
+        """The negative prompt's embedding [B, L, D]: every update asks for it, and it is embedded once."""
+        return self._negative.expand(batch, -1, -1)
+
+    @cached_property
+    def _negative(self) -> Tensor:
+        return self._embed([self.negative_prompt])
 
     def validation_prompts(self, count: int) -> list[str]:
         """Without a library the captions of the images that `validation_given` shows. Raises UserError."""

@@ -145,8 +145,8 @@ class ToyJudge:
     @torch.no_grad()
     def adherence(self, latents_BFCHW: Tensor, captions: Sequence[str]) -> Tensor:
         """[B] in [0, 1]: the caption's digit's probability, by the mean of the frames' log-likelihoods, and 0 for
-        another direction: a reward, not a measure to report. NaN latents give 0."""
-        pixels = self.world.decode(latents_BFCHW.detach().float().cpu().nan_to_num())[:, :, :1]
+        another direction: a reward, not a measure to report. NaN for a sample that holds NaN."""
+        pixels = self.world.decode(latents_BFCHW.detach().float().cpu())[:, :, :1]
         digits, directions = zip(*(self.world.parse(caption) for caption in captions), strict=True)
         features_BFD = self._net(centred(pixels).flatten(0, 1)).unflatten(0, pixels.shape[:2])
         likelihood = self._net.head(features_BFD).log_softmax(-1).mean(dim=1).softmax(-1)
@@ -234,11 +234,12 @@ def displacement(pixels_BFCHW: Tensor) -> Tensor:
 
 
 def centred(pixels_BFCHW: Tensor) -> Tensor:
-    """Every frame rolled by whole pixels so that its centroid is in the middle: place is no part of appearance."""
+    """Every frame rolled by whole pixels so that its centroid is in the middle: place is no part of appearance. One
+    with NaN, which has no place, stays where it is."""
     phase = centroid_phase(pixels_BFCHW)
     for dim, axis in ((-1, 0), (-2, 1)):
         size = pixels_BFCHW.shape[dim]
-        shift = (phase[..., axis].angle() * (size / (2 * math.pi))).round().long()
+        shift = (phase[..., axis].angle() * (size / (2 * math.pi))).round().nan_to_num(size // 2).long()
         index = (torch.arange(size) + shift[..., None] - size // 2) % size
         index = index[:, :, None, None, :] if dim == -1 else index[:, :, None, :, None]
         pixels_BFCHW = pixels_BFCHW.gather(dim, index.expand(pixels_BFCHW.shape))
