@@ -27,11 +27,13 @@ LOADED = ["scripts.methods_run", "trainer.distillation", "trainer.diffusion", "t
 
 
 def jobs(options: Options, seeds: int, only: Sequence[str] | None = None) -> list[Job]:
-    """One a seed of each row, or one, in the table's order. Raises UserError for rows that there are not."""
+    """One a seed of each row, or one; all rows of one seed before the next. Raises UserError for an unknown row."""
     known = {method.key for method in METHODS}
     if unknown := sorted(set(only or ()) - known):
         raise UserError(f"--only {unknown[0]}: choose among {', '.join(sorted(known))}")
-    return [Job(method, seed, options) for method in chosen(only) for seed in ([0] if method.once else range(seeds))]
+    return [
+        Job(method, seed, options) for seed in range(seeds) for method in chosen(only) if seed == 0 or not method.once
+    ]
 
 
 def run_all(todo: Sequence[Job], workers: int) -> list[Job]:

@@ -78,13 +78,21 @@ class Job:
         """Whether this one starts from the other."""
         return other.method.key in self.method.needs() and (other.method.once or other.seed == self.seed)
 
-    def identity(self) -> str:
-        """Of all that the result depends on: the run's config and those of the runs it starts from."""
+    def starts(self) -> list[Job]:
+        """Those whose runs it starts from, in order."""
+        rows = [BY_KEY[row] for row in sorted(self.method.needs())]
+        return [Job(row, 0 if row.once else self.seed, self.options) for row in rows]
+
+    def trained(self) -> str:
+        """A name of all that its weights depend on: the run's config, and those of the runs it starts from."""
         config = self.config()
-        said = [None if config is None else to_plain(config), self.options.count, self.options.split]
-        before = [(self.folder_of(row) / "result.json").read_text() for row in sorted(self.method.needs())]
-        sampled = [self.method.run, self.method.steps, self.method.causal_from, self.method.low]
-        return config_hash([said, before, sampled])
+        return config_hash([None if config is None else to_plain(config), [start.trained() for start in self.starts()]])
+
+    def judged(self) -> str:
+        """A name of all that its result depends on."""
+        method, options = self.method, self.options
+        how = [method.run, method.steps, method.causal_from, method.low]
+        return config_hash([self.trained(), options.count, options.split, how])
 
 
 def run_folder(root: Path, key: str, seed: int, *, once: bool) -> Path:
@@ -126,27 +134,33 @@ def perform(job: Job) -> None:
 
 
 def _train(job: Job) -> dict[str, float]:
-    """What training cost: evaluations of networks, in videos, and bytes beyond those of the idle process."""
-    config = job.config()
+    """What training cost: evaluations of networks, in videos, and megabytes beyond those of the idle process."""
+    config, cost, begun = job.config(), job.folder / "cost.json", job.folder / "begun"
     if config is None:
         return {}
-    idle = peak_memory_gib()
-    begun, identity = job.folder / "begun", job.identity()
-    resume = "auto" if begun.is_file() and begun.read_text() == identity else "never"
+    identity = job.trained()
+    same = begun.is_file() and begun.read_text() == identity
+    if same and cost.is_file():
+        known: dict[str, float] = json.loads(cost.read_text())
+        return known
+    cost.unlink(missing_ok=True)
     begun.write_text(identity)
-    if build_trainer(config, RunOptions(job.folder, resume, wandb=False, visualize=False)).train():
+    idle = peak_memory_gib()
+    options = RunOptions(job.folder, "auto" if same else "never", wandb=False, visualize=False)
+    if build_trainer(config, options).train():
         raise UserError("stopped, and saved: the same command goes on from here")
-    lines = [line for line in read_jsonl(job.folder / "metrics.jsonl") if "network_evaluations" in line]
-    return {
-        "network_evaluations": lines[-1]["network_evaluations"],
-        "peak_mb": (lines[-1]["peak_memory_gib"] - idle) * 2**30 / 1e6,
-        "iterations": lines[-1]["step"],
+    last = next(line for line in reversed(read_jsonl(job.folder / "metrics.jsonl")) if "network_evaluations" in line)
+    spent = {
+        "network_evaluations": last["network_evaluations"],
+        "peak_mb": (peak_memory_gib() - idle) * 2**30 / 1e6,
     }
+    cost.write_text(json.dumps(spent))
+    return spent
 
 
 def _judge(job: Job, trained: dict[str, float]) -> None:
     """The result's file; of what is trained for others alone it says no more than that."""
-    said: dict[str, Any] = {"key": job.method.key, "seed": job.seed, "training": trained, "identity": job.identity()}
+    said: dict[str, Any] = {"key": job.method.key, "seed": job.seed, "training": trained, "identity": job.judged()}
     if job.method.group:
         said |= _judged(job)
     partial = job.result.with_suffix(".partial")
@@ -198,7 +212,7 @@ def _judge_of(job: Job, generator: Generator) -> ToyJudge | DigitsJudge:
 def finished(job: Job) -> bool:
     """Whether its result is there and of this very job. What it needs must be finished."""
     try:
-        return bool(json.loads(job.result.read_text())["identity"] == job.identity())
+        return bool(json.loads(job.result.read_text())["identity"] == job.judged())
     except (OSError, ValueError, KeyError):
         return False
 
