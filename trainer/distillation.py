@@ -25,7 +25,7 @@ from trainer.adversary import Adversary
 from trainer.base import MicroBatch, Trainer
 from trainer.build import build_frozen, build_trained, sharing
 from trainer.guard import Guard
-from trainer.objectives import Objective, Sample
+from trainer.objectives import Objective, Sample, Weights
 from trainer.rollout_cache import RolloutCache
 from utils import distributed
 from utils.metrics import luma, saturation
@@ -109,10 +109,15 @@ class ScoreDistillationTrainer(Trainer):
         return metrics
 
     def _train_generator(self, batch: list[MicroBatch], made: list[Sample]) -> dict[str, float]:
+        weights: list[Weights] = []
+        if self.objective.weighs and len(batch) > 1:  # all samples must be seen before the first one's loss
+            weights = self.objective.weights([self.sample_of(micro, with_gradient=False) for micro in batch])
+
         def loss_of(micro: MicroBatch) -> LossOutput:
             sample = self.sample_of(micro, with_gradient=True)
+            known = weights[len(made)] if weights else None
             made.append(replace(sample, rollout=sample.rollout.detach()))
-            return self._with_looks(self.objective.student_loss(sample), sample.rollout)
+            return self._with_looks(self.objective.student_loss(sample, known), sample.rollout)
 
         with ExitStack() as others:
             for other in [*self.heads.values(), *(net for name, net in self.networks.items() if name != "student")]:
