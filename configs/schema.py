@@ -71,7 +71,7 @@ class RunConfig:
         """Whether the trained network generates block by block."""
         match self.trainer:
             case TrainerKind.score_distillation:
-                return self.rollout.kind in (RolloutKind.self_forcing, RolloutKind.diffusion_forcing)
+                return self.rollout.kind.causal
             case TrainerKind.diffusion:
                 return self.diffusion.mode is not DiffusionMode.bidirectional
             case TrainerKind.ode | TrainerKind.consistency:
@@ -150,8 +150,7 @@ class RunConfig:
         """What of the run needs real videos, in words; null where nothing does."""
         if self.trainer in (TrainerKind.diffusion, TrainerKind.consistency):
             return f"trainer {self.trainer.value}"
-        from_data = (RolloutKind.noised_data, RolloutKind.diffusion_forcing)
-        if self.trainer is TrainerKind.score_distillation and self.rollout.kind in from_data:
+        if self.trainer is TrainerKind.score_distillation and self.rollout.kind.from_data:
             return f"rollout.kind {self.rollout.kind.value}"
         if self.trainer is TrainerKind.score_distillation and self.objective.gan is not None:
             return "objective.gan"
@@ -165,9 +164,9 @@ class RunConfig:
             raise ValueError(
                 "schedule.ts_schedule needs one exit step for all blocks: set rollout.same_step_across_blocks to true"
             )
-        if rollout.kind is RolloutKind.diffusion_forcing and (by_exit or rollout.last_step_only):
+        if rollout.kind.by_block and (by_exit or rollout.last_step_only):
             raise ValueError(
-                "rollout.kind diffusion_forcing has no exit step: set schedule.ts_schedule, ts_schedule_max and "
+                f"rollout.kind {rollout.kind.value} has no exit step: set schedule.ts_schedule, ts_schedule_max and "
                 "rollout.last_step_only to false"
             )
         if schedule.ts_schedule_max and schedule.min_score_timestep / 1000 >= min(schedule.sigmas()):
@@ -206,8 +205,7 @@ class RunConfig:
                 raise ValueError(f"{name} is null, but objective.kind {kind} needs it: give it a preset and an init")
             if not is_needed and getattr(self, name) is not None:
                 raise ValueError(f"{name} is not used by objective.kind {kind} on these features: set it to null")
-        from_data = (RolloutKind.noised_data, RolloutKind.diffusion_forcing)
-        if objective.reward is not None and (self.rollout.kind in from_data or self.data.images is not None):
+        if objective.reward is not None and (self.rollout.kind.from_data or self.data.images is not None):
             raise ValueError("objective.reward judges samples of prompts alone: choose another rollout.kind, or none")
         if objective.kind is ObjectiveKind.phased_dmd and self.schedule.min_score_timestep <= 0:
             raise ValueError("objective.kind phased_dmd needs schedule.min_score_timestep, where its interval starts")

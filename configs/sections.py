@@ -29,6 +29,21 @@ class RolloutKind(Enum):
     backward_simulation = "backward_simulation"  # bidirectional, from noise
     noised_data = "noised_data"  # bidirectional, from real data
     diffusion_forcing = "diffusion_forcing"  # causal, from real data (CausVid)
+    teacher_forcing = "teacher_forcing"  # the same, noisy blocks looking back at clean ones
+
+    @property
+    def from_data(self) -> bool:
+        """Whether its inputs are real videos."""
+        return self not in (RolloutKind.self_forcing, RolloutKind.backward_simulation)
+
+    @property
+    def causal(self) -> bool:
+        return self in (RolloutKind.self_forcing, RolloutKind.diffusion_forcing, RolloutKind.teacher_forcing)
+
+    @property
+    def by_block(self) -> bool:
+        """Whether each block has a noise level of its own, and there is no exit step."""
+        return self in (RolloutKind.diffusion_forcing, RolloutKind.teacher_forcing)
 
 
 class DiffusionMode(Enum):

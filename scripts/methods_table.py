@@ -71,6 +71,7 @@ _GAN_ALONE = (
     "objective.gan.r1=1.0", "objective.gan.r2=1.0", "objective.gan.penalty_step=0.01",
     "objective.gan.penalty_per_step=true",
 )  # fmt: skip
+_FROM_DATA = ("rollout.last_step_only=false", "data.real=true")
 _DATA = ("rollout.kind=noised_data", "data.real=true")
 
 
@@ -127,6 +128,7 @@ METHODS: tuple[Method, ...] = (
     _one("ida", "DMD, critic aligned with the student", "objective.critic_keep=0.97"),
     _one("reward", "DMD, weighted by reward", "objective.reward={name: prompt_adherence, beta: 0.5}"),
     _one("rescale", "DMD, guidance rescaled", "objective.guidance_rescale=0.7"),
+    _one("shift", "DMD, scores at shift 3", "schedule.score_timestep_shift=3.0"),
     _two("simulated", "DMD, backward simulation", _STEPS),
     _two("noised_data", "DMD, noised data", _STEPS, *_DATA),
     _two("phased", "Phased DMD, two experts", *_HIGH, low="phased_low"),
@@ -145,7 +147,9 @@ METHODS: tuple[Method, ...] = (
     _causal("sf_dmd2", "Self-Forcing, DMD2", *_GAN),
     _causal("sf_sid", "Self-Forcing, SiD", "objective.kind=sid"),
     _causal("sf_gan", "Self-Forcing, GAN", *_GAN_ALONE),
-    _causal("causvid", "CausVid", "rollout.kind=diffusion_forcing", "rollout.last_step_only=false", "data.real=true"),
+    _causal("sf_sizes", "Self-Forcing, DMD, videos of 4 and 6 frames", "training.sizes=[{frames: 4}, {}]"),
+    _causal("causvid", "CausVid", "rollout.kind=diffusion_forcing", *_FROM_DATA),
+    _causal("causvid_tf", "CausVid, teacher forcing", "rollout.kind=teacher_forcing", *_FROM_DATA),
     Method(DIGITS, "Teacher, 50 steps", "digits", "teacher", steps=50),
     Method("digits_real", "Real, held out", "digits", run=DIGITS),
     Method("digits_1", "Teacher, 1 step", "digits", run=DIGITS, steps=1),

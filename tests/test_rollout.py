@@ -427,3 +427,22 @@ def test_diffusion_forcing_input_has_one_level_a_block() -> None:
     with torch.no_grad():
         expected = x - sigma[..., None, None, None] * net(x, sigma, texts(3, 2), mask=causal.mask(6))
     assert relative(out.x0, expected) < 1e-6 and not out.x0.requires_grad
+
+
+def test_teacher_forcing_input_looks_back_at_clean_blocks() -> None:
+    """Each block alone, after the clean blocks before it, has the same x0."""
+    causal, data, given, net = CausalConfig(2), latents(2, 2, 6), conditioning(3, 2), random_net(1)
+    steps = torch.tensor([[0, 2, 1], [1, 1, 0]])
+    out = diffusion_forcing_input(
+        ScoreNet(net, "s"), data, given, SIGMAS, steps, causal, KeyedNoise(5, 2), with_gradient=False,
+        clean_context=True,
+    )  # fmt: skip
+    sigma = torch.tensor(SIGMAS)[steps].repeat_interleave(2, 1)
+    x = mix(data, KeyedNoise(5, 2).normal("input_noise", tuple(data.shape[1:])), sigma)
+    for start in (0, 2, 4):
+        part = slice(start, start + 2)
+        seen = torch.cat([data[:, :start], x[:, part]], 1)
+        times = torch.cat([torch.zeros(2, start), sigma[:, part]], 1)
+        with torch.no_grad():
+            velocity = net(seen, times, texts(3, 2), mask=causal.mask(start + 2))[:, start:]
+        assert relative(out.x0[:, part], x[:, part] - sigma[:, part, None, None, None] * velocity) < 5e-6

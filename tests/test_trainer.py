@@ -326,7 +326,7 @@ def test_reused_rollout_costs_the_critic_nothing(tmp_path: Path) -> None:
     assert runs[True].cursor == 8 and runs[False].cursor == 12
 
 
-@pytest.mark.parametrize("kind", ["self_forcing", "noised_data", "diffusion_forcing"])
+@pytest.mark.parametrize("kind", ["self_forcing", "noised_data", "diffusion_forcing", "teacher_forcing"])
 def test_reused_rollout_keeps_its_own_captions(kind: str, tmp_path: Path) -> None:
     """Samples made from real videos have those videos' captions, not the prompt library's at the same place."""
     run = trainer(tmp_path, rollout={"kind": kind, "reuse_rollout": True}, training={"critic_warmup_steps": 0})

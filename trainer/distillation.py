@@ -145,7 +145,7 @@ class ScoreDistillationTrainer(Trainer):
         """The student's sample for a micro-batch, with what it is conditioned on."""
         config, student, noise = self.config, self.networks["student"].score, micro.noise
         shape, sigmas = micro.shape, schedule_at(config, micro.shape).sigmas()
-        if config.rollout.kind in (RolloutKind.noised_data, RolloutKind.diffusion_forcing):
+        if config.rollout.kind.from_data:
             clips = self.task.real(micro.positions, shape)
             latents, conditioning = clips.latents, clips.given.with_text(self.task.conditioning(clips.captions).text)
         else:
@@ -164,7 +164,7 @@ class ScoreDistillationTrainer(Trainer):
                         student, latents, conditioning, sigmas, self._exit_steps(micro, 1)[0], noise,
                         with_gradient=with_gradient,
                     )  # fmt: skip
-                case RolloutKind.diffusion_forcing:
+                case RolloutKind.diffusion_forcing | RolloutKind.teacher_forcing:
                     blocks = len(config.causal.blocks(shape[0]))
                     steps = (noise.uniform("input_step", (blocks,)) * len(self.sigmas)).long()
                     made = diffusion_forcing_input(
@@ -176,6 +176,7 @@ class ScoreDistillationTrainer(Trainer):
                         config.causal,
                         noise,
                         with_gradient=with_gradient,
+                        clean_context=config.rollout.kind is RolloutKind.teacher_forcing,
                     )
         return made, conditioning.frames(made.start, made.x0.shape[1])
 
