@@ -23,6 +23,7 @@ from utils import digit_net
 from utils.config import ConfigError, from_plain, load
 from utils.data.digits import DigitsConfig, DigitsWorld
 from utils.digits_judge import METRICS, DigitsJudge
+from utils.random import Noise
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.name for path in (ROOT / "configs/digits").glob("*.yaml"))
@@ -160,6 +161,16 @@ def test_a_recipe_trains_all_that_it_trains(name: str, tmp_path: Path) -> None:
     assert all(math.isfinite(value) for some in metrics for value in some.values())
     moved = {n for (n, k), v in before.items() if not torch.equal(v, trained[n].net.get_parameter(k))}
     assert moved == set(trained)
+
+
+def test_ladd_judges_at_the_noise_levels_that_it_is_told(tmp_path: Path) -> None:
+    run = recipe("ladd.yaml", tmp_path)
+    adversary = run.objective.adversary  # type: ignore[attr-defined]
+    noise = Noise(0, 0, range(4000), torch.device("cpu"))
+    for mean in (-0.5, 1.0):
+        run.config.objective.ladd_mean = mean
+        sigma = adversary.sigma(noise, "x")
+        assert abs(torch.logit(sigma.median()) - mean) < 0.06 and 0.02 <= sigma.min() < sigma.max() <= 0.98
 
 
 def test_recipes_are_one_geometry_and_one_step() -> None:

@@ -145,6 +145,7 @@ REFUSED = [
         {"objective": {"reward": {"name": "beauty"}}},
         "reward.name 'beauty' is unknown: the toy world has prompt_adherence",
     ),
+    ({"objective": {"ladd_mean": 0.0}}, "ladd_mean is not for kind dmd"),
     ({"objective": {"cfg_score_shift": 2.0}}, "cfg_score_shift is for kind decoupled_dmd"),
     (
         {"objective": {"kind": "decoupled_dmd", "guidance_rescale": 0.5}},

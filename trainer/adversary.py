@@ -75,7 +75,8 @@ class Adversary:
         """Noise levels [B] at which samples of this shape (F, C, H, W) are judged."""
         if self.run.objective.kind is ObjectiveKind.ladd:
             schedule = self.run.schedule
-            return ladd_sigma(noise.normal(role, ())).clamp(schedule.min_sigma, schedule.max_sigma)
+            sigma = ladd_sigma(noise.normal(role, ()), mean=self.run.objective.ladd_mean)
+            return sigma.clamp(schedule.min_sigma, schedule.max_sigma)
         return schedule_at(self.run, shape).score_sigma(noise.uniform(role), None, None)
 
     def real(self, positions: range, noise: Noise, phase: str, shape: Shape) -> Real:
