@@ -19,6 +19,7 @@ from scripts.report_plots import write_strips
 from utils.metrics import binomial_error
 
 # head, key of the judge's metrics, format, which way is better
+Columns = Sequence[tuple[str, str, str, str]]
 TOY = (
     ("prompt right", "prompt_right", "{:.1%}", "up"),
     ("appearance FD, %", "appearance_fd", "{:.1f}", "down"),
@@ -29,7 +30,7 @@ TOY = (
 )
 DIGITS = (
     ("digit right", "digit_right", "{:.1%}", "up"),
-    ("FID-like, %", "fid", "{:.1f}", "down"),
+    ("FID-like, %", "fid", "{:.2f}", "down"),
     ("intensity", "intensity", "{:.4f}", "real"),
     ("diversity", "diversity", "{:.2f}", "real"),
 )
@@ -101,9 +102,9 @@ are toys: a row shows that a method does what it says and what it costs, not how
 
 A cell is the mean over {seeds} trainings with seeds of their own, ± their standard deviation; {count} videos are judged
 in each, of prompts and noise of the split `{split}`. Where there is one training, ± is the error of a share of {count}.
-Hyper-parameters were chosen on the split `dev`, which shares neither. "Clearly better" means that prompts (digits) are
-right more often and that the distance is smaller than in the naive row, both by more than {SURE:g} standard deviations
-of the student's seeds.
+Hyper-parameters were chosen on the split `dev`, which shares neither. "Clearly better" means that prompts are right more
+often and that the distance is smaller than in the naive row (of images: the distance), by more than {SURE:g} standard
+deviations of the student's seeds.
 
 Training costs are the row's own stage alone: evaluations of any network, in whole videos, and the most memory that the
 process held beyond what it holds when idle."""
@@ -111,12 +112,13 @@ process held beyond what it holds when idle."""
 
 def _section(group: Group, lines: Sequence[Line], naive: Line | None, beside: Path) -> str:
     columns = DIGITS if group.key == "digits" else TOY
+    measured = [column for column in columns if column[1] in group.measures]
     heads = ["", *(head for head, *_ in columns), "evaluations a video", "training, evaluations", "memory, MB"]
     heads += ["clearly better than naive"] if naive else []
     table = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     shown = [naive, *lines] if naive and naive not in lines else list(lines)
     for line in shown:
-        table.append("| " + " | ".join(_cells(line, columns, naive)) + " |")
+        table.append("| " + " | ".join(_cells(line, columns, naive, measured)) + " |")
     picture = beside / f"{group.key}.png"
     videos = torch.stack([pictures(line.jobs[0]) for line in shown])
     count = 2 if videos.shape[2] > 1 else videos.shape[1]  # what fits beside each other
@@ -125,12 +127,12 @@ def _section(group: Group, lines: Sequence[Line], naive: Line | None, beside: Pa
     )
     text = [f"## {group.title}", group.intro, "\n".join(table)]
     if naive is not None:
-        text += _verdicts(lines, naive, columns)
+        text += _verdicts(lines, naive, measured)
     text.append(f"![Samples: {group.title.lower()}]({beside.name}/{picture.name})")
     return "\n\n".join(text)
 
 
-def _cells(line: Line, columns: Sequence[tuple[str, str, str, str]], naive: Line | None) -> list[str]:
+def _cells(line: Line, columns: Columns, naive: Line | None, measured: Columns) -> list[str]:
     cells = [line.method.label]
     for _, key, form, _ in columns:
         cells.append(_cell(line, key, form))
@@ -138,7 +140,7 @@ def _cells(line: Line, columns: Sequence[tuple[str, str, str, str]], naive: Line
     evaluations, memory = line.training("network_evaluations"), line.training("peak_mb")
     cells += ["" if evaluations is None else f"{evaluations:,.0f}", "" if memory is None else f"{memory:.0f}"]
     if naive is not None:
-        cells.append("" if line is naive else ("yes" if not behind(line, naive, columns) else "no"))
+        cells.append("" if line is naive else ("yes" if not behind(line, naive, measured) else "no"))
     return cells
 
 
@@ -152,11 +154,10 @@ def _cell(line: Line, key: str, form: str) -> str:
     return form.format(values[0])
 
 
-def behind(line: Line, naive: Line, columns: Sequence[tuple[str, str, str, str]]) -> list[str]:
-    """The measures, of those that have a better way, in which a student is not clearly ahead of the naive row: of the
-    first two columns, what is right and the distance."""
+def behind(line: Line, naive: Line, measured: Columns) -> list[str]:
+    """The measures in which a student is not clearly ahead of the naive row."""
     out = []
-    for head, key, _, way in columns[:2]:
+    for head, key, _, way in measured:
         values, other = line.values(key), mean(naive.values(key))
         gain = (mean(values) - other) * (1 if way == "up" else -1)
         doubt = stdev(values) if len(values) > 1 else math.inf
@@ -165,11 +166,11 @@ def behind(line: Line, naive: Line, columns: Sequence[tuple[str, str, str, str]]
     return out
 
 
-def _verdicts(lines: Sequence[Line], naive: Line, columns: Sequence[tuple[str, str, str, str]]) -> list[str]:
+def _verdicts(lines: Sequence[Line], naive: Line, measured: Columns) -> list[str]:
     """Why the rows that are not clearly better are not, as far as it is known."""
     said = []
     for line in lines:
-        if line is not naive and (lacking := behind(line, naive, columns)):
+        if line is not naive and (lacking := behind(line, naive, measured)):
             why = line.method.why or "Not explained."
             said.append(f"- {line.method.label}: not clearly better in {' and '.join(lacking)}. {why}")
     return ["\n".join(said)] if said else []

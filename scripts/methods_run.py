@@ -18,15 +18,12 @@ from configs.schema import RunConfig
 from scripts.methods_table import BY_KEY, Method
 from trainer.base import RunOptions
 from trainer.build import build_trainer
-from trainer.digits_task import DigitsTask
-from trainer.evaluate import SPLITS, eval_prompts, generate_all
+from trainer.toy_suite import SPLITS, eval_prompts, generate_all, judge_of
 from trainer.generate import Generator, Sampling
 from trainer.task import spread
 from utils import distributed
 from utils.config import UserError, config_hash, load, to_plain
-from utils.digits_judge import DigitsJudge
 from utils.logging import peak_memory_gib, read_jsonl
-from utils.toy_judge import ToyJudge
 
 GUIDANCE = 2.0  # of the many-step teacher
 SHOWN = 6  # videos a strip
@@ -171,7 +168,8 @@ def _judge(job: Job, trained: dict[str, float]) -> None:
 def _judged(job: Job) -> dict[str, Any]:
     options = job.options
     generator = _generator(job)
-    judge = _judge_of(job, generator)
+    judge = judge_of(generator.task, Path("logs/cache"))
+    assert judge is not None
     prompts = eval_prompts(judge.world.captions, options.count, options.split)
     shown = spread(judge.world.captions, SHOWN)
     if job.method.key.endswith("real"):
@@ -200,13 +198,6 @@ def _generator(job: Job) -> Generator:
         other = Generator.load(job.folder_of(method.causal_from), device).config
         return generator.as_causal(other.causal, other.schedule.denoising_step_list)
     return generator
-
-
-def _judge_of(job: Job, generator: Generator) -> ToyJudge | DigitsJudge:
-    cache = Path("logs/cache")
-    if isinstance(generator.task, DigitsTask):
-        return DigitsJudge(generator.task.world, cache)
-    return ToyJudge(generator.task.world, cache)  # type: ignore[attr-defined]
 
 
 def finished(job: Job) -> bool:

@@ -10,12 +10,14 @@ TEACHER, DIGITS = "teacher", "digits_teacher"
 
 @dataclass(frozen=True)
 class Group:
-    """A table. naive: the row that its students must beat; intro: what is compared."""
+    """A table. naive: the row that its students must beat; intro: what is compared; measures: in which of a judge's
+    metrics students must be clearly better."""
 
     key: str
     title: str
     naive: str | None
     intro: str
+    measures: tuple[str, ...] = ("prompt_right", "appearance_fd")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ GROUPS = (
     Group("digits", "Images", "digits_1",
           "scikit-learn's handwritten digits, 8 x 8 pixels, one step, from a teacher of images. The distance is "
           "computed like FID but on another network's features: it ranks these rows, and stands beside no published "
-          "number."),
+          "number. One step of the teacher draws the mean of a class: the right digit, and always the same.", ("fid",)),
 )  # fmt: skip
 
 _SCORES = {"teacher": TEACHER, "critic": TEACHER}

@@ -30,7 +30,7 @@ def test_every_row_is_a_legal_run_of_the_networks_it_starts_from(method: Any, tm
     for quick in (False, True):
         job = Job(method, 1, options(tmp_path, quick=quick))
         config = job.config()
-        assert config is not None and config.seed == (1 if not method.once else 1)
+        assert config is not None and config.seed == 1
         networks = {"student": config.student, "teacher": config.teacher, "critic": config.critic}
         for name, network in networks.items():
             if config.trainer is TrainerKind.score_distillation or name == "student":
@@ -70,10 +70,10 @@ def line(right: list[float], distance: list[float]) -> Line:
 
 def test_clearly_better_means_by_two_deviations_in_both() -> None:
     naive = line([0.5], [50.0])
-    assert behind(line([0.7, 0.72, 0.74], [30.0, 31.0, 32.0]), naive, TOY) == []
-    assert behind(line([0.3, 0.72, 0.94], [30.0, 31.0, 32.0]), naive, TOY) == ["prompt right"]
-    assert behind(line([0.7, 0.72, 0.74], [51.0, 52.0, 53.0]), naive, TOY) == ["appearance FD, %"]
-    assert behind(line([0.9], [1.0]), naive, TOY) == ["prompt right", "appearance FD, %"]  # one seed proves nothing
+    assert behind(line([0.7, 0.72, 0.74], [30.0, 31.0, 32.0]), naive, TOY[:2]) == []
+    assert behind(line([0.3, 0.72, 0.94], [30.0, 31.0, 32.0]), naive, TOY[:2]) == ["prompt right"]
+    assert behind(line([0.7, 0.72, 0.74], [51.0, 52.0, 53.0]), naive, TOY[:2]) == ["appearance FD, %"]
+    assert behind(line([0.9], [1.0]), naive, TOY[:2]) == ["prompt right", "appearance FD, %"]  # one seed proves nothing
 
 
 @pytest.mark.slow

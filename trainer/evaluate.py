@@ -13,7 +13,6 @@ from pathlib import Path
 
 from trainer import fid_suite, vbench_suite
 from trainer.generate import Generator, Sampling
-from trainer.task import ToyTask
 from trainer.toy_suite import (
     COLUMNS,
     SPLITS,
@@ -22,6 +21,7 @@ from trainer.toy_suite import (
     evaluate_generator,
     evaluate_real,
     generate_all,
+    judge_of,
     table,
     write_rows,
 )
@@ -29,7 +29,6 @@ from utils import checkpoint, distributed
 from utils.cli import Parser, refuse_several_ranks, run_cli
 from utils.config import UserError
 from utils.data.shard_files import atomic
-from utils.toy_judge import ToyJudge
 
 __all__ = [  # the toy world's functions too, which scripts take from here
     "COLUMNS", "SPLITS", "Row", "eval_prompts", "evaluate_generator", "evaluate_real", "generate_all", "main", "table",
@@ -97,12 +96,12 @@ def main() -> int:
 
 
 def _toy(generator: Generator, args: argparse.Namespace) -> None:
-    if not isinstance(generator.task, ToyTask):
+    judge = judge_of(generator.task, args.cache)
+    if judge is None:
         raise UserError(
-            f"--run {args.run}: its data is {generator.config.data.kind}: only the toy world has a judge: use --suite "
+            f"--run {args.run}: its data is {generator.config.data.kind}: only the toy worlds have a judge: use --suite "
             "fid or vbench"
         )
-    judge = ToyJudge(generator.task.world, args.cache)
     sampling = Sampling(steps=args.steps, guidance=args.guidance)
     row, _ = evaluate_generator(str(args.run), generator, judge, count=args.count, split=args.split, sampling=sampling)
     rows = [evaluate_real(judge, count=args.count, split=args.split), row]

@@ -1,4 +1,4 @@
-"""Evaluation on the toy world, which knows the truth about its videos: `python -m trainer.evaluate --suite toy`.
+"""Evaluation on the toy worlds, which know the truth about their videos: `python -m trainer.evaluate --suite toy`.
 
 Videos are judged by a classifier and a tracker that never saw a generator, for prompts and seeds of their own: split
 'dev' is for choosing hyper-parameters, 'test' for reporting, and they share neither seeds nor prompt lists.
@@ -17,11 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trainer.digits_task import DigitsTask
 from trainer.generate import Generator, Sampling
+from trainer.task import Task, ToyTask
+from utils.digits_judge import DigitsJudge
 from utils.random import keyed_seed
 from utils.toy_judge import ToyJudge
 
 SPLITS = {"dev": 7001, "test": 9001}  # seeds of prompts and noise
+
+Judge = ToyJudge | DigitsJudge
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,13 @@ class Row:
     metrics: dict[str, float]
     evaluations: float
     seconds: float
+
+
+def judge_of(task: Task, cache: Path) -> Judge | None:
+    """The judge of a task whose truth is known, kept in `cache`; None of another task."""
+    if isinstance(task, ToyTask):
+        return ToyJudge(task.world, cache)
+    return DigitsJudge(task.world, cache) if isinstance(task, DigitsTask) else None
 
 
 def eval_prompts(captions: Sequence[str], count: int, split: str) -> list[str]:
@@ -51,7 +63,7 @@ def generate_all(generator: Generator, prompts: Sequence[str], sampling: Samplin
 
 
 def evaluate_generator(
-    name: str, generator: Generator, judge: ToyJudge, *, count: int, split: str, sampling: Sampling
+    name: str, generator: Generator, judge: Judge, *, count: int, split: str, sampling: Sampling
 ) -> tuple[Row, Tensor]:
     """A row of the table, and the latents that it judges."""
     prompts = eval_prompts(judge.world.captions, count, split)
@@ -62,18 +74,20 @@ def evaluate_generator(
     return Row(name, judge.evaluate(latents, prompts), evaluated, seconds), latents
 
 
-def evaluate_real(judge: ToyJudge, *, count: int, split: str) -> Row:
+def evaluate_real(judge: Judge, *, count: int, split: str) -> Row:
     """Held-out real videos of the same prompts: what a perfect generator would score."""
     prompts = eval_prompts(judge.world.captions, count, split)
     latents = judge.world.real_videos_for(prompts, seed=SPLITS[split])
     return Row("real, held out", judge.evaluate(latents, prompts), 0.0, 0.0)
 
 
-COLUMNS = (
+COLUMNS = (  # those of them that a judge gives
     ("prompt right", "prompt_right", "{:.3f}"),
     ("digit", "digit_right", "{:.3f}"),
     ("direction", "direction_right", "{:.3f}"),
     ("appearance FD", "appearance_fd", "{:.2f}"),
+    ("FID-like", "fid", "{:.2f}"),
+    ("novelty", "novelty", "{:.2f}"),
     ("motion error", "motion_error", "{:.3f}"),
     ("jitter px", "jitter", "{:.2f}"),
     ("flicker", "flicker", "{:.3f}"),
@@ -87,8 +101,9 @@ COLUMNS = (
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text."""
-    heads = ["", *(head for head, _, _ in COLUMNS), "evaluations"]
-    lines = [[r.name, *(form.format(r.metrics[key]) for _, key, form in COLUMNS), f"{r.evaluations:.1f}"] for r in rows]
+    columns = [column for column in COLUMNS if column[1] in rows[0].metrics]
+    heads = ["", *(head for head, _, _ in columns), "evaluations"]
+    lines = [[r.name, *(form.format(r.metrics[key]) for _, key, form in columns), f"{r.evaluations:.1f}"] for r in rows]
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
     show = [
         [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
