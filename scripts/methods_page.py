@@ -102,9 +102,9 @@ are toys: a row shows that a method does what it says and what it costs, not how
 
 A cell is the mean over {seeds} trainings with seeds of their own, ± their standard deviation; {count} videos are judged
 in each, of prompts and noise of the split `{split}`. Where there is one training, ± is the error of a share of {count}.
-Hyper-parameters were chosen on the split `dev`, which shares neither. "Clearly better" means that prompts are right more
-often and that the distance is smaller than in the naive row (of images: the distance), by more than {SURE:g} standard
-deviations of the student's seeds.
+Hyper-parameters were chosen on the split `dev`, which shares neither. "Clearly better" means that prompts are right
+more often and that the distance is smaller than in the naive row (of images: the distance), by more than {SURE:g}
+standard deviations of the student's seeds.
 
 Training costs are the row's own stage alone: evaluations of any network, in whole videos, and the most memory that the
 process held beyond what it holds when idle."""

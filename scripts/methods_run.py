@@ -18,9 +18,9 @@ from configs.schema import RunConfig
 from scripts.methods_table import BY_KEY, Method
 from trainer.base import RunOptions
 from trainer.build import build_trainer
-from trainer.toy_suite import SPLITS, eval_prompts, generate_all, judge_of
 from trainer.generate import Generator, Sampling
 from trainer.task import spread
+from trainer.toy_suite import SPLITS, eval_prompts, generate_all, judge_of
 from utils import distributed
 from utils.config import UserError, config_hash, load, to_plain
 from utils.logging import peak_memory_gib, read_jsonl

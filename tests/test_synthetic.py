@@ -98,5 +98,5 @@ def test_only_the_toy_world_has_a_judge(tmp_path: Path, monkeypatch: pytest.Monk
     data = {"kind": "synthetic", "synthetic": {"frames": 3, "height": 4, "width": 6}}
     trainer(tmp_path, data=data, training={"max_steps": 2}).train()
     monkeypatch.setattr("sys.argv", ["evaluate", "--run", str(tmp_path), "--cache", str(tmp_path)])
-    with pytest.raises(UserError, match="data is synthetic: only the toy world has a judge"):
+    with pytest.raises(UserError, match="data is synthetic: only the toy worlds have a judge"):
         evaluate()

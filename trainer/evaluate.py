@@ -99,8 +99,8 @@ def _toy(generator: Generator, args: argparse.Namespace) -> None:
     judge = judge_of(generator.task, args.cache)
     if judge is None:
         raise UserError(
-            f"--run {args.run}: its data is {generator.config.data.kind}: only the toy worlds have a judge: use --suite "
-            "fid or vbench"
+            f"--run {args.run}: its data is {generator.config.data.kind}: only the toy worlds have a judge: use "
+            "--suite fid or vbench"
         )
     sampling = Sampling(steps=args.steps, guidance=args.guidance)
     row, _ = evaluate_generator(str(args.run), generator, judge, count=args.count, split=args.split, sampling=sampling)
