@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from configs.schema import RunConfig
 from scripts.methods_table import BY_KEY, Method
+from scripts.report_samples import end_with_parent
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from trainer.generate import Generator, Sampling
@@ -122,6 +124,7 @@ def perform(job: Job) -> None:
         stream.flush()
         os.dup2(log, stream.fileno())
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         if not finished(job):
             _judge(job, _train(job))

@@ -217,10 +217,10 @@ def _generator(root: Path, run: str, causal_from: str | None) -> Generator:
 def _start_worker() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A killed parent cannot end its workers, which would wait for work for good."""
     parent = multiprocessing.parent_process()
     if parent is not None:
