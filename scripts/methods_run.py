@@ -27,7 +27,6 @@ from utils import distributed
 from utils.config import UserError, config_hash, load, to_plain
 from utils.logging import peak_memory_gib, read_jsonl
 
-GUIDANCE = 2.0  # of the many-step teacher
 SHOWN = 6  # videos a strip
 
 
@@ -179,8 +178,7 @@ def _judged(job: Job) -> dict[str, Any]:
         latents = judge.world.real_videos_for(prompts, seed=SPLITS[options.split])
         pictures, evaluations = judge.world.real_videos_for(shown, seed=0), 0.0
     else:
-        few = generator.few_steps
-        sampling = Sampling(steps=job.method.steps, guidance=None if few else GUIDANCE, seed=SPLITS[options.split])
+        sampling = Sampling(steps=job.method.steps, seed=SPLITS[options.split])
         before = generator.score.evaluations.total_frames
         latents = generate_all(generator, prompts, sampling, 25)
         evaluations = (generator.score.evaluations.total_frames - before) / latents.shape[1] / options.count

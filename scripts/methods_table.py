@@ -51,7 +51,7 @@ class Method:
 
 GROUPS = (
     Group("baselines", "The teacher, and what it gives without distillation", None,
-          "Real videos are held out from all training. Steps are Euler's at guidance 2, two network evaluations each."),
+          "Real videos are held out from all training. Steps are Euler's, guided: two network evaluations each."),
     Group("one_step", "One step", "teacher_1",
           "A bidirectional student of one evaluation a video, from the teacher's weights."),
     Group("two_steps", "Two steps", "teacher_2",
