@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import torch.distributed as dist
 from configs.schema import RunConfig
 from model.wan.config import PRESETS, WanConfig
 from model.wan.transformer import WanTransformer
-from tests import small
+from tests import forked, small
 from tests.distributed import measured_peak
 from trainer.plan import Cluster, Plan, make_plan, update_cost
 from trainer.plan_report import changes, plan_text, remedies, report
@@ -290,10 +287,9 @@ def test_mistakes_say_what_is_legal(arguments: list[str], said: list[str]) -> No
 
 def test_a_plan_needs_no_weights_and_leaves_no_files(tmp_path: Path) -> None:
     """The toy recipe, whose weights are not there; blocks of nine frames make it short."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--config_path", YAML, "--plan", "--gpus_per_node", "1",
-         "causal.num_frame_per_block=9"],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    done = forked.run(
+        1, str(ROOT / "train.py"), "--config_path", str(YAML), "--plan", "--gpus_per_node", "1",
+        "causal.num_frame_per_block=9", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "peak" in done.stdout and "GPU-hours" in done.stdout and ": fits" in done.stdout
