@@ -14,14 +14,12 @@ import pytest
 
 from configs.schema import RunConfig
 from tests import forked
-from tests.small import DIFFUSION, DISTILLATION, ODE, config, save_networks, with_weights
+from tests.small import DIFFUSION, DISTILLATION, ODE, SHORT, config, save_networks, with_weights
 from tests.test_trainer import curve, tensors
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from utils import checkpoint
 from utils.config import load, to_yaml
-
-SHORT: dict[str, Any] = {"toy": {"frames": 6}}  # two blocks
 
 
 def run(ranks: int, yaml: Path, logdir: Path, *, max_steps: int | None = None) -> None:
@@ -59,7 +57,7 @@ def test_defect_11_ranks_share_the_global_batch_and_give_its_losses(base: dict[s
     """One rank, two ranks, and a resume on the other number of ranks: one curve."""
     yaml = tmp_path / "run.yaml"
     yaml.write_text(
-        to_yaml(config(base, training={"max_steps": 6, "micro_batch_size": 1}, checkpoint={"every": 3}, data=SHORT))
+        to_yaml(config(base, training={"max_steps": 6, "micro_batch_size": 1}, checkpoint={"every": 3}, **SHORT))
     )
     run(1, yaml, tmp_path / "one")
     (torchrun if base is DIFFUSION else run)(2, yaml, tmp_path / "two")
@@ -83,10 +81,10 @@ def test_ranks_that_ran_other_networks_save_and_resume_together(tmp_path: Path) 
     assert state["evaluations"]["frames"]["teacher"] == 6 * 6 * 2 * 9  # pairs x steps x guidance x frames
     yaml = tmp_path / "dmd.yaml"
     few = {"max_steps": 6, "micro_batch_size": 2, "generator_update_interval": 3}
-    yaml.write_text(to_yaml(config(training=few, checkpoint={"every": 1, "keep_last": 9}, data=SHORT)))
+    yaml.write_text(to_yaml(config(training=few, checkpoint={"every": 1, "keep_last": 9}, **SHORT)))
     run(2, yaml, tmp_path / "dmd", max_steps=3)
     run(2, yaml, tmp_path / "dmd")
-    yaml.write_text(to_yaml(config(training={**few, "micro_batch_size": 4}, checkpoint={"every": 6}, data=SHORT)))
+    yaml.write_text(to_yaml(config(training={**few, "micro_batch_size": 4}, checkpoint={"every": 6}, **SHORT)))
     run(1, yaml, tmp_path / "whole")
     ends = [checkpoint.load_state(tmp_path / name / "checkpoints/step_00000006") for name in ("dmd", "whole")]
     assert ends[0]["evaluations"]["frames"] == ends[1]["evaluations"]["frames"]
@@ -95,7 +93,7 @@ def test_ranks_that_ran_other_networks_save_and_resume_together(tmp_path: Path) 
 def test_defect_10_killed_run_resumes_and_sigterm_saves(tmp_path: Path) -> None:
     """SIGKILL loses at most what came after the last save; SIGTERM to the ranks saves first. The curve has no seam."""
     yaml = tmp_path / "run.yaml"
-    yaml.write_text(to_yaml(config(training={"max_steps": 400}, checkpoint={"every": 7}, data=SHORT)))
+    yaml.write_text(to_yaml(config(training={"max_steps": 400}, checkpoint={"every": 7}, **SHORT)))
     for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 128 + 15)):
         before = len(checkpoint.list_checkpoints(tmp_path / "run/checkpoints"))
         running = forked.Running(1, "train.py", "--config_path", str(yaml), "--logdir", str(tmp_path / "run"))
