@@ -71,29 +71,35 @@ class Running:
             self.processes.append(CONTEXT.Process(target=run_program, args=work))
             self.processes[-1].start()
 
-    def wait(self, timeout: float = 300) -> Done:
-        """Until all have ended. As soon as one fails the others get SIGTERM, and none outlives the timeout."""
-        deadline = time.monotonic() + timeout
-        failed = False
-        while any(process.is_alive() for process in self.processes):
-            if time.monotonic() > deadline:
-                for process in self.processes:
-                    process.kill()
-                if not failed:
-                    raise TimeoutError(f"not over after {timeout} s: {self.files['stderr'].read_text()[-4000:]}")
-            if not failed and any(process.exitcode for process in self.processes):
-                failed, deadline = True, time.monotonic() + GRACE
-                for process in self.processes:
-                    process.terminate()
-            time.sleep(0.02)
+    def wait(self, timeout: float = 400) -> Done:
+        """Until all have ended. As soon as one fails the others get SIGTERM. None is left, whatever happens."""
+        try:
+            self._watch(time.monotonic() + timeout)
+        finally:
+            for process in self.processes:
+                process.kill()
         said = {name: path.read_text() for name, path in self.files.items()}
         self._folder.cleanup()
         return Done([process.exitcode or 0 for process in self.processes], **said)
 
+    def _watch(self, deadline: float) -> None:
+        failed = False
+        while any(process.is_alive() for process in self.processes):
+            if not failed and any(process.exitcode for process in self.processes):
+                failed, deadline = True, time.monotonic() + GRACE
+                for process in self.processes:
+                    process.terminate()
+            if time.monotonic() > deadline:
+                if not failed:
+                    raise TimeoutError(f"the ranks do not end; they said: {self.files['stderr'].read_text()[-4000:]}")
+                for process in self.processes:
+                    process.kill()
+            time.sleep(0.1)
+
 
 def run(ranks: int, program: str, *arguments: str, **options: object) -> Done:
     """Start, and wait for the end."""
-    timeout = options.pop("timeout", 300)
+    timeout = options.pop("timeout", 400)
     return Running(ranks, program, *arguments, **options).wait(timeout)  # type: ignore[arg-type]
 
 
