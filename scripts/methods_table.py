@@ -68,10 +68,11 @@ GROUPS = (
 
 _SCORES = {"teacher": TEACHER, "critic": TEACHER}
 _GAN = ("data.real=true", "objective.gan.weight=0.03", "objective.gan.training.optimizer.lr=1.0e-3")
+_LONGER = ("training.max_steps=620", "checkpoint.every=620")  # a discriminator alone says less of each sample
 _GAN_ALONE = (
     *_GAN, "objective.kind=gan", "teacher=null", "objective.gan.features=critic", "objective.gan.loss=relativistic",
     "objective.gan.r1=1.0", "objective.gan.r2=1.0", "objective.gan.penalty_step=0.01",
-    "objective.gan.penalty_per_step=true",
+    "objective.gan.penalty_per_step=true", *_LONGER,
 )  # fmt: skip
 _FROM_DATA = ("rollout.last_step_only=false", "data.real=true")
 _DATA = ("rollout.kind=noised_data", "data.real=true")
@@ -124,7 +125,8 @@ METHODS: tuple[Method, ...] = (
     _one("f_kl", "f-distill, forward KL", *_GAN, "objective.kind=f_distill", "objective.f_distill.divergence=kl"),
     _one("f_js", "f-distill, Jensen-Shannon", *_GAN, "objective.kind=f_distill", "objective.f_distill.divergence=js"),
     _one("sid", "SiD", "objective.kind=sid"),
-    _one("ladd", "LADD", *_GAN, "objective.kind=ladd", "critic=null", "objective.gan.r1=0.1"),
+    _one("ladd", "LADD", *_GAN, "objective.kind=ladd", "critic=null", "objective.gan.r1=0.1",
+         "objective.ladd_mean=-0.5", *_LONGER),
     _one("gan", "GAN on the critic's features", *_GAN_ALONE),
     _one("decoupled", "Decoupled DMD", "objective.kind=decoupled_dmd"),
     _one("ida", "DMD, critic aligned with the student", "objective.critic_keep=0.97"),
