@@ -169,7 +169,7 @@ def test_ladd_judges_at_the_noise_levels_that_it_is_told(tmp_path: Path) -> None
     noise = Noise(0, 0, range(4000), torch.device("cpu"))
     for mean in (-0.5, 1.0):
         run.config.objective.ladd_mean = mean
-        sigma = adversary.sigma(noise, "x")
+        sigma = adversary.sigma(noise, "x", run.task.latent_shape)
         assert abs(torch.logit(sigma.median()) - mean) < 0.06 and 0.02 <= sigma.min() < sigma.max() <= 0.98
 
 

@@ -18,7 +18,7 @@ from trainer import fid_suite
 from trainer.build import build_network
 from trainer.evaluate import main as evaluate
 from trainer.fid_suite import VideoSet, compare, video_set
-from utils import checkpoint, metrics, toy_judge
+from utils import checkpoint, digit_net, metrics, toy_judge
 from utils.config import UserError, to_plain
 from utils.features import load_features
 from utils.metrics import Moments, diversity, drift, frame_luma, frechet_between, frechet_distance, moments_of, motion
@@ -260,7 +260,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *argv: object) -> None:
 
 
 def quick_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"_STEPS": 2, "_TRAINING_VIDEOS": 64, "_ACCURACY_VIDEOS": 64, "_REFERENCE_VIDEOS": 8, "_FLOOR_DRAWS": 2}
+    monkeypatch.setattr(digit_net, "_STEPS", 2)
+    small = {"_TRAINING_VIDEOS": 64, "_ACCURACY_VIDEOS": 64, "_REFERENCE_VIDEOS": 8, "_FLOOR_DRAWS": 2}
     for name, value in small.items():
         monkeypatch.setattr(toy_judge, name, value)
 

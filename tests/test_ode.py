@@ -99,7 +99,7 @@ def test_pairs_of_a_causal_teacher_are_each_blocks_own_and_the_student_sees_thei
         velocity = net(torch.cat([clean, own], 1), time, text, mask=run.config.causal.mask(3 * block + 3))
         predicted = own - sigma[..., None, None, None] * velocity[:, 3 * block :]
         total += (predicted - x[:, -1, frames]).square().mean().item() / 3
-    assert float(run.loss(micro).loss) == pytest.approx(total, rel=1e-5)
+    assert run.loss(micro).loss.item() == pytest.approx(total, rel=1e-5)
 
 
 def test_pairs_made_again_after_a_resume_are_not_counted_again(tmp_path: Path) -> None:
