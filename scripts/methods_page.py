@@ -106,6 +106,8 @@ Hyper-parameters were chosen on the split `dev`, which shares neither. "Clearly 
 more often and that the distance is smaller than in the naive row (of images: the distance), by more than {SURE:g}
 standard deviations of the student's seeds.
 
+Early-stop guards (`guard`) have no row: a run whose samples stay within their bounds is the same to the bit.
+
 Training costs are the row's own stage alone: evaluations of any network, in whole videos, and the most memory that the
 process held beyond what it holds when idle."""
 
@@ -115,10 +117,13 @@ def _section(group: Group, lines: Sequence[Line], naive: Line | None, beside: Pa
     measured = [column for column in columns if column[1] in group.measures]
     heads = ["", *(head for head, *_ in columns), "evaluations a video", "training, evaluations", "memory, MB"]
     heads += ["clearly better than naive"] if naive else []
+    published = any(line.method.published for line in lines)
+    heads += ["CIFAR-10 FID, published (paper, FastGen)"] if published else []
     table = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     shown = [naive, *lines] if naive and naive not in lines else list(lines)
     for line in shown:
-        table.append("| " + " | ".join(_cells(line, columns, naive, measured)) + " |")
+        cells = [*_cells(line, columns, naive, measured), *([line.method.published] if published else [])]
+        table.append("| " + " | ".join(cells) + " |")
     picture = beside / f"{group.key}.png"
     videos = torch.stack([pictures(line.jobs[0]) for line in shown])
     count = 2 if videos.shape[2] > 1 else videos.shape[1]  # what fits beside each other

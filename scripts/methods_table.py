@@ -25,7 +25,8 @@ class Method:
     """A row. recipe, overrides: of the run that is trained, null where nothing is. start: networks and the rows whose
     runs they start from, of the same seed (a teacher has one). run, steps, causal_from: of a row without a run of its
     own, whose weights are sampled how, see scripts/report_samples.py. low: of two experts, the row of the low one.
-    group: '' for what is trained for others and not shown. why: where it does not beat the naive row, the reason."""
+    group: '' for what is trained for others and not shown. published: FID of one step on CIFAR-10, in the method's
+    paper and in FastGen. why: where it does not beat the naive row, the reason."""
 
     key: str
     label: str
@@ -37,6 +38,7 @@ class Method:
     steps: int | None = None
     causal_from: str | None = None
     low: str | None = None
+    published: str = ""
     why: str = ""
 
     @property
@@ -101,9 +103,9 @@ def _causal(key: str, label: str, *overrides: str, init: str = "init_df") -> Met
     )
 
 
-def _digits(key: str, label: str, recipe: str, *overrides: str) -> Method:
+def _digits(key: str, label: str, recipe: str, *overrides: str, published: str = "") -> Method:
     scores = {"teacher": DIGITS} | ({} if recipe == "ladd" else {"critic": DIGITS})
-    return Method(key, label, "digits", recipe, overrides, {"student": DIGITS, **scores})
+    return Method(key, label, "digits", recipe, overrides, {"student": DIGITS, **scores}, published=published)
 
 
 _STEPS = "schedule.denoising_step_list=[1000, 750]"
@@ -158,8 +160,8 @@ METHODS: tuple[Method, ...] = (
     Method("digits_real", "Real, held out", "digits", run=DIGITS),
     Method("digits_1", "Teacher, 1 step", "digits", run=DIGITS, steps=1),
     _digits("digits_dmd", "DMD", "dmd2", "objective.gan=null"),
-    _digits("digits_dmd2", "DMD2", "dmd2"),
-    _digits("digits_f_kl", "f-distill, forward KL", "f_distill"),
+    _digits("digits_dmd2", "DMD2", "dmd2", published="2.13, 1.99"),
+    _digits("digits_f_kl", "f-distill, forward KL", "f_distill", published="1.92, 1.85"),
     _digits("digits_f_js", "f-distill, Jensen-Shannon", "f_distill", "objective.f_distill.divergence=js"),
     _digits("digits_ladd", "LADD", "ladd"),
 )  # fmt: skip
