@@ -145,8 +145,17 @@ def _cells(line: Line, columns: Columns, naive: Line | None, measured: Columns) 
     evaluations, memory = line.training("network_evaluations"), line.training("peak_mb")
     cells += ["" if evaluations is None else f"{evaluations:,.0f}", "" if memory is None else f"{memory:.0f}"]
     if naive is not None:
-        cells.append("" if line is naive else ("yes" if not behind(line, naive, measured) else "no"))
+        cells.append(verdict(line, naive, measured))
     return cells
+
+
+def verdict(line: Line, naive: Line, measured: Columns) -> str:
+    """Of a student: yes or no; of one training nothing can be said."""
+    if not line.method.is_student:
+        return ""
+    if len(line.results) < 2:
+        return "one seed"
+    return "no" if behind(line, naive, measured) else "yes"
 
 
 def _cell(line: Line, key: str, form: str) -> str:
@@ -175,7 +184,8 @@ def _verdicts(lines: Sequence[Line], naive: Line, measured: Columns) -> list[str
     """Why the rows that are not clearly better are not, as far as it is known."""
     said = []
     for line in lines:
-        if line is not naive and (lacking := behind(line, naive, measured)):
+        if verdict(line, naive, measured) == "no":
+            lacking = behind(line, naive, measured)
             why = line.method.why or "Not explained."
             said.append(f"- {line.method.label}: not clearly better in {' and '.join(lacking)}. {why}")
     return ["\n".join(said)] if said else []

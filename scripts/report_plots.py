@@ -101,8 +101,10 @@ def _inline(svg: str) -> str:
 
 
 def short(prompt: str) -> str:
-    """ "the digit seven moving left" -> "seven ←"; another prompt as it is."""
+    """ "the digit seven moving left" -> "seven ←", "a handwritten seven" -> "seven"; another prompt as it is."""
     words = prompt.split()
+    if words[:2] == ["a", "handwritten"]:
+        return words[-1]
     return f"{words[2]} {ARROWS[words[-1]]}" if len(words) == 5 and words[-1] in ARROWS else prompt
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from configs.sections import TrainerKind
 from scripts.methods import jobs
-from scripts.methods_page import TOY, Line, behind
+from scripts.methods_page import TOY, Line, behind, verdict
 from scripts.methods_run import Job, Options
 from scripts.methods_table import BY_KEY, GROUPS, METHODS, chosen
 from utils.config import UserError
@@ -74,6 +74,14 @@ def test_clearly_better_means_by_two_deviations_in_both() -> None:
     assert behind(line([0.3, 0.72, 0.94], [30.0, 31.0, 32.0]), naive, TOY[:2]) == ["prompt right"]
     assert behind(line([0.7, 0.72, 0.74], [51.0, 52.0, 53.0]), naive, TOY[:2]) == ["appearance FD, %"]
     assert behind(line([0.9], [1.0]), naive, TOY[:2]) == ["prompt right", "appearance FD, %"]  # one seed proves nothing
+
+
+def test_only_students_are_held_against_the_naive_row_and_not_by_one_training() -> None:
+    naive, good = line([0.5], [50.0]), line([0.7, 0.72, 0.74], [30.0, 31.0, 32.0])
+    assert verdict(good, naive, TOY[:2]) == "yes"
+    assert verdict(line([0.5, 0.52, 0.48], [30.0, 31.0, 32.0]), naive, TOY[:2]) == "no"
+    assert verdict(line([0.9], [1.0]), naive, TOY[:2]) == "one seed"
+    assert verdict(replace(good, method=BY_KEY["teacher"]), naive, TOY[:2]) == ""
 
 
 @pytest.mark.slow
