@@ -74,29 +74,17 @@ def self_forcing_rollout(
     than the window, whose first frame is then left out of the loss.
     """
     given, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
-    if len(plan.exit_steps) != len(blocks):
-        raise ValueError(f"{len(plan.exit_steps)} exit steps for {len(blocks)} blocks")
-    if plan.score_frames > conditioning.initial_frames + noise.shape[1]:
-        raise ValueError(f"{plan.score_frames} frames to judge of {conditioning.initial_frames + noise.shape[1]}")
-    if conditioning.channels is not None and plan.score_frames < conditioning.initial_frames + noise.shape[1]:
-        raise ValueError("image channels describe a whole video: it cannot be judged by its last window alone")
+    total = conditioning.initial_frames + noise.shape[1]
+    _check(plan, len(blocks), total, conditioning)
     # self-gradient forcing gets all of its gradient from one masked pass afterwards
     forced = with_gradient and plan.context_gradient
-    # with checkpointing the exit passes run without gradient and get it afterwards, all in one pass
-    replays = (
-        with_gradient
-        and not forced
-        and isinstance(student.net, WanTransformer)
-        and student.net.checkpointing is not Checkpointing.none
-        and not is_partitioned(student.net)  # ZeRO-3 gathers weights as blocks are called, and a replay calls none
-    )
+    replays = with_gradient and not forced and _replays(student)
     trace = Trace()
     exits: list[Tensor] = []
     parts: list[Tensor] = []
     cache_initial(student, conditioning, given, source, cache)
     if conditioning.initial is not None:
         parts.append(conditioning.initial.to(noise.dtype))
-    total = conditioning.initial_frames + noise.shape[1]
     done = conditioning.initial_frames
     for index, (part, exit_step) in enumerate(zip(noise.split(list(blocks), 1), plan.exit_steps, strict=True)):
         own = conditioning.frames(done, part.shape[1])
@@ -125,6 +113,25 @@ def self_forcing_rollout(
     if exits:
         video = _forced(student, exits, conditioning, [sigmas[step] for step in plan.exit_steps], causal, source, video)
     return _judged_window(video, sigmas, plan, conditioning.initial_frames, reencode)
+
+
+def _check(plan: RolloutPlan, blocks: int, total: int, conditioning: Conditioning) -> None:
+    """Raises ValueError for a plan that is not of so many blocks and frames."""
+    if len(plan.exit_steps) != blocks:
+        raise ValueError(f"{len(plan.exit_steps)} exit steps for {blocks} blocks")
+    if plan.score_frames > total:
+        raise ValueError(f"{plan.score_frames} frames to judge of {total}")
+    if conditioning.channels is not None and plan.score_frames < total:
+        raise ValueError("image channels describe a whole video: it cannot be judged by its last window alone")
+
+
+def _replays(student: ScoreNet) -> bool:
+    """With checkpointing the exit passes run without gradient and get it afterwards, all in one pass."""
+    return (
+        isinstance(student.net, WanTransformer)
+        and student.net.checkpointing is not Checkpointing.none
+        and not is_partitioned(student.net)  # ZeRO-3 gathers weights as blocks are called, and a replay calls none
+    )
 
 
 def _replay(student: ScoreNet, trace: Trace, conditioning: Conditioning, plan: RolloutPlan, video: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from trainer.base import RunOptions
 from trainer.build import build_trainer
 from trainer.generate import Generator, Sampling
 from trainer.task import spread
-from trainer.toy_suite import SPLITS, eval_prompts, generate_all, judge_of
+from trainer.toy_suite import evaluate_generator, evaluate_real, generate_all, judge_of
 from utils import distributed
 from utils.config import UserError, config_hash, load, to_plain
 from utils.logging import peak_memory_gib, read_jsonl
@@ -62,11 +62,12 @@ class Job:
         if method.recipe is None:
             return None
         folder = "digits" if method.group == "digits" else "methods"
-        name = method.recipe.removeprefix("digits/")
         starts = [f"{network}.init={self.folder_of(row)}" for network, row in method.start.items()]
-        quick = _quick(folder, name) if self.options.quick else []
+        quick = _quick(method.recipe) if self.options.quick else []
         return load(
-            RunConfig, Path(f"configs/{folder}/{name}.yaml"), [f"seed={self.seed}", *method.overrides, *starts, *quick]
+            RunConfig,
+            Path(f"configs/{folder}/{method.recipe}.yaml"),
+            [f"seed={self.seed}", *method.overrides, *starts, *quick],
         )
 
     def folder_of(self, row: str) -> Path:
@@ -97,7 +98,7 @@ def run_folder(root: Path, key: str, seed: int, *, once: bool) -> Path:
     return root / key / ("once" if once else f"seed_{seed}")
 
 
-def _quick(folder: str, recipe: str) -> list[str]:
+def _quick(recipe: str) -> list[str]:
     """Overrides of a trial run: everything happens, nothing is learnt."""
     short = [
         "training.max_steps=3",
@@ -172,19 +173,18 @@ def _judged(job: Job) -> dict[str, Any]:
     generator = _generator(job)
     judge = judge_of(generator.task, Path("logs/cache"))
     assert judge is not None
-    prompts = eval_prompts(judge.world.captions, options.count, options.split)
     shown = spread(judge.world.captions, SHOWN)
     if job.method.key.endswith("real"):
-        latents = judge.world.real_videos_for(prompts, seed=SPLITS[options.split])
-        pictures, evaluations = judge.world.real_videos_for(shown, seed=0), 0.0
+        row = evaluate_real(judge, count=options.count, split=options.split)
+        pictures = judge.world.real_videos_for(shown, seed=0)
     else:
-        sampling = Sampling(steps=job.method.steps, seed=SPLITS[options.split])
-        before = generator.score.evaluations.total_frames
-        latents = generate_all(generator, prompts, sampling, 25)
-        evaluations = (generator.score.evaluations.total_frames - before) / latents.shape[1] / options.count
-        pictures = generate_all(generator, shown, replace(sampling, seed=0))
+        sampling = Sampling(steps=job.method.steps)
+        row, _ = evaluate_generator(
+            job.method.key, generator, judge, count=options.count, split=options.split, sampling=sampling
+        )
+        pictures = generate_all(generator, shown, sampling)
     save_file({"pixels": judge.world.decode(pictures)[:, :, :1].contiguous()}, job.folder / "shown.safetensors")
-    return {"metrics": judge.evaluate(latents, prompts), "evaluations": evaluations, "shown": shown}
+    return {"metrics": row.metrics, "evaluations": row.evaluations, "shown": shown}
 
 
 def _generator(job: Job) -> Generator:

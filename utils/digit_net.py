@@ -96,6 +96,14 @@ def relative_distance(features_ND: Tensor, reference_RD: Tensor) -> float:
     return 100 * frechet_distance(features_ND, reference_RD) / reference_RD.var(dim=0).sum().item()
 
 
+def check_samples(judge: str, latents: Tensor, captions: Sequence[str]) -> None:
+    """Raises ValueError unless there are at least 2 samples, with a caption each, all of them finite."""
+    if len(captions) != len(latents) or len(captions) < 2:
+        raise ValueError(f"{judge}: needs at least 2 samples, one caption each; got {len(latents)} and {len(captions)}")
+    if not torch.isfinite(latents).all():
+        raise ValueError(f"{judge}: latents hold NaN or infinity; the generator has diverged")
+
+
 def relative_diversity(features_BD: Tensor, captions: Sequence[str], reference_RD: Tensor) -> float:
     """Mean distance between features of one caption's samples, relative to real ones'; nan if no caption is repeated.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from utils.data.digits import DigitsWorld
-from utils.digit_net import DigitNet, kept, relative_distance, relative_diversity, stored_at
+from utils.digit_net import DigitNet, check_samples, kept, relative_distance, relative_diversity, stored_at
 from utils.metrics import binomial_error, clipped_share, frechet_distance
 
 # name -> (label, better), as of the toy world's judge
@@ -97,12 +97,7 @@ class DigitsJudge:
             raise ValueError(
                 f"digits judge: latents must be [B, {', '.join(map(str, shape))}], got {list(latents_BFCHW.shape)}"
             )
-        if len(captions) != len(latents_BFCHW) or len(captions) < 2:
-            raise ValueError(
-                f"digits judge: needs at least 2 images, one caption each; got {len(latents_BFCHW)} and {len(captions)}"
-            )
-        if not torch.isfinite(latents_BFCHW).all():
-            raise ValueError("digits judge: latents hold NaN or infinity; the generator has diverged")
+        check_samples("digits judge", latents_BFCHW, captions)
 
     @torch.no_grad()
     def _look(self, latents_BFCHW: Tensor) -> tuple[Tensor, Tensor]:

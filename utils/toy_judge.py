@@ -20,7 +20,7 @@ from torch import Tensor
 
 from utils.data.glyphs import Split
 from utils.data.toy_world import DIRECTIONS, ToyWorld
-from utils.digit_net import DigitNet, kept, relative_distance, relative_diversity, stored_at
+from utils.digit_net import DigitNet, check_samples, kept, relative_distance, relative_diversity, stored_at
 from utils.metrics import binomial_error, clipped_share, drift, motion
 
 # name -> (label, better): what a metric table needs to know. "real" = the nearer to real videos' value the better.
@@ -159,12 +159,7 @@ class ToyJudge:
             raise ValueError(
                 f"toy judge: latents must be [B, F >= 2, {', '.join(map(str, frame))}], got {list(latents_BFCHW.shape)}"
             )
-        if len(captions) != len(latents_BFCHW) or len(captions) < 2:
-            raise ValueError(
-                f"toy judge: needs at least 2 videos, one caption each; got {len(latents_BFCHW)} and {len(captions)}"
-            )
-        if not torch.isfinite(latents_BFCHW).all():
-            raise ValueError("toy judge: latents hold NaN or infinity; the generator has diverged")
+        check_samples("toy judge", latents_BFCHW, captions)
 
     def _motion(self, pixels: Tensor, directions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """(direction right, speed error in px/frame, jitter in px), each [B]."""
