@@ -196,8 +196,7 @@ def _generator(job: Job) -> Generator:
     if method.low is not None:
         return generator.with_low(Generator.load(job.folder_of(method.low), device))
     if method.causal_from is not None:
-        other = Generator.load(job.folder_of(method.causal_from), device).config
-        return generator.as_causal(other.causal, other.schedule.denoising_step_list)
+        return generator.as_causal(Generator.load(job.folder_of(method.causal_from), device).config)
     return generator
 
 

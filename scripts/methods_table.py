@@ -67,6 +67,9 @@ GROUPS = (
           "The teacher's weights made causal (three blocks of two frames), sampled in two steps over the cache."),
     Group("causal", "Causal students", "causal_2",
           "Two steps a block over the student's own cache, from diffusion forcing's weights unless the row says more."),
+    Group("image", "Causal students of image-to-video", "image_2",
+          "One frame of a held-out video is given, the student makes the other four, two at a time. The digit is there "
+          "to be seen, so the naive row draws it right more often than above; where it goes only the prompt says."),
     Group("digits", "Images", "digits_1",
           "scikit-learn's handwritten digits, 8 x 8 pixels, one step, from a teacher of images. The distance is "
           "computed like FID but on another network's features: it ranks these rows, and stands beside no published "
@@ -134,6 +137,8 @@ METHODS: tuple[Method, ...] = (
         for n in (4, 2, 1)
     ),
     Method("causal_2", "Teacher, block by block, 2 steps", "baselines", run=TEACHER, causal_from="init_df"),
+    Method("image_2", "Teacher, block by block from a frame, 2 steps", "image", run=TEACHER, causal_from="sf_image"),
+    Method("image_df", "Diffusion forcing, 2 steps", "image", run="init_df", causal_from="sf_image"),
     _one("dmd", "DMD"),
     _one("dmd2", "DMD2: with a discriminator on the teacher's features", *_GAN),
     _one("dmd2_critic", "DMD2: on the critic's features, register tokens", *_GAN,
@@ -170,6 +175,8 @@ METHODS: tuple[Method, ...] = (
     _causal("sf_sizes", "Self-Forcing, DMD, videos of 4 and 6 frames", "training.sizes=[{frames: 4}, {}]"),
     _causal("causvid", "CausVid", "rollout.kind=diffusion_forcing", *_FROM_DATA),
     _causal("causvid_tf", "CausVid, teacher forcing", "rollout.kind=teacher_forcing", *_FROM_DATA),
+    replace(_causal("sf_image", "Self-Forcing, DMD", "data.first_frame=true", "data.toy.frames=5",
+                    "causal.independent_first_frame=true"), group="image"),
     Method(DIGITS, "Teacher, 50 steps", "digits", "teacher", steps=50),
     Method("digits_real", "Real, held out", "digits", run=DIGITS),
     Method("digits_1", "Teacher, 1 step", "digits", run=DIGITS, steps=1),

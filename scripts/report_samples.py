@@ -210,8 +210,7 @@ def _generator(root: Path, run: str, causal_from: str | None) -> Generator:
     generator = Generator.load(root / run, distributed.device())
     if causal_from is None:
         return generator
-    other = run_config(root, causal_from)
-    return generator.as_causal(other.causal, other.schedule.denoising_step_list)
+    return generator.as_causal(run_config(root, causal_from))
 
 
 def _start_worker() -> None:

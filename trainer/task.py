@@ -96,7 +96,7 @@ class Task(Protocol):
 
     def validation_prompts(self, count: int) -> list[str]: ...
 
-    def validation_given(self, numbers: range) -> Given:
+    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
         """What validation's videos of these numbers are given beside their prompts."""
 
     def check_captions(self, stored: Stored) -> None:
@@ -137,6 +137,8 @@ class World(Protocol):
 
     def decode(self, latents_BFCHW: Tensor, *, clamp: bool = True) -> Tensor: ...
 
+    def real_videos_for(self, captions: Sequence[str], seed: int, split: Split = "test") -> Tensor: ...
+
     def resized(self, frames: int, height: int) -> World:
         """The same world with so many frames, and latents of another height and width."""
 
@@ -158,7 +160,8 @@ class WorldTask:
         self.encoder.to(device)
         self.may_use_data = config.real
         self.streams: Sequence[Stream] = ()
-        self.gives_frame = config.gives_frame(geometry.model_type, real=True)
+        self.gives_frame = config.gives_frame(geometry.model_type, real=True) and config.real
+        self.begins_real = config.real and bool(config.first_frame)  # samples too, and not only real videos
         self.negative_prompt = config.negative_prompt
         try:
             geometry.tokens_per_frame(*self.latent_shape[2:])
@@ -171,10 +174,16 @@ class WorldTask:
         self.stream = PromptStream(len(self.library), seed)
 
     def prompts(self, positions: range) -> list[str]:
-        """Training prompts at these positions of the endless shuffled library."""
+        """Training prompts at these positions of the endless shuffled library, or those of the videos whose first
+        frame is given."""
+        if self.begins_real:
+            return self.world.batch(positions, "train").captions
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
     def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
+        if self.begins_real:
+            clips = self.real(positions, shape)
+            return clips.given.with_text(self.conditioning(clips.captions).text)
         return self.conditioning(self.prompts(positions))
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
@@ -207,8 +216,12 @@ class WorldTask:
         except ValueError as problem:
             raise ConfigError(f"{stored.key}: {problem}") from None
 
-    def validation_given(self, numbers: range) -> Given:
-        return self.real(numbers).given if self.gives_frame and self.may_use_data else Given()
+    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
+        return Given(self.first_frames(prompts, numbers.start).to(self.device)) if self.gives_frame else Given()
+
+    def first_frames(self, prompts: Sequence[str], seed: int) -> Tensor:
+        """Latents [B, 1, C, H, W] of held-out videos of these prompts; seed picks the draws."""
+        return self.world.real_videos_for(prompts, seed)[:, :1]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, T, 3, h, w] in [0, 1]."""
@@ -328,7 +341,7 @@ class SyntheticTask:
     def check_captions(self, stored: Stored) -> None:
         """Every text has an embedding."""
 
-    def validation_given(self, numbers: range) -> Given:
+    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
         return self._given(numbers)
 
     def decode(self, latents: Tensor) -> Tensor:

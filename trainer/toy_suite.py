@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.digits_task import DigitsTask
 from trainer.generate import Generator, Sampling
-from trainer.task import Task, ToyTask
+from trainer.task import Task, ToyTask, WorldTask
 from utils.digits_judge import DigitsJudge
 from utils.random import keyed_seed
 from utils.toy_judge import ToyJudge
@@ -54,11 +54,15 @@ def eval_prompts(captions: Sequence[str], count: int, split: str) -> list[str]:
 
 @torch.no_grad()
 def generate_all(generator: Generator, prompts: Sequence[str], sampling: Sampling, batch: int = 50) -> Tensor:
-    """Latents [N, F, C, H, W] for all prompts; video i is keyed by i."""
-    parts = []
+    """Latents [N, F, C, H, W] for all prompts; video i is keyed by i. Those of a run that is given first frames begin
+    with the first frames of real videos of the prompts, held out from training."""
+    parts, given, task = [], None, generator.task
+    if isinstance(task, WorldTask) and task.begins_real:
+        given = task.decode(task.first_frames(prompts, sampling.seed))
     for start in range(0, len(prompts), batch):
         ids = range(start, min(start + batch, len(prompts)))
-        parts.append(generator([prompts[i] for i in ids], sampling, ids).float().cpu())
+        first = None if given is None else given[ids.start : ids.stop]
+        parts.append(generator([prompts[i] for i in ids], sampling, ids, first).float().cpu())
     return torch.cat(parts)
 
 

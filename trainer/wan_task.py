@@ -285,7 +285,7 @@ class WanTask:
             return self.videos.read(range(count)).captions
         return spread(self.library, count)
 
-    def validation_given(self, numbers: range) -> Given:
+    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
         """Of the folder's first images, or of the first real videos. Raises UserError."""
         if self.images is not None:
             return self.images.numbered(numbers)
