@@ -14,12 +14,13 @@ export OMP_WAIT_POLICY := passive
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast lint format bench bench-gpu clean distclean
+.PHONY: help venv quickstart test test-fast lint format bench bench-gpu methods clean distclean
 
 help:
 	@echo 'make quickstart   the whole way on 2 CPU cores: teacher, causal student, distillation, videos, report (15 min)'
 	@echo 'make test         all tests            make test-fast   without the slow ones'
 	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'
+	@echo 'make methods      every method from the same teachers, at least 3 seeds each: docs/methods.md (an hour on 2 cores)'
 	@echo 'make bench        cost of a training step; make bench-gpu: at 1.3B geometry on one GPU'
 	@echo 'make venv         only set up .venv    make clean       remove caches (distclean: .venv too)'
 
@@ -75,6 +76,10 @@ bench: $(STAMP)
 
 bench-gpu: $(STAMP)
 	@$(RUN) -m benchmarks.train_step --size 1.3b
+
+# ARGS=--quick is a trial of a few iterations each, ARGS='--only ROW ...' makes some rows
+methods: $(STAMP)
+	@OMP_NUM_THREADS=1 $(RUN) -m scripts.methods $(ARGS)
 
 clean:
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache

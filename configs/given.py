@@ -43,9 +43,19 @@ def check_given(config: RunConfig, *, real: bool) -> None:
 def check_images(config: RunConfig, *, real: bool) -> None:
     """Raises ValueError for a run that would train on first frames and has none; inference brings its own."""
     data, stored = config.data, config.trainer.value == "ode" and config.ode.path is not None
-    from_files = real or stored or data.images is not None or data.kind == "synthetic"
-    if data.gives_frame(config.student.geometry().model_type, real=real) and not from_files:
+    kind = config.student.geometry().model_type
+    if not data.gives_frame(kind, real=real):
+        return
+    made = config.trainer.value in ("score_distillation", "ode") and not config.rollout.kind.from_data
+    if (real and not made) or stored or data.images is not None or data.kind == "synthetic":
+        return
+    if data.kind == "wan":
         raise ValueError(
-            "data.images is null, but networks are to be given a first frame: name a folder of preprocess.py images, "
-            "and set data.prompts null"
+            "data.images is null, but networks are to be given a first frame: name a folder of preprocess.py images or "
+            "videos, and set data.prompts null" + ("" if kind == "i2v" else ", or set data.first_frame to false")
+        )
+    if not (data.first_frame and data.real):
+        raise ValueError(
+            f"data.first_frame {data.first_frame} and data.real {data.real}, but {kind} networks are to be given the "
+            "first frame of real videos: set both to true, or data.first_frame to false"
         )

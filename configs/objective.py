@@ -33,6 +33,7 @@ class Features(Enum):
 
 class Heads(Enum):
     video = "video"  # unpatchified tokens through a strided convolution, one logit a tapped block
+    image = "image"  # a frame's grid of tokens through convolutions down to one, one logit a tapped block
     register = "register"  # learned tokens that look at the network's by cross-attention, one logit
 
 
@@ -99,7 +100,7 @@ class RewardConfig:
 @dataclass
 class ObjectiveConfig:
     """What the student is trained on. Guidance is `uncond + w (cond - uncond)`: 1 is none; guidance_rescale: phi of the
-    real score's norm rescaling, 0 for none. sid_alpha: SiD's alpha.
+    real score's norm rescaling, 0 for none. sid_alpha: SiD's alpha. ladd_mean: m of LADD's logit-normal noise levels.
 
     gan: the discriminator, for the kinds that need one and beside dmd. f_distill, reward: see there.
     cfg_score_shift: shift of decoupled DMD's noise levels for its guidance term, null for the scores' own.
@@ -111,6 +112,7 @@ class ObjectiveConfig:
     fake_guidance_scale: float = 1.0
     guidance_rescale: float = 0.0
     sid_alpha: float = 1.0
+    ladd_mean: float = 1.0
     critic_loss: CriticLoss = CriticLoss.flow
     gan: GANConfig | None = None
     f_distill: FDistillConfig = field(default_factory=FDistillConfig)
@@ -146,6 +148,8 @@ class ObjectiveConfig:
         kinds, weighted = ObjectiveKind, (ObjectiveKind.dmd, ObjectiveKind.decoupled_dmd, ObjectiveKind.phased_dmd)
         if self.reward is not None and self.kind not in weighted:
             raise ValueError(f"reward is not for kind {self.kind.value}: choose {', '.join(k.value for k in weighted)}")
+        if self.ladd_mean != 1.0 and self.kind is not kinds.ladd:
+            raise ValueError(f"ladd_mean is not for kind {self.kind.value}: leave it at 1")
         if self.cfg_score_shift is not None and self.kind is not kinds.decoupled_dmd:
             raise ValueError("cfg_score_shift is for kind decoupled_dmd: set it null")
         if self.guidance_rescale and self.kind not in (kinds.dmd, kinds.f_distill, kinds.phased_dmd):

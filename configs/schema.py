@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from configs.given import check_given
-from configs.objective import Features, ObjectiveConfig, ObjectiveKind
+from configs.objective import Features, Heads, ObjectiveConfig, ObjectiveKind
 from configs.sections import (
     CheckpointConfig,
     ConsistencyConfig,
@@ -25,6 +25,7 @@ from configs.sections import (
     UpdateSchedule,
     ValidationConfig,
 )
+from configs.sizes import check_sizes
 from model.ema import EMAConfig
 from model.schedule import ScheduleConfig
 from model.wan.config import NetworkConfig
@@ -70,7 +71,7 @@ class RunConfig:
         """Whether the trained network generates block by block."""
         match self.trainer:
             case TrainerKind.score_distillation:
-                return self.rollout.kind in (RolloutKind.self_forcing, RolloutKind.diffusion_forcing)
+                return self.rollout.kind.causal
             case TrainerKind.diffusion:
                 return self.diffusion.mode is not DiffusionMode.bidirectional
             case TrainerKind.ode | TrainerKind.consistency:
@@ -96,11 +97,15 @@ class RunConfig:
             try:
                 self.causal.blocks(self.data.frames)
             except ValueError as problem:
-                where, frames = f"data.{self.data.kind}.frames", self.data.frames
-                video = "" if self.data.kind == "toy" else f" (these are {STRIDE_T * (frames - 1) + 1} frames of video)"
+                kind, frames = self.data.kind, self.data.frames
+                where = "data.kind digits" if kind == "digits" else f"data.{kind}.frames"
+                video = (
+                    "" if kind in ("toy", "digits") else f" (these are {STRIDE_T * (frames - 1) + 1} frames of video)"
+                )
                 raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}{video}") from None
         self._check_networks()
         check_given(self, real=needs is not None)
+        check_sizes(self)
         self._check_adapters()
         if self.parallel.engine == "deepspeed":
             self._check_deepspeed()
@@ -145,8 +150,7 @@ class RunConfig:
         """What of the run needs real videos, in words; null where nothing does."""
         if self.trainer in (TrainerKind.diffusion, TrainerKind.consistency):
             return f"trainer {self.trainer.value}"
-        from_data = (RolloutKind.noised_data, RolloutKind.diffusion_forcing)
-        if self.trainer is TrainerKind.score_distillation and self.rollout.kind in from_data:
+        if self.trainer is TrainerKind.score_distillation and self.rollout.kind.from_data:
             return f"rollout.kind {self.rollout.kind.value}"
         if self.trainer is TrainerKind.score_distillation and self.objective.gan is not None:
             return "objective.gan"
@@ -160,9 +164,9 @@ class RunConfig:
             raise ValueError(
                 "schedule.ts_schedule needs one exit step for all blocks: set rollout.same_step_across_blocks to true"
             )
-        if rollout.kind is RolloutKind.diffusion_forcing and (by_exit or rollout.last_step_only):
+        if rollout.kind.by_block and (by_exit or rollout.last_step_only):
             raise ValueError(
-                "rollout.kind diffusion_forcing has no exit step: set schedule.ts_schedule, ts_schedule_max and "
+                f"rollout.kind {rollout.kind.value} has no exit step: set schedule.ts_schedule, ts_schedule_max and "
                 "rollout.last_step_only to false"
             )
         if schedule.ts_schedule_max and schedule.min_score_timestep / 1000 >= min(schedule.sigmas()):
@@ -176,6 +180,10 @@ class RunConfig:
                     f"rollout.num_training_frames needs kind self_forcing, not {rollout.kind.value}: set it null"
                 )
             rollout_lengths(self.data.frames, rollout.num_training_frames, self.causal.num_frame_per_block)
+        if rollout.self_gradient and rollout.kind is not RolloutKind.self_forcing:
+            raise ValueError(
+                f"rollout.self_gradient needs kind self_forcing, not {rollout.kind.value}: set it to false"
+            )
         if rollout.reuse_rollout and self.training.update_schedule is UpdateSchedule.alternating:
             raise ValueError(
                 "rollout.reuse_rollout needs iterations that train both networks: set training.update_schedule to joint"
@@ -197,11 +205,15 @@ class RunConfig:
                 raise ValueError(f"{name} is null, but objective.kind {kind} needs it: give it a preset and an init")
             if not is_needed and getattr(self, name) is not None:
                 raise ValueError(f"{name} is not used by objective.kind {kind} on these features: set it to null")
-        from_data = (RolloutKind.noised_data, RolloutKind.diffusion_forcing)
-        if objective.reward is not None and (self.rollout.kind in from_data or self.data.images is not None):
+        if objective.reward is not None and (self.rollout.kind.from_data or self.data.images is not None):
             raise ValueError("objective.reward judges samples of prompts alone: choose another rollout.kind, or none")
         if objective.kind is ObjectiveKind.phased_dmd and self.schedule.min_score_timestep <= 0:
             raise ValueError("objective.kind phased_dmd needs schedule.min_score_timestep, where its interval starts")
+        if objective.gan is not None and objective.gan.heads is Heads.image and self.data.frames != 1:
+            raise ValueError(
+                f"objective.gan.heads image judges single images, not videos of {self.data.frames} latent frames: "
+                "choose video or register"
+            )
         if self.parallel.engine == "deepspeed" and (objective.gan or objective.critic_keep is not None):
             raise ValueError("objective.gan and critic_keep are not for engine deepspeed: choose fsdp2")
 

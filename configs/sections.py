@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from configs.sizes import VideoSize, check_values
 from model.wan.text_encoder import TextConfig
 from model.wan.vae import ClipConfig, VAEConfig
+from utils.data.digits import DigitsConfig
+from utils.data.glyphs import GLYPH
 from utils.data.synthetic import SyntheticConfig
 from utils.data.toy_world import ToyWorldConfig
 from utils.optim import LRScheduleConfig, OptimizerConfig
@@ -26,6 +29,21 @@ class RolloutKind(Enum):
     backward_simulation = "backward_simulation"  # bidirectional, from noise
     noised_data = "noised_data"  # bidirectional, from real data
     diffusion_forcing = "diffusion_forcing"  # causal, from real data (CausVid)
+    teacher_forcing = "teacher_forcing"  # the same, noisy blocks looking back at clean ones
+
+    @property
+    def from_data(self) -> bool:
+        """Whether its inputs are real videos."""
+        return self not in (RolloutKind.self_forcing, RolloutKind.backward_simulation)
+
+    @property
+    def causal(self) -> bool:
+        return self in (RolloutKind.self_forcing, RolloutKind.diffusion_forcing, RolloutKind.teacher_forcing)
+
+    @property
+    def by_block(self) -> bool:
+        """Whether each block has a noise level of its own, and there is no exit step."""
+        return self in (RolloutKind.diffusion_forcing, RolloutKind.teacher_forcing)
 
 
 class DiffusionMode(Enum):
@@ -52,23 +70,24 @@ class SampleWeights(Enum):
 
 @dataclass
 class DataConfig:
-    """kind: 'toy', the world made on the fly, 'synthetic', random numbers of a real geometry's sizes, or 'wan',
-    Wan's text encoder and VAE.
+    """kind: 'toy', the world made on the fly, 'digits', scikit-learn's handwriting as videos of one frame, 'synthetic',
+    random numbers of a real geometry's sizes, or 'wan', Wan's text encoder and VAE.
 
     real: whether training may look at real videos; false is data-free, from prompts alone.
-    toy, synthetic, wan: the section of the kind that is used gives a video's size.
+    toy, synthetic, wan: the section of the kind that is used gives a video's size; digits has one frame of 8x8.
     text, vae: of kind wan, where embeddings come from and what decodes. image_encoder: a pipeline's folder or Hub name
     with CLIP, for networks with an image_dim. latents: its real videos, as a folder of `preprocess.py video`, of
     FastVideo's parquet files, or of Self-Forcing's LMDB. images: a folder of `preprocess.py images`, whose captions are
     the prompts: each video is made from an image and its caption.
     first_frame: whether networks are given the first frame of real videos; null gives it to image-to-video ones.
     prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet), null for the kind's own.
-    text_seed: of the toy world's tiny frozen text encoder, and of synthetic text embeddings.
+    text_seed: of the tiny frozen text encoder of toy and digits, and of synthetic text embeddings.
     """
 
     kind: str = "toy"
     real: bool = True
     toy: ToyWorldConfig = field(default_factory=ToyWorldConfig)
+    digits: DigitsConfig = field(default_factory=DigitsConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     wan: ClipConfig = field(default_factory=ClipConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -82,8 +101,8 @@ class DataConfig:
     text_seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("toy", "synthetic", "wan"):
-            raise ValueError(f"kind '{self.kind}' is unknown: choose toy, synthetic or wan")
+        if self.kind not in ("toy", "digits", "synthetic", "wan"):
+            raise ValueError(f"kind '{self.kind}' is unknown: choose toy, digits, synthetic or wan")
         if self.latents is not None and self.kind != "wan":
             raise ValueError(f"latents '{self.latents}' are for kind wan, not {self.kind}: set them null")
         if self.images is not None and self.kind != "wan":
@@ -102,7 +121,18 @@ class DataConfig:
     @property
     def frames(self) -> int:
         """Latent frames of a video."""
-        return {"toy": self.toy.frames, "synthetic": self.synthetic.frames, "wan": self.wan.frames}[self.kind]
+        return self.size[0]
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Latent frames, height and width of a video."""
+        side = self.toy.canvas // 2
+        return {
+            "toy": (self.toy.frames, side, side),
+            "digits": (1, GLYPH, GLYPH),
+            "synthetic": (self.synthetic.frames, self.synthetic.height, self.synthetic.width),
+            "wan": (self.wan.frames, self.wan.height, self.wan.width),
+        }[self.kind]
 
 
 @dataclass
@@ -112,6 +142,8 @@ class RolloutConfig:
     same_step_across_blocks: one exit step for all blocks, else one a block. last_step_only: always leave at the last
     step instead of a uniform draw over all steps. num_training_frames: latent frames of the longest rollout, null for
     the data's own; lengths are drawn in whole blocks and the last `data` frames are judged.
+    self_gradient: later blocks' losses reach the keys and values that they looked back at (self-gradient forcing), for
+    one more pass over the finished blocks and the exit steps' inputs.
     reuse_rollout: in iterations that train both networks the critic learns from the generator's sample (made before
     its update, for the same prompts) instead of making its own: the critic then sees the student of one update ago and
     the batch that the student was just judged on, and an iteration costs one rollout less.
@@ -121,6 +153,7 @@ class RolloutConfig:
     same_step_across_blocks: bool = True
     last_step_only: bool = False
     num_training_frames: int | None = None
+    self_gradient: bool = False
     reuse_rollout: bool = False
 
 
@@ -177,6 +210,8 @@ class ODEConfig:
     path: stored ones (parquet, safetensors, or Self-Forcing's LMDB, which needs its levels as sigmas, the last one 0),
     read as they are needed. Where it is null, pairs: how many are made before training; steps, shift, guidance: the
     teacher's Euler sampler.
+    causal_teacher: the teacher generates block by block itself (Causal Forcing): a block's trajectory is its own given
+    the clean ends of those before it, and that is what the student, which looks back at the same ends, learns.
     """
 
     path: str | None = None
@@ -186,6 +221,7 @@ class ODEConfig:
     steps: int = 48
     shift: float = 8.0
     guidance: float = 6.0
+    causal_teacher: bool = False
 
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.steps < 1:
@@ -199,7 +235,8 @@ class TrainingConfig:
     max_steps: iterations. global_batch_size: samples an update, over all ranks and accumulation steps;
     micro_batch_size: samples a rank runs at once. generator_update_interval: see UpdateSchedule; critic_warmup_steps:
     first iterations, in which only the critic learns. non_finite_limit: consecutive skipped updates that abort the run.
-    threads: CPU threads of a rank, null for torch's choice.
+    threads: CPU threads of a rank, null for torch's choice. sizes: of videos, of which each update draws one, null for
+    the data's own; scale_shift: whether the schedule's shifts grow with the root of a drawn video's tokens.
     """
 
     max_steps: int = 600
@@ -212,8 +249,12 @@ class TrainingConfig:
     non_finite_limit: int = 10
     log_every: int = 1
     threads: int | None = None
+    sizes: list[VideoSize] | None = None
+    scale_shift: bool = True
 
     def __post_init__(self) -> None:
+        if self.sizes is not None:
+            check_values(self.sizes)
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, or null for torch's choice, got {self.threads}")
         if self.update_schedule is UpdateSchedule.alternating and self.generator_update_interval == 1:

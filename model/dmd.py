@@ -70,19 +70,44 @@ def dmd_loss(
     Both scores see the same x_sigma. sigma: [B], one noise level a sample; noise: like x0. weight: [B], of each sample
     in the mean over them, detached; None is 1. Nothing is trained here but what made `rollout.x0`.
     """
-    x0 = rollout.x0
+    x_sigma = mix(rollout.x0.detach(), noise, sigma)
+    return matched(rollout, rollout.x0, x_sigma, sigma, real, fake, conditioning, guidance, weight)
+
+
+def matched(
+    rollout: Rollout,
+    x: Tensor,
+    x_sigma: Tensor,
+    sigma: Tensor,
+    real: ScoreNet,
+    fake: ScoreNet,
+    conditioning: Conditioning,
+    guidance: Guidance,
+    weight: Tensor | None = None,
+) -> LossOutput:
+    """1/2 mean (x - sg(x - g))^2 with g = `kl_gradient` of rollout.x0 by the two scores at x_sigma, noised from x.
+
+    x, x_sigma: [B, F, C, H, W], x_sigma without gradient; x is rollout.x0, or made of it. Others as in `dmd_loss`.
+    """
     with torch.no_grad():
-        x_sigma = mix(x0.detach(), noise, sigma)
-        fake_x0 = fake.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.fake)
-        real_x0 = real.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.real, guidance.rescale)
-        gradient = kl_gradient(x0, fake_x0, real_x0)
-    loss = matching_loss(x0, gradient, rollout.frame_mask, weight)
+        fake_x0, real_x0 = scored(real, fake, x_sigma, sigma, conditioning, guidance)
+        gradient = kl_gradient(rollout.x0, fake_x0, real_x0)
+    loss = matching_loss(x, gradient, rollout.frame_mask, weight)
     metrics = {
         "loss": loss.detach(),
         "dmd_gradient_norm": per_sample_mean(gradient.square(), rollout.frame_mask).sqrt().mean(),
         "score_gap": per_sample_mean((fake_x0 - real_x0).abs(), rollout.frame_mask).mean(),
     }
     return LossOutput(loss, metrics, kl_gradient=gradient)
+
+
+def scored(
+    real: ScoreNet, fake: ScoreNet, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: Guidance
+) -> tuple[Tensor, Tensor]:
+    """x0 [B, F, C, H, W] as the fake and as the real score predict it at the same x_sigma, each with its guidance."""
+    fake_x0 = fake.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.fake)
+    real_x0 = real.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.real, guidance.rescale)
+    return fake_x0, real_x0
 
 
 def critic_loss(

@@ -145,15 +145,17 @@ def f_distill_loss(
     bins: RatioBins | None = None,
     clip: RatioClip | None = None,
     gan_weight: float = 0.0,
+    weights: tuple[Tensor, Tensor] | None = None,
 ) -> LossOutput:
     """DMD with each sample's loss weighted by h(r), and `gan_weight` times the student's GAN loss at the same x_sigma.
 
     judge: trained with `Adversarial.softplus`, so that its logit is log r. total: sums over data-parallel ranks; it is
-    a collective. One evaluation of the backbone gives ratio and GAN term. Other arguments as `dmd_loss` has them.
+    a collective. One evaluation of the backbone gives ratio and GAN term. weights: what `f_weights` gave for these
+    samples among others, where the global batch does not run at once. Other arguments as `dmd_loss` has them.
     """
     with torch.set_grad_enabled(gan_weight > 0 and torch.is_grad_enabled()):
         logits = judge.logits(mix(judged(rollout), noise, sigma), sigma, conditioning)
-    weight, ratio = f_weights(logits, sigma, divergence, total, bins, clip)
+    weight, ratio = weights or f_weights(logits, sigma, divergence, total, bins, clip)
     output = dmd_loss(rollout, real, fake, conditioning, guidance, sigma, noise, weight=weight)
     output.metrics |= {"ratio": ratio.mean(), "weight_max": weight.max(), "weight_min": weight.min()}
     gan = generator_terms(logits, None, Adversarial.softplus).mean()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.dmd import Guidance, kl_gradient, matching_loss, per_sample_mean
+from model.dmd import Guidance, matched, per_sample_mean
 from model.schedule import mix
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout, expand_like
@@ -51,18 +51,8 @@ def phased_dmd_loss(
     x_start: x_{s0} with gradient, from `phase_start` or a solver's step; rollout.x0: what it was made from, for the
     normaliser alone. start 0 with x_start = rollout.x0 is `dmd_loss`. sigma: [B] in [start, 1].
     """
-    with torch.no_grad():
-        x_sigma = noised_on(x_start.detach(), start, noise, sigma)
-        fake_x0 = fake.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.fake)
-        real_x0 = real.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.real, guidance.rescale)
-        gradient = kl_gradient(rollout.x0, fake_x0, real_x0)
-    loss = matching_loss(x_start, gradient, rollout.frame_mask, weight)
-    metrics = {
-        "loss": loss.detach(),
-        "dmd_gradient_norm": per_sample_mean(gradient.square(), rollout.frame_mask).sqrt().mean(),
-        "score_gap": per_sample_mean((fake_x0 - real_x0).abs(), rollout.frame_mask).mean(),
-    }
-    return LossOutput(loss, metrics, kl_gradient=gradient)
+    x_sigma = noised_on(x_start.detach(), start, noise, sigma)
+    return matched(rollout, x_start, x_sigma, sigma, real, fake, conditioning, guidance, weight)
 
 
 def phased_critic_loss(
@@ -95,7 +85,6 @@ def _gains(start: float, s: Tensor) -> tuple[Tensor, Tensor]:
     if not 0 <= start < 1:
         raise ValueError(f"an interval of noise levels must start in [0, 1), got {start}")
     keep = (1 - s) / (1 - start)
-    if bool((s < start).any()):
-        lowest = float(s.min())
+    if (lowest := float(s.min())) < start:
         raise ValueError(f"noise level {lowest:g} lies below its interval's start {start:g}: bound the schedule")
     return keep, (s.square() - (keep * start).square()).clamp_min(0).sqrt()

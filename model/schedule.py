@@ -6,7 +6,7 @@ x_sigma = (1 - sigma) x0 + sigma eps,  v = eps - x0,  x0 = x_sigma - sigma v   (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -133,6 +133,11 @@ class ScheduleConfig:
         if self.max_score_timestep / TIMESTEPS <= self.min_sigma:
             raise ValueError(f"max_score_timestep {self.max_score_timestep} is not above min_sigma {self.min_sigma}")
         self.sigmas()
+
+    def scaled(self, factor: float) -> ScheduleConfig:
+        """The same with both shifts `factor` times as large."""
+        shifts = self.timestep_shift * factor, self.score_timestep_shift * factor
+        return replace(self, timestep_shift=shifts[0], score_timestep_shift=shifts[1])
 
     def sigmas(self) -> tuple[float, ...]:
         """The student's step list as noise levels."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from model.dmd import Guidance, per_sample_mean
+from model.dmd import Guidance, per_sample_mean, scored
 from model.schedule import mix
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
@@ -31,8 +31,7 @@ def sid_loss(
     """
     x0 = rollout.x0.float()
     x_sigma = mix(x0, noise, sigma)
-    fake_x0 = fake.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.fake)
-    real_x0 = real.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.real, guidance.rescale)
+    fake_x0, real_x0 = scored(real, fake, x_sigma, sigma, conditioning, guidance)
     gap = real_x0 - fake_x0
     scale = (x0 - real_x0).detach().abs().flatten(1).mean(1).reshape(-1, *(1,) * (x0.ndim - 1))
     loss = per_sample_mean(gap * ((real_x0 - x0) - alpha * gap) / scale, rollout.frame_mask).mean()

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.schedule import mix
+from model.schedule import mix, velocity_to_x0
 from model.score import ScoreNet
 from model.types import Conditioning, NoiseSource, Rollout
 from pipeline.causal import CausalConfig
 from pipeline.denoise import denoise_block
-from pipeline.diffusion_forcing import per_frame
+from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
 
 
 def backward_simulation(
@@ -73,14 +73,21 @@ def diffusion_forcing_input(
     source: NoiseSource,
     *,
     with_gradient: bool,
+    clean_context: bool = False,
 ) -> Rollout:
     """CausVid's input (arXiv 2412.07772, algorithm 1): real latents [B, F, C, H, W], each block at its own level of the
     step list (steps_Bb: index per sample and block), through the block-causal student. Given frames, which are the
-    latents' own first ones, stay clean."""
+    latents' own first ones, stay clean. clean_context: blocks look back at the clean ones (teacher forcing), as they
+    do at inference, and not at the noisy ones."""
     blocks = causal.blocks(latents.shape[1])
     sigma_BF = per_frame(torch.tensor(sigmas, device=latents.device)[steps_Bb], blocks)
     sigma_BF[:, : conditioning.initial_frames] = 0.0
     x = mix(latents, source.normal("input_noise", tuple(latents.shape[1:])), sigma_BF)
     with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
-        x0 = student.x0(x, sigma_BF, conditioning, mask=causal.mask(latents.shape[1]))
+        if clean_context:
+            zeros = torch.zeros_like(sigma_BF)
+            velocity = teacher_forced_velocity(student, x, sigma_BF, latents, zeros, conditioning, causal)
+            x0 = velocity_to_x0(x, velocity, sigma_BF)
+        else:
+            x0 = student.x0(x, sigma_BF, conditioning, mask=causal.mask(latents.shape[1]))
     return Rollout(x0, frame_mask=conditioning.judged(x0.shape[1]))

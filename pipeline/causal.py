@@ -70,9 +70,10 @@ class CausalConfig:
         height: int,
         width: int,
         dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device | str,
+        memory: torch.Tensor | None = None,
     ) -> KVCache:
-        """A cache for a video of `frames` frames in all, as small as the window allows."""
+        """A cache for a video of `frames` frames in all, as small as the window allows; memory: see `KVCache`."""
         held = self.cache_frames(frames)
         rolling = held < max(frames - self.num_frame_per_block, 0)
         return net.new_cache(
@@ -85,4 +86,5 @@ class CausalConfig:
             rolling=rolling,
             dtype=dtype,
             device=device,
+            memory=memory,
         )

@@ -29,23 +29,34 @@ def denoise_block(
     cache: KVCache | None,
     with_gradient: bool = False,
     trace: Trace | None = None,
+    seen: list[Tensor] | None = None,
 ) -> Tensor:
     """x0 [B, F, C, H, W] of one block after steps 0..exit_step (Self-Forcing, arXiv 2506.08009, algorithm 1).
 
     Each step predicts x0 and noises it afresh to the next step's sigma; only the exit step may carry gradient.
     With a trace it carries none either, and is noted there instead, for `WanTransformer` to replay.
+    seen: gets what the exit step sees, [B, F, C, H, W] at its sigma.
     noise: [B, F, C, H, W] at sigmas[0]. given: conditioning of these frames, or its text alone. block: its index, which
     names its draws. Inference exits at the last step.
     """
     x = noise
     for step, sigma in enumerate(sigmas[:exit_step]):
         with torch.no_grad():
-            x0 = student.x0(x, _per_sample(sigma, x), given, cache=cache)
+            x0 = student.x0(x, per_sample(sigma, x), given, cache=cache)
             fresh = source.normal(f"renoise.b{block}.s{step}", tuple(x.shape[1:]))
-            x = mix(x0, fresh, _per_sample(sigmas[step + 1], x))
+            x = mix(x0, fresh, per_sample(sigmas[step + 1], x))
+    if seen is not None:
+        seen.append(x)
     noted = {} if trace is None else {"trace": trace}
     with torch.set_grad_enabled(with_gradient and trace is None and torch.is_grad_enabled()):
-        return student.x0(x, _per_sample(sigmas[exit_step], x), given, cache=cache, **noted)
+        return student.x0(x, per_sample(sigmas[exit_step], x), given, cache=cache, **noted)
+
+
+def context_input(x0: Tensor, *, sigma: float, block: int, source: NoiseSource) -> Tensor:
+    """A finished block [B, F, C, H, W] as its keys and values are computed from it: noised to sigma, or clean at 0."""
+    if sigma == 0:
+        return x0
+    return mix(x0, source.normal(f"context_noise.b{block}", tuple(x0.shape[1:])), per_sample(sigma, x0))
 
 
 @torch.no_grad()
@@ -56,10 +67,10 @@ def write_context(
 
     sigma: context noise; the block is noised to it, and it is the network's time input. 0 leaves the block clean.
     """
-    if sigma > 0:
-        x0 = mix(x0, source.normal(f"context_noise.b{block}", tuple(x0.shape[1:])), _per_sample(sigma, x0))
-    student.velocity(x0.detach(), _per_sample(sigma, x0), given, cache=cache, write_cache=True)
+    x = context_input(x0.detach(), sigma=sigma, block=block, source=source)
+    student.velocity(x, per_sample(sigma, x), given, cache=cache, write_cache=True)
 
 
-def _per_sample(sigma: float, x: Tensor) -> Tensor:
+def per_sample(sigma: float, x: Tensor) -> Tensor:
+    """One noise level for all samples of x: [B], fp32."""
     return torch.full((x.shape[0],), sigma, dtype=torch.float32, device=x.device)

@@ -33,16 +33,20 @@ def teacher_forced_velocity(
     *,
     negative: Tensor | None = None,
     guidance: float = 1.0,
+    start: int = 0,
 ) -> Tensor:
     """Velocity [B, F, C, H, W] of noisy frames x, each block looking back at the clean ones (CausVid, section 4.1).
 
-    One pass over [clean | noisy], both halves at the same RoPE positions. clean_sigma_BF: the clean half's own time;
+    One pass over [clean | noisy], both halves at their RoPE positions. clean_sigma_BF: the clean half's own time;
     0 unless it is noise-augmented. guidance: w of uncond + w (cond - uncond), which needs the negative text [B, L, D].
+    start: the video's frame at which x starts; clean starts at its first, and may lack the last block, which nobody
+    looks back at.
     """
-    frames = x.shape[1]
+    kept, total = clean.shape[1], start + x.shape[1]
     condition = Conditioning.of(given)
     if condition.channels is not None:
-        condition = replace(condition, channels=torch.cat([condition.channels, condition.channels], 1))
+        halves = condition.frames(0, kept).channels, condition.frames(start, x.shape[1]).channels
+        condition = replace(condition, channels=torch.cat([half for half in halves if half is not None], 1))
     if guidance != 1.0 and negative is None:
         raise ValueError(f"guidance {guidance} needs the negative prompt's text")
     velocity = net.guided_velocity(
@@ -51,7 +55,7 @@ def teacher_forced_velocity(
         condition,
         condition.text if negative is None else negative,
         guidance,
-        positions=[*range(frames), *range(frames)],
-        mask=causal.teacher_forcing_mask(frames),
+        positions=[*range(kept), *range(start, total)],
+        mask=causal.teacher_forcing_mask(total).among([*range(kept), *range(total + start, 2 * total)]),
     )
-    return velocity[:, frames:]
+    return velocity[:, kept:]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.schedule import velocity_to_x0
 from model.score import ScoreNet
 from model.types import Conditioning, NoiseSource, Rollout
 from model.wan.config import Checkpointing
@@ -19,7 +20,8 @@ from model.wan.replay import Trace
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig
 from pipeline.causal_inference import cache_initial
-from pipeline.denoise import denoise_block, write_context
+from pipeline.denoise import context_input, denoise_block, write_context
+from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
 from utils.parallel.deepspeed import is_partitioned
 
 Reencode = Callable[[Tensor], Tensor]
@@ -30,10 +32,12 @@ class RolloutPlan:
     """What is drawn once for all ranks before a rollout.
 
     exit_steps: per generated block. score_frames: the last frames of the rollout, which carry gradient and are judged.
+    context_gradient: self-gradient forcing, see `self_forcing_rollout`.
     """
 
     exit_steps: tuple[int, ...]
     score_frames: int
+    context_gradient: bool = False
 
 
 def rollout_lengths(frames: int, num_training_frames: int, frames_per_block: int) -> list[int]:
@@ -62,30 +66,25 @@ def self_forcing_rollout(
     """Self-Forcing (arXiv 2506.08009, algorithm 1): x0 with the gradient of each block's own exit step.
 
     noise: [B, F, C, H, W] of the frames to generate. cache: an empty one that holds all of them but the last block; its
-    keys and values are never differentiated. reencode: given all latents before the judged window's second frame, the
-    window's first frame as an image latent [B, 1, C, H, W] (a VAE's first frame is coded alone; a frame in mid-video is
-    not); used when the rollout is longer than the window, whose first frame is then left out of the loss.
+    keys and values are never differentiated. With `plan.context_gradient` (self-gradient forcing, arXiv 2607.20368) all
+    gradient comes from a pass of its own over the finished blocks and what the exit steps saw, in which later blocks'
+    losses reach the keys and values that they looked back at.
+    reencode: given all latents before the judged window's second frame, the window's first frame as an image latent
+    [B, 1, C, H, W] (a VAE's first frame is coded alone; a frame in mid-video is not); used when the rollout is longer
+    than the window, whose first frame is then left out of the loss.
     """
     given, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
-    if len(plan.exit_steps) != len(blocks):
-        raise ValueError(f"{len(plan.exit_steps)} exit steps for {len(blocks)} blocks")
-    if plan.score_frames > conditioning.initial_frames + noise.shape[1]:
-        raise ValueError(f"{plan.score_frames} frames to judge of {conditioning.initial_frames + noise.shape[1]}")
-    if conditioning.channels is not None and plan.score_frames < conditioning.initial_frames + noise.shape[1]:
-        raise ValueError("image channels describe a whole video: it cannot be judged by its last window alone")
-    # with checkpointing the exit passes run without gradient and get it afterwards, all in one pass
-    replays = (
-        with_gradient
-        and isinstance(student.net, WanTransformer)
-        and student.net.checkpointing is not Checkpointing.none
-        and not is_partitioned(student.net)  # ZeRO-3 gathers weights as blocks are called, and a replay calls none
-    )
+    total = conditioning.initial_frames + noise.shape[1]
+    _check(plan, len(blocks), total, conditioning)
+    # self-gradient forcing gets all of its gradient from one masked pass afterwards
+    forced = with_gradient and plan.context_gradient
+    replays = with_gradient and not forced and _replays(student)
     trace = Trace()
+    exits: list[Tensor] = []
     parts: list[Tensor] = []
     cache_initial(student, conditioning, given, source, cache)
     if conditioning.initial is not None:
         parts.append(conditioning.initial.to(noise.dtype))
-    total = conditioning.initial_frames + noise.shape[1]
     done = conditioning.initial_frames
     for index, (part, exit_step) in enumerate(zip(noise.split(list(blocks), 1), plan.exit_steps, strict=True)):
         own = conditioning.frames(done, part.shape[1])
@@ -101,8 +100,9 @@ def self_forcing_rollout(
             block=index,
             source=source,
             cache=cache,
-            with_gradient=with_gradient and judged,
+            with_gradient=with_gradient and judged and not forced,
             trace=trace if replays and judged else None,
+            seen=exits if forced and judged else None,
         )
         parts.append(x0)
         if index < len(blocks) - 1:  # nothing reads what the last block would write
@@ -110,7 +110,28 @@ def self_forcing_rollout(
     video = torch.cat(parts, 1)
     if trace.passes:
         video = _replay(student, trace, conditioning, plan, video)
+    if exits:
+        video = _forced(student, exits, conditioning, [sigmas[step] for step in plan.exit_steps], causal, source, video)
     return _judged_window(video, sigmas, plan, conditioning.initial_frames, reencode)
+
+
+def _check(plan: RolloutPlan, blocks: int, total: int, conditioning: Conditioning) -> None:
+    """Raises ValueError for a plan that is not of so many blocks and frames."""
+    if len(plan.exit_steps) != blocks:
+        raise ValueError(f"{len(plan.exit_steps)} exit steps for {blocks} blocks")
+    if plan.score_frames > total:
+        raise ValueError(f"{plan.score_frames} frames to judge of {total}")
+    if conditioning.channels is not None and plan.score_frames < total:
+        raise ValueError("image channels describe a whole video: it cannot be judged by its last window alone")
+
+
+def _replays(student: ScoreNet) -> bool:
+    """With checkpointing the exit passes run without gradient and get it afterwards, all in one pass."""
+    return (
+        isinstance(student.net, WanTransformer)
+        and student.net.checkpointing is not Checkpointing.none
+        and not is_partitioned(student.net)  # ZeRO-3 gathers weights as blocks are called, and a replay calls none
+    )
 
 
 def _replay(student: ScoreNet, trace: Trace, conditioning: Conditioning, plan: RolloutPlan, video: Tensor) -> Tensor:
@@ -119,8 +140,44 @@ def _replay(student: ScoreNet, trace: Trace, conditioning: Conditioning, plan: R
     if len(set(plan.exit_steps)) == 1:
         sigma = sigma[:, 0]
     start = video.shape[1] - x.shape[1]
-    x0 = student.x0_again(x, sigma, conditioning.frames(start, x.shape[1]), replay=trace)
-    before, same = video.split([start, x0.shape[1]], 1)
+    return _with_gradient(video, student.x0_again(x, sigma, conditioning.frames(start, x.shape[1]), replay=trace))
+
+
+def _forced(
+    student: ScoreNet,
+    exits: Sequence[Tensor],
+    conditioning: Conditioning,
+    levels: Sequence[float],
+    causal: CausalConfig,
+    source: NoiseSource,
+    video: Tensor,
+) -> Tensor:
+    """The video, to the bit, with the gradient of one teacher-forced pass over [finished blocks | exit inputs]: the
+    finished blocks, as the cache saw them, are inputs without gradient, and their keys and values have it.
+
+    exits: what the exit steps of the last blocks saw; levels: noise level of every generated block's exit step.
+    """
+    given, blocks = causal.split(conditioning.initial_frames, video.shape[1] - conditioning.initial_frames)
+    kept = video.shape[1] - blocks[-1]  # nobody looks back at the last block
+    done = video.detach()[:, conditioning.initial_frames : kept].split(list(blocks[:-1]), 1)
+    sigma = causal.context_sigma
+    context = [context_input(x0, sigma=sigma, block=index, source=source) for index, x0 in enumerate(done)]
+    clean = torch.cat([video[:, : conditioning.initial_frames], *context], 1)
+    clean_time = torch.full((kept,), sigma, device=video.device)
+    clean_time[: conditioning.initial_frames] = 0.0
+    x = torch.cat(list(exits), 1)
+    time = per_frame(torch.tensor(levels[-len(exits) :], device=video.device)[None], blocks[-len(exits) :])
+    velocity = teacher_forced_velocity(
+        student, x, time.expand(x.shape[:2]), clean, clean_time.expand(clean.shape[:2]), conditioning, causal,
+        start=video.shape[1] - x.shape[1],
+    )  # fmt: skip
+    x0 = velocity_to_x0(x, velocity, time)
+    return _with_gradient(video, x0)
+
+
+def _with_gradient(video: Tensor, x0: Tensor) -> Tensor:
+    """The video's numbers with x0's gradient in its last frames, which x0 is up to rounding."""
+    before, same = video.split([video.shape[1] - x0.shape[1], x0.shape[1]], 1)
     return torch.cat([before, same + (x0 - x0.detach())], 1)
 
 

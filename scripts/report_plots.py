@@ -101,8 +101,10 @@ def _inline(svg: str) -> str:
 
 
 def short(prompt: str) -> str:
-    """ "the digit seven moving left" -> "seven ←"; another prompt as it is."""
+    """ "the digit seven moving left" -> "seven ←", "a handwritten seven" -> "seven"; another prompt as it is."""
     words = prompt.split()
+    if words[:2] == ["a", "handwritten"]:
+        return words[-1]
     return f"{words[2]} {ARROWS[words[-1]]}" if len(words) == 5 and words[-1] in ARROWS else prompt
 
 
@@ -125,10 +127,16 @@ def write_comparison(root: Path, labels: Sequence[str], prompts: Sequence[str], 
         # few grey levels keep the GIF small: noise that nobody sees is most of its bytes
         rows = [side_by_side((held(video[:columns, :, :1]) * levels).round() / levels) for video in videos]
         write_video(root / name, _sheet(rows, labels, heads[:columns], scale), fps)
-    first = videos[:, :2, :, :1]
-    strips = [side_by_side(video.flatten(0, 1)[:, None]) for video in first]
-    titles = [head if frame == 0 else "" for head in heads[:2] for frame in range(videos.shape[2])]
-    write_video(root / "comparison.png", _sheet(strips, labels, titles, 3), fps)
+    write_strips(root / "comparison.png", labels, prompts[:2], videos[:, :2])
+
+
+def write_strips(path: Path, labels: Sequence[str], prompts: Sequence[str], videos: Tensor) -> None:
+    """A PNG: a row for each method, its videos of the prompts beside each other, frame by frame.
+
+    videos: [M, P, T, C, H, W] in [0, 1]."""
+    strips = [side_by_side(video[:, :, :1].flatten(0, 1)[:, None]) for video in videos]
+    titles = [short(prompt) if frame == 0 else "" for prompt in prompts for frame in range(videos.shape[2])]
+    write_video(path, _sheet(strips, labels, titles, 3), 1)
 
 
 def _sheet(rows: Sequence[Tensor], labels: Sequence[str], heads: Sequence[str], scale: int) -> Tensor:

@@ -210,17 +210,16 @@ def _generator(root: Path, run: str, causal_from: str | None) -> Generator:
     generator = Generator.load(root / run, distributed.device())
     if causal_from is None:
         return generator
-    other = run_config(root, causal_from)
-    return generator.as_causal(other.causal, other.schedule.denoising_step_list)
+    return generator.as_causal(run_config(root, causal_from))
 
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A killed parent cannot end its workers, which would wait for work for good."""
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -57,6 +57,8 @@ ODE: dict[str, Any] = merged(
     },
 )
 
+SHORT: dict[str, Any] = {"data": {"toy": {"frames": 6}}}  # two blocks, for what does not care how many there are
+
 
 def config(base: dict[str, Any] = DISTILLATION, **changes: Any) -> RunConfig:
     return from_plain(RunConfig, merged(base, changes))

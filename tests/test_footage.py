@@ -147,7 +147,7 @@ def test_the_first_and_the_last_frames_of_a_file(tmp_path: Path) -> None:
         made = decode_end(media, Size(7, 16, 16), last=last)
         assert made.shape == (7, 3, 16, 16)
         assert torch.allclose(made, expected.expand(-1, 3, 16, 16), atol=0.02)
-    with pytest.raises(CorruptSample, match="ramp has 20 frames, 21 are needed"):
+    with pytest.raises(CorruptSample, match="ramp has 20 frames, 21 are needed: give a longer video"):
         decode_end(media, Size(21, 16, 16), last=True)
 
 

@@ -208,7 +208,7 @@ def test_a_diffusion_step_is_given_the_first_frame(folder: Path, mode: str, kind
         if not is_i2v(kind):
             assert clips.given.initial is not None and torch.equal(clips.given.initial, clips.latents[:, :1])
             changed[:, :1] += 1  # the frame itself has no loss: what changes is what the others see
-        run.task.real = lambda positions: replace(clips, latents=changed, given=other(clips.given))
+        run.task.real = lambda positions, shape=None: replace(clips, latents=changed, given=other(clips.given))
         assert abs(run.loss(micro).loss - before) > 1e-4 * before
         run.task.real = real
         spoil(run.networks["student"].net, *((0, F) if mode == "teacher_forcing" else (0,)))
@@ -297,7 +297,7 @@ def test_images_go_by_position_with_their_captions(folder: Path) -> None:
 def test_validation_shows_images_under_their_captions(folder: Path, kind: str, tmp_path: Path) -> None:
     run = started(tmp_path, options(folder, kind, DISTILLATION, images=str(folder / "images1")))
     assert run.validation_prompts == CAPTIONS[:2]
-    given = run.task.validation_given(range(2)).with_text(run.task.conditioning(CAPTIONS[:2]).text)
+    given = run.task.validation_given(range(2), CAPTIONS[:2]).with_text(run.task.conditioning(CAPTIONS[:2]).text)
     made = run.sample(given, run.task.negative(2), Noise(0, 0, range(2)))
     assert made.shape == (2, F, C, H, W)
     if not is_i2v(kind):
@@ -324,6 +324,9 @@ def test_what_does_not_fit_is_one_line(folder: Path, tmp_path: Path) -> None:
     refused("data.images is null, but networks are to be given", "i2v", DISTILLATION, {}, prompts=prompts)
     refused("data.images is null, but networks are to be given", "ti2v", DISTILLATION, {}, prompts=prompts,
             first_frame=True)  # fmt: skip
+    adversarial = {"objective": {"gan": {}}}  # real videos for the discriminator, and nothing for its samples
+    refused("data.images is null, but networks are to be given", "i2v", DISTILLATION, adversarial, prompts=prompts,
+            latents=str(folder / "videos1"))  # fmt: skip
     refused("images and prompts are both given", "i2v", DISTILLATION, {}, prompts=prompts, images=images)
     refused("first_frame is false, but an i2v network", "i2v", DISTILLATION, {}, prompts=prompts, first_frame=False)
     refused("first_frame is false, but images give", "ti2v", DISTILLATION, {}, images=images, first_frame=False)

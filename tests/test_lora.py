@@ -213,6 +213,7 @@ ANOTHER = [
     ({"lora": {"alpha": 3.0}}, r"student.lora is another \(alpha 2.0 there, 3.0 here\): use its config, or --resume n"),
     ({"lora": {"rank": 2}}, r"student.lora is another \(rank 4 there, 2 here\)"),
     ({"lora": {"targets": ["q"]}}, r"student.lora is another \(targets \[.*\] there, \['q'\] here\)"),
+    ({"lora": None}, "student was trained as an adapter there, and is all weights here: use its config"),
     ({"lora": {"share": False}, "init": "critic"}, "the adapter of student was trained on other weights than student.init"),
 ]  # fmt: skip
 

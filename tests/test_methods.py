@@ -103,6 +103,23 @@ def test_f_distill_of_the_reverse_kl_without_gan_term_is_dmd(folder: Path, tmp_p
             assert plain[name] == weighted[name]
 
 
+@pytest.mark.parametrize("method", ["f_distill", "reward"])
+def test_weights_are_of_the_whole_batch_however_it_is_split(folder: Path, tmp_path: Path, method: str) -> None:
+    """Four samples at once, and one at a time: the same weights, and so the same update. One at a time, normalised by
+    itself, each sample would weigh 1."""
+    runs = [
+        made(folder, tmp_path / str(size), method, training={"global_batch_size": 4, "micro_batch_size": size})
+        for size in (4, 1)
+    ]
+    at_once, split = (run.training_step() for run in runs)
+    for name in ("student/loss", "student/grad_norm", "critic/loss"):
+        assert at_once[name] == pytest.approx(split[name], rel=2e-5), name
+    if method == "f_distill":
+        assert at_once["student/weight_max"] > split["student/weight_max"] + 1e-4  # a mean of four
+        a, b = (run.objective.bins for run in runs)  # type: ignore[attr-defined]
+        torch.testing.assert_close(a.means, b.means)
+
+
 def test_a_pulled_critic_is_between_itself_and_the_student(folder: Path, tmp_path: Path) -> None:
     run = made(folder, tmp_path, "aligned", training={"update_schedule": "alternating", "generator_update_interval": 2})
     key = "critic.head.head.weight"
@@ -128,6 +145,7 @@ REFUSED = [
         {"objective": {"reward": {"name": "beauty"}}},
         "reward.name 'beauty' is unknown: the toy world has prompt_adherence",
     ),
+    ({"objective": {"ladd_mean": 0.0}}, "ladd_mean is not for kind dmd"),
     ({"objective": {"cfg_score_shift": 2.0}}, "cfg_score_shift is for kind decoupled_dmd"),
     (
         {"objective": {"kind": "decoupled_dmd", "guidance_rescale": 0.5}},

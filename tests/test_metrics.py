@@ -101,6 +101,8 @@ def test_real_videos_score_as_real(judge: ToyJudge, real: Tensor) -> None:
     assert row["motion_error"] < 0.01 and row["jitter"] < 0.01 and row["flicker"] < 1e-3 and row["clipped"] == 0
     assert row["intensity"] == pytest.approx(row["intensity_real"], rel=0.02)
     assert row["diversity"] == pytest.approx(1, abs=0.07)
+    assert row["appearance_drift"] == pytest.approx(row["appearance_drift_real"], rel=0.1)
+    assert row["motion"] == pytest.approx(row["motion_real"], rel=0.02) and row["intensity_drift"] < 1e-3
     assert METRICS.keys() <= row.keys()
 
 
@@ -120,13 +122,16 @@ def test_faults_move_their_own_measures(judge: ToyJudge, real: Tensor) -> None:
     assert dim["appearance_fd"] > 5 * clean["appearance_fd"] and dim["jitter"] < 0.01
     still = judge.evaluate(real[:, :1].expand(-1, 9, -1, -1, -1), CAPTIONS)
     assert still["direction_right"] == 0 and still["motion_error"] == pytest.approx(0.75, abs=1e-3)
-    assert still["digit_right"] > 0.9
+    assert still["digit_right"] > 0.9 and still["motion"] == 0 == still["appearance_drift"]
     half = judge.evaluate(real[:, [0, 0, 1, 1, 2, 2, 3, 3, 4]], CAPTIONS)  # half the speed, in jerks
     assert half["motion_error"] == pytest.approx(0.375, abs=0.01) and half["jitter"] == pytest.approx(0.375, abs=0.01)
     blink = judge.evaluate(
         WORLD.encode(WORLD.decode(real) * (torch.arange(9) % 2).view(9, 1, 1, 1).add(1) / 2), CAPTIONS
     )
-    assert blink["flicker"] == pytest.approx(0.5, rel=0.03)
+    assert blink["flicker"] == pytest.approx(0.5, rel=0.03) and blink["intensity_drift"] < 1e-3
+    fading = judge.evaluate(WORLD.encode(WORLD.decode(real) * torch.linspace(1, 0.6, 9).view(9, 1, 1, 1)), CAPTIONS)
+    assert fading["intensity_drift"] == pytest.approx(0.4, rel=0.03)
+    assert fading["appearance_drift"] > 20 > clean["appearance_drift"]
 
 
 def test_repeating_one_video_a_caption_has_no_diversity(judge: ToyJudge, real: Tensor) -> None:
@@ -150,6 +155,17 @@ def test_the_judge_is_trained_once_and_leaves_the_random_state_alone(tmp_path: P
     videos, captions = WORLD.real_videos_for(CAPTIONS[:80], 3), CAPTIONS[:80]
     assert again.evaluate(videos, captions) == fresh.evaluate(videos, captions)
     assert [file.name for file in tmp_path.iterdir()] == [judge.path.name]
+
+
+def test_the_reward_of_a_sample_with_nan_is_nan(judge: ToyJudge, real: Tensor) -> None:
+    """An update on it is then skipped and counted; what is beside it keeps its reward."""
+    clean = judge.adherence(real[:6], CAPTIONS[:6])
+    assert bool(((clean >= 0) & (clean <= 1)).all()) and float(clean.max()) > 0.5
+    spoilt = real[:6].clone()
+    spoilt[1], spoilt[4, 3, 0, 2, 2] = math.nan, math.nan
+    found = judge.adherence(spoilt, CAPTIONS[:6])
+    assert found.isnan().tolist() == [False, True, False, False, True, False]
+    assert torch.allclose(found[[0, 2, 3, 5]], clean[[0, 2, 3, 5]], atol=1e-6)
 
 
 def test_the_judge_refuses_what_it_cannot_measure(judge: ToyJudge, real: Tensor) -> None:

@@ -53,6 +53,55 @@ def test_pairs_are_the_samplers_states_whatever_the_micro_batch(size: int, tmp_p
     assert run.evaluations.frames["teacher"] == PAIRS * STEPS * 2 * run.task.latent_shape[0]
 
 
+@torch.no_grad()
+def causal_by_hand(run: ODETrainer, position: int) -> Tensor:
+    """Block by block without a cache: each step is a masked pass over the finished blocks, clean, and the block's own
+    state; states [1, S, F, C, H, W] at the levels that are kept."""
+    levels = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (1 - i / STEPS for i in range(STEPS + 1))]
+    noise = Noise(keyed_seed(run.config.seed, "ode_pairs"), 0, [position]).normal("noise", run.task.latent_shape)
+    text = run.task.conditioning(run.task.prompts(range(position, position + 1))).text
+    done, parts = noise[:, :0], []
+    for part in noise.split(3, 1):
+        states, start = [part], done.shape[1]
+        mask = run.config.causal.mask(start + 3)
+        for sigma, target in zip(levels, levels[1:], strict=False):
+            time = torch.cat([torch.zeros(1, start), torch.full((1, 3), sigma)], 1)
+            seen = torch.cat([done, states[-1]], 1)
+            cond, uncond = (run.teacher.net(seen, time, t, mask=mask)[:, start:] for t in (text, run.task.negative(1)))
+            states.append(states[-1] + (target - sigma) * (uncond + GUIDANCE * (cond - uncond)))
+        done = torch.cat([done, states[-1]], 1)
+        parts.append(torch.stack([states[index] for index in (0, 1, 3, STEPS)], 1))
+    return torch.cat(parts, 2)
+
+
+def test_pairs_of_a_causal_teacher_are_each_blocks_own_and_the_student_sees_their_ends(tmp_path: Path) -> None:
+    """Causal Forcing: a trajectory given the clean blocks before it, regressed on with those same blocks in view."""
+    save_networks(tmp_path / "start")
+    training = {"global_batch_size": 4, "micro_batch_size": 4, "max_steps": 1}
+    base = with_weights(ODE, tmp_path / "start")
+    run = trainer(tmp_path, base, training=training, ode={"causal_teacher": True})
+    assert isinstance(run, ODETrainer)
+    for position in range(2):
+        assert relative(run.trajectories[position], causal_by_hand(run, position)) < 5e-6
+    assert run.evaluations.frames["teacher"] == PAIRS * 2 * (STEPS * 9 + 6)  # the last block writes no context
+
+    micro = run.batch("ode")[0]
+    (picked,) = {tuple(micro.positions)}
+    x = run.trajectories[[p % PAIRS for p in picked]]
+    index = (micro.noise.uniform("stored_index", (3,)) * 3).long()  # never the clean end
+    text = run.task.conditioning(run.task.prompts(range(4))).text
+    net, total = run.networks["student"].net, 0.0
+    for block in range(3):  # each alone, after the clean ends before it
+        frames, clean = slice(3 * block, 3 * block + 3), x[:, -1, : 3 * block]
+        own = torch.stack([x[b, index[b, block], frames] for b in range(4)])
+        sigma = run.sigmas_S[index[:, block]][:, None].expand(4, 3)
+        time = torch.cat([torch.zeros(4, 3 * block), sigma], 1)
+        velocity = net(torch.cat([clean, own], 1), time, text, mask=run.config.causal.mask(3 * block + 3))
+        predicted = own - sigma[..., None, None, None] * velocity[:, 3 * block :]
+        total += (predicted - x[:, -1, frames]).square().mean().item() / 3
+    assert run.loss(micro).loss.item() == pytest.approx(total, rel=1e-5)
+
+
 def test_pairs_made_again_after_a_resume_are_not_counted_again(tmp_path: Path) -> None:
     run = made(tmp_path)
     run.train()

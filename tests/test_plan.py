@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import torch.distributed as dist
 from configs.schema import RunConfig
 from model.wan.config import PRESETS, WanConfig
 from model.wan.transformer import WanTransformer
-from tests import small
+from tests import forked, small
 from tests.distributed import measured_peak
 from trainer.plan import Cluster, Plan, make_plan, update_cost
 from trainer.plan_report import changes, plan_text, remedies, report
@@ -179,6 +176,37 @@ def test_few_layers_tell_of_many(parallel: dict[str, int], cluster: Cluster) -> 
     assert guessed.iterations[0].cost == pytest.approx(whole.iterations[0].cost, rel=1e-12)
 
 
+def test_a_discriminator_is_planned() -> None:
+    """Of LADD, without a critic: its heads' own update, and as many tapped blocks in runs of few layers as in the
+    whole. Its teacher is not run beyond the last of them."""
+    changes: dict[str, Any] = {
+        "critic": None,
+        "objective": {"kind": "ladd", "gan": {"depths": [0.5, 0.7]}},  # the one block 2 of 4 layers, two of 3 and of 5
+        "data": {"real": True, "synthetic": {"frames": 3}},
+        "rollout": {"kind": "noised_data"},
+        "training": {"critic_warmup_steps": 1, "max_steps": 3},
+    }
+    plain = config(5, **changes)
+    cluster = Cluster(1, 1, "h200", H200)
+    guessed, whole = make_plan(plain, cluster), make_plan(plain, cluster, whole=True)
+    assert guessed.peak == whole.peak and guessed.rest == whole.rest
+    assert guessed.rest[Owner("discriminator", "optimizer")] > guessed.rest[Owner("discriminator", "parameters")] > 0
+    for one, other in zip(guessed.iterations, whole.iterations, strict=True):
+        assert one.cost == pytest.approx(other.cost, rel=1e-12) and one.cost[FLOPS] > 0
+    assert [(item.kind.name, item.kind.count) for item in guessed.iterations] == [
+        ("student and discriminator", 2), ("discriminator", 1)
+    ]  # fmt: skip
+    assert "\ndiscriminator " in report(guessed) and "critic" not in report(guessed)
+
+
+def test_what_no_plan_can_know_stops_none() -> None:
+    """Made-up numbers lie within an expert's interval; synthetic samples have no reward."""
+    objective = {"kind": "phased_dmd", "reward": {"name": "prompt_adherence"}}
+    schedule = {"denoising_step_list": [1000], "min_score_timestep": 500}
+    plain = stripped(config(objective=objective, schedule=schedule, training={"global_batch_size": 1}))
+    assert run(plain, Meter(), [Iteration(0, [0])]).phases
+
+
 def test_cost_is_affine_in_the_exit_step() -> None:
     plain = stripped(config(schedule={"denoising_step_list": [1000, 750, 500]}))
     record = run(plain, Meter(), [Iteration(0, [1, 0]), Iteration(0, [2, 2])])
@@ -213,6 +241,14 @@ def test_what_would_make_it_fit(hybrid: Plan) -> None:
     assert "student.checkpointing" not in names  # it is full already
     lines = remedies(plan, most=1)
     assert len(lines) == 2 and lines[1].startswith("  parallel.")
+
+
+def test_of_several_sizes_the_largest_is_planned(hybrid: Plan) -> None:
+    several = config(training={"sizes": [{"frames": 3}, {"height": 20, "width": 32}, {"frames": 9, "height": 8}]})
+    plain = stripped(several)
+    assert plain.data.size == (6, 20, 32) and plain.training.sizes is None
+    assert "largest of training.sizes, 6x20x32" in report(dataclasses.replace(hybrid, config=several))
+    assert "training.sizes" not in report(hybrid)
 
 
 @pytest.mark.slow
@@ -251,10 +287,9 @@ def test_mistakes_say_what_is_legal(arguments: list[str], said: list[str]) -> No
 
 def test_a_plan_needs_no_weights_and_leaves_no_files(tmp_path: Path) -> None:
     """The toy recipe, whose weights are not there; blocks of nine frames make it short."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "--config_path", YAML, "--plan", "--gpus_per_node", "1",
-         "causal.num_frame_per_block=9"],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    done = forked.run(
+        1, str(ROOT / "train.py"), "--config_path", str(YAML), "--plan", "--gpus_per_node", "1",
+        "causal.num_frame_per_block=9", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "peak" in done.stdout and "GPU-hours" in done.stdout and ": fits" in done.stdout

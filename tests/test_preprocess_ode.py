@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.small import DISTILLATION, ODE, config, save_networks, trainer, with_weights
+from tests.small import DISTILLATION, ODE, config, merged, save_networks, trainer, with_weights
 from trainer.preprocess_ode import preprocess_ode
 from utils.config import UserError, save
 from utils.data.safetensors_shards import SafetensorsFolder
@@ -25,10 +25,13 @@ def recipe(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     return tmp_path / "ode.yaml", base
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 def test_the_files_hold_what_the_trainer_makes(
-    recipe: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str], causal: bool
 ) -> None:
     path, base = recipe
+    base = merged(base, {"ode": {"causal_teacher": causal}})
+    save(config(base, **PAIRS), path)
     run = trainer(tmp_path / "run", base, **PAIRS)
     (stored,) = (load_file(file) for file in (tmp_path / "run").glob("ode_pairs_*.safetensors"))
     out = tmp_path / "out"

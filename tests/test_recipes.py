@@ -24,7 +24,7 @@ def test_recipe_loads_and_so_does_its_smoke_test(recipe: str) -> None:
     (smoke,) = [line for line in header if line.startswith("# Smoke test")]
     overrides = smoke.split(": add ")[1].split()
     bare = load(RunConfig, ROOT / recipe, overrides)
-    assert bare.data.kind == "synthetic" and bare.validation.every is None
+    assert bare.data.kind == "synthetic" and bare.validation.every is None and bare.data.prompts is None
     networks = (bare.student, bare.teacher, bare.critic)
     assert all(network is None or network.init is None for network in networks)
     clip, sizes = config.data.wan, config.data.synthetic

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 
 import pytest
@@ -61,12 +61,13 @@ def run(
     with_gradient: bool = True,
     evaluations: Evaluations | None = None,
     reencode: Callable[[Tensor], Tensor] | None = None,
+    context_gradient: bool = False,
 ) -> Rollout:
     total = given.initial_frames + noise.shape[1]
     cache = causal.new_cache(net, noise.shape[0], total, noise.shape[3], noise.shape[4], torch.float32, CPU)
     return self_forcing_rollout(
         ScoreNet(net, "student", evaluations), noise, given, SIGMAS, causal,
-        RolloutPlan(tuple(exits), total if score_frames is None else score_frames), KeyedNoise(5, noise.shape[0]), cache,
+        RolloutPlan(tuple(exits), total if score_frames is None else score_frames, context_gradient), KeyedNoise(5, noise.shape[0]), cache,
         with_gradient=with_gradient, reencode=reencode,
     )  # fmt: skip
 
@@ -111,10 +112,18 @@ def context_without_gradient(net: WanTransformer, tokens: int) -> Iterator[None]
 
 
 def brute_force(
-    net: WanTransformer, causal: CausalConfig, noise: Tensor, given: Conditioning, exits: Sequence[int]
+    net: WanTransformer,
+    causal: CausalConfig,
+    noise: Tensor,
+    given: Conditioning,
+    exits: Sequence[int],
+    *,
+    context_gradient: bool = False,
 ) -> list[Tensor]:
     """x0 of each generated block with the gradient of its exit step, without a cache: every step of every block is a
-    masked pass over all frames so far, the finished ones as the cache pass would see them."""
+    masked pass over all frames so far, the finished ones as the cache pass would see them. context_gradient: also the
+    gradient of the finished ones' keys and values."""
+    through = nullcontext() if context_gradient else None
     source, batch = KeyedNoise(5, noise.shape[0]), noise.shape[0]
     seen = [] if given.initial is None else [given.initial]
     times = [torch.zeros(batch, given.initial_frames)]
@@ -126,7 +135,7 @@ def brute_force(
 
         def predict(x: Tensor, sigma: float, start: int = start, size: int = size) -> Tensor:
             video, time = torch.cat([*seen, x], 1), torch.cat([*times, torch.full((batch, size), sigma)], 1)
-            with context_without_gradient(net, start * 6):
+            with through or context_without_gradient(net, start * 6):
                 velocity = net(video, time, given.text, mask=causal.mask(start + size))[:, start:]
             return x - sigma * velocity
 
@@ -173,6 +182,48 @@ def test_defect_01_gradient_is_each_blocks_own_exit_step(name: str, checkpointin
     x0 = run(net, causal, noise, given, exits).x0[:, given.initial_frames :]
     assert relative(x0, expected_x0) < 5e-6
     (x0 * weight).sum().backward()
+    assert_same_gradients(gradients(net), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [Checkpointing.none, Checkpointing.full], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", CASES)
+def test_self_gradient_forcing_reaches_the_context_that_later_blocks_looked_at(
+    name: str, checkpointing: Checkpointing
+) -> None:
+    """arXiv 2607.20368: the rollout's numbers to the bit, and the gradient of brute force through keys and values."""
+    causal, noise, given = setup(name)
+    exits = [(0, 2, 1, 2, 0)[i] for i in range(len(blocks_of(name)))]
+    weight = latents(6, 2, noise.shape[1])
+    net = random_net(1)
+    expected_x0 = torch.cat(brute_force(net, causal, noise, given, exits, context_gradient=True), 1)
+    (expected_x0 * weight).sum().backward()
+    expected = gradients(net)
+
+    net = random_net(1, checkpointing=checkpointing)
+    evaluations = Evaluations()
+    x0 = run(net, causal, noise, given, exits, context_gradient=True, evaluations=evaluations).x0
+    assert torch.equal(x0.detach(), run(net, causal, noise, given, exits).x0.detach())
+    (x0[:, given.initial_frames :] * weight).sum().backward()
+    assert_same_gradients(gradients(net), expected)
+
+    plain = Evaluations()
+    run(net, causal, noise, given, exits, evaluations=plain)
+    generated = noise.shape[1] + given.initial_frames - blocks_of(name)[-1] + noise.shape[1]
+    assert evaluations.total_frames - plain.total_frames == 2 * generated  # one more pass, over a batch of 2
+
+
+def test_self_gradient_forcing_of_a_longer_rollout_judges_its_window() -> None:
+    """Only the window's blocks are replayed, and their gradient goes through all of their context."""
+    causal, noise, given = CausalConfig(2), latents(2, 2, 8), conditioning(3, 2)
+    exits, weight = [1, 0, 2, 1], latents(6, 2, 4)
+    net = random_net(1)
+    expected_x0 = torch.cat(brute_force(net, causal, noise, given, exits, context_gradient=True), 1)[:, 5:]
+    (expected_x0 * weight[:, 1:]).sum().backward()
+    expected = gradients(net)
+    net = random_net(1)
+    rollout = run(net, causal, noise, given, exits, score_frames=4, context_gradient=True)
+    assert relative(rollout.x0[:, 1:], expected_x0) < 5e-6
+    (rollout.x0[:, 1:] * weight[:, 1:]).sum().backward()
     assert_same_gradients(gradients(net), expected)
 
 
@@ -376,3 +427,22 @@ def test_diffusion_forcing_input_has_one_level_a_block() -> None:
     with torch.no_grad():
         expected = x - sigma[..., None, None, None] * net(x, sigma, texts(3, 2), mask=causal.mask(6))
     assert relative(out.x0, expected) < 1e-6 and not out.x0.requires_grad
+
+
+def test_teacher_forcing_input_looks_back_at_clean_blocks() -> None:
+    """Each block alone, after the clean blocks before it, has the same x0."""
+    causal, data, given, net = CausalConfig(2), latents(2, 2, 6), conditioning(3, 2), random_net(1)
+    steps = torch.tensor([[0, 2, 1], [1, 1, 0]])
+    out = diffusion_forcing_input(
+        ScoreNet(net, "s"), data, given, SIGMAS, steps, causal, KeyedNoise(5, 2), with_gradient=False,
+        clean_context=True,
+    )  # fmt: skip
+    sigma = torch.tensor(SIGMAS)[steps].repeat_interleave(2, 1)
+    x = mix(data, KeyedNoise(5, 2).normal("input_noise", tuple(data.shape[1:])), sigma)
+    for start in (0, 2, 4):
+        part = slice(start, start + 2)
+        seen = torch.cat([data[:, :start], x[:, part]], 1)
+        times = torch.cat([torch.zeros(2, start), sigma[:, part]], 1)
+        with torch.no_grad():
+            velocity = net(seen, times, texts(3, 2), mask=causal.mask(start + 2))[:, start:]
+        assert relative(out.x0[:, part], x[:, part] - sigma[:, part, None, None, None] * velocity) < 5e-6

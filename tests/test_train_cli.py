@@ -11,6 +11,7 @@ import pytest
 
 from configs.schema import RunConfig
 from configs.sections import TrainerKind
+from tests import forked
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from utils.config import ConfigError, load
@@ -48,7 +49,7 @@ MISTAKES = [
     ("training.update_schedule=alternating training.generator_update_interval=1", ["generator_update_interval"]),
     ("schedule.min_score_timestep=990", ["schedule.min_score_timestep", "990"]),
     ("rollout.kind=diffusion_forcing data.real=true", ["diffusion_forcing", "no exit step", "last_step_only"]),
-    ("data.kind=moon", ["data.kind", "moon", "choose toy, synthetic or wan"]),
+    ("data.kind=moon", ["data.kind", "moon", "choose toy, digits, synthetic or wan"]),
     ("data.kind=wan", ["data.vae.path", "null", "validation.every"]),
     ("data.kind=synthetic data.synthetic.frames=8", ["data.synthetic.frames", "8 latent frames", "6 or 9"]),
     ("data.kind=synthetic data.synthetic.height=0", ["data.synthetic.height", "at least 1", "0"]),
@@ -80,19 +81,16 @@ def test_every_recipe_loads_and_says_how_to_run_it(path: Path) -> None:
     assert f"--config_path {path.relative_to(ROOT)}" in header and "Hardware" in header
 
 
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-
-
 def test_a_mistake_exits_with_2_and_no_traceback() -> None:
-    done = run("train.py", "--config_path", YAML, "training.max_stepz=5")
+    command = [sys.executable, "train.py", "--config_path", YAML, "training.max_stepz=5"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1 and "training.max_stepz" in done.stderr
 
 
 def test_missing_weights_name_the_network_and_the_path(tmp_path: Path) -> None:
-    done = run("train.py", "--config_path", YAML, "--logdir", str(tmp_path), "teacher.init=/no/such/run")
+    done = forked.run(1, "train.py", "--config_path", YAML, "--logdir", str(tmp_path), "teacher.init=/no/such/run")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "teacher.init" in done.stderr and "/no/such/run" in done.stderr
 
@@ -115,7 +113,7 @@ def test_mistakes_that_only_the_task_can_see(override: str, word: str, tmp_path:
 
 
 def test_print_config_gives_a_yaml_that_loads_to_the_same(tmp_path: Path) -> None:
-    done = run("train.py", "--config_path", YAML, "seed=3", "--print_config")
+    done = forked.run(1, "train.py", "--config_path", YAML, "seed=3", "--print_config")
     assert done.returncode == 0
     (tmp_path / "c.yaml").write_text(done.stdout)
     again = load(RunConfig, tmp_path / "c.yaml")

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from model.types import Conditioning, LossOutput
-from tests.small import DIFFUSION, DISTILLATION, NETWORK, ODE, config, save_networks, trainer, with_weights
+from tests import small
+from tests.small import NETWORK, SHORT, config, merged, save_networks, trainer, with_weights
 from trainer import ode as trainer_ode
 from utils import activity, checkpoint
 from utils.config import UserError
 from utils.logging import read_jsonl
 
 Losses = list[dict[str, float]]
+DISTILLATION, DIFFUSION, ODE = (merged(base, SHORT) for base in (small.DISTILLATION, small.DIFFUSION, small.ODE))
 
 
 def curve(path: Path) -> Losses:
@@ -54,35 +56,35 @@ def test_defect_10_resume_is_exact(base: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_resume_from_an_older_checkpoint_rewrites_the_curve(tmp_path: Path) -> None:
-    trainer(tmp_path).train()
+    trainer(tmp_path, DISTILLATION).train()
     before = curve(tmp_path)
-    trainer(tmp_path, resume=str(tmp_path / "checkpoints/step_00000005")).train()
+    trainer(tmp_path, DISTILLATION, resume=str(tmp_path / "checkpoints/step_00000005")).train()
     assert curve(tmp_path) == before
 
 
 def test_resume_from_an_older_checkpoint_leaves_the_other_future_aside(tmp_path: Path) -> None:
     """Else the newest checkpoint, which `auto` takes and retention keeps, would be of the abandoned branch."""
     keep = {"checkpoint": {"every": 2, "keep_last": 5}}
-    trainer(tmp_path, max_steps=8, **keep).train()
+    trainer(tmp_path, DISTILLATION, max_steps=8, **keep).train()
     older = str(tmp_path / "checkpoints/step_00000002")
-    trainer(tmp_path, resume=older, max_steps=4, checkpoint={"every": 2, "keep_last": 1}).train()
+    trainer(tmp_path, DISTILLATION, resume=older, max_steps=4, checkpoint={"every": 2, "keep_last": 1}).train()
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step_00000004"]
     assert len(checkpoint.list_checkpoints(tmp_path / "previous_1/checkpoints")) == 3
     assert [entry["step"] for entry in curve(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_run_that_died_before_its_first_save_leaves_no_doubled_points(tmp_path: Path) -> None:
-    trainer(tmp_path, max_steps=3, checkpoint={"every": 100})
-    run = trainer(tmp_path, max_steps=3)
+    trainer(tmp_path, DISTILLATION, max_steps=3, checkpoint={"every": 100})
+    run = trainer(tmp_path, DISTILLATION, max_steps=3)
     run.logger.scalars(1, {"critic/loss": 1.0})
-    trainer(tmp_path, max_steps=3).train()
+    trainer(tmp_path, DISTILLATION, max_steps=3).train()
     assert [entry["step"] for entry in curve(tmp_path)] == [1, 2, 3]
 
 
 def test_never_resuming_keeps_the_earlier_run_out_of_the_way(tmp_path: Path) -> None:
-    trainer(tmp_path, max_steps=6).train()
+    trainer(tmp_path, DISTILLATION, max_steps=6).train()
     before = curve(tmp_path)
-    trainer(tmp_path, max_steps=2, resume="never", seed=1).train()
+    trainer(tmp_path, DISTILLATION, max_steps=2, resume="never", seed=1).train()
     assert curve(tmp_path / "previous_1") == before and len(curve(tmp_path)) == 2
     assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints/step_00000002"
 
@@ -117,7 +119,7 @@ def test_defect_10_accumulation_never_reuses_a_sample(tmp_path: Path) -> None:
 
 def test_cadence_of_student_critic_and_average(tmp_path: Path) -> None:
     """Critic every iteration, student each second after a critic-only one; the average counts student updates."""
-    run = trainer(tmp_path)
+    run = trainer(tmp_path, DISTILLATION)
     run.train()
     trained = ["student/loss" in entry for entry in curve(tmp_path)]
     assert trained == [False, True, False, True, False, True, False, True, False, True]
@@ -126,13 +128,13 @@ def test_cadence_of_student_critic_and_average(tmp_path: Path) -> None:
 
 
 def test_alternating_schedule_trains_one_network_an_iteration(tmp_path: Path) -> None:
-    trainer(tmp_path, training={"update_schedule": "alternating", "generator_update_interval": 5}).train()
+    trainer(tmp_path, DISTILLATION, training={"update_schedule": "alternating", "generator_update_interval": 5}).train()
     for entry in curve(tmp_path):
         assert ("student/loss" in entry) != ("critic/loss" in entry)
 
 
 def test_defect_10_average_moves_once_a_student_update(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_steps=4, ema={"decay": 0.5, "start": 0})
+    run = trainer(tmp_path, DISTILLATION, max_steps=4, ema={"decay": 0.5, "start": 0})
     student = run.networks["student"]
     assert student.ema is not None
     name = "blocks.0.ffn.0.weight"
@@ -162,7 +164,7 @@ def test_average_is_a_copy_until_it_starts_and_swaps_back_bit_for_bit(tmp_path: 
 
 def test_no_average_trains_and_saves(tmp_path: Path) -> None:
     """Defect 10: an average switched off broke the save."""
-    trainer(tmp_path, max_steps=5, ema={"decay": None}).train()
+    trainer(tmp_path, DISTILLATION, max_steps=5, ema={"decay": None}).train()
     assert "student_ema" not in tensors(tmp_path)
 
 
@@ -222,8 +224,8 @@ def test_resume_takes_the_rates_and_decay_of_the_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_saves_and_the_run_goes_on_exactly(number: signal.Signals, tmp_path: Path) -> None:
-    trainer(tmp_path / "whole").train()
-    run = trainer(tmp_path / "parts")
+    trainer(tmp_path / "whole", DISTILLATION).train()
+    run = trainer(tmp_path / "parts", DISTILLATION)
     step = run.training_step
 
     def training_step() -> dict[str, float]:
@@ -234,7 +236,7 @@ def test_signal_saves_and_the_run_goes_on_exactly(number: signal.Signals, tmp_pa
     run.training_step = training_step  # type: ignore[method-assign]
     assert run.train() == 128 + number
     assert checkpoint.latest(tmp_path / "parts/checkpoints") == tmp_path / "parts/checkpoints/step_00000007"
-    assert trainer(tmp_path / "parts").train() == 0
+    assert trainer(tmp_path / "parts", DISTILLATION).train() == 0
     whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
     assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
     assert all(torch.equal(value, parts["student"][key]) for key, value in whole["student"].items())
@@ -326,7 +328,7 @@ def test_reused_rollout_costs_the_critic_nothing(tmp_path: Path) -> None:
     assert runs[True].cursor == 8 and runs[False].cursor == 12
 
 
-@pytest.mark.parametrize("kind", ["self_forcing", "noised_data", "diffusion_forcing"])
+@pytest.mark.parametrize("kind", ["self_forcing", "noised_data", "diffusion_forcing", "teacher_forcing"])
 def test_reused_rollout_keeps_its_own_captions(kind: str, tmp_path: Path) -> None:
     """Samples made from real videos have those videos' captions, not the prompt library's at the same place."""
     run = trainer(tmp_path, rollout={"kind": kind, "reuse_rollout": True}, training={"critic_warmup_steps": 0})

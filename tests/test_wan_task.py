@@ -16,10 +16,12 @@ from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.text_encoder import load_text_encoder, toy_text_encoder
 from model.wan.vae import VAEConfig, load_vae
 from tests.small import DISTILLATION, NETWORKS, config, merged, trainer
+from tests.test_evaluation import save_encoder
 from tests.test_image_encoder import save_image_encoder
 from tests.vaes import small_vae
 from trainer import wan_task
 from trainer.build import build_task
+from trainer.fid_suite import FidArgs, evaluate_fid
 from trainer.generate import Generator
 from trainer.generate_cli import generate_videos, inference_args, open_generator
 from trainer.preprocess_text import preprocess_text
@@ -90,6 +92,9 @@ def test_the_cache_is_the_encoder_bit_for_bit_and_the_encoder_is_not_loaded(
         task = build_task(run(folder, cache=True, encoder=encoder), CPU)
         assert torch.equal(task.conditioning(PROMPTS).text, expected[:3])
         assert torch.equal(task.negative(2), expected[3:].expand(2, -1, -1))
+        with monkeypatch.context() as once:
+            once.setattr(task.text, "encode", never)  # type: ignore[union-attr]
+            assert torch.equal(task.negative(3), expected[3:].expand(3, -1, -1))
     with pytest.raises(AssertionError, match="was loaded"):  # only for what the cache lacks
         task.conditioning(["a mat on a mat"])
 
@@ -109,6 +114,12 @@ def test_a_causal_student_trains_from_the_cache_and_makes_mp4_files(folder: Path
     decode = generator.task.decoding()
     streamed = torch.cat([decode(block) for block in latents.split(1, dim=1)], dim=1)
     assert latents.shape == (1, 3, 16, 4, 4) and torch.equal(streamed, generator.task.decode(latents))
+    # and evaluation sees them through the VAE too
+    write_video(tmp_path / "real/a.mp4", streamed[0].flip(0), fps=8)
+    save_encoder(tmp_path / "clip", "clip")
+    asked = FidArgs(str(tmp_path / "clip"), tmp_path / "real", None, 2, "dev", tmp_path, 2)
+    rows = evaluate_fid(generator, asked, args.sampling)
+    assert rows["generated"]["frames"] == 18 and rows["real"]["frames"] == 9 and rows["generated"]["fd_frames"] > 0
 
 
 def test_given_frames_and_reencoded_ones_go_through_the_vae(folder: Path) -> None:
@@ -270,6 +281,8 @@ def test_training_on_stored_latents(folder: Path, tmp_path: Path) -> None:
     by_caption = dict(zip(PROMPTS, latents, strict=True))
     assert all(torch.equal(x, by_caption[caption]) for x, caption in zip(found, captions, strict=True))
     assert set(captions[:3]) == set(PROMPTS)
+    shorter = task.real(range(5), (2, 16, 4, 4))
+    assert torch.equal(shorter.latents, found[:, :2]) and shorter.captions == captions
     small = {name: value for name, value in base(folder).items() if name not in ("teacher", "critic", "trainer")}
     training = {"max_steps": 2, "critic_warmup_steps": 0}
     made = trainer(

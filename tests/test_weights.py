@@ -35,7 +35,7 @@ class Held:
     """Weights at hand."""
 
     def __init__(self, state: State) -> None:
-        self.state, self.shapes = state, shapes_of(state)
+        self.state, self.shapes, self.config = state, shapes_of(state), None
 
     def read(self, names):  # type: ignore[no-untyped-def]
         return ((name, self.state[name]) for name in names)

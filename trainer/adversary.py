@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from configs.objective import GANConfig, Heads, ObjectiveKind
 from configs.schema import RunConfig
-from model.discriminator import Discriminator, RegisterHead, VideoHeads, tapped_blocks
+from configs.sizes import schedule_at
+from model.discriminator import Discriminator, ImageHeads, RegisterHead, VideoHeads, tapped_blocks
 from model.gan import Adversarial, Real, discriminator_loss, gan_loss
 from model.ladd import ladd_sigma
 from model.score import ScoreNet
@@ -18,7 +19,7 @@ from model.types import Conditioning, LossOutput, Rollout
 from model.wan.config import WanConfig
 from trainer.engine import ReplicatedEngine
 from trainer.networks import Trained
-from trainer.task import Task
+from trainer.task import Shape, Task
 from utils.config import ConfigError
 from utils.optim import NetworkOptimizer, trainable
 from utils.random import Noise, keyed_seed
@@ -26,12 +27,17 @@ from utils.random import Noise, keyed_seed
 NAME = "discriminator"
 
 
-def build_heads(config: GANConfig, geometry: WanConfig, blocks: int) -> nn.Module:
-    """Heads for so many tapped blocks of a network. Raises ConfigError."""
+def build_heads(config: GANConfig, geometry: WanConfig, blocks: int, size: tuple[int, int]) -> nn.Module:
+    """Heads for so many tapped blocks of a network, at latents of this height and width. Raises ConfigError."""
     try:
         match config.heads:
             case Heads.video:
                 return VideoHeads(geometry.dim, blocks, geometry.patch_size[1])
+            case Heads.image:
+                rows, columns = (n // patch for n, patch in zip(size, geometry.patch_size[1:], strict=True))
+                if rows != columns:
+                    raise ValueError(f"image heads need square images, not {rows}x{columns} tokens: choose video")
+                return ImageHeads([(geometry.dim, rows)] * blocks)
             case Heads.register:
                 return RegisterHead(geometry.dim, blocks, heads=geometry.num_heads)
     except ValueError as problem:
@@ -55,32 +61,35 @@ class Adversary:
         gan = config.objective.gan
         assert gan is not None
         self.run, self.config, self.task = config, gan, task
+        height, width = task.latent_shape[2:]
         blocks = tapped_blocks(geometry.num_layers, gan.depths)
         with torch.random.fork_rng(devices=[]):  # the same on every rank
             torch.default_generator.manual_seed(keyed_seed(config.seed, "weights", NAME))
-            heads = build_heads(gan, geometry, len(blocks)).to(device)
+            heads = build_heads(gan, geometry, len(blocks), (height, width)).to(device)
         self.judge = Discriminator(backbone, heads, blocks)
         training = gan.training
         optimizer = NetworkOptimizer(trainable(heads), training.optimizer, training.lr_schedule, updates)
         self.heads = Trained(NAME, heads, optimizer, ReplicatedEngine(heads, optimizer, sequence), None)
 
-    def sigma(self, noise: Noise, role: str) -> Tensor:
-        """Noise levels [B] at which samples are judged."""
+    def sigma(self, noise: Noise, role: str, shape: Shape) -> Tensor:
+        """Noise levels [B] at which samples of this shape (F, C, H, W) are judged."""
         if self.run.objective.kind is ObjectiveKind.ladd:
             schedule = self.run.schedule
-            return ladd_sigma(noise.normal(role, ())).clamp(schedule.min_sigma, schedule.max_sigma)
-        return self.run.schedule.score_sigma(noise.uniform(role), None, None)
+            sigma = ladd_sigma(noise.normal(role, ()), mean=self.run.objective.ladd_mean)
+            return sigma.clamp(schedule.min_sigma, schedule.max_sigma)
+        return schedule_at(self.run, shape).score_sigma(noise.uniform(role), None, None)
 
-    def real(self, positions: range, noise: Noise, phase: str) -> Real:
-        """Real samples at these positions, with their own noise."""
-        clips = self.task.real(positions)
+    def real(self, positions: range, noise: Noise, phase: str, shape: Shape) -> Real:
+        """Real samples of this shape at these positions, with their own noise."""
+        clips = self.task.real(positions, shape)
         given = clips.given.with_text(self.task.conditioning(clips.captions).text)
         eps = noise.normal(f"{phase}_real_noise", tuple(clips.latents.shape[1:]))
-        return Real(clips.latents, given, self.sigma(noise, f"{phase}_real_sigma"), eps)
+        return Real(clips.latents, given, self.sigma(noise, f"{phase}_real_sigma", shape), eps)
 
     def draw(self, rollout: Rollout, noise: Noise, phase: str) -> tuple[Tensor, Tensor]:
         """A noise level [B] and noise like the sample's."""
-        return self.sigma(noise, f"{phase}_sigma"), noise.normal(f"{phase}_noise", tuple(rollout.x0.shape[1:]))
+        shape = tuple(rollout.x0.shape[1:])
+        return self.sigma(noise, f"{phase}_sigma", shape), noise.normal(f"{phase}_noise", shape)
 
     def term(
         self,
@@ -93,7 +102,7 @@ class Adversary:
         """The student's adversarial loss; draw: the noise level and noise to judge at, in place of its own."""
         sigma, eps = self.draw(rollout, noise, "gan") if draw is None else draw
         paired = self.config.loss is Adversarial.relativistic
-        real = self.real(positions, noise, "gan") if paired else None
+        real = self.real(positions, noise, "gan", tuple(rollout.x0.shape[1:])) if paired else None
         return gan_loss(rollout, self.judge, conditioning, sigma, eps, kind=self.config.loss, real=real)
 
     def loss(self, rollout: Rollout, conditioning: Conditioning, positions: range, noise: Noise) -> LossOutput:
@@ -103,6 +112,6 @@ class Adversary:
         real_step = noise.normal("r1_step", shape) if penalty.r1 else None
         fake_step = noise.normal("r2_step", shape) if penalty.r2 else None
         return discriminator_loss(
-            rollout, self.judge, conditioning, sigma, eps, self.real(positions, noise, NAME),
+            rollout, self.judge, conditioning, sigma, eps, self.real(positions, noise, NAME, shape),
             kind=self.config.loss, penalty=penalty, real_step=real_step, fake_step=fake_step,
         )  # fmt: skip

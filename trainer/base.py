@@ -19,6 +19,7 @@ from configs.schema import RunConfig
 from configs.sections import TrainingConfig
 from model.types import Conditioning, Evaluations, LossOutput
 from trainer.build import build_task
+from trainer.drawn_sizes import DrawnSizes
 from trainer.faults import SharedFaults
 from trainer.networks import Trained, TrainedNetwork
 from trainer.sampling import sample
@@ -54,11 +55,13 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of the global batch. positions: global sample numbers, which key every draw; weight: share of the mean."""
+    """A part of the global batch. positions: global sample numbers, which key every draw; weight: share of the mean;
+    shape: (F, C, H, W) of this update's videos."""
 
     positions: range
     noise: Noise
     weight: float
+    shape: tuple[int, ...]
 
 
 class Extra(Protocol):
@@ -79,6 +82,7 @@ class Trainer(ABC):
         distributed.set_timeout(config.watchdog.group_timeout(), self.mesh.groups)
         self.evaluations = Evaluations()
         self.task = build_task(config, self.device)
+        self.sizes = DrawnSizes(config, self.task.latent_shape)
         self.micro_batches_per_rank = micro_batches(config.training, self.mesh.dp_size)
         self.step = 0
         self.cursor = 0
@@ -193,8 +197,10 @@ class Trainer(ABC):
             "samples_per_second": self.config.training.global_batch_size / seconds,
             "peak_memory_gib": distributed.all_reduce_scalars({"gib": peak_memory_gib()}, "max")["gib"],
             # videos through a network so far, in training, over all ranks: latent frames evaluated / frames of a video
+            # of the data's own size. Frames count alike, whatever their height and width
             "network_evaluations": sums["frames"] / self.mesh.sequence / self.task.latent_shape[0],
             "skipped_updates": float(self.skipped),
+            **self.sizes.metrics(),
             **self.faults.agree(sums["corrupt"]),
         }
 
@@ -215,11 +221,12 @@ class Trainer(ABC):
         size, parts = training.micro_batch_size, self.micro_batches_per_rank
         first = self.cursor + self.mesh.dp_rank * size * parts
         self.cursor += training.global_batch_size
+        shape = self.sizes.shape(phase, self.step)
         out = []
         for part in range(parts):
             positions = range(first + part * size, first + (part + 1) * size)
             noise = Noise(keyed_seed(self.config.seed, phase), self.step, positions, self.device)
-            out.append(MicroBatch(positions, noise, size / training.global_batch_size))
+            out.append(MicroBatch(positions, noise, size / training.global_batch_size, shape))
         return out
 
     def update(
@@ -251,8 +258,8 @@ class Trainer(ABC):
                 sums[name] = sums.get(name, 0.0) + float(value) * micro.weight
             own_loss += float(output.loss.detach())
         activity.mark(f"{trained.name} update")
-        named = {f"{one.name}.{key}": p for one in group for key, p in one.optimizer.named.items()}
-        check = FiniteCheck(sums | {"loss": own_loss}, trained.optimizer.named if not beside else named)
+        others = {f"{one.name}.{key}": p for one in beside for key, p in one.optimizer.named.items()}
+        check = FiniteCheck(sums | {"loss": own_loss}, {**trained.optimizer.named, **others})
         metrics = {f"{trained.name}/{name}": value for name, value in self.summed(sums).items()}
         norms = {one.name: float(one.engine.clip()) for one in group}
         metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}

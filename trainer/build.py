@@ -25,6 +25,7 @@ from model.wan.lora import adapter_names, adapter_weights, add_adapter, base_nam
 from model.wan.lora_files import MergedWeights, StoredLora
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, Weights, fit
+from trainer.digits_task import DigitsTask
 from trainer.engine import Engine, FSDPEngine
 from trainer.networks import TrainedNetwork
 from trainer.origin import adapter_origin, base_digest
@@ -159,18 +160,14 @@ def open_run(path: Path, which: str) -> Weights:
 def open_group(folder: Path, group: str) -> Weights:
     """All weights of a checkpoint's group: `student`, `student_ema`, `critic`. Raises UserError, and ValueError where
     those that an adapter was trained on are not there any more."""
-    stored, name, state = (
-        checkpoint.StoredGroup(folder, group),
-        group.removesuffix("_ema"),
-        checkpoint.load_state(folder),
-    )
+    stored = checkpoint.StoredGroup(folder, group)
+    name, state = group.removesuffix("_ema"), checkpoint.load_state(folder)
     network = getattr(from_plain(RunConfig, state["config"]), name)
     if network.lora is None:
         return stored
-    kept = state["networks"][name].get("adapter")  # older checkpoints have none
     try:
         base = stored_weights(network)
-        if kept is not None and kept["base"] != base_digest(base):
+        if state["networks"][name]["adapter"]["base"] != base_digest(base):
             raise ValueError("other weights lie there now: put back those that it was trained on")
         return MergedWeights(base, [(StoredLora(stored, network.lora, folder), 1.0)])
     except (ValueError, OSError) as problem:
@@ -308,6 +305,7 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
     """What the run generates, by data.kind. Raises ConfigError."""
     kinds: dict[str, Callable[[DataConfig, WanConfig, int, torch.device], Task]] = {
         "toy": ToyTask,
+        "digits": DigitsTask,
         "synthetic": SyntheticTask,
         "wan": WanTask,
     }

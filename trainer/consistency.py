@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
+from configs.sizes import schedule_at
 from model.consistency import adjacent, consistency_loss
 from model.schedule import uniform_sigmas
 from model.types import LossOutput
@@ -36,7 +37,6 @@ class ConsistencyTrainer(Trainer):
                 self.evaluations, self.device, self.mesh, with_ema=True, base=base,
             )
         }  # fmt: skip
-        self.levels = uniform_sigmas(config.consistency.steps, config.schedule.timestep_shift)
 
     def training_step(self) -> dict[str, float]:
         return self.update(self.networks["student"], self.batch("consistency"), self.loss)
@@ -44,12 +44,13 @@ class ConsistencyTrainer(Trainer):
     def loss(self, micro: MicroBatch) -> LossOutput:
         """A level of the grid for each block."""
         config, student = self.config, self.networks["student"]
-        clips = self.task.real(micro.positions)
+        clips = self.task.real(micro.positions, micro.shape)
         given = clips.given.with_text(self.task.conditioning(clips.captions).text)
         clean, frames = clips.latents, clips.latents.shape[1]
         blocks = config.causal.blocks(frames)
-        index = (micro.noise.uniform("level", (len(blocks),)) * len(self.levels)).long()
-        sigma, sigma_next = (per_frame(level, blocks) for level in adjacent(index, self.levels))
+        levels = uniform_sigmas(config.consistency.steps, schedule_at(config, micro.shape).timestep_shift)
+        index = (micro.noise.uniform("level", (len(blocks),)) * len(levels)).long()
+        sigma, sigma_next = (per_frame(level, blocks) for level in adjacent(index, levels))
         zeros = sigma.new_zeros(sigma.shape)
         for level in (sigma, sigma_next):
             level[:, : given.initial_frames] = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from configs.sections import DiffusionMode
+from configs.sizes import schedule_at
 from model.diffusion import flow_matching_loss
 from model.schedule import TIMESTEPS, mix, shift_sigma
 from model.types import Conditioning, LossOutput
@@ -34,7 +35,7 @@ class DiffusionTrainer(Trainer):
     def loss(self, micro: MicroBatch) -> LossOutput:
         """Flow matching at the mode's noise levels."""
         config = self.config.diffusion
-        clips = self.task.real(micro.positions)
+        clips = self.task.real(micro.positions, micro.shape)
         latents = clips.latents
         dropped = micro.noise.uniform("caption_dropout") < config.caption_dropout
         prompts = [
@@ -52,7 +53,7 @@ class DiffusionTrainer(Trainer):
                 return self._teacher_forcing(micro, latents, noise, given)
 
     def _bidirectional(self, micro: MicroBatch, latents: Tensor, noise: Tensor, given: Conditioning) -> LossOutput:
-        sigma = self.config.schedule.training_sigma(micro.noise.uniform("sigma"))
+        sigma = schedule_at(self.config, micro.shape).training_sigma(micro.noise.uniform("sigma"))
         score = self.networks["student"].score
         weight = _weight(given, latents)
         return flow_matching_loss(lambda x, s: score.velocity(x, s, given), latents, noise, sigma, weight=weight)
@@ -60,7 +61,7 @@ class DiffusionTrainer(Trainer):
     def _block_sigmas(self, micro: MicroBatch, frames: int) -> Tensor:
         blocks = self.config.causal.blocks(frames)
         u = micro.noise.uniform("sigma", (len(blocks),))
-        return per_frame(shift_sigma(u, self.config.schedule.timestep_shift), blocks)
+        return per_frame(shift_sigma(u, schedule_at(self.config, micro.shape).timestep_shift), blocks)
 
     def _diffusion_forcing(self, micro: MicroBatch, latents: Tensor, noise: Tensor, given: Conditioning) -> LossOutput:
         frames = latents.shape[1]

@@ -14,10 +14,10 @@ import torch
 
 from configs.objective import Features
 from configs.sections import RolloutKind
+from configs.sizes import schedule_at
 from model.ida import Alignment
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
-from model.wan.kv_cache import KVCache
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_training import backward_simulation, diffusion_forcing_input, noised_data
 from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_forcing_rollout
@@ -25,8 +25,8 @@ from trainer.adversary import Adversary
 from trainer.base import MicroBatch, Trainer
 from trainer.build import build_frozen, build_trained, sharing
 from trainer.guard import Guard
-from trainer.objectives import Objective, Sample
-from trainer.sampling import cache_dtype
+from trainer.objectives import Objective, Sample, Weights
+from trainer.rollout_cache import RolloutCache
 from utils import distributed
 from utils.metrics import luma, saturation
 from utils.parallel.parallelize import frozen
@@ -78,7 +78,7 @@ class ScoreDistillationTrainer(Trainer):
                 pair[0].net, pair[1].net, config.objective.critic_keep, *(one.optimizer.named for one in pair)
             )
         self.sigmas = config.schedule.sigmas()
-        self._cache: KVCache | None = None
+        self.cache = RolloutCache(config, self.networks["student"].score, self.device)
 
     def _adversary(self, critic: ScoreNet | None) -> Adversary | None:
         config, gan = self.config, self.config.objective.gan
@@ -109,10 +109,15 @@ class ScoreDistillationTrainer(Trainer):
         return metrics
 
     def _train_generator(self, batch: list[MicroBatch], made: list[Sample]) -> dict[str, float]:
+        weights: list[Weights] = []
+        if self.objective.weighs and len(batch) > 1:  # all samples must be seen before the first one's loss
+            weights = self.objective.weights([self.sample_of(micro, with_gradient=False) for micro in batch])
+
         def loss_of(micro: MicroBatch) -> LossOutput:
             sample = self.sample_of(micro, with_gradient=True)
+            known = weights[len(made)] if weights else None
             made.append(replace(sample, rollout=sample.rollout.detach()))
-            return self._with_looks(self.objective.student_loss(sample), sample.rollout)
+            return self._with_looks(self.objective.student_loss(sample, known), sample.rollout)
 
         with ExitStack() as others:
             for other in [*self.heads.values(), *(net for name, net in self.networks.items() if name != "student")]:
@@ -139,53 +144,55 @@ class ScoreDistillationTrainer(Trainer):
     def rollout(self, micro: MicroBatch, *, with_gradient: bool) -> tuple[Rollout, Conditioning]:
         """The student's sample for a micro-batch, with what it is conditioned on."""
         config, student, noise = self.config, self.networks["student"].score, micro.noise
-        shape = self.task.latent_shape
-        if config.rollout.kind in (RolloutKind.noised_data, RolloutKind.diffusion_forcing):
-            clips = self.task.real(micro.positions)
+        shape, sigmas = micro.shape, schedule_at(config, micro.shape).sigmas()
+        if config.rollout.kind.from_data:
+            clips = self.task.real(micro.positions, shape)
             latents, conditioning = clips.latents, clips.given.with_text(self.task.conditioning(clips.captions).text)
         else:
-            conditioning = self.task.conditions(micro.positions)
+            conditioning = self.task.conditions(micro.positions, shape)
         with torch.set_grad_enabled(with_gradient), self.networks["student"].engine.rollout():
             match config.rollout.kind:
                 case RolloutKind.self_forcing:
                     made = self._self_forcing(micro, conditioning, with_gradient)
                 case RolloutKind.backward_simulation:
                     made = backward_simulation(
-                        student, noise.normal("noise", shape), conditioning, self.sigmas, self._exit_steps(micro, 1)[0],
+                        student, noise.normal("noise", shape), conditioning, sigmas, self._exit_steps(micro, 1)[0],
                         noise, with_gradient=with_gradient,
                     )  # fmt: skip
                 case RolloutKind.noised_data:
                     made = noised_data(
-                        student, latents, conditioning, self.sigmas, self._exit_steps(micro, 1)[0], noise,
+                        student, latents, conditioning, sigmas, self._exit_steps(micro, 1)[0], noise,
                         with_gradient=with_gradient,
                     )  # fmt: skip
-                case RolloutKind.diffusion_forcing:
+                case RolloutKind.diffusion_forcing | RolloutKind.teacher_forcing:
                     blocks = len(config.causal.blocks(shape[0]))
                     steps = (noise.uniform("input_step", (blocks,)) * len(self.sigmas)).long()
                     made = diffusion_forcing_input(
                         student,
                         latents,
                         conditioning,
-                        self.sigmas,
+                        sigmas,
                         steps,
                         config.causal,
                         noise,
                         with_gradient=with_gradient,
+                        clean_context=config.rollout.kind is RolloutKind.teacher_forcing,
                     )
         return made, conditioning.frames(made.start, made.x0.shape[1])
 
     def _self_forcing(self, micro: MicroBatch, conditioning: Conditioning, with_gradient: bool) -> Rollout:
-        config, shape = self.config, self.task.latent_shape
+        config, shape = self.config, micro.shape
         longest = config.rollout.num_training_frames or shape[0]
         lengths = rollout_lengths(shape[0], longest, config.causal.num_frame_per_block)
         frames = lengths[micro.noise.shared_randint("rollout_length", len(lengths), 1)[0]]
         given = conditioning.initial_frames
         _, blocks = config.causal.split(given, frames - given)
-        plan = RolloutPlan(self._exit_steps(micro, len(blocks)), shape[0])
+        plan = RolloutPlan(self._exit_steps(micro, len(blocks)), shape[0], config.rollout.self_gradient)
         noise = micro.noise.normal("noise", (frames - given, *shape[1:]))
         return self_forcing_rollout(
-            self.networks["student"].score, noise, conditioning, self.sigmas, config.causal, plan, micro.noise,
-            self._empty_cache(conditioning.batch, longest), with_gradient=with_gradient, reencode=self.task.reencode,
+            self.networks["student"].score, noise, conditioning, schedule_at(config, shape).sigmas(), config.causal,
+            plan, micro.noise, self.cache.empty(conditioning.batch, longest, *shape[2:]),
+            with_gradient=with_gradient, reencode=self.task.reencode,
         )  # fmt: skip
 
     def _exit_steps(self, micro: MicroBatch, blocks: int) -> tuple[int, ...]:
@@ -196,16 +203,6 @@ class ScoreDistillationTrainer(Trainer):
         if self.config.rollout.same_step_across_blocks:
             return tuple(micro.noise.shared_randint("exit_step", last + 1, 1)) * blocks
         return tuple(micro.noise.shared_randint("exit_step", last + 1, blocks))
-
-    def _empty_cache(self, batch: int, frames: int) -> KVCache:
-        """One cache for the whole run: a new one a rollout would double its memory."""
-        student = self.networks["student"]
-        if self._cache is None or self._cache.shape.batch != batch:
-            height, width = self.task.latent_shape[2:]
-            dtype = cache_dtype(student.score)
-            self._cache = self.config.causal.new_cache(student.net, batch, frames, height, width, dtype, self.device)
-        self._cache.reset()
-        return self._cache
 
     @torch.no_grad()
     def _with_looks(self, output: LossOutput, rollout: Rollout) -> LossOutput:

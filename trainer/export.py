@@ -234,7 +234,7 @@ def model_index(config: RunConfig, geometry: WanConfig, boundary: float | None =
         "expand_timesteps": geometry.model_type == "ti2v",
     }
     if image:
-        clip = getattr(geometry, "image_dim", None) is not None
+        clip = geometry.image_dim is not None
         index["image_encoder"] = ["transformers", "CLIPVisionModel"] if clip else [None, None]
         index["image_processor"] = ["transformers", "CLIPImageProcessor"] if clip else [None, None]
     return index
@@ -244,7 +244,7 @@ def card(found: Found) -> str:
     """README.md of an exported folder: what it is, and the lines that load and sample it as the run does."""
     config, geometry = found.config, found.geometry
     pipeline = PIPELINES[geometry.model_type]
-    base = BASES.get((geometry.model_type, geometry.image_dim is not None), BASES["t2v", False])
+    base = BASES[geometry.model_type, geometry.image_dim is not None]
     names = ["vae", "text_encoder", "tokenizer"]
     if geometry.image_dim is not None:
         names += ["image_encoder", "image_processor"]

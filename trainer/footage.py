@@ -67,5 +67,4 @@ def read_footage(generator: Generator, args: FootageArgs, sampling: Sampling) ->
         frames = sampling.frames or task.latent_shape[0]
         return Footage(clip=decode_end(media, task.pixel_size(frames), last=False))
     except ValueError as problem:
-        counts = ": give a longer video, or fewer --frames" if " are needed" in str(problem) else ""
-        raise UserError(f"{option}: {problem}{counts}") from None
+        raise UserError(f"{option}: {problem}") from None

@@ -118,11 +118,11 @@ class Generator:
         )  # fmt: skip
         return Generator(config, score, self.device, task=self.task)
 
-    def as_causal(self, causal: CausalConfig, steps: Sequence[float]) -> Generator:
-        """The same weights run block by block with a step list: the undistilled baseline of a causal student."""
-        schedule = replace(self.config.schedule, denoising_step_list=list(steps), warp_denoising_step=False)
-        config = replace(self.config, causal=causal, schedule=schedule)
-        return Generator(config, self.score, self.device, causal=True, task=self.task)
+    def as_causal(self, student: RunConfig) -> Generator:
+        """The same weights run as a causal student's are, its undistilled baseline: same blocks, levels, videos."""
+        config = replace(student, student=self.config.student)
+        task = self.task if student.data == self.config.data else None
+        return Generator(config, self.score, self.device, causal=True, task=task)
 
     def step_list(self, steps: int | None) -> tuple[float, ...]:
         """The student's noise levels, or an even choice among them. Raises UserError for more steps than it has."""
@@ -159,8 +159,8 @@ class Generator:
         all at once from a bidirectional network.
 
         ids: key each video's draws beside the seed, so a video is the same in any batch. Pixels in [0, 1]:
-        first_frames [T, C, h, w], that all videos start with; clip [T, C, h, w], that all start from, noised as
-        `sampling.strength` says. Raises UserError for what this network cannot do.
+        first_frames [B, T, C, h, w], that the videos start with, or [T, C, h, w] for all; clip [T, C, h, w], that all
+        start from, noised as `sampling.strength` says. Raises UserError for what this network cannot do.
         """
         self._refuse_unused(sampling)
         self._refuse_given(sampling, first_frames, clip)
@@ -239,7 +239,8 @@ class Generator:
         try:
             if first_frames is None:
                 return self.task.conditioning(prompts)
-            return self.task.given(prompts, first_frames[None], sampling.frames)
+            each = first_frames if first_frames.ndim == 5 else first_frames[None]
+            return self.task.given(prompts, each, sampling.frames)
         except ValueError as problem:
             raise UserError(str(problem)) from None
 

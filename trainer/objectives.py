@@ -5,7 +5,7 @@ B batch  F latent frames
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import assert_never
 
@@ -14,21 +14,20 @@ from torch import Tensor
 
 from configs.objective import CriticLoss, ObjectiveKind
 from configs.schema import RunConfig
+from configs.sizes import shift_factor
 from model.decoupled_dmd import decoupled_dmd_loss
 from model.dmd import Guidance, critic_loss, dmd_loss
-from model.f_distill import RatioBins, f_distill_loss
-from model.gan import with_term
+from model.f_distill import RatioBins, f_distill_loss, f_weights
+from model.gan import judged, with_term
 from model.phased import phase_start, phased_critic_loss, phased_dmd_loss
 from model.reward import reward_weights
-from model.schedule import TIMESTEPS
+from model.schedule import TIMESTEPS, mix
 from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import Conditioning, LossOutput, Rollout, Total
 from trainer.adversary import NAME, Adversary
-from trainer.task import Task
+from trainer.task import Reward, Task
 from utils.random import Noise
-
-Reward = Callable[[Tensor, list[str]], Tensor]  # latents [B, F, C, H, W], prompts -> [B], higher is better
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,14 @@ class Sample:
     conditioning: Conditioning
     positions: range
     noise: Noise
+
+
+@dataclass(frozen=True)
+class Weights:
+    """weight [B] of each sample's loss; ratio [B] that it comes from, in f-distill."""
+
+    weight: Tensor
+    ratio: Tensor | None = None
 
 
 class Objective:
@@ -64,27 +71,57 @@ class Objective:
 
     # -------------------------------------------------------------------------------------------------------- student
 
-    def student_loss(self, sample: Sample) -> LossOutput:
-        """The student's loss on its sample, with gradient into it."""
+    @property
+    def weighs(self) -> bool:
+        """Whether a sample's loss has a weight that depends on the rest of the global batch."""
+        return self.config.reward is not None or self.config.kind is ObjectiveKind.f_distill
+
+    @torch.no_grad()
+    def weights(self, samples: Sequence[Sample]) -> list[Weights]:
+        """Of the samples of a rank's micro-batches, each sample's weight, of mean 1 over all of them and all ranks."""
+        sizes = [sample.conditioning.batch for sample in samples]
+        if self.config.reward is not None:
+            assert self.reward is not None
+            values = [self.reward(s.rollout.x0.detach(), self.task.prompts(s.positions)) for s in samples]
+            weight = reward_weights(
+                torch.cat(values).to(samples[0].rollout.x0.device), self.config.reward.beta, self.total
+            )
+            return [Weights(one) for one in weight.split(sizes)]
+        assert self.adversary is not None
+        draws = [self._score_draw(sample, "score") for sample in samples]
+        logits = [
+            self.adversary.judge.logits(mix(judged(s.rollout), eps, sigma), sigma, s.conditioning)
+            for s, (sigma, eps) in zip(samples, draws, strict=True)
+        ]
+        sigma = torch.cat([sigma for sigma, _ in draws])
+        divergence = self.config.f_distill.divergence
+        weight, ratio = f_weights(torch.cat(logits), sigma, divergence, self.total, self.bins)
+        return [Weights(*one) for one in zip(weight.split(sizes), ratio.split(sizes), strict=True)]
+
+    def student_loss(self, sample: Sample, weights: Weights | None = None) -> LossOutput:
+        """The student's loss on its sample, with gradient into it. weights: of the samples, null where they are the
+        whole of what this rank runs before its update, and weigh themselves."""
         kind, adversary = self.config.kind, self.adversary
         if kind in (ObjectiveKind.gan, ObjectiveKind.ladd):
             assert adversary is not None
             return adversary.term(sample.rollout, sample.conditioning, sample.positions, sample.noise)
         draw = self._score_draw(sample, "score")
-        output = self._distribution_loss(sample, *draw)
+        output = self._distribution_loss(sample, *draw, weights)
         if adversary is None or kind is ObjectiveKind.f_distill:
             return output
         at = draw if adversary.config.same_draw else None
         term = adversary.term(sample.rollout, sample.conditioning, sample.positions, sample.noise, at)
         return with_term(output, term, adversary.config.weight)
 
-    def _distribution_loss(self, sample: Sample, sigma: Tensor, eps: Tensor) -> LossOutput:
+    def _distribution_loss(self, sample: Sample, sigma: Tensor, eps: Tensor, weights: Weights | None) -> LossOutput:
         config, rollout, given = self.config, sample.rollout, sample.conditioning
         real, fake = self.teacher, self.critic
         assert real is not None and fake is not None
         negative = self.task.negative(given.batch)
         guidance = Guidance(negative, config.real_guidance_scale, config.fake_guidance_scale, config.guidance_rescale)
-        weight = self._weights(sample)
+        if config.reward is not None:
+            weights = weights or self.weights([sample])[0]
+        weight = None if weights is None else weights.weight
         match config.kind:
             case ObjectiveKind.dmd:
                 return dmd_loss(rollout, real, fake, given, guidance, sigma, eps, weight=weight)
@@ -99,10 +136,11 @@ class Objective:
                 )
             case ObjectiveKind.f_distill:
                 assert self.adversary is not None
+                known = None if weights is None or weights.ratio is None else (weights.weight, weights.ratio)
                 return f_distill_loss(
                     rollout, real, fake, self.adversary.judge, given, guidance, sigma, eps,
                     divergence=config.f_distill.divergence, total=self.total, bins=self.bins,
-                    gan_weight=self.adversary.config.weight,
+                    gan_weight=self.adversary.config.weight, weights=known,
                 )  # fmt: skip
             case ObjectiveKind.sid:
                 return sid_loss(rollout, real, fake, given, guidance, sigma, eps, alpha=config.sid_alpha)
@@ -110,14 +148,6 @@ class Objective:
                 raise AssertionError("a discriminator alone has no scores")
             case _:
                 assert_never(config.kind)
-
-    def _weights(self, sample: Sample) -> Tensor | None:
-        if self.config.reward is None or self.reward is None:
-            return None
-        prompts = self.task.prompts(sample.positions)
-        with torch.no_grad():
-            value = self.reward(sample.rollout.x0.detach(), prompts)
-        return reward_weights(value.to(sample.rollout.x0.device), self.config.reward.beta, self.total)
 
     # --------------------------------------------------------------------------------------------------------- critic
 
@@ -151,6 +181,7 @@ class Objective:
         """A noise level [B] within the schedule's bounds, and noise like the sample's."""
         schedule = self.run.schedule if shift is None else replace(self.run.schedule, score_timestep_shift=shift)
         exits = sample.rollout.sigma_from, sample.rollout.sigma_to
+        schedule = schedule.scaled(shift_factor(self.run, sample.rollout.x0.shape[1:]))
         sigma = schedule.score_sigma(sample.noise.uniform(f"{role}_sigma"), *exits)
         return sigma, self._eps(sample, f"{role}_noise")
 

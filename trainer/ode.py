@@ -1,4 +1,4 @@
-"""ODETrainer: a causal student learns from the ODE trajectories of a bidirectional teacher.
+"""ODETrainer: a causal student learns from the ODE trajectories of a bidirectional or causal teacher.
 
 B batch  S stored points  F latent frames
 """
@@ -13,16 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from configs.schema import RunConfig
 from model.ode_regression import lacking_levels, ode_regression_loss, pick_stored, store_levels
-from model.schedule import uniform_sigmas
+from model.schedule import uniform_sigmas, velocity_to_x0
+from model.score import ScoreNet
 from model.types import Conditioning, LossOutput
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_trajectory
-from pipeline.diffusion_forcing import per_frame
+from pipeline.causal_inference import causal_trajectory
+from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
 from trainer.base import MicroBatch, Trainer
 from trainer.build import build_frozen, build_trained, sharing
 from trainer.given import gives
+from trainer.sampling import cache_dtype
 from trainer.stored import StoredPairs
+from trainer.task import Task
 from utils import activity, distributed
 from utils.config import ConfigError, config_hash
 from utils.data.stream import Stream
@@ -79,19 +84,24 @@ class ODETrainer(Trainer):
 
     def loss(self, micro: MicroBatch) -> LossOutput:
         trajectory, given = self._pairs(micro.positions)
-        frames = trajectory.shape[2]
+        frames, points, after_causal = trajectory.shape[2], len(self.sigmas_S), self.config.ode.causal_teacher
         blocks = self.config.causal.blocks(frames)
-        points = len(self.sigmas_S)
         u = micro.noise.uniform("stored_index", (len(blocks),))
-        # the first block to generate is never given clean: all samples have something to learn from
         known, _ = self.config.causal.split(given.initial_frames, frames - given.initial_frames)
-        choices = torch.full((len(blocks),), points, device=u.device)
-        choices[len(known)] -= 1
+        choices = torch.full((len(blocks),), points - int(after_causal), device=u.device)
+        # the first block to generate is never given clean: all samples have something to learn from
+        choices[len(known)] = points - 1
         index_BF = per_frame((u * choices).long(), blocks)
         index_BF[:, : given.initial_frames] = points - 1
         x, sigma_BF = pick_stored(trajectory, self.sigmas_S.to(self.device), index_BF)
-        x0 = self.networks["student"].score.x0(x, sigma_BF, given, mask=self.config.causal.mask(frames))
-        return ode_regression_loss(x0, trajectory[:, -1], sigma_BF)
+        student, clean = self.networks["student"].score, trajectory[:, -1]
+        if after_causal:  # a block's trajectory is given the clean ends before it, so the student sees those
+            velocity = teacher_forced_velocity(
+                student, x, sigma_BF, clean, torch.zeros_like(sigma_BF), given, self.config.causal
+            )
+            return ode_regression_loss(velocity_to_x0(x, velocity, sigma_BF), clean, sigma_BF)
+        x0 = student.x0(x, sigma_BF, given, mask=self.config.causal.mask(frames))
+        return ode_regression_loss(x0, clean, sigma_BF)
 
     def _pairs(self, positions: range) -> tuple[Tensor, Conditioning]:
         """Trajectories [B, S, F, C, H, W] and what each was made for."""
@@ -141,7 +151,8 @@ class ODETrainer(Trainer):
             dealt = batches[turn : turn + mesh.dp_size]
             activity.mark(f"ODE pairs from {dealt[0].start}")  # each turn has the watchdog's time, not all together
             before = self.evaluations.state()
-            own = self._trajectories(dealt[min(mesh.dp_rank, len(dealt) - 1)], grid, keep)
+            positions = dealt[min(mesh.dp_rank, len(dealt) - 1)]
+            own = trajectories(self.config, self.teacher, self.task, positions, keep, self.device)
             if mesh.dp_rank >= len(dealt):
                 self.evaluations.load(before)
             rows = [0] * mesh.world
@@ -153,11 +164,44 @@ class ODETrainer(Trainer):
         progress.close()
         return None if x is None else {"x": x, "sigma": torch.tensor([*grid, 0.0])[keep]}
 
-    def _trajectories(self, positions: range, grid: tuple[float, ...], keep: list[int]) -> Tensor:
-        """The teacher's states [B, S, F, C, H, W] at the levels `keep` of (*grid, 0), on the CPU; draws by position."""
-        source = Noise(keyed_seed(self.config.seed, "ode_pairs"), 0, positions, self.device)
-        noise = source.normal("noise", self.task.latent_shape)
-        given, negative = self.task.conditions(positions), self.task.negative(len(positions))
-        states = euler_trajectory(self.teacher, noise, given, negative, grid, self.config.ode.guidance)
-        points = {index: x for index, x in enumerate(states) if index in keep}
-        return torch.stack([points[index] for index in keep], dim=1).cpu()
+
+def trajectories(
+    config: RunConfig, teacher: ScoreNet, task: Task, positions: range, keep: Sequence[int], device: torch.device
+) -> Tensor:
+    """The teacher's states [B, S, F, C, H, W] at these of its steps and 0, on the CPU; draws by position."""
+    source = Noise(keyed_seed(config.seed, "ode_pairs"), 0, positions, device)
+    noise = source.normal("noise", task.latent_shape)
+    given, negative = task.conditions(positions), task.negative(len(positions))
+    grid = uniform_sigmas(config.ode.steps, config.ode.shift)
+    if config.ode.causal_teacher:
+        return _causal_trajectories(config, teacher, noise, given, negative, source, grid, keep)
+    states = enumerate(euler_trajectory(teacher, noise, given, negative, grid, config.ode.guidance))
+    points = {index: x.cpu() for index, x in states if index in keep}
+    return torch.stack([points[index] for index in keep], dim=1)
+
+
+def _causal_trajectories(
+    config: RunConfig,
+    teacher: ScoreNet,
+    noise: Tensor,
+    given: Conditioning,
+    negative: Tensor,
+    source: Noise,
+    grid: tuple[float, ...],
+    keep: Sequence[int],
+) -> Tensor:
+    """`trajectories` of a causal teacher: given frames are clean at every level."""
+    assert isinstance(teacher.net, WanTransformer)
+    batch, frames, _, height, width = noise.shape
+    caches = [
+        config.causal.new_cache(teacher.net, batch, frames, height, width, cache_dtype(teacher), noise.device)
+        for _ in range(1 if config.ode.guidance == 1.0 else 2)
+    ]
+    new = causal_trajectory(
+        teacher, noise[:, given.initial_frames :], given, negative, grid, config.ode.guidance, config.causal, source,
+        caches,
+    )  # fmt: skip
+    parts = [torch.stack([states[index].cpu() for index in keep], dim=1) for states in new]
+    if given.initial is not None:
+        parts.insert(0, given.initial.float().cpu()[:, None].expand(-1, len(keep), -1, -1, -1, -1))
+    return torch.cat(parts, dim=2)

@@ -41,10 +41,15 @@ def _changed(weights: Weights) -> list[str]:
 
 
 def refuse_other_origin(name: str, mine: dict[str, Any] | None, saved: dict[str, Any] | None, path: Path) -> None:
-    """Raises UserError where a network's adapter would go on as another, or over other weights. None: not an adapter,
-    or a checkpoint of before this was kept."""
-    if mine is None or saved is None:
+    """Raises UserError where a network's adapter would go on as another, or over other weights. None: no adapter."""
+    if mine is None and saved is None:
         return
+    if mine is None or saved is None:
+        how = ("all weights", "an adapter")
+        raise UserError(
+            f"{path}: {name} was trained as {how[saved is not None]} there, and is {how[mine is not None]} here: use "
+            "its config, or --resume never"
+        )
     if odd := [key for key in ("rank", "alpha", "targets") if mine[key] != saved[key]]:
         values = ", ".join(f"{key} {saved[key]} there, {mine[key]} here" for key in odd)
         raise UserError(f"{path}: {name}.lora is another ({values}): use its config, or --resume never")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from configs.schema import RunConfig
 from configs.sections import TrainerKind, UpdateSchedule
+from trainer.adversary import NAME as DISCRIMINATOR
 from trainer.base import micro_batches
 from trainer.plan_run import (
     ALLOCATION,
@@ -22,12 +23,11 @@ from trainer.plan_run import (
     run,
     shallower,
     stripped,
+    tapped,
 )
 from utils.parallel.mesh import split
 from utils.parallel.plan_hardware import GPU, Bound, bound, needed_gb
 from utils.parallel.plan_meter import Cost, Meter, Owner, Phase
-
-BOTH = "student and critic"
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,9 @@ def kinds_of(config: RunConfig) -> list[Kind]:
         return [Kind("student", 0, len(steps))]
     both = [step for step in steps if training.trains_generator(step)]
     others = [step for step in steps if not training.trains_generator(step)]
+    judge = DISCRIMINATOR if config.critic is None else "critic"
     joint = training.update_schedule is UpdateSchedule.joint
-    found = [(BOTH if joint else "student", both), ("critic", others)]
+    found = [(f"student and {judge}" if joint else "student", both), (judge, others)]
     return [Kind(name, which[0], len(which)) for name, which in found if which]
 
 
@@ -116,7 +117,8 @@ def make_plan(config: RunConfig, cluster: Cluster, *, whole: bool = False) -> Pl
     parts = micro_batches(config.training, ways[0] * ways[1])
     kinds = kinds_of(config)
     # an iteration of both makes the critic's update as one of the critic alone does, unless it reuses the rollout
-    run_kinds = kinds[:1] if kinds[0].name == BOTH and not config.rollout.reuse_rollout else kinds
+    joint = config.training.update_schedule is UpdateSchedule.joint
+    run_kinds = kinds[:1] if joint and not config.rollout.reuse_rollout else kinds
     iterations = [iteration for kind in run_kinds for iteration in iterations_of(kind, parts)]
     record, host = measure(config, cluster, iterations, whole)
     costs = [
@@ -124,7 +126,7 @@ def make_plan(config: RunConfig, cluster: Cluster, *, whole: bool = False) -> Pl
         for number, kind in enumerate(run_kinds)
     ]
     if len(kinds) > len(run_kinds):
-        costs.append(update_cost(record, 0, "critic", mean_exit(config)))
+        costs.append(update_cost(record, 0, kinds[-1].name, mean_exit(config)))
     when, worst = worst_moment(record, host)
     planned = [KindPlan(kind, cost, bound(cost, cluster.gpu)) for kind, cost in zip(kinds, costs, strict=True)]
     return Plan(config, cluster, ways, parts, record.rest, worst.peak, worst.parts, when, host, planned)
@@ -136,7 +138,10 @@ def measure(
     """The record of these iterations, and what lies in the CPU's memory."""
     plain = stripped(config)
     fewest = min(network.geometry().num_layers for network in networks_of(plain).values())
-    left_out = 0 if whole else max(fewest - SHALLOW, 0)
+    most = [fewest - SHALLOW]
+    if blocks := tapped(plain):
+        most.append(blocks[-1] + 1 - len(blocks))  # as many blocks as there are must be left up to the last
+    left_out = 0 if whole else max(min(most), 0)
     meters = []
 
     def record(layers: int) -> Record:

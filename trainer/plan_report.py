@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from configs.schema import RunConfig
+from configs.sizes import largest
 from model.wan.config import Checkpointing
+from trainer.adversary import NAME as DISCRIMINATOR
 from trainer.base import micro_batches
 from trainer.plan import Cluster, Plan, make_plan
 from trainer.plan_run import SHARDED, networks_of
@@ -44,10 +46,12 @@ def report(plan: Plan) -> str:
     cluster, (replicate, shard, sequence) = plan.cluster, plan.split
     training = plan.config.training
     where = "" if plan.when.network == "other" else f", in the {plan.when.network}'s layers"
+    size = "x".join(map(str, largest(plan.config)))
+    several = "" if training.sizes is None else f"; every video of the largest of training.sizes, {size}"
     head = [
         f"{plan.config.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu_name}: "
         f"replicate {replicate} x shard {shard} x sequence {sequence}; "
-        f"samples a rank and update: {plan.micro_batches} x {training.micro_batch_size}",
+        f"samples a rank and update: {plan.micro_batches} x {training.micro_batch_size}{several}",
         "",
         f"GB per GPU at the worst moment ({plan.when.stage} of the {plan.when.update}'s update{where}):",
     ]
@@ -55,7 +59,8 @@ def report(plan: Plan) -> str:
 
 
 def memory(plan: Plan) -> list[str]:
-    networks = [*networks_of(plan.config), "other"]
+    heads = [DISCRIMINATOR] if plan.config.objective.gan is not None else []
+    networks = [*networks_of(plan.config), *heads, "other"]
     cells = [["", *COLUMNS, "sum"]]
     rows = {
         name: [
@@ -161,9 +166,11 @@ def changes(plan: Plan) -> list[Change]:
     """Single changes that are legal, most of them cheaper in time the earlier they stand."""
     config, parallel, (replicate, shard, sequence) = plan.config, plan.config.parallel, plan.split
 
-    def held(*categories: str, of: tuple[str, ...] = ("student", "critic", "teacher", "other")) -> float:
+    def held(*categories: str, of: tuple[str, ...] | None = None) -> float:
         return sum(
-            s for o, s in plan.parts.items() if o.network in of and o.category in categories and o not in plan.host
+            s
+            for o, s in plan.parts.items()
+            if (of is None or o.network in of) and o.category in categories and o not in plan.host
         )
 
     trained = [name for name in networks_of(config) if name != "teacher"]

@@ -11,7 +11,7 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from configs.schema import RunConfig
 from configs.sections import TrainerKind
+from configs.sizes import largest
+from model.discriminator import tapped_blocks
 from model.types import LossOutput
 from model.wan.config import NetworkConfig
 from model.wan.kv_cache import KVCache
@@ -83,7 +85,8 @@ class PlannedNoise(Noise):
 
 
 def stripped(config: RunConfig) -> RunConfig:
-    """The run without files, weights and other software: none of it changes what a GPU holds or computes."""
+    """The run without files, weights and other software: none of it changes what a GPU holds or computes. Of several
+    sizes of videos it has the largest alone."""
     if config.trainer in (TrainerKind.ode, TrainerKind.consistency):
         raise UserError(
             f"--plan does not cover trainer {config.trainer.value}: plan its student with trainer diffusion"
@@ -95,14 +98,17 @@ def stripped(config: RunConfig) -> RunConfig:
         network.init = None
         network.attention = "sdpa" if network.attention in ("flash", "flex") else network.attention
     sizes, clip = config.data.synthetic, config.data.wan
-    if config.data.kind == "wan":
+    if config.training.sizes is not None:
+        sizes.frames, sizes.height, sizes.width = largest(config)
+    elif config.data.kind == "wan":
         sizes.frames, sizes.height, sizes.width = clip.frames, clip.height, clip.width
     else:
         sizes.frames, _, sizes.height, sizes.width = build_task(config, torch.device("cpu")).latent_shape
-    config.data.kind = "synthetic"
+    config.data.kind, config.training.sizes = "synthetic", None
     config.data.prompts = config.validation.prompts = config.validation.every = config.training.threads = None
     config.rollout.last_step_only = config.parallel.compile = False
     config.logging.tensorboard = config.logging.wandb = False
+    config.objective.reward = None  # a number a sample; what makes it is the task's own, and looks at real samples
     config.watchdog.stuck_after_seconds = None
     return config
 
@@ -113,9 +119,21 @@ def networks_of(config: RunConfig) -> dict[str, NetworkConfig]:
     return {name: network for name, network in used.items() if network is not None}
 
 
+def tapped(config: RunConfig) -> tuple[int, ...]:
+    """The blocks that a discriminator looks at, of the teacher or critic; none without one."""
+    gan = config.objective.gan
+    backbone = None if gan is None else networks_of(config).get(gan.features.value)
+    return () if gan is None or backbone is None else tapped_blocks(backbone.geometry().num_layers, gan.depths)
+
+
 def shallower(config: RunConfig, layers: int) -> RunConfig:
-    """Each network with so many layers less."""
+    """Each network with so many layers less. A discriminator looks at as many blocks, and the last one is as far from
+    the end: what comes after it is not computed."""
     config = copy.deepcopy(config)
+    if config.objective.gan is not None and (blocks := tapped(config)):
+        left = networks_of(config)[config.objective.gan.features.value].geometry().num_layers - layers
+        kept = [max(block - layers, number) for number, block in enumerate(blocks)]
+        config.objective.gan.depths = [(block + 0.5) / left for block in kept]
     for network in networks_of(config).values():
         network.overrides = {**network.overrides, "num_layers": network.geometry().num_layers - layers}
     return config
@@ -173,11 +191,15 @@ class Probe:
             self._hook(name, net)
         self._wrap(trainer)
 
+    def trained(self) -> list[Trained]:
+        """The networks that are trained, and the heads beside them."""
+        return [*self.trainer.networks.values(), *self.trainer.heads.values()]
+
     # -------------------------------------------------------------------------------------------------------- measuring
 
     def settle(self) -> None:
         """The state that a run is in after its first updates: optimizers have theirs."""
-        for trained in self.trainer.networks.values():
+        for trained in self.trained():
             for p in trained.optimizer.parameters:
                 p.grad = torch.zeros_like(p)
             trained.engine.step()
@@ -196,7 +218,8 @@ class Probe:
     def _assign(self) -> None:
         for name, net in self.nets.items():
             self.meter.assign(net.parameters(), Owner(name, "parameters"))
-        for name, trained in self.trainer.networks.items():
+        for trained in self.trained():
+            name = trained.name
             self.meter.assign(trained.optimizer.parameters, Owner(name, "parameters"))
             for optimizer in trained.optimizer.optimizers.values():
                 self.meter.assign(tree_leaves(list(optimizer.state.values())), Owner(name, "optimizer"))
@@ -235,7 +258,7 @@ class Probe:
             return metrics
 
         trainer.batch, trainer.update = few, observed  # type: ignore[method-assign, assignment]
-        for trained in trainer.networks.values():
+        for trained in self.trained():
             engine: Any = trained.engine
             engine.backward = partial(self._backward, trained, engine.backward)
             engine.clip = partial(self._clip, trained, engine.clip)
@@ -244,11 +267,12 @@ class Probe:
     def _planned(micro: MicroBatch, exit_step: int) -> MicroBatch:
         noise = PlannedNoise(micro.noise.seed, micro.noise.step, micro.noise.sample_ids, micro.noise.device)
         noise.exit_step = exit_step
-        return MicroBatch(micro.positions, noise, micro.weight)
+        return replace(micro, noise=noise)
 
     def _backward(self, trained: Trained, backward: Any, loss: Tensor, *, last: bool) -> None:
         backward(loss, last=last)
-        self._assign_gradients(trained.name, trained.net)
+        for one in (trained, *self.trainer.heads.values()):
+            self._assign_gradients(one.name, one.net)
         self.ends.append({owner: size for owner, size in self.meter.held.items() if size})
 
     def _clip(self, trained: Trained, clip: Any) -> Tensor:

@@ -20,15 +20,14 @@ from model.ode_regression import store_levels
 from model.schedule import uniform_sigmas
 from model.types import Conditioning, Evaluations
 from model.wan.vae import STRIDE_T
-from pipeline.bidirectional_inference import euler_trajectory
 from trainer.build import build_frozen, build_task
+from trainer.ode import trajectories
 from trainer.task import Task
 from utils import distributed
 from utils.cli import Parser
 from utils.config import UserError, load, to_plain
 from utils.data.preprocessing import MakeTrajectories, Share, write_ode
 from utils.parallel.mesh import Mesh, build_mesh
-from utils.random import Noise, keyed_seed
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,7 +52,7 @@ def preprocess_ode(argv: Sequence[str]) -> int:
     distributed.init()
     mesh = build_mesh(config.parallel, distributed.world_size())
     task = build_task(config, distributed.device())
-    make, levels = trajectories(config, mesh, task)
+    make, levels = making(config, mesh, task)
     try:
         report = write_ode(
             task.prompts(range(config.ode.pairs)),
@@ -77,24 +76,21 @@ def preprocess_ode(argv: Sequence[str]) -> int:
     return 0
 
 
-def trajectories(config: RunConfig, mesh: Mesh, task: Task) -> tuple[MakeTrajectories, list[float]]:
+def making(config: RunConfig, mesh: Mesh, task: Task) -> tuple[MakeTrajectories, list[float]]:
     """What makes trajectories [B, S, F, C, H, W] on the CPU, draws by position; and the stored levels [S]."""
     assert config.teacher is not None
-    device, settings = distributed.device(), config.ode
+    device = distributed.device()
     teacher = build_frozen(config, config.teacher, "teacher", Evaluations(), device, mesh)
-    grid = uniform_sigmas(settings.steps, settings.shift)
+    grid = uniform_sigmas(config.ode.steps, config.ode.shift)
     keep = sorted({*store_levels(grid, config.schedule.sigmas()), len(grid)})
 
     @torch.no_grad()
     def make(positions: range, _prompts: Sequence[str]) -> Tensor:
-        source = Noise(keyed_seed(config.seed, "ode_pairs"), 0, positions, device)
-        noise = source.normal("noise", task.latent_shape)
-        given, negative = task.conditions(positions), task.negative(len(positions))
+        made = trajectories(config, teacher, task, positions, keep, device)
         if any(stream.faults.reasons for stream in task.streams):
             # another image took its place, and the files would say the caption of this one
             raise UserError("data.images: an image cannot be read, the line above names it: repair it or remove it")
-        states = enumerate(euler_trajectory(teacher, noise, given, negative, grid, settings.guidance))
-        return torch.stack([x.cpu() for index, x in states if index in keep], dim=1)
+        return made
 
     return make, [[*grid, 0.0][index] for index in keep]
 

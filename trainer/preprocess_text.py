@@ -43,7 +43,7 @@ def preprocess_text(argv: Sequence[str]) -> int:
         check(args.out, source)
         print(f"{args.out}: each of {len(source.prompts)} prompts is there exactly once")
         return 0
-    encode = _Lazy(config)
+    encode = _encoding(config, distributed.device())
     for shard in _shards(args.shard, len(source.prompts)):
         made = write_shard(args.out, shard, source, encode)
         here = len(shard.part(len(source.prompts)))
@@ -82,19 +82,6 @@ def text_identity(config: RunConfig) -> str:
         except (ValueError, OSError) as problem:
             raise UserError(f"data.{problem}") from None
     return config_hash([data.kind, data.text_seed, geometry.text_len, geometry.text_dim, data.toy])
-
-
-class _Lazy:
-    """The run's text encoder, loaded when it is first asked: a shard that is there already needs none."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self._encode: Encode | None = None
-
-    def __call__(self, prompts: Sequence[str]) -> torch.Tensor:
-        if self._encode is None:
-            self._encode = _encoding(self.config, distributed.device())
-        return self._encode(prompts)
 
 
 def _encoding(config: RunConfig, device: torch.device) -> Encode:

@@ -6,7 +6,7 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,9 +20,10 @@ from model.wan.config import WanConfig
 from model.wan.text_encoder import toy_text_encoder
 from utils.config import ConfigError
 from utils.data.buckets import Size
+from utils.data.glyphs import Split
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
-from utils.data.toy_world import ToyWorld
+from utils.data.toy_world import ToyBatch, ToyWorld
 from utils.metrics import clipped_share
 from utils.random import Noise, keyed_seed
 from utils.toy_judge import ToyJudge
@@ -30,7 +31,8 @@ from utils.toy_judge import ToyJudge
 if TYPE_CHECKING:
     from trainer.stored import Stored
 
-Reward = Callable[[Tensor, Sequence[str]], Tensor]
+Shape = tuple[int, ...]
+Reward = Callable[[Tensor, Sequence[str]], Tensor]  # latents [B, F, C, H, W], prompts -> [B], higher is better
 
 CLIP_TOKENS = 257  # of ViT-H/14 at 224 pixels: 16 x 16 patches and the class
 
@@ -56,6 +58,12 @@ class Clips:
     captions: list[str]
     given: Given = Given()
 
+    def start(self, frames: int, device: torch.device) -> Clips:
+        """Their first frames, with the latents on `device`."""
+        channels = self.given.channels if self.given.channels is None else self.given.channels[:, :frames]
+        latents = self.latents[:, :frames].to(device)
+        return replace(self, latents=latents, given=replace(self.given, channels=channels))
+
 
 class Task(Protocol):
     """What trainers and generation ask of a task. All of it is a function of positions and prompts, none of state."""
@@ -66,10 +74,14 @@ class Task(Protocol):
 
     def prompts(self, positions: range) -> list[str]: ...
 
-    def conditions(self, positions: range) -> Conditioning:
-        """What training's samples at these positions are made from: a prompt and, where the run has them, an image."""
+    def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
+        """What training's samples at these positions are made from: a prompt and, where the run has them, an image.
 
-    def real(self, positions: range) -> Clips: ...
+        shape: (F, C, H, W) of the samples, null for `latent_shape`; here and in `real` one that the config allows.
+        """
+
+    def real(self, positions: range, shape: Shape | None = None) -> Clips:
+        """Real videos at these positions: in any size the same content."""
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning: ...
 
@@ -84,7 +96,7 @@ class Task(Protocol):
 
     def validation_prompts(self, count: int) -> list[str]: ...
 
-    def validation_given(self, numbers: range) -> Given:
+    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
         """What validation's videos of these numbers are given beside their prompts."""
 
     def check_captions(self, stored: Stored) -> None:
@@ -110,23 +122,46 @@ class Task(Protocol):
         ConfigError for a reward that this task does not have."""
 
 
-class ToyTask:
-    """The toy world behind the interface of a real task: everything by position, nothing by state."""
+class World(Protocol):
+    """Real samples with captions, made on the fly. side: pixels of a frame's side. See ToyWorld."""
 
-    def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
-        self.world = ToyWorld(config.toy)
+    latent_shape: tuple[int, ...]
+    side: int
+    captions: list[str]
+
+    def parse(self, caption: str) -> object: ...
+
+    def batch(self, indices: Sequence[int], split: Split) -> ToyBatch: ...
+
+    def encode(self, pixels_BFCHW: Tensor) -> Tensor: ...
+
+    def decode(self, latents_BFCHW: Tensor, *, clamp: bool = True) -> Tensor: ...
+
+    def real_videos_for(self, captions: Sequence[str], seed: int, split: Split = "test") -> Tensor: ...
+
+    def resized(self, frames: int, height: int) -> World:
+        """The same world with so many frames, and latents of another height and width."""
+
+
+class WorldTask:
+    """A world behind the interface of a real task: everything by position, nothing by state."""
+
+    def __init__(self, world: World, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+        self.world = world
         self.device = device
         self.latent_shape: tuple[int, ...] = self.world.latent_shape
         channels = self.latent_shape[1]
         if geometry.in_dim != channels or geometry.out_dim != channels:
             raise ConfigError(
-                f"student: in_dim {geometry.in_dim} does not fit the toy world's {channels} latent channels"
+                f"student: in_dim {geometry.in_dim} and out_dim {geometry.out_dim} do not fit data.kind {config.kind}: "
+                f"set both to its {channels} latent channels in student.overrides"
             )
         self.encoder = toy_text_encoder(self.world.captions, geometry.text_len, geometry.text_dim, config.text_seed)
         self.encoder.to(device)
         self.may_use_data = config.real
         self.streams: Sequence[Stream] = ()
-        self.gives_frame = config.gives_frame(geometry.model_type, real=True)
+        self.gives_frame = config.gives_frame(geometry.model_type, real=True) and config.real
+        self.begins_real = config.real and bool(config.first_frame)  # samples too, and not only real videos
         self.negative_prompt = config.negative_prompt
         try:
             geometry.tokens_per_frame(*self.latent_shape[2:])
@@ -139,17 +174,24 @@ class ToyTask:
         self.stream = PromptStream(len(self.library), seed)
 
     def prompts(self, positions: range) -> list[str]:
-        """Training prompts at these positions of the endless shuffled library."""
+        """Training prompts at these positions of the endless shuffled library, or those of the videos whose first
+        frame is given."""
+        if self.begins_real:
+            return self.world.batch(positions, "train").captions
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
-    def conditions(self, positions: range) -> Conditioning:
+    def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
+        if self.begins_real:
+            clips = self.real(positions, shape)
+            return clips.given.with_text(self.conditioning(clips.captions).text)
         return self.conditioning(self.prompts(positions))
 
-    def real(self, positions: range) -> Clips:
+    def real(self, positions: range, shape: Shape | None = None) -> Clips:
         """Real videos at these positions. RuntimeError in a data-free run."""
         if not self.may_use_data:
             raise RuntimeError("a data-free run asked for real videos")
-        batch = self.world.batch(positions, "train")
+        frames, _, height, _ = shape or self.latent_shape
+        batch = self.world.resized(frames, height).batch(positions, "train")
         latents = batch.latents_BFCHW.to(self.device)
         return Clips(latents, batch.captions, Given(latents[:, :1]) if self.gives_frame else Given())
 
@@ -174,8 +216,12 @@ class ToyTask:
         except ValueError as problem:
             raise ConfigError(f"{stored.key}: {problem}") from None
 
-    def validation_given(self, numbers: range) -> Given:
-        return self.real(numbers).given if self.gives_frame and self.may_use_data else Given()
+    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
+        return Given(self.first_frames(prompts, numbers.start).to(self.device)) if self.gives_frame else Given()
+
+    def first_frames(self, prompts: Sequence[str], seed: int) -> Tensor:
+        """Latents [B, 1, C, H, W] of held-out videos of these prompts; seed picks the draws."""
+        return self.world.real_videos_for(prompts, seed)[:, :1]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, T, 3, h, w] in [0, 1]."""
@@ -192,11 +238,25 @@ class ToyTask:
         return self.world.encode(pixels).to(self.device)
 
     def pixel_size(self, frames: int) -> Size:
-        return Size(frames, self.world.config.canvas, self.world.config.canvas)
+        return Size(frames, self.world.side, self.world.side)
 
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
-        return self.encode(self.decode(latents)[:, -1:])
+        world = self.world.resized(latents.shape[1], latents.shape[3])
+        return world.encode(self.decode(latents)[:, -1:]).to(self.device)
+
+    def reward(self, config: RewardConfig | None) -> Reward | None:
+        no_reward(config)
+        return None
+
+
+class ToyTask(WorldTask):
+    """The toy world."""
+
+    world: ToyWorld
+
+    def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+        super().__init__(ToyWorld(config.toy), config, geometry, seed, device)
 
     def reward(self, config: RewardConfig | None) -> Reward | None:
         """'prompt_adherence': the judge's. It is trained at first use, and kept."""
@@ -241,25 +301,26 @@ class SyntheticTask:
         """Training prompts at these positions of the endless shuffled library."""
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
-    def conditions(self, positions: range) -> Conditioning:
-        return self._given(positions).with_text(self.conditioning(self.prompts(positions)).text)
+    def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
+        return self._given(positions, shape).with_text(self.conditioning(self.prompts(positions)).text)
 
-    def real(self, positions: range) -> Clips:
+    def real(self, positions: range, shape: Shape | None = None) -> Clips:
         """Latents [B, F, C, H, W] of noise at these positions. RuntimeError in a data-free run."""
         if not self.may_use_data:
             raise RuntimeError("a data-free run asked for real videos")
         noise = Noise(keyed_seed(self.seed, "synthetic videos"), 0, positions, self.device)
-        return Clips(noise.normal("latents", self.latent_shape), self.prompts(positions), self._given(positions))
+        latents = noise.normal("latents", shape or self.latent_shape)
+        return Clips(latents, self.prompts(positions), self._given(positions, shape))
 
-    def _given(self, positions: range) -> Given:
+    def _given(self, positions: range, shape: Shape | None = None) -> Given:
         """Noise in place of what an i2v network sees of an image; the others see none."""
-        shape = self.geometry
-        if shape.model_type != "i2v":
+        net = self.geometry
+        if net.model_type != "i2v":
             return Given()
         noise = Noise(keyed_seed(self.seed, "synthetic images"), 0, positions, self.device)
-        frames, _, *size = self.latent_shape
-        channels = noise.normal("channels", (frames, shape.in_dim - shape.out_dim, *size))
-        image = None if shape.image_dim is None else noise.normal("image", (CLIP_TOKENS, shape.image_dim))
+        frames, _, *size = shape or self.latent_shape
+        channels = noise.normal("channels", (frames, net.in_dim - net.out_dim, *size))
+        image = None if net.image_dim is None else noise.normal("image", (CLIP_TOKENS, net.image_dim))
         return Given(channels=channels, image=image)
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
@@ -280,7 +341,7 @@ class SyntheticTask:
     def check_captions(self, stored: Stored) -> None:
         """Every text has an embedding."""
 
-    def validation_given(self, numbers: range) -> Given:
+    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
         return self._given(numbers)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -299,12 +360,16 @@ class SyntheticTask:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, F, C, H, W] of pixels [B, F, 1 or 3, H, W] in [0, 1]: `decode` undone, other channels zero."""
-        _, channels, height, width = self.latent_shape
+        height, width = self.latent_shape[2:]
         if pixels.shape[2] not in (1, 3) or tuple(pixels.shape[3:]) != (height, width):
             raise ValueError(
                 f"synthetic data: pixels must be [B, F, 1 or 3, {height}, {width}], got {list(pixels.shape)}"
             )
-        latents = torch.zeros(*pixels.shape[:2], channels, height, width, device=self.device)
+        return self._latents(pixels)
+
+    def _latents(self, pixels: Tensor) -> Tensor:
+        channels = self.latent_shape[1]
+        latents = torch.zeros(*pixels.shape[:2], channels, *pixels.shape[3:], device=self.device)
         shown = min(3, channels)
         latents[:, :, :shown] = (pixels.to(self.device)[:, :, :shown] - 0.5) * 4
         return latents
@@ -314,7 +379,7 @@ class SyntheticTask:
 
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
-        return self.encode(self.decode(latents[:, -1:]))
+        return self._latents(self.decode(latents[:, -1:]))
 
     def reward(self, config: RewardConfig | None) -> None:
         return no_reward(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from configs.objective import ObjectiveKind
 from configs.schema import RunConfig
 from model.schedule import TIMESTEPS
 from utils.config import UserError
@@ -37,7 +38,10 @@ def joined(high: RunConfig, low: RunConfig) -> tuple[RunConfig, float]:
     steps = [*ours.denoising_step_list, *theirs.denoising_step_list]
     # bounds of the whole: what is sampled goes through all noise levels
     whole = replace(ours, denoising_step_list=steps, min_score_timestep=theirs.min_score_timestep)
-    return replace(high, schedule=whole), boundary
+    objective = high.objective
+    if objective.kind is ObjectiveKind.phased_dmd:  # of one interval: it would ask for the bounds that the whole lacks
+        objective = replace(objective, kind=ObjectiveKind.dmd)
+    return replace(high, schedule=whole, objective=objective), boundary
 
 
 def _shown(config: RunConfig) -> str:

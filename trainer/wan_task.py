@@ -23,7 +23,7 @@ from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, cleaning, lo
 from model.wan.vae import STRIDE_T, VAEConfig, WanVAE, load_vae, vae_channels
 from trainer.given import gives
 from trainer.stored import Stored, StoredImages, StoredLatents
-from trainer.task import Clips, Glimpse, for_each, no_reward, spread
+from trainer.task import Clips, Glimpse, Shape, for_each, no_reward, spread
 from trainer.text_cache import TextCache
 from utils import distributed
 from utils.config import ConfigError, UserError, config_hash
@@ -214,19 +214,20 @@ class WanTask:
             return self.images.planned(positions)
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
-    def conditions(self, positions: range) -> Conditioning:
+    def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
         """What samples at these positions are made from. Raises UserError."""
         if self.images is None:
             return self.conditioning(self.prompts(positions))
         captions, given = self.images.read(positions)
-        return given.with_text(self._embed(captions))
+        return given.with_text(self._embed(captions)).frames(0, (shape or self.latent_shape)[0])
 
-    def real(self, positions: range) -> Clips:
-        """Stored videos at these positions. Raises UserError."""
+    def real(self, positions: range, shape: Shape | None = None) -> Clips:
+        """Stored videos at these positions; shorter ones are their beginnings, for a VAE looks only back. Raises
+        UserError."""
         if self.videos is None:
             raise UserError("data.latents is null: this run needs real videos: give a folder of preprocess.py video")
         clips = self.videos.read(positions)
-        return replace(clips, latents=clips.latents.to(self.device))
+        return clips.start((shape or self.latent_shape)[0], self.device)
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
         """Raises UserError for a prompt that neither cache nor encoder gives an embedding."""
@@ -269,8 +270,12 @@ class WanTask:
         )
 
     def negative(self, batch: int) -> Tensor:
-        """The negative prompt's embedding [B, L, D]."""
-        return self._embed([self.negative_prompt]).expand(batch, -1, -1)
+        """The negative prompt's embedding [B, L, D]: every update asks for it, and it is embedded once."""
+        return self._negative.expand(batch, -1, -1)
+
+    @cached_property
+    def _negative(self) -> Tensor:
+        return self._embed([self.negative_prompt])
 
     def validation_prompts(self, count: int) -> list[str]:
         """Without a library the captions of the images that `validation_given` shows. Raises UserError."""
@@ -280,7 +285,7 @@ class WanTask:
             return self.videos.read(range(count)).captions
         return spread(self.library, count)
 
-    def validation_given(self, numbers: range) -> Given:
+    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
         """Of the folder's first images, or of the first real videos. Raises UserError."""
         if self.images is not None:
             return self.images.numbered(numbers)

@@ -279,6 +279,7 @@ class StoredGroup:
         self.path, self.entries = Path(path), _entries(path, name)
         refuse_missing(self.path, _files(self.entries))
         self.shapes = {key: entry.shape for key, entry in self.entries.items()}
+        self.config: dict[str, Any] | None = None  # shapes and the run's own config say what they are of
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, value) in this order, as stored."""

@@ -9,24 +9,19 @@ them rewards dim, blurry videos.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from utils.data.toy_world import DIRECTIONS, Split, ToyWorld
-from utils.metrics import binomial_error, clipped_share, frechet_distance
+from utils.data.glyphs import Split
+from utils.data.toy_world import DIRECTIONS, ToyWorld
+from utils.digit_net import DigitNet, check_samples, kept, relative_distance, relative_diversity, stored_at
+from utils.metrics import binomial_error, clipped_share, drift, motion
 
 # name -> (label, better): what a metric table needs to know. "real" = the nearer to real videos' value the better.
 METRICS: Final = {
@@ -39,32 +34,16 @@ METRICS: Final = {
     "flicker": ("flicker", "low"),
     "intensity": ("intensity", "real"),
     "diversity": ("diversity", "real"),
+    "appearance_drift": ("appearance drift", "real"),
+    "intensity_drift": ("intensity drift", "low"),
+    "motion": ("motion", "real"),
 }
-_RECIPE: Final = 1  # part of the cache's name: raise it when the network or its training changes
 _SEED: Final = 201117
 _TRAINING_VIDEOS: Final = 4000
-_STEPS: Final = 1200
-_BATCH: Final = 64
-_LR: Final = 5e-3
 _ACCURACY_VIDEOS: Final = 2000
 _REFERENCE_VIDEOS: Final = 2000  # at least: real videos behind the Frechet distance and the diversity
 _FLOOR_DRAWS: Final = 5
 _CHUNK: Final = 256  # videos a forward
-
-
-class _DigitNet(nn.Module):
-    """Centred frames [B, 1, H, W] -> features [B, 64]; `head` makes logits [B, 10] of them."""
-
-    def __init__(self, canvas: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
-        self.project = nn.Linear(32 * (canvas // 4) ** 2, 64)
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, frames_BCHW: Tensor) -> Tensor:
-        x = functional.relu(self.conv2(functional.relu(self.conv1(frames_BCHW))))
-        return functional.relu(self.project(x.flatten(1)))
 
 
 @dataclass(frozen=True)
@@ -75,6 +54,8 @@ class _Reference:
     ink: Tensor  # [R, F]
     floor: float
     floor_sd: float
+    drift: float
+    motion: float
 
 
 class ToyJudge:
@@ -88,10 +69,8 @@ class ToyJudge:
         if world.config.frames < 2:
             raise ValueError(f"toy judge: motion needs at least 2 frames, the world has {world.config.frames}")
         self.world = world
-        key = json.dumps([_RECIPE, asdict(world.config)], sort_keys=True)
-        digest = hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
-        self.path = Path(cache_dir) / f"toy_judge_{digest}.safetensors"
-        self._net, self.accuracy = _load(self.path, world) if self.path.exists() else _train_and_save(world, self.path)
+        self.path = stored_at(cache_dir, "toy_judge", world.config)
+        self._net, self.accuracy = kept(self.path, world.config.canvas, lambda: _train(world))
         self._references: dict[tuple[str, ...], _Reference] = {}
 
     def evaluate(self, latents_BFCHW: Tensor, captions: Sequence[str]) -> dict[str, float]:
@@ -109,6 +88,10 @@ class ToyJudge:
         flicker: mean frame-to-frame |change of total ink|, as a share of real ink, beyond that of real videos.
         intensity: mean pixel, with *_se; intensity_real: that of real videos. clipped: share of values outside [0, 1].
         diversity: mean feature distance between videos of one caption, relative to real; nan if no caption is repeated.
+        appearance_drift: mean distance of a video's features over its last 15 % of frames to those over its first, in
+            percent of the spread of real videos; appearance_drift_real: real videos'. intensity_drift: mean magnitude
+            of the mean pixel's change between the same frames, as a share of real intensity. motion: mean absolute
+            change of a pixel from frame to frame; motion_real: real videos'.
 
         Raises ValueError if sizes disagree, fewer than 2 videos are given, or latents are not finite.
         """
@@ -116,7 +99,8 @@ class ToyJudge:
         latents_BFCHW = latents_BFCHW.detach().cpu()
         pixels = self.world.decode(latents_BFCHW)[:, :, :1]
         told_digits, told_directions = zip(*(self.world.parse(caption) for caption in captions), strict=True)
-        features_BD, digits = self._appearance(pixels)
+        features_BFD, digits = self._appearance(pixels)
+        features_BD = features_BFD.mean(dim=1)
         digit_ok = digits == torch.tensor(told_digits)
         direction_ok, speed_error, jitter = self._motion(pixels, told_directions)
         reference = self._reference(captions)
@@ -130,7 +114,7 @@ class ToyJudge:
         return {
             **shares,
             **{f"{name}_se": binomial_error(share, count) for name, share in shares.items()},
-            "appearance_fd": _relative_distance(features_BD, reference.features),
+            "appearance_fd": relative_distance(features_BD, reference.features),
             "appearance_fd_floor": reference.floor,
             "appearance_fd_floor_sd": reference.floor_sd,
             **_mean_and_error("motion_error", speed_error),
@@ -139,15 +123,30 @@ class ToyJudge:
             "intensity_real": real_ink.item() / self.world.config.canvas**2,
             "flicker": max(_flicker(_ink(pixels), real_ink) - _flicker(reference.ink, real_ink), 0.0),
             "clipped": clipped_share(self.world.decode(latents_BFCHW, clamp=False)).mean().item(),
-            "diversity": _diversity(features_BD, captions, reference.features),
+            "diversity": relative_diversity(features_BD, captions, reference.features),
+            "appearance_drift": _relative_drift(features_BFD, reference.features),
+            "appearance_drift_real": reference.drift,
+            "intensity_drift": drift(_ink(pixels)).abs().mean().item() / real_ink.item(),
+            "motion": motion(pixels).mean().item(),
+            "motion_real": reference.motion,
             "videos": float(count),
         }
+
+    def features(self, pixels_BFCHW: Tensor) -> Tensor:
+        """The CNN's features of each frame, [B, F, D], wherever in the frame the digit is; pixels in [0, 1].
+
+        Raises ValueError for frames of another size than the world's.
+        """
+        side = self.world.config.canvas
+        if pixels_BFCHW.ndim != 5 or tuple(pixels_BFCHW.shape[3:]) != (side, side):
+            raise ValueError(f"toy judge: pixels must be [B, F, C, {side}, {side}], got {list(pixels_BFCHW.shape)}")
+        return self._appearance(pixels_BFCHW[:, :, :1].detach().cpu())[0]
 
     @torch.no_grad()
     def adherence(self, latents_BFCHW: Tensor, captions: Sequence[str]) -> Tensor:
         """[B] in [0, 1]: the caption's digit's probability, by the mean of the frames' log-likelihoods, and 0 for
-        another direction: a reward, not a measure to report. NaN latents give 0."""
-        pixels = self.world.decode(latents_BFCHW.detach().float().cpu().nan_to_num())[:, :, :1]
+        another direction: a reward, not a measure to report. NaN for a sample that holds NaN."""
+        pixels = self.world.decode(latents_BFCHW.detach().float().cpu())[:, :, :1]
         digits, directions = zip(*(self.world.parse(caption) for caption in captions), strict=True)
         features_BFD = self._net(centred(pixels).flatten(0, 1)).unflatten(0, pixels.shape[:2])
         likelihood = self._net.head(features_BFD).log_softmax(-1).mean(dim=1).softmax(-1)
@@ -160,12 +159,7 @@ class ToyJudge:
             raise ValueError(
                 f"toy judge: latents must be [B, F >= 2, {', '.join(map(str, frame))}], got {list(latents_BFCHW.shape)}"
             )
-        if len(captions) != len(latents_BFCHW) or len(captions) < 2:
-            raise ValueError(
-                f"toy judge: needs at least 2 videos, one caption each; got {len(latents_BFCHW)} and {len(captions)}"
-            )
-        if not torch.isfinite(latents_BFCHW).all():
-            raise ValueError("toy judge: latents hold NaN or infinity; the generator has diverged")
+        check_samples("toy judge", latents_BFCHW, captions)
 
     def _motion(self, pixels: Tensor, directions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """(direction right, speed error in px/frame, jitter in px), each [B]."""
@@ -180,12 +174,12 @@ class ToyJudge:
         return direction_ok, speed_error, jitter
 
     def _appearance(self, pixels_BFCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """(CNN features averaged over frames [B, D], digit by the frames' joint likelihood [B])."""
+        """(CNN features of each frame [B, F, D], digit by the frames' joint likelihood [B])."""
         features, digits = [], []
         with torch.no_grad():
             for chunk in pixels_BFCHW.split(_CHUNK):
                 features_BFD = self._net(centred(chunk).flatten(0, 1)).unflatten(0, chunk.shape[:2])
-                features.append(features_BFD.mean(dim=1))
+                features.append(features_BFD)
                 digits.append(self._net.head(features_BFD).log_softmax(-1).mean(dim=1).argmax(-1))
         return torch.cat(features), torch.cat(digits)
 
@@ -193,14 +187,22 @@ class ToyJudge:
         key = tuple(captions)
         if key not in self._references:
             repeats = math.ceil(_REFERENCE_VIDEOS / len(captions))
-            pixels, features = self._real(list(captions) * repeats, _SEED, "train")
-            held_out = [self._real(captions, _SEED + draw, "test")[1] for draw in range(_FLOOR_DRAWS)]
-            floors = torch.tensor([_relative_distance(draw, features) for draw in held_out])
-            self._references[key] = _Reference(features, _ink(pixels), floors.mean().item(), floors.std().item())
+            pixels, features_RFD = self._real(list(captions) * repeats, _SEED, "train")
+            features = features_RFD.mean(dim=1)
+            held_out = [self._real(captions, _SEED + draw, "test")[1].mean(dim=1) for draw in range(_FLOOR_DRAWS)]
+            floors = torch.tensor([relative_distance(draw, features) for draw in held_out])
+            self._references[key] = _Reference(
+                features,
+                _ink(pixels),
+                floors.mean().item(),
+                floors.std().item(),
+                _relative_drift(features_RFD, features),
+                motion(pixels).mean().item(),
+            )
         return self._references[key]
 
     def _real(self, captions: Sequence[str], seed: int, split: Split) -> tuple[Tensor, Tensor]:
-        """Real videos' (pixels, features)."""
+        """Real videos' (pixels, features of each frame)."""
         pixels = self.world.decode(self.world.real_videos_for(captions, seed, split))[:, :, :1]
         return pixels, self._appearance(pixels)[0]
 
@@ -227,11 +229,12 @@ def displacement(pixels_BFCHW: Tensor) -> Tensor:
 
 
 def centred(pixels_BFCHW: Tensor) -> Tensor:
-    """Every frame rolled by whole pixels so that its centroid is in the middle: place is no part of appearance."""
+    """Every frame rolled by whole pixels so that its centroid is in the middle: place is no part of appearance. One
+    with NaN, which has no place, stays where it is."""
     phase = centroid_phase(pixels_BFCHW)
     for dim, axis in ((-1, 0), (-2, 1)):
         size = pixels_BFCHW.shape[dim]
-        shift = (phase[..., axis].angle() * (size / (2 * math.pi))).round().long()
+        shift = (phase[..., axis].angle() * (size / (2 * math.pi))).round().nan_to_num(size // 2).long()
         index = (torch.arange(size) + shift[..., None] - size // 2) % size
         index = index[:, :, None, None, :] if dim == -1 else index[:, :, None, :, None]
         pixels_BFCHW = pixels_BFCHW.gather(dim, index.expand(pixels_BFCHW.shape))
@@ -251,41 +254,10 @@ def _flicker(ink_BF: Tensor, real_ink: Tensor) -> float:
     return (ink_BF.diff(dim=1).abs().mean() / real_ink).item()
 
 
-def _relative_distance(features_ND: Tensor, reference_RD: Tensor) -> float:
-    """Frechet distance in percent of the reference's total variance, so that the features' scale does not matter."""
-    return 100 * frechet_distance(features_ND, reference_RD) / reference_RD.var(dim=0).sum().item()
-
-
-def _pairwise_within(features_ND: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Mean distance between the features of two different videos of one caption, per caption that is repeated."""
-    rows: dict[str, list[int]] = defaultdict(list)
-    for i, caption in enumerate(captions):
-        rows[caption].append(i)
-    return {c: functional.pdist(features_ND[index]).mean().item() for c, index in rows.items() if len(index) > 1}
-
-
-def _diversity(features_BD: Tensor, captions: Sequence[str], reference_RD: Tensor) -> float:
-    generated = _pairwise_within(features_BD, captions)
-    real = _pairwise_within(reference_RD, list(captions) * (len(reference_RD) // len(captions)))
-    return sum(generated.values()) / sum(real[c] for c in generated) if generated else math.nan
-
-
-def _train_and_save(world: ToyWorld, path: Path) -> tuple[_DigitNet, float]:
-    net = _train(world)
-    accuracy = _held_out_accuracy(world, net)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    save_file(net.state_dict(), temporary, metadata={"held_out_accuracy": repr(accuracy)})
-    os.replace(temporary, path)
-    return net, accuracy
-
-
-def _load(path: Path, world: ToyWorld) -> tuple[_DigitNet, float]:
-    with safe_open(path, framework="pt") as file:
-        accuracy = float(file.metadata()["held_out_accuracy"])
-        net = _DigitNet(world.config.canvas)
-        net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
-    return net.eval().requires_grad_(False), accuracy
+def _relative_drift(features_BFD: Tensor, reference_RD: Tensor) -> float:
+    """Mean distance between the features of the last and of the first frames, in percent of the reference's spread."""
+    apart = drift(features_BFD).norm(dim=-1).mean()
+    return 100 * (apart / reference_RD.var(dim=0).sum().sqrt()).item()
 
 
 def _frames(world: ToyWorld, count: int, split: Split) -> tuple[Tensor, Tensor]:
@@ -295,30 +267,12 @@ def _frames(world: ToyWorld, count: int, split: Split) -> tuple[Tensor, Tensor]:
     return centred(world.decode(batch.latents_BFCHW)[:, :, :1]), digits
 
 
-def _train(world: ToyWorld) -> _DigitNet:
+def _train(world: ToyWorld) -> tuple[DigitNet, float]:
+    """The network and its accuracy: the share of held-out videos whose digit the frames' joint likelihood tells."""
     frames_BFCHW, digits_B = _frames(world, _TRAINING_VIDEOS, "train")
-    frames, labels = frames_BFCHW.flatten(0, 1), digits_B.repeat_interleave(world.config.frames)
-    # the CPU generator alone: torch.manual_seed would reseed the accelerators as well
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.default_generator.manual_seed(_SEED)
-        net = _DigitNet(world.config.canvas)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=_LR, weight_decay=0.05)
-        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=_STEPS)
-        for _ in range(_STEPS):
-            chosen = torch.randint(len(frames), (_BATCH,))
-            features = functional.dropout(net(frames[chosen]), 0.5)
-            loss = functional.cross_entropy(net.head(features), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            rate.step()
-    return net.eval().requires_grad_(False)
-
-
-def _held_out_accuracy(world: ToyWorld, net: _DigitNet) -> float:
-    """Share of held-out videos whose digit the frames' joint likelihood tells."""
+    net = DigitNet.trained(frames_BFCHW.flatten(0, 1), digits_B.repeat_interleave(world.config.frames))
     frames_BFCHW, digits_B = _frames(world, _ACCURACY_VIDEOS, "test")
     with torch.no_grad():
         logits = net.head(net(frames_BFCHW.flatten(0, 1))).log_softmax(-1)
     told = logits.unflatten(0, frames_BFCHW.shape[:2]).mean(dim=1).argmax(-1)
-    return (told == digits_B).double().mean().item()
+    return net, (told == digits_B).double().mean().item()

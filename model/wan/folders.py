@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,32 @@ def read_config(folder: Path, *wanted: str) -> dict[str, Any]:
     if found not in wanted:
         raise ValueError(f"{folder} holds {found}: give the folder of {' or '.join(wanted)}")
     return config
+
+
+@contextmanager
+def loading(what: str, path: str | Path) -> Iterator[None]:
+    """What diffusers or transformers raise inside for files that do not load is a ValueError, one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
+        raise ValueError(f"{what}: {path} does not load: {' '.join(str(problem).split())}") from None
+
+
+def load_whole(model: Any, folder: Path, what: str, *, unused: str | None = None, **options: Any) -> Any:
+    """`model`, a class of diffusers or transformers, from a local folder with each of its weights, by `from_pretrained`
+    with these options. unused: how names of weights begin that may lie there or not.
+
+    Raises ValueError, one line, for files that do not load, and for missing, unexpected or wrongly shaped weights.
+    """
+    with loading(what, folder):
+        loaded, report = model.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    for kind in ("missing", "unexpected", "mismatched"):
+        keys = sorted(map(str, report.get(f"{kind}_keys") or ()))
+        if keys := [key for key in keys if unused is None or not key.startswith(unused)]:
+            raise ValueError(f"{what}: {folder} has {len(keys)} {kind} weights ({', '.join(keys[:4])}): fetch it again")
+    return loaded
 
 
 def fingerprint(folder: str | Path) -> str:

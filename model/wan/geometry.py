@@ -30,13 +30,12 @@ NATIVE = (
     "model_type", "patch_size", "text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "text_dim", "out_dim", "num_heads",
     "num_layers", "qk_norm", "cross_attn_norm", "eps",
 )  # fmt: skip
-KNOWN = {field.name for field in dataclasses.fields(WanConfig)}
 HEAD_DIM = 128  # of every published Wan
 SHAPES_SAY = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "patch_size")
 
 
 def read_config(file: Path) -> Fields | None:
-    """WanConfig's fields that a config.json says, and image_dim; None for a config of something else.
+    """WanConfig's fields that a config.json says; None for a config of something else.
 
     Raises ValueError when it is not JSON or lacks a size.
     """
@@ -122,7 +121,7 @@ def geometry_from(config: Fields | None, shapes: Mapping[str, tuple[int, ...]]) 
         fields |= {"model_type": _task(fields)}
     if "num_heads" not in fields:
         raise ValueError("without a config.json beside them these weights do not say their heads: put it there")
-    return WanConfig(**{key: fields[key] for key in fields if key in KNOWN})
+    return WanConfig(**fields)
 
 
 def describe(fields: Mapping[str, Any]) -> str:
@@ -136,26 +135,17 @@ def describe(fields: Mapping[str, Any]) -> str:
 def differences(config: WanConfig, fields: Mapping[str, Any]) -> list[str]:
     """The fields whose values are not the config's. text_len is left out: it is the text's, not the weights'."""
     own = dataclasses.asdict(config)
-    asked = {key: value for key, value in fields.items() if key in own and key not in ("text_len", "model_type")}
-    odd = [key for key, value in asked.items() if own[key] != value]
-    if fields.get("image_dim") is not None and "image_dim" not in own:
-        odd.append("image_dim")
-    return odd
+    return [key for key, value in fields.items() if key not in ("text_len", "model_type") and own[key] != value]
 
 
 def diffusers_config(config: WanConfig) -> Fields:
     """What `WanTransformer3DModel` is built from, as its config.json."""
     own = dataclasses.asdict(config)
     out: Fields = {"_class_name": "WanTransformer3DModel"}
-    out |= {theirs: own[ours] for ours, theirs in DIFFUSERS.items() if ours in own}
-    image = own.get("image_dim")
+    out |= {theirs: own[ours] for ours, theirs in DIFFUSERS.items()}
     out |= {"attention_head_dim": config.head_dim, "patch_size": list(config.patch_size), "rope_max_seq_len": 1024}
     out["qk_norm"] = "rms_norm_across_heads" if config.qk_norm else None
-    return out | {
-        "image_dim": image,
-        "added_kv_proj_dim": None if image is None else config.dim,
-        "pos_embed_seq_len": None,
-    }
+    return out | {"added_kv_proj_dim": None if config.image_dim is None else config.dim, "pos_embed_seq_len": None}
 
 
 def native_config(config: WanConfig) -> Fields:

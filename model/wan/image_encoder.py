@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.wan.folders import part_folder, pipeline_folder, read_config
+from model.wan.folders import load_whole, loading, part_folder, pipeline_folder, read_config
 from model.wan.vae import STRIDE_T, WanVAE
 
 PARTS = ("image_encoder", "image_processor")
@@ -70,18 +70,9 @@ def load_image_encoder(
     settings = beside if beside.is_dir() else folder
     if not (settings / "preprocessor_config.json").is_file():
         raise ValueError(f"image encoder: {settings} has no preprocessor_config.json: fetch image_processor too")
-    try:
+    with loading("image encoder", settings):
         processor = CLIPImageProcessorPil.from_pretrained(settings, local_files_only=True)
-        loaded: Any = CLIPVisionModel.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        model, report = loaded
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
-        raise ValueError(f"image encoder: {folder} does not load: {' '.join(str(problem).split())}") from None
-    for kind in ("missing", "unexpected", "mismatched"):
-        keys = sorted(map(str, report.get(f"{kind}_keys") or ()))
-        if keys := [key for key in keys if not key.startswith("visual_projection.")]:
-            raise ValueError(f"image encoder: {folder} has {len(keys)} {kind} weights ({keys[0]}): fetch it again")
+    model = load_whole(CLIPVisionModel, folder, "image encoder", unused="visual_projection.", dtype=dtype)
     return ImageEncoder(model, processor).to(device)
 
 

@@ -5,6 +5,7 @@ B batch  T tokens of a frame  N heads  D head dim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +39,8 @@ class KVCache:
 
     rolling: whether frames may be evicted. Without it overflow is an error, and what `context` returns stays as it is
     until `reset`, so checkpointed blocks may read it again; with it a pass with gradient gets a copy.
+    memory: flat and at least as long as it needs to be, in place of its own: for caches of several geometries, of which
+    one is in use at a time.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class KVCache:
         rolling: bool = False,
         dtype: torch.dtype,
         device: torch.device | str,
+        memory: Tensor | None = None,
     ) -> None:
         if sinks > shape.context_frames:
             raise ValueError(f"{sinks} sink frames do not fit a context of {shape.context_frames} frames")
@@ -60,7 +64,7 @@ class KVCache:
             shape.heads,
             shape.head_dim,
         )
-        self._kv = torch.empty(size, dtype=dtype, device=device)
+        self._kv = torch.empty(size, dtype=dtype, device=device) if memory is None else _within(memory, size)
         self._text: dict[int, tuple[Tensor, ...]] = {}
         self.frames = 0
         self.generation = 0
@@ -172,6 +176,12 @@ class KVCache:
             return frame
         ring = self.shape.context_frames - self.sinks
         return self.sinks + (frame - self.sinks) % ring if ring else None
+
+
+def _within(memory: Tensor, size: tuple[int, ...]) -> Tensor:
+    if memory.numel() < math.prod(size):
+        raise ValueError(f"a KV cache of {math.prod(size)} numbers does not fit a memory of {memory.numel()}")
+    return memory[: math.prod(size)].view(size)
 
 
 def context_frames(total: int, block: int, window: int | None, sinks: int) -> int:

@@ -125,8 +125,7 @@ class MergedWeights:
     def __init__(
         self, base: Weights, loras: Sequence[tuple[Lora | str | Path, float]], expert: str | None = None
     ) -> None:
-        self.base, self.shapes = base, base.shapes
-        self.config = getattr(base, "config", None)
+        self.base, self.shapes, self.config = base, base.shapes, base.config
         modules = {name.rpartition(".")[0] for name in base.shapes}
         self.loras = [
             (LoraFile(lora, modules, expert) if isinstance(lora, (str, Path)) else lora, scale) for lora, scale in loras

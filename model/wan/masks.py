@@ -44,6 +44,10 @@ class FrameMask:
     def key_frames(self) -> int:
         return len(self.allowed[0])
 
+    def among(self, frames: Sequence[int]) -> FrameMask:
+        """The mask among some frames of a square one, in this order."""
+        return FrameMask(tuple(tuple(self.allowed[q][k] for k in frames) for q in frames))
+
     @cached_property
     def segments(self) -> tuple[tuple[slice, tuple[slice, ...]], ...]:
         """Runs of query frames that see the same keys, and those keys as runs of frames: each a dense problem."""

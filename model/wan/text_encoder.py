@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.wan.folders import fingerprint, pipeline_folder, read_config
+from model.wan.folders import fingerprint, load_whole, loading, pipeline_folder, read_config
 
 _PAD, _EOS, _UNKNOWN = "<pad>", "</s>", "<unk>"
 _PARTS = ("text_encoder", "tokenizer")
@@ -155,17 +155,9 @@ def load_text_encoder(
     folder, words = encoder_folders(path)
     read_config(folder, "UMT5EncoderModel")
     quantize = _quantizer(quantization) if quantization else None  # before gigabytes are read
-    try:
+    with loading("text encoder", words):
         tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
-        loaded: Any = UMT5EncoderModel.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        encoder, report = loaded
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
-        raise ValueError(f"text encoder: {path} does not load: {' '.join(str(problem).split())}") from None
-    for kind in ("missing", "unexpected", "mismatched"):
-        if keys := sorted(map(str, report.get(f"{kind}_keys") or ())):
-            raise ValueError(f"text encoder: {folder} has {len(keys)} {kind} weights ({keys[0]}): fetch it again")
+    encoder = load_whole(UMT5EncoderModel, folder, "text encoder", dtype=dtype)
     if quantize is not None:
         quantize(encoder)
     return TextEncoder(encoder, tokenizer, text_len)

@@ -104,6 +104,7 @@ class WanTransformer(nn.Module):
         rolling: bool = False,
         dtype: torch.dtype,
         device: torch.device | str,
+        memory: Tensor | None = None,
     ) -> KVCache:
         """An empty cache for latents of `height` x `width`, holding `context_frames` frames beside blocks of
         `block_frames`; under sequence parallelism with all tokens of this rank's heads."""
@@ -111,7 +112,7 @@ class WanTransformer(nn.Module):
         tokens = c.tokens_per_frame(height, width)
         heads = c.num_heads if self.sequence is None else c.num_heads // self.sequence.size
         shape = CacheShape(c.num_layers, batch, context_frames, tokens, heads, c.head_dim, block_frames)
-        return KVCache(shape, sinks=sinks, rolling=rolling, dtype=dtype, device=device)
+        return KVCache(shape, sinks=sinks, rolling=rolling, dtype=dtype, device=device, memory=memory)
 
     def forward(
         self,

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model.wan.folders import part_folder, read_config
+from model.wan.folders import load_whole, part_folder, read_config
 from model.wan.tiny_decoder import TinyDecoder, load_tiny_decoder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -266,18 +266,5 @@ def load_vae(config: VAEConfig, device: torch.device | str = "cpu") -> WanVAE:
 def _load(folder: Path, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKLWan
 
-    try:
-        model, report = AutoencoderKLWan.from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            low_cpu_mem_usage=False,  # else it warns where accelerate is not installed
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as problem:
-        raise ValueError(f"vae: {folder} does not load: {' '.join(str(problem).split())}") from None
-    for kind in ("missing", "unexpected", "mismatched"):
-        if keys := sorted(map(str, report.get(f"{kind}_keys") or ())):
-            raise ValueError(f"vae: {folder} has {len(keys)} {kind} weights ({', '.join(keys[:4])}): fetch it again")
-    return model
+    # low_cpu_mem_usage: else it warns where accelerate is not installed
+    return load_whole(AutoencoderKLWan, folder, "vae", torch_dtype=dtype, low_cpu_mem_usage=False)

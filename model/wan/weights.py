@@ -21,7 +21,7 @@ from model.wan.formats import (
     to_diffusers_key,
     to_native_key,
 )
-from model.wan.geometry import describe, differences, fields_of_shapes, geometry_from, read_config
+from model.wan.geometry import Fields, describe, differences, fields_of_shapes, geometry_from, read_config
 from model.wan.sources import Stored, config_file, located, open_tensors, weight_files
 from utils import distributed
 
@@ -44,6 +44,7 @@ class Weights(Protocol):
     """Stored weights that are read one tensor at a time, under Wan's own names."""
 
     shapes: Shapes
+    config: Fields | None  # what a config.json beside them says
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
 
@@ -108,9 +109,9 @@ def fit(weights: Weights, own: Shapes, config: WanConfig) -> None:
                 stacklevel=3,
             )
     check_fit(own, weights.shapes)
-    stated = getattr(weights, "config", None)
+    stated = weights.config
     if stated is not None and (odd := differences(config, stated)):
-        values = ", ".join(f"{key} {stated[key]} instead of {getattr(config, key, None)}" for key in odd)
+        values = ", ".join(f"{key} {stated[key]} instead of {getattr(config, key)}" for key in odd)
         raise ValueError(
             f"weights do not fit this geometry: their config.json says {values}: choose {describe(stated)}"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,16 @@ def config(**changes: Any) -> RunConfig:
 
 
 def measured(config: RunConfig, folder: Path) -> int:
-    """Most bytes that this rank's tensors held, from before they were made to the end of the second iteration."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """Most bytes that rank 0's tensors held, from before they were made to the end of the second iteration."""
+    watch = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if distributed.is_main() else nullcontext()
+    with watch as profiler:
         trainer = build_trainer(config, RunOptions(folder, "never", wandb=False, save=False, visualize=False))
         for trainer.step in range(2):
             trainer.training_step()
-    return peak_of(profiler)
+    peak = torch.tensor(peak_of(profiler) if profiler is not None else 0)
+    if distributed.world_size() > 1:
+        torch.distributed.broadcast(peak, 0)
+    return int(peak)
 
 
 def peak_of(profiler: profile) -> int:
@@ -91,7 +96,11 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init()
     for name in ("bf16", "wide"):
-        peak = measured(config(**CASES[name]), folder / name)
+        # what gloo's threads freed late is still counted: that only adds, and by chance, so the least is the truest
+        peaks = [measured(config(**CASES[name]), folder / f"{name}{again}") for again in range(2)]
+        if max(peaks) > 1.005 * min(peaks):  # chance had a part in it
+            peaks.append(measured(config(**CASES[name]), folder / f"{name}2"))
+        peak = min(peaks)
         if distributed.is_main():
             (folder / f"{name}.json").write_text(json.dumps(peak))
 

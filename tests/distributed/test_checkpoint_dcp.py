@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from tests import forked
 from tests.distributed.checkpoint_worker import Everything, Run, assert_equal
-from tests.distributed.test_data_parallel import ROOT, environment
 from utils import checkpoint
 
 pytestmark = pytest.mark.slow
 
 
-def launch(ranks: int, scene: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += ["-m", "tests.distributed.checkpoint_worker", scene, str(folder)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+def launch(ranks: int, scene: str, folder: Path) -> forked.Done:
+    return forked.run(ranks, "tests.distributed.checkpoint_worker", scene, str(folder))
 
 
 def everything(path: Path) -> Everything:
@@ -65,7 +62,7 @@ def test_training_goes_on_bit_for_bit_on_two_ranks_and_on_one(folder: Path) -> N
 def test_a_rank_killed_while_it_saves_costs_that_save_only(victim: int, tmp_path: Path) -> None:
     root = tmp_path / f"run{victim}"
     done = launch(2, "killed", root)
-    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
+    assert done.codes[victim] == -signal.SIGKILL
     assert sorted(path.name for path in root.iterdir()) in (
         [".tmp-step_00000002", "step_00000001"],
         ["step_00000001"],  # the other rank saw it die, and tidied up

@@ -1,4 +1,4 @@
-"""Plain data parallelism over gloo, by the command that a user types."""
+"""Plain data parallelism over gloo, by the command that a user types and by ranks forked as it starts them."""
 
 from __future__ import annotations
 
@@ -13,33 +13,31 @@ from typing import Any
 import pytest
 
 from configs.schema import RunConfig
-from tests.small import DIFFUSION, DISTILLATION, ODE, config, save_networks, with_weights
+from tests import forked
+from tests.small import DIFFUSION, DISTILLATION, ODE, SHORT, config, save_networks, with_weights
 from tests.test_trainer import curve, tensors
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from utils import checkpoint
 from utils.config import load, to_yaml
 
-ROOT = Path(__file__).parents[2]
-
-
-def command(ranks: int, yaml: Path, logdir: Path, *more: str) -> list[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return [*launch, "train.py", "--config_path", str(yaml), "--logdir", str(logdir), *more]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-
 
 def run(ranks: int, yaml: Path, logdir: Path, *, max_steps: int | None = None) -> None:
-    """Several ranks by torchrun; a single one is this process."""
+    """Several ranks are forked; a single one is this process."""
     if ranks == 1:
         assert build_trainer(load(RunConfig, yaml), RunOptions(logdir, "auto", max_steps, wandb=False)).train() == 0
         return
     more = () if max_steps is None else ("--max_steps", str(max_steps))
+    done = forked.run(ranks, "train.py", "--config_path", str(yaml), "--logdir", str(logdir), *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def torchrun(ranks: int, yaml: Path, logdir: Path) -> None:
+    """The command that a user types."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command += ["train.py", "--config_path", str(yaml), "--logdir", str(logdir)]
     done = subprocess.run(
-        command(ranks, yaml, logdir, *more), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        command, cwd=forked.ROOT, env=forked.environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -58,10 +56,14 @@ def assert_close(a: Path, b: Path) -> None:
 def test_defect_11_ranks_share_the_global_batch_and_give_its_losses(base: dict[str, Any], tmp_path: Path) -> None:
     """One rank, two ranks, and a resume on the other number of ranks: one curve."""
     yaml = tmp_path / "run.yaml"
-    yaml.write_text(to_yaml(config(base, training={"max_steps": 6, "micro_batch_size": 1}, checkpoint={"every": 3})))
+    yaml.write_text(
+        to_yaml(config(base, training={"max_steps": 6, "micro_batch_size": 1}, checkpoint={"every": 3}, **SHORT))
+    )
     run(1, yaml, tmp_path / "one")
-    run(2, yaml, tmp_path / "two")
+    (torchrun if base is DIFFUSION else run)(2, yaml, tmp_path / "two")
     assert_close(tmp_path / "one", tmp_path / "two")
+    if base is DIFFUSION:  # it resumes as the other does
+        return
     run(2, yaml, tmp_path / "mixed", max_steps=3)
     run(1, yaml, tmp_path / "mixed")
     assert_close(tmp_path / "one", tmp_path / "mixed")
@@ -79,10 +81,10 @@ def test_ranks_that_ran_other_networks_save_and_resume_together(tmp_path: Path) 
     assert state["evaluations"]["frames"]["teacher"] == 6 * 6 * 2 * 9  # pairs x steps x guidance x frames
     yaml = tmp_path / "dmd.yaml"
     few = {"max_steps": 6, "micro_batch_size": 2, "generator_update_interval": 3}
-    yaml.write_text(to_yaml(config(training=few, checkpoint={"every": 1, "keep_last": 9})))
+    yaml.write_text(to_yaml(config(training=few, checkpoint={"every": 1, "keep_last": 9}, **SHORT)))
     run(2, yaml, tmp_path / "dmd", max_steps=3)
     run(2, yaml, tmp_path / "dmd")
-    yaml.write_text(to_yaml(config(training={**few, "micro_batch_size": 4}, checkpoint={"every": 6})))
+    yaml.write_text(to_yaml(config(training={**few, "micro_batch_size": 4}, checkpoint={"every": 6}, **SHORT)))
     run(1, yaml, tmp_path / "whole")
     ends = [checkpoint.load_state(tmp_path / name / "checkpoints/step_00000006") for name in ("dmd", "whole")]
     assert ends[0]["evaluations"]["frames"] == ends[1]["evaluations"]["frames"]
@@ -91,18 +93,17 @@ def test_ranks_that_ran_other_networks_save_and_resume_together(tmp_path: Path) 
 def test_defect_10_killed_run_resumes_and_sigterm_saves(tmp_path: Path) -> None:
     """SIGKILL loses at most what came after the last save; SIGTERM to the ranks saves first. The curve has no seam."""
     yaml = tmp_path / "run.yaml"
-    yaml.write_text(to_yaml(config(training={"max_steps": 400}, checkpoint={"every": 7})))
-    started = [sys.executable, "train.py", "--config_path", str(yaml), "--logdir", str(tmp_path / "run")]
+    yaml.write_text(to_yaml(config(training={"max_steps": 400}, checkpoint={"every": 7}, **SHORT)))
     for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 128 + 15)):
         before = len(checkpoint.list_checkpoints(tmp_path / "run/checkpoints"))
-        process = subprocess.Popen(started, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+        running = forked.Running(1, "train.py", "--config_path", str(yaml), "--logdir", str(tmp_path / "run"))
         deadline = time.monotonic() + 120
         first = checkpoint.latest(tmp_path / "run/checkpoints")
         while checkpoint.latest(tmp_path / "run/checkpoints") == first and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
-        assert process.returncode == code, stderr[-2000:]
+        os.kill(running.processes[0].pid or 0, number)
+        done = running.wait(60)
+        assert done.codes == [code], done.stderr[-2000:]
         assert len(checkpoint.list_checkpoints(tmp_path / "run/checkpoints")) >= max(before, 1)
     stopped = checkpoint.latest(tmp_path / "run/checkpoints")
     assert stopped is not None

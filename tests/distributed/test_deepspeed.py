@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests import forked
 from tests.distributed import zero
-from tests.distributed.test_data_parallel import ROOT, environment
 from tests.small import config, save_networks
 from trainer.build import build_trainer
 from utils.config import ConfigError
@@ -26,11 +25,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("zero")
     save_networks(folder)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "tests.distributed.zero", str(folder)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    done = forked.run(2, "tests.distributed.zero", str(folder))
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: load_file(folder / f"{name}.safetensors") for name in zero.RUNS}
 

@@ -5,16 +5,13 @@ Each world size is launched once; its processes run all cases of tests/distribut
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests import forked
 from tests.distributed import sharding
-from tests.distributed.test_data_parallel import ROOT, environment
 from tests.small import save_networks
 
 Seen = dict[str, Tensor]
@@ -30,11 +27,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
         if world == 1:
             sharding.main(folder)
             continue
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-        done = subprocess.run(
-            [*launch, "-m", "tests.distributed.sharding", str(folder)],
-            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400,
-        )  # fmt: skip
+        done = forked.run(world, "tests.distributed.sharding", str(folder))
         assert done.returncode == 0, done.stderr[-4000:]
     return {
         f"{world}_{name}": load_file(folder / f"{world}_{name}.safetensors")

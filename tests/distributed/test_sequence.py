@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing import get_context, start_processes
+from torch.multiprocessing import start_processes
 
+from tests import forked
 from tests.distributed import sequence_ranks
 from utils.parallel.sequence import SequenceParallel, check_degree
 
@@ -20,8 +21,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What four ranks report. A group of two is half of them, so the two halves must not meet either."""
     folder = tmp_path_factory.mktemp("ranks")
     report = folder / "report.json"
-    # torch is imported once, by the server that the ranks are forked from
-    get_context("forkserver").set_forkserver_preload([sequence_ranks.__name__, "torch._dynamo"])
+    forked.serve()
     arguments = (4, str(folder / "store"), str(report))
     start_processes(sequence_ranks.main, args=arguments, nprocs=4, start_method="forkserver")
     return json.loads(report.read_text())

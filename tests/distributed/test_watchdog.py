@@ -10,84 +10,99 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_data_parallel import ROOT, environment
+from tests import forked
 from tests.small import DIFFUSION, config
 from utils import checkpoint
 from utils.config import to_yaml
 from utils.watchdog import EXIT_STUCK
 
 pytestmark = pytest.mark.slow
+FAULTY = "tests.distributed.faulty_train"
 
 
-def faulty(fault: str, ranks: int, path: Path, *more: str) -> tuple[str, list[list[str]]]:
-    """What the ranks of a failing run said, and the lines that each of them noted. No process of it is left."""
+def faulty(fault: str, ranks: int, path: Path, *more: str) -> tuple[str, set[int], list[list[str]]]:
+    """What the ranks of a failing run said, their exit codes, and the lines that each noted. No process of it is left."""
     yaml = path / "run.yaml"
     yaml.write_text(
         to_yaml(config(DIFFUSION, training={"max_steps": 8, "global_batch_size": 6, "micro_batch_size": 1}))
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [
-        *launch,
-        "-m",
-        "tests.distributed.faulty_train",
-        "--config_path",
-        str(yaml),
-        "--logdir",
-        str(path / "run"),
-    ]
-    env = environment() | {"FAULT": fault, "NOTES": str(path)}
-    done = subprocess.run([*command, *more], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode != 0
+    arguments = ["--config_path", str(yaml), "--logdir", str(path / "run"), *more]
+    launch = torchrun if fault == "killed" else forked_ranks
+    stderr, codes = launch(ranks, arguments, {"FAULT": fault, "NOTES": str(path)})
     notes = [(path / f"rank{rank}.txt").read_text().splitlines() for rank in range(ranks)]
     for lines in notes:
         with pytest.raises(ProcessLookupError):
             os.kill(int(lines[0]), 0)
-    return done.stderr, [lines[1:] for lines in notes]
+    return stderr, codes, [lines[1:] for lines in notes]
+
+
+def forked_ranks(ranks: int, arguments: list[str], env: dict[str, str]) -> tuple[str, set[int]]:
+    done = forked.run(ranks, FAULTY, *arguments, env=env, timeout=200)
+    return done.stderr, set(done.codes)
+
+
+def torchrun(ranks: int, arguments: list[str], env: dict[str, str]) -> tuple[str, set[int]]:
+    """The real launcher; the codes are those of its summary."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+        "-m",
+        FAULTY,
+    ]
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=forked.ROOT,
+        env=forked.environment() | env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode != 0
+    return done.stderr, {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", done.stderr)}
 
 
 def reports(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("watchdog: ")]
 
 
-def exit_codes(stderr: str) -> set[int]:
-    """Of the ranks, as the launcher lists them."""
-    return {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", stderr)}
-
-
 def test_a_rank_that_stays_away_is_named_with_what_it_does_and_all_end(tmp_path: Path) -> None:
     stuck = ("watchdog.stuck_after_seconds=4", "watchdog.slow_after_seconds=60")
-    stderr, notes = faulty("absent", 3, tmp_path, *stuck)
+    stderr, codes, notes = faulty("absent", 3, tmp_path, *stuck)
     [report] = reports(stderr)
     away = r"rank 2 is at step 2 in 'iteration' for \d+ s"
     waiting = r"ranks 0-1 are at step 2 in 'student loss and backward' for \d+ s"
     assert re.fullmatch(rf"watchdog: rank \d has not moved for [45] s; {away}; {waiting}", report)
     stacks = stderr[stderr.index(report) :]
     assert re.search(r"rank 2:\n(  .*\n)*  faulty_train.py:\d+ in misbehave: time.sleep\(600\)\n", stacks)
-    assert exit_codes(stderr) <= {EXIT_STUCK, -15} and EXIT_STUCK in exit_codes(stderr)
+    assert codes <= {EXIT_STUCK, -15} and EXIT_STUCK in codes
     assert [len(lines) for lines in notes] == [2, 2, 2]
 
 
 def test_a_killed_rank_is_reported_by_the_one_that_missed_it(tmp_path: Path) -> None:
-    stderr, _ = faulty("killed", 2, tmp_path)
+    stderr, codes, _ = faulty("killed", 2, tmp_path)
     [report] = reports(stderr)
     where = "at step 2 in 'student loss and backward'"
     assert re.match(f"watchdog: rank 0 lost another rank {where}: .*[Cc]onnection.* by peer", report)
     assert re.search(r"; rank 1 is silent since [\d:]{8} \(dead or stopped\), last at step \d in ", report)
     assert re.search(f"; rank 0 is {where} for", report)
-    assert exit_codes(stderr) == {-9, EXIT_STUCK}
+    assert codes == {-9, EXIT_STUCK}
 
 
 def test_ranks_that_run_different_configs_do_not_start(tmp_path: Path) -> None:
-    stderr, notes = faulty("config", 2, tmp_path)
+    stderr, codes, notes = faulty("config", 2, tmp_path)
     [line] = [line for line in stderr.splitlines() if "error: " in line and "ranks" in line]
     assert re.search(r"the ranks do not run the same: config differs: rank 0: \w{12}, rank 1: \w{12}: ", line)
     assert "code differs" not in line and "torch differs" not in line
-    assert exit_codes(stderr) <= {2, -15} and 2 in exit_codes(stderr)
+    assert codes <= {2, -15} and 2 in codes
     assert notes == [[], []] and not (tmp_path / "run").exists()
 
 
 def test_one_ranks_bad_numbers_are_its_own_and_no_rank_takes_the_update(tmp_path: Path) -> None:
-    stderr, notes = faulty("nan", 2, tmp_path, "training.non_finite_limit=2")
+    stderr, codes, notes = faulty("nan", 2, tmp_path, "training.non_finite_limit=2")
     skipped = [line for line in stderr.splitlines() if "update skipped" in line]
     assert len(skipped) == 4  # each said once, not by every rank
     said = [re.search(r"step (\d): student: not finite: (.*); update skipped", line) for line in skipped]
@@ -99,5 +114,5 @@ def test_one_ranks_bad_numbers_are_its_own_and_no_rank_takes_the_update(tmp_path
     assert notes[0] == notes[1]  # the same weights on both ranks, before and after each update
     kept = [step for step, before, after in map(str.split, notes[0]) if before == after]
     assert kept == ["1", "3", "5", "6"] and len(notes[0]) == 7
-    assert "2 updates of student in a row were not finite" in stderr and 2 in exit_codes(stderr)
+    assert "2 updates of student in a row were not finite" in stderr and 2 in codes
     assert checkpoint.latest(tmp_path / "run/checkpoints") == tmp_path / "run/checkpoints/step_00000007"

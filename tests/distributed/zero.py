@@ -59,6 +59,7 @@ def base(folder: Path) -> dict[str, Any]:
                 "generator_update_interval": 1,
             },
             "checkpoint": {"every": 100},
+            "data": {"toy": {"frames": 6}},
             "schedule": {"denoising_step_list": [1000, 500]},
         },
     )  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.test_data_parallel import run
-from tests.small import config
+from tests.small import SHORT, config
 from tests.test_trainer import curve, tensors
 from utils.checkpoint import list_checkpoints, step_of
 from utils.config import to_yaml
@@ -76,7 +76,9 @@ def ended(job: str, seconds: float = 400) -> list[str]:
 
 def small_yaml(folder: Path) -> Path:
     path = folder / "small.yaml"
-    path.write_text(to_yaml(config(training={"max_steps": 500, "micro_batch_size": 1}, checkpoint={"every": 1000})))
+    path.write_text(
+        to_yaml(config(training={"max_steps": 500, "micro_batch_size": 1}, checkpoint={"every": 1000}, **SHORT))
+    )
     return path
 
 

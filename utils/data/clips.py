@@ -244,7 +244,10 @@ def decode_end(media: Media, size: Size, *, last: bool) -> Tensor:
     except (av.FFmpegError, OSError, IndexError) as problem:
         raise CorruptSample(f"{media.name} cannot be decoded: {problem}") from None
     if len(pictures) < size.frames:
-        raise CorruptSample(f"{media.name} has {len(pictures)} frames, {size.frames} are needed")
+        raise CorruptSample(
+            f"{media.name} has {len(pictures)} frames, {size.frames} are needed: give a longer video, or ask for fewer "
+            "frames"
+        )
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
 

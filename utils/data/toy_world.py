@@ -10,15 +10,13 @@ and every frame carries the same ink. With the default speed and 9 frames no dig
 Space-to-depth by 2 stands in for the VAE: pixels [B, F, 1, 16, 16] <-> latents [B, F, 4, 8, 8].
 """
 
-# B batch  F frames  C channels  H W size (pixels or latents)  N glyphs  K uniform draws
+# B batch  F frames  C channels  H W size (pixels or latents)  K uniform draws
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import torch
@@ -26,12 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-Split = Literal["train", "test"]
+from utils.data.glyphs import DIGIT_WORDS, GLYPH, Split, check_draws, glyph_indices, glyphs, uniform
 
-DIGIT_WORDS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIRECTIONS: Final = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y) of one step, y downwards
-GLYPH: Final = 8  # pixels a side of a digit
-TRAIN_GLYPHS: Final = 1400  # of 1797; the other 397 are held out
 PIXEL_MEAN: Final = 0.08  # latents are (pixel - mean) / std: about zero mean and unit variance
 PIXEL_STD: Final = 0.22
 _STREAMS: Final = {"train": 0, "test": 1, "real": 2}
@@ -89,7 +84,8 @@ class ToyWorld:
 
     def __init__(self, config: ToyWorldConfig) -> None:
         self.config = config
-        self.latent_shape = (config.frames, 4, config.canvas // 2, config.canvas // 2)
+        self.side = config.canvas  # pixels
+        self.latent_shape: tuple[int, ...] = (config.frames, 4, config.canvas // 2, config.canvas // 2)
         self.captions = [self.caption(digit, direction) for digit in range(10) for direction in DIRECTIONS]
 
     def caption(self, digit: int, direction: str) -> str:
@@ -112,12 +108,15 @@ class ToyWorld:
         digit, direction = self.parse(batch.captions[0])
         return ToySample(batch.latents_BFCHW[0], batch.captions[0], digit, direction)
 
+    def resized(self, frames: int, height: int) -> ToyWorld:
+        """The same world with so many frames, on the canvas whose latents are so high: itself where it has both."""
+        config = replace(self.config, frames=frames, canvas=2 * height)
+        return self if config == self.config else ToyWorld(config)
+
     def batch(self, indices: Sequence[int], split: Split) -> ToyBatch:
         """The samples with these indices. Raises ValueError on an unknown split or a negative index."""
-        _check_split(split)
-        if any(index < 0 for index in indices):
-            raise ValueError(f"toy world: sample indices must be >= 0, got {min(indices)}")
-        u_BK = _uniform([self.config.seed, _STREAMS[split]], np.asarray(indices, dtype=np.uint64), draws=5)
+        check_draws("toy world", indices, split)
+        u_BK = uniform([self.config.seed, _STREAMS[split]], np.asarray(indices, dtype=np.uint64), draws=5)
         names = list(DIRECTIONS)
         digits = [int(u * 10) for u in u_BK[:, 0]]
         directions = [names[int(u * len(names))] for u in u_BK[:, 1]]
@@ -129,10 +128,10 @@ class ToyWorld:
 
         Of held-out handwriting unless `split` says "train"; apart from `sample`'s streams; `seed` picks the draws.
         """
-        _check_split(split)
+        check_draws("toy world", (), split)
         digits, directions = zip(*(self.parse(caption) for caption in captions), strict=True)
         key = [self.config.seed, _STREAMS["real"], _STREAMS[split], seed]
-        u_BK = _uniform(key, np.arange(len(captions), dtype=np.uint64), draws=3)
+        u_BK = uniform(key, np.arange(len(captions), dtype=np.uint64), draws=3)
         return self._render(digits, directions, u_BK, split)
 
     def encode(self, pixels_BFCHW: Tensor) -> Tensor:
@@ -155,15 +154,10 @@ class ToyWorld:
         self, digits: Sequence[int], directions: Sequence[str], u_BK: NDArray[np.float64], split: Split
     ) -> Tensor:
         """Latents for the given content; u_BK [B, 3] chooses the handwriting, the start and the offset across."""
-        pools = [_glyph_indices(split)[digit] for digit in digits]
-        glyphs_BHW = _glyphs()[[pool[int(u * len(pool))] for pool, u in zip(pools, u_BK[:, 0], strict=True)]]
+        pools = [glyph_indices(split)[digit] for digit in digits]
+        glyphs_BHW = glyphs()[[pool[int(u * len(pool))] for pool, u in zip(pools, u_BK[:, 0], strict=True)]]
         offset_BFxy = _offsets(self.config, np.array([DIRECTIONS[d] for d in directions]).reshape(-1, 2), u_BK[:, 1:])
         return self.encode(_place(glyphs_BHW, torch.from_numpy(offset_BFxy), self.config.canvas).unsqueeze(2))
-
-
-def _check_split(split: str) -> None:
-    if split not in ("train", "test"):
-        raise ValueError(f"toy world: split must be 'train' or 'test', got {split!r}")
 
 
 def _offsets(config: ToyWorldConfig, step_Bxy: NDArray[np.int64], u_BK: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -194,42 +188,3 @@ def _place(glyphs_BHW: Tensor, offset_BFxy: Tensor, canvas: int) -> Tensor:
         weight = fraction[..., axis, None, None]
         images = images.gather(dim, index) * (1 - weight) + images.gather(dim, (index - 1) % canvas) * weight
     return images
-
-
-@functools.cache
-def _digits() -> tuple[Tensor, tuple[int, ...]]:
-    """All glyphs [1797, 8, 8] in [0, 1] and their labels, in a fixed shuffled order (the file is sorted by writer)."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    order = np.argsort(_uniform([0], np.arange(len(data.target), dtype=np.uint64), draws=1)[:, 0], kind="stable")
-    return torch.from_numpy(data.images[order] / 16).float(), tuple(int(label) for label in data.target[order])
-
-
-def _glyphs() -> Tensor:
-    return _digits()[0]
-
-
-@functools.cache
-def _glyph_indices(split: Split) -> tuple[tuple[int, ...], ...]:
-    """For each digit, the glyphs of this split that show it. The splits share no glyph."""
-    labels = _digits()[1]
-    chosen = range(TRAIN_GLYPHS) if split == "train" else range(TRAIN_GLYPHS, len(labels))
-    return tuple(tuple(i for i in chosen if labels[i] == digit) for digit in range(10))
-
-
-def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's step and finaliser (Steele et al. 2014): one well-mixed 64-bit word per input word."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _uniform(key: Sequence[int], indices: NDArray[np.uint64], draws: int) -> NDArray[np.float64]:
-    """U[0, 1) draws [B, K], each a hash of (key, index, number of the draw): no state, so no order to depend on."""
-    state = np.zeros(1, dtype=np.uint64)
-    for word in key:
-        state = _mix64(state ^ np.array([word % 2**64], dtype=np.uint64))
-    state_BK = _mix64(_mix64(state ^ indices)[:, None] ^ np.arange(draws, dtype=np.uint64))
-    return (state_BK >> np.uint64(11)).astype(np.float64) * math.ldexp(1, -53)

@@ -1,0 +1,160 @@
+"""Training on videos of several sizes: which may be drawn, and how the noise schedule follows.
+
+F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from model.schedule import TIMESTEPS, ScheduleConfig
+from pipeline.self_forcing_training import rollout_lengths
+from utils.random import Noise
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig
+
+Size = tuple[int, int, int]  # F, H, W
+
+
+@dataclass
+class VideoSize:
+    """frames, height, width: of latent videos, null for the data's own; weight: how often they are drawn, against the
+    weights of the others."""
+
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    weight: float = 1.0
+
+
+def check_values(sizes: Sequence[VideoSize]) -> None:
+    """Raises ValueError for a list that says nothing, or numbers that are no sizes and weights."""
+    if not sizes:
+        raise ValueError("sizes is empty: list sizes of videos, or set it to null for the data's own")
+    for number, size in enumerate(sizes):
+        for name in ("frames", "height", "width"):
+            value = getattr(size, name)
+            if value is not None and value < 1:
+                raise ValueError(f"sizes[{number}].{name} must be at least 1, or null for the data's own, got {value}")
+        if not 0 < size.weight < math.inf:
+            raise ValueError(f"sizes[{number}].weight must be positive and finite, got {size.weight}")
+
+
+def sizes_of(config: RunConfig) -> list[Size]:
+    """What training may draw, in the order of `training.sizes`; the data's own size where that is null."""
+    own = config.data.size
+    if config.training.sizes is None:
+        return [own]
+    frames, height, width = own
+    return [(s.frames or frames, s.height or height, s.width or width) for s in config.training.sizes]
+
+
+def largest(config: RunConfig) -> Size:
+    """The size of the most tokens."""
+    return max(sizes_of(config), key=math.prod)
+
+
+def drawn_size(config: RunConfig, noise: Noise) -> Size:
+    """The size of a step's videos: by the step alone, so all ranks and micro-batches agree."""
+    if config.training.sizes is None:
+        return config.data.size
+    weights = [size.weight for size in config.training.sizes]
+    left = noise.shared_uniform("size", 1)[0] * sum(weights)
+    for size, weight in zip(sizes_of(config), weights, strict=True):
+        left -= weight
+        if left < 0:
+            return size
+    return sizes_of(config)[-1]
+
+
+def shift_factor(config: RunConfig, shape: Sequence[int]) -> float:
+    """sqrt(tokens / tokens of the data's own size) of videos of `shape` (F, C, H, W) (SD3, arXiv 2403.03206, eq. 23).
+
+    Neighbouring tokens tell of each other: of more of them more noise must hide the same. Patches cancel out. 1 where
+    `training.sizes` is null or `training.scale_shift` false.
+    """
+    if config.training.sizes is None or not config.training.scale_shift:
+        return 1.0
+    frames, _, height, width = shape
+    return math.sqrt(frames * height * width / math.prod(config.data.size))
+
+
+def schedule_at(config: RunConfig, shape: Sequence[int]) -> ScheduleConfig:
+    """The schedule for videos of `shape` (F, C, H, W)."""
+    return config.schedule.scaled(shift_factor(config, shape))
+
+
+def check_sizes(config: RunConfig) -> None:
+    """Raises ValueError, one line, for a size that networks, blocks, rollouts or data of the run cannot have."""
+    if config.training.sizes is None:
+        return
+    if config.trainer.value == "ode":
+        raise ValueError("training.sizes: trainer ode learns from trajectories of the data's own size: set it to null")
+    given_image = config.student.geometry().model_type == "i2v"
+    if given_image and config.rollout.num_training_frames is not None:
+        raise ValueError(
+            "rollout.num_training_frames: with training.sizes the channels of an i2v network describe each size's own "
+            "frames: set it to null"
+        )
+    for number, size in enumerate(sizes_of(config)):
+        try:
+            _check_size(config, size)
+            _check_data(config, size, given_image)
+        except ValueError as problem:
+            raise ValueError(f"training.sizes[{number}]: {problem}") from None
+
+
+def _check_size(config: RunConfig, size: Size) -> None:
+    frames, height, width = size
+    for network in (config.student, config.teacher, config.critic):
+        if network is not None:
+            network.geometry().tokens_per_frame(height, width)
+    if config.is_causal:
+        try:
+            config.causal.blocks(frames)
+        except ValueError as problem:
+            raise ValueError(f"its frames and causal.num_frame_per_block disagree: {problem}") from None
+    if config.trainer.value != "score_distillation":
+        return
+    longest = config.rollout.num_training_frames
+    if longest is not None:
+        rollout_lengths(frames, longest, config.causal.num_frame_per_block)
+    ours, scaled = config.schedule, schedule_at(config, (frames, 0, height, width))
+    if _within_bounds(ours) and not _within_bounds(scaled):
+        raise ValueError(
+            f"scales schedule.timestep_shift {ours.timestep_shift:g} to {scaled.timestep_shift:.3g}, and a step leaves "
+            "schedule.min_score_timestep and max_score_timestep: set training.scale_shift to false"
+        )
+
+
+def _within_bounds(schedule: ScheduleConfig) -> bool:
+    low, high = schedule.min_score_timestep / TIMESTEPS, schedule.max_score_timestep / TIMESTEPS
+    return all(low < sigma <= high for sigma in schedule.sigmas())
+
+
+def _check_data(config: RunConfig, size: Size, given_image: bool) -> None:
+    data, (frames, height, width) = config.data, size
+    own_frames, *own = data.size
+    same = [height, width] == own
+    if data.kind == "digits" and size != data.size:
+        raise ValueError("data.kind digits has images of one size: set training.sizes to null")
+    if data.kind == "toy":
+        if height != width:
+            raise ValueError(f"the toy world is square, not {height}x{width}: give one height and width")
+        replace(data.toy, frames=frames, canvas=2 * height)
+        if config.objective.reward is not None and not same:
+            raise ValueError(f"objective.reward judges {own[0]}x{own[1]}, not {height}x{width}: vary frames alone")
+    videos = data.kind == "wan" and data.latents is not None and config.needs_data() is not None
+    images = data.kind == "wan" and data.images is not None
+    if (videos or images) and not same:
+        key = "data.latents" if videos else "data.images"
+        raise ValueError(
+            f"{height}x{width} is not the {own[0]}x{own[1]} of data.wan, in which {key} was stored: vary frames alone"
+        )
+    if (videos or (images and given_image)) and frames > own_frames:
+        key = "data.latents" if videos else "data.images"
+        raise ValueError(f"{frames} frames of {key}, which gives {own_frames} (data.wan.frames): choose fewer")
