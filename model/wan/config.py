@@ -181,9 +181,9 @@ class SparseConfig:
     """Video sparse attention (arXiv 2505.13389) in place of the network's self-attention.
 
     sparsity: share of key tiles that a tile of queries leaves out. cube: a tile's tokens along frames, height and
-    width, 64 in all; null for what pads a grid least, which changes as a cache grows. backend: 'reference', 'triton' or
-    'flex', null for Triton on CUDA and the reference elsewhere. ramp_step, ramp_every: sparsity grows from 0 by this
-    each so many iterations (FastVideo: 0.03 and 30), null for none.
+    width, 64 in all where kernels compute it; null for what pads a grid least, which changes as a cache grows. backend:
+    'reference', 'triton' or 'flex', null for Triton on CUDA and the reference elsewhere. ramp_step, ramp_every:
+    sparsity grows from 0 by this each so many iterations (FastVideo: 0.03 and 30), null for none.
     """
 
     sparsity: float = 0.8
@@ -195,8 +195,13 @@ class SparseConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        if self.cube is not None and (len(self.cube) != 3 or tuple(self.cube) not in CUBES):
-            raise ValueError(f"cube {self.cube} is not supported: choose among {', '.join(map(str, CUBES))}, or null")
+        exact = self.backend == "reference" and self.cube is not None and len(self.cube) == 3 and min(self.cube) > 0
+        if self.cube is not None and tuple(self.cube) not in CUBES and not exact:
+            choices = ", ".join(map(str, CUBES))
+            raise ValueError(
+                f"cube {self.cube} is not supported: choose among {choices}, or null; any three sides of at least 1 "
+                "with backend reference"
+            )
         if self.backend not in (None, "reference", "triton", "flex"):
             raise ValueError(f"backend '{self.backend}' is unknown: choose reference, triton or flex, or null")
         if (self.ramp_step is not None and self.ramp_step <= 0) or self.ramp_every < 1:

@@ -21,7 +21,7 @@ from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import LossOutput, Rollout
 from model.wan.attention import Backend
-from model.wan.config import Checkpointing
+from model.wan.config import Checkpointing, SparseConfig
 from model.wan.kv_cache import KVCache
 from model.wan.masks import FrameMask
 from model.wan.transformer import WanTransformer
@@ -38,14 +38,19 @@ IMAGE_CONFIG = dataclasses.replace(CONFIG, in_dim=6, model_type="i2v", image_dim
 CAUSAL = CausalConfig(2, window_frames=4, sink_frames=1, context_noise=100)  # the cache rolls
 SIGMAS = (1.0, 0.8, 0.5)
 FRAMES = 8
+SPARSE = SparseConfig(0.5, [1, 2, 2], "reference")  # a frame of 3 x 3 tokens has four tiles, three of them ragged
 Group = dist.ProcessGroup | None
 Result = dict[str, Tensor]  # "whole ...": the same on all ranks of the group; "sum ...": to be summed over them
 
 
 def network(
-    seed: int, group: Group, checkpointing: Checkpointing = Checkpointing.none, backend: Backend = Backend.PLAIN
+    seed: int,
+    group: Group,
+    checkpointing: Checkpointing = Checkpointing.none,
+    backend: Backend = Backend.PLAIN,
+    sparse: SparseConfig | None = None,
 ) -> WanTransformer:
-    net = random_net(seed, CONFIG, checkpointing=checkpointing, backend=backend)
+    net = random_net(seed, CONFIG, checkpointing=checkpointing, backend=backend, sparse=sparse)
     if group is not None:
         apply_sequence_parallel(net, group)
     return net
@@ -65,8 +70,9 @@ def masked(
     size: tuple[int, int] = (6, 6),
     checkpointing: Checkpointing = Checkpointing.none,
     backend: Backend = Backend.PLAIN,
+    sparse: SparseConfig | None = None,
 ) -> Result:
-    net = network(1, group, checkpointing, backend)
+    net = network(1, group, checkpointing, backend, sparse)
     x, weight = (latents(seed, 2, FRAMES, CONFIG, *size) for seed in (2, 6))
     x.requires_grad_()
     out = net(x, per_frame_sigma(FRAMES), texts(3, 2, CONFIG), mask=mask)
@@ -125,9 +131,13 @@ def rollout(net: WanTransformer, with_gradient: bool) -> Rollout:
 
 
 def generator_step(
-    group: Group, objective: Callable[..., LossOutput], checkpointing: Checkpointing = Checkpointing.none
+    group: Group,
+    objective: Callable[..., LossOutput],
+    checkpointing: Checkpointing = Checkpointing.none,
+    sparse: SparseConfig | None = None,
 ) -> Result:
-    student, teacher, critic = (network(seed, group, checkpointing) for seed in (1, 11, 12))
+    student = network(1, group, checkpointing, sparse=sparse)
+    teacher, critic = (network(seed, group, checkpointing) for seed in (11, 12))
     teacher.requires_grad_(False)
     critic.requires_grad_(False)
     made = rollout(student, with_gradient=True)
@@ -183,6 +193,8 @@ TRAINED: dict[str, Callable[..., Result]] = {  # with and without checkpointing:
     "with_image": with_image,
     "features": tapped,
     "generator_dmd": partial(generator_step, objective=dmd_loss),
+    "sparse": partial(masked, mask=CAUSAL.mask(FRAMES), sparse=SPARSE),
+    "generator_sparse": partial(generator_step, objective=dmd_loss, sparse=SPARSE),
     "generator_sid": partial(generator_step, objective=sid_loss),
     "critic": critic_step,
 }

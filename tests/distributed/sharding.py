@@ -35,6 +35,7 @@ OTHERS: dict[str, Case] = {
     # one sharded copy in three roles; the adapters' values do not depend on the ranks, nor do the random weights
     "lora": {name: ADAPTED for name in ("student", "critic")},
     "gan": {"objective": {"gan": {"features": "critic", "weight": 0.5, "depths": [0.5], "discriminator_weight": 0.5}}},
+    "sparse": {"student": {"sparse": {"sparsity": 0.6, "cube": [1, 2, 2], "backend": "reference"}}},
     "muon": {"generator_training": {"optimizer": {"kind": "muon", "muon_lr": 1e-3, "muon_weight_decay": 0.1}}},
 }
 CASES: dict[int, dict[str, Case]] = {
@@ -79,6 +80,14 @@ CASES: dict[int, dict[str, Case]] = {
             "parallel": {"sequence": 2, "keep_gathered_in_rollout": True},
         },
         "gan": merged(OTHERS["gan"], {"training": {"micro_batch_size": 2}, "parallel": {"sequence": 2}}),
+        "sparse": merged(
+            OTHERS["sparse"],
+            {
+                "student": {"checkpointing": "full"},
+                "training": {"micro_batch_size": 4},
+                "parallel": {"sequence": 2, "replicate": 2},
+            },
+        ),
     },
 }
 
