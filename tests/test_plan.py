@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 
 from configs.schema import RunConfig
-from model.wan.config import PRESETS, WanConfig
+from model.wan.config import PRESETS, SparseConfig, WanConfig
 from model.wan.transformer import WanTransformer
+from model.wan.vsa.tiles import Tiling, tile_maps
 from tests import forked, small
 from tests.distributed import measured_peak
 from trainer.plan import Cluster, Plan, make_plan, update_cost
 from trainer.plan_report import changes, plan_text, remedies, report
-from trainer.plan_run import ALLOCATION, SHARDED, Iteration, pretended_world, run, stripped
+from trainer.plan_run import ALLOCATION, SHARDED, Iteration, kernels_counted, pretended_world, run, stripped
 from utils.cli import train_args
 from utils.config import UserError, load
 from utils.parallel.plan_hardware import GPU, GPUS, bound, needed_gb
@@ -156,6 +158,41 @@ def test_attention_costs_two_and_a_half_times_as_much_backward() -> None:
         out.sum().backward()
     assert meter.phases["forward"].cost[FLOPS] == 4 * 2 * 64 * 32 * 16
     assert meter.phases["backward"].cost[FLOPS] == 2.5 * meter.phases["forward"].cost[FLOPS]
+
+
+def test_sparse_attention_is_planned_as_its_kernels() -> None:
+    """FLOPs beside the dense network's: gates, attention between tiles, kept pairs of tiles in place of all tokens.
+    Made without Triton; what the cache of index maps holds afterwards are true tensors."""
+    c, tokens, tiles, kept = PRESETS["tiny"], 48, 3, 2
+    cost = {}
+    for sparse in (None, SparseConfig(0.5, [1, 4, 4], "reference")):
+        meter = Meter(cuda=True)
+        with kernels_counted(meter), meter.running():
+            if sparse is not None:
+                sparse.backend = "triton"
+            net = WanTransformer(c, sparse=sparse)
+            meter.enter("forward")
+            out = net(torch.empty(1, 3, c.in_dim, 8, 8), torch.empty(1), torch.empty(1, c.text_len, c.text_dim))
+            meter.enter("backward")
+            out.sum().backward()
+        cost[sparse is not None] = [meter.phases[stage].cost[FLOPS] for stage in ("forward", "backward")]
+    gates, between = 2 * tokens * c.dim**2, 4 * tiles**2 * c.dim
+    fine, dense = 4 * tiles * kept * 16**2 * c.dim, 4 * tokens**2 * c.dim
+    forward, backward = (new - old for new, old in zip(cost[True], cost[False], strict=True))
+    assert forward == c.num_layers * (gates + between + fine - dense)
+    assert backward == c.num_layers * (2 * gates + 2 * between + 3.5 * fine - 2.5 * dense)
+    assert not isinstance(tile_maps(Tiling((3, 4, 4), (1, 4, 4)), torch.device("cpu")).counts, FakeTensor)
+
+
+def test_few_layers_of_a_sparse_student_tell_of_many() -> None:
+    sparse = {"sparsity": 0.5, "cube": [1, 2, 2], "backend": "reference"}
+    deep = config(5, student={"sparse": sparse}, training={"max_steps": 1})
+    guessed, whole = (make_plan(deep, Cluster(1, 1, "h200", H200), whole=whole) for whole in (False, True))
+    # within a sparse layer two moments are nearly as high, and with the depth another one is the highest
+    assert guessed.peak == pytest.approx(whole.peak, rel=1e-3)
+    assert guessed.iterations[0].cost == pytest.approx(whole.iterations[0].cost, rel=1e-12)
+    dense = make_plan(config(5, training={"max_steps": 1}), guessed.cluster)
+    assert dense.rest[Owner("student", "parameters")] < whole.rest[Owner("student", "parameters")]  # the gates
 
 
 CLUSTERS = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -29,14 +30,17 @@ from configs.sections import TrainerKind
 from configs.sizes import largest
 from model.discriminator import tapped_blocks
 from model.types import LossOutput
+from model.wan import vsa
 from model.wan.config import NetworkConfig
 from model.wan.kv_cache import KVCache
+from model.wan.vsa import Tiling, fused
+from model.wan.vsa.tiles import TileMaps, tile_maps
 from trainer.base import MicroBatch, RunOptions, Trainer
 from trainer.build import build_task, build_trainer
 from trainer.networks import Trained
 from utils.config import UserError
 from utils.parallel.mesh import build_mesh
-from utils.parallel.plan_meter import GRADIENTS, Meter, Owner, Phase
+from utils.parallel.plan_meter import FLOPS, GRADIENTS, Meter, Owner, Phase
 from utils.random import Noise
 
 ALLOCATION = 512  # bytes: the CUDA allocator's unit
@@ -97,6 +101,8 @@ def stripped(config: RunConfig) -> RunConfig:
     for network in networks_of(config).values():
         network.init = None
         network.attention = "sdpa" if network.attention in ("flash", "flex") else network.attention
+        if network.sparse is not None:
+            network.sparse.backend = "triton"  # whose kernels are counted: see `kernels_counted`
     sizes, clip = config.data.synthetic, config.data.wan
     if config.training.sizes is not None:
         sizes.frames, sizes.height, sizes.width = largest(config)
@@ -153,10 +159,34 @@ def pretended_world(size: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
+@contextmanager
+def kernels_counted(meter: Meter) -> Iterator[None]:
+    """Sparse attention's kernels are counted instead of started, and need no Triton: buffers are made as on CUDA."""
+
+    def counted(_kernel: Any, _programs: Any, *_: Any, products: int = 0, pairs: int = 0, **constants: Any) -> None:
+        if products:
+            meter.phase.cost[FLOPS] += 2 * products * pairs * constants["T"] ** 2 * constants["D"]
+
+    def maps(tiling: Tiling, device: torch.device) -> TileMaps:
+        with unset_fake_temporarily():  # indices have values, and outlive the plan in a cache
+            return tile_maps(tiling, device)
+
+    with ExitStack() as patches:
+        for owner, name, value in (
+            (fused, "launch", counted),
+            (fused, "tile_maps", maps),
+            (fused, "check", lambda *_: None),
+            (vsa, "available", lambda _: None),
+        ):
+            patches.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
 def run(config: RunConfig, meter: Meter, iterations: list[Iteration]) -> Record:
     """Runs these iterations of a `stripped` config in the process group there is, pretended or (in tests) not."""
     mesh = build_mesh(config.parallel, dist.get_world_size() if dist.is_initialized() else 1, torch.device("cpu"))
-    with meter.running():
+    with kernels_counted(meter), meter.running():
         options = RunOptions(
             Path(os.devnull, "plan"), "never", wandb=False, save=False, visualize=False, log=False, mesh=mesh
         )

@@ -29,7 +29,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, queries: Tiling, keys: 
 
     Raises ValueError for what the kernels cannot run: a dtype, a width, a tile, or tensors outside CUDA.
     """
-    _check(q, k, v, queries)
+    check(q, k, v, queries)
     with _device_of(q):
         q_tiles, q_mean = _TileAndPool.apply(q, queries)
         k_tiles, k_mean = _TileAndPool.apply(k, keys)
@@ -48,7 +48,7 @@ def select_tiles(scores_BNnm: Tensor, kept: int) -> Tensor:
     total = scores.numel() // tiles
     block = max(1 << (tiles - 1).bit_length(), 16)
     rows = max(SELECT // block, 1)
-    kernels.select_kernel[(-(-total // rows),)](scores, chosen, total, tiles, kept, ROWS=rows, BLOCK=block)
+    launch(kernels.select_kernel, (-(-total // rows),), scores, chosen, total, tiles, kept, ROWS=rows, BLOCK=block)
     return chosen
 
 
@@ -72,9 +72,10 @@ class _TileAndPool(torch.autograd.Function):
         maps = tile_maps(tiling, x.device)
         tiles = x.new_empty(batch, heads, tiling.tiles, tiling.slots, width)
         means = x.new_empty(batch, heads, tiling.tiles, width, dtype=torch.float32)
-        kernels.tile_kernel[(tiling.tiles, batch * heads)](
-            x, *x.stride()[:3], maps.token_of_slot, maps.counts, tiles, means, heads, D=width, T=tiling.slots
-        )
+        launch(
+            kernels.tile_kernel, (tiling.tiles, batch * heads), x, *x.stride()[:3], maps.token_of_slot, maps.counts,
+            tiles, means, heads, D=width, T=tiling.slots,
+        )  # fmt: skip
         ctx.tiling, ctx.length = tiling, length
         return tiles, means
 
@@ -85,9 +86,9 @@ class _TileAndPool(torch.autograd.Function):
         maps = tile_maps(ctx.tiling, d_tiles.device)
         dx = d_tiles.new_empty(batch, ctx.length, heads, width)
         with _device_of(dx):
-            kernels.untile_kernel[(tiles, batch * heads)](
-                d_tiles.contiguous(), d_means.contiguous(), maps.token_of_slot, maps.counts, dx, heads, ctx.length,
-                D=width, T=slots,
+            launch(
+                kernels.untile_kernel, (tiles, batch * heads), d_tiles.contiguous(), d_means.contiguous(),
+                maps.token_of_slot, maps.counts, dx, heads, ctx.length, D=width, T=slots,
             )  # fmt: skip
         return dx, None
 
@@ -112,10 +113,11 @@ class _FineAndGate(torch.autograd.Function):
         fine = torch.empty_like(q)
         logsum = q.new_empty(batch, heads, tiles, slots, dtype=torch.float32)
         out = q.new_empty(batch, queries.tokens, heads, width)
-        kernels.attend_kernel[(tiles, batch * heads)](
-            q, k, v, chosen, tile_maps(keys, q.device).counts, tile_maps(queries, q.device).token_of_slot,
-            coarse, gate, *gate.stride()[:3], fine, logsum, out, width**-0.5, heads, queries.tokens,
-            keys.tiles, chosen.shape[-1], D=width, T=slots, **_launch(q, FORWARD_STAGES),
+        launch(
+            kernels.attend_kernel, (tiles, batch * heads), q, k, v, chosen, tile_maps(keys, q.device).counts,
+            tile_maps(queries, q.device).token_of_slot, coarse, gate, *gate.stride()[:3], fine, logsum, out,
+            width**-0.5, heads, queries.tokens, keys.tiles, chosen.shape[-1], D=width, T=slots,
+            products=2, pairs=chosen.numel(), stages=FORWARD_STAGES,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, coarse, gate, chosen, fine, logsum)
         ctx.queries, ctx.keys = queries, keys
@@ -139,10 +141,10 @@ def _gate_backward(
     delta = fine.new_empty(batch, heads, tiles, slots, dtype=torch.float32)
     d_gate = gate.new_empty(gate.shape)
     d_coarse = torch.empty_like(coarse)
-    kernels.gate_backward_kernel[(tiles, batch * heads)](
-        d_out, *d_out.stride()[:3], fine, coarse, gate, *gate.stride()[:3],
-        tile_maps(queries, fine.device).token_of_slot, d_fine, delta, d_gate, d_coarse, heads, queries.tokens,
-        D=width, T=slots,
+    launch(
+        kernels.gate_backward_kernel, (tiles, batch * heads), d_out, *d_out.stride()[:3], fine, coarse, gate,
+        *gate.stride()[:3], tile_maps(queries, fine.device).token_of_slot, d_fine, delta, d_gate, d_coarse, heads,
+        queries.tokens, D=width, T=slots,
     )  # fmt: skip
     return d_fine, delta, d_gate, d_coarse
 
@@ -153,23 +155,40 @@ def _fine_backward(
     batch, heads, tiles, slots, width = q.shape
     counts, kept = tile_maps(keys, q.device).counts, chosen.shape[-1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    kernels.d_query_kernel[(tiles, batch * heads)](
-        q, k, v, chosen, counts, d_fine, logsum, delta, dq, width**-0.5, keys.tiles, kept,
-        D=width, T=slots, **_launch(q, BACKWARD_STAGES),
+    launch(
+        kernels.d_query_kernel, (tiles, batch * heads), q, k, v, chosen, counts, d_fine, logsum, delta, dq,
+        width**-0.5, keys.tiles, kept, D=width, T=slots, products=3, pairs=chosen.numel(), stages=BACKWARD_STAGES,
     )  # fmt: skip
     readers, offsets = invert(chosen, keys.tiles)
-    kernels.d_key_value_kernel[(keys.tiles, batch * heads)](
-        q, k, v, readers, offsets, counts, d_fine, logsum, delta, dk, dv, width**-0.5, tiles, kept,
-        D=width, T=slots, **_launch(q, BACKWARD_STAGES),
+    launch(
+        kernels.d_key_value_kernel, (keys.tiles, batch * heads), q, k, v, readers, offsets, counts, d_fine, logsum,
+        delta, dk, dv, width**-0.5, tiles, kept, D=width, T=slots, products=4, pairs=chosen.numel(),
+        stages=BACKWARD_STAGES,
     )  # fmt: skip
     return dq, dk, dv
 
 
-def _launch(x: Tensor, stages: int) -> dict[str, Any]:
-    import triton.language as tl
+def launch(
+    kernel: Any,
+    programs: tuple[int, ...],
+    *arguments: Any,
+    products: int = 0,
+    pairs: int = 0,
+    stages: int = 1,
+    **constants: Any,
+) -> None:
+    """Every kernel starts here: a plan replaces this, and counts.
 
-    own = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
-    return {"DOT": own if x.is_cuda else tl.float32} | launch_options(x.dtype, stages)
+    products: of T x T x D, that a pair of tiles takes; pairs: how many there are. Kernels with products are told the
+    type of their operands, which is the first argument's; stages: tiles loaded ahead for them.
+    """
+    if products:
+        import triton.language as tl
+
+        x = arguments[0]
+        own = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
+        constants |= {"DOT": own if x.is_cuda else tl.float32} | launch_options(x.dtype, stages)
+    kernel[programs](*arguments, **constants)
 
 
 def launch_options(dtype: torch.dtype, stages: int) -> dict[str, int]:
@@ -186,7 +205,7 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, queries: Tiling) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, queries: Tiling) -> None:
     from triton import knobs
 
     if not (q.is_cuda or knobs.runtime.interpret):
