@@ -17,6 +17,7 @@ from model.wan.transformer import WanTransformer
 from tests.nets import gradients, latents, random_net, relative, texts
 from tests.small import DISTILLATION, NETWORK, config, merged, save_networks, trainer, with_weights
 from tests.test_rollout import assert_same_gradients, blocks_of, brute_force, run, setup
+from tests.test_trainer import curve
 from trainer.build import build_network
 from trainer.export import export, export_args
 
@@ -147,6 +148,10 @@ def test_gates_begin_at_zero_and_come_back_through_an_export(folder: Path, tmp_p
     for form in ("diffusers", "native"):
         argv = ["--run", str(tmp_path / "run"), "--format", form, "--weights", "raw", "--out", str(tmp_path / form)]
         export(export_args(argv))
+        if form == "diffusers":  # as FastWan's files have them
+            files = (tmp_path / form).rglob("*.safetensors")
+            names = {name for file in files for name in load_file(file)}
+            assert {f"blocks.{b}.to_gate_compress.{leaf}" for b in (0, 1) for leaf in ("weight", "bias")} <= names
         again = build_network(replace(network, init=str(tmp_path / form)), "student", 0, CPU).state_dict()
         own = run.networks["student"].net.state_dict()
         assert any(value.any() for name, value in again.items() if GATE.match(name))
@@ -169,6 +174,7 @@ def test_sparsity_grows_as_told(folder: Path, tmp_path: Path) -> None:
     run.training_step = noted  # type: ignore[method-assign]
     run.train()
     assert levels == pytest.approx([0.0, 0.2, 0.4, 0.5])
+    assert [line["student/sparsity"] for line in curve(tmp_path)] == pytest.approx(levels)
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,8 @@ class Trainer(ABC):
         with handled(self._on_signal):
             while self.step < total and not self._stopping():
                 started = time.perf_counter()
-                self._ramp_sparsity()
-                metrics = self.training_step()
+                sparsity = self._ramp_sparsity()
+                metrics = self.training_step() | sparsity
                 self.step += 1
                 activity.begin(self.step)
                 unlogged |= metrics | self._vitals(time.perf_counter() - started)
@@ -171,14 +171,15 @@ class Trainer(ABC):
         # a signal that came after the last step stopped nothing, and maybe only some ranks had it
         return 0 if self.stop_signal is None or self.step >= total else 128 + self.stop_signal
 
-    def _ramp_sparsity(self) -> None:
-        """Sparse networks get this iteration's sparsity. Constant within a step: backward computes passes again."""
-        networks = {name: getattr(self.config, name) for name in ("student", "critic")}
-        for name, config in networks.items():
-            if config is not None and config.sparse is not None and name in self.networks:
-                sparse = self.networks[name].net.sparse
-                assert sparse is not None
-                sparse.level = config.sparse.at(self.step)
+    def _ramp_sparsity(self) -> dict[str, float]:
+        """Gives sparse networks this iteration's sparsity, and says it. Constant within a step, for backward computes
+        passes again."""
+        levels = {}
+        for name, trained in self.networks.items():
+            config, sparse = getattr(self.config, name).sparse, trained.net.sparse
+            if config is not None and sparse is not None:
+                sparse.level = levels[f"{name}/sparsity"] = config.at(self.step)
+        return levels
 
     headline: tuple[str, ...] = (
         "student/loss",

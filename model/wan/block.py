@@ -73,6 +73,8 @@ def gated_add(x_BLd: Tensor, y_BLd: Tensor, gate_BFd: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Projections of one attention: q, k, v, o and the norms of q and k. Which keys are seen is the caller's."""
 
+    to_gate_compress: nn.Linear  # of sparse self-attention alone
+
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
         self.heads = config.num_heads
