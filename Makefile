@@ -21,7 +21,7 @@ help:
 	@echo 'make test         all tests            make test-fast   without the slow ones'
 	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'
 	@echo 'make methods      every method from the same teachers, at least 3 seeds each: docs/methods.md (an hour on 2 cores)'
-	@echo 'make bench        cost of a training step; make bench-gpu: at 1.3B geometry on one GPU'
+	@echo 'make bench        cost of a training step and of attention; make bench-gpu: at true sizes on one GPU'
 	@echo 'make venv         only set up .venv    make clean       remove caches (distclean: .venv too)'
 
 venv: $(STAMP)
@@ -73,9 +73,12 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@$(RUN) -m benchmarks.train_step
+	@$(RUN) -m benchmarks.attention
 
 bench-gpu: $(STAMP)
 	@$(RUN) -m benchmarks.train_step --size 1.3b
+	@$(RUN) -m benchmarks.attention --size 480p
+	@$(RUN) -m benchmarks.attention --size 720p
 
 # ARGS=--quick is a trial of a few iterations each, ARGS='--only ROW ...' makes some rows
 methods: $(STAMP)
