@@ -124,6 +124,8 @@ class RunConfig:
                 )
 
     def _check_adapters(self) -> None:
+        if self.teacher is not None and self.teacher.sparse is not None and self.teacher.sparse.ramp_step is not None:
+            raise ValueError("teacher.sparse.ramp_step: a teacher does not change during a run: set it null")
         if self.teacher is not None and self.teacher.lora is not None:
             raise ValueError("teacher.lora: a teacher is never trained: set it null (LoRA files: teacher.loras)")
         if self.trainer is not TrainerKind.score_distillation and self.critic is not None and self.critic.lora:

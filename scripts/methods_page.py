@@ -194,15 +194,15 @@ def _verdicts(lines: Sequence[Line], naive: Line, measured: Columns) -> list[str
 
 
 def beside_other(line: Line, other: Line, measured: Columns) -> str:
-    """Whether a student is as good as another one: their means are no farther apart than two trainings are."""
+    """Whether a student is as good as another one: its mean is within that one's spread, `SURE` standard deviations."""
     said, apart = [], []
     for head, key, form, _ in measured:
         a, b = line.values(key), other.values(key)
         difference = mean(a) - mean(b)
-        spread = math.hypot(stdev(a), stdev(b)) if min(len(a), len(b)) > 1 else math.inf
-        apart += [head] if abs(difference) > spread else []
-        said.append(f"{head} {form.format(difference)} (two trainings differ by {form.format(spread)})")
-    verdict = "within the spread of trainings" if not apart else f"beyond it in {' and '.join(apart)}"
+        spread = SURE * stdev(b) if len(b) > 1 else math.nan
+        apart += [] if abs(difference) <= spread else [head]
+        said.append(f"{head} {form.format(difference)} (spread ± {form.format(spread)})")
+    verdict = "within its spread" if not apart else f"beyond its spread in {' and '.join(apart)}"
     return f"{line.method.label}, compared with {other.method.label}: {'; '.join(said)}: {verdict}."
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,9 +15,10 @@ from tests.nets import latents, random_net, texts
 SHAPE = CacheShape(layers=1, batch=1, context_frames=5, tokens_per_frame=2, heads=1, head_dim=1)
 
 
-def filled(sinks: int, blocks: list[int]) -> KVCache:
+def filled(sinks: int, blocks: list[int], *, in_order: bool = False) -> KVCache:
     """A cache whose keys are the positions of their frames, and whose values are minus that."""
-    cache = KVCache(SHAPE, sinks=sinks, rolling=True, dtype=torch.float32, device="cpu")
+    shape = replace(SHAPE, block_frames=2)
+    cache = KVCache(shape, sinks=sinks, rolling=True, in_order=in_order, dtype=torch.float32, device="cpu")
     for size in blocks:
         frames = torch.arange(cache.frames, cache.frames + size, dtype=torch.float32)
         k = frames.repeat_interleave(2).reshape(1, -1, 1, 1)
@@ -35,6 +38,22 @@ def test_sinks_stay_and_the_rest_is_the_most_recent(sinks: int, blocks: list[int
     assert context is not None
     assert context[0].flatten()[::2].tolist() == cache.positions  # what lies in a slot is what `positions` says
     assert torch.equal(context[0], -context[1]) and torch.equal(context[0][:, ::2], context[0][:, 1::2])
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 3, 5])
+@pytest.mark.parametrize("blocks", [[2], [3, 2], [2] * 4, [1] + [2] * 5, [4, 4, 4]])
+def test_in_order_of_time_a_block_is_joined_to_what_it_follows(sinks: int, blocks: list[int]) -> None:
+    cache = filled(sinks, blocks, in_order=True)
+    block = torch.full((1, 4, 1, 1), 99.0)
+    expected = [*sorted(cache.positions), 99, 99]
+    contexts = []
+    for with_gradient in (True, False):
+        with torch.set_grad_enabled(with_gradient):
+            k, v = cache.join(0)(block, -block)
+            contexts.append(cache.context(0))
+        assert k.flatten()[::2].tolist() == expected and torch.equal(k, -v)
+        assert torch.equal(k[:, ::2], k[:, 1::2])
+    assert all(context is not None and context[0].flatten()[::2].tolist() == expected[:-2] for context in contexts)
 
 
 def test_defect_03_reset_before_backward_is_refused() -> None:

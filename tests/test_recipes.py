@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from configs.schema import RunConfig
 from trainer.build import sharing
 from utils.config import load
+from utils.parallel.mesh import split
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("wan2*/*.yaml"))
@@ -29,6 +31,22 @@ def test_recipe_loads_and_so_does_its_smoke_test(recipe: str) -> None:
     assert all(network is None or network.init is None for network in networks)
     clip, sizes = config.data.wan, config.data.synthetic
     assert (clip.frames, clip.height, clip.width) == (sizes.frames, sizes.height, sizes.width)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_fits_the_processes_of_its_command(recipe: str) -> None:
+    config, text = load(RunConfig, ROOT / recipe), (ROOT / recipe).read_text()
+    (command,) = re.findall(r"^# Command: +torchrun (.*)$", text, re.MULTILINE)
+    ((nodes, each),) = re.findall(r"(?:--nnodes (\d+) )?--nproc_per_node (\d+)", command)
+    split(config.parallel, int(nodes or 1) * int(each))  # else ConfigError
+
+
+@pytest.mark.parametrize("script", [path.name for path in (ROOT / "slurm").glob("*.slurm")])
+def test_a_slurm_script_asks_for_the_processes_of_its_recipe(script: str) -> None:
+    text = (ROOT / "slurm" / script).read_text()
+    for recipe in re.findall(r"^distill (\S+)", text, re.MULTILINE):
+        nodes, each = (int(n) for name in ("nodes", "gpus-per-node") for n in re.findall(rf"--{name}=(\d+)", text))
+        split(load(RunConfig, ROOT / recipe).parallel, nodes * each)
 
 
 def test_adapters_of_a_recipe_lie_on_one_copy() -> None:

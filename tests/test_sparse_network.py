@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from model.wan.config import Checkpointing, NetworkConfig, SparseConfig
 from model.wan.formats import GATE
+from model.wan.init import zero_gates
 from model.wan.masks import block_causal_mask, teacher_forcing_mask
 from model.wan.transformer import WanTransformer
 from tests.nets import gradients, latents, random_net, relative, texts
@@ -20,6 +21,8 @@ from tests.test_rollout import assert_same_gradients, blocks_of, brute_force, ru
 from tests.test_trainer import curve
 from trainer.build import build_network
 from trainer.export import export, export_args
+from trainer.generate import Generator
+from utils.config import ConfigError
 
 CPU = torch.device("cpu")
 SPARSE = SparseConfig(0.5, [1, 8, 8], "reference")  # a frame here is a tile
@@ -72,10 +75,14 @@ def test_teacher_forcing_sees_clean_blocks_sparsely() -> None:
 
 
 @pytest.mark.parametrize("through_context", [False, True], ids=["self_forcing", "self_gradient_forcing"])
-@pytest.mark.parametrize("name", ["context_noise", "image_to_video", "window_sinks"])
-def test_a_sparse_rollout_is_brute_force_and_its_replay_has_its_gradient(name: str, through_context: bool) -> None:
-    """Against whole passes under masks: cached keys are tiles like others, recomputed blocks choose the same again."""
-    sparse = SparseConfig(0.6, [1, 2, 2], "reference")  # two tiles a frame, of four tokens and of two
+@pytest.mark.parametrize("cube", [[1, 2, 2], [2, 2, 2]], ids=str)
+@pytest.mark.parametrize("name", ["context_noise", "image_to_video", "window", "window_sinks"])
+def test_a_sparse_rollout_is_brute_force_and_its_replay_has_its_gradient(
+    name: str, cube: list[int], through_context: bool
+) -> None:
+    """Against whole passes under masks: cached keys are tiles like others, also of frames that lie in a ring, and
+    recomputed blocks choose the same again."""
+    sparse = SparseConfig(0.6, cube, "reference")  # two tiles a frame or two frames, of four tokens a frame and of two
     causal, noise, given = setup(name)
     exits = [(0, 2, 1, 2, 0)[i] for i in range(len(blocks_of(name)))]
     weight = latents(6, 2, noise.shape[1])
@@ -175,6 +182,45 @@ def test_sparsity_grows_as_told(folder: Path, tmp_path: Path) -> None:
     run.train()
     assert levels == pytest.approx([0.0, 0.2, 0.4, 0.5])
     assert [line["student/sparsity"] for line in curve(tmp_path)] == pytest.approx(levels)
+
+
+def test_a_run_stopped_on_its_way_up_is_sampled_as_it_was_trained(folder: Path, tmp_path: Path) -> None:
+    base = with_weights(merged(BASE, {"student": student(ramp_step=0.2, ramp_every=1)}), folder)
+    trainer(tmp_path, base, max_steps=2).train()
+    net = Generator.load(tmp_path, CPU).score.net
+    assert isinstance(net, WanTransformer) and net.sparse is not None and net.sparse.level == pytest.approx(0.2)
+
+
+def test_roles_on_one_copy_of_the_weights_have_one_sparsity() -> None:
+    """Of one network there is one: else the student's would be the teacher's, too."""
+    adapted = {"lora": {"rank": 2, "targets": ["q"]}}
+    both = {"student": {**student(), **adapted}, "teacher": student(), "critic": NETWORK}
+    assert config(merged(DISTILLATION, both)).student.lora is not None
+    for teacher in (student(sparsity=0.1), NETWORK):
+        with pytest.raises(ValueError, match="student has sparse .* and the teacher"):
+            config(merged(DISTILLATION, {**both, "teacher": {"sparse": None, **teacher}}))
+    with pytest.raises(ValueError, match="teacher.sparse.ramp_step: a teacher does not change"):
+        config(merged(DISTILLATION, {"teacher": student(ramp_step=0.1)}))
+
+
+def test_what_cannot_run_or_learn_is_refused_at_load(folder: Path, tmp_path: Path) -> None:
+    """FlexAttention has no backward here; an adapter over dense weights would leave the gates at zero for good."""
+    flex = merged(BASE, {"student": student(cube=[4, 4, 4], backend="flex")})
+    with pytest.raises(ConfigError, match="student.sparse: .*'flex' has no backward on a CPU"):
+        trainer(tmp_path, flex)
+    adapted = {**student(), "lora": {"rank": 2, "targets": ["q"], "share": False}}
+    with pytest.raises(ConfigError, match="student.safetensors has no gates of sparse attention, and an adapter would"):
+        trainer(tmp_path, with_weights(merged(BASE, {"student": adapted}), folder))
+
+
+def test_gates_of_a_partitioned_network_have_their_whole_shape() -> None:
+    """Under ZeRO-3 a parameter is empty, and says in `ds_shape` what it stands for."""
+    net = torch.nn.Linear(3, 3)
+    net.weight.ds_shape = net.weight.shape  # type: ignore[attr-defined]
+    net.weight.data = torch.empty(0)
+    assert [(name, tuple(value.shape)) for name, value in zero_gates(net, ["weight", "bias"])] == [
+        ("weight", (3, 3)), ("bias", (3,))
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

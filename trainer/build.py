@@ -17,6 +17,7 @@ from configs.sections import DataConfig, Precision, TrainedConfig, TrainerKind
 from model.ema import EMA
 from model.score import ScoreNet
 from model.types import Evaluations
+from model.wan import vsa
 from model.wan.attention import Backend, available
 from model.wan.config import LoraConfig, NetworkConfig, WanConfig
 from model.wan.formats import GATE
@@ -75,10 +76,18 @@ def build_network(
     backend = Backend(config.attention)
     if problem := available(backend):
         raise ConfigError(f"{name}.attention: {problem}")
+    learns = trained or bool(adapters)
+    if config.sparse is not None and (problem := vsa.refused(config.sparse.chosen, device, backward=learns)):
+        raise ConfigError(f"{name}.sparse: {problem}")
     with torch.device("meta"):
         net = WanTransformer(config.geometry(), backend, config.checkpointing, config.sparse).to(dtype)
     net.requires_grad_(trained)
     source = None if config.init is None or empty else open_init(net, config, name)
+    if adapters and config.sparse is not None and source is not None and not any(map(GATE.match, source.shapes)):
+        raise ConfigError(
+            f"{name}.sparse: {config.init} has no gates of sparse attention, and an adapter would leave them at zero: "
+            f"set {next(iter(adapters))}.lora null, or start from weights that have them"
+        )
     for adapter, lora in (adapters or {}).items():
         try:
             add_adapter(net, adapter, lora)

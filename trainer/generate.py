@@ -92,7 +92,8 @@ class Generator:
         folder = None if str(path) in ("auto", "never") else checkpoint.resolve_resume(str(path), path)
         if folder is None:
             raise UserError(f"no run in {path}: give a run's folder, or a checkpoint's")
-        config = from_plain(RunConfig, checkpoint.load_state(folder)["config"])
+        state = checkpoint.load_state(folder)
+        config = from_plain(RunConfig, state["config"])
         if image_encoder is not None:
             if config.student.geometry().image_dim is None:
                 raise UserError("--image_encoder: this network sees no CLIP tokens: leave it out")
@@ -106,6 +107,8 @@ class Generator:
             checkpointing=Checkpointing.none,
         )
         net = build_for_inference(network, "student", device, compute_dtype(config))
+        if net.sparse is not None and network.sparse is not None:  # as it was in the last iteration: it may have grown
+            net.sparse.level = network.sparse.at(max(state["step"] - 1, 0))
         score = ScoreNet(net, "student", Evaluations(), compute_dtype(config), pins_initial=pins(net))
         return cls(config, score, device)
 

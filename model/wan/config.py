@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from model.wan.vsa.tiles import CUBES
+from model.wan.vsa import CUBES, SparseBackend
 
 TIME_SCALE = 1000.0  # Wan embeds its noise level as a timestep in 0..1000
 MODEL_TYPES = ("t2v", "i2v", "ti2v")
@@ -134,7 +134,7 @@ class Checkpointing(Enum):
 
     none = "none"  # all activations
     full = "full"  # the block's input; the rest is computed again in backward
-    selective = "selective"  # also what attention put out: in backward all but attention is computed again
+    selective = "selective"  # also what dense attention put out: in backward all but that is computed again
 
 
 @dataclass
@@ -181,13 +181,14 @@ class SparseConfig:
     """Video sparse attention (arXiv 2505.13389) in place of the network's self-attention.
 
     sparsity: share of key tiles that a tile of queries leaves out. cube: a tile's tokens along frames, height and
-    width, 64 in all where kernels compute it; null for what pads a grid least, which changes as a cache grows. backend:
-    'reference', 'triton' or 'flex', null for Triton on CUDA and the reference elsewhere. ramp_step, ramp_every:
-    sparsity grows from 0 by this each so many iterations (FastVideo: 0.03 and 30), null for none.
+    width, 64 in all where kernels compute it (FastWan: [4, 4, 4]); null for the one that pads a grid least, which may
+    change as a cache grows. backend: 'reference', 'triton' or 'flex', null for Triton on CUDA and the reference
+    elsewhere. ramp_step, ramp_every: sparsity grows from 0 by this each so many iterations (FastVideo: 0.03 and 30),
+    null for none.
     """
 
     sparsity: float = 0.8
-    cube: list[int] | None = field(default_factory=lambda: [4, 4, 4])
+    cube: list[int] | None = None
     backend: str | None = None
     ramp_step: float | None = None
     ramp_every: int = 30
@@ -206,6 +207,10 @@ class SparseConfig:
             raise ValueError(f"backend '{self.backend}' is unknown: choose reference, triton or flex, or null")
         if (self.ramp_step is not None and self.ramp_step <= 0) or self.ramp_every < 1:
             raise ValueError(f"ramp_step must be positive, ramp_every >= 1, got {self.ramp_step}, {self.ramp_every}")
+
+    @property
+    def chosen(self) -> SparseBackend | None:
+        return None if self.backend is None else SparseBackend(self.backend)
 
     def at(self, step: int) -> float:
         """The sparsity of iteration `step`, counted from 0."""
@@ -254,9 +259,7 @@ class NetworkConfig:
         by what the files hold."""
         if self.geometry() != other.geometry():
             return "geometry"
-        if (self.sparse is None) != (other.sparse is None):
-            return "sparse"
-        names = ("init", "init_weights", "expert", "loras")
+        names = ("sparse", "init", "init_weights", "expert", "loras")
         return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
 
     def geometry(self) -> WanConfig:

@@ -38,7 +38,7 @@ def _without_memory(_parent: nn.Module, _name: str, module: nn.Module) -> nn.Mod
 
 def zero_gates(net: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Zeros for these gates of sparse attention, which the weights of a dense model do not have."""
-    shapes = {name: p.shape for name, p in net.named_parameters()}
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in net.named_parameters()}  # whole, under ZeRO-3 too
     for name in names:
         yield name, torch.zeros(shapes[name])
 

@@ -34,8 +34,9 @@ class KVCache:
     """Rotated keys and values of the clean frames so far, for every layer.
 
     The first `sinks` frames stay for good; the others are kept in a ring over the last `context_frames - sinks`.
-    Softmax attention does not care about the order of its keys, so a full ring is read as it lies. Positions are
-    absolute: keys are rotated before they come here.
+    Softmax attention does not care about the order of its keys, so a full ring is read as it lies, unless it is
+    wanted `in_order` of time: sparse attention makes tiles of neighbouring frames. Positions are absolute: keys are
+    rotated before they come here.
 
     rolling: whether frames may be evicted. Without it overflow is an error, and what `context` returns stays as it is
     until `reset`, so checkpointed blocks may read it again; with it a pass with gradient gets a copy.
@@ -49,13 +50,14 @@ class KVCache:
         *,
         sinks: int = 0,
         rolling: bool = False,
+        in_order: bool = False,
         dtype: torch.dtype,
         device: torch.device | str,
         memory: Tensor | None = None,
     ) -> None:
         if sinks > shape.context_frames:
             raise ValueError(f"{sinks} sink frames do not fit a context of {shape.context_frames} frames")
-        self.shape, self.sinks, self.rolling = shape, sinks, rolling
+        self.shape, self.sinks, self.rolling, self.in_order = shape, sinks, rolling, in_order
         size = (
             shape.layers,
             2,
@@ -100,8 +102,26 @@ class KVCache:
     def _context(self, layer: int, *, copy: bool) -> tuple[Tensor, Tensor] | None:
         if self.held_frames == 0:
             return None
-        k, v = self._kv[layer, :, :, : self.held_frames * self.shape.tokens_per_frame]
+        kv = self._kv[layer, :, :, : self.held_frames * self.shape.tokens_per_frame]
+        if self._turned:
+            k, v = torch.cat([kv[:, :, part] for part in self._parts()], 2)
+            return k, v
+        k, v = kv
         return (k.clone(), v.clone()) if copy else (k, v)
+
+    @property
+    def _turned(self) -> bool:
+        """Whether frames lie in another order than is wanted."""
+        return self.in_order and len(self._parts()) > 2
+
+    def _parts(self) -> list[slice]:
+        """The tokens of the frames held, in order of time: sinks, and the ring from its oldest frame on."""
+        ring, t = self.shape.context_frames - self.sinks, self.shape.tokens_per_frame
+        oldest = self.sinks
+        if ring and self.frames > self.shape.context_frames:
+            oldest += (self.frames - self.sinks) % ring
+        edges = [(0, self.sinks), (oldest, self.held_frames), (self.sinks, oldest)]
+        return [slice(a * t, b * t) for a, b in edges[: 3 if oldest > self.sinks else 2]]
 
     def join(self, layer: int, *, again: bool | None = None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """A function from a block's own K and V [B, F * T, N, D] to all that it sees: the context before it and itself.
@@ -130,8 +150,9 @@ class KVCache:
         if start == 0:
             return k, v
         end = start + k.shape[1]
-        if end > self._kv.shape[3]:  # a block larger than the room kept for it
-            context = self._kv[layer, :, :, :start]
+        if end > self._kv.shape[3] or self._turned:  # a block larger than the room kept for it, or another order
+            context = self._context(layer, copy=False)
+            assert context is not None
             return torch.cat([context[0], k], 1), torch.cat([context[1], v], 1)
         self._kv[layer, 0, :, start:end].copy_(k)
         self._kv[layer, 1, :, start:end].copy_(v)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.wan.config import SparseConfig
 from model.wan.masks import FrameMask
-from model.wan.vsa import SparseBackend, video_sparse_attention
+from model.wan.vsa import video_sparse_attention
 from model.wan.vsa.tiles import Shape
 
 Size = tuple[int, int]  # tokens of a frame along height and width
@@ -20,7 +20,7 @@ class Sparsity:
     def __init__(self, config: SparseConfig) -> None:
         self.level = config.sparsity
         self.cube: Shape | None = None if config.cube is None else (config.cube[0], config.cube[1], config.cube[2])
-        self.backend = None if config.backend is None else SparseBackend(config.backend)
+        self.backend = config.chosen
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size: Size, mask: FrameMask | None) -> Tensor:
         """Attention of queries [B, Fq h w, N, D] to keys and values [B, Fk h w, N, D], whole frames of `size` tokens.

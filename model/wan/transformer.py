@@ -112,7 +112,10 @@ class WanTransformer(nn.Module):
         tokens = c.tokens_per_frame(height, width)
         heads = c.num_heads if self.sequence is None else c.num_heads // self.sequence.size
         shape = CacheShape(c.num_layers, batch, context_frames, tokens, heads, c.head_dim, block_frames)
-        return KVCache(shape, sinks=sinks, rolling=rolling, dtype=dtype, device=device, memory=memory)
+        in_order = self.sparse is not None
+        return KVCache(
+            shape, sinks=sinks, rolling=rolling, in_order=in_order, dtype=dtype, device=device, memory=memory
+        )
 
     def forward(
         self,

@@ -38,7 +38,7 @@ IMAGE_CONFIG = dataclasses.replace(CONFIG, in_dim=6, model_type="i2v", image_dim
 CAUSAL = CausalConfig(2, window_frames=4, sink_frames=1, context_noise=100)  # the cache rolls
 SIGMAS = (1.0, 0.8, 0.5)
 FRAMES = 8
-SPARSE = SparseConfig(0.5, [1, 2, 2], "reference")  # a frame of 3 x 3 tokens has four tiles, three of them ragged
+SPARSE = SparseConfig(0.5, [2, 2, 2], "reference")  # two frames of 3 x 3 tokens have four tiles, three of them ragged
 Group = dist.ProcessGroup | None
 Result = dict[str, Tensor]  # "whole ...": the same on all ranks of the group; "sum ...": to be summed over them
 

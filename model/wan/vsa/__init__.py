@@ -41,6 +41,24 @@ def available(backend: SparseBackend) -> str | None:
     return None
 
 
+def refused(backend: SparseBackend | None, device: torch.device, *, backward: bool) -> str | None:
+    """None if networks can run with the backend on this device, else one line saying what they need."""
+    chosen = _default(device) if backend is None else backend
+    if problem := available(chosen):
+        return problem
+    if device.type == "cpu" and backward and chosen is SparseBackend.FLEX:
+        return "sparse attention 'flex' has no backward on a CPU: train with 'reference' here"
+    if device.type == "cpu" and chosen is SparseBackend.TRITON:
+        from model.wan.vsa.fused import interpreted
+
+        return None if interpreted() else "sparse attention 'triton' runs on CUDA, not on cpu: use 'reference' there"
+    return None
+
+
+def _default(device: torch.device) -> SparseBackend:
+    return SparseBackend.TRITON if device.type == "cuda" else SparseBackend.REFERENCE
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled block would make the index maps anew at each call
 def video_sparse_attention(
     q: Tensor,
@@ -61,7 +79,7 @@ def video_sparse_attention(
     (frames, height, width); without key_grid the keys have the queries' grid. With a cache, key_grid counts the cached
     frames too, and any of their tiles can be kept. sparsity: share of key tiles left out, in [0, 1]; at 0 this is dense
     attention plus the gated coarse branch. cube: a tile's tokens along each side, None for the one that pads the two
-    grids least. backend: None takes Triton for CUDA tensors where it is installed, else the reference. The choice of
+    grids least. backend: None takes Triton for CUDA tensors and the reference for others. The choice of
     tiles, by score and then by index, is not differentiated. Under sequence parallelism this comes after the
     all-to-all, on whole sequences of local heads.
 
@@ -73,9 +91,7 @@ def video_sparse_attention(
     queries, keys = Tiling(grid, cube), Tiling(key_grid, cube)
     _check(q, k, v, gate, queries, keys)
     kept = kept_tiles(sparsity, keys.tiles)
-    if backend is None:
-        fits = q.is_cuda and available(SparseBackend.TRITON) is None
-        backend = SparseBackend.TRITON if fits else SparseBackend.REFERENCE
+    backend = _default(q.device) if backend is None else backend
     match backend:
         case SparseBackend.REFERENCE:
             from model.wan.vsa.reference import reference as run

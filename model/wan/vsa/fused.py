@@ -205,10 +205,15 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, queries: Tiling) -> None:
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on any device."""
     from triton import knobs
 
-    if not (q.is_cuda or knobs.runtime.interpret):
+    return bool(knobs.runtime.interpret)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, queries: Tiling) -> None:
+    if not (q.is_cuda or interpreted()):
         raise ValueError(f"sparse attention 'triton' runs on CUDA, not on {q.device.type}: use 'reference' there")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         raise ValueError(

@@ -33,7 +33,7 @@ def tile_kernel(
 ):  # fmt: skip
     """Tokens -> one padded tile [T, D] and the mean of its valid tokens, fp32 [D]."""
     tile, row = tl.program_id(0), tl.program_id(1)
-    batch, head = (row // heads).to(tl.int64), row % heads
+    batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     place = row.to(tl.int64) * tl.num_programs(0) + tile
     slots, cols = tl.arange(0, T), tl.arange(0, D)
     token = tl.load(tokens + tile * T + slots).to(tl.int64)[:, None]
@@ -50,7 +50,7 @@ def untile_kernel(
 ):  # fmt: skip
     """Backward of tile_kernel: each token's gradient is its slot's plus its share of the mean's."""
     tile, row = tl.program_id(0), tl.program_id(1)
-    batch, head = (row // heads).to(tl.int64), row % heads
+    batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     place = row.to(tl.int64) * tl.num_programs(0) + tile
     slots, cols = tl.arange(0, T), tl.arange(0, D)
     token = tl.load(tokens + tile * T + slots).to(tl.int64)[:, None]
@@ -93,7 +93,7 @@ def attend_kernel(
 ):  # fmt: skip
     """One query tile over its K kept key tiles: O_f, the logarithm (base 2) of its normaliser, O_f + gate * O_c."""
     tile, row = tl.program_id(0), tl.program_id(1)
-    batch, head = (row // heads).to(tl.int64), row % heads
+    batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     place = row.to(tl.int64) * tl.num_programs(0) + tile
     slots, cols = tl.arange(0, T), tl.arange(0, D)
     block = slots[:, None] * D + cols[None, :]
@@ -132,7 +132,7 @@ def gate_backward_kernel(
 ):  # fmt: skip
     """Backward of the sum: dO as a tile, delta = sum over D of O_f dO, d gate = dO O_c, d O_c = sum of gate dO."""
     tile, row = tl.program_id(0), tl.program_id(1)
-    batch, head = (row // heads).to(tl.int64), row % heads
+    batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     place = row.to(tl.int64) * tl.num_programs(0) + tile
     slots, cols = tl.arange(0, T), tl.arange(0, D)
     block = slots[:, None] * D + cols[None, :]
