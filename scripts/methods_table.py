@@ -85,7 +85,8 @@ _MEANS = (
 )
 _UNGUIDED = (
     "Its samples are about as diverse as real ones and nearer to them than the naive row's, but no guided score holds "
-    "them to the prompt: only the discriminator's view of it does, and in this budget that is not enough."
+    "them to the prompt, and its discriminator hardly does: noised to sigma 0.2, it tells real from generated videos in "
+    "95 to 99 % of pairs, but a real video's own caption from another one in 50 to 62 % (LOG.md)."
 )
 _GAN = ("data.real=true", "objective.gan.weight=0.03", "objective.gan.training.optimizer.lr=1.0e-3")
 _LONGER = ("training.max_steps=620", "checkpoint.every=620")  # a discriminator alone says less of each sample
