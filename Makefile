@@ -20,7 +20,7 @@ help:
 	@echo 'make quickstart   the whole way on 2 CPU cores: teacher, causal student, distillation, videos, report (15 min)'
 	@echo 'make test         all tests            make test-fast   without the slow ones'
 	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'
-	@echo 'make methods      every method from the same teachers, at least 3 seeds each: docs/methods.md (an hour on 2 cores)'
+	@echo 'make methods      every method from the same teachers, 3 seeds each: docs/methods.md (an hour or more on 2 cores)'
 	@echo 'make bench        cost of a training step and of attention; make bench-gpu: at true sizes on one GPU'
 	@echo 'make venv         only set up .venv    make clean       remove caches (distclean: .venv too)'
 

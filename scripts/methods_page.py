@@ -133,8 +133,6 @@ def _section(group: Group, lines: Sequence[Line], naive: Line | None, beside: Pa
     text = [f"## {group.title}", group.intro, "\n".join(table)]
     if naive is not None:
         text += _verdicts(lines, naive, measured)
-    others = {line.method.key: line for line in lines}
-    text += [beside_other(line, others[line.method.like], measured) for line in lines if line.method.like in others]
     text.append(f"![Samples: {group.title.lower()}]({beside.name}/{picture.name})")
     return "\n\n".join(text)
 
@@ -191,19 +189,6 @@ def _verdicts(lines: Sequence[Line], naive: Line, measured: Columns) -> list[str
             why = line.method.why or "Not explained."
             said.append(f"- {line.method.label}: not clearly better in {' and '.join(lacking)}. {why}")
     return ["\n".join(said)] if said else []
-
-
-def beside_other(line: Line, other: Line, measured: Columns) -> str:
-    """Whether a student is as good as another one: its mean is within that one's spread, `SURE` standard deviations."""
-    said, apart = [], []
-    for head, key, form, _ in measured:
-        a, b = line.values(key), other.values(key)
-        difference = mean(a) - mean(b)
-        spread = SURE * stdev(b) if len(b) > 1 else math.nan
-        apart += [] if abs(difference) <= spread else [head]
-        said.append(f"{head} {form.format(difference)} (spread ± {form.format(spread)})")
-    verdict = "within its spread" if not apart else f"beyond its spread in {' and '.join(apart)}"
-    return f"{line.method.label}, compared with {other.method.label}: {'; '.join(said)}: {verdict}."
 
 
 def _how(lines: Sequence[Line]) -> str:

@@ -26,8 +26,7 @@ class Method:
     runs they start from, of the same seed (a teacher has one). run, steps, causal_from: of a row without a run of its
     own, whose weights are sampled how, see scripts/report_samples.py. low: of two experts, the row of the low one.
     group: '' for what is trained for others and not shown. published: FID of one step on CIFAR-10, in the method's
-    paper and in FastGen. why: where it does not beat the naive row, the reason. like: the row whose quality it should
-    keep."""
+    paper and in FastGen. why: where it does not beat the naive row, the reason."""
 
     key: str
     label: str
@@ -41,7 +40,6 @@ class Method:
     low: str | None = None
     published: str = ""
     why: str = ""
-    like: str | None = None
 
     @property
     def once(self) -> bool:
@@ -85,8 +83,8 @@ _MEANS = (
 )
 _UNGUIDED = (
     "Its samples are about as diverse as real ones and nearer to them than the naive row's, but no guided score holds "
-    "them to the prompt, and its discriminator hardly does: noised to sigma 0.2, it tells real from generated videos in "
-    "95 to 99 % of pairs, but a real video's own caption from another one in 50 to 62 % (LOG.md)."
+    "them to the prompt, and its discriminator hardly does: noised to sigma 0.2, it tells real from generated videos "
+    "in 95 to 99 % of pairs, but a real video's own caption from another one in 50 to 62 % (LOG.md)."
 )
 _GAN = ("data.real=true", "objective.gan.weight=0.03", "objective.gan.training.optimizer.lr=1.0e-3")
 _LONGER = ("training.max_steps=620", "checkpoint.every=620")  # a discriminator alone says less of each sample
@@ -128,8 +126,6 @@ def _digits(key: str, label: str, recipe: str, *overrides: str, published: str =
     return Method(key, label, "digits", recipe, overrides, {"student": DIGITS, **scores}, published=published)
 
 
-# the world's videos of 96 tokens make 24 tiles of 2 x 2, of which a tile sees 5
-_SPARSE = "student.sparse={sparsity: 0.8, cube: [1, 2, 2], backend: reference}"
 _STEPS = "schedule.denoising_step_list=[1000, 750]"
 _HIGH = ("objective.kind=phased_dmd", "schedule.min_score_timestep=875")
 _LOW = ("schedule.denoising_step_list=[750]", "schedule.max_score_timestep=875")
@@ -159,7 +155,6 @@ METHODS: tuple[Method, ...] = (
     _one("reward", "DMD, weighted by reward", "objective.reward={name: prompt_adherence, beta: 0.5}"),
     _one("rescale", "DMD, guidance rescaled", "objective.guidance_rescale=0.7"),
     _one("shift", "DMD, scores at shift 3", "schedule.score_timestep_shift=3.0"),
-    replace(_one("sparse", "Sparse-distill: DMD, sparsity 0.8", _SPARSE), like="dmd"),
     _two("simulated", "DMD, backward simulation", _STEPS),
     _two("noised_data", "DMD, noised data", _STEPS, *_DATA),
     _two("phased", "Phased DMD, two experts", *_HIGH, low="phased_low"),
@@ -181,7 +176,6 @@ METHODS: tuple[Method, ...] = (
     _causal("sf_sizes", "Self-Forcing, DMD, videos of 4 and 6 frames", "training.sizes=[{frames: 4}, {}]"),
     _causal("causvid", "CausVid", "rollout.kind=diffusion_forcing", *_FROM_DATA),
     _causal("causvid_tf", "CausVid, teacher forcing", "rollout.kind=teacher_forcing", *_FROM_DATA),
-    replace(_causal("sf_sparse", "Self-Forcing, DMD, sparsity 0.8", _SPARSE), like="sf_dmd"),
     replace(_causal("sf_image", "Self-Forcing, DMD", "data.first_frame=true", "data.toy.frames=5",
                     "causal.independent_first_frame=true"), group="image"),
     Method(DIGITS, "Teacher, 50 steps", "digits", "teacher", steps=50),

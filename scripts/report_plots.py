@@ -134,6 +134,8 @@ def write_strips(path: Path, labels: Sequence[str], prompts: Sequence[str], vide
     """A PNG: a row for each method, its videos of the prompts beside each other, frame by frame.
 
     videos: [M, P, T, C, H, W] in [0, 1]."""
+    zoom = max(16 // videos.shape[-1], 1)  # of small images, for their headings
+    videos = videos.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
     strips = [side_by_side(video[:, :, :1].flatten(0, 1)[:, None]) for video in videos]
     titles = [short(prompt) if frame == 0 else "" for prompt in prompts for frame in range(videos.shape[2])]
     write_video(path, _sheet(strips, labels, titles, 3), 1)

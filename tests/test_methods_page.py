@@ -13,7 +13,7 @@ import pytest
 
 from configs.sections import TrainerKind
 from scripts.methods import jobs
-from scripts.methods_page import TOY, Line, behind, beside_other, verdict
+from scripts.methods_page import TOY, Line, behind, verdict
 from scripts.methods_run import Job, Options
 from scripts.methods_table import BY_KEY, GROUPS, METHODS, chosen
 from utils.config import UserError
@@ -82,16 +82,6 @@ def test_only_students_are_held_against_the_naive_row_and_not_by_one_training() 
     assert verdict(line([0.5, 0.52, 0.48], [30.0, 31.0, 32.0]), naive, TOY[:2]) == "no"
     assert verdict(line([0.9], [1.0]), naive, TOY[:2]) == "one seed"
     assert verdict(replace(good, method=BY_KEY["teacher"]), naive, TOY[:2]) == ""
-
-
-def test_as_good_means_within_the_other_s_spread_however_wide_its_own() -> None:
-    one, other = line([0.50, 0.71, 0.92], [30.0, 31.0, 32.0]), line([0.71, 0.72, 0.73], [31.0, 31.5, 32.0])
-    said = beside_other(one, other, TOY[:2])
-    assert "prompt right -1.0% (spread ± 2.0%)" in said and said.endswith("within its spread.")
-    assert "FD, % -0.5 (spread ± 1.0)" in said
-    far = beside_other(one, line([0.71, 0.72, 0.73], [32.5, 32.5, 32.5]), TOY[:2])
-    assert far.endswith("beyond its spread in appearance FD, %.")
-    assert beside_other(one, line([0.71], [31.0]), TOY[:2]).endswith("prompt right and appearance FD, %.")  # one seed
 
 
 @pytest.mark.slow
