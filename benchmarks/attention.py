@@ -100,9 +100,18 @@ def measure(run: Run, inputs: tuple[Tensor, ...], repeats: int) -> dict[str, Any
         try:
             seconds(once, device, 2)  # first calls compile and choose kernels
             out[name] = seconds(once, device, repeats)
-        except Exception as error:  # Triton's have no base of their own; a kernel that does not fit stops no other
+        except refusals() as error:  # a kernel that does not fit stops no other
             out[f"{name}_refused"] = (str(error).strip() or type(error).__name__).splitlines()[0]
     return out
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What backends raise that cannot run; Triton's for kernels that cannot be compiled or do not fit."""
+    if available(SparseBackend.TRITON) is not None:
+        return RuntimeError, ValueError
+    from triton.errors import TritonError
+
+    return RuntimeError, ValueError, TritonError
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int) -> float:

@@ -57,6 +57,17 @@ ODE: dict[str, Any] = merged(
     },
 )
 
+BRIEF: dict[str, Any] = merged(  # both networks in every one of four iterations, two blocks and two steps
+    DISTILLATION,
+    {
+        "data": {"toy": {"frames": 6}},
+        "schedule": {"denoising_step_list": [1000, 500]},
+        "training": {
+            "max_steps": 4, "critic_warmup_steps": 0, "generator_update_interval": 1, "global_batch_size": 2,
+            "micro_batch_size": 2,
+        },
+    },
+)  # fmt: skip
 SHORT: dict[str, Any] = {"data": {"toy": {"frames": 6}}}  # two blocks, for what does not care how many there are
 
 

@@ -9,25 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.small import DIFFUSION, DISTILLATION, NETWORK, merged, save_networks, trainer, with_weights
+from tests.small import BRIEF, DIFFUSION, NETWORK, merged, save_networks, trainer, with_weights
 from trainer.base import Trainer
 from utils import checkpoint
 from utils.config import ConfigError, UserError
 
 HEADS = {"optimizer": {"lr": 1e-2, "betas": [0.0, 0.99]}}
 GAN = {"weight": 0.5, "discriminator_weight": 0.5, "depths": [0.5], "training": HEADS}
-BASE: dict[str, Any] = merged(
-    DISTILLATION,
-    {
-        "data": {"toy": {"frames": 6}},
-        "schedule": {"denoising_step_list": [1000, 500]},
-        "training": {
-            "max_steps": 4, "critic_warmup_steps": 0, "generator_update_interval": 1, "global_batch_size": 2,
-            "micro_batch_size": 2,
-        },
-        "checkpoint": {"every": 2},
-    },
-)  # fmt: skip
+BASE: dict[str, Any] = merged(BRIEF, {"checkpoint": {"every": 2}})
 METHODS: dict[str, dict[str, Any]] = {
     "dmd2": {"objective": {"gan": GAN}},
     "dmd2_critic": {"objective": {"gan": {**GAN, "features": "critic", "heads": "register", "same_draw": True}}},

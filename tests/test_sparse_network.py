@@ -16,7 +16,7 @@ from model.wan.init import zero_gates
 from model.wan.masks import block_causal_mask, teacher_forcing_mask
 from model.wan.transformer import WanTransformer
 from tests.nets import gradients, latents, random_net, relative, texts
-from tests.small import DISTILLATION, NETWORK, config, merged, save_networks, trainer, with_weights
+from tests.small import BRIEF, DISTILLATION, NETWORK, config, merged, save_networks, trainer, with_weights
 from tests.test_rollout import assert_same_gradients, blocks_of, brute_force, run, setup
 from tests.test_trainer import curve
 from trainer.build import build_network
@@ -109,24 +109,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-BASE = merged(
-    DISTILLATION,
-    {
-        "data": {"toy": {"frames": 6}},
-        "schedule": {"denoising_step_list": [1000, 500]},
-        "training": {
-            "max_steps": 4, "critic_warmup_steps": 0, "generator_update_interval": 1, "global_batch_size": 2,
-            "micro_batch_size": 2,
-        },
-    },
-)  # fmt: skip
-
-
 def test_only_the_student_is_sparse_and_its_gates_learn(folder: Path, tmp_path: Path) -> None:
     """Whatever is recomputed: losses and gates after two steps are the same with and without checkpointing."""
     runs = []
     for kind in ("none", "full"):
-        base = with_weights(merged(BASE, {"student": {**student(), "checkpointing": kind}}), folder)
+        base = with_weights(merged(BRIEF, {"student": {**student(), "checkpointing": kind}}), folder)
         run = trainer(tmp_path / kind, base)
         assert run.networks["student"].net.sparse is not None and run.networks["critic"].net.sparse is None
         assert run.teacher.net.sparse is None  # type: ignore[attr-defined]
@@ -145,7 +132,7 @@ def test_gates_begin_at_zero_and_come_back_through_an_export(folder: Path, tmp_p
     dense = load_file(folder / "student.safetensors")
     assert all(torch.equal(value, state[name]) for name, value in dense.items())
 
-    base = with_weights(merged(BASE, {"student": student()}), folder)
+    base = with_weights(merged(BRIEF, {"student": student()}), folder)
     run = trainer(tmp_path / "run", base)
     for run.step in range(2):
         run.training_step()
@@ -168,7 +155,7 @@ def test_gates_begin_at_zero_and_come_back_through_an_export(folder: Path, tmp_p
 def test_sparsity_grows_as_told(folder: Path, tmp_path: Path) -> None:
     ramp = SparseConfig(0.8, ramp_step=0.03, ramp_every=30)
     assert [ramp.at(step) for step in (0, 29, 30, 60, 10_000)] == pytest.approx([0, 0, 0.03, 0.06, 0.8])
-    base = with_weights(merged(BASE, {"student": student(ramp_step=0.2, ramp_every=1)}), folder)
+    base = with_weights(merged(BRIEF, {"student": student(ramp_step=0.2, ramp_every=1)}), folder)
     run, levels = trainer(tmp_path, base, max_steps=4), []
     step = run.training_step
 
@@ -185,7 +172,7 @@ def test_sparsity_grows_as_told(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_stopped_on_its_way_up_is_sampled_as_it_was_trained(folder: Path, tmp_path: Path) -> None:
-    base = with_weights(merged(BASE, {"student": student(ramp_step=0.2, ramp_every=1)}), folder)
+    base = with_weights(merged(BRIEF, {"student": student(ramp_step=0.2, ramp_every=1)}), folder)
     trainer(tmp_path, base, max_steps=2).train()
     net = Generator.load(tmp_path, CPU).score.net
     assert isinstance(net, WanTransformer) and net.sparse is not None and net.sparse.level == pytest.approx(0.2)
@@ -205,12 +192,12 @@ def test_roles_on_one_copy_of_the_weights_have_one_sparsity() -> None:
 
 def test_what_cannot_run_or_learn_is_refused_at_load(folder: Path, tmp_path: Path) -> None:
     """FlexAttention has no backward here; an adapter over dense weights would leave the gates at zero for good."""
-    flex = merged(BASE, {"student": student(cube=[4, 4, 4], backend="flex")})
+    flex = merged(BRIEF, {"student": student(cube=[4, 4, 4], backend="flex")})
     with pytest.raises(ConfigError, match="student.sparse: .*'flex' has no backward on a CPU"):
         trainer(tmp_path, flex)
     adapted = {**student(), "lora": {"rank": 2, "targets": ["q"], "share": False}}
     with pytest.raises(ConfigError, match="student.safetensors has no gates of sparse attention, and an adapter would"):
-        trainer(tmp_path, with_weights(merged(BASE, {"student": adapted}), folder))
+        trainer(tmp_path, with_weights(merged(BRIEF, {"student": adapted}), folder))
 
 
 def test_gates_of_a_partitioned_network_have_their_whole_shape() -> None:

@@ -174,12 +174,11 @@ class Trainer(ABC):
     def _ramp_sparsity(self) -> dict[str, float]:
         """Gives sparse networks this iteration's sparsity, and says it. Constant within a step, for backward computes
         passes again."""
-        levels = {}
-        for name, trained in self.networks.items():
-            config, sparse = getattr(self.config, name).sparse, trained.net.sparse
-            if config is not None and sparse is not None:
-                sparse.level = levels[f"{name}/sparsity"] = config.at(self.step)
-        return levels
+        sparse = {name: trained.net.sparse for name, trained in self.networks.items()}
+        found = {name: one for name, one in sparse.items() if one is not None}
+        for one in found.values():
+            one.begin(self.step)
+        return {f"{name}/sparsity": one.level for name, one in found.items()}
 
     headline: tuple[str, ...] = (
         "student/loss",

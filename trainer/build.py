@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,8 @@ def build_network(
         net = WanTransformer(config.geometry(), backend, config.checkpointing, config.sparse).to(dtype)
     net.requires_grad_(trained)
     source = None if config.init is None or empty else open_init(net, config, name)
-    if adapters and config.sparse is not None and source is not None and not any(map(GATE.match, source.shapes)):
+    bare = [] if source is None else [key for key, _ in net.named_parameters() if key not in source.shapes]
+    if adapters and bare:
         raise ConfigError(
             f"{name}.sparse: {config.init} has no gates of sparse attention, and an adapter would leave them at zero: "
             f"set {next(iter(adapters))}.lora null, or start from weights that have them"
@@ -100,10 +102,10 @@ def build_network(
         return net
     reads, shared, there = place is None or distributed.is_main(), place is not None, base_names(net)
     if source is not None:
-        stored = [key for key in there if key in source.shapes]
+        stored = [key for key in there if key not in bare]
         weights = source.read(stored) if reads else no_weights(net, [there[key] for key in stored])
-        fill(net, ((there.get(key, key), value) for key, value in weights), shared=shared)
-        fill(net, zero_gates(net, [there[key] for key in there if key not in source.shapes]), shared=shared)
+        named = ((there.get(key, key), value) for key, value in weights)
+        fill(net, chain(named, zero_gates(net, [there[key] for key in bare])), shared=shared)
     else:
         with _drawn(seed, "weights", name, reads):
             weights = random_weights(config.geometry(), config.sparse)

@@ -107,8 +107,8 @@ class Generator:
             checkpointing=Checkpointing.none,
         )
         net = build_for_inference(network, "student", device, compute_dtype(config))
-        if net.sparse is not None and network.sparse is not None:  # as it was in the last iteration: it may have grown
-            net.sparse.level = network.sparse.at(max(state["step"] - 1, 0))
+        if net.sparse is not None:
+            net.sparse.begin(max(state["step"] - 1, 0))  # as in the last iteration
         score = ScoreNet(net, "student", Evaluations(), compute_dtype(config), pins_initial=pins(net))
         return cls(config, score, device)
 

@@ -40,7 +40,7 @@ from trainer.build import build_task, build_trainer
 from trainer.networks import Trained
 from utils.config import UserError
 from utils.parallel.mesh import build_mesh
-from utils.parallel.plan_meter import FLOPS, GRADIENTS, Meter, Owner, Phase
+from utils.parallel.plan_meter import FLOPS, GRADIENTS, Meter, Owner, Phase, patch
 from utils.random import Noise
 
 ALLOCATION = 512  # bytes: the CUDA allocator's unit
@@ -181,8 +181,7 @@ def kernels_counted(meter: Meter) -> Iterator[None]:
             (vsa, "available", lambda _: None),
             (vsa, "refused", lambda *_, **__: None),
         ):
-            patches.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, value)
+            patch(patches, owner, name, value)
         yield
 
 

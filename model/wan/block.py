@@ -71,16 +71,18 @@ def gated_add(x_BLd: Tensor, y_BLd: Tensor, gate_BFd: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Projections of one attention: q, k, v, o and the norms of q and k. Which keys are seen is the caller's."""
+    """Projections of one attention: q, k, v, o and the norms of q and k. Which keys are seen is the caller's.
 
-    to_gate_compress: nn.Linear  # of sparse self-attention alone
+    gated: whether it has the gate of sparse attention, too."""
 
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, config: WanConfig, *, gated: bool = False) -> None:
         super().__init__()
         self.heads = config.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q = RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
         self.norm_k = RMSNorm(config.dim, config.eps) if config.qk_norm else nn.Identity()
+        if gated:
+            self.to_gate_compress = nn.Linear(config.dim, config.dim)
 
     def query(self, x_BLd: Tensor) -> Tensor:
         return self.norm_q(self.q(x_BLd)).unflatten(-1, (self.heads, -1))
@@ -92,14 +94,6 @@ class Attention(nn.Module):
     def key_value(self, x_BLd: Tensor) -> KV:
         k, v = self.norm_k(self.k(x_BLd)), self.v(x_BLd)
         return k.unflatten(-1, (self.heads, -1)), v.unflatten(-1, (self.heads, -1))
-
-
-def zero_linear(dim: int) -> nn.Linear:
-    """A layer of `dim` to `dim` that gives 0."""
-    layer = nn.Linear(dim, dim)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class CrossAttention(Attention):
@@ -177,9 +171,7 @@ class Block(nn.Module):
         self.adapted: list[nn.Module] = []  # its layers with adapters: see model/wan/lora.py
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
         self.sparse = sparse
-        self.self_attn = Attention(config)
-        if sparse is not None:
-            self.self_attn.to_gate_compress = zero_linear(config.dim)
+        self.self_attn = Attention(config, gated=sparse is not None)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps) if config.cross_attn_norm else nn.Identity()
         self.cross_attn = CrossAttention(config)
         self.ffn = nn.Sequential(

@@ -14,13 +14,17 @@ Size = tuple[int, int]  # tokens of a frame along height and width
 
 
 class Sparsity:
-    """A network's sparse attention. level: the share of key tiles left out, which a trainer may change between steps;
+    """A network's sparse attention. level: the share of key tiles left out, which `begin` changes between iterations;
     passes that backward computes again must find it as it was."""
 
     def __init__(self, config: SparseConfig) -> None:
-        self.level = config.sparsity
+        self.config, self.level = config, config.sparsity
         self.cube: Shape | None = None if config.cube is None else (config.cube[0], config.cube[1], config.cube[2])
         self.backend = config.chosen
+
+    def begin(self, step: int) -> None:
+        """From here on as in iteration `step`, counted from 0."""
+        self.level = self.config.at(step)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size: Size, mask: FrameMask | None) -> Tensor:
         """Attention of queries [B, Fq h w, N, D] to keys and values [B, Fk h w, N, D], whole frames of `size` tokens.

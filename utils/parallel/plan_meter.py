@@ -222,16 +222,16 @@ class Meter(TorchDispatchMode):
                 self._paused = before
 
         with ExitStack() as patches:
-            _patch(patches, torch.UntypedStorage, "resize_", resized)
-            _patch(patches, torch.cuda, "is_available", lambda: False)  # the pretended device is the same everywhere
-            _patch(patches, ShardingPropagator, "_propagate_tensor_meta_non_cached", inferred)
+            patch(patches, torch.UntypedStorage, "resize_", resized)
+            patch(patches, torch.cuda, "is_available", lambda: False)  # the pretended device is the same everywhere
+            patch(patches, ShardingPropagator, "_propagate_tensor_meta_non_cached", inferred)
             if self.cuda:
-                _patch(patches, functional, "rms_norm", lambda x, shape, weight, eps: _FusedRMSNorm.apply(x, weight))
+                patch(patches, functional, "rms_norm", lambda x, shape, weight, eps: _FusedRMSNorm.apply(x, weight))
             with fake, self:
                 yield
 
 
-def _patch(patches: ExitStack, owner: Any, name: str, value: Any) -> None:
+def patch(patches: ExitStack, owner: Any, name: str, value: Any) -> None:
     patches.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
 
