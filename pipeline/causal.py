@@ -66,24 +66,36 @@ class CausalConfig:
         self,
         net: WanTransformer,
         batch: int,
-        frames: int,
+        frames: int | None,
         height: int,
         width: int,
         dtype: torch.dtype,
         device: torch.device | str,
         memory: torch.Tensor | None = None,
+        trained_frames: int | None = None,
     ) -> KVCache:
-        """A cache for a video of `frames` frames in all, as small as the window allows; memory: see `KVCache`."""
+        """A cache for a video of `frames` frames in all, as small as the window allows; null: without end, for which
+        there has to be a window.
+
+        trained_frames: of the longest video that the network was trained on: in longer ones sinks follow, so that no
+        frame is further away than there; null leaves them. memory: see `KVCache`.
+        """
+        if frames is None:
+            if self.window_frames is None:
+                raise ValueError("a video without end needs a window: set window_frames")
+            frames = self.window_frames + self.num_frame_per_block
         held = self.cache_frames(frames)
         rolling = held < max(frames - self.num_frame_per_block, 0)
+        block = self.num_frame_per_block if held else 0
         return net.new_cache(
             batch,
             held,
             height,
             width,
-            block_frames=self.num_frame_per_block if held else 0,
+            block_frames=block,
             sinks=min(self.sink_frames, held),
             rolling=rolling,
+            reach=None if trained_frames is None else max(trained_frames, held + block),
             dtype=dtype,
             device=device,
             memory=memory,

@@ -1,4 +1,4 @@
-"""Causal few-step generation, one block at a time.
+"""Causal generation, one block at a time: few steps as a stream, or many as a teacher's trajectory.
 
 B batch  F latent frames  C channels  H W latent size
 """
@@ -6,6 +6,9 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +16,19 @@ from torch import Tensor
 from model.score import ScoreNet
 from model.types import Conditioning, NoiseSource
 from model.wan.kv_cache import KVCache
+from model.wan.masks import block_causal_mask
 from pipeline.causal import CausalConfig
-from pipeline.denoise import denoise_block, per_sample, write_context
+from pipeline.denoise import context_input, denoise_block, per_sample, write_context
+
+
+def initial_parts(conditioning: Conditioning, blocks: Sequence[int]) -> Iterator[tuple[int, Tensor, Conditioning]]:
+    """The given clean frames block by block: a number that names its draws, its frames, what they are given."""
+    if conditioning.initial is None:
+        return
+    start = 0
+    for index, part in enumerate(conditioning.initial.split(list(blocks), dim=1)):
+        yield -1 - index, part, conditioning.frames(start, part.shape[1])
+        start += part.shape[1]
 
 
 @torch.no_grad()
@@ -22,16 +36,142 @@ def cache_initial(
     student: ScoreNet, conditioning: Conditioning, blocks: Sequence[int], source: NoiseSource, cache: KVCache
 ) -> None:
     """Puts the given clean frames into the cache, block by block, at sigma 0."""
-    if conditioning.initial is None:
-        return
-    start = 0
-    for index, part in enumerate(conditioning.initial.split(list(blocks), dim=1)):
-        given = conditioning.frames(start, part.shape[1])
-        write_context(student, part, given, sigma=0.0, block=-1 - index, source=source, cache=cache)
-        start += part.shape[1]
+    for index, part, given in initial_parts(conditioning, blocks):
+        write_context(student, part, given, sigma=0.0, block=index, source=source, cache=cache)
 
 
-@torch.no_grad()
+def block_noise(source: NoiseSource, blocks: Sequence[int], frame: Sequence[int]) -> Tensor:
+    """Noise [B, F, C, H, W] of blocks of so many frames of shape (C, H, W), drawn block by block: a longer video begins
+    as a shorter one does."""
+    return torch.cat([source.normal(f"noise.b{index}", (size, *frame)) for index, size in enumerate(blocks)], 1)
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How a causal student is streamed.
+
+    schedules: noise levels of each block's steps; blocks after the last one named are made as that one. Fewer steps
+    once a scene stands, say. noisy_context: later blocks see the keys and values of a block's last denoising pass, in
+    place of those of one more pass over the finished block: a forward less for each block.
+    """
+
+    schedules: Sequence[Sequence[float]]
+    noisy_context: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.schedules or not all(self.schedules):
+            raise ValueError("a stream needs the noise levels of at least one step for each block")
+
+    def sigmas(self, block: int) -> Sequence[float]:
+        return self.schedules[min(block, len(self.schedules) - 1)]
+
+
+class _Shown(NamedTuple):
+    """A frame [B, 1, C, H, W] as the cache's keys and values were computed from it, at `sigma`; its block's number."""
+
+    x: Tensor
+    sigma: float
+    block: int
+
+
+class CausalStream:
+    """A video made block by block over a cache (Self-Forcing, arXiv 2506.08009, algorithm 2), as long as one asks for.
+
+    Memory is the cache's, whatever the length. Draws are keyed by block: those of a block know nothing of later ones.
+    conditioning: of the video; its initial frames precede the blocks, and fill whole ones. cache: an empty one from
+    `causal.new_cache`, rolling where the video is to have no end.
+    blocks, frames: made so far, given frames among the frames alone.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        student: ScoreNet,
+        conditioning: Conditioning,
+        config: StreamConfig,
+        causal: CausalConfig,
+        source: NoiseSource,
+        cache: KVCache,
+    ) -> None:
+        self.student, self.conditioning, self.config, self.causal = student, conditioning, config, causal
+        self.source, self.cache = source, cache
+        self.blocks, self.frames = 0, conditioning.initial_frames
+        self._unseen: tuple[Tensor, Conditioning, int] | None = None  # the last block: no later one has asked for it
+        self._shown: list[_Shown] = []
+        given = causal.blocks(self.frames) if self.frames else ()
+        for index, part, own in initial_parts(conditioning, given):
+            self._show(part, own, 0.0, index)
+
+    @property
+    def block_frames(self) -> int:
+        """Frames of the next block."""
+        is_first = self.causal.independent_first_frame and self.frames == 0
+        return 1 if is_first else self.causal.num_frame_per_block
+
+    def noise(self, frame: Sequence[int]) -> Tensor:
+        """The next block's noise [B, f, C, H, W], for frames of shape (C, H, W): as `block_noise` has it."""
+        return self.source.normal(f"noise.b{self.blocks}", (self.block_frames, *frame))
+
+    @torch.no_grad()
+    def make(self, noise: Tensor) -> Tensor:
+        """x0 [B, f, C, H, W] of the next block from its noise."""
+        self._see_last()
+        sigmas, noisy = self.config.sigmas(self.blocks), self.config.noisy_context
+        own = self.conditioning.frames(self.frames, noise.shape[1])
+        seen: list[Tensor] = []
+        x0 = denoise_block(
+            self.student, noise, own, sigmas, exit_step=len(sigmas) - 1, block=self.blocks, source=self.source,
+            cache=self.cache, seen=seen, write_cache=noisy,
+        )  # fmt: skip
+        if noisy:
+            self._remember(seen[0], sigmas[-1], self.blocks)
+        else:
+            self._unseen = (x0, own, self.blocks)
+        self.blocks += 1
+        self.frames += noise.shape[1]
+        return x0
+
+    @torch.no_grad()
+    def switch(self, text: Tensor, *, recache: bool = False) -> None:
+        """Another prompt's text [B, L, D] from the next block on. recache: the frames that it looks back at are shown
+        to the network again, under the new text (KV re-cache, LongLive, arXiv 2509.22622): the new prompt takes hold
+        sooner. Raises ValueError for a recache with channels beside the latents."""
+        if recache and self.conditioning.channels is not None:
+            raise ValueError("recache: frames with channels beside the latents cannot be shown again: leave it out")
+        self._see_last()
+        self.conditioning = self.conditioning.with_text(text)
+        self.cache.forget_text()
+        if recache and self._shown:
+            self._show_again()
+
+    def _see_last(self) -> None:
+        if self._unseen is not None:
+            x0, own, block = self._unseen
+            sigma = self.causal.context_sigma
+            self._show(context_input(x0, sigma=sigma, block=block, source=self.source), own, sigma, block)
+            self._unseen = None
+
+    def _show(self, x: Tensor, given: Conditioning, sigma: float, block: int) -> None:
+        self.student.velocity(x, per_sample(sigma, x), given, cache=self.cache, write_cache=True)
+        self._remember(x, sigma, block)
+
+    def _remember(self, x: Tensor, sigma: float, block: int) -> None:
+        shown = [*self._shown, *(_Shown(frame, sigma, block) for frame in x.split(1, 1))]
+        sinks, held = min(self.cache.sinks, len(shown)), self.cache.held_frames
+        self._shown = shown[:sinks] + shown[max(len(shown) - (held - sinks), sinks) :]
+
+    def _show_again(self) -> None:
+        """One pass over all frames held, each block seeing those before it, at the positions where they were."""
+        x, positions = torch.cat([frame.x for frame in self._shown], 1), self.cache.in_time
+        sigma = torch.stack([per_sample(frame.sigma, frame.x) for frame in self._shown], 1)
+        blocks = tuple(len(list(frames)) for _, frames in groupby(frame.block for frame in self._shown))
+        given = replace(self.conditioning, initial=None)
+        self.cache.restart()
+        self.student.velocity(
+            x, sigma, given, cache=self.cache, write_cache=True, positions=positions, mask=block_causal_mask(blocks)
+        )
+
+
 def stream(
     student: ScoreNet,
     noise: Tensor,
@@ -41,22 +181,16 @@ def stream(
     source: NoiseSource,
     cache: KVCache,
 ) -> Iterator[Tensor]:
-    """Yields x0 [B, f, C, H, W] of each new block as it is done.
+    """Yields x0 [B, f, C, H, W] of each new block as it is done. Nothing reads what the last block would write into the
+    cache, so it writes nothing.
 
     noise: [B, F, C, H, W], the frames to generate, after any initial ones of the conditioning. cache: an empty one from
     `causal.new_cache`. Raises ValueError unless the frames fill whole blocks.
     """
-    given, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
-    cache_initial(student, conditioning, given, source, cache)
-    start = conditioning.initial_frames
-    for index, part in enumerate(noise.split(list(blocks), dim=1)):
-        own = conditioning.frames(start, part.shape[1])
-        start += part.shape[1]
-        last = len(sigmas) - 1
-        x0 = denoise_block(student, part, own, sigmas, exit_step=last, block=index, source=source, cache=cache)
-        yield x0
-        if index < len(blocks) - 1:  # nothing reads what the last block would write
-            write_context(student, x0, own, sigma=causal.context_sigma, block=index, source=source, cache=cache)
+    _, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
+    video = CausalStream(student, conditioning, StreamConfig([sigmas]), causal, source, cache)
+    for part in noise.split(list(blocks), dim=1):
+        yield video.make(part)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ B batch  F frames of the block  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +31,13 @@ def denoise_block(
     with_gradient: bool = False,
     trace: Trace | None = None,
     seen: list[Tensor] | None = None,
+    write_cache: bool = False,
 ) -> Tensor:
     """x0 [B, F, C, H, W] of one block after steps 0..exit_step (Self-Forcing, arXiv 2506.08009, algorithm 1).
 
     Each step predicts x0 and noises it afresh to the next step's sigma; only the exit step may carry gradient.
     With a trace it carries none either, and is noted there instead, for `WanTransformer` to replay.
-    seen: gets what the exit step sees, [B, F, C, H, W] at its sigma.
+    seen: gets what the exit step sees, [B, F, C, H, W] at its sigma. write_cache: its keys and values are kept.
     noise: [B, F, C, H, W] at sigmas[0]. given: conditioning of these frames, or its text alone. block: its index, which
     names its draws. Inference exits at the last step.
     """
@@ -47,7 +49,9 @@ def denoise_block(
             x = mix(x0, fresh, per_sample(sigmas[step + 1], x))
     if seen is not None:
         seen.append(x)
-    noted = {} if trace is None else {"trace": trace}
+    noted: dict[str, Any] = {} if trace is None else {"trace": trace}
+    if write_cache:
+        noted["write_cache"] = True
     with torch.set_grad_enabled(with_gradient and trace is None and torch.is_grad_enabled()):
         return student.x0(x, per_sample(sigmas[exit_step], x), given, cache=cache, **noted)
 

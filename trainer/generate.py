@@ -22,8 +22,9 @@ from model.types import Conditioning, Evaluations
 from model.wan.config import Checkpointing, NetworkConfig
 from pipeline.bidirectional_inference import Solver, from_clip, many_step_sample
 from pipeline.causal import CausalConfig
+from pipeline.causal_inference import CausalStream, StreamConfig, block_noise
 from trainer.build import build_for_inference, build_task, compute_dtype, pins
-from trainer.sampling import few_step_stream
+from trainer.sampling import few_step_stream, open_stream
 from trainer.task import Task
 from trainer.two_experts import joined, starts_from_noise
 from utils import checkpoint
@@ -34,7 +35,8 @@ from utils.random import Noise
 @dataclass(frozen=True)
 class Sampling:
     """How to sample. steps: null takes the run's own. frames: latent frames in all, given ones included; null takes the
-    run's. window, sinks: of a causal student, null takes the run's. guidance, solver ('euler' or 'unipc'): of a
+    run's. window, sinks: of a causal student, null takes the run's; block_steps: steps of its first block, its second,
+    and so on, the last for all after; noisy_context: see `StreamConfig`. guidance, solver ('euler' or 'unipc'): of a
     many-step network; guidance_2: of the low-noise expert of two, null takes guidance. strength: share of the steps
     that are made where videos start from a clip."""
 
@@ -47,6 +49,8 @@ class Sampling:
     guidance_2: float | None = None
     solver: str | None = None
     strength: float | None = None
+    block_steps: tuple[int, ...] = ()
+    noisy_context: bool = False
 
 
 class Generator:
@@ -171,7 +175,9 @@ class Generator:
         source = Noise(sampling.seed, 0, ids, self.device)
         frames = self._frames(sampling, conditioning)
         kept = conditioning.initial_frames if self.causal else 0  # others make given frames again, or pin them
-        noise = source.normal("noise", (frames - kept, *self.task.latent_shape[1:]))
+        causal = self._causal(sampling, frames, kept) if self.causal else None
+        blocks = [] if causal is None else causal.split(kept, frames - kept)[1]
+        noise = self._noise(source, frames - kept, blocks)
         start = None if clip is None else self._start(clip, noise)
         if not self.few_steps:
             yield self._many_steps(noise, conditioning, sampling, start)
@@ -184,10 +190,56 @@ class Generator:
             )
         if start is not None and sampling.strength is not None:
             noise, sigmas = from_clip(start, noise, sigmas, sampling.strength)
-        causal = self._causal(sampling, frames, kept) if self.causal else None
-        if kept and conditioning.initial is not None:
+        if causal is None:
+            yield from few_step_stream(self.score, noise, conditioning, sigmas, None, source)
+            return
+        if conditioning.initial is not None:
             yield conditioning.initial.to(noise.dtype)
-        yield from few_step_stream(self.score, noise, conditioning, sigmas, causal, source)
+        video = self._open(conditioning, sampling, sigmas, causal, source, frames)
+        for part in noise.split(list(blocks), 1):
+            yield video.make(part)
+
+    @torch.no_grad()
+    def endless(
+        self, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int], first_frames: Tensor | None = None
+    ) -> CausalStream:
+        """A causal student's videos without end, a block at a time: what `stream` yields, for as long as one asks.
+
+        A student that has no window gets one of as many frames as it was trained on. Raises UserError for what this
+        network cannot do.
+        """
+        if not self.causal or self.model_type == "i2v":
+            raise UserError("a video without end needs a causal student that takes given frames as latents (not i2v)")
+        if sampling.frames is not None:
+            raise UserError(f"--frames {sampling.frames}: this video has no end: leave it out")
+        if sampling.window is None and self.config.causal.window_frames is None:
+            sampling = replace(sampling, window=self.trained_frames)
+        self._refuse_unused(sampling)
+        self._refuse_given(sampling, first_frames, None)
+        conditioning = self._conditioning(prompts, sampling, first_frames, None)
+        given, own = conditioning.initial_frames, self.config.causal
+        block = 1 if own.independent_first_frame and not given else own.num_frame_per_block
+        causal = self._causal(sampling, given + block, given)
+        source = Noise(sampling.seed, 0, ids, self.device)
+        return self._open(conditioning, sampling, self.step_list(sampling.steps), causal, source, None)
+
+    @property
+    def trained_frames(self) -> int:
+        """Latent frames of the longest video that this network was trained on."""
+        return self.config.rollout.num_training_frames or self.task.latent_shape[0]
+
+    def _open(
+        self, given: Conditioning, sampling: Sampling, sigmas: Sequence[float], causal: CausalConfig, source: Noise,
+        frames: int | None,
+    ) -> CausalStream:  # fmt: skip
+        schedules: list[Sequence[float]] = [self.step_list(steps) for steps in sampling.block_steps]
+        config = StreamConfig(schedules or [sigmas], sampling.noisy_context)
+        height, width = self.task.latent_shape[2:]
+        return open_stream(self.score, given, config, causal, source, (height, width), frames, self.trained_frames)
+
+    def _noise(self, source: Noise, frames: int, blocks: Sequence[int]) -> Tensor:
+        frame = self.task.latent_shape[1:]
+        return block_noise(source, blocks, frame) if self.causal else source.normal("noise", (frames, *frame))
 
     def _frames(self, sampling: Sampling, conditioning: Conditioning) -> int:
         """Latent frames in all, given ones included."""
@@ -204,12 +256,15 @@ class Generator:
         given: dict[str, object]
         if not self.causal:
             kind, given = "a bidirectional network", {"window": sampling.window, "sinks": sampling.sinks}
+            given |= {"block_steps": sampling.block_steps or None, "noisy_context": sampling.noisy_context or None}
             instead = "use a causal student"
         else:
             kind, given, instead = "a causal student", {"guidance": sampling.guidance}, "leave it out"
         for name, value in given.items():
             if value is not None:
                 raise UserError(f"--{name}: {kind} takes none: {instead}")
+        if sampling.block_steps and (sampling.steps is not None or sampling.strength is not None):
+            raise UserError("--block_steps names the steps of every block: leave out --steps and --strength")
         if self.few_steps:
             for name in ("guidance", "guidance_2", "solver"):
                 if getattr(sampling, name) is not None:

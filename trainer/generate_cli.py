@@ -201,6 +201,7 @@ def _same_settings(args: InferenceArgs) -> None:
         **asdict(args.sampling),
     }
     file = args.out / "settings.json"
+    settings = json.loads(json.dumps(settings))  # as they come back
     if file.is_file():
         there = json.loads(file.read_text())
         changed = sorted(key for key in settings if there.get(key) != settings[key])

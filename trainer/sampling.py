@@ -18,7 +18,7 @@ from model.types import Conditioning, NoiseSource
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_sample
 from pipeline.causal import CausalConfig
-from pipeline.causal_inference import stream
+from pipeline.causal_inference import CausalStream, StreamConfig, block_noise, stream
 from pipeline.denoise import denoise_block
 
 
@@ -50,6 +50,25 @@ def few_step_stream(
         yield from stream(score, noise, conditioning, sigmas, causal, source, cache)
 
 
+def open_stream(
+    score: ScoreNet,
+    conditioning: Conditioning,
+    config: StreamConfig,
+    causal: CausalConfig,
+    source: NoiseSource,
+    size: tuple[int, int],
+    frames: int | None,
+    trained_frames: int,
+) -> CausalStream:
+    """A causal student's video of latents of `size` (H, W), of `frames` frames in all or, where null, without end."""
+    assert isinstance(score.net, WanTransformer)
+    cache = causal.new_cache(
+        score.net, conditioning.batch, frames, *size, cache_dtype(score), conditioning.text.device,
+        trained_frames=trained_frames,
+    )  # fmt: skip
+    return CausalStream(score, conditioning, config, causal, source, cache)
+
+
 def euler(
     score: ScoreNet,
     source: NoiseSource,
@@ -78,6 +97,10 @@ def sample(
         return euler(score, source, shape, conditioning, negative, v.steps, config.schedule.timestep_shift, v.guidance)
     causal = config.causal if config.is_causal else None
     given = 0 if causal is None else conditioning.initial_frames  # the others see given frames pinned in the noise
-    noise, sigmas = source.normal("noise", (shape[0] - given, *shape[1:])), config.schedule.sigmas()
+    frames, sigmas = shape[0] - given, config.schedule.sigmas()
+    if causal is None:
+        noise = source.normal("noise", (frames, *shape[1:]))
+    else:
+        noise = block_noise(source, causal.split(given, frames)[1], shape[1:])
     new = list(few_step_stream(score, noise, conditioning, sigmas, causal, source))
     return torch.cat([*([conditioning.initial] if given and conditioning.initial is not None else []), *new], dim=1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.wan.masks import check_window
+from model.wan.rope import apply_rope, frame_turn
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,12 @@ class KVCache:
 
     The first `sinks` frames stay for good; the others are kept in a ring over the last `context_frames - sinks`.
     Softmax attention does not care about the order of its keys, so a full ring is read as it lies, unless it is
-    wanted `in_order` of time: sparse attention makes tiles of neighbouring frames. Positions are absolute: keys are
-    rotated before they come here.
+    wanted `in_order` of time: sparse attention makes tiles of neighbouring frames. Keys are rotated before they come
+    here, to `position` and on; they see each other by differences of positions only.
 
+    reach: frames from the first sink to the end of the next block, at most: sinks of a longer video are turned on to
+    follow it (`positions`), so that no difference grows beyond what a network was trained with. At least
+    `context_frames + block_frames`; null leaves sinks where they were.
     rolling: whether frames may be evicted. Without it overflow is an error, and what `context` returns stays as it is
     until `reset`, so checkpointed blocks may read it again; with it a pass with gradient gets a copy.
     memory: flat and at least as long as it needs to be, in place of its own: for caches of several geometries, of which
@@ -51,13 +55,19 @@ class KVCache:
         sinks: int = 0,
         rolling: bool = False,
         in_order: bool = False,
+        reach: int | None = None,
         dtype: torch.dtype,
         device: torch.device | str,
         memory: Tensor | None = None,
     ) -> None:
         if sinks > shape.context_frames:
             raise ValueError(f"{sinks} sink frames do not fit a context of {shape.context_frames} frames")
-        self.shape, self.sinks, self.rolling, self.in_order = shape, sinks, rolling, in_order
+        if reach is not None and reach < shape.context_frames + shape.block_frames:
+            raise ValueError(
+                f"a reach of {reach} frames is less than the context of {shape.context_frames} and a block of "
+                f"{shape.block_frames}"
+            )
+        self.shape, self.sinks, self.rolling, self.in_order, self.reach = shape, sinks, rolling, in_order, reach
         size = (
             shape.layers,
             2,
@@ -70,6 +80,14 @@ class KVCache:
         self._text: dict[int, tuple[Tensor, ...]] = {}
         self.frames = 0
         self.generation = 0
+        self._offset, self._first = 0, 0  # of positions against `frames`; the first sink's position, when written
+        self._turned_by = 0  # positions that sinks have been moved on
+        self._sink_keys: Tensor | None = None  # as they were written, [layers, B, sinks * T, N, D]
+
+    @property
+    def position(self) -> int:
+        """Of the next frame, for its rotation."""
+        return self.frames + self._offset
 
     @property
     def nbytes(self) -> int:
@@ -81,18 +99,39 @@ class KVCache:
 
     @property
     def positions(self) -> list[int]:
-        """Absolute frame position of each slot in use."""
+        """Position, as keys are rotated, of each slot in use."""
+        ring = self.shape.context_frames - self.sinks
+        oldest = max(self.frames - ring, self.sinks) if ring else self.frames
         out = [-1] * self.held_frames
-        recent = range(max(self.frames - self.shape.context_frames, 0), self.frames)
-        for frame in (*range(min(self.sinks, recent.start)), *recent):
+        for frame in (*range(min(self.sinks, self.frames)), *range(oldest, self.frames)):
             if (slot := self._slot(frame)) is not None:
-                out[slot] = frame
-        return out
+                out[slot] = frame + self._offset
+        sinks = min(self.sinks, self.held_frames)
+        return [self._first + i + self._turned_by for i in range(sinks)] + out[sinks:]
+
+    @property
+    def in_time(self) -> list[int]:
+        """The `positions`, oldest frame first."""
+        return sorted(self.positions)
 
     def reset(self) -> None:
         """Forgets everything but keeps the memory, for the next rollout."""
-        self.frames = 0
+        self._begin(0, 0)
+        self.forget_text()
+
+    def restart(self) -> None:
+        """Forgets all keys and values but not where the frames held were: the next pass writes these `in_time` anew,
+        all at once, and what follows them goes on at `position`. For another text, say."""
+        held = self.in_time
+        self._begin(self.position - len(held), held[0] if held else self.position)
+
+    def _begin(self, offset: int, first: int) -> None:
+        self.frames, self._offset, self._first = 0, offset, first
+        self._turned_by, self._sink_keys = 0, None
         self.generation += 1
+
+    def forget_text(self) -> None:
+        """The next pass without gradient computes keys and values of its text."""
         self._text.clear()
 
     def context(self, layer: int) -> tuple[Tensor, Tensor] | None:
@@ -182,6 +221,19 @@ class KVCache:
     def advance(self, frames: int) -> None:
         """Marks `frames` more as seen, once every layer has appended them."""
         self.frames += frames
+        if self.reach is not None and self.sinks:
+            self._turn_sinks(self.position + self.shape.block_frames - self.reach - self._first)
+
+    @torch.no_grad()
+    def _turn_sinks(self, by: int) -> None:
+        if by <= 0:
+            return
+        slots = self._kv[:, 0, :, : self.sinks * self.shape.tokens_per_frame]
+        if self._sink_keys is None:
+            self._sink_keys = slots.clone()  # each turn is made of these: rounding does not add up
+        turn = frame_turn(by, self.shape.head_dim, self._kv.device)
+        slots.copy_(apply_rope(self._sink_keys.flatten(0, 1), turn).view_as(slots))
+        self._turned_by = by
 
     def text(self, layer: int) -> tuple[Tensor, ...] | None:
         """Cross-attention K and V of the text, and of an image where one is given; only in passes without gradient:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 THETA = 10000.0
 
@@ -25,16 +26,32 @@ def rope_table(positions: Sequence[int], height: int, width: int, head_dim: int,
     Angles are taken in fp64 (a long stream reaches positions where fp32 angles lose digits) and rounded once.
     """
     f, h, w = len(positions), height, width
-    places = torch.tensor([*positions, *range(h), *range(w)], dtype=torch.float64, device=device)
+    places = [_places(axis, device) for axis in (positions, range(h), range(w))]
     parts = []
-    for axis, (size, dim) in enumerate(zip(places.split([f, h, w]), axis_dims(head_dim), strict=True)):
-        frequency = THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-        angle = torch.outer(size, frequency)
+    for axis, (size, dim) in enumerate(zip(places, axis_dims(head_dim), strict=True)):
+        angle = torch.outer(size, _frequencies(dim, device))
         small = torch.stack([angle.cos(), angle.sin()]).float()  # only the axis' own entries, then spread over the grid
         shape = [2, 1, 1, 1, dim // 2]
         shape[1 + axis] = len(size)
         parts.append(small.reshape(shape).expand(2, f, h, w, -1))
     return torch.cat(parts, dim=-1).reshape(2, f * h * w, -1)
+
+
+def frame_turn(by: int, head_dim: int, device: torch.device) -> Tensor:
+    """cos and sin, [2, 1, D / 2] fp32, that move rotated keys on by so many frames: R(p + by) = R(by) R(p)."""
+    frame, height, width = axis_dims(head_dim)
+    angle = functional.pad(_frequencies(frame, device) * by, (0, (height + width) // 2))
+    return torch.stack([angle.cos(), angle.sin()]).float()[:, None]
+
+
+def _frequencies(dim: int, device: torch.device) -> Tensor:
+    return THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+
+
+def _places(axis: Sequence[int], device: torch.device) -> Tensor:
+    if isinstance(axis, range):  # made on the device: nothing has to be copied there, and waited for
+        return torch.arange(axis.start, axis.stop, axis.step, dtype=torch.float64, device=device)
+    return torch.tensor(axis, dtype=torch.float64, device=device)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # Inductor makes no code for complex numbers

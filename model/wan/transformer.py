@@ -102,20 +102,22 @@ class WanTransformer(nn.Module):
         block_frames: int = 0,
         sinks: int = 0,
         rolling: bool = False,
+        reach: int | None = None,
         dtype: torch.dtype,
         device: torch.device | str,
         memory: Tensor | None = None,
     ) -> KVCache:
         """An empty cache for latents of `height` x `width`, holding `context_frames` frames beside blocks of
-        `block_frames`; under sequence parallelism with all tokens of this rank's heads."""
+        `block_frames`; under sequence parallelism with all tokens of this rank's heads. The rest: see `KVCache`."""
         c = self.config
         tokens = c.tokens_per_frame(height, width)
         heads = c.num_heads if self.sequence is None else c.num_heads // self.sequence.size
         shape = CacheShape(c.num_layers, batch, context_frames, tokens, heads, c.head_dim, block_frames)
         in_order = self.sparse is not None
         return KVCache(
-            shape, sinks=sinks, rolling=rolling, in_order=in_order, dtype=dtype, device=device, memory=memory
-        )
+            shape, sinks=sinks, rolling=rolling, in_order=in_order, reach=reach, dtype=dtype, device=device,
+            memory=memory,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -162,7 +164,7 @@ class WanTransformer(nn.Module):
             tokens = self._replay(tokens, time6, text, image, replay, shards, adapter, (height, width))
         else:
             if positions is None:
-                start = 0 if cache is None else cache.frames
+                start = 0 if cache is None else cache.position
                 positions = range(start, start + frames)
             rope = rope_table(positions, height, width, self.config.head_dim, x.device)
             rope = rope if shards is None else shards.own(rope)

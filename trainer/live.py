@@ -1,0 +1,69 @@
+"""A video that is watched while it is made: pixels block by block, its prompt may change, its pace is measured.
+
+T pixel frames of a block  h w pixel size
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.generate import Generator, Sampling
+from utils.config import UserError
+
+
+@dataclass(frozen=True)
+class Pace:
+    """first: seconds from the text embedding to the first block's pixels, None before it. fps: pixel frames a second
+    after the first block, None before the second. frames: pixel frames so far."""
+
+    first: float | None = None
+    fps: float | None = None
+    frames: int = 0
+
+
+class Live:
+    """One video without end of a causal student. Not for several threads at once; different videos are independent.
+
+    number: keys the draws beside `sampling.seed`. Raises UserError for what the network cannot do, and for a prompt
+    that has no embedding.
+    """
+
+    def __init__(self, generator: Generator, prompt: str, sampling: Sampling, *, number: int = 0) -> None:
+        self.generator = generator
+        self._video = generator.endless([prompt], sampling, [number])
+        self._decode = generator.task.decoding()
+        self._shape = generator.task.latent_shape[1:]
+        self._began, self._first, self._steady = time.perf_counter(), 0.0, 0.0
+        self._frames, self._first_frames = 0, 0
+
+    def next_frames(self) -> Tensor:
+        """The next block's pixels [T, 3, h, w] in [0, 1], on the CPU."""
+        started = time.perf_counter()
+        with torch.no_grad():
+            pixels = self._decode(self._video.make(self._video.noise(self._shape)))[0].float().cpu()
+        if self._frames == 0:
+            self._first, self._first_frames = time.perf_counter() - self._began, len(pixels)
+        else:
+            self._steady += time.perf_counter() - started
+        self._frames += len(pixels)
+        return pixels
+
+    def switch(self, prompt: str, *, recache: bool = False) -> None:
+        """Another prompt from the next block on; recache: see `CausalStream.switch`. Raises UserError, the video
+        going on as it was, for a prompt that has no embedding."""
+        try:
+            text = self.generator.task.conditioning([prompt]).text
+        except ValueError as problem:
+            raise UserError(str(problem)) from None
+        self._video.switch(text, recache=recache)
+
+    @property
+    def pace(self) -> Pace:
+        if self._frames == 0:
+            return Pace()
+        steady = self._frames - self._first_frames
+        return Pace(self._first, steady / self._steady if steady else None, self._frames)
