@@ -1,4 +1,4 @@
-"""`python inference.py --run logs/x --prompt "..." --out videos`: videos from a run, block by block."""
+"""`python inference.py --run logs/x --prompt "..." --out videos`: videos from a run, also under torchrun."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import os
 # Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from trainer.generate_cli import generate_videos, inference_args, open_generator
+from trainer.generate_cli import inference_args, open_generator
+from trainer.generate_videos import generate_videos
 from utils import distributed
-from utils.cli import refuse_several_ranks, run_cli
+from utils.cli import run_cli
 
 
 def main() -> int:
     args = inference_args()
-    refuse_several_ranks("inference.py")
+    distributed.init()
     return generate_videos(open_generator(args, distributed.device()), args)
 
 

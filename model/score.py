@@ -5,7 +5,8 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -44,12 +45,19 @@ class ScoreNet:
         adapter: str | None = None,
     ) -> None:
         self.net = net
+        self.call: Callable[..., Any] = net
         self.name = name
         self.evaluations = evaluations if evaluations is not None else Evaluations()
         self.compute_dtype = compute_dtype
         self.batch_guidance = batch_guidance
         self.pins_initial = pins_initial
         self.adapter = adapter
+
+    def through(self, call: Callable[..., Any]) -> ScoreNet:
+        """The same network, counted alike, its passes made by `call`, which takes and gives what the net does."""
+        other = copy(self)
+        other.call = call
+        return other
 
     def velocity(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
         """Velocity [B, F, C, H, W] in fp32 at x [B, F, C, H, W], sigma [B] or [B, F]."""
@@ -74,7 +82,7 @@ class ScoreNet:
         if self.adapter is not None:
             mode["adapter"] = self.adapter
         with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
-            return self.net(x, sigma, condition.text, **condition.beside_text, **mode)
+            return self.call(x, sigma, condition.text, **condition.beside_text, **mode)
 
     def x0(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
         """Conditional x0 [B, F, C, H, W], fp32."""

@@ -5,8 +5,9 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -96,7 +97,9 @@ class CausalStream:
         self.student, self.conditioning, self.config, self.causal = student, conditioning, config, causal
         self.source, self.cache = source, cache
         self.blocks, self.frames = 0, conditioning.initial_frames
-        self._unseen: tuple[Tensor, Conditioning, int] | None = None  # the last block: no later one has asked for it
+        self._see_last: Callable[[], None] = (
+            _nothing  # the last block's keys and values: no later one has asked for them
+        )
         self._shown: list[_Shown] = []
         given = causal.blocks(self.frames) if self.frames else ()
         for index, part, own in initial_parts(conditioning, given):
@@ -115,20 +118,21 @@ class CausalStream:
     @torch.no_grad()
     def make(self, noise: Tensor) -> Tensor:
         """x0 [B, f, C, H, W] of the next block from its noise."""
-        self._see_last()
-        sigmas, noisy = self.config.sigmas(self.blocks), self.config.noisy_context
-        own = self.conditioning.frames(self.frames, noise.shape[1])
+        self._finish()
+        sigmas, noisy, frames = self.config.sigmas(self.blocks), self.config.noisy_context, noise.shape[1]
+        own = self.conditioning.frames(self.frames, frames)
+        lies_there = self.cache.has_room(frames)  # what the last pass computes: it has to be stored only
         seen: list[Tensor] = []
         x0 = denoise_block(
             self.student, noise, own, sigmas, exit_step=len(sigmas) - 1, block=self.blocks, source=self.source,
-            cache=self.cache, seen=seen, write_cache=noisy,
+            cache=self.cache, seen=seen, write_cache=noisy and not lies_there and self.cache.rolling,
         )  # fmt: skip
         if noisy:
-            self._remember(seen[0], sigmas[-1], self.blocks)
+            self._see_last = partial(self._keep, seen[0], sigmas[-1], self.blocks, lies_there)
         else:
-            self._unseen = (x0, own, self.blocks)
+            self._see_last = partial(self._see, x0, own, self.blocks)
         self.blocks += 1
-        self.frames += noise.shape[1]
+        self.frames += frames
         return x0
 
     @torch.no_grad()
@@ -138,18 +142,24 @@ class CausalStream:
         sooner. Raises ValueError for a recache with channels beside the latents."""
         if recache and self.conditioning.channels is not None:
             raise ValueError("recache: frames with channels beside the latents cannot be shown again: leave it out")
-        self._see_last()
+        self._finish()
         self.conditioning = self.conditioning.with_text(text)
         self.cache.forget_text()
         if recache and self._shown:
             self._show_again()
 
-    def _see_last(self) -> None:
-        if self._unseen is not None:
-            x0, own, block = self._unseen
-            sigma = self.causal.context_sigma
-            self._show(context_input(x0, sigma=sigma, block=block, source=self.source), own, sigma, block)
-            self._unseen = None
+    def _finish(self) -> None:
+        see, self._see_last = self._see_last, _nothing
+        see()
+
+    def _see(self, x0: Tensor, given: Conditioning, block: int) -> None:
+        sigma = self.causal.context_sigma
+        self._show(context_input(x0, sigma=sigma, block=block, source=self.source), given, sigma, block)
+
+    def _keep(self, x: Tensor, sigma: float, block: int, lies_there: bool) -> None:
+        if lies_there:
+            self.cache.commit(x.shape[1])
+        self._remember(x, sigma, block)
 
     def _show(self, x: Tensor, given: Conditioning, sigma: float, block: int) -> None:
         self.student.velocity(x, per_sample(sigma, x), given, cache=self.cache, write_cache=True)
@@ -170,6 +180,10 @@ class CausalStream:
         self.student.velocity(
             x, sigma, given, cache=self.cache, write_cache=True, positions=positions, mask=block_causal_mask(blocks)
         )
+
+
+def _nothing() -> None:
+    pass
 
 
 def stream(

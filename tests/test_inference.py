@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from tests import forked
 from tests.small import DIFFUSION, DISTILLATION, trainer
+from trainer.acceleration import Acceleration
 from trainer.generate import Generator, Sampling, slug
-from trainer.generate_cli import generate_videos, inference_args
+from trainer.generate_cli import inference_args
+from trainer.generate_videos import generate_videos
+from trainer.live import Live, Pace
 from utils.config import UserError
 from utils.video import read_video, write_video
 
@@ -170,6 +176,118 @@ def test_one_prompt_to_one_file_of_each_format(run: Path, tmp_path: Path, suffix
     args = inference_args(["--run", str(run), "--prompt", PROMPTS[0], "--out", str(tmp_path / f"v.{suffix}")])
     generate_videos(Generator.load(run, CPU), args)
     assert (tmp_path / f"v.{suffix}").stat().st_size > 100
+
+
+def latents_of(out: Path) -> dict[str, Tensor]:
+    return {path.name: load_file(path)["latents"] for path in sorted(out.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("ranks", [["2"], ["2", "--sequence_parallel", "2"], ["3"]])
+def test_any_number_of_processes_makes_the_same_videos(run: Path, tmp_path: Path, ranks: list[str]) -> None:
+    """Prompts are shared out, or each video's tokens are; three ranks for two prompts leave one without work."""
+    prompts, number, sharing = tmp_path / "prompts.txt", int(ranks[0]), ranks[1:]
+    prompts.write_text("\n".join(PROMPTS))
+    command = ["--run", str(run), "--prompts", str(prompts), "--format", "safetensors", "--batch", "1"]
+    alone = forked.run(1, "inference.py", *command, "--out", str(tmp_path / "alone"))
+    shared = forked.run(number, "inference.py", *command, "--out", str(tmp_path / "shared"), *sharing)
+    assert (alone.returncode, shared.returncode) == (0, 0), shared.stderr
+    assert shared.stdout.count("2 videos, 18 latent frames") == 1
+    expected, found = latents_of(tmp_path / "alone"), latents_of(tmp_path / "shared")
+    assert list(found) == list(expected) == [f"{i:04d}_{slug(p)}.safetensors" for i, p in enumerate(PROMPTS)]
+    for name, latents in expected.items():
+        assert latents.shape == (9, 4, 8, 8)
+        torch.testing.assert_close(found[name], latents, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_that_do_not_fit_are_refused(run: Path, tmp_path: Path) -> None:
+    command = ["--run", str(run), "--prompt", PROMPTS[0], "--out", str(tmp_path / "v.mp4"), "--sequence_parallel", "2"]
+    with pytest.raises(UserError, match="--sequence_parallel 2: 1 processes do not fall into groups of so many"):
+        generate_videos(Generator.load(run, CPU), inference_args(command))
+
+
+def test_blocks_of_their_own_steps_and_noisy_context(run: Path) -> None:
+    generator = Generator.load(run, CPU)
+    calls = generator.score.evaluations.calls
+    for sampling, spent in (
+        (Sampling(block_steps=(3, 1)), 3 + 1 + 1 + 1 + 1),
+        (Sampling(noisy_context=True), 9),
+        (Sampling(), 11),
+    ):
+        before = calls.get("student", 0)
+        generator(PROMPTS, sampling, [0, 1])
+        assert calls["student"] - before == spent
+    first, other = (generator(PROMPTS, Sampling(block_steps=b), [0, 1]) for b in ((3, 3, 1), (3, 3, 3)))
+    assert torch.equal(first[:, :6], other[:, :6]) and not torch.allclose(first, other, atol=1e-3)
+    args = inference_args(["--run", "x", "--prompt", "y", "--block_steps", "4,2", "--noisy_context"])
+    assert (args.sampling.block_steps, args.sampling.noisy_context) == ((4, 2), True)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (Sampling(block_steps=(3,), steps=3), "--block_steps names the steps of every block"),
+        (Sampling(block_steps=(4,)), "--steps 4: this student has 3 steps"),
+    ],
+)
+def test_steps_that_make_no_sense_are_refused(run: Path, sampling: Sampling, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Generator.load(run, CPU)(PROMPTS, sampling, [0, 1])
+
+
+def test_a_teacher_has_no_blocks(teacher: Path) -> None:
+    generator = Generator.load(teacher, CPU)
+    for sampling in (Sampling(block_steps=(2,)), Sampling(noisy_context=True)):
+        with pytest.raises(UserError, match="a bidirectional network takes none: use a causal student"):
+            generator(PROMPTS, sampling, [0, 1])
+    with pytest.raises(UserError, match="a video without end needs a causal student"):
+        generator.endless(PROMPTS, Sampling(), [0, 1])
+
+
+def test_endless_begins_as_a_video_with_an_end(run: Path) -> None:
+    generator = Generator.load(run, CPU)
+    video = generator.endless(PROMPTS, Sampling(seed=4, window=9, sinks=3), [0, 1])
+    blocks = [video.make(video.noise(generator.task.latent_shape[1:])) for _ in range(10)]
+    ended = generator(PROMPTS, Sampling(seed=4, window=9, sinks=3, frames=30), [0, 1])
+    torch.testing.assert_close(torch.cat(blocks, 1), ended, rtol=1e-4, atol=1e-5)
+    held = video.cache.nbytes
+    assert held == generator.endless(PROMPTS, Sampling(window=9), [0, 1]).cache.nbytes
+    trained = generator.endless(PROMPTS, Sampling(), [0, 1])  # its window is then as long as its training
+    assert trained.causal.window_frames == 9
+
+
+def test_size_of_a_run(run: Path, tmp_path: Path) -> None:
+    generator = Generator.load(run, CPU, size=(24, 24))
+    assert generator(PROMPTS, Sampling(), [0, 1]).shape == (2, 9, 4, 12, 12)
+    for size, message in (((24, 16), "the toy world is square"), ((10, 10), "canvas must be a multiple of 4")):
+        with pytest.raises(UserError, match=f"--size {size[0]}x{size[1]}: .*{message}"):
+            Generator.load(run, CPU, size=size)
+
+
+def test_live_is_what_endless_makes_and_measures_its_pace(run: Path) -> None:
+    generator = Generator.load(run, CPU)
+    live = Live(generator, PROMPTS[0], Sampling(seed=2, window=9), number=7)
+    assert live.pace == Pace()
+    shown = [live.next_frames() for _ in range(2)]
+    assert live.pace.frames == 6 and live.pace.first is not None and live.pace.fps is not None
+    live.switch(PROMPTS[1])
+    with pytest.raises(UserError, match="cannot read caption|unknown word|no embedding"):
+        live.switch("a cat in the rain")
+    shown.append(live.next_frames())
+    video = generator.endless(PROMPTS[:1], Sampling(seed=2, window=9), [7])
+    frame = generator.task.latent_shape[1:]
+    expected = [video.make(video.noise(frame)) for _ in range(2)]
+    video.switch(generator.task.conditioning(PROMPTS[1:]).text)
+    expected.append(video.make(video.noise(frame)))
+    assert torch.equal(torch.cat(shown), generator.task.decode(torch.cat(expected, 1))[0])
+
+
+def test_what_a_cpu_cannot_speed_up_is_refused(run: Path) -> None:
+    for wanted, message in (
+        (Acceleration(fp8=True), "--fp8 needs an NVIDIA GPU of compute capability 8.9"),
+        (Acceleration(graphs=True), "recorded passes need CUDA"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Generator.load(run, CPU, acceleration=wanted)
 
 
 def test_image_option_reads_a_file(run: Path, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from tests.test_image_encoder import as_pil, picture, save_image_encoder
 from tests.vaes import small_vae
 from trainer import generate
 from trainer.generate import Generator, Sampling
-from trainer.generate_cli import generate_videos, inference_args, open_generator
+from trainer.generate_cli import inference_args, open_generator
+from trainer.generate_videos import generate_videos
 from utils.config import UserError
 from utils.random import Noise
 from utils.video import read_video, write_video

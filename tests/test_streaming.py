@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
+from model.wan.captured import Captured
 from model.wan.kv_cache import CacheShape, KVCache
 from model.wan.rope import apply_rope, rope_table
 from model.wan.transformer import WanTransformer
@@ -312,3 +314,26 @@ def test_nothing_in_a_block_waits_for_the_device(noisy: bool, monkeypatch: pytes
     assert waits(lambda: made(video, 3)) == []
     assert waits(lambda: torch.tensor([1.0], device="meta")) != []
     assert waits(lambda: torch.ones(2).to("meta")) != []
+
+
+def traced(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """As CUDA's graphs do it: the operators alone, on the very memory that they ran on, none of the Python around."""
+    graph = make_fx(run)()
+    return lambda: graph()
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_recorded_passes_are_those_that_run(noisy: bool, sinks: int) -> None:
+    """Through a window that fills and rolls, another prompt, and a recache; one recording for each number of frames."""
+    net, given, second = random_net(1), conditioning(3, 1), texts(9, 1)
+    causal, config = replace(WINDOW, sink_frames=sinks), StreamConfig([SIGMAS, SIGMAS[:2]], noisy_context=noisy)
+    plain, captured = (opened(net, given, causal, config) for _ in range(2))
+    passes = Captured(net, captured.cache, traced)
+    captured.student = captured.student.through(passes)
+    for blocks, text, recache in ((7, second, False), (4, given.text, True), (5, second, True)):
+        for expected, block in zip(made(plain, blocks), made(captured, blocks), strict=True):
+            assert torch.equal(block, expected)
+        for video in (plain, captured):
+            video.switch(text, recache=recache)
+    assert {key[0] for key in passes.recorded} == {0, 2, 4, 5} and len(passes.recorded) == 4

@@ -23,7 +23,8 @@ from trainer import wan_task
 from trainer.build import build_task
 from trainer.fid_suite import FidArgs, evaluate_fid
 from trainer.generate import Generator
-from trainer.generate_cli import generate_videos, inference_args, open_generator
+from trainer.generate_cli import inference_args, open_generator
+from trainer.generate_videos import generate_videos
 from trainer.preprocess_text import preprocess_text
 from trainer.task import for_each
 from trainer.wan_task import WanTask, statistics_of

@@ -145,7 +145,7 @@ def stored_weights(config: NetworkConfig) -> Weights:
     if config.init is None:
         raise ValueError("null: the weights were random, and are kept nowhere")
     if is_run(Path(config.init)):
-        weights = open_run(Path(config.init), config.init_weights)
+        weights = open_run(Path(config.init), config.init_weights, config.init_lora_scale)
     else:
         weights = LazyWeights(config.init, config.init_weights, config.expert)
     if not config.loras:
@@ -158,19 +158,19 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir() or (path / "state.json").is_file()
 
 
-def open_run(path: Path, which: str) -> Weights:
+def open_run(path: Path, which: str, lora_scale: float = 1.0) -> Weights:
     """The student of a run or checkpoint, its average for 'ema' if it has one, or its critic. An adapter is added to
-    the weights that it was trained on. Raises UserError or ValueError."""
+    the weights that it was trained on, times `lora_scale`. Raises UserError or ValueError."""
     folder = checkpoint.resolve_resume(str(path), path)
     assert folder is not None
     name = "critic" if which == "critic" else "student"
     averaged = which == "ema" and f"{name}_ema" in checkpoint.tensor_names(folder)
-    return open_group(folder, f"{name}_ema" if averaged else name)
+    return open_group(folder, f"{name}_ema" if averaged else name, lora_scale)
 
 
-def open_group(folder: Path, group: str) -> Weights:
-    """All weights of a checkpoint's group: `student`, `student_ema`, `critic`. Raises UserError, and ValueError where
-    those that an adapter was trained on are not there any more."""
+def open_group(folder: Path, group: str, lora_scale: float = 1.0) -> Weights:
+    """All weights of a checkpoint's group: `student`, `student_ema`, `critic`; an adapter among them counts times
+    `lora_scale`. Raises UserError, and ValueError where those that it was trained on are not there any more."""
     stored = checkpoint.StoredGroup(folder, group)
     name, state = group.removesuffix("_ema"), checkpoint.load_state(folder)
     network = getattr(from_plain(RunConfig, state["config"]), name)
@@ -180,7 +180,7 @@ def open_group(folder: Path, group: str) -> Weights:
         base = stored_weights(network)
         if state["networks"][name]["adapter"]["base"] != base_digest(base):
             raise ValueError("other weights lie there now: put back those that it was trained on")
-        return MergedWeights(base, [(StoredLora(stored, network.lora, folder), 1.0)])
+        return MergedWeights(base, [(StoredLora(stored, network.lora, folder), lora_scale)])
     except (ValueError, OSError) as problem:
         raise ValueError(f"{folder} is an adapter on {name}.init {network.init}: {problem}") from None
 

@@ -19,11 +19,13 @@ from model.experts import Experts
 from model.schedule import step_sigmas
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
-from model.wan.config import Checkpointing, NetworkConfig
+from model.wan.config import Checkpointing, LoraWeights, NetworkConfig
 from pipeline.bidirectional_inference import Solver, from_clip, many_step_sample
 from pipeline.causal import CausalConfig
 from pipeline.causal_inference import CausalStream, StreamConfig, block_noise
+from trainer.acceleration import UNCHANGED, Acceleration
 from trainer.build import build_for_inference, build_task, compute_dtype, pins
+from trainer.resize import resize
 from trainer.sampling import few_step_stream, open_stream
 from trainer.task import Task
 from trainer.two_experts import joined, starts_from_noise
@@ -55,7 +57,7 @@ class Sampling:
 
 class Generator:
     """A trained network with its task, ready to sample. solver, guidance_2: of a many-step network, where the sampling
-    names none."""
+    names none. acceleration: changes the network in place. Raises UserError for one that this machine cannot do."""
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class Generator:
         task: Task | None = None,
         solver: Solver = Solver.euler,
         guidance_2: float | None = None,
+        acceleration: Acceleration = UNCHANGED,
     ) -> None:
         self.config, self.score, self.device = config, score, device
         self.causal = config.is_causal if causal is None else causal
@@ -75,6 +78,8 @@ class Generator:
         self.few_steps = self.causal or config.trainer.value != "diffusion" if few_steps is None else few_steps
         self.task = build_task(config, device) if task is None else task
         self.solver, self.guidance_2 = solver, guidance_2
+        self.acceleration = acceleration
+        acceleration.apply([score.net.high, score.net.low] if isinstance(score.net, Experts) else [score.net], device)
 
     @property
     def model_type(self) -> str:
@@ -89,10 +94,20 @@ class Generator:
 
     @classmethod
     def load(
-        cls, path: Path, device: torch.device, *, weights: str = "ema", image_encoder: str | None = None
+        cls,
+        path: Path,
+        device: torch.device,
+        *,
+        weights: str = "ema",
+        image_encoder: str | None = None,
+        size: tuple[int, int] | None = None,
+        loras: Sequence[LoraWeights] = (),
+        lora_scale: float = 1.0,
+        acceleration: Acceleration = UNCHANGED,
     ) -> Generator:
         """From a run folder or one checkpoint; its average unless `weights` is 'raw'. image_encoder: in place of its
-        data.image_encoder. Raises UserError."""
+        data.image_encoder. size: height and width of videos in pixels, null for the run's. loras: added to the weights;
+        lora_scale: by how much the run's own adapter counts. Raises UserError."""
         folder = None if str(path) in ("auto", "never") else checkpoint.resolve_resume(str(path), path)
         if folder is None:
             raise UserError(f"no run in {path}: give a run's folder, or a checkpoint's")
@@ -102,19 +117,24 @@ class Generator:
             if config.student.geometry().image_dim is None:
                 raise UserError("--image_encoder: this network sees no CLIP tokens: leave it out")
             config.data.image_encoder = image_encoder
+        if lora_scale != 1 and config.student.lora is None:
+            raise UserError(f"--lora_scale {lora_scale}: this run trained no adapter: give --lora, or leave it out")
+        if size is not None:
+            resize(config.data, *size)
         network: NetworkConfig = replace(
             config.student,
             init=str(folder),
             init_weights=weights,
+            init_lora_scale=lora_scale,
             expert=None,
-            loras=[],
+            loras=list(loras),
             checkpointing=Checkpointing.none,
         )
         net = build_for_inference(network, "student", device, compute_dtype(config))
         if net.sparse is not None:
             net.sparse.begin(max(state["step"] - 1, 0))  # as in the last iteration
         score = ScoreNet(net, "student", Evaluations(), compute_dtype(config), pins_initial=pins(net))
-        return cls(config, score, device)
+        return cls(config, score, device, acceleration=acceleration)
 
     def with_low(self, low: Generator) -> Generator:
         """This high-noise expert and a low-noise one as one student. Raises UserError for what is no such pair."""
@@ -235,7 +255,10 @@ class Generator:
         schedules: list[Sequence[float]] = [self.step_list(steps) for steps in sampling.block_steps]
         config = StreamConfig(schedules or [sigmas], sampling.noisy_context)
         height, width = self.task.latent_shape[2:]
-        return open_stream(self.score, given, config, causal, source, (height, width), frames, self.trained_frames)
+        return open_stream(
+            self.score, given, config, causal, source, (height, width), frames, self.trained_frames,
+            recorded=self.acceleration.records(self.device),
+        )  # fmt: skip
 
     def _noise(self, source: Noise, frames: int, blocks: Sequence[int]) -> Tensor:
         frame = self.task.latent_shape[1:]

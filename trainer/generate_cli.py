@@ -1,28 +1,28 @@
-"""The command line of inference.py: prompts in, video files out, resumable."""
+"""The command line of inference.py: what it is asked for, and the network that this names."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import re
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from model.wan.config import LoraWeights
 from pipeline.bidirectional_inference import Solver
-from trainer.footage import FootageArgs, footage_args, read_footage
-from trainer.generate import Generator, Sampling, slug
+from trainer.acceleration import Acceleration
+from trainer.footage import FootageArgs, footage_args
+from trainer.generate import Generator, Sampling
 from trainer.pretrained import Model, load_model
 from utils.cli import Parser
 from utils.config import UserError
 from utils.data.prompts import load_prompts
-from utils.video import write_video
+
+FORMATS = ("mp4", "gif", "png", "safetensors")
+FORMATS_HELP = "png is a strip of frames, safetensors the latents [F, C, H, W] as they are"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class InferenceArgs:
     footage: FootageArgs
     from_file: bool
     image_encoder: str | None = None  # null takes the run's own
+    size: tuple[int, int] | None = None  # height and width of a run's videos in pixels, null for as trained
+    loras: tuple[LoraWeights, ...] = ()
+    lora_scale: float = 1.0  # of the run's own adapter
+    acceleration: Acceleration = Acceleration()
+    sequence: int = 1  # processes that share a video
 
 
 def _parser() -> Parser:
@@ -52,7 +57,7 @@ def _parser() -> Parser:
     source.add_argument("--checkpoint", type=Path, help="one checkpoint folder")
     parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, beside --run of the high-noise one")
     source.add_argument("--model", metavar="DIR", help="a released model in Diffusers' layout: a folder, or a Hub name")
-    parser.add_argument("--size", metavar="HxW", help="of --model's videos, in pixels (480x832)")
+    parser.add_argument("--size", metavar="HxW", help="of videos in pixels (a run: as trained; --model: 480x832)")
     parser.add_argument("--shift", type=float, help="of --model's noise levels (default: its scheduler's)")
     parser.add_argument("--negative_prompt", help="of --model (default: none)")
     text = parser.add_mutually_exclusive_group(required=True)
@@ -61,6 +66,14 @@ def _parser() -> Parser:
     parser.add_argument("--out", type=Path, default=Path("videos"), help="folder, or a file for one prompt")
     parser.add_argument("--frames", type=int, help="latent frames in all (default: as trained)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: as trained)")
+    parser.add_argument(
+        "--block_steps", type=_counts, default=(), metavar="N,N,...",
+        help="steps of a causal student's first block, its second, ..., the last for all after",
+    )  # fmt: skip
+    parser.add_argument(
+        "--noisy_context", action="store_true",
+        help="a causal student sees its last denoising pass's keys and values: one forward less for each block",
+    )  # fmt: skip
     parser.add_argument("--window", type=int, help="latent frames that a block sees; needed to go on without end")
     parser.add_argument("--sinks", type=int, help="first latent frames that stay in the window")
     parser.add_argument("--guidance", type=float, help="of a many-step network (default: its config's)")
@@ -79,8 +92,22 @@ def _parser() -> Parser:
     use.add_argument(
         "--extend", type=int, nargs="?", const=0, metavar="N", help="go on from --video's last N latent frames"
     )
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FILE", help="a LoRA on top (may be given several times)"
+    )
+    parser.add_argument(
+        "--lora_scale", type=float, help="by how much --lora counts; without one, the run's own adapter (1)"
+    )
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--compile", action="store_true", help="torch.compile for the blocks: minutes at first")
+    speed.add_argument("--fp8", action="store_true", help="linear layers in fp8 (torchao; Ada, Hopper and later)")
+    speed.add_argument("--eager", action="store_true", help="record no CUDA graphs")
+    speed.add_argument(
+        "--sequence_parallel", type=int, default=1, metavar="N",
+        help="under torchrun: so many processes share each video (1: each makes videos of its own)",
+    )  # fmt: skip
     parser.add_argument("--weights", choices=("ema", "raw"), help="of --run (default: the average)")
-    parser.add_argument("--format", choices=("mp4", "gif", "png"), default="mp4", help="png is a strip of frames")
+    parser.add_argument("--format", choices=FORMATS, default="mp4", help=FORMATS_HELP)
     parser.add_argument("--fps", type=int, default=8)
     parser.add_argument("--scale", type=int, help="whole factor to enlarge pixels by (default: to a width of 128)")
     parser.add_argument("--batch", type=int, default=8, help="videos made at once")
@@ -90,7 +117,7 @@ def _parser() -> Parser:
 def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     """Parses the command line. Raises UserError."""
     a = _parser().parse_args(argv)
-    for name in ("frames", "steps", "fps", "scale", "batch"):
+    for name in ("frames", "steps", "fps", "scale", "batch", "sequence_parallel"):
         if (value := getattr(a, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: give a number of at least 1")
     try:
@@ -98,10 +125,10 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     except (ValueError, OSError) as problem:
         raise UserError(f"--prompts: {problem}") from None
     suffix = a.out.suffix.lstrip(".") if a.prompt is not None and a.out.suffix else a.format
-    if suffix not in ("mp4", "gif", "png"):
-        raise UserError(f"--out {a.out}: unknown format .{suffix}: use .mp4, .gif or .png")
+    if suffix not in FORMATS:
+        raise UserError(f"--out {a.out}: unknown format .{suffix}: use {', '.join(f'.{name}' for name in FORMATS)}")
     source_of = _model(a) if a.model is not None else a.run or a.checkpoint
-    if a.model is None and (odd := [name for name in ("size", "shift", "negative_prompt") if getattr(a, name)]):
+    if a.model is None and (odd := [name for name in ("shift", "negative_prompt") if getattr(a, name)]):
         raise UserError(f"--{odd[0]} is for --model: a run has its own")
     if a.model is not None:
         refused = {
@@ -109,13 +136,19 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
             "weights": "a model has one set of them",
         }
         refused |= {"image_encoder": "a model's folder has its own"}
+        if a.lora_scale is not None and not a.lora:
+            raise UserError("--lora_scale: --model has no adapter of its own: give --lora too")
         for name, why in refused.items():
             if getattr(a, name) is not None:
                 raise UserError(f"--{name} is for runs: {why}")
     if a.shift is not None and a.shift <= 0:
         raise UserError(f"--shift {a.shift}: give a positive number, 1 for none")
     footage = footage_args(a)
-    sampling = Sampling(a.steps, a.frames, a.window, a.sinks, a.guidance, a.seed, a.guidance_2, a.solver, a.strength)
+    sampling = Sampling(
+        a.steps, a.frames, a.window, a.sinks, a.guidance, a.seed, a.guidance_2, a.solver, a.strength, a.block_steps,
+        a.noisy_context,
+    )  # fmt: skip
+    scale = 1.0 if a.lora_scale is None else a.lora_scale
     return InferenceArgs(
         source_of,
         a.low_run,
@@ -130,87 +163,48 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
         footage,
         a.prompts is not None,
         a.image_encoder,
+        _size(a),
+        tuple(LoraWeights(path, scale) for path in a.lora),
+        1.0 if a.lora else scale,
+        Acceleration(False if a.eager else None, a.compile, a.fp8),
+        a.sequence_parallel,
     )
 
 
 def _model(a: argparse.Namespace) -> Model:
-    found = re.fullmatch(r"(\d+)x(\d+)", a.size or "480x832")
+    height, width = _size(a) or (480, 832)
+    return Model(a.model, height, width, a.shift, a.negative_prompt or "")
+
+
+def _size(a: argparse.Namespace) -> tuple[int, int] | None:
+    if a.size is None:
+        return None
+    found = re.fullmatch(r"(\d+)x(\d+)", a.size)
     if found is None:
         raise UserError(f"--size {a.size}: give height x width in pixels, such as 480x832")
-    return Model(a.model, int(found[1]), int(found[2]), a.shift, a.negative_prompt or "")
+    return int(found[1]), int(found[2])
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of at least 1, such as 4,2")
+    return tuple(map(int, parts))
 
 
 def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
     """What the command names, loaded. Raises UserError."""
     if isinstance(args.source, Model):
-        return load_model(args.source, args.sampling.frames, device)
-    options: dict[str, Any] = {"weights": args.weights, "image_encoder": args.image_encoder}
+        return load_model(args.source, args.sampling.frames, device, loras=args.loras, acceleration=args.acceleration)
+    options: dict[str, Any] = {
+        "weights": args.weights,
+        "image_encoder": args.image_encoder,
+        "size": args.size,
+        "loras": args.loras,
+        "lora_scale": args.lora_scale,
+        "acceleration": args.acceleration,
+    }
     generator = Generator.load(args.source, device, **options)
     if args.low_run is None:
         return generator
     return generator.with_low(Generator.load(args.low_run, device, **options))
-
-
-def generate_videos(generator: Generator, args: InferenceArgs) -> int:
-    """Writes one file a prompt and says where; of a prompt file those that exist are skipped. Returns the exit code."""
-    one = len(args.prompts) == 1 and bool(args.out.suffix)
-    resumable = not one and args.from_file
-    paths = [args.out / f"{i:04d}_{slug(prompt)}.{args.suffix}" for i, prompt in enumerate(args.prompts)]
-    if one:
-        paths = [args.out]
-    elif args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out} is a file: give a folder")
-    if resumable:
-        _same_settings(args)
-    todo = [i for i, path in enumerate(paths) if not (resumable and path.is_file())]
-    if len(todo) < len(paths):
-        print(f"{len(paths) - len(todo)} of {len(paths)} videos are there already")
-    footage = read_footage(generator, args.footage, args.sampling)
-    frames, first, started = 0, 0.0, time.perf_counter()
-    for start in tqdm(range(0, len(todo), args.batch), desc="videos", disable=None):
-        ids = todo[start : start + args.batch]
-        parts, decode = [], generator.task.decoding()
-        for block in generator.stream([args.prompts[i] for i in ids], args.sampling, ids, *footage):
-            parts.append(decode(block).cpu())
-            first = first or time.perf_counter() - started
-        for index, pixels in zip(ids, torch.cat(parts, dim=1), strict=True):
-            write_video(paths[index], pixels, args.fps, args.scale or max(1, 128 // pixels.shape[-1]))
-            frames += pixels.shape[0]
-    seconds = time.perf_counter() - started
-    rate = frames / max(seconds, 1e-9)
-    print(
-        f"{len(todo)} videos, {frames} frames in {seconds:.1f} s ({rate:.1f} frames/s, the first after {first:.2f} s) "
-        f"-> {args.out}"
-    )
-    return 0
-
-
-def _same_settings(args: InferenceArgs) -> None:
-    """Keeps what the folder's videos were made with beside them, and refuses to go on with anything else."""
-    settings = {
-        "source": str(args.source),
-        "low_run": str(args.low_run),
-        "weights": args.weights,
-        "image": str(args.footage.image),
-        "video": None if args.footage.video is None else str(args.footage.video),
-        "extend": args.footage.extend,
-        "image_encoder": args.image_encoder,
-        "scale": args.scale,
-        "fps": args.fps,
-        "prompts": hashlib.sha256("\n".join(args.prompts).encode()).hexdigest(),
-        **asdict(args.sampling),
-    }
-    file = args.out / "settings.json"
-    settings = json.loads(json.dumps(settings))  # as they come back
-    if file.is_file():
-        there = json.loads(file.read_text())
-        changed = sorted(key for key in settings if there.get(key) != settings[key])
-        if changed:
-            raise UserError(
-                f"the videos in {args.out} were made with other settings ({', '.join(changed)}): give another --out"
-            )
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=1))
-    except OSError as problem:
-        raise UserError(f"--out {args.out}: {problem.strerror}: give a folder that can be written") from None

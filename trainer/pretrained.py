@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from model.experts import Experts
 from model.schedule import ScheduleConfig
 from model.score import ScoreNet
 from model.types import Evaluations
-from model.wan.config import NetworkConfig
-from model.wan.folders import part_folder, pipeline_folder
-from model.wan.folders import read_config as read_part
+from model.wan.config import LoraWeights, NetworkConfig
+from model.wan.folders import pipeline_folder
 from model.wan.text_encoder import TextConfig
 from model.wan.vae import ClipConfig, VAEConfig
 from model.wan.weights import geometry_of
 from pipeline.bidirectional_inference import Solver
+from trainer.acceleration import UNCHANGED, Acceleration
 from trainer.build import build_for_inference, compute_dtype
 from trainer.generate import Generator
+from trainer.resize import pixels_a_place
 from trainer.wan_task import WanTask
 from utils.config import UserError
 
@@ -52,8 +54,16 @@ class Model:
     negative: str = ""
 
 
-def load_model(model: Model, frames: int | None, device: torch.device) -> Generator:
-    """A generator of `frames` latent frames (null: 21). Raises UserError for what is no model of Wan."""
+def load_model(
+    model: Model,
+    frames: int | None,
+    device: torch.device,
+    *,
+    loras: Sequence[LoraWeights] = (),
+    acceleration: Acceleration = UNCHANGED,
+) -> Generator:
+    """A generator of `frames` latent frames (null: 21). loras: added to the weights, of two experts to each. Raises
+    UserError for what is no model of Wan."""
     try:
         folder = pipeline_folder(model.path, PARTS)
         boundary = boundary_of(folder)
@@ -62,6 +72,7 @@ def load_model(model: Model, frames: int | None, device: torch.device) -> Genera
         task = WanTask(config.data, config.student.geometry(), config.seed, device, library=[])
     except (ValueError, OSError) as problem:
         raise UserError(f"--model {model.path}: {problem}") from None
+    config.student.loras = list(loras)
     dtype, kind = compute_dtype(config), config.student.geometry().model_type
     net: nn.Module = build_for_inference(config.student, "model", device, dtype)
     low = None
@@ -69,7 +80,9 @@ def load_model(model: Model, frames: int | None, device: torch.device) -> Genera
         net = Experts(net, build_for_inference(replace(config.student, expert="low"), "model", device, dtype), boundary)
         low = EXPERTS_GUIDANCE.get(kind, (GUIDANCE, GUIDANCE))[1]
     score = ScoreNet(net, "model", Evaluations(), dtype, pins_initial=kind == "ti2v")
-    return Generator(config, score, device, task=task, few_steps=False, solver=solver, guidance_2=low)
+    return Generator(
+        config, score, device, task=task, few_steps=False, solver=solver, guidance_2=low, acceleration=acceleration
+    )
 
 
 def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu: bool) -> RunConfig:
@@ -77,10 +90,10 @@ def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu
     expert = "high" if has_experts else None
     geometry = geometry_of(folder, expert=expert)
     network = NetworkConfig("1.3b", overrides=asdict(geometry), init=str(folder), expert=expert)
-    side = spatial_of(folder) * geometry.patch_size[1]
+    spatial = pixels_a_place(VAEConfig(path=str(folder)))
+    side = spatial * geometry.patch_size[1]
     if model.height % side or model.width % side:
         raise ValueError(f"--size {model.height}x{model.width}: give multiples of {side}")
-    side //= geometry.patch_size[1]
     dtype = "fp32" if on_cpu else "bf16"
     guidance = EXPERTS_GUIDANCE.get(geometry.model_type, (GUIDANCE,))[0] if has_experts else GUIDANCE
     return RunConfig(
@@ -96,7 +109,7 @@ def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu
         data=DataConfig(
             kind="wan",
             real=False,
-            wan=ClipConfig(frames, model.height // side, model.width // side),
+            wan=ClipConfig(frames, model.height // spatial, model.width // spatial),
             text=TextConfig(encoder=str(folder), dtype=dtype),
             vae=VAEConfig(path=str(folder), dtype=dtype),
             image_encoder=None if geometry.image_dim is None else str(folder),
@@ -121,11 +134,6 @@ def boundary_of(folder: Path) -> float | None:
 def solver_of(folder: Path) -> Solver:
     """That of the scheduler's file, Euler where it names another one."""
     return SOLVERS.get(str(_json(folder / SCHEDULER).get("_class_name")), Solver.euler)
-
-
-def spatial_of(folder: Path) -> int:
-    """Pixels a side of one latent place."""
-    return int(read_part(part_folder(folder, "vae"), "AutoencoderKLWan").get("scale_factor_spatial", 8))
 
 
 def shift_of(folder: Path) -> float:

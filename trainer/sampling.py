@@ -15,6 +15,7 @@ from configs.sections import TrainerKind
 from model.schedule import uniform_sigmas
 from model.score import Condition, ScoreNet
 from model.types import Conditioning, NoiseSource
+from model.wan.captured import Captured
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_sample
 from pipeline.causal import CausalConfig
@@ -59,14 +60,18 @@ def open_stream(
     size: tuple[int, int],
     frames: int | None,
     trained_frames: int,
+    *,
+    recorded: bool = False,
 ) -> CausalStream:
-    """A causal student's video of latents of `size` (H, W), of `frames` frames in all or, where null, without end."""
+    """A causal student's video of latents of `size` (H, W), of `frames` frames in all or, where null, without end.
+    recorded: its passes are, as CUDA graphs."""
     assert isinstance(score.net, WanTransformer)
     cache = causal.new_cache(
         score.net, conditioning.batch, frames, *size, cache_dtype(score), conditioning.text.device,
         trained_frames=trained_frames,
     )  # fmt: skip
-    return CausalStream(score, conditioning, config, causal, source, cache)
+    student = score.through(Captured(score.net, cache)) if recorded else score
+    return CausalStream(student, conditioning, config, causal, source, cache)
 
 
 def euler(

@@ -226,7 +226,8 @@ class NetworkConfig:
     preset, overrides: geometry (see PRESETS and WanConfig's fields). init: where its weights come from: a run or
     checkpoint folder of ours, a file or folder in Wan's, Diffusers' or Self-Forcing's format, a Hub repository
     (`owner/name`), null for random. init_weights: which weights of what has several, 'ema' (raw where it has none),
-    'raw' or 'critic'. expert: 'high' or 'low' of a model with two. loras: added to the weights as they are loaded.
+    'raw' or 'critic'. init_lora_scale: by how much a run's adapter counts. expert: 'high' or 'low' of a model with
+    two. loras: added to the weights as they are loaded.
     lora: an adapter to train, the weights being frozen; null trains the weights. sparse: sparse self-attention, null
     for dense. attention: backend of dense attention. checkpointing: see Checkpointing.
     """
@@ -235,6 +236,7 @@ class NetworkConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     init: str | None = None
     init_weights: str = "ema"
+    init_lora_scale: float = 1.0
     expert: str | None = None
     loras: list[LoraWeights] = field(default_factory=list)
     lora: LoraConfig | None = None
@@ -259,7 +261,7 @@ class NetworkConfig:
         by what the files hold."""
         if self.geometry() != other.geometry():
             return "geometry"
-        names = ("sparse", "init", "init_weights", "expert", "loras")
+        names = ("sparse", "init", "init_weights", "init_lora_scale", "expert", "loras")
         return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
 
     def geometry(self) -> WanConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,6 +77,7 @@ class KVCache:
         )
         self._kv = torch.empty(size, dtype=dtype, device=device) if memory is None else _within(memory, size)
         self._text: dict[int, tuple[Tensor, ...]] = {}
+        self._fresh: set[int] = set()  # layers whose text is the one at hand
         self.frames = 0
         self.generation = 0
         self._offset, self._first = 0, 0  # of positions against `frames`; the first sink's position, when written
@@ -132,7 +132,7 @@ class KVCache:
 
     def forget_text(self) -> None:
         """The next pass without gradient computes keys and values of its text."""
-        self._text.clear()
+        self._fresh.clear()
 
     def context(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """K and V [B, held * T, N, D] that the next block may see, without gradient; None while empty."""
@@ -172,7 +172,7 @@ class KVCache:
         """
         again = torch.is_grad_enabled() if again is None else again
         if not again:
-            return partial(self._join_in_place, layer)
+            return self._in_place(layer)
         context, generation = self._context(layer, copy=self.rolling), self.generation
 
         def concatenate(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,18 +184,27 @@ class KVCache:
 
         return concatenate
 
-    def _join_in_place(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        start = self.held_frames * self.shape.tokens_per_frame
-        if start == 0:
-            return k, v
-        end = start + k.shape[1]
-        if end > self._kv.shape[3] or self._turned:  # a block larger than the room kept for it, or another order
-            context = self._context(layer, copy=False)
-            assert context is not None
-            return torch.cat([context[0], k], 1), torch.cat([context[1], v], 1)
-        self._kv[layer, 0, :, start:end].copy_(k)
-        self._kv[layer, 1, :, start:end].copy_(v)
-        return self._kv[layer, 0, :, :end], self._kv[layer, 1, :, :end]
+    def _in_place(self, layer: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        context = self._context(layer, copy=False) if self._turned else None
+        k, v = self._kv[layer]
+        return _Behind(k, v, self.held_frames * self.shape.tokens_per_frame, context)
+
+    def has_room(self, frames: int) -> bool:
+        """Whether a pass without gradient over so many frames puts them behind the context, for `commit`."""
+        kept = self.shape.context_frames + self.shape.block_frames
+        return self.held_frames + frames <= kept and not self._turned
+
+    @torch.no_grad()
+    def commit(self, frames: int) -> None:
+        """Stores what the last pass put behind the context, and moves on. All layers at once: while the cache fills up
+        it lies in its place already. Raises ValueError when the cache overflows and is not rolling."""
+        self._check_overflow(frames)
+        t = self.shape.tokens_per_frame
+        for i in range(frames):
+            source, slot = self.held_frames + i, self._slot(self.frames + i)
+            if slot is not None and slot != source:
+                self._kv[:, :, :, slot * t : (slot + 1) * t] = self._kv[:, :, :, source * t : (source + 1) * t]
+        self.advance(frames)
 
     @torch.no_grad()
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -205,11 +214,7 @@ class KVCache:
         """
         t = self.shape.tokens_per_frame
         frames = k.shape[1] // t
-        if not self.rolling and self.frames + frames > self.shape.context_frames:
-            raise ValueError(
-                f"KV cache holds {self.shape.context_frames} frames, frame {self.frames + frames} does not fit: "
-                "make it larger, or rolling with a window"
-            )
+        self._check_overflow(frames)
         buffer = self._kv[layer]
         for i in range(frames):
             slot = self._slot(self.frames + i)
@@ -235,20 +240,57 @@ class KVCache:
         slots.copy_(apply_rope(self._sink_keys.flatten(0, 1), turn).view_as(slots))
         self._turned_by = by
 
+    def _check_overflow(self, frames: int) -> None:
+        if not self.rolling and self.frames + frames > self.shape.context_frames:
+            raise ValueError(
+                f"KV cache holds {self.shape.context_frames} frames, frame {self.frames + frames} does not fit: "
+                "make it larger, or rolling with a window"
+            )
+
     def text(self, layer: int) -> tuple[Tensor, ...] | None:
         """Cross-attention K and V of the text, and of an image where one is given; only in passes without gradient:
         with one they must reach the projections."""
-        return None if torch.is_grad_enabled() else self._text.get(layer)
+        return None if torch.is_grad_enabled() or layer not in self._fresh else self._text[layer]
 
     def keep_text(self, layer: int, kv: tuple[Tensor, ...]) -> None:
-        if not torch.is_grad_enabled():
+        if torch.is_grad_enabled() or layer in self._fresh:
+            return
+        kept = self._text.get(layer)
+        if kept is not None and [part.shape for part in kept] == [part.shape for part in kv]:
+            for mine, new in zip(kept, kv, strict=True):  # where captured passes look for it
+                mine.copy_(new)
+        else:
             self._text[layer] = kv
+        self._fresh.add(layer)
+
+    @property
+    def knows_text(self) -> bool:
+        """Whether the next pass without gradient needs no text."""
+        return len(self._fresh) == self.shape.layers
 
     def _slot(self, frame: int) -> int | None:
         if frame < self.shape.context_frames:
             return frame
         ring = self.shape.context_frames - self.sinks
         return self.sinks + (frame - self.sinks) % ring if ring else None
+
+
+class _Behind:
+    """Joins a block's K and V [B, L, N, D] to the `start` tokens before it: behind them in their memory, or, where it
+    does not fit or these are wanted in another order, copied."""
+
+    def __init__(self, k: Tensor, v: Tensor, start: int, context: tuple[Tensor, Tensor] | None) -> None:
+        self.k, self.v, self.start, self.context = k, v, start, context
+
+    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.start + k.shape[1]
+        if self.context is not None:
+            return torch.cat([self.context[0], k], 1), torch.cat([self.context[1], v], 1)
+        if end > self.k.shape[1]:
+            return torch.cat([self.k[:, : self.start], k], 1), torch.cat([self.v[:, : self.start], v], 1)
+        self.k[:, self.start : end].copy_(k)
+        self.v[:, self.start : end].copy_(v)
+        return self.k[:, :end], self.v[:, :end]
 
 
 def _within(memory: Tensor, size: tuple[int, ...]) -> Tensor:

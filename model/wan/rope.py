@@ -54,9 +54,12 @@ def _places(axis: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(axis, dtype=torch.float64, device=device)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # Inductor makes no code for complex numbers
 def apply_rope(x_BLND: Tensor, table: Tensor) -> Tensor:
     """Rotates neighbouring channel pairs of x by the table's angles (arXiv 2104.09864, eq. 34), in fp32."""
+    if torch.compiler.is_compiling():  # Inductor makes no code for complex numbers, but one kernel of this
+        even, odd = x_BLND.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = table[0][None, :, None], table[1][None, :, None]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x_BLND)
     # as complex numbers: one pass over memory each way, where cosines and sines by hand take seven
     pairs = torch.view_as_complex(x_BLND.float().unflatten(-1, (-1, 2)))
     turns = torch.complex(table[0], table[1])[None, :, None]

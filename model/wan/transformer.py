@@ -46,6 +46,11 @@ def layer_weights(net: WanTransformer) -> Iterator[tuple[str, Tensor]]:
     yield "head.head.weight", torch.zeros(shapes["head.head.weight"])
 
 
+def lies_behind(cache: KVCache, frames: int) -> bool:
+    """Whether a pass over so many frames has put its keys and values into the cache's memory already."""
+    return not torch.is_grad_enabled() and cache.has_room(frames)
+
+
 class WanTransformer(nn.Module):
     """Velocity network. Causal or bidirectional is a mask or a cache, never another class.
 
@@ -128,6 +133,7 @@ class WanTransformer(nn.Module):
         channels: Tensor | None = None,
         image: Tensor | None = None,
         positions: Sequence[int] | None = None,
+        rope: Tensor | None = None,
         mask: FrameMask | None = None,
         cache: KVCache | None = None,
         write_cache: bool = False,
@@ -142,6 +148,7 @@ class WanTransformer(nn.Module):
         channels: [B, F, Cc, H, W] that the network sees beside x, for each frame: masks and latents of what is given.
         image: CLIP's tokens [B, Li, Di], for a network with an `image_dim`.
         positions: absolute frame positions for RoPE; default 0.. or, with a cache, what follows the cached frames.
+        rope: their `rope_table`, where it is made already.
         mask: who sees whom (default: all see all). cache: frames before these; `write_cache` stores these after them.
         trace: a pass without gradient is noted in it; given as `replay`, with its x, all its passes get their gradient.
         adapter: the one that is added to the weights, null for none.
@@ -163,10 +170,10 @@ class WanTransformer(nn.Module):
         if replay is not None:
             tokens = self._replay(tokens, time6, text, image, replay, shards, adapter, (height, width))
         else:
-            if positions is None:
+            if rope is None:
                 start = 0 if cache is None else cache.position
-                positions = range(start, start + frames)
-            rope = rope_table(positions, height, width, self.config.head_dim, x.device)
+                positions = range(start, start + frames) if positions is None else positions
+                rope = rope_table(positions, height, width, self.config.head_dim, x.device)
             rope = rope if shards is None else shards.own(rope)
             noted = None if trace is None else trace.start(x, sigma, rope, frames * height * width)
             size = (height, width)
@@ -176,7 +183,10 @@ class WanTransformer(nn.Module):
             if features is not None:
                 return [self._grid(x if shards is None else shards.gather(x), frames, height, width) for x in tapped]
         if cache is not None and write_cache:
-            cache.advance(frames)
+            if lies_behind(cache, frames):
+                cache.commit(frames)
+            else:
+                cache.advance(frames)
         out = self.head(tokens, time)
         return self._unpatchify(out if shards is None else shards.gather(out), frames, height, width)
 
@@ -210,7 +220,7 @@ class WanTransformer(nn.Module):
             x, kv, context_kv = recomputed(block, self.checkpointing)(*arguments, adapter=adapter, size=size)
             if cache is not None:
                 cache.keep_text(layer, context_kv)
-                if write:
+                if write and not lies_behind(cache, kv[0].shape[1] // cache.shape.tokens_per_frame):
                     cache.append(layer, *kv)
             if noted is not None:
                 noted.outputs.append(x)

@@ -1,0 +1,141 @@
+"""What inference.py does: a file for each prompt, over as many processes as there are, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from model.wan.transformer import WanTransformer
+from trainer.footage import read_footage
+from trainer.generate import Generator, slug
+from trainer.generate_cli import InferenceArgs
+from utils import distributed
+from utils.config import ConfigError, UserError
+from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh
+from utils.parallel.sequence import apply_sequence_parallel, check_degree
+from utils.video import write_video
+
+
+def team(args: InferenceArgs, generator: Generator) -> Mesh:
+    """The processes at hand: groups of `args.sequence`, each with prompts of its own. Raises UserError."""
+    world, size = distributed.world_size(), args.sequence
+    try:
+        mesh = build_mesh(ParallelConfig(replicate=max(world // size, 1), shard=1, sequence=size), world)
+    except ConfigError:
+        raise UserError(f"--sequence_parallel {size}: {world} processes do not fall into groups of so many") from None
+    if mesh.sequence_group is not None:
+        net = generator.score.net
+        if not isinstance(net, WanTransformer):
+            raise UserError("--sequence_parallel is for one network: two experts run in one process each")
+        try:
+            check_degree(net.config.num_heads, size)
+        except ValueError as problem:
+            raise UserError(f"--sequence_parallel: {problem}") from None
+        apply_sequence_parallel(net, mesh.sequence_group)
+    return mesh
+
+
+def generate_videos(generator: Generator, args: InferenceArgs) -> int:
+    """Writes one file a prompt and says where; of a prompt file those that exist are skipped. Returns the exit code.
+
+    Videos are keyed by their prompt's number in the list, so they are the same over any number of processes."""
+    paths, resumable = _paths(args)
+    mesh, footage = team(args, generator), read_footage(generator, args.footage, args.sampling)
+    if resumable and distributed.is_main():
+        _same_settings(args)
+    todo = [i for i, path in enumerate(paths) if not (resumable and path.is_file())]
+    distributed.barrier()  # all have looked before the first one writes
+    if len(todo) < len(paths) and distributed.is_main():
+        print(f"{len(paths) - len(todo)} of {len(paths)} videos are there already")
+    mine, writes = todo[mesh.dp_rank :: mesh.dp_size], mesh.sequence_rank == 0
+    frames, first, started = 0, 0.0, time.perf_counter()
+    with tqdm(total=len(mine), desc="videos", disable=None if distributed.is_main() else True) as bar:
+        for start in range(0, len(mine), args.batch):
+            ids = mine[start : start + args.batch]
+            made: list[Tensor] = []
+            decode = None if args.suffix == "safetensors" else generator.task.decoding()
+            for block in generator.stream([args.prompts[i] for i in ids], args.sampling, ids, *footage):
+                if not writes:
+                    continue
+                made.append((block.float() if decode is None else decode(block)).cpu())
+                first = first or time.perf_counter() - started
+                frames += len(ids) * made[-1].shape[1]
+                bar.set_postfix_str(f"{frames / (time.perf_counter() - started):.1f} frames/s")
+            if writes:
+                _write(torch.cat(made, dim=1), [paths[i] for i in ids], [args.prompts[i] for i in ids], args)
+            bar.update(len(ids))
+    seconds = time.perf_counter() - started
+    whole = int(distributed.all_reduce_scalars({"frames": frames})["frames"])
+    if distributed.is_main():
+        rate = whole / max(seconds, 1e-9)
+        print(
+            f"{len(todo)} videos, {whole} {'latent ' if args.suffix == 'safetensors' else ''}frames in {seconds:.1f} s "
+            f"({rate:.1f} frames/s, the first after {first:.2f} s) -> {args.out}"
+        )
+    return 0
+
+
+def _paths(args: InferenceArgs) -> tuple[list[Path], bool]:
+    """Where each prompt's video goes, and whether those that are there are kept. Raises UserError."""
+    if len(args.prompts) == 1 and args.out.suffix:
+        return [args.out], False
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file: give a folder")
+    return [args.out / f"{i:04d}_{slug(prompt)}.{args.suffix}" for i, prompt in enumerate(args.prompts)], args.from_file
+
+
+def _write(videos: Tensor, paths: Sequence[Path], prompts: Sequence[str], args: InferenceArgs) -> None:
+    """videos: pixels [B, T, 3, h, w] in [0, 1], or latents [B, F, C, H, W]."""
+    for video, path, prompt in zip(videos, paths, prompts, strict=True):
+        if args.suffix == "safetensors":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}")
+            save_file({"latents": video.contiguous()}, temporary, {"prompt": prompt, "seed": str(args.sampling.seed)})
+            os.replace(temporary, path)
+        else:
+            write_video(path, video, args.fps, args.scale or max(1, 128 // video.shape[-1]))
+
+
+def _same_settings(args: InferenceArgs) -> None:
+    """Keeps what the folder's videos were made with beside them, and refuses to go on with anything else."""
+    settings = {
+        "source": str(args.source),
+        "low_run": str(args.low_run),
+        "weights": args.weights,
+        "image": str(args.footage.image),
+        "video": None if args.footage.video is None else str(args.footage.video),
+        "extend": args.footage.extend,
+        "image_encoder": args.image_encoder,
+        "size": args.size,
+        "loras": [asdict(lora) for lora in args.loras],
+        "lora_scale": args.lora_scale,
+        "fp8": args.acceleration.fp8,
+        "scale": args.scale,
+        "fps": args.fps,
+        "prompts": hashlib.sha256("\n".join(args.prompts).encode()).hexdigest(),
+        **asdict(args.sampling),
+    }
+    file = args.out / "settings.json"
+    settings = json.loads(json.dumps(settings))  # as they come back
+    if file.is_file():
+        there = json.loads(file.read_text())
+        changed = sorted(key for key in settings if there.get(key) != settings[key])
+        if changed:
+            raise UserError(
+                f"the videos in {args.out} were made with other settings ({', '.join(changed)}): give another --out"
+            )
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=1))
+    except OSError as problem:
+        raise UserError(f"--out {args.out}: {problem.strerror}: give a folder that can be written") from None
