@@ -61,7 +61,7 @@ def fp8_linears(net: WanTransformer, config: Any = None) -> None:
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
     except ImportError as problem:
-        raise UserError(f"--fp8 needs torchao ({problem}): pip install torchao==0.18.0, or leave it out") from None
+        raise UserError(f"--fp8 needs torchao ({problem}): pip install -r requirements.txt, or leave it out") from None
     quantize_(
         net,
         Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()) if config is None else config,
