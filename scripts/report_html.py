@@ -34,7 +34,7 @@ COLUMNS = (
            "of these videos and of real ones, in percent of the real features' variance: how far the digits' looks, "
            "and their variety, are from real ones."),
     Column("motion_error", "speed error, px/frame", "{:.3f}", "low", "How far the speed is from the true one "
-           "(data.toy.speed: half a pixel a frame in configs/toy), on average over the videos.", 1, "motion_error_se"),
+           "(data.toy.speed, 0.75 by default), on average over the videos.", 1, "motion_error_se"),
     Column("jitter", "jitter, px", "{:.3f}", "low", "How much the motion from frame to frame departs from an even "
            "glide, as a standard deviation.", 1, "jitter_se"),
     Column("flicker", "flicker", "{:.3f}", "low", "How much the total ink changes from frame to frame, as a share of "
