@@ -99,8 +99,6 @@ class Connection:
                 await self._mistake(one_line(problem))
             except Full:
                 await self._refuse("every place is taken, and the line for one too: try again in a minute")
-            else:
-                self._mistakes = 0
 
     async def _receive(self) -> dict[str, Any]:
         """The next message. Raises Leave if nobody seems to watch, WebSocketDisconnect if the visitor is gone."""
@@ -123,7 +121,7 @@ class Connection:
     async def _mistake(self, words: str) -> None:
         self._mistakes += 1
         if self._mistakes >= self._limits.mistakes:
-            raise Leave(POLICY, f"{words}; closed after {self._mistakes} wrong messages in a row")
+            raise Leave(POLICY, f"{words}; closed after {self._mistakes} wrong messages")
         await self._refuse(words)
 
     async def _refuse(self, words: str) -> None:
@@ -161,7 +159,7 @@ class Connection:
         self._forget(self._kept)
         self._kept = Kept(self._format.fps, self._format.scale)
         self._videos[self._kept.token] = self._kept
-        self._session, self._prompt, self._state = session, "", None
+        self._session, self._prompt, self._state, self._mistakes = session, "", None, 0
         self._number += 1
         self._news.set()
 

@@ -42,7 +42,7 @@ def demo(generator: Generator, args: DemoArgs) -> int:
     format = Format(args.fps, args.scale or max(1, MIN_WIDTH // width), args.seed)
     site = Site(generator.config.name, examples, (height, width), steps, format)
     scheduler = Scheduler(open_video, args.limits, recache=args.recache)
-    listening = _listen(args.host, args.port)
+    listening = listen(args.host, args.port)
     with listening:
         app = make_app(scheduler, args.limits, site, (args.host, *args.allow_host))
         if not _is_local(listening):
@@ -68,7 +68,8 @@ def server_config(app: Any, message_bytes: int, connections: int) -> Config:
     )  # fmt: skip
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that browsers can connect to from here on. Raises UserError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
