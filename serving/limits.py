@@ -15,10 +15,10 @@ class Limits:
     users: videos made at the same time, each with a cache of its own on the device. waiting: visitors in line for a
     place. connections: open pages in all, those that only look on included. max_frames: pixel frames of one video,
     which then ends. prompt_chars: characters of a prompt. message_bytes: of one message from a visitor.
-    messages_per_second: on average, twice as many at once. mistakes: wrong messages since the last start, after which a visitor is shut out.
-    ahead: pixel frames that may be made and not yet shown; beyond it a visitor's video waits for its visitor.
-    idle_seconds: without a sign of somebody watching, until the connection is closed. grace_seconds: that a video can
-    still be fetched after its visitor has gone.
+    messages_per_second: on average, twice as many at once. mistakes: wrong messages since the last start that end a
+    connection. ahead: pixel frames that may be made and not yet shown; beyond it a visitor's video waits for its
+    visitor. idle_seconds: without a sign of somebody watching, until the connection is closed. grace_seconds: that a
+    video can still be fetched after its visitor has gone.
     """
 
     users: int = 4

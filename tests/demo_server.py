@@ -79,7 +79,7 @@ def running(
     examples: tuple[str, ...] = ("one", "two"),
 ) -> Iterator[str]:
     """The address, as host:port, of a server that ends with the block."""
-    site = Site("small", examples, size, 2, Format(fps=16, scale=2))
+    site = Site("small", examples, size, 2, Format(fps=60, scale=2))
     app = make_app(Scheduler(open_video, limits), limits, site, ("demo.example",))
     with listen("127.0.0.1", 0) as listening:
         server = uvicorn.Server(server_config(app, limits.message_bytes, limits.connections))

@@ -9,7 +9,9 @@ const SMALL = 128; // pixels a side up to which enlarged pixels stay squares
 
 let socket = null;
 let state = "idle"; // idle, starting, waiting, running, ended, stopped, failed
-let video = 0, token = null, made = 0, acked = 0, ackedAt = 0, clicked = 0;
+let video = 0; // number of the one that is shown, as the server counts them on this connection
+let asking = false; // for another one
+let token = null, made = 0, acked = 0, ackedAt = 0, clicked = 0;
 let prompts = []; // [{frame, prompt}]: from which frame on each one holds
 
 const player = new Player(el("canvas"), config.fps, config.ahead, (index, now) => {
@@ -38,7 +40,7 @@ function complain(text) { el("error").textContent = text; }
 function send(message) { if (socket && socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message)); }
 
 function acknowledge(now) {
-  if (player.shown > acked && now - ackedAt >= ACK_MS) {
+  if (!asking && player.shown > acked && now - ackedAt >= ACK_MS) {
     acked = player.shown;
     ackedAt = now;
     send({ type: "shown", frames: acked });
@@ -77,6 +79,7 @@ function connect() {
 
 function lost(event) {
   socket = null;
+  asking = false;
   const why = event.reason || { 1012: "the server has ended", 1009: "the message was too long" }[event.code];
   complain(`Disconnected: ${why || "the connection broke"}. Start connects again.`);
   say("Not connected.");
@@ -86,11 +89,14 @@ function lost(event) {
 
 function hear(message) {
   if (message.type === "error") {
+    asking = false;
     complain(message.message);
     if (!message.goes_on && busy()) { el("hint").textContent = ""; say("Not started."); enter("idle"); }
-  } else if (message.video !== video) {
     return;
-  } else if (message.type === "prompt") {
+  }
+  if (message.video > video) adopt(message.video);
+  if (asking || message.video !== video) return;
+  if (message.type === "prompt") {
     prompts.push({ frame: message.frame, prompt: message.prompt });
   } else {
     told(message);
@@ -127,7 +133,27 @@ async function start() {
   complain("");
   const seed = el("seed").value === "" ? {} : { seed: Number(el("seed").value) };
   clicked = performance.now();
-  video += 1;
+  asking = true;
+  say("Starting.");
+  if (!busy()) enter("starting");
+  try {
+    if (!socket) {
+      video = 0;
+      socket = await connect();
+    }
+    send({ type: "start", prompt: el("prompt").value, ...seed });
+  } catch (problem) {
+    asking = false;
+    complain(problem.message);
+    say("Not connected.");
+    enter("idle");
+  }
+}
+
+// The server has begun another video: nothing of the one before is left.
+function adopt(number) {
+  asking = false;
+  video = number;
   player.reset(video);
   prompts = [];
   token = null;
@@ -137,23 +163,7 @@ async function start() {
   el("frames").textContent = "0";
   el("caption").textContent = "";
   el("download").disabled = true;
-  el("hint").textContent = "Making the first frames …";
   el("canvas").getContext("2d").clearRect(0, 0, el("canvas").width, el("canvas").height);
-  say("Starting.");
-  enter("starting");
-  try {
-    if (!socket) {
-      socket = await connect();
-      video = 1; // the server counts from 1 on each connection
-      player.reset(video);
-    }
-    send({ type: "start", prompt: el("prompt").value, ...seed });
-  } catch (problem) {
-    complain(problem.message);
-    el("hint").textContent = "";
-    say("Not connected.");
-    enter("idle");
-  }
 }
 
 function change() {
