@@ -66,7 +66,8 @@ def _parser() -> Parser:
     limits.add_argument("--messages_per_second", type=int, help="from a visitor, on average")
     limits.add_argument("--mistakes", type=int, help="wrong messages for a video that end a connection")
     limits.add_argument("--ahead", type=int, help="frames that are made before earlier ones are shown")
-    limits.add_argument("--idle_seconds", type=int, help="without a viewer, until a connection is closed")
+    limits.add_argument("--idle_seconds", type=int, help="without a viewer, until a video loses its place")
+    limits.add_argument("--rest_seconds", type=int, help="until a connection without a video in the making is closed")
     limits.add_argument("--grace_seconds", type=int, help="that a video can be fetched after its page is gone")
     return parser
 

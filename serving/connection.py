@@ -56,20 +56,18 @@ class Connection:
 
         tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._tell())]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        except WebSocketDisconnect:
-            return
-        except Leave as leave:
-            self._leave()
-            await self._end(leave)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._leave()
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
             self._forget(self._kept)
+        for end in ends:
+            if isinstance(end, Leave):
+                await self._end(end)
+            elif isinstance(end, Exception) and not isinstance(end, WebSocketDisconnect):
+                raise end
 
     async def _end(self, leave: Leave) -> None:
         from starlette.websockets import WebSocketDisconnect
@@ -106,17 +104,20 @@ class Connection:
 
         while True:
             try:
-                async with asyncio.timeout_at(self._active + self._limits.idle_seconds):
+                async with asyncio.timeout_at(self._active + self._patience()):
                     message = await self._socket.receive()
             except TimeoutError:
                 if self._state is State.waiting:  # who waits in line has nothing to say
                     self._active = self._loop.time()
-                if self._loop.time() < self._active + self._limits.idle_seconds:
+                if self._loop.time() < self._active + self._patience():
                     continue
-                raise Leave(NORMAL, f"nobody watched for {self._limits.idle_seconds} s: start again") from None
+                raise Leave(NORMAL, f"nobody watched for {self._patience()} s: start again") from None
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message.get("code", NORMAL))
             return dict(message)
+
+    def _patience(self) -> int:
+        return self._limits.idle_seconds if self._goes_on else self._limits.rest_seconds
 
     async def _mistake(self, words: str) -> None:
         self._mistakes += 1

@@ -17,8 +17,9 @@ class Limits:
     which then ends. prompt_chars: characters of a prompt. message_bytes: of one message from a visitor.
     messages_per_second: on average, twice as many at once. mistakes: wrong messages since the last start that end a
     connection. ahead: pixel frames that may be made and not yet shown; beyond it a visitor's video waits for its
-    visitor. idle_seconds: without a sign of somebody watching, until the connection is closed. grace_seconds: that a
-    video can still be fetched after its visitor has gone.
+    visitor. idle_seconds: without a sign of somebody watching, until who has a place loses it and the connection.
+    rest_seconds: the same for who has none, and may still fetch a video. grace_seconds: that a video can be fetched
+    after its visitor has gone.
     """
 
     users: int = 4
@@ -31,6 +32,7 @@ class Limits:
     mistakes: int = 5
     ahead: int = 24
     idle_seconds: int = 120
+    rest_seconds: int = 900
     grace_seconds: int = 60
 
     def __post_init__(self) -> None:

@@ -73,9 +73,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
-    except OSError as problem:
+    except (OSError, UnicodeError) as problem:  # a name may be none at all
         raise UserError(
-            f"--host {host} --port {port}: {problem.strerror}: give an address of this machine and a free port, or "
+            f"--host {host} --port {port}: {problem}: give an address of this machine and a free port, or "
             "--port 0 to get one"
         ) from None
 

@@ -72,7 +72,7 @@ class Session:
         self.wanted: str | None = prompt  # for the next block; null is the prompt as it is
         self.prompt, self.seed, self.changed = prompt, seed, changed
         self.state, self.error, self.notice = State.waiting, "", ""
-        self.made, self.shown, self.pace = 0, 0, Pace()
+        self.made, self.taken, self.shown, self.pace = 0, 0, 0, Pace()  # frames
         self.blocks: deque[Block] = deque()  # made, not yet taken
         self.video: Video | None = None
 
@@ -123,10 +123,11 @@ class Scheduler:
             self._changed.notify_all()
 
     def shown(self, session: Session, frames: int) -> bool:
-        """So many frames have been shown. Whether that was news. Raises ValueError for frames that were never made."""
+        """So many frames have been shown. Whether that was news. Raises ValueError for frames that nobody has taken:
+        or a visitor could have them made without reading them, and they would pile up."""
         with self._changed:
-            if frames > session.made:
-                raise ValueError(f"frames: {session.made} have been made: more cannot have been shown")
+            if frames > session.taken:
+                raise ValueError(f"frames: {session.taken} have been sent: more cannot have been shown")
             news = frames > session.shown
             session.shown = max(session.shown, frames)
             self._changed.notify_all()
@@ -141,7 +142,11 @@ class Scheduler:
     def take(self, session: Session) -> Block | None:
         """The next block that was not taken yet."""
         with self._changed:
-            return session.blocks.popleft() if session.blocks else None
+            if not session.blocks:
+                return None
+            block = session.blocks.popleft()
+            session.taken += len(block.frames)
+            return block
 
     def notice(self, session: Session) -> str:
         """Why the last change of prompt was refused, once; else nothing."""
@@ -229,4 +234,5 @@ class Scheduler:
             session.made += len(frames)
             if session.made == self._limits.max_frames:
                 self._end(session, State.ended)
-            session.changed()
+            else:
+                session.changed()

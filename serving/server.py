@@ -55,6 +55,7 @@ def make_app(scheduler: Scheduler, limits: Limits, site: Site, names: Iterable[s
     app.add_middleware(Guard, names=tuple(names))
     videos: dict[str, Kept] = {}
     open_sockets: set[WebSocket] = set()
+    muxing = asyncio.Semaphore(1)  # downloads share the processor with the device's thread
 
     def add_file(url: str, content: bytes, kind: str) -> None:
         @app.get(url)
@@ -81,7 +82,8 @@ def make_app(scheduler: Scheduler, limits: Limits, site: Site, names: Iterable[s
             return Response("this video is being made already: wait for it\n", 429)
         kept.busy = True
         try:
-            data = await asyncio.to_thread(kept.mp4)
+            async with muxing:
+                data = await asyncio.to_thread(kept.mp4)
         finally:
             kept.busy = False
         named = {"Content-Disposition": 'attachment; filename="fewstep.mp4"'}

@@ -38,6 +38,7 @@ class StandIn:
 
     prompt: str
     turns: list[str]
+    size: tuple[int, int] = SIZE
     made: int = 0
 
     def next_frames(self) -> Tensor:
@@ -45,7 +46,7 @@ class StandIn:
             raise RuntimeError("of a device, with /a/path in it")
         self.turns.append(self.prompt)
         self.made += 2
-        return torch.stack([torch.full((3, *SIZE), (i % 50) / 50) for i in (self.made - 2, self.made - 1)])
+        return torch.stack([torch.full((3, *self.size), (i % 50) / 50) for i in (self.made - 2, self.made - 1)])
 
     def switch(self, prompt: str, *, recache: bool = False) -> None:
         if "unknown" in prompt:
@@ -61,6 +62,7 @@ class StandIn:
 class StandIns:
     """Opens stand-ins; seeds: that they were opened with."""
 
+    size: tuple[int, int] = SIZE
     turns: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
 
@@ -68,7 +70,7 @@ class StandIns:
         if "unknown" in prompt:
             raise UserError(f"prompt {prompt!r}:\n unknown word")
         self.seeds.append(seed)
-        return StandIn(prompt, self.turns)
+        return StandIn(prompt, self.turns, self.size)
 
 
 @contextmanager
@@ -116,6 +118,7 @@ class Client:
         self.watches = watches
         self.images: list[bytes] = []
         self.heard: list[dict[str, Any]] = []
+        self.video = self.asked = 0  # number of the video that was heard of last, and of the one that was asked for
 
     def __enter__(self) -> Client:
         self.socket: ClientConnection = self._opened.__enter__()
@@ -125,6 +128,7 @@ class Client:
         self._opened.__exit__(*error)
 
     def say(self, kind: str, **values: object) -> None:
+        self.asked = self.video + 1 if kind == "start" else self.asked
         self.socket.send(json.dumps({"type": kind, **values}))
 
     def hear(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -133,6 +137,7 @@ class Client:
             message = self.socket.recv(timeout=SECONDS)
             if isinstance(message, str):
                 self.heard.append(json.loads(message))
+                self.video = max(self.video, self.heard[-1].get("video", 0))
                 if wanted(self.heard[-1]):
                     return self.heard[-1]
             else:
@@ -147,4 +152,9 @@ class Client:
         return self.hear(lambda message: message["type"] == "error")["message"]
 
     def status(self, state: str, frames: int = 0) -> dict[str, Any]:
-        return self.hear(lambda m: m["type"] == "status" and m["state"] == state and m["frames"] >= frames)
+        """Of the video that was asked for last."""
+        return self.hear(
+            lambda m: (
+                m["type"] == "status" and m["video"] == self.asked and m["state"] == state and m["frames"] >= frames
+            )
+        )

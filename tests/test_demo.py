@@ -79,9 +79,13 @@ def test_who_does_not_watch_gets_no_more_and_slows_nobody() -> None:
     away, there = Visitor(scheduler, "away", watches=False), Visitor(scheduler, "there")
     scheduler.start()
     there.until(State.ended)
-    away.until(State.ended, frames=6)
     assert there.frames == 40 and opened.turns.count("away") == 3 and away.state is State.running
+    with pytest.raises(ValueError, match="frames: 0 have been sent"):
+        scheduler.shown(away.session, 6)  # they have been made, and nobody has read them
+    away.until(State.ended, frames=6)
     away.watches = True
+    with pytest.raises(ValueError, match="frames: 6 have been sent: more cannot have been shown"):
+        scheduler.shown(away.session, 7)
     scheduler.shown(away.session, 6)
     away.until(State.ended)
     assert away.frames == 40
@@ -372,7 +376,7 @@ def test_mistakes_are_answered_and_too_many_end_the_connection() -> None:
         assert client.error() == "prompt 'unknown words': unknown word"
         client.status("running", frames=len(client.images) + 2)  # the video goes on
         client.say("shown", frames=10**6)
-        assert "have been made: more cannot have been shown" in client.error()
+        assert "have been sent: more cannot have been shown" in client.error()
         client.watches = False
         for text in ("{", "["):
             client.socket.send(text)

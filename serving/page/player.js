@@ -41,10 +41,10 @@ export class Player {
 
   get empty() { return this.queue.length === 0 && this.pending === 0; }
 
-  // Frames a second over the last two seconds.
+  // Frames a second over the last two seconds; nothing before there is one.
   get rate() {
-    const times = this.times;
-    return times.length > 1 ? (times.length - 1) * 1000 / (times[times.length - 1] - times[0]) : null;
+    const times = this.times, span = times.length ? times[times.length - 1] - times[0] : 0;
+    return span >= 1000 ? (times.length - 1) * 1000 / span : null;
   }
 
   tick(now) {

@@ -193,13 +193,17 @@ def test_a_video_has_an_end_and_another_begins_after_a_refusal(
 
 
 def test_a_restart_in_mid_stream_and_the_end_of_the_server(browser: Browser) -> None:
-    with running(StandIns(), DEFAULT, (16, 16), (SEVEN,)) as address:
+    large = (144, 256)  # sent as JPEG
+    with running(StandIns(large), DEFAULT, large, (SEVEN,)) as address:
         visitor = Visitor(browser, address)
         visitor.start("one")
         visitor.shows("#frames", MANY)
         visitor.start("two")
         visitor.shows("#caption", "“two”")
         visitor.shows("#frames", MANY)
+        before = visitor.pixels()
+        visitor.shows("#frames", re.compile(r"^\d{3}$"))
+        assert visitor.pixels() != before and visitor.page.evaluate("document.querySelector('canvas').width") == 256
         visitor.says("Streaming.")
     visitor.expect(visitor.page.get_by_role("alert")).to_have_text(
         "Disconnected: the server has ended. Start connects again."
