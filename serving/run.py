@@ -27,7 +27,9 @@ MIN_WIDTH = 256  # pixels to which a small video is enlarged for the download, u
 def demo(generator: Generator, args: DemoArgs) -> int:
     """Serves a run's videos until SIGINT or SIGTERM. Raises UserError for what it cannot stream, or listen on."""
     try:
+        import fastapi  # noqa: F401
         import uvicorn
+        import websockets  # noqa: F401
     except ImportError as problem:
         raise UserError(f"the demo needs {problem.name}: pip install -r requirements.txt") from None
     console = setup_console()

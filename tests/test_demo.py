@@ -536,6 +536,8 @@ def test_what_cannot_be_served_is_one_line(student: Path, monkeypatch: pytest.Mo
             demo(generator, demo_args(["--run", "x", "--port", port]))
     with pytest.raises(UserError, match="--steps 9: this student has 2 steps"):
         demo(generator, demo_args(["--run", "x", "--steps", "9"]))
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(UserError, match="the demo needs uvicorn: pip install -r requirements.txt"):
-        demo(generator, demo_args(["--run", "x"]))
+    for name in ("fastapi", "uvicorn", "websockets"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, name, None)
+            with pytest.raises(UserError, match=f"the demo needs {name}: pip install -r requirements.txt"):
+                demo(generator, demo_args(["--run", "x"]))
