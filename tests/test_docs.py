@@ -35,6 +35,7 @@ PROGRAMS = {
     "train.py": "utils/cli.py",
     "inference.py": "trainer/generate_cli.py",
     "inference.sh": "trainer/generate_cli.py",
+    "demo.py": "serving/cli.py",
     "preprocess.py": (
         # of all its commands
         "trainer/preprocess_text.py trainer/preprocess_ode.py trainer/preprocess_video.py utils/data/video_command.py"
@@ -262,6 +263,11 @@ def test_option_table_is_complete() -> None:
 def test_every_option_of_inference_is_explained() -> None:
     section = read("README.md").split("## Inference")[1].split("\n## ")[0]
     assert [option for option in sorted(options("trainer/generate_cli.py")) if option not in section] == []
+
+
+def test_every_option_of_the_demo_is_explained() -> None:
+    section = read("README.md").split("## Live demo")[1].split("\n## ")[0]
+    assert [option for option in sorted(options("serving/cli.py")) if option not in section] == []
 
 
 def test_yaml_examples_load(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["utils", "model.wan", "model", "pipeline", "configs", "trainer", "entry points", "tests"]
+LAYERS = ["utils", "model.wan", "model", "pipeline", "configs", "trainer", "serving", "entry points", "tests"]
 ENTRY_FOLDERS = {"benchmarks", "scripts"}
-PACKAGES = {"utils", "model", "pipeline", "configs", "trainer", "tests", *ENTRY_FOLDERS}
+PACKAGES = {"utils", "model", "pipeline", "configs", "trainer", "serving", "tests", *ENTRY_FOLDERS}
 OPTIONAL = [
     *("diffusers", "transformers", "peft", "accelerate", "wandb", "deepspeed", "matplotlib"),
     *("av", "pyarrow", "lmdb", "sklearn", "tensorboard", "flash_attn", "flash_attn_interface", "triton"),
+    *("fastapi", "starlette", "uvicorn", "websockets", "PIL"),
 ]
 
 
@@ -85,6 +86,8 @@ BAD = {
     "pipeline/d.py": "from configs import schema",
     "configs/schema.py": "import trainer.base as base",
     "trainer/base.py": "from train import main",
+    "trainer/live.py": "from serving.limits import Limits",
+    "serving/run.py": "from train import main",
     "train.py": "from tests import conftest",
 }
 GOOD = {
@@ -93,6 +96,7 @@ GOOD = {
     "model/wan/transformer.py": "from . import c\nfrom utils.a import x",
     "pipeline/fine.py": "from model.wan.transformer import WanTransformer\nfrom model import dmd, wan",
     "trainer/fine.py": "from configs.schema import Config\nfrom pipeline import d",
+    "serving/fine.py": "from trainer import base",
     "scripts/fine.py": "import trainer.base",
     "inference.py": "from trainer import base",
 }
@@ -108,7 +112,8 @@ def test_each_kind_of_wrong_import_is_found_and_no_right_one(tmp_path: Path) -> 
 CORE = [
     module_of(path)
     for path in project_files(ROOT)
-    if path.parts[0] in {"utils", "model", "pipeline", "configs", "trainer", "train.py", "inference.py"}
+    if path.parts[0]
+    in {"utils", "model", "pipeline", "configs", "trainer", "serving", "train.py", "inference.py", "demo.py"}
 ]
 
 PROBE = """

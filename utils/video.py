@@ -7,8 +7,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Frame = NDArray[np.uint8]  # [H, W, 3]
 Frames = NDArray[np.uint8]  # [T, H, W, 3]
 Writer = Callable[[Path, Frames, float], None]
 
@@ -33,11 +36,22 @@ def write_video(path: str | Path, pixels_TCHW: Tensor, fps: float, scale: int = 
         raise ValueError(f"video: cannot write {path.name!r}; the suffix must be one of {', '.join(writers)}")
     if fps <= 0 or scale < 1:
         raise ValueError(f"video: fps must be positive and scale at least 1, got fps {fps} and scale {scale}")
-    frames = _to_uint8(pixels_TCHW, scale)
+    frames = to_uint8(pixels_TCHW, scale)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _replacing(path) as temporary:
         writers[path.suffix](temporary, frames, fps)
     return path
+
+
+def mp4_bytes(frames: Iterable[Frame], fps: float) -> bytes:
+    """The MP4 (H.264, yuv420p) of frames that come one at a time, all of one size, so that a long video is never held
+    uncompressed. Raises ValueError for no frames or fps <= 0."""
+    if fps <= 0:
+        raise ValueError(f"video: fps must be positive, got {fps}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "video.mp4")
+        _write_mp4(path, frames, fps)
+        return path.read_bytes()
 
 
 def read_video(path: str | Path) -> Tensor:
@@ -88,7 +102,9 @@ def grid(videos_BTCHW: Tensor, columns: int | None = None, padding: int = 1, val
     return canvas
 
 
-def _to_uint8(pixels_TCHW: Tensor, scale: int) -> Frames:
+def to_uint8(pixels_TCHW: Tensor, scale: int = 1) -> Frames:
+    """Pixels [T, 1 or 3, H, W] in [0, 1] as 8-bit RGB, each repeated `scale` times a side. Raises ValueError for
+    another shape, NaN or infinity."""
     if pixels_TCHW.ndim != 4 or pixels_TCHW.shape[1] not in (1, 3) or 0 in pixels_TCHW.shape:
         raise ValueError(f"video: pixels must be [T, 1 or 3, H, W] and not empty, got {list(pixels_TCHW.shape)}")
     pixels = pixels_TCHW.detach().float().cpu()
@@ -121,18 +137,23 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _write_mp4(path: Path, frames: Frames, fps: float) -> None:
+def _write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
     import av
 
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    rest = iter(frames)
+    first = next(rest, None)
+    if first is None:
+        raise ValueError("video: no frames to write")
+    height, width = first.shape[:2]
+    odd = ((0, height % 2), (0, width % 2), (0, 0))
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "14"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for frame in chain([first], rest):
+            padded = np.pad(frame, odd, mode="edge")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(padded, format="rgb24")))
         container.mux(stream.encode())
 
 

@@ -1,0 +1,24 @@
+"""`python demo.py --run logs/x`: a web page where one types a prompt and watches the video while it is made."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from serving.cli import demo_args
+from serving.run import demo
+from trainer.generate import Generator
+from utils import distributed
+from utils.cli import refuse_several_ranks, run_cli
+
+
+def main() -> int:
+    args = demo_args()
+    refuse_several_ranks("demo.py")
+    return demo(Generator.load(args.source, distributed.device(), weights=args.weights), args)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,213 @@
+"""One visitor: its messages in, its frames and their status out."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from serving.frames import Kept, encode
+from serving.limits import Limits
+from serving.protocol import MAX_SEED, Rate, Shown, Start, Stop, Switch, frame_message, one_line, parse
+from serving.scheduler import Full, Scheduler, Session, State
+
+if TYPE_CHECKING:
+    from starlette.websockets import WebSocket
+
+POLICY, UNSUPPORTED, NORMAL = 1008, 1003, 1000  # codes of RFC 6455, section 7.4.1
+
+
+class Leave(Exception):
+    """The connection is to be closed, with this code and these words."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(why)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Format:
+    """How videos are made and kept. scale: whole factor by which the download is enlarged. seed: of videos that ask for
+    none; null draws one for each."""
+
+    fps: int
+    scale: int
+    seed: int | None = None
+
+
+class Connection:
+    """A visitor's websocket. `videos` is the server's table of videos that can be fetched, by their tokens."""
+
+    def __init__(
+        self, socket: WebSocket, scheduler: Scheduler, limits: Limits, format: Format, videos: dict[str, Kept]
+    ) -> None:
+        self._socket, self._scheduler, self._limits, self._format = socket, scheduler, limits, format
+        self._videos, self._kept = videos, Kept(format.fps, format.scale)
+        self._session: Session | None = None
+        self._number, self._prompt, self._mistakes = 0, "", 0
+        self._state: State | None = None
+        self._news, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        self._active = self._loop.time()  # when somebody was last seen to watch
+
+    async def serve(self) -> None:
+        """Until the visitor goes, or has to. Raises what is a defect of ours."""
+        from starlette.websockets import WebSocketDisconnect
+
+        tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._tell())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._leave()
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+            self._forget(self._kept)
+        for end in ends:
+            if isinstance(end, Leave):
+                await self._end(end)
+            elif isinstance(end, Exception) and not isinstance(end, WebSocketDisconnect):
+                raise end
+
+    async def _end(self, leave: Leave) -> None:
+        from starlette.websockets import WebSocketDisconnect
+
+        try:
+            await self._say("error", message=str(leave), goes_on=False)
+            await self._socket.close(leave.code, str(leave)[:100])
+        except WebSocketDisconnect:
+            return
+
+    # ------------------------------------------------------------------------------------------------- from the visitor
+
+    async def _listen(self) -> None:
+        rate = Rate(self._limits.messages_per_second)
+        while True:
+            message = await self._receive()
+            if not rate.allows():
+                raise Leave(POLICY, f"more than {self._limits.messages_per_second} messages a second: reload the page")
+            text = message.get("text")
+            if text is None:
+                raise Leave(UNSUPPORTED, "message: bytes, where a JSON text belongs: reload the page")
+            try:
+                if len(text.encode()) > self._limits.message_bytes:  # the server's own limit closes with 1009 before
+                    raise ValueError(f"message: more than {self._limits.message_bytes} bytes")
+                self._obey(parse(text, self._limits))
+            except ValueError as problem:
+                await self._mistake(one_line(problem))
+            except Full:
+                await self._refuse("every place is taken, and the line for one too: try again in a minute")
+
+    async def _receive(self) -> dict[str, Any]:
+        """The next message. Raises Leave if nobody seems to watch, WebSocketDisconnect if the visitor is gone."""
+        from starlette.websockets import WebSocketDisconnect
+
+        while True:
+            try:
+                async with asyncio.timeout_at(self._active + self._patience()):
+                    message = await self._socket.receive()
+            except TimeoutError:
+                if self._state is State.waiting:  # who waits in line has nothing to say
+                    self._active = self._loop.time()
+                if self._loop.time() < self._active + self._patience():
+                    continue
+                raise Leave(NORMAL, f"nobody watched for {self._patience()} s: start again") from None
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message.get("code", NORMAL))
+            return dict(message)
+
+    def _patience(self) -> int:
+        return self._limits.idle_seconds if self._goes_on else self._limits.rest_seconds
+
+    async def _mistake(self, words: str) -> None:
+        self._mistakes += 1
+        if self._mistakes >= self._limits.mistakes:
+            raise Leave(POLICY, f"{words}; closed after {self._mistakes} wrong messages")
+        await self._refuse(words)
+
+    async def _refuse(self, words: str) -> None:
+        """Says why something was not done, and whether a video is going on all the same."""
+        await self._say("error", message=words, goes_on=self._goes_on)
+
+    @property
+    def _goes_on(self) -> bool:
+        session = self._session
+        return session is not None and self._scheduler.view(session).state in (State.waiting, State.running)
+
+    def _obey(self, message: Start | Switch | Shown | Stop) -> None:
+        """Raises ValueError for what cannot be done now, Full if there is no place."""
+        session = self._session
+        if isinstance(message, Shown):
+            if session is not None and self._scheduler.shown(session, message.frames):
+                self._active = self._loop.time()
+            return
+        self._active = self._loop.time()
+        if isinstance(message, Start):
+            self._start(message)
+        elif isinstance(message, Stop):
+            if session is not None:
+                self._scheduler.leave(session)
+        elif session is None or not self._goes_on:
+            raise ValueError("prompt: no video is being made: press Start")
+        else:
+            self._scheduler.switch(session, message.prompt)
+
+    def _start(self, message: Start) -> None:
+        self._leave()  # its place may be the one that is free
+        seed = self._format.seed if message.seed is None else message.seed
+        seed = secrets.randbelow(MAX_SEED + 1) if seed is None else seed
+        session = self._scheduler.join(message.prompt, seed, self._changed)
+        self._forget(self._kept)
+        self._kept = Kept(self._format.fps, self._format.scale)
+        self._videos[self._kept.token] = self._kept
+        self._session, self._prompt, self._state, self._mistakes = session, "", None, 0
+        self._number += 1
+        self._news.set()
+
+    def _leave(self) -> None:
+        if self._session is not None:
+            self._scheduler.leave(self._session)
+
+    def _forget(self, kept: Kept) -> None:
+        """Its video can be fetched for a little longer."""
+        self._loop.call_later(self._limits.grace_seconds, self._videos.pop, kept.token, None)
+
+    # --------------------------------------------------------------------------------------------------- to the visitor
+
+    def _changed(self) -> None:
+        """There is news of the session: called from any thread."""
+        self._loop.call_soon_threadsafe(self._news.set)
+
+    async def _tell(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            session, kept, number = self._session, self._kept, self._number
+            if session is None:
+                continue
+            view = self._scheduler.view(session)  # before its blocks are taken: who has ended has no later ones
+            while session is self._session and (block := self._scheduler.take(session)) is not None:
+                images = await asyncio.to_thread(encode, block.frames)
+                if session is not self._session:
+                    break
+                if block.prompt != self._prompt:
+                    self._prompt = block.prompt
+                    await self._say("prompt", video=number, frame=block.first, prompt=block.prompt)
+                for index, image in enumerate(images, block.first):
+                    kept.images.append(image)
+                    await self._socket.send_bytes(frame_message(number, index, image))
+            if session is not self._session:
+                continue
+            if notice := self._scheduler.notice(session):
+                await self._refuse(notice)
+            if self._state is State.waiting and view.state is State.running:
+                self._active = self._loop.time()
+            self._state = view.state
+            await self._say(
+                "status", video=number, state=view.state.value, place=view.place, frames=len(kept.images),
+                first=view.pace.first, fps=view.pace.fps, token=kept.token if kept.images else None, seed=session.seed,
+                error=view.error,
+            )  # fmt: skip
+
+    async def _say(self, kind: str, **values: object) -> None:
+        await self._socket.send_json({"type": kind, **values})

@@ -1,0 +1,48 @@
+"""What one visitor, and all of them together, may ask of the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+_ENVELOPE = 256  # bytes of a message beside its prompt
+_ESCAPED = 12  # bytes of one character as JSON may write it: two \\uXXXX
+
+
+@dataclass(frozen=True)
+class Limits:
+    """All bounds of the server, each at least 1. Raises ValueError.
+
+    users: videos made at the same time, each with a cache of its own on the device. waiting: visitors in line for a
+    place. connections: open pages in all, those that only look on included. max_frames: pixel frames of one video,
+    which then ends. prompt_chars: characters of a prompt. message_bytes: of one message from a visitor.
+    messages_per_second: on average, twice as many at once. mistakes: wrong messages since the last start that end a
+    connection. ahead: pixel frames that may be made and not yet shown; beyond it a visitor's video waits for its
+    visitor. idle_seconds: without a sign of somebody watching, until who has a place loses it and the connection.
+    rest_seconds: the same for who has none, and may still fetch a video. grace_seconds: that a video can be fetched
+    after its visitor has gone.
+    """
+
+    users: int = 4
+    waiting: int = 8
+    connections: int = 64
+    max_frames: int = 600
+    prompt_chars: int = 500
+    message_bytes: int = 8192
+    messages_per_second: int = 20
+    mistakes: int = 5
+    ahead: int = 24
+    idle_seconds: int = 120
+    rest_seconds: int = 900
+    grace_seconds: int = 60
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) < (least := 0 if field.name in ("waiting", "grace_seconds") else 1):
+                raise ValueError(f"--{field.name} {getattr(self, field.name)}: give a number of at least {least}")
+        if self.message_bytes < (least := self.prompt_chars * _ESCAPED + _ENVELOPE):
+            raise ValueError(
+                f"--message_bytes {self.message_bytes}: --prompt_chars {self.prompt_chars} may take {least}: "
+                "give at least as many, or a smaller --prompt_chars"
+            )
+        if self.connections < (least := self.users + self.waiting):
+            raise ValueError(f"--connections {self.connections}: --users and --waiting need {least}: give as many")

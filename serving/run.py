@@ -1,0 +1,102 @@
+"""Runs the demo: one process, one port, until it is told to stop."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from serving.cli import DemoArgs
+from serving.connection import Format
+from serving.scheduler import Scheduler, Video
+from serving.server import Site, make_app
+from trainer.generate import Generator
+from trainer.live import Live
+from utils.config import UserError
+from utils.logging import setup_console
+
+if TYPE_CHECKING:
+    from uvicorn import Config
+
+MIN_WIDTH = 256  # pixels to which a small video is enlarged for the download, unless --scale says otherwise
+
+
+def demo(generator: Generator, args: DemoArgs) -> int:
+    """Serves a run's videos until SIGINT or SIGTERM. Raises UserError for what it cannot stream, or listen on."""
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+        import websockets  # noqa: F401
+    except ImportError as problem:
+        raise UserError(f"the demo needs {problem.name}: pip install -r requirements.txt") from None
+    console = setup_console()
+
+    def open_video(prompt: str, seed: int) -> Video:
+        return Live(generator, prompt, args.sampling(seed))
+
+    examples = tuple(dict.fromkeys(generator.task.validation_prompts(4)))
+    # made before anyone waits for it: what cannot be streamed fails here, and kernels are chosen
+    _, _, height, width = open_video(examples[0], args.seed or 0).next_frames().shape
+    steps = len(generator.step_list(args.steps))
+    format = Format(args.fps, args.scale or max(1, MIN_WIDTH // width), args.seed)
+    site = Site(generator.config.name, examples, (height, width), steps, format)
+    scheduler = Scheduler(open_video, args.limits, recache=args.recache)
+    listening = listen(args.host, args.port)
+    with listening:
+        app = make_app(scheduler, args.limits, site, (args.host, *args.allow_host))
+        if not _is_local(listening):
+            console.warning(
+                "--host %s: anyone who reaches this address can use the device, and nothing is encrypted; "
+                "ssh -L is the safe way", args.host,
+            )  # fmt: skip
+        print(f"fewstep demo: {_url(args.host, listening)}  (Ctrl+C ends it)", flush=True)
+        with _signals_end_it():
+            uvicorn.Server(server_config(app, args.limits.message_bytes, args.limits.connections)).run([listening])
+    print("fewstep demo: ended", flush=True)
+    return 0
+
+
+def server_config(app: Any, message_bytes: int, connections: int) -> Config:
+    """uvicorn with our limits, and without an access log: its lines would hold tokens of videos."""
+    from uvicorn import Config
+
+    return Config(
+        app, ws="websockets-sansio", ws_max_size=message_bytes, ws_per_message_deflate=False, log_config=None,
+        access_log=False, server_header=False, proxy_headers=False, limit_concurrency=2 * connections + 32,
+        timeout_graceful_shutdown=5,
+    )  # fmt: skip
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that browsers can connect to from here on. Raises UserError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, UnicodeError) as problem:  # a name may be none at all
+        raise UserError(
+            f"--host {host} --port {port}: {problem}: give an address of this machine and a free port, or "
+            "--port 0 to get one"
+        ) from None
+
+
+def _is_local(listening: socket.socket) -> bool:
+    return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
+
+
+def _url(host: str, listening: socket.socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
+
+
+@contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """uvicorn raises the signal that ended it once more, which is not to end us by force."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(which, lambda *_: None) for which in signals]
+    try:
+        yield
+    finally:
+        for which, handler in zip(signals, before, strict=True):
+            signal.signal(which, handler)

@@ -1,0 +1,238 @@
+"""One device for several visitors: a thread makes one block for each in turn, and for nobody who does not watch.
+
+T pixel frames of a block  H W pixel size
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from torch import Tensor
+
+from serving.limits import Limits
+from serving.protocol import one_line
+from trainer.live import Pace
+from utils.config import UserError
+from utils.logging import console
+from utils.video import Frames, to_uint8
+
+
+class Video(Protocol):
+    """What is asked of a video in the making: see `trainer.live.Live`."""
+
+    def next_frames(self) -> Tensor: ...
+
+    def switch(self, prompt: str, *, recache: bool = False) -> None: ...
+
+    @property
+    def pace(self) -> Pace: ...
+
+
+class State(Enum):
+    waiting = "waiting"  # in line for a place
+    running = "running"  # has a place
+    ended = "ended"  # has all frames that one video may have
+    stopped = "stopped"  # by its visitor, or by the end of the server
+    failed = "failed"
+
+
+@dataclass(frozen=True)
+class Block:
+    """frames: [T, H, W, 3], 8 bits. first: number of its first frame. prompt: that it was made for."""
+
+    frames: Frames
+    first: int
+    prompt: str
+
+
+@dataclass(frozen=True)
+class View:
+    """A session as its visitor sees it. place: in line, from 1; 0 for who is not. error: what ended it."""
+
+    state: State
+    place: int
+    made: int
+    pace: Pace
+    error: str
+
+
+class Full(Exception):
+    """Every place, and the line for one, is taken."""
+
+
+class Session:
+    """One video of one visitor. Its fields belong to the scheduler: they change under its lock."""
+
+    def __init__(self, prompt: str, seed: int, changed: Callable[[], None]) -> None:
+        self.wanted: str | None = prompt  # for the next block; null is the prompt as it is
+        self.prompt, self.seed, self.changed = prompt, seed, changed
+        self.state, self.error, self.notice = State.waiting, "", ""
+        self.made, self.taken, self.shown, self.pace = 0, 0, 0, Pace()  # frames
+        self.blocks: deque[Block] = deque()  # made, not yet taken
+        self.video: Video | None = None
+
+
+class Scheduler:
+    """Makes the videos of all sessions on one thread, one block each in turn.
+
+    A session is passed over while `limits.ahead` of its frames have not been shown, so its queue is bounded, and a
+    visitor who reads slowly slows nobody else. open_video(prompt, seed): begins a video; it and all that it returns run
+    on that thread alone. recache: how a prompt is changed, see `Live.switch`. All methods may be called from any thread
+    and none of them waits for the device, `close` apart.
+    """
+
+    def __init__(self, open_video: Callable[[str, int], Video], limits: Limits, *, recache: bool = False) -> None:
+        self._open, self._limits, self._recache = open_video, limits, recache
+        self._changed = threading.Condition()
+        self._running: deque[Session] = deque()  # in order of their turns
+        self._waiting: deque[Session] = deque()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="device")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends all sessions, and the thread after the block that it is at."""
+        with self._changed:
+            self._closed = True
+            for session in [*self._running, *self._waiting]:
+                self._end(session, State.stopped)
+            self._changed.notify_all()
+        self._thread.join()
+
+    def join(self, prompt: str, seed: int, changed: Callable[[], None]) -> Session:
+        """A new session, running or in line. changed() is called, under the lock, when it has news. Raises Full."""
+        with self._changed:
+            if self._closed or len(self._running) + len(self._waiting) >= self._limits.users + self._limits.waiting:
+                raise Full
+            session = Session(prompt, seed, changed)
+            self._waiting.append(session)
+            self._admit()
+            return session
+
+    def switch(self, session: Session, prompt: str) -> None:
+        """Another prompt from the next block on; of several in a row the last one counts."""
+        with self._changed:
+            session.wanted = prompt
+            self._changed.notify_all()
+
+    def shown(self, session: Session, frames: int) -> bool:
+        """So many frames have been shown. Whether that was news. Raises ValueError for frames that nobody has taken:
+        or a visitor could have them made without reading them, and they would pile up."""
+        with self._changed:
+            if frames > session.taken:
+                raise ValueError(f"frames: {session.taken} have been sent: more cannot have been shown")
+            news = frames > session.shown
+            session.shown = max(session.shown, frames)
+            self._changed.notify_all()
+            return news
+
+    def leave(self, session: Session) -> None:
+        """Ends the session, if it has not ended, and drops what nobody has taken."""
+        with self._changed:
+            session.blocks.clear()
+            self._end(session, State.stopped)
+
+    def take(self, session: Session) -> Block | None:
+        """The next block that was not taken yet."""
+        with self._changed:
+            if not session.blocks:
+                return None
+            block = session.blocks.popleft()
+            session.taken += len(block.frames)
+            return block
+
+    def notice(self, session: Session) -> str:
+        """Why the last change of prompt was refused, once; else nothing."""
+        with self._changed:
+            notice, session.notice = session.notice, ""
+            return notice
+
+    def view(self, session: Session) -> View:
+        with self._changed:
+            place = self._waiting.index(session) + 1 if session.state is State.waiting else 0
+            return View(session.state, place, session.made, session.pace, session.error)
+
+    def _admit(self) -> None:
+        """Gives free places to who is first in line."""
+        while self._waiting and len(self._running) < self._limits.users:
+            session = self._waiting.popleft()
+            session.state = State.running
+            self._running.append(session)
+            session.changed()
+        for session in self._waiting:
+            session.changed()
+        self._changed.notify_all()
+
+    def _end(self, session: Session, state: State, error: str = "") -> None:
+        if session.state not in (State.waiting, State.running):
+            return
+        (self._running if session.state is State.running else self._waiting).remove(session)
+        session.state, session.error, session.video = state, error, None
+        session.changed()
+        if not self._closed:
+            self._admit()
+
+    def _work(self) -> None:
+        while (session := self._next()) is not None:
+            self._turn(session)
+            del session  # or this thread would hold the cache of an ended one until the next turn
+
+    def _next(self) -> Session | None:
+        """Whose turn it is; null at the end."""
+        with self._changed:
+            while not self._closed:
+                for _ in range(len(self._running)):
+                    session = self._running[0]
+                    self._running.rotate(-1)
+                    if session.made - session.shown < self._limits.ahead:
+                        return session
+                self._changed.wait()
+            return None
+
+    def _turn(self, session: Session) -> None:
+        """One block, made without the lock. Whatever goes wrong ends this session alone."""
+        with self._changed:
+            video, wanted, session.wanted = session.video, session.wanted, None
+        notice = ""
+        try:
+            if video is None:
+                assert wanted is not None
+                video = self._open(wanted, session.seed)
+            elif wanted is not None:
+                try:
+                    video.switch(wanted, recache=self._recache)
+                except UserError as problem:
+                    notice, wanted = one_line(problem), None
+            frames = to_uint8(video.next_frames())
+        except UserError as problem:
+            self._fail(session, one_line(problem))
+        except Exception as problem:  # of one visitor's video: the others' go on
+            console.exception("demo: a video failed")
+            self._fail(session, f"the video failed ({type(problem).__name__}): the server's log says why")
+        else:
+            self._made(session, video, frames, wanted, notice)
+
+    def _fail(self, session: Session, error: str) -> None:
+        with self._changed:
+            self._end(session, State.failed, error)
+
+    def _made(self, session: Session, video: Video, frames: Frames, prompt: str | None, notice: str) -> None:
+        with self._changed:
+            if session.state is not State.running:  # its visitor left meanwhile
+                return
+            session.video, session.pace, session.notice = video, video.pace, notice or session.notice
+            session.prompt = prompt or session.prompt
+            frames = frames[: self._limits.max_frames - session.made]
+            session.blocks.append(Block(frames, session.made, session.prompt))
+            session.made += len(frames)
+            if session.made == self._limits.max_frames:
+                self._end(session, State.ended)
+            else:
+                session.changed()
