@@ -21,7 +21,7 @@ help:
 	@echo 'make test         all tests            make test-fast   without the slow ones'
 	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'
 	@echo 'make methods      every method from the same teachers, 3 seeds each: docs/methods.md (an hour or more on 2 cores)'
-	@echo 'make bench        cost of a training step and of attention; make bench-gpu: at true sizes on one GPU'
+	@echo 'make bench        cost of a training step, of streaming and of attention; make bench-gpu: at true sizes on one GPU'
 	@echo 'make venv         only set up .venv    make clean       remove caches (distclean: .venv too)'
 
 venv: $(STAMP)
@@ -73,10 +73,12 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@$(RUN) -m benchmarks.train_step
+	@$(RUN) -m benchmarks.streaming
 	@$(RUN) -m benchmarks.attention
 
 bench-gpu: $(STAMP)
-	@$(RUN) -m benchmarks.train_step --size 1.3b
+	@$(RUN) -m benchmarks.train_step --size 1.3b+14b --precision bf16 --checkpointing full
+	@$(RUN) -m benchmarks.streaming --size 1.3b
 	@$(RUN) -m benchmarks.attention --size 480p
 	@$(RUN) -m benchmarks.attention --size 720p
 

@@ -4,6 +4,9 @@ Times are in units of ONE full-sequence bidirectional forward without gradient o
 and precision. A generator step is a rollout, the DMD loss (critic, teacher with and without prompt) and backward; a
 critic step is a rollout without gradient, its loss and backward; neither counts the optimizer's update. The exit step
 is forced to each of the four in turn. All three networks and both AdamW states are in memory.
+An iteration is a critic step and a fifth of a generator step, each the mean over exits: the published recipe updates
+the generator in every fifth iteration. Its floating-point operations are those of its matrix products, counted without
+recomputation; MFU is their rate over the GPU's by its data sheet.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,28 +33,37 @@ from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
 from utils.optim import OptimizerConfig, adamw
+from utils.parallel.plan_hardware import GPUS
+from utils.parallel.plan_meter import FLOPS, Meter
 
+CRITIC_STEPS = 5  # critic updates for each of the generator
 STEPS = step_sigmas([1000, 750, 500, 250], warp=True, shift=5.0)
 
 
 @dataclass(frozen=True)
 class Size:
-    """A network and its latents [1, F, C, H, W] in blocks of three frames."""
+    """Networks and their latents [1, F, C, H, W] in blocks of three frames. teacher: null for one like the student."""
 
     preset: str
     frames: int
     height: int
     width: int
     device: str
+    teacher: str | None = None
 
     @property
     def config(self) -> WanConfig:
         return PRESETS[self.preset]
 
+    @property
+    def teacher_config(self) -> WanConfig:
+        return PRESETS[self.teacher or self.preset]
+
 
 SIZES = {
     "cpu": Size("bench", 21, 16, 16, "cpu"),
     "1.3b": Size("1.3b", 21, 60, 104, "cuda"),  # 81 frames of 480x832
+    "1.3b+14b": Size("1.3b", 21, 60, 104, "cuda", "14b"),  # Self-Forcing's own: the teacher is Wan2.1 14B
     "smoke": Size("tiny", 6, 4, 4, "cpu"),  # for the tests
 }
 
@@ -78,8 +90,19 @@ class KeyedDraws:
 class Workload:
     """Three networks with random weights, both optimizers' states, and one update's inputs."""
 
-    def __init__(self, size: Size, precision: str, checkpointing: Checkpointing, backend: Backend) -> None:
+    def __init__(
+        self,
+        size: Size,
+        precision: str,
+        checkpointing: Checkpointing,
+        backend: Backend,
+        layers: tuple[int, int] | None = None,
+    ) -> None:
         self.size, self.device = size, torch.device(size.device)
+        own, teacher = size.config, size.teacher_config
+        if layers is not None:
+            own, teacher = replace(own, num_layers=layers[0]), replace(teacher, num_layers=layers[1])
+        self.configs = {"student": own, "critic": own, "teacher": teacher}
         self.compute_dtype = torch.bfloat16 if precision == "bf16" else None
         self.evaluations = Evaluations()
         torch.manual_seed(0)
@@ -108,11 +131,16 @@ class Workload:
         return self.student.net
 
     def _score(self, name: str, backend: Backend, checkpointing: Checkpointing) -> ScoreNet:
-        with self.device:
-            net = WanTransformer(self.size.config, backend, checkpointing)
-        torch.nn.init.normal_(net.head.head.weight, std=0.02)  # Wan's zero head would make some gradients zero
-        if name == "teacher":  # frozen, so in the precision in which it runs, as the trainer has it
-            net = net.to(self.compute_dtype or torch.float32).requires_grad_(False)
+        if name == "teacher":  # frozen, so in the precision in which it runs, and never in another: 14B is large
+            with torch.device("meta"):
+                net = WanTransformer(self.configs[name], backend, checkpointing).requires_grad_(False)
+            net = net.to(self.compute_dtype or torch.float32).to_empty(device=self.device)
+            for p in net.parameters():
+                torch.nn.init.normal_(p, std=0.02)
+        else:
+            with self.device:
+                net = WanTransformer(self.configs[name], backend, checkpointing)
+            torch.nn.init.normal_(net.head.head.weight, std=0.02)  # Wan's zero head would make some gradients zero
         return ScoreNet(net, name, self.evaluations, self.compute_dtype, batch_guidance=False)  # as the trainer has it
 
     def _optimizer(self, score: ScoreNet) -> torch.optim.Optimizer:
@@ -173,6 +201,50 @@ def measure(size: Size, precision: str, checkpointing: Checkpointing, backend: B
     return out | {"peak_gb": peak_gb(work.device), "machine": machine(work.device)}
 
 
+def operations(size: Size) -> dict[str, list[float]]:
+    """Floating-point operations of the steps' matrix products, by exit step, of tensors that hold nothing.
+
+    All layers of a network cost the same, and so do all denoising steps: what one more of each costs is counted.
+    """
+    parts = {layers: _counted(size, layers) for layers in ((1, 1), (2, 1), (1, 2))}
+    out: dict[str, list[float]] = {}
+    for kind in ("generator", "critic"):
+        base, longer = parts[1, 1][kind], []
+        for exit_step in (0, 1):
+            student, teacher = (parts[layers][kind][exit_step] - base[exit_step] for layers in ((2, 1), (1, 2)))
+            more = (size.config.num_layers - 1) * student + (size.teacher_config.num_layers - 1) * teacher
+            longer.append(base[exit_step] + more)
+        out[kind] = [longer[0] + exit_step * (longer[1] - longer[0]) for exit_step in range(len(STEPS))]
+    return out
+
+
+def _counted(size: Size, layers: tuple[int, int]) -> dict[str, list[float]]:
+    """At exits 0 and 1, with so many layers in the student and the critic, and in the teacher."""
+    meter = Meter()
+    with meter.running():
+        work = Workload(replace(size, device="cpu"), "fp32", Checkpointing.none, Backend.SDPA, layers)
+        for kind, step in (("generator", work.generator_step), ("critic", work.critic_step)):
+            for exit_step in (0, 1):
+                meter.enter((kind, exit_step))
+                step(exit_step)
+    return {
+        kind: [meter.phases[kind, exit_step].cost[FLOPS] for exit_step in (0, 1)] for kind in ("generator", "critic")
+    }
+
+
+def iteration(result: dict[str, Any], counted: dict[str, list[float]]) -> dict[str, float | None]:
+    """Seconds and operations of an iteration; MFU, null for hardware without a known rate, and for fp32."""
+    seconds = result["forward_seconds"] * _iteration(result)
+    flops = _iteration(counted)
+    gpu = next((gpu for name, gpu in GPUS.items() if name in result["machine"].get("gpu", "").lower()), None)
+    mfu = None if gpu is None or result["precision"] != "bf16" else flops / seconds / (gpu.tflops * 1e12)
+    return {"seconds": seconds, "flops": flops, "mfu": mfu}
+
+
+def _iteration(steps: dict[str, Any]) -> float:
+    return _mean(steps["critic"]) + _mean(steps["generator"]) / CRITIC_STEPS
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -189,15 +261,22 @@ def report(results: list[dict[str, Any]], public: bool) -> str:
         "mean",
         "s",
     ]
-    header += ["GB", "tokens"]
+    header += ["GB", "tokens", "iteration s", "TFLOP/s", "MFU"]
     rows = []
     for result in results:
         name = f"{result['precision']}, checkpointing {result['checkpointing']}, {result['backend']}"
         spent, least = sum(result["tokens"]), sum(result["tokens_minimum"])
-        rows.append(_row(name, result["forward_seconds"], result, result["peak_gb"], f"{spent / least:.3f} x min"))
+        whole = result["iteration"]
+        rate = f"{whole['flops'] / whole['seconds'] / 1e12:.3g}"
+        mfu = "" if whole["mfu"] is None else f"{whole['mfu']:.0%}"
+        rows.append(
+            _row(name, result["forward_seconds"], result, result["peak_gb"], f"{spent / least:.3f} x min")
+            + [f"{whole['seconds']:.1f}", rate, mfu]
+        )
         known = PUBLIC.get((result["precision"], "off" if result["checkpointing"] == "none" else "on"))
         if public and known is not None:
-            rows.append(_row("  public Self-Forcing", known["forward"], known, known["gb"], ""))
+            seconds = f"{known['forward'] * _iteration(known):.1f}"
+            rows.append(_row("  public Self-Forcing", known["forward"], known, known["gb"], "") + [seconds, "", ""])
     return table(header, rows)
 
 
@@ -236,7 +315,7 @@ def main(arguments: list[str]) -> int:
         result = measure(size, options.precision, Checkpointing[options.checkpointing], chosen_backend, options.repeats)
         print(json.dumps(result))
         return 0
-    results = []
+    results, counted = [], operations(size)
     for precision in [options.precision] if options.precision else ["fp32", "bf16"]:
         backend = options.backend or ("plain" if (size.device, precision) == ("cpu", "bf16") else "sdpa")
         for checkpointing in [options.checkpointing] if options.checkpointing else [c.name for c in Checkpointing]:
@@ -251,7 +330,8 @@ def main(arguments: list[str]) -> int:
                 "--repeats",
                 str(options.repeats),
             ]
-            results.append(chosen | fresh_process("benchmarks.train_step", flags, options.threads))
+            measured = chosen | fresh_process("benchmarks.train_step", flags, options.threads)
+            results.append(measured | {"iteration": iteration(measured, counted)})
     public = options.size == "cpu" and options.threads == 1
     print(report(results, public))
     if public:

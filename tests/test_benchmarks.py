@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import attention, common, train_step
+from benchmarks import attention, common, streaming, train_step
 from model.wan.attention import Backend
 from model.wan.config import Checkpointing
+from utils.parallel.plan_meter import FLOPS, Meter
 
 
 @pytest.mark.slow
@@ -76,10 +78,52 @@ def test_report_puts_the_public_figures_below_ours() -> None:
     units = [8.0, 9.0, 10.0, 11.0]
     ours = {"precision": "fp32", "checkpointing": "full", "backend": "sdpa", "forward_seconds": 1.0, "generator": units}
     ours |= {"critic": units, "tokens": [10], "tokens_minimum": [10], "peak_gb": 1.5}
+    counted = {"generator": [8e12] * 4, "critic": [4e12] * 4}
+    on_gpu = ours | {"machine": {"gpu": "NVIDIA H200"}, "precision": "bf16"}
+    assert train_step.iteration(on_gpu, counted) == {
+        "seconds": pytest.approx(9.5 * 1.2), "flops": 5.6e12, "mfu": pytest.approx(5.6 / 9.5 / 1.2 / 989)
+    }  # fmt: skip
+    ours["iteration"] = train_step.iteration(ours | {"machine": {}}, counted)
+    assert ours["iteration"]["mfu"] is None
     lines = train_step.report([ours], public=True).splitlines()
     assert "9.50" in lines[2] and "1.000 x min" in lines[2]
     assert lines[3].split()[:2] == ["public", "Self-Forcing"] and "9.80" in lines[3] and "1.77" in lines[3]
     assert len(train_step.report([ours], public=False).splitlines()) == 3
+
+
+@pytest.mark.parametrize("teacher", [None, "bench"])
+def test_operations_are_those_of_every_layer_and_step(teacher: str | None) -> None:
+    """What is counted layer by layer and step by step is what the whole networks compute."""
+    size = train_step.Size("tiny", 6, 4, 4, "cpu", teacher)
+    config = train_step.PRESETS["tiny"]
+    if teacher is not None:
+        size = train_step.Size("tiny", 6, 4, 4, "cpu", "other")
+        train_step.PRESETS["other"] = replace(config, num_layers=3, ffn_dim=128)
+    try:
+        found, meter = train_step.operations(size), Meter()
+        with meter.running():
+            work = train_step.Workload(size, "fp32", Checkpointing.none, Backend.SDPA)
+            for kind, step in (("generator", work.generator_step), ("critic", work.critic_step)):
+                for exit_step in range(4):
+                    meter.enter((kind, exit_step))
+                    step(exit_step)
+                    assert found[kind][exit_step] == meter.phases[kind, exit_step].cost[FLOPS]
+    finally:
+        train_step.PRESETS.pop("other", None)
+
+
+def test_streaming_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Forwards a block are counted: four steps and a pass for the cache, without that in noisy context."""
+    out = tmp_path / "streaming.json"
+    assert streaming.main(["--size", "smoke", "--only", "3 sinks", "--out", str(out)]) == 0
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["forwards_a_block"] == 5 and result["frames_per_second"] > 0 and result["first_seconds"] > 0
+    assert "window 9, 3 sinks" in capsys.readouterr().out
+    noisy = streaming.measure(streaming.SIZES["smoke"], streaming.Option("", 9, 3, noisy=True, decoder="tiny"))
+    assert noisy["forwards_a_block"] == 4 and noisy["cache_gb"] == result["cache_gb"]
+    assert streaming.main(["--size", "smoke", "--only", "nothing"]) == 2
+    assert streaming.main(["--size", "1.3b"]) == 2
+    assert "--size 1.3b needs a CUDA GPU" in capsys.readouterr().err
 
 
 def test_attention_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from trainer.generate import Generator, slug
 from trainer.generate_cli import InferenceArgs
 from utils import distributed
 from utils.config import ConfigError, UserError
+from utils.overlap import SideDecoder
 from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from utils.parallel.sequence import apply_sequence_parallel, check_degree
 from utils.video import write_video
@@ -62,14 +63,12 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     with tqdm(total=len(mine), desc="videos", disable=None if distributed.is_main() else True) as bar:
         for start in range(0, len(mine), args.batch):
             ids = mine[start : start + args.batch]
+            blocks = generator.stream([args.prompts[i] for i in ids], args.sampling, ids, *footage)
             made: list[Tensor] = []
-            decode = None if args.suffix == "safetensors" else generator.task.decoding()
-            for block in generator.stream([args.prompts[i] for i in ids], args.sampling, ids, *footage):
-                if not writes:
-                    continue
-                made.append((block.float() if decode is None else decode(block)).cpu())
+            for part in _decoded(blocks, _decoder(generator, args) if writes else None):
+                made.append(part)
                 first = first or time.perf_counter() - started
-                frames += len(ids) * made[-1].shape[1]
+                frames += len(ids) * part.shape[1]
                 bar.set_postfix_str(f"{frames / (time.perf_counter() - started):.1f} frames/s")
             if writes:
                 _write(torch.cat(made, dim=1), [paths[i] for i in ids], [args.prompts[i] for i in ids], args)
@@ -83,6 +82,28 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
             f"({rate:.1f} frames/s, the first after {first:.2f} s) -> {args.out}"
         )
     return 0
+
+
+def _decoder(generator: Generator, args: InferenceArgs) -> SideDecoder:
+    """Of one video's blocks."""
+    as_they_are = args.suffix == "safetensors"
+    return SideDecoder((lambda latents: latents) if as_they_are else generator.task.decoding(), generator.device)
+
+
+def _decoded(blocks: Iterable[Tensor], decoder: SideDecoder | None) -> Iterator[Tensor]:
+    """Each block's pixels, waited for when the next block is on its way; without a decoder the blocks are made only."""
+    begun: Callable[[], Tensor] | None = None
+    for block in blocks:
+        if decoder is None:
+            continue
+        if begun is not None:
+            yield begun()
+        begun = decoder.start(block)
+        if not decoder.overlaps:
+            yield begun()
+            begun = None
+    if begun is not None:
+        yield begun()
 
 
 def _paths(args: InferenceArgs) -> tuple[list[Path], bool]:

@@ -6,13 +6,14 @@ T pixel frames of a block  h w pixel size
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from trainer.generate import Generator, Sampling
 from utils.config import UserError
+from utils.overlap import SideDecoder
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,33 @@ class Live:
     def __init__(self, generator: Generator, prompt: str, sampling: Sampling, *, number: int = 0) -> None:
         self.generator = generator
         self._video = generator.endless([prompt], sampling, [number])
-        self._decode = generator.task.decoding()
+        self._decoder = SideDecoder(generator.task.decoding(), generator.device)
+        self._begun: Callable[[], Tensor] | None = None  # a block that is being made while the one before is shown
         self._shape = generator.task.latent_shape[1:]
-        self._began, self._first, self._steady = time.perf_counter(), 0.0, 0.0
+        self._opened, self._first, self._steady = time.perf_counter(), 0.0, 0.0
         self._frames, self._first_frames = 0, 0
 
     def next_frames(self) -> Tensor:
         """The next block's pixels [T, 3, h, w] in [0, 1], on the CPU."""
         started = time.perf_counter()
-        with torch.no_grad():
-            pixels = self._decode(self._video.make(self._video.noise(self._shape)))[0].float().cpu()
+        ready = self._begun or self._begin()
+        # the first block comes as soon as it can; later ones are decoded while the next is made, where they can be
+        overlaps = self._decoder.overlaps and self._frames > 0
+        self._begun = self._begin() if overlaps else None
+        pixels = ready()[0]
         if self._frames == 0:
-            self._first, self._first_frames = time.perf_counter() - self._began, len(pixels)
+            self._first, self._first_frames = time.perf_counter() - self._opened, len(pixels)
         else:
             self._steady += time.perf_counter() - started
         self._frames += len(pixels)
         return pixels
 
+    def _begin(self) -> Callable[[], Tensor]:
+        return self._decoder.start(self._video.make(self._video.noise(self._shape)))
+
     def switch(self, prompt: str, *, recache: bool = False) -> None:
-        """Another prompt from the next block on; recache: see `CausalStream.switch`. Raises UserError, the video
-        going on as it was, for a prompt that has no embedding."""
+        """Another prompt from the next block on that is not begun; recache: see `CausalStream.switch`. Raises
+        UserError, the video going on as it was, for a prompt that has no embedding."""
         try:
             text = self.generator.task.conditioning([prompt]).text
         except ValueError as problem:
