@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 # Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -15,7 +16,7 @@ from utils.cli import run_cli
 
 def main() -> int:
     args = inference_args()
-    distributed.init()
+    distributed.init(timedelta(days=7))  # ranks whose videos are done wait for those who make theirs
     return generate_videos(open_generator(args, distributed.device()), args)
 
 

@@ -5,9 +5,8 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -75,6 +74,26 @@ class _Shown(NamedTuple):
     block: int
 
 
+class _ToSee(NamedTuple):
+    """A finished block [B, f, C, H, W] that a pass has to show."""
+
+    x0: Tensor
+    given: Conditioning
+    block: int
+
+
+class _Seen(NamedTuple):
+    """What a block's last pass saw [B, f, C, H, W]; whether its keys and values lie there, to be stored."""
+
+    x: Tensor
+    sigma: float
+    block: int
+    lies_there: bool
+
+
+_Unseen = _ToSee | _Seen
+
+
 class CausalStream:
     """A video made block by block over a cache (Self-Forcing, arXiv 2506.08009, algorithm 2), as long as one asks for.
 
@@ -97,9 +116,7 @@ class CausalStream:
         self.student, self.conditioning, self.config, self.causal = student, conditioning, config, causal
         self.source, self.cache = source, cache
         self.blocks, self.frames = 0, conditioning.initial_frames
-        self._see_last: Callable[[], None] = (
-            _nothing  # the last block's keys and values: no later one has asked for them
-        )
+        self._unseen: _Unseen | None = None  # the last block: no later one has asked for its keys and values
         self._shown: list[_Shown] = []
         given = causal.blocks(self.frames) if self.frames else ()
         for index, part, own in initial_parts(conditioning, given):
@@ -127,10 +144,8 @@ class CausalStream:
             self.student, noise, own, sigmas, exit_step=len(sigmas) - 1, block=self.blocks, source=self.source,
             cache=self.cache, seen=seen, write_cache=noisy and not lies_there and self.cache.rolling,
         )  # fmt: skip
-        if noisy:
-            self._see_last = partial(self._keep, seen[0], sigmas[-1], self.blocks, lies_there)
-        else:
-            self._see_last = partial(self._see, x0, own, self.blocks)
+        block = self.blocks
+        self._unseen = _Seen(seen[0], sigmas[-1], block, lies_there) if noisy else _ToSee(x0, own, block)
         self.blocks += 1
         self.frames += frames
         return x0
@@ -149,17 +164,15 @@ class CausalStream:
             self._show_again()
 
     def _finish(self) -> None:
-        see, self._see_last = self._see_last, _nothing
-        see()
-
-    def _see(self, x0: Tensor, given: Conditioning, block: int) -> None:
-        sigma = self.causal.context_sigma
-        self._show(context_input(x0, sigma=sigma, block=block, source=self.source), given, sigma, block)
-
-    def _keep(self, x: Tensor, sigma: float, block: int, lies_there: bool) -> None:
-        if lies_there:
-            self.cache.commit(x.shape[1])
-        self._remember(x, sigma, block)
+        last, self._unseen = self._unseen, None
+        if isinstance(last, _ToSee):
+            sigma = self.causal.context_sigma
+            x = context_input(last.x0, sigma=sigma, block=last.block, source=self.source)
+            self._show(x, last.given, sigma, last.block)
+        elif last is not None:
+            if last.lies_there:
+                self.cache.commit(last.x.shape[1])
+            self._remember(last.x, last.sigma, last.block)
 
     def _show(self, x: Tensor, given: Conditioning, sigma: float, block: int) -> None:
         self.student.velocity(x, per_sample(sigma, x), given, cache=self.cache, write_cache=True)
@@ -180,10 +193,6 @@ class CausalStream:
         self.student.velocity(
             x, sigma, given, cache=self.cache, write_cache=True, positions=positions, mask=block_causal_mask(blocks)
         )
-
-
-def _nothing() -> None:
-    pass
 
 
 def stream(

@@ -8,7 +8,6 @@ from torch import nn
 
 from model.wan.attention import Backend
 from model.wan.config import SparseConfig
-from model.wan.transformer import WanTransformer
 from tests.nets import conditioning, latents, random_net, relative, texts
 from tests.test_streaming import made, opened
 from trainer.acceleration import compile_blocks, fp8_linears
@@ -35,18 +34,16 @@ def test_compiled_blocks_are_the_blocks_and_a_full_window_compiles_nothing_more(
 @pytest.mark.parametrize("sparse", [None, SparseConfig(0.5, [1, 2, 2], "reference")])
 def test_fp8_is_for_the_matrices_of_blocks_alone(sparse: SparseConfig | None) -> None:
     """By torchao's weights in fp8, which a CPU can do; on a GPU the inputs are fp8, too."""
-    from torchao.quantization import Float8Tensor, Float8WeightOnlyConfig
-
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is in requirements-gpu.txt alone")
     net, x, sigma, text = random_net(1, sparse=sparse), latents(2, 1, 4), torch.full((1,), 0.5), texts(3, 1)
     with torch.no_grad():
         before = net(x, sigma, text)
-        fp8_linears(net, Float8WeightOnlyConfig())
+        fp8_linears(net, torchao.Float8WeightOnlyConfig())
         after = net(x, sigma, text)
-    in_fp8 = {name for name, module in net.named_modules() if has_fp8(module, Float8Tensor)}
+    in_fp8 = {name for name, module in net.named_modules() if has_fp8(module, torchao.Float8Tensor)}
     attention = [f"{kind}_attn.{layer}" for kind in ("self", "cross") for layer in "qkvo"]
     assert in_fp8 == {f"blocks.{i}.{name}" for i in range(2) for name in [*attention, "ffn.0", "ffn.2"]}
     assert 1e-3 < relative(after, before) < 0.1
-    assert isinstance(net, WanTransformer)
 
 
 def has_fp8(module: nn.Module, kind: type) -> bool:

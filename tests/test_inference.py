@@ -9,14 +9,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.wan.captured import Captured
+from model.wan.config import NetworkConfig
+from model.wan.kv_cache import KVCache
+from model.wan.transformer import WanTransformer
 from tests import forked
 from tests.small import DIFFUSION, DISTILLATION, trainer
 from trainer.acceleration import Acceleration
+from trainer.build import build_for_inference
 from trainer.generate import Generator, Sampling, slug
 from trainer.generate_cli import inference_args
 from trainer.generate_videos import generate_videos
 from trainer.live import Live, Pace
-from utils.config import UserError
+from utils.config import ConfigError, UserError
 from utils.video import read_video, write_video
 
 CPU = torch.device("cpu")
@@ -226,7 +231,7 @@ def test_blocks_of_their_own_steps_and_noisy_context(run: Path) -> None:
     ("sampling", "message"),
     [
         (Sampling(block_steps=(3,), steps=3), "--block_steps names the steps of every block"),
-        (Sampling(block_steps=(4,)), "--steps 4: this student has 3 steps"),
+        (Sampling(block_steps=(4,)), "--block_steps: 4: this student has 3 steps"),
     ],
 )
 def test_steps_that_make_no_sense_are_refused(run: Path, sampling: Sampling, message: str) -> None:
@@ -249,10 +254,32 @@ def test_endless_begins_as_a_video_with_an_end(run: Path) -> None:
     blocks = [video.make(video.noise(generator.task.latent_shape[1:])) for _ in range(10)]
     ended = generator(PROMPTS, Sampling(seed=4, window=9, sinks=3, frames=30), [0, 1])
     torch.testing.assert_close(torch.cat(blocks, 1), ended, rtol=1e-4, atol=1e-5)
-    held = video.cache.nbytes
-    assert held == generator.endless(PROMPTS, Sampling(window=9), [0, 1]).cache.nbytes
+    assert video.cache.held_frames == 6 and video.cache.in_time == [*range(21, 27)]  # none further than 9 from the next end
     trained = generator.endless(PROMPTS, Sampling(), [0, 1])  # its window is then as long as its training
     assert trained.causal.window_frames == 9
+
+
+def test_a_recorded_video_leaves_its_recordings_to_the_next(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: of one geometry nothing is recorded twice, and what an open video uses is nobody else's."""
+    plain, generator = Generator.load(run, CPU), Generator.load(run, CPU)
+    monkeypatch.setattr(Acceleration, "records", lambda self, device: self is generator.acceleration)
+    generator.acceleration = Acceleration()
+    recorded: list[Captured] = []
+    monkeypatch.setattr("trainer.sampling.Captured", lambda net, cache: seen(net, cache, recorded))
+    for seed, batch in ((0, [0, 1]), (1, [0, 1]), (2, [0]), (3, [0])):
+        prompts = PROMPTS[: len(batch)]
+        made = generator(prompts, Sampling(seed=seed), batch)
+        torch.testing.assert_close(made, plain(prompts, Sampling(seed=seed), batch), rtol=1e-4, atol=1e-5)
+    assert len(recorded) == 2 and all(len(one.recorded) == 3 for one in recorded)
+    both = zip(*(generator.stream(PROMPTS, Sampling(seed=s), [0, 1]) for s in (4, 5)), strict=True)
+    for seed, parts in zip((4, 5), zip(*both, strict=True), strict=True):
+        expected = plain(PROMPTS, Sampling(seed=seed), [0, 1])
+        torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def seen(net: WanTransformer, cache: KVCache, made: list[Captured]) -> Captured:
+    made.append(Captured(net, cache, lambda run: run))
+    return made[-1]
 
 
 def test_size_of_a_run(run: Path, tmp_path: Path) -> None:
@@ -263,6 +290,15 @@ def test_size_of_a_run(run: Path, tmp_path: Path) -> None:
             Generator.load(run, CPU, size=size)
 
 
+def test_a_lora_scale_needs_an_adapter(run: Path) -> None:
+    with pytest.raises(UserError, match="--lora_scale 0.5: this run trained no adapter"):
+        Generator.load(run, CPU, lora_scale=0.5)
+    with pytest.raises(ValueError, match="init_lora_scale is of an adapter in init, which is null"):
+        NetworkConfig(init_lora_scale=0.5)
+    with pytest.raises(ConfigError, match="this is no run: leave it 1"):
+        build_for_inference(NetworkConfig(init="weights.safetensors", init_lora_scale=0.5), "student", CPU, None)
+
+
 def test_live_is_what_endless_makes_and_measures_its_pace(run: Path) -> None:
     generator = Generator.load(run, CPU)
     live = Live(generator, PROMPTS[0], Sampling(seed=2, window=9), number=7)
@@ -270,9 +306,11 @@ def test_live_is_what_endless_makes_and_measures_its_pace(run: Path) -> None:
     shown = [live.next_frames() for _ in range(2)]
     assert live.pace.frames == 6 and live.pace.first is not None and live.pace.fps is not None
     live.switch(PROMPTS[1])
+    assert live.prompt == PROMPTS[0]  # of what has been shown
     with pytest.raises(UserError, match="cannot read caption|unknown word|no embedding"):
         live.switch("a cat in the rain")
     shown.append(live.next_frames())
+    assert live.prompt == PROMPTS[1]
     video = generator.endless(PROMPTS[:1], Sampling(seed=2, window=9), [7])
     frame = generator.task.latent_shape[1:]
     expected = [video.make(video.noise(frame)) for _ in range(2)]

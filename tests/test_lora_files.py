@@ -168,6 +168,9 @@ def test_two_experts_in_one_file_are_told_apart(base: Path, tmp_path: Path) -> N
             torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="changes for two experts"):
         MergedWeights(LazyWeights(base), [(tmp_path / "lora.safetensors", 1.0)])
+    save_file(low, tmp_path / "low.safetensors")
+    with pytest.raises(ValueError, match="the LoRA is the low-noise expert's"):
+        MergedWeights(LazyWeights(base), [(tmp_path / "low.safetensors", 1.0)], "high")
 
 
 @pytest.mark.parametrize(

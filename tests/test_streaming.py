@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -242,6 +243,20 @@ def test_memory_is_flat_over_200_blocks(noisy: bool) -> None:
     made(video, 160)
     assert video.frames == 400
     assert live_bytes() == before and len(gc.get_objects()) < held + 200
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_an_ended_stream_frees_its_memory_at_once(noisy: bool) -> None:
+    """By counting references: a collector that comes later would find two caches where there is room for one."""
+    video = opened(random_net(1), conditioning(3, 1), config=StreamConfig([SIGMAS], noisy_context=noisy))
+    made(video, 3)
+    cache = weakref.ref(video.cache)
+    gc.disable()
+    try:
+        del video
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 class Waits(TorchDispatchMode):

@@ -40,6 +40,8 @@ class Acceleration:
         for net in nets:
             assert isinstance(net, WanTransformer)
             if self.fp8:
+                if (stored := net.patch_embedding.weight.dtype) is not torch.bfloat16:
+                    raise UserError(f"--fp8 is for a run in bf16, and this one computes in {stored}: leave it out")
                 fp8_linears(net)
             if self.compile:
                 compile_blocks(net)
@@ -61,7 +63,9 @@ def fp8_linears(net: WanTransformer, config: Any = None) -> None:
     try:
         from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
     except ImportError as problem:
-        raise UserError(f"--fp8 needs torchao ({problem}): pip install -r requirements.txt, or leave it out") from None
+        raise UserError(
+            f"--fp8 needs torchao ({problem}): pip install -r requirements-gpu.txt, or leave it out"
+        ) from None
     quantize_(
         net,
         Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()) if config is None else config,

@@ -146,6 +146,8 @@ def stored_weights(config: NetworkConfig) -> Weights:
         raise ValueError("null: the weights were random, and are kept nowhere")
     if is_run(Path(config.init)):
         weights = open_run(Path(config.init), config.init_weights, config.init_lora_scale)
+    elif config.init_lora_scale != 1:
+        raise ValueError("init_lora_scale is of a run's adapter, and this is no run: leave it 1")
     else:
         weights = LazyWeights(config.init, config.init_weights, config.expert)
     if not config.loras:
@@ -175,6 +177,8 @@ def open_group(folder: Path, group: str, lora_scale: float = 1.0) -> Weights:
     name, state = group.removesuffix("_ema"), checkpoint.load_state(folder)
     network = getattr(from_plain(RunConfig, state["config"]), name)
     if network.lora is None:
+        if lora_scale != 1:
+            raise ValueError(f"init_lora_scale {lora_scale}: {folder} has no adapter: leave it 1")
         return stored
     try:
         base = stored_weights(network)

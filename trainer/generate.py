@@ -20,6 +20,7 @@ from model.schedule import step_sigmas
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
 from model.wan.config import Checkpointing, LoraWeights, NetworkConfig
+from model.wan.kv_cache import KVCache
 from pipeline.bidirectional_inference import Solver, from_clip, many_step_sample
 from pipeline.causal import CausalConfig
 from pipeline.causal_inference import CausalStream, StreamConfig, block_noise
@@ -79,6 +80,7 @@ class Generator:
         self.task = build_task(config, device) if task is None else task
         self.solver, self.guidance_2 = solver, guidance_2
         self.acceleration = acceleration
+        self._kept: tuple[tuple[object, ...], tuple[ScoreNet, KVCache]] | None = None  # of the last recorded video
         acceleration.apply([score.net.high, score.net.low] if isinstance(score.net, Experts) else [score.net], device)
 
     @property
@@ -103,11 +105,13 @@ class Generator:
         size: tuple[int, int] | None = None,
         loras: Sequence[LoraWeights] = (),
         lora_scale: float = 1.0,
+        expert: str | None = None,
         acceleration: Acceleration = UNCHANGED,
     ) -> Generator:
         """From a run folder or one checkpoint; its average unless `weights` is 'raw'. image_encoder: in place of its
         data.image_encoder. size: height and width of videos in pixels, null for the run's. loras: added to the weights;
-        lora_scale: by how much the run's own adapter counts. Raises UserError."""
+        lora_scale: by how much the run's own adapter counts. expert: 'high' or 'low', of two that go together. Raises
+        UserError."""
         folder = None if str(path) in ("auto", "never") else checkpoint.resolve_resume(str(path), path)
         if folder is None:
             raise UserError(f"no run in {path}: give a run's folder, or a checkpoint's")
@@ -126,7 +130,7 @@ class Generator:
             init=str(folder),
             init_weights=weights,
             init_lora_scale=lora_scale,
-            expert=None,
+            expert=expert,
             loras=list(loras),
             checkpointing=Checkpointing.none,
         )
@@ -215,9 +219,15 @@ class Generator:
             return
         if conditioning.initial is not None:
             yield conditioning.initial.to(noise.dtype)
-        video = self._open(conditioning, sampling, sigmas, causal, source, frames)
+        geometry = (conditioning.batch, frames, causal)
+        known, before = self._kept or (None, None)
+        self._kept = None  # nobody else's while this video is made
+        reused = before if known == geometry else None
+        video = self._open(conditioning, sampling, sigmas, causal, source, frames, reused)
         for part in noise.split(list(blocks), 1):
             yield video.make(part)
+        if self.acceleration.records(self.device):
+            self._kept = geometry, (video.student, video.cache)
 
     @torch.no_grad()
     def endless(
@@ -250,14 +260,14 @@ class Generator:
 
     def _open(
         self, given: Conditioning, sampling: Sampling, sigmas: Sequence[float], causal: CausalConfig, source: Noise,
-        frames: int | None,
+        frames: int | None, kept: tuple[ScoreNet, KVCache] | None = None,
     ) -> CausalStream:  # fmt: skip
         schedules: list[Sequence[float]] = [self.step_list(steps) for steps in sampling.block_steps]
         config = StreamConfig(schedules or [sigmas], sampling.noisy_context)
         height, width = self.task.latent_shape[2:]
         return open_stream(
             self.score, given, config, causal, source, (height, width), frames, self.trained_frames,
-            recorded=self.acceleration.records(self.device),
+            recorded=self.acceleration.records(self.device), kept=kept,
         )  # fmt: skip
 
     def _noise(self, source: Noise, frames: int, blocks: Sequence[int]) -> Tensor:
@@ -286,6 +296,9 @@ class Generator:
         for name, value in given.items():
             if value is not None:
                 raise UserError(f"--{name}: {kind} takes none: {instead}")
+        if odd := [steps for steps in sampling.block_steps if steps > len(self.config.schedule.denoising_step_list)]:
+            most = len(self.config.schedule.denoising_step_list)
+            raise UserError(f"--block_steps: {odd[0]}: this student has {most} steps: choose 1 to {most}")
         if sampling.block_steps and (sampling.steps is not None or sampling.strength is not None):
             raise UserError("--block_steps names the steps of every block: leave out --steps and --strength")
         if self.few_steps:

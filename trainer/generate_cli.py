@@ -45,6 +45,7 @@ class InferenceArgs:
     image_encoder: str | None = None  # null takes the run's own
     size: tuple[int, int] | None = None  # height and width of a run's videos in pixels, null for as trained
     loras: tuple[LoraWeights, ...] = ()
+    low_loras: tuple[LoraWeights, ...] = ()
     lora_scale: float = 1.0  # of the run's own adapter
     acceleration: Acceleration = Acceleration()
     sequence: int = 1  # processes that share a video
@@ -93,8 +94,13 @@ def _parser() -> Parser:
         "--extend", type=int, nargs="?", const=0, metavar="N", help="go on from --video's last N latent frames"
     )
     parser.add_argument(
-        "--lora", action="append", default=[], metavar="FILE", help="a LoRA on top (may be given several times)"
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a LoRA on top, also several",
     )
+    parser.add_argument("--low_lora", action="append", default=[], metavar="FILE", help="of the low-noise expert")
     parser.add_argument(
         "--lora_scale", type=float, help="by how much --lora counts; without one, the run's own adapter (1)"
     )
@@ -136,7 +142,7 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
             "weights": "a model has one set of them",
         }
         refused |= {"image_encoder": "a model's folder has its own"}
-        if a.lora_scale is not None and not a.lora:
+        if a.lora_scale is not None and not a.lora + a.low_lora:
             raise UserError("--lora_scale: --model has no adapter of its own: give --lora too")
         for name, why in refused.items():
             if getattr(a, name) is not None:
@@ -165,7 +171,8 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
         a.image_encoder,
         _size(a),
         tuple(LoraWeights(path, scale) for path in a.lora),
-        1.0 if a.lora else scale,
+        tuple(LoraWeights(path, scale) for path in a.low_lora),
+        1.0 if a.lora or a.low_lora else scale,
         Acceleration(False if a.eager else None, a.compile, a.fp8),
         a.sequence_parallel,
     )
@@ -195,16 +202,20 @@ def _counts(text: str) -> tuple[int, ...]:
 def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
     """What the command names, loaded. Raises UserError."""
     if isinstance(args.source, Model):
-        return load_model(args.source, args.sampling.frames, device, loras=args.loras, acceleration=args.acceleration)
+        return load_model(
+            args.source, args.sampling.frames, device, loras=args.loras, low_loras=args.low_loras,
+            acceleration=args.acceleration,
+        )  # fmt: skip
+    if args.low_loras and args.low_run is None:
+        raise UserError("--low_lora is for a low-noise expert: give its --low_run too")
     options: dict[str, Any] = {
         "weights": args.weights,
         "image_encoder": args.image_encoder,
         "size": args.size,
-        "loras": args.loras,
         "lora_scale": args.lora_scale,
         "acceleration": args.acceleration,
     }
-    generator = Generator.load(args.source, device, **options)
     if args.low_run is None:
-        return generator
-    return generator.with_low(Generator.load(args.low_run, device, **options))
+        return Generator.load(args.source, device, loras=args.loras, **options)
+    high = Generator.load(args.source, device, loras=args.loras, expert="high", **options)
+    return high.with_low(Generator.load(args.low_run, device, loras=args.low_loras, expert="low", **options))

@@ -21,6 +21,7 @@ from trainer.generate import Generator, slug
 from trainer.generate_cli import InferenceArgs
 from utils import distributed
 from utils.config import ConfigError, UserError
+from utils.data.shard_files import atomic
 from utils.overlap import SideDecoder
 from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from utils.parallel.sequence import apply_sequence_parallel, check_degree
@@ -52,10 +53,11 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     Videos are keyed by their prompt's number in the list, so they are the same over any number of processes."""
     paths, resumable = _paths(args)
     mesh, footage = team(args, generator), read_footage(generator, args.footage, args.sampling)
-    if resumable and distributed.is_main():
+    if resumable:
         _same_settings(args)
-    todo = [i for i, path in enumerate(paths) if not (resumable and path.is_file())]
-    distributed.barrier()  # all have looked before the first one writes
+    # one process looks: others may see a network's files later, or those of one that is at work already
+    missing = [i for i, path in enumerate(paths) if not (resumable and path.is_file())]
+    todo = sorted(distributed.union(missing if distributed.is_main() else ()))
     if len(todo) < len(paths) and distributed.is_main():
         print(f"{len(paths) - len(todo)} of {len(paths)} videos are there already")
     mine, writes = todo[mesh.dp_rank :: mesh.dp_size], mesh.sequence_rank == 0
@@ -139,6 +141,7 @@ def _same_settings(args: InferenceArgs) -> None:
         "image_encoder": args.image_encoder,
         "size": args.size,
         "loras": [asdict(lora) for lora in args.loras],
+        "low_loras": [asdict(lora) for lora in args.low_loras],
         "lora_scale": args.lora_scale,
         "fp8": args.acceleration.fp8,
         "scale": args.scale,
@@ -156,7 +159,8 @@ def _same_settings(args: InferenceArgs) -> None:
                 f"the videos in {args.out} were made with other settings ({', '.join(changed)}): give another --out"
             )
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=1))
+        if distributed.is_main():
+            with atomic(file) as temporary:
+                temporary.write_text(json.dumps(settings, indent=1))
     except OSError as problem:
         raise UserError(f"--out {args.out}: {problem.strerror}: give a folder that can be written") from None

@@ -37,7 +37,9 @@ class Live:
         self.generator = generator
         self._video = generator.endless([prompt], sampling, [number])
         self._decoder = SideDecoder(generator.task.decoding(), generator.device)
-        self._begun: Callable[[], Tensor] | None = None  # a block that is being made while the one before is shown
+        # a block that is being made while the one before is shown, and its prompt
+        self._begun: tuple[Callable[[], Tensor], str] | None = None
+        self._next_prompt = self.prompt = prompt  # of the next block to begin; of the block that came last
         self._shape = generator.task.latent_shape[1:]
         self._opened, self._first, self._steady = time.perf_counter(), 0.0, 0.0
         self._frames, self._first_frames = 0, 0
@@ -45,11 +47,11 @@ class Live:
     def next_frames(self) -> Tensor:
         """The next block's pixels [T, 3, h, w] in [0, 1], on the CPU."""
         started = time.perf_counter()
-        ready = self._begun or self._begin()
+        ready, prompt = self._begun or self._begin()
         # the first block comes as soon as it can; later ones are decoded while the next is made, where they can be
         overlaps = self._decoder.overlaps and self._frames > 0
         self._begun = self._begin() if overlaps else None
-        pixels = ready()[0]
+        pixels, self.prompt = ready()[0], prompt
         if self._frames == 0:
             self._first, self._first_frames = time.perf_counter() - self._opened, len(pixels)
         else:
@@ -57,8 +59,8 @@ class Live:
         self._frames += len(pixels)
         return pixels
 
-    def _begin(self) -> Callable[[], Tensor]:
-        return self._decoder.start(self._video.make(self._video.noise(self._shape)))
+    def _begin(self) -> tuple[Callable[[], Tensor], str]:
+        return self._decoder.start(self._video.make(self._video.noise(self._shape))), self._next_prompt
 
     def switch(self, prompt: str, *, recache: bool = False) -> None:
         """Another prompt from the next block on that is not begun; recache: see `CausalStream.switch`. Raises
@@ -68,6 +70,7 @@ class Live:
         except ValueError as problem:
             raise UserError(str(problem)) from None
         self._video.switch(text, recache=recache)
+        self._next_prompt = prompt
 
     @property
     def pace(self) -> Pace:

@@ -60,10 +60,11 @@ def load_model(
     device: torch.device,
     *,
     loras: Sequence[LoraWeights] = (),
+    low_loras: Sequence[LoraWeights] = (),
     acceleration: Acceleration = UNCHANGED,
 ) -> Generator:
-    """A generator of `frames` latent frames (null: 21). loras: added to the weights, of two experts to each. Raises
-    UserError for what is no model of Wan."""
+    """A generator of `frames` latent frames (null: 21). loras: added to the weights, of two experts to the
+    high-noise one's; low_loras: to the other's. Raises UserError for what is no model of Wan."""
     try:
         folder = pipeline_folder(model.path, PARTS)
         boundary = boundary_of(folder)
@@ -72,12 +73,15 @@ def load_model(
         task = WanTask(config.data, config.student.geometry(), config.seed, device, library=[])
     except (ValueError, OSError) as problem:
         raise UserError(f"--model {model.path}: {problem}") from None
+    if low_loras and boundary is None:
+        raise UserError(f"--low_lora: {model.path} is one network: give --lora")
     config.student.loras = list(loras)
     dtype, kind = compute_dtype(config), config.student.geometry().model_type
     net: nn.Module = build_for_inference(config.student, "model", device, dtype)
     low = None
     if boundary is not None:
-        net = Experts(net, build_for_inference(replace(config.student, expert="low"), "model", device, dtype), boundary)
+        other = replace(config.student, expert="low", loras=list(low_loras))
+        net = Experts(net, build_for_inference(other, "model", device, dtype), boundary)
         low = EXPERTS_GUIDANCE.get(kind, (GUIDANCE, GUIDANCE))[1]
     score = ScoreNet(net, "model", Evaluations(), dtype, pins_initial=kind == "ti2v")
     return Generator(

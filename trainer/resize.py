@@ -22,6 +22,9 @@ def resize(data: DataConfig, height: int, width: int) -> None:
                 raise ValueError(f"give multiples of {side}")
             data.wan.height, data.wan.width = height // side, width // side
             data.wan.__post_init__()
+            if data.images is not None:
+                raise ValueError("this run's images are stored in one size: give --image, and a run with prompts")
+            data.latents = None  # stored in the size that they have, and only training reads them
         else:
             raise ValueError(f"data of kind {data.kind} has one size")
     except (ValueError, OSError) as problem:

@@ -16,6 +16,7 @@ from model.schedule import uniform_sigmas
 from model.score import Condition, ScoreNet
 from model.types import Conditioning, NoiseSource
 from model.wan.captured import Captured
+from model.wan.kv_cache import KVCache
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_sample
 from pipeline.causal import CausalConfig
@@ -62,15 +63,21 @@ def open_stream(
     trained_frames: int,
     *,
     recorded: bool = False,
+    kept: tuple[ScoreNet, KVCache] | None = None,
 ) -> CausalStream:
     """A causal student's video of latents of `size` (H, W), of `frames` frames in all or, where null, without end.
-    recorded: its passes are, as CUDA graphs."""
+
+    recorded: its passes are, as CUDA graphs; not where ranks share a sequence. kept: student and cache of an earlier
+    video of the same geometry, which has ended: nothing is recorded again."""
     assert isinstance(score.net, WanTransformer)
+    if kept is not None:
+        kept[1].reset()
+        return CausalStream(kept[0], conditioning, config, causal, source, kept[1])
     cache = causal.new_cache(
         score.net, conditioning.batch, frames, *size, cache_dtype(score), conditioning.text.device,
         trained_frames=trained_frames,
     )  # fmt: skip
-    student = score.through(Captured(score.net, cache)) if recorded else score
+    student = score.through(Captured(score.net, cache)) if recorded and score.net.sequence is None else score
     return CausalStream(student, conditioning, config, causal, source, cache)
 
 

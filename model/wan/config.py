@@ -255,6 +255,8 @@ class NetworkConfig:
             raise ValueError(f"expert '{self.expert}' is unknown: choose high or low (noise), or null")
         if self.loras and self.init is None:
             raise ValueError("loras are added to the weights of init, which is null: set it")
+        if self.init_lora_scale != 1 and self.init is None:
+            raise ValueError("init_lora_scale is of an adapter in init, which is null: set it")
 
     def other_weights(self, other: NetworkConfig) -> str | None:
         """The first of what names the weights that differs, None where both start from the same: by what they say, not

@@ -82,7 +82,10 @@ class KVCache:
         self.generation = 0
         self._offset, self._first = 0, 0  # of positions against `frames`; the first sink's position, when written
         self._turned_by = 0  # positions that sinks have been moved on
-        self._sink_keys: Tensor | None = None  # as they were written, [layers, B, sinks * T, N, D]
+        self._turned_keys: Tensor | None = None  # of sinks as they were written, [layers, B, sinks * T, N, D]
+        if reach is not None and rolling and sinks:
+            tokens = sinks * shape.tokens_per_frame
+            self._turned_keys = self._kv.new_empty((shape.layers, shape.batch, tokens, shape.heads, shape.head_dim))
 
     @property
     def position(self) -> int:
@@ -91,7 +94,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return self._kv.nbytes
+        return self._kv.nbytes + (0 if self._turned_keys is None else self._turned_keys.nbytes)
 
     @property
     def held_frames(self) -> int:
@@ -127,7 +130,7 @@ class KVCache:
 
     def _begin(self, offset: int, first: int) -> None:
         self.frames, self._offset, self._first = 0, offset, first
-        self._turned_by, self._sink_keys = 0, None
+        self._turned_by = 0
         self.generation += 1
 
     def forget_text(self) -> None:
@@ -226,18 +229,19 @@ class KVCache:
     def advance(self, frames: int) -> None:
         """Marks `frames` more as seen, once every layer has appended them."""
         self.frames += frames
-        if self.reach is not None and self.sinks:
+        if self.reach is not None and self._turned_keys is not None:
             self._turn_sinks(self.position + self.shape.block_frames - self.reach - self._first)
 
     @torch.no_grad()
     def _turn_sinks(self, by: int) -> None:
-        if by <= 0:
+        if by <= 0 or self._turned_keys is None:
             return
         slots = self._kv[:, 0, :, : self.sinks * self.shape.tokens_per_frame]
-        if self._sink_keys is None:
-            self._sink_keys = slots.clone()  # each turn is made of these: rounding does not add up
+        if self._turned_by == 0:
+            self._turned_keys.copy_(slots)  # each turn is made of these: rounding does not add up
         turn = frame_turn(by, self.shape.head_dim, self._kv.device)
-        slots.copy_(apply_rope(self._sink_keys.flatten(0, 1), turn).view_as(slots))
+        for slot, keys in zip(slots, self._turned_keys, strict=True):  # layer by layer: in fp32 they are large
+            slot.copy_(apply_rope(keys, turn))
         self._turned_by = by
 
     def _check_overflow(self, frames: int) -> None:

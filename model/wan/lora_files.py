@@ -182,6 +182,8 @@ def _adapter(place: Path) -> Path:
 
 def _of_expert(stored: dict[str, Stored], expert: str | None) -> dict[str, Stored]:
     there = {prefix for prefix in _EXPERTS if any(key.startswith(prefix) for key in stored)}
+    if there == {"transformer_2."} and expert == "high":
+        raise ValueError("the LoRA is the low-noise expert's: give it to that one (inference.py: --low_lora)")
     if len(there) < 2:
         return stored
     if expert is None:
