@@ -17,7 +17,7 @@ export DS_BUILD_OPS := 0
 .PHONY: help venv quickstart test test-fast lint format bench bench-gpu methods clean distclean
 
 help:
-	@echo 'make quickstart   the whole way on 2 CPU cores: teacher, causal student, distillation, videos, report (15 min)'
+	@echo 'make quickstart   the whole way on 2 CPU cores: teacher, causal student, distillation, videos, report (half an hour)'
 	@echo 'make test         all tests            make test-fast   without the slow ones'
 	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'
 	@echo 'make methods      every method from the same teachers, 3 seeds each: docs/methods.md (an hour or more on 2 cores)'
