@@ -254,7 +254,9 @@ def test_endless_begins_as_a_video_with_an_end(run: Path) -> None:
     blocks = [video.make(video.noise(generator.task.latent_shape[1:])) for _ in range(10)]
     ended = generator(PROMPTS, Sampling(seed=4, window=9, sinks=3, frames=30), [0, 1])
     torch.testing.assert_close(torch.cat(blocks, 1), ended, rtol=1e-4, atol=1e-5)
-    assert video.cache.held_frames == 6 and video.cache.in_time == [*range(21, 27)]  # none further than 9 from the next end
+    assert video.cache.held_frames == 6 and video.cache.in_time == [
+        *range(21, 27)
+    ]  # none further than 9 from the next end
     trained = generator.endless(PROMPTS, Sampling(), [0, 1])  # its window is then as long as its training
     assert trained.causal.window_frames == 9
 

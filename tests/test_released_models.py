@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.schedule import flow_match_euler_sigmas
 from model.score import ScoreNet
 from model.wan.config import WanConfig
 from model.wan.text_encoder import toy_text_encoder
+from model.wan.tiny_decoder import TinyDecoder
 from pipeline.bidirectional_inference import euler_sample
 from pipeline.causal import CausalConfig
 from tests.nets import relative
@@ -235,6 +237,23 @@ def test_a_few_step_student_of_such_a_network_takes_the_image(folders: Callable[
         assert relative(way(PROMPTS, Sampling(), [0, 1], image.flip(-1)), expected) > 1e-3
         clip = torch.cat([image, *[picture(32, 64, seed)[None] for seed in range(1, 9)]])
         assert torch.equal(way(PROMPTS, Sampling(strength=1.0), [0, 1], clip=clip), expected)
+
+
+def test_a_tiny_decoder_and_loras_in_place_of_the_models_own(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    save_file(TinyDecoder(16, 1, (8, 8, 8, 8)).state_dict(), tmp_path / "tiny.safetensors")
+    plain, _ = opened(folders("t2v"))
+    other, _ = opened(folders("t2v"), "--tiny_decoder", str(tmp_path / "tiny.safetensors"))
+    x = latents_like(plain)
+    assert plain.task.decode(x).shape == other.task.decode(x).shape
+    assert not torch.allclose(plain.task.decode(x), other.task.decode(x), atol=1e-2)
+    with pytest.raises(UserError, match="is one network: give --lora"):
+        opened(folders("t2v"), "--low_lora", "x.safetensors")
+    with pytest.raises(UserError, match="--model has no adapter of its own"):
+        opened(folders("t2v"), "--lora_scale", "0.5")
+
+
+def latents_like(generator: Generator) -> Tensor:
+    return Noise(0, 0, [0]).normal("latents", generator.task.latent_shape)
 
 
 def test_the_image_option_makes_a_video(folders: Callable[[str], Path], tmp_path: Path) -> None:

@@ -106,12 +106,13 @@ class Generator:
         loras: Sequence[LoraWeights] = (),
         lora_scale: float = 1.0,
         expert: str | None = None,
+        tiny_decoder: str | None = None,
         acceleration: Acceleration = UNCHANGED,
     ) -> Generator:
         """From a run folder or one checkpoint; its average unless `weights` is 'raw'. image_encoder: in place of its
         data.image_encoder. size: height and width of videos in pixels, null for the run's. loras: added to the weights;
-        lora_scale: by how much the run's own adapter counts. expert: 'high' or 'low', of two that go together. Raises
-        UserError."""
+        lora_scale: by how much the run's own adapter counts. expert: 'high' or 'low', of two that go together.
+        tiny_decoder: taehv's file, which decodes in place of the VAE. Raises UserError."""
         folder = None if str(path) in ("auto", "never") else checkpoint.resolve_resume(str(path), path)
         if folder is None:
             raise UserError(f"no run in {path}: give a run's folder, or a checkpoint's")
@@ -125,6 +126,10 @@ class Generator:
             raise UserError(f"--lora_scale {lora_scale}: this run trained no adapter: give --lora, or leave it out")
         if size is not None:
             resize(config.data, *size)
+        if tiny_decoder is not None:
+            if config.data.kind != "wan":
+                raise UserError(f"--tiny_decoder is for Wan's latents: this run's data are of kind {config.data.kind}")
+            config.data.vae.tiny_decoder, config.data.vae.tiled = tiny_decoder, False
         network: NetworkConfig = replace(
             config.student,
             init=str(folder),

@@ -47,6 +47,7 @@ class InferenceArgs:
     loras: tuple[LoraWeights, ...] = ()
     low_loras: tuple[LoraWeights, ...] = ()
     lora_scale: float = 1.0  # of the run's own adapter
+    tiny_decoder: str | None = None
     acceleration: Acceleration = Acceleration()
     sequence: int = 1  # processes that share a video
 
@@ -107,6 +108,7 @@ def _parser() -> Parser:
     speed = parser.add_argument_group("speed")
     speed.add_argument("--compile", action="store_true", help="torch.compile for the blocks: minutes at first")
     speed.add_argument("--fp8", action="store_true", help="linear layers in fp8 (torchao; Ada, Hopper and later)")
+    speed.add_argument("--tiny_decoder", metavar="FILE", help="taehv's decoder in place of the VAE's: coarser, faster")
     speed.add_argument("--eager", action="store_true", help="record no CUDA graphs")
     speed.add_argument(
         "--sequence_parallel", type=int, default=1, metavar="N",
@@ -173,6 +175,7 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
         tuple(LoraWeights(path, scale) for path in a.lora),
         tuple(LoraWeights(path, scale) for path in a.low_lora),
         1.0 if a.lora or a.low_lora else scale,
+        a.tiny_decoder,
         Acceleration(False if a.eager else None, a.compile, a.fp8),
         a.sequence_parallel,
     )
@@ -204,7 +207,7 @@ def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
     if isinstance(args.source, Model):
         return load_model(
             args.source, args.sampling.frames, device, loras=args.loras, low_loras=args.low_loras,
-            acceleration=args.acceleration,
+            tiny_decoder=args.tiny_decoder, acceleration=args.acceleration,
         )  # fmt: skip
     if args.low_loras and args.low_run is None:
         raise UserError("--low_lora is for a low-noise expert: give its --low_run too")
@@ -213,6 +216,7 @@ def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
         "image_encoder": args.image_encoder,
         "size": args.size,
         "lora_scale": args.lora_scale,
+        "tiny_decoder": args.tiny_decoder,
         "acceleration": args.acceleration,
     }
     if args.low_run is None:

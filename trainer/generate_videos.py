@@ -144,6 +144,7 @@ def _same_settings(args: InferenceArgs) -> None:
         "low_loras": [asdict(lora) for lora in args.low_loras],
         "lora_scale": args.lora_scale,
         "fp8": args.acceleration.fp8,
+        "tiny_decoder": args.tiny_decoder,
         "scale": args.scale,
         "fps": args.fps,
         "prompts": hashlib.sha256("\n".join(args.prompts).encode()).hexdigest(),

@@ -61,14 +61,17 @@ def load_model(
     *,
     loras: Sequence[LoraWeights] = (),
     low_loras: Sequence[LoraWeights] = (),
+    tiny_decoder: str | None = None,
     acceleration: Acceleration = UNCHANGED,
 ) -> Generator:
-    """A generator of `frames` latent frames (null: 21). loras: added to the weights, of two experts to the
-    high-noise one's; low_loras: to the other's. Raises UserError for what is no model of Wan."""
+    """A generator of `frames` latent frames (null: 21). loras: added to the weights, of two experts to the high-noise
+    one's; low_loras: to the other's. tiny_decoder: decodes in place of the VAE. Raises UserError for what is no model
+    of Wan."""
     try:
         folder = pipeline_folder(model.path, PARTS)
         boundary = boundary_of(folder)
         config = run_of(folder, model, frames or ClipConfig.frames, boundary is not None, on_cpu=device.type == "cpu")
+        config.data.vae.tiny_decoder = tiny_decoder
         solver = solver_of(folder)
         task = WanTask(config.data, config.student.geometry(), config.seed, device, library=[])
     except (ValueError, OSError) as problem:
