@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.cli import DemoArgs
 from serving.connection import Format
+from serving.limits import Limits
 from serving.scheduler import Scheduler, Video
 from serving.server import Site, make_app
 from trainer.generate import Generator
@@ -54,19 +55,24 @@ def demo(generator: Generator, args: DemoArgs) -> int:
             )  # fmt: skip
         print(f"fewstep demo: {_url(args.host, listening)}  (Ctrl+C ends it)", flush=True)
         with _signals_end_it():
-            uvicorn.Server(server_config(app, args.limits.message_bytes, args.limits.connections)).run([listening])
+            try:
+                uvicorn.Server(server_config(app, args.limits)).run([listening])
+            finally:
+                scheduler.close()  # a second Ctrl+C spares uvicorn the end of the application, which does it else
     print("fewstep demo: ended", flush=True)
     return 0
 
 
-def server_config(app: Any, message_bytes: int, connections: int) -> Config:
+def server_config(app: Any, limits: Limits) -> Config:
     """uvicorn with our limits, and without an access log: its lines would hold tokens of videos."""
     from uvicorn import Config
 
+    from serving.bounded import protocols
+
+    http, ws = protocols(limits)
     return Config(
-        app, ws="websockets-sansio", ws_max_size=message_bytes, ws_per_message_deflate=False, log_config=None,
-        access_log=False, server_header=False, proxy_headers=False, limit_concurrency=2 * connections + 32,
-        timeout_graceful_shutdown=5,
+        app, http=http, ws=ws, ws_max_size=limits.message_bytes, ws_per_message_deflate=False, log_config=None,
+        access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=5,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ T pixel frames of a block  H W pixel size
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class Session:
         self.made, self.taken, self.shown, self.pace = 0, 0, 0, Pace()  # frames
         self.blocks: deque[Block] = deque()  # made, not yet taken
         self.video: Video | None = None
+        self.since = 0.0  # when it got its place
 
 
 class Scheduler:
@@ -98,13 +100,14 @@ class Scheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends all sessions, and the thread after the block that it is at."""
+        """Ends all sessions, and the thread after the block that it is at. May be called again, and before `start`."""
         with self._changed:
             self._closed = True
             for session in [*self._running, *self._waiting]:
                 self._end(session, State.stopped)
             self._changed.notify_all()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def join(self, prompt: str, seed: int, changed: Callable[[], None]) -> Session:
         """A new session, running or in line. changed() is called, under the lock, when it has news. Raises Full."""
@@ -132,6 +135,11 @@ class Scheduler:
             session.shown = max(session.shown, frames)
             self._changed.notify_all()
             return news
+
+    def is_owed(self, session: Session) -> bool:
+        """Whether frames were taken that have not been shown."""
+        with self._changed:
+            return session.taken > session.shown
 
     def leave(self, session: Session) -> None:
         """Ends the session, if it has not ended, and drops what nobody has taken."""
@@ -163,7 +171,7 @@ class Scheduler:
         """Gives free places to who is first in line."""
         while self._waiting and len(self._running) < self._limits.users:
             session = self._waiting.popleft()
-            session.state = State.running
+            session.state, session.since = State.running, time.monotonic()
             self._running.append(session)
             session.changed()
         for session in self._waiting:
@@ -188,13 +196,24 @@ class Scheduler:
         """Whose turn it is; null at the end."""
         with self._changed:
             while not self._closed:
+                late = self._pass_on()
                 for _ in range(len(self._running)):
                     session = self._running[0]
                     self._running.rotate(-1)
                     if session.made - session.shown < self._limits.ahead:
                         return session
-                self._changed.wait()
+                self._changed.wait(late)
             return None
+
+    def _pass_on(self) -> float | None:
+        """Takes places from those who have had them for long, as long as others wait. Seconds until the next one."""
+        most = self._limits.place_seconds
+        while self._waiting and self._running:
+            first = min(self._running, key=lambda session: session.since)
+            if (left := first.since + most - time.monotonic()) > 0:
+                return left
+            self._end(first, State.ended, f"others wait in line, and then a place is for {most} s at most")
+        return None
 
     def _turn(self, session: Session) -> None:
         """One block, made without the lock. Whatever goes wrong ends this session alone."""

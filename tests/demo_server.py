@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import uvicorn
 from torch import Tensor
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
@@ -84,7 +88,7 @@ def running(
     site = Site("small", examples, size, 2, Format(fps=60, scale=2))
     app = make_app(Scheduler(open_video, limits), limits, site, ("demo.example",))
     with listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(server_config(app, limits.message_bytes, limits.connections))
+        server = uvicorn.Server(server_config(app, limits))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
@@ -158,3 +162,20 @@ class Client:
                 m["type"] == "status" and m["video"] == self.asked and m["state"] == state and m["frames"] >= frames
             )
         )
+
+
+def code_of(client: Client) -> tuple[int, str]:
+    with pytest.raises(ConnectionClosed) as closed:
+        client.hear(lambda _: False)
+    assert closed.value.rcvd is not None
+    return closed.value.rcvd.code, closed.value.rcvd.reason
+
+
+def fetch(address: str, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    request = urllib.request.Request(f"http://{address}{path}", headers=headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=SECONDS) as answer:
+            return answer.status, dict(answer.headers), answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read()

@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import queue
-import re
-import signal
-import socket
-import sys
 import threading
-import urllib.error
-import urllib.request
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +13,11 @@ import torch
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from serving import run
-from serving.cli import demo_args
 from serving.frames import Kept, encode
 from serving.guard import HEADERS
 from serving.limits import Limits
-from serving.run import demo, listen
 from serving.scheduler import Full, Scheduler, Session, State
-from tests.demo_server import DEFAULT, SECONDS, SIZE, Client, StandIns, open_toy, running, toy_student
-from utils.config import UserError
+from tests.demo_server import DEFAULT, SECONDS, SIZE, Client, StandIns, code_of, fetch, running
 from utils.video import read_video
 
 # ---------------------------------------------------------------------------------------------------------- the turns
@@ -141,16 +129,6 @@ def test_a_prompt_changes_with_the_next_block_and_a_wrong_one_changes_nothing() 
 # --------------------------------------------------------------------------------------------------------- the server
 
 
-def fetch(address: str, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    request = urllib.request.Request(f"http://{address}{path}", headers=headers)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=SECONDS) as answer:
-            return answer.status, dict(answer.headers), answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, dict(error.headers), error.read()
-
-
 def decoded(data: bytes, folder: Path) -> torch.Tensor:
     path = folder / "downloaded.mp4"
     path.write_bytes(data)
@@ -260,8 +238,7 @@ def test_a_video_is_gone_after_its_visitor() -> None:
         with Client(address) as other:  # whose answer comes after the other's end
             other.say("stop", x=1)
             other.error()
-            while fetch(address, f"/video/{token}")[0] == 200:
-                pass
+            assert any(fetch(address, f"/video/{token}")[0] == 404 for _ in range(200))
 
 
 def test_mistakes_are_answered_and_too_many_end_the_connection() -> None:
@@ -287,13 +264,6 @@ def test_mistakes_are_answered_and_too_many_end_the_connection() -> None:
         assert "closed after 3 wrong messages" in client.heard[-1]["message"]
 
 
-def code_of(client: Client) -> tuple[int, str]:
-    with pytest.raises(ConnectionClosed) as closed:
-        client.hear(lambda _: False)
-    assert closed.value.rcvd is not None
-    return closed.value.rcvd.code, closed.value.rcvd.reason
-
-
 def test_abuse_ends_the_connection_with_the_code_for_it() -> None:
     limits = Limits(connections=1, users=1, waiting=0, messages_per_second=5, idle_seconds=1)
     with running(StandIns(), limits) as address:
@@ -304,7 +274,7 @@ def test_abuse_ends_the_connection_with_the_code_for_it() -> None:
             client.socket.send(b"\x00" * 10)
             assert code_of(client) == (1003, "message: bytes, where a JSON text belongs: reload the page")
         with Client(address) as client:
-            for _ in range(11):
+            for _ in range(40):
                 client.say("shown", frames=0)
             assert code_of(client) == (1008, "more than 5 messages a second: reload the page")
         with Client(address) as client, Client(address) as one_more:
@@ -334,76 +304,3 @@ def test_the_end_of_the_server_ends_its_sessions() -> None:
             client.status("running", frames=2)
             client.watches = False
         assert code_of(client)[0] == 1012
-
-
-# ------------------------------------------------------------------------------------------------------ the toy student
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_student(tmp_path_factory.mktemp("student"))
-
-
-def test_a_toy_student_streams_and_a_seed_repeats_its_video(student: Path) -> None:
-    with running(open_toy(student), replace(DEFAULT, max_frames=20), (16, 16)) as address, Client(address) as client:
-        videos = []
-        for prompt in ("the digit three moving up", "the digit three moving up", "the digit two moving up"):
-            client.say("start", prompt=prompt, seed=3)
-            assert client.status("ended")["fps"] > 0
-            videos.append(client.images)
-        assert videos[0] == videos[1] != videos[2] and len(set(videos[0])) == 20
-        client.say("start", prompt="a cat")
-        assert client.status("failed")["error"].startswith("prompt 'a cat': unknown word 'a'; this encoder knows")
-
-
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_the_program_says_where_it_is_and_ends_on_a_signal(
-    student: Path, ending: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In this process, whose main thread is the server's: signals are nobody else's."""
-    import demo as program
-
-    codes: list[int] = []
-    ports: queue.Queue[int] = queue.Queue()
-
-    def listen_and_tell(host: str, port: int) -> socket.socket:
-        listening = listen(host, port)
-        ports.put(listening.getsockname()[1])
-        return listening
-
-    def visit() -> None:
-        with Client(f"127.0.0.1:{ports.get(timeout=SECONDS)}", watches=False) as client:
-            client.say("start", prompt="the digit three moving up")
-            client.status("running", frames=2)
-            os.kill(os.getpid(), ending)
-            codes.append(code_of(client)[0])
-
-    monkeypatch.setattr(run, "listen", listen_and_tell)
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--run", str(student), "--port", "0"])
-    visitor = threading.Thread(target=visit)
-    visitor.start()
-    before = signal.getsignal(ending)
-    assert program.main() == 0 and signal.getsignal(ending) == before
-    visitor.join(SECONDS)
-    said = capsys.readouterr().out.splitlines()
-    assert codes == [1012] and said[-1] == "fewstep demo: ended"
-    assert re.fullmatch(r"fewstep demo: http://127\.0\.0\.1:\d+/  \(Ctrl\+C ends it\)", said[-2])
-
-
-def test_what_cannot_be_served_is_one_line(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.generate import Generator
-
-    generator = Generator.load(student, torch.device("cpu"))
-    with listen("127.0.0.1", 0) as taken:
-        port = str(taken.getsockname()[1])
-        with pytest.raises(
-            UserError, match=f"--host 127.0.0.1 --port {port}: .*: give an address of this machine and a"
-        ):
-            demo(generator, demo_args(["--run", "x", "--port", port]))
-    with pytest.raises(UserError, match="--steps 9: this student has 2 steps"):
-        demo(generator, demo_args(["--run", "x", "--steps", "9"]))
-    for name in ("fastapi", "uvicorn", "websockets"):
-        with monkeypatch.context() as without:
-            without.setitem(sys.modules, name, None)
-            with pytest.raises(UserError, match=f"the demo needs {name}: pip install -r requirements.txt"):
-                demo(generator, demo_args(["--run", "x"]))

@@ -121,7 +121,7 @@ function told(status) {
     el("hint").textContent = "";
     say("The video could not go on.");
   } else {
-    say(status.state === "ended" ? `Done: ${made} frames, the most that a video may have here.` : `Stopped after ${made} frames.`);
+    say(status.state === "ended" ? `Done: ${made} frames, ${status.error ? `as ${status.error}` : "the most that a video may have here"}.` : `Stopped after ${made} frames.`);
     if (!made) el("hint").textContent = "Type a prompt and press Start";
   }
   enter(status.state);
