@@ -83,6 +83,14 @@ def one_line(problem: Exception) -> str:
     return text if len(text) <= 300 else text[:299] + "…"
 
 
+def without_paths(problem: Exception, prompt: str) -> str | None:
+    """What an error of a prompt says, if a visitor may read it: nothing that looks like a path, the prompt's own words
+    apart, which the visitor knows."""
+    text = " ".join(str(problem).split())
+    told = text.replace(prompt, "").replace(repr(prompt)[1:-1], "").replace(repr(prompt[:60])[1:-1], "")
+    return None if isinstance(problem, OSError) or "/" in told or "\\" in told else one_line(problem)
+
+
 class Rate:
     """Messages of one visitor: so many a second on average, and twice as many at once."""
 

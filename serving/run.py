@@ -26,7 +26,8 @@ MIN_WIDTH = 256  # pixels to which a small video is enlarged for the download, u
 
 
 def demo(generator: Generator, args: DemoArgs) -> int:
-    """Serves a run's videos until SIGINT or SIGTERM. Raises UserError for what it cannot stream, or listen on."""
+    """Serves a run's videos until SIGINT or SIGTERM. Raises UserError for what it cannot stream, or listen on, and
+    for a device that fails."""
     try:
         import fastapi  # noqa: F401
         import uvicorn
@@ -44,10 +45,15 @@ def demo(generator: Generator, args: DemoArgs) -> int:
     steps = len(generator.step_list(args.steps))
     format = Format(args.fps, args.scale or max(1, MIN_WIDTH // width), args.seed)
     site = Site(generator.config.name, examples, (height, width), steps, format)
-    scheduler = Scheduler(open_video, args.limits, recache=args.recache)
+
+    def on_break() -> None:
+        server.should_exit = True
+
+    scheduler = Scheduler(open_video, args.limits, recache=args.recache, on_break=on_break)
     listening = listen(args.host, args.port)
     with listening:
         app = make_app(scheduler, args.limits, site, (args.host, *args.allow_host))
+        server = uvicorn.Server(server_config(app, args.limits))
         if not _is_local(listening):
             console.warning(
                 "--host %s: anyone who reaches this address can use the device, and nothing is encrypted; "
@@ -56,9 +62,11 @@ def demo(generator: Generator, args: DemoArgs) -> int:
         print(f"fewstep demo: {_url(args.host, listening)}  (Ctrl+C ends it)", flush=True)
         with _signals_end_it():
             try:
-                uvicorn.Server(server_config(app, args.limits)).run([listening])
+                server.run([listening])
             finally:
                 scheduler.close()  # a second Ctrl+C spares uvicorn the end of the application, which does it else
+    if scheduler.broken:
+        raise UserError(f"the demo ended, for the device failed: {scheduler.broken}: start it again")
     print("fewstep demo: ended", flush=True)
     return 0
 

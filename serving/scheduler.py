@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from serving.limits import Limits
-from serving.protocol import one_line
+from serving.protocol import one_line, without_paths
 from trainer.live import Pace
 from utils.config import UserError
 from utils.logging import console
@@ -84,12 +85,21 @@ class Scheduler:
 
     A session is passed over while `limits.ahead` of its frames have not been shown, so its queue is bounded, and a
     visitor who reads slowly slows nobody else. open_video(prompt, seed): begins a video; it and all that it returns run
-    on that thread alone. recache: how a prompt is changed, see `Live.switch`. All methods may be called from any thread
+    on that thread alone. recache: how a prompt is changed, see `Live.switch`. on_break: called on that thread once the
+    device is of no more use, `broken` being why. All methods may be called from any thread
     and none of them waits for the device, `close` apart.
     """
 
-    def __init__(self, open_video: Callable[[str, int], Video], limits: Limits, *, recache: bool = False) -> None:
-        self._open, self._limits, self._recache = open_video, limits, recache
+    def __init__(
+        self,
+        open_video: Callable[[str, int], Video],
+        limits: Limits,
+        *,
+        recache: bool = False,
+        on_break: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._open, self._limits, self._recache, self._on_break = open_video, limits, recache, on_break
+        self.broken = ""
         self._changed = threading.Condition()
         self._running: deque[Session] = deque()  # in order of their turns
         self._waiting: deque[Session] = deque()
@@ -228,15 +238,25 @@ class Scheduler:
                 try:
                     video.switch(wanted, recache=self._recache)
                 except UserError as problem:
-                    notice, wanted = one_line(problem), None
+                    notice, wanted = _told(problem, wanted), None
             frames = to_uint8(video.next_frames())
         except UserError as problem:
-            self._fail(session, one_line(problem))
-        except Exception as problem:  # of one visitor's video: the others' go on
+            self._fail(session, _told(problem, wanted or ""))
+        except Exception as problem:  # of one visitor's video: the others' go on, if the device does
             console.exception("demo: a video failed")
+            if _ends_the_device(problem):
+                self._break(one_line(problem))
             self._fail(session, f"the video failed ({type(problem).__name__}): the server's log says why")
         else:
             self._made(session, video, frames, wanted, notice)
+
+    def _break(self, error: str) -> None:
+        """Ends every session: whatever is asked of the device from here on fails."""
+        with self._changed:
+            self._closed, self.broken = True, error
+            for session in [*self._running, *self._waiting]:
+                self._end(session, State.failed, "the device failed: the server has to be started again")
+        self._on_break()
 
     def _fail(self, session: Session, error: str) -> None:
         with self._changed:
@@ -255,3 +275,17 @@ class Scheduler:
                 self._end(session, State.ended)
             else:
                 session.changed()
+
+
+def _told(problem: UserError, prompt: str) -> str:
+    """What a visitor reads of a prompt that was refused."""
+    if (text := without_paths(problem, prompt)) is None:
+        console.warning("demo: %s", one_line(problem))
+    return text or "this prompt cannot be used here: the server's log says why"
+
+
+def _ends_the_device(problem: Exception) -> bool:
+    """An error of CUDA's context, after which every call fails; memory that ran out is none."""
+    return isinstance(problem, torch.AcceleratorError) or (
+        isinstance(problem, RuntimeError) and "CUDA error" in str(problem)
+    )

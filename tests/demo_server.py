@@ -48,9 +48,17 @@ class StandIn:
     def next_frames(self) -> Tensor:
         if self.prompt == "breaks later" and self.made:
             raise RuntimeError("of a device, with /a/path in it")
+        if self.prompt == "breaks the device later" and self.made:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         self.turns.append(self.prompt)
         self.made += 2
-        return torch.stack([torch.full((3, *self.size), (i % 50) / 50) for i in (self.made - 2, self.made - 1)])
+        return torch.stack([self.frame(i) for i in (self.made - 2, self.made - 1)])
+
+    def frame(self, number: int) -> Tensor:
+        """Grey, and lighter from one to the next; then its left half counts how often it began anew at black."""
+        frame = torch.full((3, *self.size), (number % 50) / 50)
+        frame[..., : self.size[1] // 2] = (number % 50 + 5 * (number // 50)) / 50 % 1
+        return frame
 
     def switch(self, prompt: str, *, recache: bool = False) -> None:
         if "unknown" in prompt:
@@ -71,6 +79,8 @@ class StandIns:
     seeds: list[int] = field(default_factory=list)
 
     def __call__(self, prompt: str, seed: int) -> Video:
+        if "unknown in a cache" in prompt:
+            raise UserError(f"prompt {prompt!r} is not in the text cache /srv/a folder/text: add it")
         if "unknown" in prompt:
             raise UserError(f"prompt {prompt!r}:\n unknown word")
         self.seeds.append(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +107,29 @@ def test_a_video_that_fails_ends_alone(caplog: pytest.LogCaptureFixture) -> None
         "the video failed (RuntimeError): the server's log says why", "prompt 'unknown': unknown word"
     ]  # fmt: skip
     assert fine.frames == 20
+    scheduler.close()
+
+
+def test_a_device_that_fails_ends_every_video_and_the_server() -> None:
+    broke: list[str] = []
+    scheduler = Scheduler(StandIns(), Limits(users=2, max_frames=600), on_break=lambda: broke.append(scheduler.broken))
+    fine, broken = (Visitor(scheduler, prompt, watches=False) for prompt in ("fine", "breaks the device later"))
+    scheduler.start()
+    for visitor in (broken, fine):
+        visitor.until(State.failed)
+    assert "the device failed: the server has to be" in scheduler.view(fine.session).error
+    with pytest.raises(Full):
+        scheduler.join("more", 0, lambda: None)
+    scheduler.close()
+    assert broke == ["CUDA error: an illegal memory access was encountered"]
+
+
+def test_visitors_read_no_paths_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    scheduler = Scheduler(StandIns(), Limits())
+    visitor = Visitor(scheduler, "unknown in a cache")
+    scheduler.start()
+    visitor.until(State.failed)
+    assert scheduler.view(visitor.session).error == "this prompt cannot be used here: the server's log says why"
     scheduler.close()
 
 
@@ -274,8 +297,9 @@ def test_abuse_ends_the_connection_with_the_code_for_it() -> None:
             client.socket.send(b"\x00" * 10)
             assert code_of(client) == (1003, "message: bytes, where a JSON text belongs: reload the page")
         with Client(address) as client:
-            for _ in range(40):
-                client.say("shown", frames=0)
+            with suppress(ConnectionClosed):  # before all are sent
+                for _ in range(40):
+                    client.say("shown", frames=0)
             assert code_of(client) == (1008, "more than 5 messages a second: reload the page")
         with Client(address) as client, Client(address) as one_more:
             assert code_of(one_more) == (1013, "too many visitors: try again in a minute")

@@ -16,10 +16,12 @@ import pytest
 import torch
 import uvicorn
 
+from websockets.exceptions import ConnectionClosed
+
 from serving import run
 from serving.cli import demo_args
 from serving.run import demo, listen
-from tests.demo_server import DEFAULT, SECONDS, Client, code_of, open_toy, running, toy_student
+from tests.demo_server import DEFAULT, SECONDS, Client, StandIn, code_of, open_toy, running, toy_student
 from utils.config import UserError
 
 
@@ -89,6 +91,31 @@ def test_the_program_says_where_it_is_and_ends_on_a_signal(
     said = capsys.readouterr().out.splitlines()
     assert codes == [1012] and said[-1] == "fewstep demo: ended"
     assert re.fullmatch(r"fewstep demo: http://127\.0\.0\.1:\d+/  \(Ctrl\+C ends it\)", said[-2])
+
+
+def test_the_program_ends_with_one_line_when_its_device_fails(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.generate import Generator
+
+    ports: queue.Queue[int] = queue.Queue()
+
+    def listen_and_tell(host: str, port: int) -> socket.socket:
+        listening = listen(host, port)
+        ports.put(listening.getsockname()[1])
+        return listening
+
+    def visit() -> None:
+        with Client(f"127.0.0.1:{ports.get(timeout=SECONDS)}") as client:
+            client.say("start", prompt="breaks the device later")
+            with pytest.raises(ConnectionClosed):
+                client.hear(lambda _: False)
+
+    monkeypatch.setattr(run, "listen", listen_and_tell)
+    monkeypatch.setattr(run, "Live", lambda generator, prompt, sampling: StandIn(prompt, []))
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    with pytest.raises(UserError, match="the demo ended, for the device failed: CUDA error: an illegal memory access"):
+        demo(Generator.load(student, torch.device("cpu")), demo_args(["--run", "x", "--port", "0"]))
+    visitor.join(SECONDS)
 
 
 def test_what_cannot_be_served_is_one_line(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
