@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import uvicorn
-
 from websockets.exceptions import ConnectionClosed
 
 from serving import run
