@@ -1,7 +1,7 @@
 """What a visitor may say, and nothing else: one JSON object a message, every key known, every value checked.
 
 {"type": "start", "prompt": "...", "seed": 7}   a new video; seed may be left out
-{"type": "prompt", "prompt": "..."}             another prompt from the next block on
+{"type": "prompt", "prompt": "..."}             another prompt from the next block on that is not begun
 {"type": "shown", "frames": 12}                 so many frames of this video have been shown: more may be made
 {"type": "stop"}
 """

@@ -34,6 +34,9 @@ class Video(Protocol):
     @property
     def pace(self) -> Pace: ...
 
+    @property
+    def prompt(self) -> str: ...
+
 
 class State(Enum):
     waiting = "waiting"  # in line for a place
@@ -45,7 +48,8 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Block:
-    """frames: [T, H, W, 3], 8 bits. first: number of its first frame. prompt: that it was made for."""
+    """frames: [T, H, W, 3], 8 bits. first: number of its first frame. prompt: that it was made for, as the video says:
+    a block may have been begun before its prompt was changed."""
 
     frames: Frames
     first: int
@@ -72,7 +76,7 @@ class Session:
 
     def __init__(self, prompt: str, seed: int, changed: Callable[[], None]) -> None:
         self.wanted: str | None = prompt  # for the next block; null is the prompt as it is
-        self.prompt, self.seed, self.changed = prompt, seed, changed
+        self.seed, self.changed = seed, changed
         self.state, self.error, self.notice = State.waiting, "", ""
         self.made, self.taken, self.shown, self.pace = 0, 0, 0, Pace()  # frames
         self.blocks: deque[Block] = deque()  # made, not yet taken
@@ -238,7 +242,7 @@ class Scheduler:
                 try:
                     video.switch(wanted, recache=self._recache)
                 except UserError as problem:
-                    notice, wanted = _told(problem, wanted), None
+                    notice = _told(problem, wanted)
             frames = to_uint8(video.next_frames())
         except UserError as problem:
             self._fail(session, _told(problem, wanted or ""))
@@ -248,7 +252,7 @@ class Scheduler:
                 self._break(one_line(problem))
             self._fail(session, f"the video failed ({type(problem).__name__}): the server's log says why")
         else:
-            self._made(session, video, frames, wanted, notice)
+            self._made(session, video, frames, notice)
 
     def _break(self, error: str) -> None:
         """Ends every session: whatever is asked of the device from here on fails."""
@@ -262,14 +266,13 @@ class Scheduler:
         with self._changed:
             self._end(session, State.failed, error)
 
-    def _made(self, session: Session, video: Video, frames: Frames, prompt: str | None, notice: str) -> None:
+    def _made(self, session: Session, video: Video, frames: Frames, notice: str) -> None:
         with self._changed:
             if session.state is not State.running:  # its visitor left meanwhile
                 return
             session.video, session.pace, session.notice = video, video.pace, notice or session.notice
-            session.prompt = prompt or session.prompt
             frames = frames[: self._limits.max_frames - session.made]
-            session.blocks.append(Block(frames, session.made, session.prompt))
+            session.blocks.append(Block(frames, session.made, video.prompt))
             session.made += len(frames)
             if session.made == self._limits.max_frames:
                 self._end(session, State.ended)

@@ -70,6 +70,22 @@ class StandIn:
         return Pace(0.25, 40.0, self.made)
 
 
+class Overlapping(StandIn):
+    """One that begins the next block while it hands over this one, as `Live` does on a device."""
+
+    begun = wanted = ""
+
+    def next_frames(self) -> Tensor:
+        self.wanted = self.wanted or self.prompt
+        self.prompt, self.begun = self.begun or self.wanted, self.wanted
+        return super().next_frames()
+
+    def switch(self, prompt: str, *, recache: bool = False) -> None:
+        if "unknown" in prompt:
+            raise UserError(f"prompt {prompt!r}: unknown word")
+        self.wanted = prompt
+
+
 @dataclass
 class StandIns:
     """Opens stand-ins; seeds: that they were opened with."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from serving.frames import Kept, encode
 from serving.guard import HEADERS
 from serving.limits import Limits
 from serving.scheduler import Full, Scheduler, Session, State
-from tests.demo_server import DEFAULT, SECONDS, SIZE, Client, StandIns, code_of, fetch, running
+from tests.demo_server import DEFAULT, SECONDS, SIZE, Client, Overlapping, StandIns, code_of, fetch, running
 from utils.video import read_video
 
 # ---------------------------------------------------------------------------------------------------------- the turns
@@ -147,6 +148,22 @@ def test_a_prompt_changes_with_the_next_block_and_a_wrong_one_changes_nothing() 
     assert opened.turns == ["one", "two", "two", "three"]
     assert scheduler.notice(visitor.session) == "prompt 'unknown': unknown word"
     assert scheduler.notice(visitor.session) == ""
+
+
+def test_a_block_that_was_begun_before_a_change_has_the_prompt_that_it_was_made_for() -> None:
+    scheduler = Scheduler(lambda prompt, seed: Overlapping(prompt, []), Limits(ahead=2))
+    news = threading.Semaphore(0)
+    session = scheduler.join("one", 0, news.release)
+    scheduler.start()
+    told = []
+    for prompt in ("one", "two", "unknown", "three"):
+        scheduler.switch(session, prompt)
+        scheduler.shown(session, 2 * len(told))  # until then the video waits
+        while (block := scheduler.take(session)) is None:
+            assert news.acquire(timeout=SECONDS)
+        told.append(block.prompt)
+    scheduler.close()
+    assert told == ["one", "one", "two", "two"]
 
 
 # --------------------------------------------------------------------------------------------------------- the server
@@ -287,26 +304,41 @@ def test_mistakes_are_answered_and_too_many_end_the_connection() -> None:
         assert "closed after 3 wrong messages" in client.heard[-1]["message"]
 
 
+@contextmanager
+def admitted(address: str) -> Iterator[Client]:
+    """A client with the one place for a page, once the server has cleaned up after the one before."""
+    for _ in range(500):
+        with Client(address) as client:
+            client.say("stop", x=1)
+            try:
+                client.error()
+            except ConnectionClosed:
+                continue
+            yield client
+            return
+    raise AssertionError("the place of the one before was never given back")
+
+
 def test_abuse_ends_the_connection_with_the_code_for_it() -> None:
     limits = Limits(connections=1, users=1, waiting=0, messages_per_second=5, idle_seconds=1)
     with running(StandIns(), limits) as address:
-        with Client(address) as client:
+        with admitted(address) as client:
             client.socket.send("x" * (limits.message_bytes + 1))
             assert code_of(client)[0] == 1009
-        with Client(address) as client:
+        with admitted(address) as client:
             client.socket.send(b"\x00" * 10)
             assert code_of(client) == (1003, "message: bytes, where a JSON text belongs: reload the page")
-        with Client(address) as client:
+        with admitted(address) as client:
             with suppress(ConnectionClosed):  # before all are sent
                 for _ in range(40):
                     client.say("shown", frames=0)
             assert code_of(client) == (1008, "more than 5 messages a second: reload the page")
-        with Client(address) as client, Client(address) as one_more:
+        with admitted(address) as client, Client(address) as one_more:
             assert code_of(one_more) == (1013, "too many visitors: try again in a minute")
             client.watches = False
             client.say("start", prompt="one")
             assert code_of(client) == (1000, "nobody watched for 1 s: start again")
-        with Client(address) as client:  # and the server is as it was
+        with admitted(address) as client:  # and the server is as it was
             client.say("start", prompt="one")
             client.watches = False
             client.status("running", frames=2)

@@ -274,6 +274,6 @@ def test_frames_that_are_no_messages_are_counted(flood: str) -> None:
             for _ in range(1000):
                 (client.socket.ping if flood == "pings" else client.socket.pong)()
             client.socket.recv(timeout=SECONDS)
-        with Client(address) as client:  # and the server is as it was
+        with Client(address, watches=False) as client:  # and the server is as it was
             client.say("start", prompt="one")
             client.status("running", frames=2)

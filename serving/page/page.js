@@ -178,7 +178,7 @@ function change() {
   if (!el("form").reportValidity()) return;
   complain("");
   send({ type: "prompt", prompt: el("prompt").value });
-  say("The new prompt holds from the next block on.");
+  say("The new prompt holds from the next block that is begun.");
 }
 
 function stop() {
