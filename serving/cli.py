@@ -69,6 +69,10 @@ def _parser() -> Parser:
     limits.add_argument("--idle_seconds", type=int, help="without a viewer, until a video loses its place")
     limits.add_argument("--rest_seconds", type=int, help="until a connection without a video in the making is closed")
     limits.add_argument("--grace_seconds", type=int, help="that a video can be fetched after its page is gone")
+    limits.add_argument("--place_seconds", type=int, help="that a video keeps its place while others wait")
+    limits.add_argument("--send_seconds", type=int, help="that a visitor's machine may read nothing, or ask nothing")
+    limits.add_argument("--downloads", type=int, help="made and sent at the same time")
+    limits.add_argument("--download_seconds", type=int, help="that sending one may take")
     return parser
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Awaitable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from serving.frames import Kept, encode
 from serving.limits import Limits
 from serving.protocol import MAX_SEED, Rate, Shown, Start, Stop, Switch, frame_message, one_line, parse
 from serving.scheduler import Full, Scheduler, Session, State
+from serving.wire import abort
 
 if TYPE_CHECKING:
     from starlette.websockets import WebSocket
@@ -48,13 +51,14 @@ class Connection:
         self._number, self._prompt, self._mistakes = 0, "", 0
         self._state: State | None = None
         self._news, self._loop = asyncio.Event(), asyncio.get_running_loop()
-        self._active = self._loop.time()  # when somebody was last seen to watch
+        self._active = self._loop.time()  # when somebody was last seen to watch, or could not have watched
 
-    async def serve(self) -> None:
-        """Until the visitor goes, or has to. Raises what is a defect of ours."""
+    async def serve(self) -> Leave | None:
+        """Until the visitor goes, or has to: why, for `part`. Raises what is a defect of ours."""
         from starlette.websockets import WebSocketDisconnect
 
-        tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._tell())]
+        # watched apart: whoever is stuck in sending cannot look at the clock
+        tasks = [asyncio.create_task(part) for part in (self._listen(), self._tell(), self._watch())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -64,26 +68,31 @@ class Connection:
             ends = await asyncio.gather(*tasks, return_exceptions=True)
             self._forget(self._kept)
         for end in ends:
-            if isinstance(end, Leave):
-                await self._end(end)
-            elif isinstance(end, Exception) and not isinstance(end, WebSocketDisconnect):
+            if isinstance(end, Exception) and not isinstance(end, Leave | WebSocketDisconnect):
                 raise end
+        return next((end for end in ends if isinstance(end, Leave)), None)
 
-    async def _end(self, leave: Leave) -> None:
+    async def part(self, leave: Leave) -> None:
+        """Says goodbye to who may read no more: after everything that the visitor held has been given back."""
         from starlette.websockets import WebSocketDisconnect
 
         try:
             await self._say("error", message=str(leave), goes_on=False)
-            await self._socket.close(leave.code, str(leave)[:100])
+            await self._sent(self._socket.close(leave.code, str(leave)[:100]))
         except WebSocketDisconnect:
             return
 
     # ------------------------------------------------------------------------------------------------- from the visitor
 
     async def _listen(self) -> None:
+        """Raises Leave for who does not keep to the rules, WebSocketDisconnect if the visitor is gone."""
+        from starlette.websockets import WebSocketDisconnect
+
         rate = Rate(self._limits.messages_per_second)
         while True:
-            message = await self._receive()
+            message = await self._socket.receive()
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message.get("code", NORMAL))
             if not rate.allows():
                 raise Leave(POLICY, f"more than {self._limits.messages_per_second} messages a second: reload the page")
             text = message.get("text")
@@ -98,26 +107,21 @@ class Connection:
             except Full:
                 await self._refuse("every place is taken, and the line for one too: try again in a minute")
 
-    async def _receive(self) -> dict[str, Any]:
-        """The next message. Raises Leave if nobody seems to watch, WebSocketDisconnect if the visitor is gone."""
-        from starlette.websockets import WebSocketDisconnect
-
+    async def _watch(self) -> None:
+        """Raises Leave if nobody seems to watch."""
         while True:
-            try:
-                async with asyncio.timeout_at(self._active + self._patience()):
-                    message = await self._socket.receive()
-            except TimeoutError:
-                if self._state is State.waiting:  # who waits in line has nothing to say
-                    self._active = self._loop.time()
-                if self._loop.time() < self._active + self._patience():
-                    continue
-                raise Leave(NORMAL, f"nobody watched for {self._patience()} s: start again") from None
-            if message["type"] == "websocket.disconnect":
-                raise WebSocketDisconnect(message.get("code", NORMAL))
-            return dict(message)
+            patience = self._limits.idle_seconds if self._goes_on else self._limits.rest_seconds
+            if self._goes_on and not self._is_owed:  # in line, or before a slow block: there is nothing to watch
+                self._active = self._loop.time()
+            left = self._active + patience - self._loop.time()
+            if left <= 0:
+                raise Leave(NORMAL, f"nobody watched for {patience} s: start again")
+            await asyncio.sleep(min(left, 1))
 
-    def _patience(self) -> int:
-        return self._limits.idle_seconds if self._goes_on else self._limits.rest_seconds
+    @property
+    def _is_owed(self) -> bool:
+        """Frames have been sent, and the visitor has not said that they have been shown."""
+        return self._session is not None and self._scheduler.is_owed(self._session)
 
     async def _mistake(self, words: str) -> None:
         self._mistakes += 1
@@ -141,12 +145,15 @@ class Connection:
             if session is not None and self._scheduler.shown(session, message.frames):
                 self._active = self._loop.time()
             return
-        self._active = self._loop.time()
+        if not self._goes_on:  # whoever has a place keeps it by watching alone
+            self._active = self._loop.time()
         if isinstance(message, Start):
             self._start(message)
+            self._active = self._loop.time()
         elif isinstance(message, Stop):
             if session is not None:
                 self._scheduler.leave(session)
+                self._active = self._loop.time()
         elif session is None or not self._goes_on:
             raise ValueError("prompt: no video is being made: press Start")
         else:
@@ -176,7 +183,8 @@ class Connection:
 
     def _changed(self) -> None:
         """There is news of the session: called from any thread."""
-        self._loop.call_soon_threadsafe(self._news.set)
+        with suppress(RuntimeError):  # the loop was closed: the server ended by force, and nobody wants news
+            self._loop.call_soon_threadsafe(self._news.set)
 
     async def _tell(self) -> None:
         while True:
@@ -195,12 +203,13 @@ class Connection:
                     await self._say("prompt", video=number, frame=block.first, prompt=block.prompt)
                 for index, image in enumerate(images, block.first):
                     kept.images.append(image)
-                    await self._socket.send_bytes(frame_message(number, index, image))
+                    self._active = self._loop.time()
+                    await self._sent(self._socket.send_bytes(frame_message(number, index, image)))
             if session is not self._session:
                 continue
             if notice := self._scheduler.notice(session):
                 await self._refuse(notice)
-            if self._state is State.waiting and view.state is State.running:
+            if self._state is not view.state:
                 self._active = self._loop.time()
             self._state = view.state
             await self._say(
@@ -210,4 +219,15 @@ class Connection:
             )  # fmt: skip
 
     async def _say(self, kind: str, **values: object) -> None:
-        await self._socket.send_json({"type": kind, **values})
+        await self._sent(self._socket.send_json({"type": kind, **values}))
+
+    async def _sent(self, sending: Awaitable[None]) -> None:
+        """Raises WebSocketDisconnect for who reads nothing: closing would wait for them to read what is on its way."""
+        from starlette.websockets import WebSocketDisconnect
+
+        try:
+            async with asyncio.timeout(self._limits.send_seconds):
+                await sending
+        except TimeoutError:
+            abort(self._socket.scope)
+            raise WebSocketDisconnect(1006) from None

@@ -8,10 +8,11 @@ from __future__ import annotations
 import io
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
-from utils.video import Frame, Frames, mp4_bytes
+from utils.video import Frame, Frames, write_mp4
 
 LOSSLESS_SIDE = 128  # up to here PNG: a few kB at most, and the page enlarges pixels, which would show JPEG's edges
 QUALITY = 90  # beyond it JPEG, which takes a tenth of the time of PNG or WebP at 480p
@@ -39,12 +40,12 @@ class Kept:
     def __init__(self, fps: int, scale: int) -> None:
         self.token = secrets.token_urlsafe(24)
         self.images: list[bytes] = []
-        self.busy = False  # an MP4 is being made of it
+        self.busy = False  # an MP4 is being made of it, or sent
         self._fps, self._scale = fps, scale
 
-    def mp4(self) -> bytes:
-        """H.264 of the frames so far, of which there has to be one."""
-        return mp4_bytes(self._frames(), self._fps)
+    def mp4(self, path: Path) -> None:
+        """Writes H.264 of the frames so far, of which there has to be one."""
+        write_mp4(path, self._frames(), self._fps)
 
     def _frames(self) -> Iterator[Frame]:
         from PIL import Image

@@ -19,7 +19,9 @@ class Limits:
     connection. ahead: pixel frames that may be made and not yet shown; beyond it a visitor's video waits for its
     visitor. idle_seconds: without a sign of somebody watching, until who has a place loses it and the connection.
     rest_seconds: the same for who has none, and may still fetch a video. grace_seconds: that a video can be fetched
-    after its visitor has gone.
+    after its visitor has gone. place_seconds: that a place is kept while others wait in line. send_seconds: that a
+    visitor's machine may take no byte of what is sent to it, or send no request on a connection that it opened.
+    downloads: being made or sent at the same time. download_seconds: that sending one may take.
     """
 
     users: int = 4
@@ -34,6 +36,15 @@ class Limits:
     idle_seconds: int = 120
     rest_seconds: int = 900
     grace_seconds: int = 60
+    place_seconds: int = 600
+    send_seconds: int = 15
+    downloads: int = 4
+    download_seconds: int = 300
+
+    @property
+    def sockets(self) -> int:
+        """TCP connections in all: each page may have one for its websocket and another for what it fetches."""
+        return 2 * self.connections + 32
 
     def __post_init__(self) -> None:
         for field in fields(self):

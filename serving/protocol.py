@@ -1,7 +1,7 @@
 """What a visitor may say, and nothing else: one JSON object a message, every key known, every value checked.
 
 {"type": "start", "prompt": "...", "seed": 7}   a new video; seed may be left out
-{"type": "prompt", "prompt": "..."}             another prompt from the next block on
+{"type": "prompt", "prompt": "..."}             another prompt from the next block on that is not begun
 {"type": "shown", "frames": 12}                 so many frames of this video have been shown: more may be made
 {"type": "stop"}
 """
@@ -81,6 +81,14 @@ def one_line(problem: Exception) -> str:
     """What an error says, in at most 300 characters of one line."""
     text = " ".join(str(problem).split())
     return text if len(text) <= 300 else text[:299] + "…"
+
+
+def without_paths(problem: Exception, prompt: str) -> str | None:
+    """What an error of a prompt says, if a visitor may read it: nothing that looks like a path, the prompt's own words
+    apart, which the visitor knows."""
+    text = " ".join(str(problem).split())
+    told = text.replace(prompt, "").replace(repr(prompt)[1:-1], "").replace(repr(prompt[:60])[1:-1], "")
+    return None if isinstance(problem, OSError) or "/" in told or "\\" in told else one_line(problem)
 
 
 class Rate:

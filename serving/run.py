@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.cli import DemoArgs
 from serving.connection import Format
+from serving.limits import Limits
 from serving.scheduler import Scheduler, Video
 from serving.server import Site, make_app
 from trainer.generate import Generator
@@ -25,7 +26,8 @@ MIN_WIDTH = 256  # pixels to which a small video is enlarged for the download, u
 
 
 def demo(generator: Generator, args: DemoArgs) -> int:
-    """Serves a run's videos until SIGINT or SIGTERM. Raises UserError for what it cannot stream, or listen on."""
+    """Serves a run's videos until SIGINT or SIGTERM. Raises UserError for what it cannot stream, or listen on, and
+    for a device that fails."""
     try:
         import fastapi  # noqa: F401
         import uvicorn
@@ -43,10 +45,15 @@ def demo(generator: Generator, args: DemoArgs) -> int:
     steps = len(generator.step_list(args.steps))
     format = Format(args.fps, args.scale or max(1, MIN_WIDTH // width), args.seed)
     site = Site(generator.config.name, examples, (height, width), steps, format)
-    scheduler = Scheduler(open_video, args.limits, recache=args.recache)
+
+    def on_break() -> None:
+        server.should_exit = True
+
+    scheduler = Scheduler(open_video, args.limits, recache=args.recache, on_break=on_break)
     listening = listen(args.host, args.port)
     with listening:
         app = make_app(scheduler, args.limits, site, (args.host, *args.allow_host))
+        server = uvicorn.Server(server_config(app, args.limits))
         if not _is_local(listening):
             console.warning(
                 "--host %s: anyone who reaches this address can use the device, and nothing is encrypted; "
@@ -54,19 +61,26 @@ def demo(generator: Generator, args: DemoArgs) -> int:
             )  # fmt: skip
         print(f"fewstep demo: {_url(args.host, listening)}  (Ctrl+C ends it)", flush=True)
         with _signals_end_it():
-            uvicorn.Server(server_config(app, args.limits.message_bytes, args.limits.connections)).run([listening])
+            try:
+                server.run([listening])
+            finally:
+                scheduler.close()  # a second Ctrl+C spares uvicorn the end of the application, which does it else
+    if scheduler.broken:
+        raise UserError(f"the demo ended, for the device failed: {scheduler.broken}: start it again")
     print("fewstep demo: ended", flush=True)
     return 0
 
 
-def server_config(app: Any, message_bytes: int, connections: int) -> Config:
+def server_config(app: Any, limits: Limits) -> Config:
     """uvicorn with our limits, and without an access log: its lines would hold tokens of videos."""
     from uvicorn import Config
 
+    from serving.bounded import protocols
+
+    http, ws = protocols(limits)
     return Config(
-        app, ws="websockets-sansio", ws_max_size=message_bytes, ws_per_message_deflate=False, log_config=None,
-        access_log=False, server_header=False, proxy_headers=False, limit_concurrency=2 * connections + 32,
-        timeout_graceful_shutdown=5,
+        app, http=http, ws=ws, ws_max_size=limits.message_bytes, ws_per_message_deflate=False, log_config=None,
+        access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=5,
     )  # fmt: skip
 
 

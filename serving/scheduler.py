@@ -6,16 +6,18 @@ T pixel frames of a block  H W pixel size
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from serving.limits import Limits
-from serving.protocol import one_line
+from serving.protocol import one_line, without_paths
 from trainer.live import Pace
 from utils.config import UserError
 from utils.logging import console
@@ -32,6 +34,9 @@ class Video(Protocol):
     @property
     def pace(self) -> Pace: ...
 
+    @property
+    def prompt(self) -> str: ...
+
 
 class State(Enum):
     waiting = "waiting"  # in line for a place
@@ -43,7 +48,8 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Block:
-    """frames: [T, H, W, 3], 8 bits. first: number of its first frame. prompt: that it was made for."""
+    """frames: [T, H, W, 3], 8 bits. first: number of its first frame. prompt: that it was made for, as the video says:
+    a block may have been begun before its prompt was changed."""
 
     frames: Frames
     first: int
@@ -70,11 +76,12 @@ class Session:
 
     def __init__(self, prompt: str, seed: int, changed: Callable[[], None]) -> None:
         self.wanted: str | None = prompt  # for the next block; null is the prompt as it is
-        self.prompt, self.seed, self.changed = prompt, seed, changed
+        self.seed, self.changed = seed, changed
         self.state, self.error, self.notice = State.waiting, "", ""
         self.made, self.taken, self.shown, self.pace = 0, 0, 0, Pace()  # frames
         self.blocks: deque[Block] = deque()  # made, not yet taken
         self.video: Video | None = None
+        self.since = 0.0  # when it got its place
 
 
 class Scheduler:
@@ -82,12 +89,21 @@ class Scheduler:
 
     A session is passed over while `limits.ahead` of its frames have not been shown, so its queue is bounded, and a
     visitor who reads slowly slows nobody else. open_video(prompt, seed): begins a video; it and all that it returns run
-    on that thread alone. recache: how a prompt is changed, see `Live.switch`. All methods may be called from any thread
+    on that thread alone. recache: how a prompt is changed, see `Live.switch`. on_break: called on that thread once the
+    device is of no more use, `broken` being why. All methods may be called from any thread
     and none of them waits for the device, `close` apart.
     """
 
-    def __init__(self, open_video: Callable[[str, int], Video], limits: Limits, *, recache: bool = False) -> None:
-        self._open, self._limits, self._recache = open_video, limits, recache
+    def __init__(
+        self,
+        open_video: Callable[[str, int], Video],
+        limits: Limits,
+        *,
+        recache: bool = False,
+        on_break: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._open, self._limits, self._recache, self._on_break = open_video, limits, recache, on_break
+        self.broken = ""
         self._changed = threading.Condition()
         self._running: deque[Session] = deque()  # in order of their turns
         self._waiting: deque[Session] = deque()
@@ -98,13 +114,14 @@ class Scheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends all sessions, and the thread after the block that it is at."""
+        """Ends all sessions, and the thread after the block that it is at. May be called again, and before `start`."""
         with self._changed:
             self._closed = True
             for session in [*self._running, *self._waiting]:
                 self._end(session, State.stopped)
             self._changed.notify_all()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def join(self, prompt: str, seed: int, changed: Callable[[], None]) -> Session:
         """A new session, running or in line. changed() is called, under the lock, when it has news. Raises Full."""
@@ -132,6 +149,11 @@ class Scheduler:
             session.shown = max(session.shown, frames)
             self._changed.notify_all()
             return news
+
+    def is_owed(self, session: Session) -> bool:
+        """Whether frames were taken that have not been shown."""
+        with self._changed:
+            return session.taken > session.shown
 
     def leave(self, session: Session) -> None:
         """Ends the session, if it has not ended, and drops what nobody has taken."""
@@ -163,7 +185,7 @@ class Scheduler:
         """Gives free places to who is first in line."""
         while self._waiting and len(self._running) < self._limits.users:
             session = self._waiting.popleft()
-            session.state = State.running
+            session.state, session.since = State.running, time.monotonic()
             self._running.append(session)
             session.changed()
         for session in self._waiting:
@@ -188,13 +210,24 @@ class Scheduler:
         """Whose turn it is; null at the end."""
         with self._changed:
             while not self._closed:
+                late = self._pass_on()
                 for _ in range(len(self._running)):
                     session = self._running[0]
                     self._running.rotate(-1)
                     if session.made - session.shown < self._limits.ahead:
                         return session
-                self._changed.wait()
+                self._changed.wait(late)
             return None
+
+    def _pass_on(self) -> float | None:
+        """Takes places from those who have had them for long, as long as others wait. Seconds until the next one."""
+        most = self._limits.place_seconds
+        while self._waiting and self._running:
+            first = min(self._running, key=lambda session: session.since)
+            if (left := first.since + most - time.monotonic()) > 0:
+                return left
+            self._end(first, State.ended, f"others wait in line, and then a place is for {most} s at most")
+        return None
 
     def _turn(self, session: Session) -> None:
         """One block, made without the lock. Whatever goes wrong ends this session alone."""
@@ -209,30 +242,53 @@ class Scheduler:
                 try:
                     video.switch(wanted, recache=self._recache)
                 except UserError as problem:
-                    notice, wanted = one_line(problem), None
+                    notice = _told(problem, wanted)
             frames = to_uint8(video.next_frames())
         except UserError as problem:
-            self._fail(session, one_line(problem))
-        except Exception as problem:  # of one visitor's video: the others' go on
+            self._fail(session, _told(problem, wanted or ""))
+        except Exception as problem:  # of one visitor's video: the others' go on, if the device does
             console.exception("demo: a video failed")
+            if _ends_the_device(problem):
+                self._break(one_line(problem))
             self._fail(session, f"the video failed ({type(problem).__name__}): the server's log says why")
         else:
-            self._made(session, video, frames, wanted, notice)
+            self._made(session, video, frames, notice)
+
+    def _break(self, error: str) -> None:
+        """Ends every session: whatever is asked of the device from here on fails."""
+        with self._changed:
+            self._closed, self.broken = True, error
+            for session in [*self._running, *self._waiting]:
+                self._end(session, State.failed, "the device failed: the server has to be started again")
+        self._on_break()
 
     def _fail(self, session: Session, error: str) -> None:
         with self._changed:
             self._end(session, State.failed, error)
 
-    def _made(self, session: Session, video: Video, frames: Frames, prompt: str | None, notice: str) -> None:
+    def _made(self, session: Session, video: Video, frames: Frames, notice: str) -> None:
         with self._changed:
             if session.state is not State.running:  # its visitor left meanwhile
                 return
             session.video, session.pace, session.notice = video, video.pace, notice or session.notice
-            session.prompt = prompt or session.prompt
             frames = frames[: self._limits.max_frames - session.made]
-            session.blocks.append(Block(frames, session.made, session.prompt))
+            session.blocks.append(Block(frames, session.made, video.prompt))
             session.made += len(frames)
             if session.made == self._limits.max_frames:
                 self._end(session, State.ended)
             else:
                 session.changed()
+
+
+def _told(problem: UserError, prompt: str) -> str:
+    """What a visitor reads of a prompt that was refused."""
+    if (text := without_paths(problem, prompt)) is None:
+        console.warning("demo: %s", one_line(problem))
+    return text or "this prompt cannot be used here: the server's log says why"
+
+
+def _ends_the_device(problem: Exception) -> bool:
+    """An error of CUDA's context, after which every call fails; memory that ran out is none."""
+    return isinstance(problem, torch.AcceleratorError) or (
+        isinstance(problem, RuntimeError) and "CUDA error" in str(problem)
+    )

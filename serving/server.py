@@ -45,6 +45,8 @@ def make_app(scheduler: Scheduler, limits: Limits, site: Site, names: Iterable[s
     """The application; the scheduler runs while it does. names: of hosts that it may be asked for by, see `Guard`."""
     from fastapi import FastAPI, Response, WebSocket
 
+    from serving.download import Downloads
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         scheduler.start()
@@ -55,7 +57,7 @@ def make_app(scheduler: Scheduler, limits: Limits, site: Site, names: Iterable[s
     app.add_middleware(Guard, names=tuple(names))
     videos: dict[str, Kept] = {}
     open_sockets: set[WebSocket] = set()
-    muxing = asyncio.Semaphore(1)  # downloads share the processor with the device's thread
+    downloads = Downloads(videos, limits)
 
     def add_file(url: str, content: bytes, kind: str) -> None:
         @app.get(url)
@@ -75,19 +77,7 @@ def make_app(scheduler: Scheduler, limits: Limits, site: Site, names: Iterable[s
 
     @app.get("/video/{token}")
     async def video(token: str) -> Response:
-        kept = videos.get(token)
-        if kept is None or not kept.images:
-            return Response("no such video: it is gone a little after its page\n", 404)
-        if kept.busy:
-            return Response("this video is being made already: wait for it\n", 429)
-        kept.busy = True
-        try:
-            async with muxing:
-                data = await asyncio.to_thread(kept.mp4)
-        finally:
-            kept.busy = False
-        named = {"Content-Disposition": 'attachment; filename="fewstep.mp4"'}
-        return Response(data, media_type="video/mp4", headers=named)
+        return downloads.of(token)
 
     @app.websocket("/stream")
     async def stream(socket: WebSocket) -> None:
@@ -96,9 +86,12 @@ def make_app(scheduler: Scheduler, limits: Limits, site: Site, names: Iterable[s
             await socket.close(TRY_LATER, "too many visitors: try again in a minute")
             return
         open_sockets.add(socket)
+        connection = Connection(socket, scheduler, limits, site.format, videos)
         try:
-            await Connection(socket, scheduler, limits, site.format, videos).serve()
+            leave = await connection.serve()
         finally:
             open_sockets.remove(socket)
+        if leave is not None:
+            await connection.part(leave)
 
     return app

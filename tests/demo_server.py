@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import uvicorn
 from torch import Tensor
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
@@ -44,9 +48,17 @@ class StandIn:
     def next_frames(self) -> Tensor:
         if self.prompt == "breaks later" and self.made:
             raise RuntimeError("of a device, with /a/path in it")
+        if self.prompt == "breaks the device later" and self.made:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         self.turns.append(self.prompt)
         self.made += 2
-        return torch.stack([torch.full((3, *self.size), (i % 50) / 50) for i in (self.made - 2, self.made - 1)])
+        return torch.stack([self.frame(i) for i in (self.made - 2, self.made - 1)])
+
+    def frame(self, number: int) -> Tensor:
+        """Grey, and lighter from one to the next; then its left half counts how often it began anew at black."""
+        frame = torch.full((3, *self.size), (number % 50) / 50)
+        frame[..., : self.size[1] // 2] = (number % 50 + 5 * (number // 50)) / 50 % 1
+        return frame
 
     def switch(self, prompt: str, *, recache: bool = False) -> None:
         if "unknown" in prompt:
@@ -58,6 +70,22 @@ class StandIn:
         return Pace(0.25, 40.0, self.made)
 
 
+class Overlapping(StandIn):
+    """One that begins the next block while it hands over this one, as `Live` does on a device."""
+
+    begun = wanted = ""
+
+    def next_frames(self) -> Tensor:
+        self.wanted = self.wanted or self.prompt
+        self.prompt, self.begun = self.begun or self.wanted, self.wanted
+        return super().next_frames()
+
+    def switch(self, prompt: str, *, recache: bool = False) -> None:
+        if "unknown" in prompt:
+            raise UserError(f"prompt {prompt!r}: unknown word")
+        self.wanted = prompt
+
+
 @dataclass
 class StandIns:
     """Opens stand-ins; seeds: that they were opened with."""
@@ -67,6 +95,8 @@ class StandIns:
     seeds: list[int] = field(default_factory=list)
 
     def __call__(self, prompt: str, seed: int) -> Video:
+        if "unknown in a cache" in prompt:
+            raise UserError(f"prompt {prompt!r} is not in the text cache /srv/a folder/text: add it")
         if "unknown" in prompt:
             raise UserError(f"prompt {prompt!r}:\n unknown word")
         self.seeds.append(seed)
@@ -84,7 +114,7 @@ def running(
     site = Site("small", examples, size, 2, Format(fps=60, scale=2))
     app = make_app(Scheduler(open_video, limits), limits, site, ("demo.example",))
     with listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(server_config(app, limits.message_bytes, limits.connections))
+        server = uvicorn.Server(server_config(app, limits))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
@@ -158,3 +188,20 @@ class Client:
                 m["type"] == "status" and m["video"] == self.asked and m["state"] == state and m["frames"] >= frames
             )
         )
+
+
+def code_of(client: Client) -> tuple[int, str]:
+    with pytest.raises(ConnectionClosed) as closed:
+        client.hear(lambda _: False)
+    assert closed.value.rcvd is not None
+    return closed.value.rcvd.code, closed.value.rcvd.reason
+
+
+def fetch(address: str, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    request = urllib.request.Request(f"http://{address}{path}", headers=headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=SECONDS) as answer:
+            return answer.status, dict(answer.headers), answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read()

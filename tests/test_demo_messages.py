@@ -8,7 +8,7 @@ import pytest
 
 from serving.cli import demo_args
 from serving.limits import Limits
-from serving.protocol import Rate, Shown, Start, Stop, Switch, parse
+from serving.protocol import Rate, Shown, Start, Stop, Switch, parse, without_paths
 from utils.config import UserError
 
 # ------------------------------------------------------------------------------------------------------- the messages
@@ -106,6 +106,19 @@ def test_rate_is_an_average_with_a_burst() -> None:
 def test_limits_that_make_no_sense(changes: dict[str, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Limits(**changes)
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (UserError("prompt 'a/b':\n unknown word"), "prompt 'a/b': unknown word"),
+        (UserError("prompt 'a/b' is not in the text cache /srv/my cache: add it"), None),
+        (UserError("prompt 'a/b' is not in the text cache logs/cache: add it"), None),
+        (OSError(2, "No such file", "here"), None),
+    ],
+)
+def test_an_error_is_told_without_paths(problem: Exception, said: str | None) -> None:
+    assert without_paths(problem, "a/b") == said
 
 
 # ------------------------------------------------------------------------------------------------------ the command line

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
@@ -43,15 +42,12 @@ def write_video(path: str | Path, pixels_TCHW: Tensor, fps: float, scale: int = 
     return path
 
 
-def mp4_bytes(frames: Iterable[Frame], fps: float) -> bytes:
-    """The MP4 (H.264, yuv420p) of frames that come one at a time, all of one size, so that a long video is never held
+def write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
+    """An MP4 (H.264, yuv420p) of frames that come one at a time, all of one size, so that a long video is never held
     uncompressed. Raises ValueError for no frames or fps <= 0."""
     if fps <= 0:
         raise ValueError(f"video: fps must be positive, got {fps}")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "video.mp4")
-        _write_mp4(path, frames, fps)
-        return path.read_bytes()
+    _write_mp4(path, frames, fps)
 
 
 def read_video(path: str | Path) -> Tensor:

@@ -7,7 +7,7 @@ const config = await (await fetch("config")).json();
 const ACK_MS = 100; // between two messages that say what has been shown
 const SMALL = 128; // pixels a side up to which enlarged pixels stay squares
 
-let socket = null;
+let socket = null, connecting = false;
 let state = "idle"; // idle, starting, waiting, running, ended, stopped, failed
 let video = 0; // number of the one that is shown, as the server counts them on this connection
 let asking = false; // for another one
@@ -68,8 +68,11 @@ function connect() {
     url.protocol = url.protocol.replace("http", "ws");
     const opened = new WebSocket(url);
     opened.binaryType = "arraybuffer";
-    opened.onopen = () => resolve(opened);
-    opened.onmessage = ({ data }) => (typeof data === "string" ? hear(JSON.parse(data)) : player.add(data));
+    opened.onopen = () => { socket = opened; resolve(); };
+    opened.onmessage = ({ data }) => {
+      if (socket !== opened) return; // of a connection that is not ours any more
+      typeof data === "string" ? hear(JSON.parse(data)) : player.add(data);
+    };
     opened.onclose = (event) => {
       if (socket === opened) lost(event);
       reject(new Error("the server does not answer: is it running?"));
@@ -80,6 +83,7 @@ function connect() {
 function lost(event) {
   socket = null;
   asking = false;
+  player.stop();
   const why = event.reason || { 1012: "the server has ended", 1009: "the message was too long" }[event.code];
   complain(`Disconnected: ${why || "the connection broke"}. Start connects again.`);
   say("Not connected.");
@@ -121,7 +125,7 @@ function told(status) {
     el("hint").textContent = "";
     say("The video could not go on.");
   } else {
-    say(status.state === "ended" ? `Done: ${made} frames, the most that a video may have here.` : `Stopped after ${made} frames.`);
+    say(status.state === "ended" ? `Done: ${made} frames, ${status.error ? `as ${status.error}` : "the most that a video may have here"}.` : `Stopped after ${made} frames.`);
     if (!made) el("hint").textContent = "Type a prompt and press Start";
   }
   enter(status.state);
@@ -131,7 +135,7 @@ function told(status) {
 
 async function start() {
   complain("");
-  const seed = el("seed").value === "" ? {} : { seed: Number(el("seed").value) };
+  if (connecting) return; // a double click: what is typed by then is sent once
   clicked = performance.now();
   asking = true;
   say("Starting.");
@@ -139,14 +143,18 @@ async function start() {
   try {
     if (!socket) {
       video = 0;
-      socket = await connect();
+      connecting = true;
+      await connect();
     }
+    const seed = el("seed").value === "" ? {} : { seed: Number(el("seed").value) };
     send({ type: "start", prompt: el("prompt").value, ...seed });
   } catch (problem) {
     asking = false;
     complain(problem.message);
     say("Not connected.");
     enter("idle");
+  } finally {
+    connecting = false;
   }
 }
 
@@ -170,12 +178,12 @@ function change() {
   if (!el("form").reportValidity()) return;
   complain("");
   send({ type: "prompt", prompt: el("prompt").value });
-  say("The new prompt holds from the next block on.");
+  say("The new prompt holds from the next block that is begun.");
 }
 
 function stop() {
   send({ type: "stop" });
-  player.reset(video);
+  player.stop();
 }
 
 async function download() {

@@ -15,12 +15,19 @@ export class Player {
 
   // Begins another video, by its number; frames of others are dropped from here on.
   reset(video) {
-    for (const frame of this.queue || []) frame.bitmap.close();
+    this.stop();
     this.video = video;
+    this.shown = 0;
+  }
+
+  // Draws nothing more, whatever is still on its way or being decoded, until `reset`.
+  stop() {
+    for (const frame of this.queue || []) frame.bitmap.close();
+    this.video = null;
+    this.generation = (this.generation || 0) + 1; // numbers of videos come again on another connection
     this.queue = [];
     this.decoding = Promise.resolve();
     this.pending = 0;
-    this.shown = 0;
     this.due = 0;
     this.times = [];
   }
@@ -30,10 +37,11 @@ export class Player {
     const numbers = new DataView(message);
     const video = numbers.getUint32(0, true), index = numbers.getUint32(4, true);
     if (video !== this.video) return;
+    const generation = this.generation;
     this.pending += 1;
     const bitmap = createImageBitmap(new Blob([new Uint8Array(message, 8)]));
     this.decoding = Promise.all([this.decoding, bitmap]).then(([, image]) => {
-      if (video !== this.video) { image.close(); return; }
+      if (generation !== this.generation) { image.close(); return; }
       this.pending -= 1;
       this.queue.push({ index, bitmap: image });
     });

@@ -9,9 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
+from serving.frames import encode
 from serving.limits import Limits
+from serving.protocol import frame_message
 from serving.scheduler import Video
 from tests.demo_server import DEFAULT, StandIns, open_toy, running, toy_student
 from utils.video import read_video
@@ -21,12 +24,19 @@ if TYPE_CHECKING:
 
 SEVEN, THREE = "the digit seven moving left", "the digit three moving up"
 PHONE, DESKTOP = (375, 812), (1280, 800)
+ENDLESS = replace(DEFAULT, max_frames=100_000)  # no video ends before a slow machine has looked at it
 MANY = re.compile(r"^([2-9]\d|\d{3,})$")  # frames: 20 or more
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Video]:
     return open_toy(toy_student(tmp_path_factory.mktemp("student")))
+
+
+SOCKETS = """
+    window.sockets = [];
+    window.WebSocket = class extends WebSocket { constructor(url) { super(url); window.sockets.push(this); } };
+"""  # those of a page, for what its own code never says
 
 
 class Visitor:
@@ -37,6 +47,7 @@ class Visitor:
 
         self.expect = expect
         self.context = browser.new_context(viewport={"width": size[0], "height": size[1]})
+        self.context.add_init_script(SOCKETS)
         self.page: Page = self.context.new_page()
         self.asked: list[str] = []
         self.complaints: list[str] = []
@@ -70,7 +81,7 @@ class Visitor:
 
 @contextmanager
 def site(
-    browser: Browser, open_video: Callable[[str, int], Video], limits: Limits = DEFAULT
+    browser: Browser, open_video: Callable[[str, int], Video], limits: Limits = ENDLESS
 ) -> Iterator[Callable[..., Visitor]]:
     """A server and its visitors, who have asked for nothing from elsewhere and have had no errors by the end."""
     visitors: list[Visitor] = []
@@ -145,7 +156,7 @@ def test_a_video_from_prompt_to_mp4(
 
 
 def test_two_at_once_one_in_line_and_one_who_goes(browser: Browser, toy: Callable[[str, int], Video]) -> None:
-    with site(browser, toy, replace(DEFAULT, users=2, waiting=1)) as visit:
+    with site(browser, toy, replace(ENDLESS, users=2, waiting=1)) as visit:
         one, two, three = (visit(size) for size in (DESKTOP, PHONE, DESKTOP))
         for visitor in (one, two):
             visitor.start(SEVEN)
@@ -159,6 +170,64 @@ def test_two_at_once_one_in_line_and_one_who_goes(browser: Browser, toy: Callabl
         three.shows("#caption", f"“{THREE}”")
         two.says("Streaming.")
         assert two.pixels() != before
+
+
+def test_two_submits_at_once_make_one_connection(browser: Browser) -> None:
+    with site(browser, StandIns()) as visit:
+        visitor = visit()
+        visitor.page.fill("#prompt", "one")
+        visitor.page.evaluate("for (let i = 0; i < 3; i++) document.getElementById('form').requestSubmit()")
+        visitor.shows("#frames", MANY)
+        assert visitor.page.evaluate("sockets.length") == 1
+
+
+def test_nothing_is_drawn_after_a_stop(browser: Browser) -> None:
+    frame = list(frame_message(1, 0, encode(np.zeros((1, 16, 16, 3), np.uint8))[0]))
+    with site(browser, StandIns()) as visit:
+        visitor = visit()
+        left = visitor.page.evaluate(
+            """async (bytes) => {
+                const { Player } = await import("/player.js");
+                const player = new Player(document.createElement("canvas"), 60, 10, () => {});
+                const add = () => { player.add(new Uint8Array(bytes).buffer); return player.decoding; };
+                player.reset(1);
+                const decoding = add();
+                player.stop();
+                const late = add(); // was in flight
+                player.reset(1); // of another connection
+                await Promise.all([decoding, late]);
+                const old = player.queue.length + player.pending + player.shown;
+                await add();
+                return [old, player.queue.length + player.shown];
+            }""",
+            frame,
+        )
+        assert left == [0, 1]
+        visitor.start("one")
+        visitor.shows("#frames", MANY)
+        first = visitor.page.locator("#first").inner_text()
+        visitor.page.click("#stop")
+        visitor.says("Stopped after")
+        visitor.shows("#first", first)
+
+
+def test_what_the_page_never_says_is_refused(browser: Browser) -> None:
+    with site(browser, StandIns()) as visit:
+        visitor = visit()
+        alert = visitor.page.get_by_role("alert")
+        visitor.start("one")
+        visitor.shows("#frames", MANY)
+        for text in ("{", '{"type": "start"', "\\u0000", '{"type": "stop", "type": "stop"}'):
+            visitor.page.evaluate("text => sockets[0].send(text)", text)
+            visitor.expect(alert).to_have_text("message: not a JSON object: reload the page")
+            visitor.page.evaluate("document.getElementById('error').textContent = ''")
+        visitor.says("Streaming.")
+        visitor.page.evaluate("sockets[0].send('x'.repeat(9000))")
+        visitor.expect(alert).to_contain_text("Disconnected:")
+        visitor.start("two")
+        visitor.shows("#caption", "“two”")
+        visitor.page.evaluate("sockets[1].send(new Uint8Array(9))")
+        visitor.expect(alert).to_contain_text("Disconnected: message: bytes, where a JSON text belongs")
 
 
 def test_markup_in_a_prompt_is_text(browser: Browser) -> None:
@@ -194,7 +263,7 @@ def test_a_video_has_an_end_and_another_begins_after_a_refusal(
 
 def test_a_restart_in_mid_stream_and_the_end_of_the_server(browser: Browser) -> None:
     large = (144, 256)  # sent as JPEG
-    with running(StandIns(large), DEFAULT, large, (SEVEN,)) as address:
+    with running(StandIns(large), ENDLESS, large, (SEVEN,)) as address:
         visitor = Visitor(browser, address)
         visitor.start("one")
         visitor.shows("#frames", MANY)

@@ -1,0 +1,75 @@
+"""Videos as files: made one at a time, sent in pieces as they are read, and only so many at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from pathlib import Path
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serving.frames import Kept
+from serving.limits import Limits
+from serving.wire import abort
+
+PIECE = 2**16  # bytes
+
+
+class Downloads:
+    """videos: that can be fetched, by their tokens."""
+
+    def __init__(self, videos: dict[str, Kept], limits: Limits) -> None:
+        self._videos, self.limits = videos, limits
+        self.muxing = asyncio.Semaphore(1)  # they share the processor with the device's thread
+        self.open = 0
+
+    def of(self, token: str) -> Response:
+        """The video, or why there is none."""
+        kept = self._videos.get(token)
+        if kept is None or not kept.images:
+            return Response("no such video: it is gone a little after its page\n", 404)
+        return _Download(self, kept)
+
+
+class _Download(Response):
+    """Holds its turn until the last piece is on its way: what nobody reads would else pile up in memory."""
+
+    def __init__(self, downloads: Downloads, kept: Kept) -> None:
+        super().__init__(media_type="video/mp4", headers={"Content-Disposition": 'attachment; filename="fewstep.mp4"'})
+        self._downloads, self._kept = downloads, kept
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if refused := self._refusal():
+            return await Response(f"{refused}\n", 429)(scope, receive, send)
+        self._kept.busy = True
+        self._downloads.open += 1
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "video.mp4")
+                async with self._downloads.muxing:
+                    await asyncio.to_thread(self._kept.mp4, path)
+                async with asyncio.timeout(self._downloads.limits.download_seconds):
+                    await self._send(path, send)
+        except TimeoutError:
+            abort(scope)
+        finally:
+            self._downloads.open -= 1
+            self._kept.busy = False
+
+    def _refusal(self) -> str:
+        if self._kept.busy:
+            return "this video is being made already: wait for it"
+        if self._downloads.open >= self._downloads.limits.downloads:
+            return "too many videos are being fetched: try again in a minute"
+        return ""
+
+    async def _send(self, path: Path, send: Send) -> None:
+        size = str(os.path.getsize(path)).encode()
+        headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
+        await send({"type": "http.response.start", "status": 200, "headers": [*headers, (b"content-length", size)]})
+        with path.open("rb") as file:
+            while piece := file.read(PIECE):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})

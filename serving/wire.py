@@ -1,0 +1,13 @@
+"""How the application ends a connection at once: the protocols of `serving/bounded.py` put the way into its scope."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+ABORT = "fewstep.abort"
+
+
+def abort(scope: MutableMapping[str, Any]) -> None:
+    """Drops the connection and what is on its way: `close` would wait until all of it has been read."""
+    scope[ABORT]()
