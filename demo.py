@@ -17,7 +17,11 @@ from utils.cli import refuse_several_ranks, run_cli
 def main() -> int:
     args = demo_args()
     refuse_several_ranks("demo.py")
-    return demo(Generator.load(args.source, distributed.device(), weights=args.weights), args)
+    generator = Generator.load(
+        args.source, distributed.device(), weights=args.weights, tiny_decoder=args.tiny_decoder,
+        acceleration=args.acceleration,
+    )  # fmt: skip
+    return demo(generator, args)
 
 
 if __name__ == "__main__":

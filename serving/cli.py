@@ -8,7 +8,9 @@ from pathlib import Path
 
 from serving.limits import Limits
 from serving.protocol import MAX_SEED
+from trainer.acceleration import Acceleration
 from trainer.generate import Sampling
+from trainer.generate_cli import acceleration_of, add_speed
 from utils.cli import Parser
 from utils.config import UserError
 
@@ -31,6 +33,8 @@ class DemoArgs:
     allow_host: tuple[str, ...]
     fps: int
     scale: int | None
+    tiny_decoder: str | None
+    acceleration: Acceleration
     limits: Limits
 
     def sampling(self, seed: int) -> Sampling:
@@ -56,6 +60,7 @@ def _parser() -> Parser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: 7860)")
     parser.add_argument("--allow_host", action="append", default=[], metavar="NAME", help="of this host, in a URL")
+    add_speed(parser)
     limits = parser.add_argument_group("limits")
     limits.add_argument("--users", type=int, help="videos made at the same time")
     limits.add_argument("--waiting", type=int, help="visitors in line for a place")
@@ -89,5 +94,5 @@ def demo_args(argv: Sequence[str] | None = None) -> DemoArgs:
         raise UserError(str(problem)) from None
     return DemoArgs(
         a.run or a.checkpoint, a.weights, a.steps, a.window, a.sinks, a.seed, a.noisy_context, a.recache, a.host,
-        a.port, tuple(a.allow_host), a.fps, a.scale, limits,
+        a.port, tuple(a.allow_host), a.fps, a.scale, a.tiny_decoder, acceleration_of(a), limits,
     )  # fmt: skip

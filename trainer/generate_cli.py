@@ -105,11 +105,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--lora_scale", type=float, help="by how much --lora counts; without one, the run's own adapter (1)"
     )
-    speed = parser.add_argument_group("speed")
-    speed.add_argument("--compile", action="store_true", help="torch.compile for the blocks: minutes at first")
-    speed.add_argument("--fp8", action="store_true", help="linear layers in fp8 (torchao; Ada, Hopper and later)")
-    speed.add_argument("--tiny_decoder", metavar="FILE", help="taehv's decoder in place of the VAE's: coarser, faster")
-    speed.add_argument("--eager", action="store_true", help="record no CUDA graphs")
+    speed = add_speed(parser)
     speed.add_argument(
         "--sequence_parallel", type=int, default=1, metavar="N",
         help="under torchrun: so many processes share each video (1: each makes videos of its own)",
@@ -120,6 +116,20 @@ def _parser() -> Parser:
     parser.add_argument("--scale", type=int, help="whole factor to enlarge pixels by (default: to a width of 128)")
     parser.add_argument("--batch", type=int, default=8, help="videos made at once")
     return parser
+
+
+def add_speed(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options that make passes and decoding faster, for `acceleration_of`."""
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--compile", action="store_true", help="torch.compile for the blocks: minutes at first")
+    speed.add_argument("--fp8", action="store_true", help="linear layers in fp8 (torchao; Ada, Hopper and later)")
+    speed.add_argument("--tiny_decoder", metavar="FILE", help="taehv's decoder in place of the VAE's: coarser, faster")
+    speed.add_argument("--eager", action="store_true", help="record no CUDA graphs")
+    return speed
+
+
+def acceleration_of(a: argparse.Namespace) -> Acceleration:
+    return Acceleration(False if a.eager else None, a.compile, a.fp8)
 
 
 def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
@@ -176,7 +186,7 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
         tuple(LoraWeights(path, scale) for path in a.low_lora),
         1.0 if a.lora or a.low_lora else scale,
         a.tiny_decoder,
-        Acceleration(False if a.eager else None, a.compile, a.fp8),
+        acceleration_of(a),
         a.sequence_parallel,
     )
 
