@@ -212,6 +212,7 @@ def _same_settings(args: VBenchArgs, augmented: dict[str, str] | None, sampling:
         **asdict(sampling),
         "texts": hashlib.sha256(texts.encode()).hexdigest(),
     }
+    settings = json.loads(json.dumps(settings))  # as they come back
     file = args.videos.with_name(f"{args.videos.name}_settings.json")
     try:
         there = json.loads(file.read_text()) if file.is_file() else None
