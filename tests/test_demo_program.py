@@ -41,6 +41,19 @@ def test_a_toy_student_streams_and_a_seed_repeats_its_video(student: Path) -> No
         assert client.status("failed")["error"].startswith("prompt 'a cat': unknown word 'a'; this encoder knows")
 
 
+def told_ports(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[int]:
+    """Gets the port of each server that this process starts from here on."""
+    ports: queue.Queue[int] = queue.Queue()
+
+    def listen_and_tell(host: str, port: int) -> socket.socket:
+        listening = listen(host, port)
+        ports.put(listening.getsockname()[1])
+        return listening
+
+    monkeypatch.setattr(run, "listen", listen_and_tell)
+    return ports
+
+
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
 def test_the_program_says_where_it_is_and_ends_on_a_signal(
@@ -54,12 +67,7 @@ def test_the_program_says_where_it_is_and_ends_on_a_signal(
     import demo as program
 
     codes: list[int] = []
-    ports: queue.Queue[int] = queue.Queue()
-
-    def listen_and_tell(host: str, port: int) -> socket.socket:
-        listening = listen(host, port)
-        ports.put(listening.getsockname()[1])
-        return listening
+    ports = told_ports(monkeypatch)
 
     def visit() -> None:
         with Client(f"127.0.0.1:{ports.get(timeout=SECONDS)}", watches=False) as client:
@@ -79,7 +87,6 @@ def test_the_program_says_where_it_is_and_ends_on_a_signal(
         await shutdown(server, sockets)
 
     monkeypatch.setattr(uvicorn.Server, "shutdown", hurried)
-    monkeypatch.setattr(run, "listen", listen_and_tell)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--run", str(student), "--port", "0"])
     visitor = threading.Thread(target=visit)
     visitor.start()
@@ -95,12 +102,7 @@ def test_the_program_says_where_it_is_and_ends_on_a_signal(
 def test_the_program_ends_with_one_line_when_its_device_fails(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.generate import Generator
 
-    ports: queue.Queue[int] = queue.Queue()
-
-    def listen_and_tell(host: str, port: int) -> socket.socket:
-        listening = listen(host, port)
-        ports.put(listening.getsockname()[1])
-        return listening
+    ports = told_ports(monkeypatch)
 
     def visit() -> None:
         with Client(f"127.0.0.1:{ports.get(timeout=SECONDS)}") as client:
@@ -108,7 +110,6 @@ def test_the_program_ends_with_one_line_when_its_device_fails(student: Path, mon
             with pytest.raises(ConnectionClosed):
                 client.hear(lambda _: False)
 
-    monkeypatch.setattr(run, "listen", listen_and_tell)
     monkeypatch.setattr(run, "Live", lambda generator, prompt, sampling: StandIn(prompt, []))
     visitor = threading.Thread(target=visit)
     visitor.start()

@@ -225,9 +225,9 @@ class Generator:
         if conditioning.initial is not None:
             yield conditioning.initial.to(noise.dtype)
         geometry = (conditioning.batch, frames, causal)
-        known, before = self._kept or (None, None)
+        # of another geometry it goes before a new one is made: there may be room for one alone
+        reused = self._kept[1] if self._kept is not None and self._kept[0] == geometry else None
         self._kept = None  # nobody else's while this video is made
-        reused = before if known == geometry else None
         video = self._open(conditioning, sampling, sigmas, causal, source, frames, reused)
         for part in noise.split(list(blocks), 1):
             yield video.make(part)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -121,10 +120,9 @@ def _write(videos: Tensor, paths: Sequence[Path], prompts: Sequence[str], args: 
     """videos: pixels [B, T, 3, h, w] in [0, 1], or latents [B, F, C, H, W]."""
     for video, path, prompt in zip(videos, paths, prompts, strict=True):
         if args.suffix == "safetensors":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}")
-            save_file({"latents": video.contiguous()}, temporary, {"prompt": prompt, "seed": str(args.sampling.seed)})
-            os.replace(temporary, path)
+            said = {"prompt": prompt, "seed": str(args.sampling.seed)}
+            with atomic(path) as temporary:
+                save_file({"latents": video.contiguous()}, temporary, said)
         else:
             write_video(path, video, args.fps, args.scale or max(1, 128 // video.shape[-1]))
 
