@@ -21,7 +21,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import machine, seconds, table, write_json
+from benchmarks.common import Clock, machine, seconds, table, write_json
 from model.wan.attention import Backend, attend
 from model.wan.vsa import Shape, SparseBackend, Tiling, available, choose_cube, kept_tiles, video_sparse_attention
 
@@ -128,8 +128,11 @@ def products(size: Size, share: float) -> float:
     return 4.0 * tokens * tokens * size.width * size.heads * share
 
 
-def benchmark(size: Size, sparsities: list[float], cube: Shape, repeats: int, only: list[str]) -> dict[str, Any]:
+def benchmark(
+    size: Size, sparsities: list[float], cube: Shape, repeats: int, only: list[str], clock: Clock | None = None
+) -> dict[str, Any]:
     """Every backend with one of the words in its name, forward and with backward. Returns what main writes."""
+    clock = clock or Clock(None)
     device = torch.device(size.device)
     tiling = Tiling(size.grid, cube)
     generator = torch.Generator(device).manual_seed(0)
@@ -143,7 +146,7 @@ def benchmark(size: Size, sparsities: list[float], cube: Shape, repeats: int, on
         for name, run in runs.items():
             if only and not any(word in name for word in only):
                 continue
-            found = measure(run, inputs, repeats)
+            found = {"forward_refused": clock.refusal} if clock.is_over else measure(run, inputs, repeats)
             results.append({"name": name, "sparsity": sparsity, "share": share, **found})
     for which, factor in (("forward", 1.0), ("forward_backward", WITH_BACKWARD)):
         best = min((r[which] for r in results if r["sparsity"] is None and which in r), default=None)
@@ -196,6 +199,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, help="default: 10, on a CPU 3")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU; default: 1")
+    parser.add_argument("--seconds", type=float, help="in all; backends that have not begun by then have no numbers")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/attention_SIZE.json")
     return parser.parse_args(arguments)
 
@@ -211,7 +215,8 @@ def main(arguments: list[str]) -> int:
         size = Size(size.grid, options.heads, size.width, size.device, size.dtype)
     cube = tuple(options.cube) if options.cube else choose_cube(size.grid)
     repeats = options.repeats or (10 if size.device == "cuda" else 3)
-    content = {"size": options.size} | benchmark(size, options.sparsity, cube, repeats, options.only)
+    clock = Clock(options.seconds)
+    content = {"size": options.size} | benchmark(size, options.sparsity, cube, repeats, options.only, clock)
     print(report(content))
     print(
         f"{content['tokens']} tokens, cube {cube}, {content['padding']:.1%} padding; {size.heads} heads of {size.width}"

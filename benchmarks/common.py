@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -79,21 +80,56 @@ def peak_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def fresh_process(module: str, arguments: Sequence[str], threads: int) -> dict[str, Any]:
+class Clock:
+    """The time that a benchmark may take, in seconds from now; None: as long as it needs."""
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit, self.end = limit, math.inf if limit is None else time.monotonic() + limit
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    @property
+    def is_over(self) -> bool:
+        return self.left <= 0
+
+    @property
+    def refusal(self) -> str:
+        """Why something has no numbers that was not done when it was over."""
+        return f"left out: the {self.limit:g} s of --seconds were over"
+
+
+def fresh_process(module: str, arguments: Sequence[str], threads: int, clock: Clock | None = None) -> dict[str, Any]:
     """Runs `python -m module arguments` with so many threads and reads the JSON on its last line.
 
-    Peak memory is a process's own, so every configuration gets one. Raises RuntimeError with its last line of error.
+    Peak memory is a process's own, so every configuration gets one. Raises RuntimeError with its last line of error, or
+    when the clock runs out before it is done.
     """
+    clock = clock or Clock(None)
+    if clock.is_over:
+        raise RuntimeError(clock.refusal)
     count = str(threads)
     environment = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", module, *arguments]
+    try:
+        left = None if clock.limit is None else clock.left
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=left)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(clock.refusal) from None
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise RuntimeError(f"{module} {' '.join(arguments)} ended with {done.returncode}: {last}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
+
+
+def attempt(module: str, arguments: Sequence[str], threads: int, clock: Clock) -> dict[str, Any]:
+    """As `fresh_process`, or why there are no numbers, as `refused`: one configuration that fails stops no other."""
+    try:
+        return fresh_process(module, arguments, threads, clock)
+    except RuntimeError as error:
+        return {"refused": str(error)}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -83,8 +83,9 @@ def test_report_puts_the_public_figures_below_ours() -> None:
     assert train_step.iteration(on_gpu, counted) == {
         "seconds": pytest.approx(9.5 * 1.2), "flops": 5.6e12, "mfu": pytest.approx(5.6 / 9.5 / 1.2 / 989)
     }  # fmt: skip
-    ours["iteration"] = train_step.iteration(ours | {"machine": {}}, counted)
-    assert ours["iteration"]["mfu"] is None
+    on_cpu = train_step.iteration(ours | {"machine": {}}, counted)
+    assert on_cpu["mfu"] is None
+    ours["iteration"] = on_cpu
     lines = train_step.report([ours], public=True).splitlines()
     assert "9.50" in lines[2] and "1.000 x min" in lines[2]
     assert lines[3].split()[:2] == ["public", "Self-Forcing"] and "9.80" in lines[3] and "1.77" in lines[3]
@@ -170,6 +171,23 @@ def test_a_worker_that_fails_is_told_in_one_line() -> None:
     with pytest.raises(RuntimeError, match="ended with 2: .*invalid choice") as error:
         common.fresh_process("benchmarks.train_step", ["--precision", "fp8"], 1)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_not_done_in_time_is_left_out_and_stops_nothing(tmp_path: Path) -> None:
+    """One that ran out of time before it began, one that is cut off, one that fails: each says so."""
+    out = tmp_path / "streaming.json"
+    assert streaming.main(["--size", "smoke", "--only", "noisy", "--seconds", "0", "--out", str(out)]) == 1
+    (result,) = json.loads(out.read_text())["results"]
+    assert result["option"]["noisy"] and result["refused"] == "left out: the 0 s of --seconds were over"
+    assert "window 9, noisy context: left out" in streaming.report([result])
+    cut = common.attempt("benchmarks.streaming", ["--worker", "x"], 1, common.Clock(0.05))
+    assert cut == {"refused": "left out: the 0.05 s of --seconds were over"}
+    failed = common.attempt("benchmarks.streaming", ["--size", "none"], 1, common.Clock(None))
+    assert "invalid choice" in failed["refused"]
+    refused = {"precision": "bf16", "checkpointing": "full", "backend": "sdpa", "refused": "no room"}
+    assert train_step.report([refused], public=True).endswith("bf16, checkpointing full, sdpa: no room")
+    content = attention.benchmark(attention.SIZES["smoke"], [0.5], (1, 4, 4), 1, ["sdpa"], common.Clock(0))
+    assert "sdpa, forward: left out" in attention.report(content)
 
 
 def test_table_aligns() -> None:
