@@ -94,11 +94,14 @@ GPU_OPTIONS = (
 
 
 def options_of(size: Size) -> tuple[Option, ...]:
-    """Those that this machine can run."""
-    every = GPU_OPTIONS if size.device == "cuda" else CPU_OPTIONS
-    has = {"vae": importlib.util.find_spec("diffusers") is not None}
-    fp8 = importlib.util.find_spec("torchao") is not None
-    return tuple(o for o in every if has.get(o.decoder, True) and (fp8 or not o.fp8))
+    return GPU_OPTIONS if size.device == "cuda" else CPU_OPTIONS
+
+
+def lacks(option: Option) -> str | None:
+    """What this machine has not got installed that the option needs."""
+    needed = [name for name, wanted in (("diffusers", option.decoder == "vae"), ("torchao", option.fp8)) if wanted]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    return f"needs {' and '.join(missing)}: pip install {' '.join(missing)}" if missing else None
 
 
 class Workload:
@@ -252,7 +255,9 @@ def main(arguments: list[str]) -> int:
     results = []
     for name, option in chosen.items():
         flags = ["--worker", name, "--size", given.size, "--threads", str(given.threads)]
-        results.append({"option": asdict(option)} | attempt("benchmarks.streaming", flags, given.threads, clock))
+        refusal = lacks(option)
+        found = {"refused": refusal} if refusal else attempt("benchmarks.streaming", flags, given.threads, clock)
+        results.append({"option": asdict(option)} | found)
     print(report(results))
     out = given.out or Path("benchmarks/results") / f"streaming_{given.size}.json"
     write_json(out, {"size": given.size, "results": results})

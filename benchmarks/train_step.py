@@ -192,6 +192,7 @@ def measure(size: Size, precision: str, checkpointing: Checkpointing, backend: B
     unit = seconds(work.forward, work.device, 3)
     out: dict[str, Any] = {"forward_seconds": unit, "generator": [], "critic": [], "tokens": [], "tokens_minimum": []}
     for kind, step in (("generator", work.generator_step), ("critic", work.critic_step)):
+        step(0)
         for exit_step in range(len(STEPS)):
             before = work.evaluations.total_frames
             taken = seconds(partial(step, exit_step), work.device, repeats)

@@ -83,11 +83,18 @@ def one_line(problem: Exception) -> str:
     return text if len(text) <= 300 else text[:299] + "…"
 
 
+def without_prompt(problem: Exception, prompt: str) -> str:
+    """What an error says, in one line, the prompt's own words left out."""
+    text = " ".join(str(problem).split())
+    for words in (prompt, repr(prompt)[1:-1], repr(prompt[:60])[1:-1]):
+        text = text.replace(words, "…") if words else text
+    return text
+
+
 def without_paths(problem: Exception, prompt: str) -> str | None:
     """What an error of a prompt says, if a visitor may read it: nothing that looks like a path, the prompt's own words
     apart, which the visitor knows."""
-    text = " ".join(str(problem).split())
-    told = text.replace(prompt, "").replace(repr(prompt)[1:-1], "").replace(repr(prompt[:60])[1:-1], "")
+    told = without_prompt(problem, prompt)
     return None if isinstance(problem, OSError) or "/" in told or "\\" in told else one_line(problem)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from serving.cli import DemoArgs
 from serving.connection import Format
 from serving.limits import Limits
-from serving.scheduler import Scheduler, Video
+from serving.scheduler import Scheduler
 from serving.server import Site, make_app
 from trainer.generate import Generator
 from trainer.live import Live
@@ -22,6 +22,7 @@ from utils.logging import setup_console
 if TYPE_CHECKING:
     from uvicorn import Config
 
+EXAMPLES = ("waves roll onto a beach at sunset", "a cat walks through tall grass")  # of a run without its prompts
 MIN_WIDTH = 256  # pixels to which a small video is enlarged for the download, unless --scale says otherwise
 
 
@@ -36,12 +37,11 @@ def demo(generator: Generator, args: DemoArgs) -> int:
         raise UserError(f"the demo needs {problem.name}: pip install -r requirements.txt") from None
     console = setup_console()
 
-    def open_video(prompt: str, seed: int) -> Video:
+    def open_video(prompt: str, seed: int) -> Live:
         return Live(generator, prompt, args.sampling(seed))
 
-    examples = tuple(dict.fromkeys(generator.task.validation_prompts(4)))
-    # made before anyone waits for it: what cannot be streamed fails here, and kernels are chosen
-    _, _, height, width = open_video(examples[0], args.seed or 0).next_frames().shape
+    examples = examples_of(generator)
+    height, width = warm_up(generator, open_video(examples[0], args.seed or 0))
     steps = len(generator.step_list(args.steps))
     format = Format(args.fps, args.scale or max(1, MIN_WIDTH // width), args.seed)
     site = Site(generator.config.name, examples, (height, width), steps, format)
@@ -69,6 +69,25 @@ def demo(generator: Generator, args: DemoArgs) -> int:
         raise UserError(f"the demo ended, for the device failed: {scheduler.broken}: start it again")
     print("fewstep demo: ended", flush=True)
     return 0
+
+
+def examples_of(generator: Generator) -> tuple[str, ...]:
+    """Prompts for the page: some that the run was trained on, where they are at hand."""
+    try:
+        return tuple(dict.fromkeys(generator.task.validation_prompts(4)))
+    except UserError:
+        return EXAMPLES
+
+
+def warm_up(generator: Generator, video: Live) -> tuple[int, int]:
+    """Makes what visitors would wait for else: what cannot be streamed fails here, kernels are chosen, and passes are
+    recorded up to a full window, for the first of them. Returns height and width in pixels. Raises UserError."""
+    generator.task.load_text_encoder()
+    frames = video.next_frames()
+    while generator.acceleration.records(generator.device) and not video.is_steady:
+        video.next_frames()
+    video.close()
+    return frames.shape[2], frames.shape[3]
 
 
 def server_config(app: Any, limits: Limits) -> Config:

@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from serving.limits import Limits
-from serving.protocol import one_line, without_paths
+from serving.protocol import one_line, without_paths, without_prompt
 from trainer.live import Pace
 from utils.config import UserError
 from utils.logging import console
@@ -30,6 +31,8 @@ class Video(Protocol):
     def next_frames(self) -> Tensor: ...
 
     def switch(self, prompt: str, *, recache: bool = False) -> None: ...
+
+    def close(self) -> None: ...
 
     @property
     def pace(self) -> Pace: ...
@@ -89,9 +92,10 @@ class Scheduler:
 
     A session is passed over while `limits.ahead` of its frames have not been shown, so its queue is bounded, and a
     visitor who reads slowly slows nobody else. open_video(prompt, seed): begins a video; it and all that it returns run
-    on that thread alone. recache: how a prompt is changed, see `Live.switch`. on_break: called on that thread once the
-    device is of no more use, `broken` being why. All methods may be called from any thread
-    and none of them waits for the device, `close` apart.
+    on that thread alone, and end there: to free a device's memory on another one could spoil a recording.
+    recache: how a prompt is changed, see `Live.switch`. on_break: called on that thread once the device is of no more
+    use, `broken` being why. All methods may be called from any thread and none of them waits for the device, `close`
+    apart.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._running: deque[Session] = deque()  # in order of their turns
         self._waiting: deque[Session] = deque()
+        self._over: list[Video] = []  # of ended sessions: the device's thread has them yet to close
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="device")
 
@@ -196,28 +201,40 @@ class Scheduler:
         if session.state not in (State.waiting, State.running):
             return
         (self._running if session.state is State.running else self._waiting).remove(session)
-        session.state, session.error, session.video = state, error, None
+        session.state, session.error = state, error
+        if session.video is not None:
+            self._over.append(session.video)
+            session.video = None
         session.changed()
         if not self._closed:
             self._admit()
 
     def _work(self) -> None:
-        while (session := self._next()) is not None:
-            self._turn(session)
-            del session  # or this thread would hold the cache of an ended one until the next turn
+        while (job := self._next()) is not None:
+            job()
+            del job  # or this thread would hold an ended video until the next job
+        self._put_away()
 
-    def _next(self) -> Session | None:
-        """Whose turn it is; null at the end."""
+    def _next(self) -> Callable[[], None] | None:
+        """What is to be done: ended videos first, then whose turn it is; null at the end."""
         with self._changed:
             while not self._closed:
                 late = self._pass_on()
+                if self._over:
+                    return self._put_away
                 for _ in range(len(self._running)):
                     session = self._running[0]
                     self._running.rotate(-1)
                     if session.made - session.shown < self._limits.ahead:
-                        return session
+                        return partial(self._turn, session)
                 self._changed.wait(late)
             return None
+
+    def _put_away(self) -> None:
+        with self._changed:
+            over, self._over = self._over, []
+        for video in over:
+            video.close()
 
     def _pass_on(self) -> float | None:
         """Takes places from those who have had them for long, as long as others wait. Seconds until the next one."""
@@ -245,12 +262,12 @@ class Scheduler:
                     notice = _told(problem, wanted)
             frames = to_uint8(video.next_frames())
         except UserError as problem:
-            self._fail(session, _told(problem, wanted or ""))
+            self._fail(session, video, _told(problem, wanted or ""))
         except Exception as problem:  # of one visitor's video: the others' go on, if the device does
             console.exception("demo: a video failed")
             if _ends_the_device(problem):
                 self._break(one_line(problem))
-            self._fail(session, f"the video failed ({type(problem).__name__}): the server's log says why")
+            self._fail(session, video, f"the video failed ({type(problem).__name__}): the server's log says why")
         else:
             self._made(session, video, frames, notice)
 
@@ -262,13 +279,17 @@ class Scheduler:
                 self._end(session, State.failed, "the device failed: the server has to be started again")
         self._on_break()
 
-    def _fail(self, session: Session, error: str) -> None:
+    def _fail(self, session: Session, video: Video | None, error: str) -> None:
         with self._changed:
+            session.video = None  # of no more use, to the next one either
+            self._over = [other for other in self._over if other is not video]
             self._end(session, State.failed, error)
 
     def _made(self, session: Session, video: Video, frames: Frames, notice: str) -> None:
         with self._changed:
             if session.state is not State.running:  # its visitor left meanwhile
+                if all(video is not other for other in self._over):
+                    self._over.append(video)  # had just begun
                 return
             session.video, session.pace, session.notice = video, video.pace, notice or session.notice
             frames = frames[: self._limits.max_frames - session.made]
@@ -283,7 +304,7 @@ class Scheduler:
 def _told(problem: UserError, prompt: str) -> str:
     """What a visitor reads of a prompt that was refused."""
     if (text := without_paths(problem, prompt)) is None:
-        console.warning("demo: %s", one_line(problem))
+        console.warning("demo: %s", without_prompt(problem, prompt))
     return text or "this prompt cannot be used here: the server's log says why"
 
 

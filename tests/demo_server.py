@@ -44,6 +44,10 @@ class StandIn:
     turns: list[str]
     size: tuple[int, int] = SIZE
     made: int = 0
+    closed_on: list[str] = field(default_factory=list)  # names of the threads that closed it
+
+    def close(self) -> None:
+        self.closed_on.append(threading.current_thread().name)
 
     def next_frames(self) -> Tensor:
         if self.prompt == "breaks later" and self.made:

@@ -127,6 +127,16 @@ def test_streaming_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "--size 1.3b needs a CUDA GPU" in capsys.readouterr().err
 
 
+def test_an_option_that_lacks_a_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming.importlib.util, "find_spec", lambda name: None)
+    option, out = streaming.Option("all", decoder="vae", fp8=True), tmp_path / "streaming.json"
+    assert streaming.lacks(option) == "needs diffusers and torchao: pip install diffusers torchao"
+    assert streaming.lacks(streaming.Option("plain", decoder="tiny", compiled=True)) is None
+    monkeypatch.setattr(streaming, "CPU_OPTIONS", (option,))
+    assert streaming.main(["--size", "smoke", "--out", str(out)]) == 1
+    assert json.loads(out.read_text())["results"][0]["refused"].startswith("needs diffusers")
+
+
 def test_attention_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """42 tokens in 4 tiles of 16: at 0.9 one is kept, at 0.5 two."""
     out = tmp_path / "new" / "attention.json"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -18,7 +19,7 @@ from serving.frames import Kept, encode
 from serving.guard import HEADERS
 from serving.limits import Limits
 from serving.scheduler import Full, Scheduler, Session, State
-from tests.demo_server import DEFAULT, SECONDS, SIZE, Client, Overlapping, StandIns, code_of, fetch, running
+from tests.demo_server import DEFAULT, SECONDS, SIZE, Client, Overlapping, StandIn, StandIns, code_of, fetch, running
 from utils.video import read_video
 
 # ---------------------------------------------------------------------------------------------------------- the turns
@@ -132,6 +133,39 @@ def test_visitors_read_no_paths_of_the_server(caplog: pytest.LogCaptureFixture) 
     visitor.until(State.failed)
     assert scheduler.view(visitor.session).error == "this prompt cannot be used here: the server's log says why"
     scheduler.close()
+    assert "prompt '…' is not in the text cache /srv/a folder/text: add it" in caplog.text
+    assert "unknown in a cache" not in caplog.text  # nor does the log tell what visitors typed
+
+
+def test_ended_videos_are_closed_on_the_devices_thread_and_failed_ones_never() -> None:
+    """One whose visitor leaves while its first block is made, too; and those that are running when the server ends."""
+    begun, gate = threading.Event(), threading.Event()
+    made: list[StandIn] = []
+
+    class Slow(StandIn):
+        def next_frames(self) -> Tensor:
+            begun.set()
+            assert gate.wait(SECONDS)
+            return super().next_frames()
+
+    def open_video(prompt: str, seed: int) -> StandIn:
+        made.append((Slow if prompt == "slow" else StandIn)(prompt, []))
+        return made[-1]
+
+    scheduler = Scheduler(open_video, Limits(users=3, max_frames=8))
+    slow = Visitor(scheduler, "slow")
+    scheduler.start()
+    assert begun.wait(SECONDS)
+    others = [Visitor(scheduler, prompt) for prompt in ("whole", "breaks later")]
+    scheduler.leave(slow.session)
+    gate.set()
+    for visitor, state in zip(others, (State.ended, State.failed), strict=True):
+        visitor.until(state)
+    Visitor(scheduler, "running", watches=False).until(State.ended, frames=2)
+    scheduler.close()
+    assert {video.prompt: video.closed_on for video in made} == {
+        "slow": ["device"], "whole": ["device"], "breaks later": [], "running": ["device"]
+    }  # fmt: skip
 
 
 def test_a_prompt_changes_with_the_next_block_and_a_wrong_one_changes_nothing() -> None:

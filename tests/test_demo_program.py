@@ -54,8 +54,7 @@ def told_ports(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[int]:
     return ports
 
 
-@pytest.mark.parametrize("twice", [False, True])
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("ending", "twice"), [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_the_program_says_where_it_is_and_ends_on_a_signal(
     student: Path,
     ending: signal.Signals,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import io
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -16,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.distributed.run import get_args_parser
 
 from configs.schema import RunConfig
 from model.dmd import Guidance
@@ -179,7 +183,7 @@ def command_problem(line: str) -> str | None:
     for before, token in zip(["", *tokens], tokens, strict=False):
         if before == "-m" and not resolves(token):
             return f"no module {token}"
-        if program and token.startswith("--") and token.split("=")[0] not in allowed:
+        if program and token.startswith("--") and token not in ("--", *allowed) and token.split("=")[0] not in allowed:
             return f"{program} has no option {token}"
         if re.fullmatch(r"(configs|tests|scripts)/[\w./]+|\w+\.(py|sh)", token) and not (ROOT / token).exists():
             return f"there is no file {token}"
@@ -188,7 +192,23 @@ def command_problem(line: str) -> str | None:
         if key := re.fullmatch(r"([a-z_.]+)=.*", token):
             if program == "train.py" and not is_key(key[1]):
                 return f"the config has no key {key[1]}"
-    return None
+    return launch_problem(tokens)
+
+
+def launch_problem(tokens: list[str]) -> str | None:
+    """Whether torchrun leaves a program its own options: it takes what begins as one of its own does for that."""
+    if "torchrun" not in tokens:
+        return None
+    given = tokens[tokens.index("torchrun") + 1 :]
+    if "..." in given:
+        return None
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            found = get_args_parser().parse_args(given)
+    except SystemExit:
+        return "torchrun does not take this: put -- before the program"
+    own = given[given.index(found.training_script) + 1 :]
+    return None if found.training_script_args == own else f"torchrun keeps some of {own} to itself"
 
 
 # ---------------------------------------------------------------------------------------------------------- the tests
@@ -238,6 +258,13 @@ def test_commands_name_programs_files_and_options_that_exist(page: str) -> None:
 )
 def test_a_wrong_command_is_found(line: str) -> None:
     assert command_problem(line)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="argparse asks later there whether an option is ambiguous")
+def test_a_launch_that_torchrun_refuses_is_found() -> None:
+    line = "torchrun --nproc_per_node 8 {}inference.py --run logs/wan"
+    assert command_problem(line.format("")) == "torchrun does not take this: put -- before the program"
+    assert command_problem(line.format("-- ")) is None
 
 
 @pytest.mark.parametrize("page", [*PAGES, "LOG.md"])

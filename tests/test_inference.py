@@ -19,10 +19,10 @@ from trainer.acceleration import Acceleration
 from trainer.build import build_for_inference
 from trainer.generate import Generator, Sampling, slug
 from trainer.generate_cli import inference_args
-from trainer.generate_videos import generate_videos
+from trainer.generate_videos import Rate, generate_videos
 from trainer.live import Live, Pace
 from utils.config import ConfigError, UserError
-from utils.video import read_video, write_video
+from utils.video import read_image, read_video, write_video
 
 CPU = torch.device("cpu")
 PROMPTS = ["the digit three moving left", "the digit seven moving up"]
@@ -174,6 +174,39 @@ def test_prompt_file_is_resumed(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert (read_video(made[1]) - before).abs().mean() < 0.02
     with pytest.raises(UserError, match=r"made with other settings \(seed\)"):
         generate_videos(generator, inference_args([*command, "--seed", "5"]))
+    generator.checkpoints = ("step_00000007",)  # training went on meanwhile
+    with pytest.raises(UserError, match=r"made with other settings \(checkpoints\)"):
+        generate_videos(generator, args)
+
+
+def test_a_file_of_one_prompt_fills_a_folder_whatever_its_name(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text(PROMPTS[0])
+    out = tmp_path / "v1.0"
+    args = inference_args(["--run", str(run), "--prompts", str(tmp_path / "one.txt"), "--out", str(out)])
+    generate_videos(Generator.load(run, CPU), args)
+    assert [path.name for path in out.glob("*.mp4")] == [f"0000_{slug(PROMPTS[0])}.mp4"]
+
+
+def test_a_batch_is_written_as_each_video_alone(run: Path, tmp_path: Path) -> None:
+    """Held as 8 bits, or written block by block: the same pixels."""
+    generator, prompts = Generator.load(run, CPU), tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    for batch in ("1", "2"):
+        out = ["--out", str(tmp_path / batch), "--batch", batch, "--format", "png"]
+        generate_videos(generator, inference_args(["--run", str(run), "--prompts", str(prompts), *out]))
+    for one, both in zip(*(sorted((tmp_path / batch).glob("*.png")) for batch in ("1", "2")), strict=True):
+        assert (read_image(one) - read_image(both)).abs().max() <= 1.01 / 255
+
+
+def test_rates_of_first_parts_and_later_ones_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that is read in turn: the start, two videos of three parts each, the end."""
+    moments = iter([0.0, 5.0, 6.0, 8.0, 20.0, 21.0, 22.0, 24.0])
+    monkeypatch.setattr("trainer.generate_videos.time.perf_counter", lambda: next(moments))
+    rate, part = Rate(), torch.zeros(2, 3)  # two videos, three frames of each
+    for _ in range(2):
+        assert len(list(rate.follow([part] * 3))) == 3
+    assert rate.frames == 36
+    assert rate.told(36) == "in 24.0 s (1.5 frames/s; the first after 5.00 s, 4.8 frames/s once videos have begun)"
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
@@ -193,15 +226,12 @@ def test_any_number_of_processes_makes_the_same_videos(run: Path, tmp_path: Path
     prompts, number, sharing = tmp_path / "prompts.txt", int(ranks[0]), ranks[1:]
     prompts.write_text("\n".join(PROMPTS))
     command = ["--run", str(run), "--prompts", str(prompts), "--format", "safetensors", "--batch", "1"]
-    alone = forked.run(1, "inference.py", *command, "--out", str(tmp_path / "alone"))
     shared = forked.run(number, "inference.py", *command, "--out", str(tmp_path / "shared"), *sharing)
-    assert (alone.returncode, shared.returncode) == (0, 0), shared.stderr
+    assert shared.returncode == 0, shared.stderr
     assert shared.stdout.count("2 videos, 18 latent frames") == 1
-    expected, found = latents_of(tmp_path / "alone"), latents_of(tmp_path / "shared")
-    assert list(found) == list(expected) == [f"{i:04d}_{slug(p)}.safetensors" for i, p in enumerate(PROMPTS)]
-    for name, latents in expected.items():
-        assert latents.shape == (9, 4, 8, 8)
-        torch.testing.assert_close(found[name], latents, rtol=1e-4, atol=1e-5)
+    found, expected = latents_of(tmp_path / "shared"), Generator.load(run, CPU)(PROMPTS, Sampling(), [0, 1])
+    assert list(found) == [f"{i:04d}_{slug(p)}.safetensors" for i, p in enumerate(PROMPTS)]
+    torch.testing.assert_close(torch.stack(list(found.values())), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_groups_that_do_not_fit_are_refused(run: Path, tmp_path: Path) -> None:
@@ -277,6 +307,25 @@ def test_a_recorded_video_leaves_its_recordings_to_the_next(run: Path, monkeypat
     for seed, parts in zip((4, 5), zip(*both, strict=True), strict=True):
         expected = plain(PROMPTS, Sampling(seed=seed), [0, 1])
         torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_visitors_who_come_later_find_what_earlier_ones_recorded(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once have a recording each; a third records nothing, and sees nothing of theirs."""
+    plain, generator = Generator.load(run, CPU), Generator.load(run, CPU)
+    monkeypatch.setattr(Acceleration, "records", lambda self, device: self is generator.acceleration)
+    generator.acceleration = Acceleration()
+    recorded: list[Captured] = []
+    monkeypatch.setattr("trainer.sampling.Captured", lambda net, cache: seen(net, cache, recorded))
+    first, second = (Live(generator, PROMPTS[0], Sampling(seed=seed)) for seed in (0, 1))
+    for _ in range(5):
+        shown = [first.next_frames(), second.next_frames()]
+    assert len(recorded) == 2 and not torch.allclose(*shown, atol=1e-3)
+    for live in (first, second):
+        live.close()
+    third, expected = (Live(one, PROMPTS[1], Sampling(seed=2)) for one in (generator, plain))
+    for _ in range(5):
+        torch.testing.assert_close(third.next_frames(), expected.next_frames(), rtol=1e-4, atol=1e-5)
+    assert len(recorded) == 2 and all(len(one.recorded) == 3 for one in recorded)
 
 
 def seen(net: WanTransformer, cache: KVCache, made: list[Captured]) -> Captured:

@@ -115,7 +115,18 @@ CORE = [
     module_of(path)
     for path in project_files(ROOT)
     if path.parts[0]
-    in {"utils", "model", "pipeline", "configs", "trainer", "serving", "train.py", "inference.py", "demo.py"}
+    in {
+        "utils",
+        "model",
+        "pipeline",
+        "configs",
+        "trainer",
+        "serving",
+        "benchmarks",
+        "train.py",
+        "inference.py",
+        "demo.py",
+    }
     and module_of(path) not in OF_THE_SERVER
 ]
 

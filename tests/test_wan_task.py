@@ -13,14 +13,14 @@ import torch
 
 from configs.schema import RunConfig
 from model.wan.image_encoder import image_channels, load_image_encoder
-from model.wan.text_encoder import load_text_encoder, toy_text_encoder
+from model.wan.text_encoder import TextEncoder, load_text_encoder, toy_text_encoder
 from model.wan.vae import VAEConfig, load_vae
 from tests.small import DISTILLATION, NETWORKS, config, merged, trainer
 from tests.test_evaluation import save_encoder
 from tests.test_image_encoder import save_image_encoder
 from tests.vaes import small_vae
 from trainer import wan_task
-from trainer.build import build_task
+from trainer.build import build_task, task_to_sample
 from trainer.fid_suite import FidArgs, evaluate_fid
 from trainer.generate import Generator
 from trainer.generate_cli import inference_args, open_generator
@@ -98,6 +98,42 @@ def test_the_cache_is_the_encoder_bit_for_bit_and_the_encoder_is_not_loaded(
             assert torch.equal(task.negative(3), expected[3:].expand(3, -1, -1))
     with pytest.raises(AssertionError, match="was loaded"):  # only for what the cache lacks
         task.conditioning(["a mat on a mat"])
+
+
+def test_what_only_training_reads_may_be_gone_when_a_run_is_sampled(folder: Path, tmp_path: Path) -> None:
+    gone = {"prompts": str(tmp_path / "prompts.txt"), "latents": str(tmp_path / "latents")}
+    there, away = run(folder, encoder=True, cache=True), run(tmp_path, encoder=True, cache=True, data=gone)
+    away.data.text.encoder = away.data.vae.path = str(folder / "pipeline")
+    with pytest.raises(ConfigError, match="prompts"):
+        build_task(away, CPU)
+    task, whole = task_to_sample(away, CPU), task_to_sample(there, CPU)
+    assert whole.validation_prompts(2) == [PROMPTS[0], PROMPTS[2]]
+    assert torch.equal(task.conditioning(PROMPTS).text, whole.conditioning(PROMPTS).text)  # one by the cache
+    with pytest.raises(UserError, match="data.prompts is null, or not there any more"):
+        task.validation_prompts(2)
+    alone = run(folder, cache=True)
+    alone.data.text.cache = str(tmp_path / "text")
+    with pytest.raises(ConfigError, match="text"):  # of embeddings there is no other source
+        task_to_sample(alone, CPU)
+
+
+def test_the_text_encoder_is_loaded_when_asked_for_and_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, loaded = build_task(run(folder, cache=True, encoder=True), CPU), []
+
+    def load(*given: Any, **more: Any) -> TextEncoder:
+        loaded.append(given[0])
+        return load_text_encoder(*given, **more)
+
+    monkeypatch.setattr(wan_task, "load_text_encoder", load)
+    for _ in range(2):
+        task.load_text_encoder()
+    task.conditioning(["a mat on a mat"])
+    assert loaded == [str(folder / "pipeline")]
+    build_task(run(folder, cache=True), CPU).load_text_encoder()  # it has none
+    broken = build_task(run(folder, encoder=True), CPU)
+    broken.text.config.encoder = str(folder / "pipeline/vae")  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="data: .*vae holds AutoencoderKLWan: give the folder of UMT5EncoderModel"):
+        broken.load_text_encoder()
 
 
 def test_a_causal_student_trains_from_the_cache_and_makes_mp4_files(folder: Path, tmp_path: Path) -> None:

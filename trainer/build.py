@@ -327,6 +327,21 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
     return kinds[config.data.kind](config.data, config.student.geometry(), config.seed, device)
 
 
+def task_to_sample(config: RunConfig, device: torch.device) -> Task:
+    """As `build_task`, of a run whose training data may be gone: sampling reads neither stored videos and images nor
+    prompts, nor a cache of them where there is their encoder."""
+
+    def there(path: str | None) -> str | None:
+        return path if path is not None and Path(path).exists() else None
+
+    data = config.data
+    text = data.text if data.text.encoder is None else replace(data.text, cache=there(data.text.cache))
+    data = replace(data, latents=there(data.latents), images=there(data.images), prompts=there(data.prompts), text=text)
+    if data.kind == "wan":
+        return WanTask(data, config.student.geometry(), config.seed, device, library=[])
+    return build_task(replace(config, data=data), device)
+
+
 def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:
     """The trainer that the config names, resumed if there is something to resume. Raises ConfigError."""
     from trainer.consistency import ConsistencyTrainer

@@ -25,7 +25,7 @@ from pipeline.bidirectional_inference import Solver, from_clip, many_step_sample
 from pipeline.causal import CausalConfig
 from pipeline.causal_inference import CausalStream, StreamConfig, block_noise
 from trainer.acceleration import UNCHANGED, Acceleration
-from trainer.build import build_for_inference, build_task, compute_dtype, pins
+from trainer.build import build_for_inference, build_task, compute_dtype, pins, task_to_sample
 from trainer.resize import resize
 from trainer.sampling import few_step_stream, open_stream
 from trainer.task import Task
@@ -58,7 +58,8 @@ class Sampling:
 
 class Generator:
     """A trained network with its task, ready to sample. solver, guidance_2: of a many-step network, where the sampling
-    names none. acceleration: changes the network in place. Raises UserError for one that this machine cannot do."""
+    names none. acceleration: changes the network in place. checkpoints: names of those that it is of. Raises UserError
+    for an acceleration that this machine cannot do."""
 
     def __init__(
         self,
@@ -72,15 +73,16 @@ class Generator:
         solver: Solver = Solver.euler,
         guidance_2: float | None = None,
         acceleration: Acceleration = UNCHANGED,
+        checkpoints: tuple[str, ...] = (),
     ) -> None:
-        self.config, self.score, self.device = config, score, device
+        self.config, self.score, self.device, self.checkpoints = config, score, device, checkpoints
         self.causal = config.is_causal if causal is None else causal
         # whether this network is sampled by its own step list, and not by a many-step solver
         self.few_steps = self.causal or config.trainer.value != "diffusion" if few_steps is None else few_steps
         self.task = build_task(config, device) if task is None else task
         self.solver, self.guidance_2 = solver, guidance_2
         self.acceleration = acceleration
-        self._kept: tuple[tuple[object, ...], tuple[ScoreNet, KVCache]] | None = None  # of the last recorded video
+        self._idle: list[tuple[object, tuple[ScoreNet, KVCache]]] = []  # of ended recorded videos, with their geometry
         acceleration.apply([score.net.high, score.net.low] if isinstance(score.net, Experts) else [score.net], device)
 
     @property
@@ -143,7 +145,8 @@ class Generator:
         if net.sparse is not None:
             net.sparse.begin(max(state["step"] - 1, 0))  # as in the last iteration
         score = ScoreNet(net, "student", Evaluations(), compute_dtype(config), pins_initial=pins(net))
-        return cls(config, score, device, acceleration=acceleration)
+        task = task_to_sample(config, device)
+        return cls(config, score, device, task=task, acceleration=acceleration, checkpoints=(folder.name,))
 
     def with_low(self, low: Generator) -> Generator:
         """This high-noise expert and a low-noise one as one student. Raises UserError for what is no such pair."""
@@ -152,7 +155,8 @@ class Generator:
             Experts(self.score.net, low.score.net, boundary), "student", Evaluations(), self.score.compute_dtype,
             pins_initial=self.score.pins_initial,
         )  # fmt: skip
-        return Generator(config, score, self.device, task=self.task)
+        both = self.checkpoints + low.checkpoints
+        return Generator(config, score, self.device, task=self.task, checkpoints=both)
 
     def as_causal(self, student: RunConfig) -> Generator:
         """The same weights run as a causal student's are, its undistilled baseline: same blocks, levels, videos."""
@@ -224,21 +228,17 @@ class Generator:
             return
         if conditioning.initial is not None:
             yield conditioning.initial.to(noise.dtype)
-        geometry = (conditioning.batch, frames, causal)
-        # of another geometry it goes before a new one is made: there may be room for one alone
-        reused = self._kept[1] if self._kept is not None and self._kept[0] == geometry else None
-        self._kept = None  # nobody else's while this video is made
-        video = self._open(conditioning, sampling, sigmas, causal, source, frames, reused)
+        video = self._open(conditioning, sampling, sigmas, causal, source, frames)
         for part in noise.split(list(blocks), 1):
             yield video.make(part)
-        if self.acceleration.records(self.device):
-            self._kept = geometry, (video.student, video.cache)
+        self.keep(video, frames)
 
     @torch.no_grad()
     def endless(
         self, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int], first_frames: Tensor | None = None
     ) -> CausalStream:
-        """A causal student's videos without end, a block at a time: what `stream` yields, for as long as one asks.
+        """A causal student's videos without end, a block at a time: what `stream` yields, for as long as one asks; then
+        `keep` may have it.
 
         A student that has no window gets one of as many frames as it was trained on. Raises UserError for what this
         network cannot do.
@@ -258,6 +258,17 @@ class Generator:
         source = Noise(sampling.seed, 0, ids, self.device)
         return self._open(conditioning, sampling, self.step_list(sampling.steps), causal, source, None)
 
+    def keep(self, video: CausalStream, frames: int | None = None) -> None:
+        """Of a video that has ended, its memory and what is recorded of its passes: the next one of its geometry begins
+        at once. frames: that it was opened for. Nothing may use it afterwards."""
+        if self.acceleration.records(self.device):
+            self._idle.append((_geometry(video.conditioning, frames, video.causal), (video.student, video.cache)))
+
+    def _take(self, geometry: object) -> tuple[ScoreNet, KVCache] | None:
+        """What was kept of a video of this geometry. Those of others go: there may be no room beside a new one."""
+        self._idle = [kept for kept in self._idle if kept[0] == geometry]
+        return self._idle.pop()[1] if self._idle else None
+
     @property
     def trained_frames(self) -> int:
         """Latent frames of the longest video that this network was trained on."""
@@ -265,14 +276,14 @@ class Generator:
 
     def _open(
         self, given: Conditioning, sampling: Sampling, sigmas: Sequence[float], causal: CausalConfig, source: Noise,
-        frames: int | None, kept: tuple[ScoreNet, KVCache] | None = None,
+        frames: int | None,
     ) -> CausalStream:  # fmt: skip
         schedules: list[Sequence[float]] = [self.step_list(steps) for steps in sampling.block_steps]
         config = StreamConfig(schedules or [sigmas], sampling.noisy_context)
         height, width = self.task.latent_shape[2:]
         return open_stream(
             self.score, given, config, causal, source, (height, width), frames, self.trained_frames,
-            recorded=self.acceleration.records(self.device), kept=kept,
+            recorded=self.acceleration.records(self.device), kept=self._take(_geometry(given, frames, causal)),
         )  # fmt: skip
 
     def _noise(self, source: Noise, frames: int, blocks: Sequence[int]) -> Tensor:
@@ -388,6 +399,11 @@ class Generator:
         except ValueError as problem:
             raise UserError(str(problem)) from None
         return causal
+
+
+def _geometry(given: Conditioning, frames: int | None, causal: CausalConfig) -> object:
+    """What videos have in common whose passes have the same shapes."""
+    return given.batch, frames, causal
 
 
 def slug(prompt: str, most: int = 48) -> str:

@@ -7,7 +7,9 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +26,7 @@ from utils.data.shard_files import atomic
 from utils.overlap import SideDecoder
 from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from utils.parallel.sequence import apply_sequence_parallel, check_degree
-from utils.video import write_video
+from utils.video import eight_bits, write_video
 
 
 def team(args: InferenceArgs, generator: Generator) -> Mesh:
@@ -53,36 +55,65 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     paths, resumable = _paths(args)
     mesh, footage = team(args, generator), read_footage(generator, args.footage, args.sampling)
     if resumable:
-        _same_settings(args)
+        _same_settings(args, generator.checkpoints)
     # one process looks: others may see a network's files later, or those of one that is at work already
     missing = [i for i, path in enumerate(paths) if not (resumable and path.is_file())]
     todo = sorted(distributed.union(missing if distributed.is_main() else ()))
     if len(todo) < len(paths) and distributed.is_main():
         print(f"{len(paths) - len(todo)} of {len(paths)} videos are there already")
     mine, writes = todo[mesh.dp_rank :: mesh.dp_size], mesh.sequence_rank == 0
-    frames, first, started = 0, 0.0, time.perf_counter()
+    rate = Rate()
     with tqdm(total=len(mine), desc="videos", disable=None if distributed.is_main() else True) as bar:
         for start in range(0, len(mine), args.batch):
             ids = mine[start : start + args.batch]
             blocks = generator.stream([args.prompts[i] for i in ids], args.sampling, ids, *footage)
-            made: list[Tensor] = []
-            for part in _decoded(blocks, _decoder(generator, args) if writes else None):
-                made.append(part)
-                first = first or time.perf_counter() - started
-                frames += len(ids) * part.shape[1]
-                bar.set_postfix_str(f"{frames / (time.perf_counter() - started):.1f} frames/s")
-            if writes:
-                _write(torch.cat(made, dim=1), [paths[i] for i in ids], [args.prompts[i] for i in ids], args)
+            parts = _decoded(blocks, _decoder(generator, args) if writes else None)
+            _write(_watched(parts, rate, bar), [paths[i] for i in ids], [args.prompts[i] for i in ids], generator, args)
             bar.update(len(ids))
-    seconds = time.perf_counter() - started
-    whole = int(distributed.all_reduce_scalars({"frames": frames})["frames"])
+    whole = int(distributed.all_reduce_scalars({"frames": rate.frames})["frames"])
     if distributed.is_main():
-        rate = whole / max(seconds, 1e-9)
-        print(
-            f"{len(todo)} videos, {whole} {'latent ' if args.suffix == 'safetensors' else ''}frames in {seconds:.1f} s "
-            f"({rate:.1f} frames/s, the first after {first:.2f} s) -> {args.out}"
-        )
+        unit = "latent frames" if args.suffix == "safetensors" else "frames"
+        print(f"{len(todo)} videos, {whole} {unit} {rate.told(whole)} -> {args.out}")
     return 0
+
+
+class Rate:
+    """Frames and the time that they took, those of videos' first parts, which wait for text and kernels, apart."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.frames, self.first = 0, 0.0
+        self._later, self._seconds = 0, 0.0
+
+    def follow(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Counts the parts [B, T, ...] of videos as they pass."""
+        last: float | None = None
+        for part in parts:
+            now, frames = time.perf_counter(), part.shape[0] * part.shape[1]
+            self.frames += frames
+            if last is None:
+                self.first = self.first or now - self.started
+            else:
+                self._later, self._seconds = self._later + frames, self._seconds + now - last
+            last = now
+            yield part
+
+    @property
+    def overall(self) -> float:
+        """Frames a second so far."""
+        return self.frames / max(time.perf_counter() - self.started, 1e-9)
+
+    def told(self, frames: int) -> str:
+        """In words, of so many frames over all processes; pace and first part are this one's."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        then = f", {self._later / self._seconds:.1f} frames/s once videos have begun" if self._later else ""
+        return f"in {seconds:.1f} s ({frames / seconds:.1f} frames/s; the first after {self.first:.2f} s{then})"
+
+
+def _watched(parts: Iterable[Tensor], rate: Rate, bar: tqdm[Any]) -> Iterator[Tensor]:
+    for part in rate.follow(parts):
+        bar.set_postfix_str(f"{rate.overall:.1f} frames/s")
+        yield part
 
 
 def _decoder(generator: Generator, args: InferenceArgs) -> SideDecoder:
@@ -109,28 +140,42 @@ def _decoded(blocks: Iterable[Tensor], decoder: SideDecoder | None) -> Iterator[
 
 def _paths(args: InferenceArgs) -> tuple[list[Path], bool]:
     """Where each prompt's video goes, and whether those that are there are kept. Raises UserError."""
-    if len(args.prompts) == 1 and args.out.suffix:
+    if not args.from_file and args.out.suffix:
         return [args.out], False
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file: give a folder")
     return [args.out / f"{i:04d}_{slug(prompt)}.{args.suffix}" for i, prompt in enumerate(args.prompts)], args.from_file
 
 
-def _write(videos: Tensor, paths: Sequence[Path], prompts: Sequence[str], args: InferenceArgs) -> None:
-    """videos: pixels [B, T, 3, h, w] in [0, 1], or latents [B, F, C, H, W]."""
-    for video, path, prompt in zip(videos, paths, prompts, strict=True):
-        if args.suffix == "safetensors":
-            said = {"prompt": prompt, "seed": str(args.sampling.seed)}
+def _write(
+    parts: Iterator[Tensor], paths: Sequence[Path], prompts: Sequence[str], generator: Generator, args: InferenceArgs
+) -> None:
+    """parts: pixels [B, T, 3, h, w] in [0, 1], or latents [B, F, C, H, W], one after the other; none where another
+    process writes. A video by itself is written as it comes."""
+    first = next(parts, None)
+    if first is None:
+        return
+    every = chain([first], parts)
+    if args.suffix == "safetensors":
+        for latents, path, prompt in zip(torch.cat(list(every), 1), paths, prompts, strict=True):
             with atomic(path) as temporary:
-                save_file({"latents": video.contiguous()}, temporary, said)
-        else:
-            write_video(path, video, args.fps, args.scale or max(1, 128 // video.shape[-1]))
+                said = {"prompt": prompt, "seed": str(args.sampling.seed)}
+                save_file({"latents": latents.contiguous()}, temporary, said)
+        return
+    scale = args.scale or max(1, 128 // first.shape[-1])
+    if len(paths) == 1:
+        write_video(paths[0], (part[0] for part in every), args.fps, scale)
+        return
+    held = [eight_bits(part) for part in every]
+    for i, path in enumerate(paths):
+        write_video(path, (part[i] for part in held), args.fps, scale)
 
 
-def _same_settings(args: InferenceArgs) -> None:
+def _same_settings(args: InferenceArgs, checkpoints: Sequence[str]) -> None:
     """Keeps what the folder's videos were made with beside them, and refuses to go on with anything else."""
     settings = {
         "source": str(args.source),
+        "checkpoints": checkpoints,  # a run may have another one by now
         "low_run": str(args.low_run),
         "weights": args.weights,
         "image": str(args.footage.image),

@@ -73,6 +73,15 @@ class Live:
         self._next_prompt = prompt
 
     @property
+    def is_steady(self) -> bool:
+        """Whether the blocks to come are all alike: each sees a full window."""
+        return self._video.cache.frames >= self._video.cache.shape.context_frames
+
+    def close(self) -> None:
+        """After its last block: what is recorded of its passes serves the next video."""
+        self.generator.keep(self._video)
+
+    @property
     def pace(self) -> Pace:
         if self._frames == 0:
             return Pace()

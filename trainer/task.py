@@ -94,6 +94,9 @@ class Task(Protocol):
 
     def negative(self, batch: int) -> Tensor: ...
 
+    def load_text_encoder(self) -> None:
+        """Now, and not at the first prompt that needs it; nothing where prompts need none. Raises UserError."""
+
     def validation_prompts(self, count: int) -> list[str]: ...
 
     def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
@@ -205,6 +208,9 @@ class WorldTask:
     def negative(self, batch: int) -> Tensor:
         """The negative prompt's embedding [B, L, D]."""
         return self.encoder.encode([self.negative_prompt]).to(self.device).expand(batch, -1, -1)
+
+    def load_text_encoder(self) -> None:
+        """It is here."""
 
     def validation_prompts(self, count: int) -> list[str]:
         return spread(self.library, count)
@@ -334,6 +340,9 @@ class SyntheticTask:
     def negative(self, batch: int) -> Tensor:
         """The negative prompt's embedding [B, L, D]."""
         return self.conditioning([self.negative_prompt]).text.expand(batch, -1, -1)
+
+    def load_text_encoder(self) -> None:
+        """It is here."""
 
     def validation_prompts(self, count: int) -> list[str]:
         return spread(self.library, count)

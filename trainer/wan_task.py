@@ -239,6 +239,14 @@ class WanTask:
         except (ValueError, OSError) as problem:
             raise UserError(f"data: {problem}") from None
 
+    def load_text_encoder(self) -> None:
+        """UMT5, where the config names it: the first prompt that the cache lacks then waits for nothing."""
+        try:
+            if self.text.config.encoder is not None:
+                self.text.encoder  # noqa: B018  (loaded by being asked for)
+        except (ValueError, OSError) as problem:
+            raise UserError(f"data: {problem}") from None
+
     def check_captions(self, stored: Stored) -> None:
         """Raises ConfigError for stored captions that no cache knows, where there is no encoder."""
         if not self.text.from_cache_alone:
@@ -283,6 +291,8 @@ class WanTask:
             return (self.images.captions * count)[:count]
         if not self.library and self.videos is not None:
             return self.videos.read(range(count)).captions
+        if not self.library:
+            raise UserError("data.prompts is null, or not there any more: give a file of prompts")
         return spread(self.library, count)
 
     def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
+
+
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all of a device's videos: freed memory serves the stream alone that it was taken on."""
+    return torch.cuda.Stream(device)
 
 
 class SideDecoder:
@@ -13,7 +20,7 @@ class SideDecoder:
 
     def __init__(self, decode: Callable[[Tensor], Tensor], device: torch.device) -> None:
         self.decode, self.device = decode, device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = side_stream(device) if device.type == "cuda" else None
 
     @property
     def overlaps(self) -> bool:

@@ -19,12 +19,14 @@ from torch import Tensor
 
 Frame = NDArray[np.uint8]  # [H, W, 3]
 Frames = NDArray[np.uint8]  # [T, H, W, 3]
-Writer = Callable[[Path, Frames, float], None]
+Writer = Callable[[Path, Iterable[Frame], float], None]
 
 
-def write_video(path: str | Path, pixels_TCHW: Tensor, fps: float, scale: int = 1) -> Path:
+def write_video(path: str | Path, pixels_TCHW: Tensor | Iterable[Tensor], fps: float, scale: int = 1) -> Path:
     """Writes .mp4 (H.264, yuv420p), .gif, or .png (all frames side by side), by suffix; returns the path.
 
+    The video may come in parts, each [T, C, H, W] and asked for when the one before is written: of a long MP4 no more
+    than a part is ever held.
     `scale` repeats each pixel that many times a side. Odd MP4 sizes are padded by their last row or column, which
     yuv420p needs. A GIF counts time in 1/100 s and merges equal neighbouring frames. The file appears whole or not at
     all; missing folders are made. Raises ValueError on an unknown suffix, a wrong shape, fps <= 0 or scale < 1.
@@ -35,7 +37,8 @@ def write_video(path: str | Path, pixels_TCHW: Tensor, fps: float, scale: int = 
         raise ValueError(f"video: cannot write {path.name!r}; the suffix must be one of {', '.join(writers)}")
     if fps <= 0 or scale < 1:
         raise ValueError(f"video: fps must be positive and scale at least 1, got fps {fps} and scale {scale}")
-    frames = to_uint8(pixels_TCHW, scale)
+    parts = [pixels_TCHW] if isinstance(pixels_TCHW, Tensor) else pixels_TCHW
+    frames = (frame for part in parts for frame in to_uint8(part, scale))
     path.parent.mkdir(parents=True, exist_ok=True)
     with _replacing(path) as temporary:
         writers[path.suffix](temporary, frames, fps)
@@ -99,16 +102,24 @@ def grid(videos_BTCHW: Tensor, columns: int | None = None, padding: int = 1, val
 
 
 def to_uint8(pixels_TCHW: Tensor, scale: int = 1) -> Frames:
-    """Pixels [T, 1 or 3, H, W] in [0, 1] as 8-bit RGB, each repeated `scale` times a side. Raises ValueError for
-    another shape, NaN or infinity."""
+    """Pixels [T, 1 or 3, H, W] in [0, 1], or of 8 bits already, as 8-bit RGB, each repeated `scale` times a side.
+    Raises ValueError for another shape, NaN or infinity."""
     if pixels_TCHW.ndim != 4 or pixels_TCHW.shape[1] not in (1, 3) or 0 in pixels_TCHW.shape:
         raise ValueError(f"video: pixels must be [T, 1 or 3, H, W] and not empty, got {list(pixels_TCHW.shape)}")
-    pixels = pixels_TCHW.detach().float().cpu()
-    if not torch.isfinite(pixels).all():
-        raise ValueError("video: pixels hold NaN or infinity")
-    levels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
+    levels = eight_bits(pixels_TCHW).cpu().expand(-1, 3, -1, -1)
     enlarged = levels.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
     return np.ascontiguousarray(enlarged.permute(0, 2, 3, 1).numpy())
+
+
+def eight_bits(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1], of any shape, as 0 to 255; of 8 bits they stay as they are. Raises ValueError for NaN or
+    infinity."""
+    if pixels.dtype is torch.uint8:
+        return pixels
+    pixels = pixels.detach().float()
+    if not torch.isfinite(pixels).all():
+        raise ValueError("video: pixels hold NaN or infinity")
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _to_float(frames: Frames) -> Tensor:
@@ -153,7 +164,7 @@ def _write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
         container.mux(stream.encode())
 
 
-def _write_gif(path: Path, frames: Frames, fps: float) -> None:
+def _write_gif(path: Path, frames: Iterable[Frame], fps: float) -> None:
     from PIL import Image
 
     first, *rest = [Image.fromarray(frame).quantize(256) for frame in frames]
@@ -167,7 +178,7 @@ def _read_gif(path: Path) -> Frames:
         return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
 
 
-def _write_png(path: Path, frames: Frames, fps: float) -> None:
+def _write_png(path: Path, frames: Iterable[Frame], fps: float) -> None:
     from PIL import Image
 
     del fps  # a strip has no time

@@ -139,7 +139,8 @@ def test_run_folder_says_what_ran(requeued: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 def test_inference_in_a_container(requeued: tuple[Path, str], tmp_path: Path) -> None:
-    """The container is apptainer's command line with nothing behind it: it notes its options and runs the rest."""
+    """The container is apptainer's command line with nothing behind it: it notes its options and runs the rest. Two
+    processes share the prompts."""
     program = tmp_path / "bin/apptainer"
     program.parent.mkdir()
     program.write_text(
@@ -149,7 +150,7 @@ def test_inference_in_a_container(requeued: tuple[Path, str], tmp_path: Path) ->
     (tmp_path / "two.txt").write_text("the digit three moving left\nthe digit one moving up\n")
     job = submit(
         tmp_path, "inference.slurm", "--sbatch:time=30", "--format", "png", RUN=str(requeued[0] / "run"),
-        PROMPTS="two.txt", OUT="videos", CONTAINER="image.sif", CONTAINER_RUNTIME="apptainer",
+        PROMPTS="two.txt", OUT="videos", NPROC="2", CONTAINER="image.sif", CONTAINER_RUNTIME="apptainer",
         CONTAINER_PYTHON=sys.executable, PATH=f"{program.parent}:{os.environ['PATH']}",
     )  # fmt: skip
     assert ended(job) == ["COMPLETED"], log(tmp_path)
