@@ -84,10 +84,10 @@ def one_line(problem: Exception) -> str:
 
 
 def without_prompt(problem: Exception, prompt: str) -> str:
-    """What an error says, in one line, the prompt's own words left out."""
+    """What an error says, in one line, the prompt that it quotes left out."""
     text = " ".join(str(problem).split())
-    for words in (prompt, repr(prompt)[1:-1], repr(prompt[:60])[1:-1]):
-        text = text.replace(words, "…") if words else text
+    for quoted in (repr(prompt), repr(prompt[:60])):
+        text = text.replace(quoted, "'…'")
     return text
 
 

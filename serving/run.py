@@ -22,7 +22,6 @@ from utils.logging import setup_console
 if TYPE_CHECKING:
     from uvicorn import Config
 
-EXAMPLES = ("waves roll onto a beach at sunset", "a cat walks through tall grass")  # of a run without its prompts
 MIN_WIDTH = 256  # pixels to which a small video is enlarged for the download, unless --scale says otherwise
 
 
@@ -41,7 +40,7 @@ def demo(generator: Generator, args: DemoArgs) -> int:
         return Live(generator, prompt, args.sampling(seed))
 
     examples = examples_of(generator)
-    height, width = warm_up(generator, open_video(examples[0], args.seed or 0))
+    height, width = warm_up(generator, open_video(generator.task.negative_prompt, args.seed or 0))
     steps = len(generator.step_list(args.steps))
     format = Format(args.fps, args.scale or max(1, MIN_WIDTH // width), args.seed)
     site = Site(generator.config.name, examples, (height, width), steps, format)
@@ -76,7 +75,7 @@ def examples_of(generator: Generator) -> tuple[str, ...]:
     try:
         return tuple(dict.fromkeys(generator.task.validation_prompts(4)))
     except UserError:
-        return EXAMPLES
+        return ()
 
 
 def warm_up(generator: Generator, video: Live) -> tuple[int, int]:

@@ -249,6 +249,8 @@ class Scheduler:
     def _turn(self, session: Session) -> None:
         """One block, made without the lock. Whatever goes wrong ends this session alone."""
         with self._changed:
+            if session.state is not State.running:  # its visitor left since it was its turn
+                return
             video, wanted, session.wanted = session.video, session.wanted, None
         notice = ""
         try:

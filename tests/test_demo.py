@@ -137,6 +137,17 @@ def test_visitors_read_no_paths_of_the_server(caplog: pytest.LogCaptureFixture) 
     assert "unknown in a cache" not in caplog.text  # nor does the log tell what visitors typed
 
 
+def test_nothing_is_made_for_who_left_when_the_turn_came() -> None:
+    opened = StandIns()
+    scheduler = Scheduler(opened, Limits())
+    visitor = Visitor(scheduler, "one")
+    job = scheduler._next()
+    scheduler.leave(visitor.session)
+    assert job is not None
+    job()
+    assert opened.seeds == [] and visitor.state is State.stopped
+
+
 def test_ended_videos_are_closed_on_the_devices_thread_and_failed_ones_never() -> None:
     """One whose visitor leaves while its first block is made, too; and those that are running when the server ends."""
     begun, gate = threading.Event(), threading.Event()
@@ -152,7 +163,7 @@ def test_ended_videos_are_closed_on_the_devices_thread_and_failed_ones_never() -
         made.append((Slow if prompt == "slow" else StandIn)(prompt, []))
         return made[-1]
 
-    scheduler = Scheduler(open_video, Limits(users=3, max_frames=8))
+    scheduler = Scheduler(open_video, Limits(users=3, max_frames=8, ahead=2))
     slow = Visitor(scheduler, "slow")
     scheduler.start()
     assert begun.wait(SECONDS)
@@ -161,7 +172,9 @@ def test_ended_videos_are_closed_on_the_devices_thread_and_failed_ones_never() -
     gate.set()
     for visitor, state in zip(others, (State.ended, State.failed), strict=True):
         visitor.until(state)
-    Visitor(scheduler, "running", watches=False).until(State.ended, frames=2)
+    last = Visitor(scheduler, "running", watches=False)
+    last.until(State.ended, frames=2)
+    assert last.state is State.running and not made[-1].closed_on
     scheduler.close()
     assert {video.prompt: video.closed_on for video in made} == {
         "slow": ["device"], "whole": ["device"], "breaks later": [], "running": ["device"]

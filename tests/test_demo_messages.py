@@ -8,7 +8,7 @@ import pytest
 
 from serving.cli import demo_args
 from serving.limits import Limits
-from serving.protocol import Rate, Shown, Start, Stop, Switch, parse, without_paths
+from serving.protocol import Rate, Shown, Start, Stop, Switch, parse, without_paths, without_prompt
 from utils.config import UserError
 
 # ------------------------------------------------------------------------------------------------------- the messages
@@ -119,6 +119,13 @@ def test_limits_that_make_no_sense(changes: dict[str, int], said: str) -> None:
 )
 def test_an_error_is_told_without_paths(problem: Exception, said: str | None) -> None:
     assert without_paths(problem, "a/b") == said
+
+
+@pytest.mark.parametrize("prompt", ["/", "a", "it's / here", "long " * 20])
+def test_a_prompt_is_left_out_and_hides_no_path(prompt: str) -> None:
+    problem = UserError(f"data: prompt {prompt[:60]!r} is not in the text cache /srv/a/text: add it")
+    assert without_paths(problem, prompt) is None
+    assert without_prompt(problem, prompt) == "data: prompt '…' is not in the text cache /srv/a/text: add it"
 
 
 # ------------------------------------------------------------------------------------------------------ the command line

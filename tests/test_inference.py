@@ -174,9 +174,16 @@ def test_prompt_file_is_resumed(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert (read_video(made[1]) - before).abs().mean() < 0.02
     with pytest.raises(UserError, match=r"made with other settings \(seed\)"):
         generate_videos(generator, inference_args([*command, "--seed", "5"]))
-    generator.checkpoints = ("step_00000007",)  # training went on meanwhile
-    with pytest.raises(UserError, match=r"made with other settings \(checkpoints\)"):
+    (folder,) = generator.checkpoints
+    generator.checkpoints = (folder.replace("6", "7"),)  # training went on meanwhile
+    with pytest.raises(UserError, match=r"made with other settings \(source\): .* or their --checkpoint \(in .*json"):
         generate_videos(generator, args)
+    (out / ".0001_x.123.mp4").touch()
+    made[1].with_name(f".{made[1].stem}.123.mp4").touch()  # of a process that was killed
+    made[1].unlink()
+    pinned = inference_args(["--checkpoint", folder, *command[2:]])
+    assert generate_videos(Generator.load(pinned.source, CPU), pinned) == 0  # type: ignore[arg-type]
+    assert sorted(path.name for path in out.glob(".*")) == [".0001_x.123.mp4"] and made[1].is_file()
 
 
 def test_a_file_of_one_prompt_fills_a_folder_whatever_its_name(run: Path, tmp_path: Path) -> None:

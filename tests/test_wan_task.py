@@ -117,7 +117,9 @@ def test_what_only_training_reads_may_be_gone_when_a_run_is_sampled(folder: Path
         task_to_sample(alone, CPU)
 
 
-def test_the_text_encoder_is_loaded_when_asked_for_and_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_encoder_is_loaded_when_asked_for_and_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     task, loaded = build_task(run(folder, cache=True, encoder=True), CPU), []
 
     def load(*given: Any, **more: Any) -> TextEncoder:
@@ -134,6 +136,10 @@ def test_the_text_encoder_is_loaded_when_asked_for_and_once(folder: Path, monkey
     broken.text.config.encoder = str(folder / "pipeline/vae")  # type: ignore[union-attr]
     with pytest.raises(UserError, match="data: .*vae holds AutoencoderKLWan: give the folder of UMT5EncoderModel"):
         broken.load_text_encoder()
+    cached = build_task(run(folder, encoder=True, cache=True), CPU)
+    cached.text.config.encoder = str(folder / "pipeline/vae")  # type: ignore[union-attr]
+    cached.load_text_encoder()
+    assert "only prompts of" in caplog.text and cached.conditioning(PROMPTS).batch == 3
 
 
 def test_a_causal_student_trains_from_the_cache_and_makes_mp4_files(folder: Path, tmp_path: Path) -> None:

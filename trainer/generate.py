@@ -58,7 +58,7 @@ class Sampling:
 
 class Generator:
     """A trained network with its task, ready to sample. solver, guidance_2: of a many-step network, where the sampling
-    names none. acceleration: changes the network in place. checkpoints: names of those that it is of. Raises UserError
+    names none. acceleration: changes the network in place. checkpoints: folders that it is of. Raises UserError
     for an acceleration that this machine cannot do."""
 
     def __init__(
@@ -146,7 +146,7 @@ class Generator:
             net.sparse.begin(max(state["step"] - 1, 0))  # as in the last iteration
         score = ScoreNet(net, "student", Evaluations(), compute_dtype(config), pins_initial=pins(net))
         task = task_to_sample(config, device)
-        return cls(config, score, device, task=task, acceleration=acceleration, checkpoints=(folder.name,))
+        return cls(config, score, device, task=task, acceleration=acceleration, checkpoints=(str(folder.resolve()),))
 
     def with_low(self, low: Generator) -> Generator:
         """This high-noise expert and a low-noise one as one student. Raises UserError for what is no such pair."""
@@ -210,9 +210,10 @@ class Generator:
         kept = conditioning.initial_frames if self.causal else 0  # others make given frames again, or pin them
         causal = self._causal(sampling, frames, kept) if self.causal else None
         blocks = [] if causal is None else causal.split(kept, frames - kept)[1]
-        noise = self._noise(source, frames - kept, blocks)
-        start = None if clip is None else self._start(clip, noise)
+        noise = self._noise(source, frames - kept, blocks) if causal is None or clip is not None else None
+        start = None if clip is None or noise is None else self._start(clip, noise)
         if not self.few_steps:
+            assert noise is not None
             yield self._many_steps(noise, conditioning, sampling, start)
             return
         sigmas = self.step_list(sampling.steps)
@@ -221,16 +222,19 @@ class Generator:
                 f"--run: its first step is at noise level {sigmas[0]:.3g}, so it cannot start from noise: give it as "
                 "--low_run beside its high-noise expert's --run, or --video with --strength"
             )
-        if start is not None and sampling.strength is not None:
+        if noise is not None and start is not None and sampling.strength is not None:
             noise, sigmas = from_clip(start, noise, sigmas, sampling.strength)
         if causal is None:
+            assert noise is not None
             yield from few_step_stream(self.score, noise, conditioning, sigmas, None, source)
             return
         if conditioning.initial is not None:
-            yield conditioning.initial.to(noise.dtype)
+            yield conditioning.initial.to(torch.float32)
         video = self._open(conditioning, sampling, sigmas, causal, source, frames)
-        for part in noise.split(list(blocks), 1):
-            yield video.make(part)
+        # drawn block by block where nothing else needs it all: a long video's is large
+        parts = [None] * len(blocks) if noise is None else noise.split(list(blocks), 1)
+        for part in parts:
+            yield video.make(video.noise(self.task.latent_shape[1:]) if part is None else part)
         self.keep(video, frames)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import time
@@ -21,7 +22,7 @@ from trainer.footage import read_footage
 from trainer.generate import Generator, slug
 from trainer.generate_cli import InferenceArgs
 from utils import distributed
-from utils.config import ConfigError, UserError
+from utils.config import ConfigError, UserError, config_hash
 from utils.data.shard_files import atomic
 from utils.overlap import SideDecoder
 from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh
@@ -53,6 +54,7 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
 
     Videos are keyed by their prompt's number in the list, so they are the same over any number of processes."""
     paths, resumable = _paths(args)
+    _same_checkpoints(generator)
     mesh, footage = team(args, generator), read_footage(generator, args.footage, args.sampling)
     if resumable:
         _same_settings(args, generator.checkpoints)
@@ -155,6 +157,9 @@ def _write(
     first = next(parts, None)
     if first is None:
         return
+    for path in paths:  # of a process that was killed while it wrote
+        for partial in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
+            partial.unlink(missing_ok=True)
     every = chain([first], parts)
     if args.suffix == "safetensors":
         for latents, path, prompt in zip(torch.cat(list(every), 1), paths, prompts, strict=True):
@@ -171,12 +176,17 @@ def _write(
         write_video(path, (part[i] for part in held), args.fps, scale)
 
 
+def _same_checkpoints(generator: Generator) -> None:
+    """Raises UserError, on every rank, where a run had another latest checkpoint when some of them looked."""
+    loaded = config_hash(list(generator.checkpoints))
+    if set(distributed.all_gather_text(loaded)) != {loaded}:
+        raise UserError("--run: processes have found different checkpoints, for it is being trained: give --checkpoint")
+
+
 def _same_settings(args: InferenceArgs, checkpoints: Sequence[str]) -> None:
     """Keeps what the folder's videos were made with beside them, and refuses to go on with anything else."""
     settings = {
-        "source": str(args.source),
-        "checkpoints": checkpoints,  # a run may have another one by now
-        "low_run": str(args.low_run),
+        "source": checkpoints or str(args.source),  # a run may have another one by now
         "weights": args.weights,
         "image": str(args.footage.image),
         "video": None if args.footage.video is None else str(args.footage.video),
@@ -201,6 +211,7 @@ def _same_settings(args: InferenceArgs, checkpoints: Sequence[str]) -> None:
         if changed:
             raise UserError(
                 f"the videos in {args.out} were made with other settings ({', '.join(changed)}): give another --out"
+                + (f", or their --checkpoint (in {file})" if "source" in changed else "")
             )
     try:
         if distributed.is_main():

@@ -240,12 +240,15 @@ class WanTask:
             raise UserError(f"data: {problem}") from None
 
     def load_text_encoder(self) -> None:
-        """UMT5, where the config names it: the first prompt that the cache lacks then waits for nothing."""
+        """UMT5, where the config names it: the first prompt that the cache lacks then waits for nothing. Where it
+        cannot be loaded a cache has to do, with a warning."""
         try:
             if self.text.config.encoder is not None:
                 self.text.encoder  # noqa: B018  (loaded by being asked for)
         except (ValueError, OSError) as problem:
-            raise UserError(f"data: {problem}") from None
+            if self.text.cache is None:
+                raise UserError(f"data: {problem}") from None
+            _warn_once(f"data.text: only prompts of {self.text.config.cache} can be used: {problem}")
 
     def check_captions(self, stored: Stored) -> None:
         """Raises ConfigError for stored captions that no cache knows, where there is no encoder."""
