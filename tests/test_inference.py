@@ -178,12 +178,13 @@ def test_prompt_file_is_resumed(run: Path, tmp_path: Path, capsys: pytest.Captur
     generator.checkpoints = (folder.replace("6", "7"),)  # training went on meanwhile
     with pytest.raises(UserError, match=r"made with other settings \(source\): .* or their --checkpoint \(in .*json"):
         generate_videos(generator, args)
-    (out / ".0001_x.123.mp4").touch()
-    made[1].with_name(f".{made[1].stem}.123.mp4").touch()  # of a process that was killed
+    others = [out / ".0001_x.123.mp4", made[1].with_name(f".{made[1].stem}.old.mp4")]
+    for file in (*others, made[1].with_name(f".{made[1].stem}.123.mp4")):  # the last of a process that was killed
+        file.touch()
     made[1].unlink()
     pinned = inference_args(["--checkpoint", folder, *command[2:]])
     assert generate_videos(Generator.load(pinned.source, CPU), pinned) == 0  # type: ignore[arg-type]
-    assert sorted(path.name for path in out.glob(".*")) == [".0001_x.123.mp4"] and made[1].is_file()
+    assert sorted(out.glob(".*")) == sorted(others) and made[1].is_file()
 
 
 def test_a_file_of_one_prompt_fills_a_folder_whatever_its_name(run: Path, tmp_path: Path) -> None:
@@ -298,13 +299,23 @@ def test_endless_begins_as_a_video_with_an_end(run: Path) -> None:
     assert trained.causal.window_frames == 9
 
 
+def recording(run: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Generator, list[Captured]]:
+    """A generator whose passes are recorded as on CUDA, and what has been recorded."""
+    generator, recorded = Generator.load(run, CPU), []
+    generator.acceleration = Acceleration()
+    monkeypatch.setattr(Acceleration, "records", lambda self, device: self is generator.acceleration)
+
+    def captured(net: WanTransformer, cache: KVCache) -> Captured:
+        recorded.append(Captured(net, cache, lambda run: run))
+        return recorded[-1]
+
+    monkeypatch.setattr("trainer.sampling.Captured", captured)
+    return generator, recorded
+
+
 def test_a_recorded_video_leaves_its_recordings_to_the_next(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA: of one geometry nothing is recorded twice, and what an open video uses is nobody else's."""
-    plain, generator = Generator.load(run, CPU), Generator.load(run, CPU)
-    monkeypatch.setattr(Acceleration, "records", lambda self, device: self is generator.acceleration)
-    generator.acceleration = Acceleration()
-    recorded: list[Captured] = []
-    monkeypatch.setattr("trainer.sampling.Captured", lambda net, cache: seen(net, cache, recorded))
+    plain, (generator, recorded) = Generator.load(run, CPU), recording(run, monkeypatch)
     for seed, batch in ((0, [0, 1]), (1, [0, 1]), (2, [0]), (3, [0])):
         prompts = PROMPTS[: len(batch)]
         made = generator(prompts, Sampling(seed=seed), batch)
@@ -318,11 +329,7 @@ def test_a_recorded_video_leaves_its_recordings_to_the_next(run: Path, monkeypat
 
 def test_visitors_who_come_later_find_what_earlier_ones_recorded(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two at once have a recording each; a third records nothing, and sees nothing of theirs."""
-    plain, generator = Generator.load(run, CPU), Generator.load(run, CPU)
-    monkeypatch.setattr(Acceleration, "records", lambda self, device: self is generator.acceleration)
-    generator.acceleration = Acceleration()
-    recorded: list[Captured] = []
-    monkeypatch.setattr("trainer.sampling.Captured", lambda net, cache: seen(net, cache, recorded))
+    plain, (generator, recorded) = Generator.load(run, CPU), recording(run, monkeypatch)
     first, second = (Live(generator, PROMPTS[0], Sampling(seed=seed)) for seed in (0, 1))
     for _ in range(5):
         shown = [first.next_frames(), second.next_frames()]
@@ -333,11 +340,6 @@ def test_visitors_who_come_later_find_what_earlier_ones_recorded(run: Path, monk
     for _ in range(5):
         torch.testing.assert_close(third.next_frames(), expected.next_frames(), rtol=1e-4, atol=1e-5)
     assert len(recorded) == 2 and all(len(one.recorded) == 3 for one in recorded)
-
-
-def seen(net: WanTransformer, cache: KVCache, made: list[Captured]) -> Captured:
-    made.append(Captured(net, cache, lambda run: run))
-    return made[-1]
 
 
 def test_size_of_a_run(run: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import time
@@ -27,7 +26,7 @@ from utils.data.shard_files import atomic
 from utils.overlap import SideDecoder
 from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from utils.parallel.sequence import apply_sequence_parallel, check_degree
-from utils.video import eight_bits, write_video
+from utils.video import drop_partials, eight_bits, write_video
 
 
 def team(args: InferenceArgs, generator: Generator) -> Mesh:
@@ -70,7 +69,7 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
             ids = mine[start : start + args.batch]
             blocks = generator.stream([args.prompts[i] for i in ids], args.sampling, ids, *footage)
             parts = _decoded(blocks, _decoder(generator, args) if writes else None)
-            _write(_watched(parts, rate, bar), [paths[i] for i in ids], [args.prompts[i] for i in ids], generator, args)
+            _write(_watched(parts, rate, bar), [paths[i] for i in ids], [args.prompts[i] for i in ids], args)
             bar.update(len(ids))
     whole = int(distributed.all_reduce_scalars({"frames": rate.frames})["frames"])
     if distributed.is_main():
@@ -149,17 +148,14 @@ def _paths(args: InferenceArgs) -> tuple[list[Path], bool]:
     return [args.out / f"{i:04d}_{slug(prompt)}.{args.suffix}" for i, prompt in enumerate(args.prompts)], args.from_file
 
 
-def _write(
-    parts: Iterator[Tensor], paths: Sequence[Path], prompts: Sequence[str], generator: Generator, args: InferenceArgs
-) -> None:
+def _write(parts: Iterator[Tensor], paths: Sequence[Path], prompts: Sequence[str], args: InferenceArgs) -> None:
     """parts: pixels [B, T, 3, h, w] in [0, 1], or latents [B, F, C, H, W], one after the other; none where another
     process writes. A video by itself is written as it comes."""
     first = next(parts, None)
     if first is None:
         return
-    for path in paths:  # of a process that was killed while it wrote
-        for partial in path.parent.glob(f".{glob.escape(path.stem)}.*{path.suffix}"):
-            partial.unlink(missing_ok=True)
+    for path in paths:
+        drop_partials(path)
     every = chain([first], parts)
     if args.suffix == "safetensors":
         for latents, path, prompt in zip(torch.cat(list(every), 1), paths, prompts, strict=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
@@ -142,6 +143,14 @@ def _replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def drop_partials(path: Path) -> None:
+    """Removes what processes left beside `path` that were killed while they wrote it. Nobody may be writing it."""
+    own = re.compile(rf"\.{re.escape(path.stem)}\.\d+{re.escape(path.suffix)}")
+    for file in path.parent.glob(".*") if path.parent.is_dir() else ():
+        if own.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def _write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
