@@ -1,11 +1,14 @@
-"""Replays reference cases (schema 1): `python -m tests.replay DIR`.
+"""Replays reference cases (schema 1): `python -m tests.replay DIR [--digest]`.
 
 Prints a line a case (name, worst relative L2 error over its outputs, ok or FAIL) and exits non-zero unless all pass.
 A kind or setting that is not known here is a failure, not a skip.
+With --digest it prints a line an output instead: case, output and the SHA-256 of its bytes. One thread computes them,
+so on one machine two versions of the code that do the same operations in the same order print the same lines.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -278,25 +281,50 @@ class Folder:
         prefix = f"{name}/{side}."
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
+    def outputs(self, name: str, checkpointing: bool = False) -> Tensors:
+        """What this code makes of a case's inputs, by name."""
+        case = self.case(name, checkpointing)
+        return KINDS[case.kind](case)
+
     def worst_error(self, name: str, checkpointing: bool = False) -> float:
         """The worst relative L2 error over a case's outputs; a missing output counts as infinite."""
-        case = self.case(name, checkpointing)
-        actual, expected = KINDS[case.kind](case), self.part(name, "out")
+        actual, expected = self.outputs(name, checkpointing), self.part(name, "out")
         if not expected:
             raise ValueError(f"{name}: the case has no outputs")
         missing = torch.tensor(float("inf"))
         return max(relative_error(actual.get(key, missing), value) for key, value in expected.items())
 
 
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of shape, precision and values: equal for tensors that are equal bit for bit, and for no others."""
+    values = tensor.detach().contiguous().cpu()
+    head = f"{tuple(values.shape)} {values.dtype} ".encode()
+    return hashlib.sha256(head + values.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or not (Path(arguments[0]) / "manifest.json").is_file():
-        print("usage: python -m tests.replay DIR (a folder with manifest.json)", file=sys.stderr)
+    paths = [word for word in arguments if word != "--digest"]
+    if len(paths) != 1 or not (Path(paths[0]) / "manifest.json").is_file():
+        print("usage: python -m tests.replay DIR [--digest] (DIR: a folder with manifest.json)", file=sys.stderr)
         return 2
     try:
-        folder = Folder.read(Path(arguments[0]))
+        folder = Folder.read(Path(paths[0]))
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as problem:
-        print(f"replay: {arguments[0]} is not a folder of schema 1: {_one_line(problem)}", file=sys.stderr)
+        print(f"replay: {paths[0]} is not a folder of schema 1: {_one_line(problem)}", file=sys.stderr)
         return 2
+    return print_digests(folder) if "--digest" in arguments else print_verdicts(folder)
+
+
+def print_digests(folder: Folder) -> int:
+    """A line an output. A case that fails ends it: a list with holes would compare equal to nothing."""
+    torch.set_num_threads(1)
+    for name in folder.manifest["cases"]:
+        for key, value in folder.outputs(name).items():
+            print(f"{name} {key} {digest(value)}")
+    return int(not folder.manifest["cases"])
+
+
+def print_verdicts(folder: Folder) -> int:
     failed = 0
     for name in folder.manifest["cases"]:
         try:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.wan.attention import Backend
-from tests.replay import TOLERANCE, Folder, main
+from tests.replay import TOLERANCE, Folder, digest, main
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
@@ -110,3 +110,15 @@ def test_replay_fails_without_cases_and_without_a_folder(copy: Path, tmp_path: P
     assert main([str(copy)]) != 0
     assert main([str(tmp_path / "nowhere")]) != 0
     assert main([]) != 0
+
+
+def test_digests_are_equal_for_equal_bits_only(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = torch.arange(6.0)
+    flipped = values.clone()
+    flipped.view(torch.int32)[3] ^= 1
+    others = [flipped, values.view(2, 3), values.double(), -values]
+    assert digest(values) == digest(values.clone()) and len({digest(t) for t in [values, *others]}) == 5
+    assert main([str(copy), "--digest"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main([str(copy), "--digest"]) == 0 and lines == capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["causal_f6", "velocity"], ["causal_f6", "x0"]]
