@@ -21,12 +21,13 @@ import torch
 import yaml
 from torch.distributed.run import get_args_parser
 
+from configs.load import load_run, run_from_plain
 from configs.schema import RunConfig
 from model.dmd import Guidance
 from model.types import Conditioning, Rollout
 from tests.small import trainer
-from utils.cli import train_args
-from utils.config import ConfigError, UserError, from_plain, load
+from trainer.command import train_args
+from utils.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
@@ -37,15 +38,15 @@ SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
 NEW_IN_AN_EXAMPLE = {"model/my_dmd.py", "objective.kind=huber_dmd", 'huber_dmd = "huber_dmd"'}
 PROGRAMS = {
     "train.py": "utils/cli.py",
-    "inference.py": "trainer/generate_cli.py",
-    "inference.sh": "trainer/generate_cli.py",
-    "demo.py": "serving/cli.py",
+    "inference.py": "generation/command.py",
+    "inference.sh": "generation/command.py",
+    "demo.py": "serving/command.py",
     "preprocess.py": (
         # of all its commands
-        "trainer/preprocess_text.py trainer/preprocess_ode.py trainer/preprocess_video.py utils/data/video_command.py"
+        "tasks/preprocess_text.py generation/ode_pairs.py tasks/preprocess_video.py tasks/video_command.py"
     ),
-    "trainer.evaluate": "trainer/evaluate.py",
-    "trainer.export": "trainer/export.py",
+    "evaluation.command": "evaluation/command.py",
+    "generation.export": "generation/export.py",
     "benchmarks.train_step": "benchmarks/train_step.py",
     "benchmarks.attention": "benchmarks/attention.py",
     "scripts.report": "scripts/report.py",
@@ -108,7 +109,7 @@ def is_key(path: str) -> bool:
         nested = {part: nested}
     assert isinstance(nested, dict)
     try:
-        from_plain(RunConfig, nested)
+        run_from_plain(nested)
     except ConfigError as error:
         return "unknown key" not in str(error)
     return path.split(".")[0] in SECTIONS
@@ -226,7 +227,7 @@ def test_what_a_page_names_exists(page: str) -> None:
     [
         "trainer/distil.py", "pipeline/*.yml", "tests/test_dmd.py::test_nothing", "make tests", "--config-file X",
         "--no-such", "schedule.ts_sched", "rollout.kinds: self_forcing", "utils.config.lode", "RunConfig.is_casual",
-        "denoise_blocks", "python -m trainer.evaluat", "python -m trainer.evaluate --runs x", "model/wan2/", "no.jsonl",
+        "denoise_blocks", "python -m trainer.evaluat", "python evaluate.py --runs x", "model/wan2/", "no.jsonl",
     ],
 )  # fmt: skip
 def test_a_wrong_name_is_found(span: str) -> None:
@@ -289,12 +290,12 @@ def test_option_table_is_complete() -> None:
 
 def test_every_option_of_inference_is_explained() -> None:
     section = read("README.md").split("## Inference")[1].split("\n## ")[0]
-    assert [option for option in sorted(options("trainer/generate_cli.py")) if option not in section] == []
+    assert [option for option in sorted(options("generation/command.py")) if option not in section] == []
 
 
 def test_every_option_of_the_demo_is_explained() -> None:
     section = read("README.md").split("## Live demo")[1].split("\n## ")[0]
-    assert [option for option in sorted(options("serving/cli.py")) if option not in section] == []
+    assert [option for option in sorted(options("serving/command.py")) if option not in section] == []
 
 
 def test_yaml_examples_load(tmp_path: Path) -> None:
@@ -303,7 +304,7 @@ def test_yaml_examples_load(tmp_path: Path) -> None:
     configs = []
     for number, text in enumerate(examples):
         (tmp_path / f"toy/example_{number}.yaml").write_text(text, encoding="utf-8")
-        configs.append(load(RunConfig, tmp_path / f"toy/example_{number}.yaml"))
+        configs.append(load_run(tmp_path / f"toy/example_{number}.yaml"))
     assert [config.name for config in configs] == ["my_student", "random_exit"]
     assert [config.rollout.last_step_only for config in configs] == [True, False]
 
@@ -314,7 +315,7 @@ def test_quoted_errors_are_what_is_said() -> None:
     for line, said in zip(block[::2], block[1::2], strict=True):
         args = train_args(shlex.split(line.removeprefix("$ python train.py ")))
         with pytest.raises(UserError) as error:
-            load(RunConfig, ROOT / args.config_path, args.overrides)
+            load_run(ROOT / args.config_path, args.overrides)
         assert said == f"train.py: error: {error.value}"
 
 
