@@ -15,12 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from configs.schema import RunConfig
 from model.wan.config import PRESETS, SparseConfig, WanConfig
 from model.wan.transformer import WanTransformer
+from model.wan.vsa.counting import kernels_counted_by
 from model.wan.vsa.tiles import Tiling, tile_maps
 from tests import forked, small
 from tests.distributed import measured_peak
 from trainer.plan import Cluster, Plan, make_plan, update_cost
 from trainer.plan_report import changes, plan_text, remedies, report
-from trainer.plan_run import ALLOCATION, SHARDED, Iteration, kernels_counted, pretended_world, run, stripped
+from trainer.plan_run import ALLOCATION, SHARDED, Iteration, pretended_world, run, stripped
 from utils.cli import train_args
 from utils.config import UserError, load
 from utils.parallel.plan_hardware import GPU, GPUS, bound, needed_gb
@@ -167,7 +168,7 @@ def test_sparse_attention_is_planned_as_its_kernels() -> None:
     cost = {}
     for sparse in (None, SparseConfig(0.5, [1, 4, 4], "reference")):
         meter = Meter(cuda=True)
-        with kernels_counted(meter), meter.running():
+        with kernels_counted_by(meter), meter.running():
             if sparse is not None:
                 sparse.backend = "triton"
             net = WanTransformer(c, sparse=sparse)

@@ -13,8 +13,9 @@ from model.diffusion import flow_matching_loss
 from model.schedule import TIMESTEPS, mix, shift_sigma
 from model.types import Conditioning, LossOutput
 from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
-from trainer.base import MicroBatch, Trainer
+from trainer.base import Trainer
 from trainer.build import build_trained
+from trainer.micro_batch import MicroBatch
 
 
 class DiffusionTrainer(Trainer):

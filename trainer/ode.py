@@ -22,9 +22,10 @@ from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_trajectory
 from pipeline.causal_inference import causal_trajectory
 from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
-from trainer.base import MicroBatch, Trainer
+from trainer.base import Trainer
 from trainer.build import build_frozen, build_trained, sharing
 from trainer.given import gives
+from trainer.micro_batch import MicroBatch
 from trainer.sampling import cache_dtype
 from trainer.stored import StoredPairs
 from trainer.task import Task

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from configs.schema import RunConfig
 from configs.sections import TrainerKind, UpdateSchedule
 from trainer.adversary import NAME as DISCRIMINATOR
-from trainer.base import micro_batches
+from trainer.micro_batch import micro_batches
 from trainer.plan_run import (
     ALLOCATION,
     SHALLOW,

@@ -11,7 +11,7 @@ from configs.schema import RunConfig
 from configs.sizes import largest
 from model.wan.config import Checkpointing
 from trainer.adversary import NAME as DISCRIMINATOR
-from trainer.base import micro_batches
+from trainer.micro_batch import micro_batches
 from trainer.plan import Cluster, Plan, make_plan
 from trainer.plan_run import SHARDED, networks_of
 from utils.cli import PlanArgs
