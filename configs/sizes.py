@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from model.schedule import TIMESTEPS, ScheduleConfig
 from pipeline.self_forcing_training import rollout_lengths
+from utils.limits import FRAMES, SIDE, VOLUME
 from utils.random import Noise
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ def check_values(sizes: Sequence[VideoSize]) -> None:
             value = getattr(size, name)
             if value is not None and value < 1:
                 raise ValueError(f"sizes[{number}].{name} must be at least 1, or null for the data's own, got {value}")
+            limit = FRAMES if name == "frames" else SIDE
+            if value is not None and value > limit:
+                raise ValueError(
+                    f"sizes[{number}].{name} must be at most {limit} (no real video is larger), got {value}: lower it"
+                )
         if not 0 < size.weight < math.inf:
             raise ValueError(f"sizes[{number}].weight must be positive and finite, got {size.weight}")
 
@@ -102,6 +108,8 @@ def check_sizes(config: RunConfig) -> None:
         )
     for number, size in enumerate(sizes_of(config)):
         try:
+            if math.prod(size) > VOLUME:
+                raise ValueError(f"has {math.prod(size)} latent elements, more than {VOLUME}: lower one of its sides")
             _check_size(config, size)
             _check_data(config, size, given_image)
         except ValueError as problem:

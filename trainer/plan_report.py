@@ -244,10 +244,10 @@ def remedies(plan: Plan, most: int = 3) -> list[str]:
 def _promising(singles: list[Change], surplus: float) -> list[Change]:
     """Those thought to be enough, alone before in pairs; where none is, as many together as it takes."""
     pairs = [
-        Change(one.settings | other.settings, one.saves + other.saves)
-        for i, one in enumerate(singles)
+        Change(change.settings | other.settings, change.saves + other.saves)
+        for i, change in enumerate(singles)
         for other in singles[i + 1 :]
-        if not one.settings.keys() & other.settings.keys() and max(one.saves, other.saves) < surplus
+        if not change.settings.keys() & other.settings.keys() and max(change.saves, other.saves) < surplus
     ]
     enough = [change for change in [*singles, *pairs] if change.saves >= surplus]
     return enough or _together(singles, surplus)

@@ -328,7 +328,7 @@ def left_behind(ends: list[dict[Owner, float]]) -> dict[Owner, float]:
 
 def line(a: dict[Any, Any], b: dict[Any, Any], x: float) -> dict[Any, Any]:
     """The value at `x` of what is `a` at 0 and `b` at 1, entry by entry."""
-    return {key: a.get(key, 0) + (b.get(key, 0) - a.get(key, 0)) * x for key in {*a, *b}}
+    return {key: a.get(key, 0) + (b.get(key, 0) - a.get(key, 0)) * x for key in a | b}
 
 
 def deeper(shallow: Record, deep: Record, layers: int) -> Record:

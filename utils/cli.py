@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
 
 
 def default_logdir(config_path: Path) -> Path:
-    """``configs/toy/dmd.yaml`` -> ``logs/toy/dmd``; a YAML outside ``configs`` -> ``logs/<stem>``."""
+    """``configs/toy/teacher.yaml`` -> ``logs/toy/teacher``; a YAML outside ``configs`` -> ``logs/<stem>``."""
     parts = config_path.with_suffix("").parts
     below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts else parts[-1:]
     return Path("logs", *below)
@@ -118,7 +119,7 @@ SAME_ERROR_SECONDS = 2.0  # in which a launcher has ended the other ranks of a r
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and exit: 0 or its return value; a UserError is one line on stderr and exit code 2; a lost rank,
-    which the watchdog has reported, is exit code EXIT_STUCK.
+    which the watchdog has reported, is exit code EXIT_STUCK. A MemoryError is one line, too, which names the function.
 
     Most UserErrors are every rank's: rank 0 says them at once, another rank only if it is still there
     SAME_ERROR_SECONDS later, for then it may be the only one.
@@ -135,6 +136,15 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             time.sleep(SAME_ERROR_SECONDS)
         whose = f"rank {rank}: " if rank else ""
         print(f"{Path(sys.argv[0]).name}: error: {whose}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except MemoryError as error:
+        code = 2
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"{Path(sys.argv[0]).name}: error: this machine's memory is too small for what {last.name} of "
+            f"{Path(last.filename).name} makes: lower the sizes that the config or the command line asks for",
+            file=sys.stderr,
+            flush=True,
+        )
     except CollectiveError:
         code = EXIT_STUCK
     except KeyboardInterrupt:
