@@ -23,7 +23,7 @@ from torch.distributed.run import get_args_parser
 
 from configs.load import load_run, run_from_plain
 from configs.schema import RunConfig
-from model.dmd import Guidance
+from model.query import Guidance, ScoreQuery
 from model.types import Conditioning, Rollout
 from tests.small import trainer
 from trainer.command import train_args
@@ -359,7 +359,8 @@ def test_the_example_loss_is_right(tmp_path: Path) -> None:
     x0.requires_grad_()
     text, sigma = torch.zeros(2, 1, 1), torch.full((2,), 0.5)
     real, fake = Score(0.2), Score(3.0)
-    out = module.huber_dmd_loss(Rollout(x0), real, fake, Conditioning(text), Guidance(text, 1.0), sigma, noise, c=0.7)
+    query = ScoreQuery(Rollout(x0), real, fake, Conditioning(text), Guidance(text, 1.0), sigma, noise)  # type: ignore[arg-type]
+    out = module.huber_dmd_loss(query, c=0.7)
     out.loss.backward()
     g = out.kl_gradient
     assert g.abs().min() > 0.1
