@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import import_recipe
 from configs.load import load_run
 from configs.schema import RunConfig
 from importers.lora import ATTENTION, FASTVIDEO_LAYERS
@@ -20,7 +21,7 @@ from importers.translate import read_options, shell_options, to_text, translate
 from model.wan.config import LoraConfig, geometry
 from model.wan.lora import linear_layers
 from model.wan.transformer import WanTransformer
-from utils import config as config_module
+from tests import forked
 from utils.errors import ConfigError
 
 SELF_FORCING = """
@@ -342,11 +343,37 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it writes is a config that loads, headed by what is not in it; a file is never written over."""
     (tmp_path / "sf.yaml").write_text(SELF_FORCING)
     out = tmp_path / "ours.yaml"
-    arguments = ["config", "import", "self_forcing", str(tmp_path / "sf.yaml"), "--out", str(out)]
+    arguments = ["import_recipe.py", "self_forcing", str(tmp_path / "sf.yaml"), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", arguments)
-    assert config_module.main() == 0
+    assert import_recipe.main() == 0
     assert '#   sharding_strategy: "hybrid_full"' in out.read_text()
     assert "# To fill in:\n" in out.read_text() and "# Means something else" not in out.read_text()
     assert load_run(out).objective.real_guidance_scale == 4.0
+    assert "before train.py takes it" not in out.read_text()
     with pytest.raises(ConfigError, match="is there already"):
-        config_module.main()
+        import_recipe.main()
+
+
+def test_what_train_py_would_refuse_is_said_in_the_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The importers know no schema; the command checks what they make."""
+    (tmp_path / "sf.yaml").write_text(SELF_FORCING + "\nema_weight: 1.5\n")
+    monkeypatch.setattr(sys, "argv", ["import_recipe.py", "self_forcing", str(tmp_path / "sf.yaml")])
+    assert import_recipe.main() == 0
+    assert "#   before train.py takes it (ema.decay must be in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("old", "arguments", "new"),
+    [
+        ("trainer.evaluate", ("--help",), "evaluate.py"),
+        ("trainer.export", ("--help",), "export.py"),
+        ("utils.data.preprocess", ("text", "--help"), "preprocess.py"),
+        ("utils.config", ("import", "--help"), "import_recipe.py"),
+    ],
+)
+def test_commands_of_version_0_1_name_the_new_one_and_run_it(old: str, arguments: tuple[str, ...], new: str) -> None:
+    done = forked.run(1, old, *arguments)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {new}")
+    assert f"is now: python {new}" in done.stderr
