@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
@@ -229,7 +229,7 @@ class Meter(TorchDispatchMode):
 
         # Torch has no hook for these. A TorchFunctionMode is off within `backward`, where checkpointed blocks are
         # computed again.
-        patches = [
+        patches: list[AbstractContextManager[Any]] = [
             mock.patch.object(torch.UntypedStorage, "resize_", resized),
             mock.patch.object(torch.cuda, "is_available", lambda: False),  # the pretended device is the same everywhere
             mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", inferred),

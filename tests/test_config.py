@@ -237,12 +237,12 @@ def test_diff_names_what_differs() -> None:
 
 def test_overrides_may_stand_anywhere() -> None:
     args = command.train_args(
-        ["a=1", "--config_path", "configs/toy/dmd.yaml", "b.c=[1,2]", "--max_steps", "5", "--no_save", "d==x"]
+        ["a=1", "--config_path", "configs/toy/teacher.yaml", "b.c=[1,2]", "--max_steps", "5", "--no_save", "d==x"]
     )
     assert args == command.TrainArgs(
-        config_path=Path("configs/toy/dmd.yaml"),
+        config_path=Path("configs/toy/teacher.yaml"),
         overrides=("a=1", "b.c=[1,2]", "d==x"),
-        logdir=Path("logs/toy/dmd"),
+        logdir=Path("logs/toy/teacher"),
         resume="auto",
         max_steps=5,
         wandb=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from model.wan.vsa.counting import kernels_counted_by
 from model.wan.vsa.tiles import Tiling, tile_maps
 from planning.hardware import GPU, GPUS, bound, needed_gb
 from planning.meter import FLOPS, Meter, Owner, Traffic, sent_bytes
-from planning.plan import Cluster, Plan, make_plan, update_cost
+from planning.plan import Cluster, Plan, kinds_of, make_plan, update_cost
 from planning.pretend_run import ALLOCATION, SHARDED, Iteration, pretended_world, run, stripped
 from planning.report import changes, plan_text, remedies, report
 from tests import forked, small
@@ -269,6 +270,25 @@ def test_peak_is_that_of_a_real_run(case: str, tmp_path: Path) -> None:
     asked = measured_peak.config(**measured_peak.CASES[case])
     real = measured_peak.measured(asked, tmp_path)
     assert measured_peak.planned(asked, 1) == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("schedule", ["joint", "alternating"])
+def test_iterations_are_counted_as_the_loop_makes_them(schedule: str) -> None:
+    """In closed form, so that any number of iterations is planned."""
+    for warmup, interval, steps in itertools.product((0, 1, 4), (1, 2, 5), (6, 7, 11)):
+        if schedule == "alternating" and interval == 1:
+            continue
+        changes: dict[str, Any] = {
+            "update_schedule": schedule, "critic_warmup_steps": warmup, "generator_update_interval": interval,
+            "max_steps": steps,
+        }  # fmt: skip
+        asked = config(training=changes)
+        students = [step for step in range(steps) if asked.training.trains_generator(step)]
+        others = [step for step in range(steps) if step not in students]
+        found = [(kind.step, kind.count) for kind in kinds_of(asked)]
+        assert found == [(which[0], len(which)) for which in (students, others) if which]
+        assert asked.training.critic_updates(steps) == sum(map(asked.training.trains_critic, range(steps)))
+    assert sum(kind.count for kind in kinds_of(config(training={"max_steps": 10**12}))) == 10**12
 
 
 def test_what_would_make_it_fit(hybrid: Plan) -> None:
