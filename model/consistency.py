@@ -37,10 +37,17 @@ def consistency_loss(
 ) -> LossOutput:
     """mean (f(x_s) - sg f_average(x_s'))^2, x_s' one Euler step of the teacher from x_s: no ODE data.
 
-    student, average, teacher: `(x [B, F, C, H, W], sigma) -> velocity`, the teacher's already guided, the average the
-    student's EMA. sigma > sigma_next: [B] or [B, F]; frames at sigma 0 are given and count for nothing. At s' = 0 the
-    target is the teacher's end point itself: f(x, 0) = x. huber: c of sqrt(|d|^2 + c^2) - c over a frame's elements
-    (arXiv 2310.14189) in place of the square; near 0 it is the norm |d|.
+    At s' = 0 the target is the teacher's end point itself: f(x, 0) = x.
+
+    student: `(x [B, F, C, H, W], sigma) -> velocity`, as are the next two.
+    average: the student's EMA.
+    teacher: its velocity is already guided.
+    clean: x_0 [B, F, C, H, W].
+    noise: standard normal, like clean.
+    sigma: s, [B] or [B, F]; frames at sigma 0 are given and count for nothing.
+    sigma_next: s' < s, like sigma.
+    huber: c of sqrt(|d|^2 + c^2) - c over a frame's elements (arXiv 2310.14189) in place of the square; near 0 it is
+        the norm |d|. None for the square.
     """
     x = mix(clean, noise, sigma)
     with torch.no_grad():

@@ -27,8 +27,12 @@ def flow_matching_loss(
 ) -> LossOutput:
     """mean (v - (eps - x0))^2 at x_sigma (arXiv 2210.02747, eq. 14), or with `x0_target` mean (x0_pred - x0)^2.
 
-    predict: `(x_sigma [B, F, C, H, W], sigma) -> velocity`. sigma: [B] or [B, F]. weight: [B] or [B, F], 0 leaves a
-    frame out; the mean of each sample is over its weights, so samples count alike.
+    predict: `(x_sigma [B, F, C, H, W], sigma) -> velocity`.
+    x0: [B, F, C, H, W].
+    noise: eps, standard normal, like x0.
+    sigma: [B] or [B, F], noise levels in [0, 1].
+    weight: [B] or [B, F], 0 leaves a frame out; the mean of each sample is over its weights, so samples count alike.
+    x0_target: the error is that of x0 in place of the velocity's.
     """
     x_sigma = mix(x0, noise, sigma)
     velocity = predict(x_sigma, sigma)

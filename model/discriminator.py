@@ -38,9 +38,9 @@ class Discriminator:
     def __init__(self, backbone: ScoreNet, heads: nn.Module, blocks: Sequence[int]) -> None:
         self.backbone, self.heads, self.blocks = backbone, heads, tuple(blocks)
 
-    def logits(self, x: Tensor, sigma: Tensor, given: Conditioning) -> Tensor:
+    def logits(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """[B, K], fp32, at x [B, F, C, H, W] noised to sigma [B]; positive is real. One evaluation of the backbone."""
-        features = self.backbone.features(x, sigma, given, self.blocks)
+        features = self.backbone.features(x, sigma, conditioning, self.blocks)
         dtype = next(self.heads.parameters()).dtype
         out: Tensor = self.heads([feature.to(dtype) for feature in features])
         return out.float()
@@ -82,12 +82,12 @@ class VideoHeads(nn.Module):
         self.heads = nn.ModuleList(VideoHead(dim, patch) for _ in range(count))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return _each(self.heads, features)
+        return _head_logits(self.heads, features)
 
 
 class RegisterHead(nn.Module):
-    """One logit from learned registers that look at each feature's tokens by cross-attention (Self-Forcing's GAN): what
-    they saw, side by side -> LayerNorm, Linear, SiLU, Linear.
+    """One logit from learned registers that read each feature's tokens by cross-attention (Self-Forcing's GAN): what
+    they read, side by side -> LayerNorm, Linear, SiLU, Linear.
 
     Raises ValueError unless `heads` divides `dim`.
     """
@@ -106,16 +106,17 @@ class RegisterHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """List of [B, F, d, h, w] -> [B, 1]."""
-        parts = zip(features, self.registers, self.norms, self.keys_values, self.outs, strict=True)
-        seen = [self._look(*part) for part in parts]
-        return self.judge(torch.cat(seen, 1).flatten(1))  # type: ignore[no-any-return]
+        summaries = [self._attend(index, feature) for index, feature in enumerate(features)]
+        return self.judge(torch.cat(summaries, 1).flatten(1))  # type: ignore[no-any-return]
 
-    def _look(self, feature: Tensor, registers: Tensor, norm: nn.Module, kv: nn.Module, out: nn.Module) -> Tensor:
-        tokens = norm(feature.movedim(2, -1).flatten(1, 3))  # [B, L, d]
-        query = registers.expand(len(tokens), -1, -1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, *kv(tokens).chunk(2, -1)))
+    def _attend(self, index: int, feature: Tensor) -> Tensor:
+        """What the registers [B, R, d] of this feature [B, F, d, h, w] read from its tokens."""
+        tokens = self.norms[index](feature.movedim(2, -1).flatten(1, 3))  # [B, L, d]
+        query = self.registers[index].expand(len(tokens), -1, -1)
+        key_value = self.keys_values[index](tokens).chunk(2, -1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, *key_value))
         attended = functional.scaled_dot_product_attention(q, k, v)
-        return query + out(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return query + self.outs[index](attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class ImageHead(nn.Module):
@@ -148,9 +149,9 @@ class ImageHeads(nn.Module):
         self.heads = nn.ModuleList(ImageHead(channels, size) for channels, size in features)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return _each(self.heads, features)
+        return _head_logits(self.heads, features)
 
 
-def _each(heads: nn.ModuleList, features: Sequence[Tensor]) -> Tensor:
+def _head_logits(heads: nn.ModuleList, features: Sequence[Tensor]) -> Tensor:
     """Logits [B, K], one a head and feature."""
     return torch.stack([head(feature) for head, feature in zip(heads, features, strict=True)], 1)

@@ -16,9 +16,9 @@ from utils.parallel.parallelize import reshard
 
 @dataclass
 class EMAConfig:
-    """decay: null for no average. start: the first update that is averaged; until then it is a copy. every: cadence.
+    """decay: None for no average. start: the first update that is averaged; until then it is a copy. every: cadence.
 
-    All count generator updates, not iterations.
+    start and every count generator updates, not iterations.
     """
 
     decay: float | None = 0.99
@@ -35,7 +35,11 @@ class EMAConfig:
 class EMA:
     """fp32 shadow of the trained parameters, on the shards that this rank holds: nothing is gathered.
 
-    named: the parameters by the names under which they are kept; all that `net` trains under its own, if left out.
+    net: the network whose parameters are averaged.
+    decay: what is kept of the average at an update.
+    start: the generator update, counted from 1, up to which the average is a copy.
+    every: it follows each so many generator updates.
+    named: the parameters by the names under which they are kept; None for all that `net` trains, under its own names.
     """
 
     def __init__(
@@ -59,12 +63,12 @@ class EMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The network carries the average inside, and its own weights again after, bit for bit."""
-        own = {name: p.detach().clone() for name, p in self.live.items()}
+        trained = {name: p.detach().clone() for name, p in self.live.items()}
         self._carry(self.shadow)
         try:
             yield
         finally:
-            self._carry(own)
+            self._carry(trained)
 
     @torch.no_grad()
     def _carry(self, values: dict[str, Tensor]) -> None:

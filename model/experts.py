@@ -20,11 +20,13 @@ class Experts(nn.Module):
     """`high` where sigma >= boundary, `low` below: a velocity network as each of them is.
 
     high, low: networks of one geometry. boundary: in (0, 1), T2V_BOUNDARY and I2V_BOUNDARY for Wan2.2.
-    A call whose samples lie on both sides runs both, each on its own. Where weights are sharded all ranks must run the
-    same networks: keep a call on one side there. Each is trained alone, as a network of its own, by the schedule's
-    bounds: `min_score_timestep` is 1000 * boundary for the high one, `max_score_timestep` for the low one. The low
-    one's `denoising_step_list` starts there too, so its rollout must be `noised_data`: it never sees pure noise.
-    Raises ValueError for a boundary outside (0, 1), and for a cache: keys and values of one are nothing to the other.
+
+    A call whose samples lie on both sides runs both networks, each on its part of the batch. Where weights are sharded
+    all ranks must run the same networks: keep a call on one side then. Each network is trained alone, within the
+    schedule's bounds: `min_score_timestep` is 1000 * boundary for the high one, `max_score_timestep` for the low one.
+    The low one's `denoising_step_list` starts at the boundary too, so its rollout must be `noised_data`: it never sees
+    pure noise. Raises ValueError for a boundary outside (0, 1), and for a cache: two networks cannot share keys and
+    values.
     """
 
     def __init__(self, high: nn.Module, low: nn.Module, boundary: float) -> None:
@@ -43,8 +45,8 @@ class Experts(nn.Module):
             return (self.high if bool(is_high.all()) else self.low)(x, sigma, text, **mode)  # type: ignore[no-any-return]
         rows = [is_high.nonzero().flatten(), (~is_high).nonzero().flatten()]
         parts = [
-            net(x[own], sigma[own], text[own], **{k: v[own] if k in BY_SAMPLE else v for k, v in mode.items()})
-            for net, own in zip((self.high, self.low), rows, strict=True)
+            net(x[row], sigma[row], text[row], **{k: v[row] if k in BY_SAMPLE else v for k, v in mode.items()})
+            for net, row in zip((self.high, self.low), rows, strict=True)
         ]
         order = torch.cat(rows).argsort()
         if isinstance(parts[0], list):

@@ -17,8 +17,13 @@ KEEP = 0.97
 class Alignment:
     """critic <- keep critic + (1 - keep) student, on the shards that this rank holds: nothing is gathered.
 
-    critic_named, student_named: the parameters by the names under which they are kept; all that is trained, if left
-    out. Both networks (or adapters) are of one geometry and sharded alike. It has no state of its own.
+    Both networks (or adapters) are of one geometry and sharded alike. It has no state of its own.
+
+    critic: the network that is pulled.
+    student: the network that it is pulled towards.
+    keep: the critic's share in [0, 1].
+    critic_named, student_named: the parameters by the names under which they are kept; None for all that is trained.
+
     Raises ValueError where names or shapes differ, and unless keep is in [0, 1].
     """
 
@@ -32,19 +37,19 @@ class Alignment:
     ) -> None:
         if not 0 <= keep <= 1:
             raise ValueError(f"alignment keeps a share of the critic in [0, 1], got {keep}")
-        theirs = trainable(student) if student_named is None else student_named
-        own = trainable(critic) if critic_named is None else critic_named
-        _check_alike(own, theirs)
+        targets = trainable(student) if student_named is None else student_named
+        followers = trainable(critic) if critic_named is None else critic_named
+        _check_alike(followers, targets)
         self.net, self.keep = critic, keep
         # held here: while a sharded network is gathered, it names other tensors its parameters
-        self.pairs = [(stored(p), stored(theirs[name])) for name, p in own.items()]
+        self.pairs = [(stored(p), stored(targets[name])) for name, p in followers.items()]
 
     @torch.no_grad()
     def update(self) -> None:
         """After each update of the student."""
         reshard(self.net)
         critic = [local(p) for p, _ in self.pairs]
-        student = [local(p).to(own.dtype) for (_, p), own in zip(self.pairs, critic, strict=True)]
+        student = [local(p).to(pulled.dtype) for (_, p), pulled in zip(self.pairs, critic, strict=True)]
         torch._foreach_lerp_(critic, student, 1 - self.keep)
 
 

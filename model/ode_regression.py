@@ -44,5 +44,5 @@ def lacking_levels(stored: Sequence[float], wanted: tuple[float, ...], sampler: 
     return tuple(
         level
         for level, tolerance in zip(wanted, tolerances, strict=True)
-        if min(abs(one - level) for one in stored) > tolerance
+        if min(abs(kept - level) for kept in stored) > tolerance
     )

@@ -77,10 +77,13 @@ def whole_timesteps(sigmas: Sequence[float]) -> tuple[float, ...]:
 
 
 def score_sigma(u: Tensor, *, shift: float, low: float, high: float, clamp: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """The noise level at which a score is taken: u ~ U[0, 1] -> shifted, within [low, high], then clamped.
+    """The noise level at which a score is taken, fp32: u ~ U[0, 1] -> shifted, within [low, high], then clamped.
 
-    `low` and `high` bound sigma itself (min_score_timestep, ts_schedule, ts_schedule_max): u is stretched over
-    [unshift(low), unshift(high)], so the shifted density is the same one, truncated.
+    u: [B].
+    shift: s of `shift_sigma`.
+    low, high: bounds of sigma itself (min_score_timestep, ts_schedule, ts_schedule_max): u is stretched over
+        [unshift(low), unshift(high)], so the shifted density is the same one, truncated.
+    clamp: least and greatest sigma, after the shift.
     """
     a, b = unshift_sigma(low, shift), unshift_sigma(high, shift)
     return shift_sigma(a + (b - a) * u.to(torch.float32), shift).clamp(*clamp)
@@ -90,13 +93,15 @@ def score_sigma(u: Tensor, *, shift: float, low: float, high: float, clamp: tupl
 class ScheduleConfig:
     """Noise levels of the student's steps, of the scores and of flow-matching training. Timesteps count 0..1000.
 
-    denoising_step_list: the student's steps; warp_denoising_step: pass them through timestep_shift.
+    denoising_step_list: the student's steps.
+    warp_denoising_step: pass them through timestep_shift.
     timestep_shift: of the student's steps and of flow-matching training.
-    score_timestep_shift: of the noise level at which scores are taken and the critic is trained; min_sigma, max_sigma:
-    its clamp; min_score_timestep, max_score_timestep: its bounds, and those of a bidirectional network's flow-matching
-    training: they keep one of two experts (model/experts.py) within its own noise levels. ts_schedule, ts_schedule_max:
-    bound it by the exit step, from below by the level that the step leads to (in place of min_score_timestep), from
-    above by the level that it starts at.
+    score_timestep_shift: of the noise level at which scores are taken and the critic is trained.
+    min_sigma, max_sigma: that level's clamp.
+    min_score_timestep, max_score_timestep: that level's bounds, and those of a bidirectional network's flow-matching
+        training: they keep one of two experts (model/experts.py) within its own noise levels.
+    ts_schedule: bounds that level from below by the level that the exit step leads to, in place of min_score_timestep.
+    ts_schedule_max: bounds it from above by the level that the exit step starts at.
     """
 
     denoising_step_list: list[float] = field(default_factory=lambda: [1000.0, 750.0, 500.0, 250.0])

@@ -21,16 +21,20 @@ Condition = Conditioning | Tensor
 class ScoreNet:
     """x0 prediction of a velocity network, with its evaluations counted and its precision set at the call.
 
+    Every method takes conditioning, or its text alone.
+
     net: callable `(x_BFCHW, sigma [B] | [B, F], text_BLD, **mode) -> velocity [B, F, C, H, W]`; where the conditioning
-    has them, mode holds `channels` and `image` too. Every method takes conditioning, or its text alone.
+        has them, mode holds `channels` and `image` too.
+    name: under which its evaluations are counted.
+    evaluations: the count, which several networks may share; None for one of its own.
     compute_dtype: bf16 runs the network under autocast; None leaves it in its own precision. The autocast context
-    is entered anew at each call: its weight cache, filled without gradient by a rollout's early steps, would
-    otherwise cut the exit step off from the weights.
+        is entered anew at each call: its weight cache, filled without gradient by a rollout's early steps, would
+        otherwise cut the exit step off from the weights.
     batch_guidance: with and without prompt in one call, so that sharded weights are gathered once; apart they need half
-    the activations.
-    pins_initial: of a network to which given frames are shown clean, each frame with its own time (Wan2.2 TI2V-5B):
-    conditioning's initial frames take the place of x's, at sigma 0, and the velocity in them is the one that leads to
-    them, so losses and samplers need not know. Other networks see what x holds there.
+        the activations.
+    pins_initial: the network is shown given frames clean, each frame with its own time (Wan2.2 TI2V-5B): conditioning's
+        initial frames take the place of x's, at sigma 0, and the velocity in them is the one that leads to them, so
+        losses and samplers need not know. Other networks see what x holds in those frames.
     adapter: of a network that plays several roles, the one that makes it this one (model/wan/lora.py).
     """
 
@@ -59,87 +63,95 @@ class ScoreNet:
         other.call = call
         return other
 
-    def velocity(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
+    def velocity(self, x: Tensor, sigma: Tensor, condition: Condition, **mode: Any) -> Tensor:
         """Velocity [B, F, C, H, W] in fp32 at x [B, F, C, H, W], sigma [B] or [B, F]."""
         self.evaluations.add(self.name, frames=x.shape[0] * x.shape[1])
-        return self._run(x, sigma, given, **mode)
+        return self._run(x, sigma, condition, **mode)
 
-    def features(self, x: Tensor, sigma: Tensor, given: Condition, blocks: Sequence[int]) -> list[Tensor]:
+    def features(self, x: Tensor, sigma: Tensor, condition: Condition, blocks: Sequence[int]) -> list[Tensor]:
         """What these blocks (rising from 0) put out, each [B, F, d, h, w] in the net's precision: one evaluation."""
         self.evaluations.add(self.name, frames=x.shape[0] * x.shape[1])
-        out: list[Tensor] = self._call(x, sigma, Conditioning.of(given), features=blocks)
+        out: list[Tensor] = self._call(x, sigma, Conditioning.of(condition), features=blocks)
         return out
 
-    def _run(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
-        condition = Conditioning.of(given)
-        velocity: Tensor = self._call(x, sigma, condition, **mode).float()
-        initial = condition.initial if self.pins_initial else None
+    def _run(self, x: Tensor, sigma: Tensor, condition: Condition, **mode: Any) -> Tensor:
+        conditioning = Conditioning.of(condition)
+        velocity: Tensor = self._call(x, sigma, conditioning, **mode).float()
+        initial = conditioning.initial if self.pins_initial else None
         return velocity if initial is None else _leading_to(initial, x, sigma, velocity)
 
-    def _call(self, x: Tensor, sigma: Tensor, condition: Conditioning, **mode: Any) -> Any:
-        if self.pins_initial and condition.initial is not None:
-            x, sigma = _pinned(x, sigma, condition.initial)
+    def _call(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, **mode: Any) -> Any:
+        if self.pins_initial and conditioning.initial is not None:
+            x, sigma = _pinned(x, sigma, conditioning.initial)
         if self.adapter is not None:
             mode["adapter"] = self.adapter
         with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
-            return self.call(x, sigma, condition.text, **condition.beside_text, **mode)
+            return self.call(x, sigma, conditioning.text, **conditioning.beside_text, **mode)
 
-    def x0(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
+    def x0(self, x: Tensor, sigma: Tensor, condition: Condition, **mode: Any) -> Tensor:
         """Conditional x0 [B, F, C, H, W], fp32."""
-        return velocity_to_x0(x, self.velocity(x, sigma, given, **mode), sigma)
+        return velocity_to_x0(x, self.velocity(x, sigma, condition, **mode), sigma)
 
-    def x0_again(self, x: Tensor, sigma: Tensor, given: Condition, **mode: Any) -> Tensor:
+    def x0_again(self, x: Tensor, sigma: Tensor, condition: Condition, **mode: Any) -> Tensor:
         """x0 of evaluations that were made, and counted, before: a replay gives them their gradient."""
-        return velocity_to_x0(x, self._run(x, sigma, given, **mode), sigma)
+        return velocity_to_x0(x, self._run(x, sigma, condition, **mode), sigma)
 
     def guided_velocity(
-        self, x: Tensor, sigma: Tensor, given: Condition, negative: Tensor, guidance: float, **mode: Any
+        self, x: Tensor, sigma: Tensor, condition: Condition, negative: Tensor, guidance: float, **mode: Any
     ) -> Tensor:
-        """uncond + w (cond - uncond) (arXiv 2207.12598) in one batched call, or in two.
+        """Velocity uncond + w (cond - uncond) (arXiv 2207.12598), fp32, in one batched call, or in two.
 
+        x: [B, F, C, H, W].
+        sigma: [B] or [B, F], noise levels in [0, 1].
+        condition: of the branch with the prompt.
         negative: text [B, L, D] in place of the prompt's; all other conditioning is both branches'.
-        `guidance` 1 is the plain conditional network and costs one evaluation, not two.
+        guidance: w; 1 is the plain conditional network and costs one evaluation, not two.
         """
         if guidance == 1.0:
-            return self.velocity(x, sigma, given, **mode)
-        cond, uncond = self.branches(x, sigma, given, negative, **mode)
+            return self.velocity(x, sigma, condition, **mode)
+        cond, uncond = self.branches(x, sigma, condition, negative, **mode)
         return uncond + guidance * (cond - uncond)
 
     def branches(
-        self, x: Tensor, sigma: Tensor, given: Condition, negative: Tensor, **mode: Any
+        self, x: Tensor, sigma: Tensor, condition: Condition, negative: Tensor, **mode: Any
     ) -> tuple[Tensor, Tensor]:
         """Velocities with the prompt and with the negative text [B, L, D] in its place, in one batched call or two."""
-        condition = Conditioning.of(given)
+        conditioning = Conditioning.of(condition)
         if self.batch_guidance:
-            both = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), condition.and_for(negative), **mode)
+            both = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), conditioning.and_for(negative), **mode)
             cond, uncond = both.chunk(2)
             return cond, uncond
-        cond = self.velocity(x, sigma, condition, **mode)
-        return cond, self.velocity(x, sigma, condition.with_text(negative), **mode)
+        cond = self.velocity(x, sigma, conditioning, **mode)
+        return cond, self.velocity(x, sigma, conditioning.with_text(negative), **mode)
 
     def guided_x0(
         self,
         x: Tensor,
         sigma: Tensor,
-        given: Condition,
+        condition: Condition,
         negative: Tensor,
         guidance: float,
         rescale: float = 0.0,
         **mode: Any,
     ) -> Tensor:
-        """x0 of `guided_velocity`; guiding x0 or velocity is the same, x0 being affine in it.
+        """x0 of `guided_velocity`, fp32; guiding x0 or velocity is the same, x0 being affine in it.
 
+        x: [B, F, C, H, W].
+        sigma: [B] or [B, F], noise levels in [0, 1].
+        condition: of the branch with the prompt.
+        negative: text [B, L, D] in place of the prompt's.
+        guidance: w.
         rescale: phi in [0, 1] of `rescaled`, which keeps strong guidance from raising contrast; 0 for none.
         """
         if guidance == 1.0 or rescale == 0.0:
-            return velocity_to_x0(x, self.guided_velocity(x, sigma, given, negative, guidance, **mode), sigma)
-        velocities = self.branches(x, sigma, given, negative, **mode)
+            return velocity_to_x0(x, self.guided_velocity(x, sigma, condition, negative, guidance, **mode), sigma)
+        velocities = self.branches(x, sigma, condition, negative, **mode)
         cond, uncond = (velocity_to_x0(x, velocity, sigma) for velocity in velocities)
         return rescaled(uncond + guidance * (cond - uncond), cond, rescale)
 
-    def finished(self, x: Tensor, given: Condition) -> Tensor:
+    def finished(self, x: Tensor, condition: Condition) -> Tensor:
         """A sample [B, F, C, H, W] with the given frames, where they were pinned, free of the solver's rounding."""
-        initial = Conditioning.of(given).initial if self.pins_initial else None
+        initial = Conditioning.of(condition).initial if self.pins_initial else None
         return x if initial is None else torch.cat([initial.to(x.dtype), x[:, initial.shape[1] :]], 1)
 
 

@@ -32,9 +32,9 @@ class Conditioning:
     image: Tensor | None = None
 
     @classmethod
-    def of(cls, given: Tensor | Conditioning) -> Conditioning:
+    def of(cls, condition: Tensor | Conditioning) -> Conditioning:
         """A bare text [B, L, D] is conditioning on nothing else."""
-        return cls(given) if isinstance(given, Tensor) else given
+        return cls(condition) if isinstance(condition, Tensor) else condition
 
     @property
     def batch(self) -> int:
@@ -53,8 +53,8 @@ class Conditioning:
     @property
     def beside_text(self) -> dict[str, Tensor]:
         """What a network takes beside the text, by the names of its arguments."""
-        given = {"channels": self.channels, "image": self.image}
-        return {name: value for name, value in given.items() if value is not None}
+        arguments = {"channels": self.channels, "image": self.image}
+        return {name: value for name, value in arguments.items() if value is not None}
 
     def frames(self, start: int, count: int) -> Conditioning:
         """That of frames start .. start + count of the video alone."""
@@ -73,8 +73,8 @@ class Conditioning:
     @classmethod
     def joined(cls, parts: Sequence[Conditioning]) -> Conditioning:
         """Of one batch after the other; all of them have the same fields."""
-        text, *given = ([getattr(part, name) for part in parts] for name in ("text", "initial", "channels", "image"))
-        return cls(torch.cat(text), *(None if column[0] is None else torch.cat(column) for column in given))
+        text, *columns = ([getattr(part, name) for part in parts] for name in ("text", "initial", "channels", "image"))
+        return cls(torch.cat(text), *(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 @dataclass(frozen=True)
