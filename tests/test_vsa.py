@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.wan.vsa import CUBES, Shape, SparseBackend, Tiling, choose_cube, kept_tiles, video_sparse_attention
-from model.wan.vsa.flex import kernel_options, kept_block_mask, tiles_of_a_block
+from model.wan.vsa.flex import kept_block_mask, kernel_options, tiles_of_a_block
 from model.wan.vsa.reference import select_tiles
 from model.wan.vsa.tiles import tile_maps, to_tiles, to_tokens
 from tests.nets import relative
