@@ -47,7 +47,7 @@ BACKWARD_BLOCK = 128
 
 
 def tiles_of_a_block(dtype: torch.dtype, slots: int) -> int:
-    """Tiles along a side of a mask's block where a backward follows: a block that has one kept tile is computed whole."""
+    """Tiles along a side of a mask's block where a backward follows. A block is computed if it has one kept tile."""
     return 1 if dtype is torch.float32 else -(-BACKWARD_BLOCK // slots)
 
 
