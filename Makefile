@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := passive
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all test-fast lint format bench bench-gpu methods clean distclean
+.PHONY: help venv quickstart test test-all test-fast lint format bench gpu-check methods clean distclean
 
 help:
 	@echo 'make quickstart   the whole way on 2 CPU cores: teacher, causal student, distillation, videos, report (half an hour)'
@@ -22,7 +22,7 @@ help:
 	@echo 'make test-all     every test (45 minutes at most)'
 	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'
 	@echo 'make methods      every method from the same teachers, 3 seeds each: docs/methods.md (an hour or more on 2 cores)'
-	@echo 'make bench        cost of a training step, of streaming and of attention; make bench-gpu: at true sizes on one GPU'
+	@echo 'make bench        cost of a training step, of streaming and of attention; make gpu-check: tests and true sizes on one GPU'
 	@echo 'make venv         only set up .venv    make clean       remove caches (distclean: .venv too)'
 
 venv: $(STAMP)
@@ -81,15 +81,12 @@ bench: $(STAMP)
 	@$(RUN) -m benchmarks.streaming --size toy
 	@$(RUN) -m benchmarks.attention
 
-# Within ten minutes: what is not done when its share is over has no numbers, and says so. Installs nothing: without
-# .venv it takes python3, which needs torch, einops, omegaconf and safetensors (diffusers and torchao for some options).
-bench-gpu:
-	@failed=0; python=$$([ -x $(RUN) ] && echo $(RUN) || echo python3); \
-	for run in 'train_step --size 1.3b+14b --precision bf16 --checkpointing full --repeats 1 --seconds 190' \
-	  'streaming --size 1.3b --seconds 210' 'attention --size 480p --seconds 60' 'attention --size 720p --seconds 80'; do \
-	  $$python -m benchmarks.$$run || failed=1; \
-	done; \
-	exit $$failed
+# Tests and benchmarks on one GPU, within SECONDS (540), or ONLY=tests,train,streaming,attention of them, into OUT (a
+# folder). Installs nothing: without .venv it takes python3, which needs torch, einops, omegaconf and safetensors
+# (pytest and pytest-xdist for the tests, diffusers and torchao for some options of streaming).
+gpu-check:
+	@python=$$([ -x $(RUN) ] && echo $(RUN) || echo python3); \
+	ONLY='$(ONLY)' OUT='$(OUT)' $$python -m benchmarks.gpu_check $(SECONDS)
 
 # ARGS=--quick is a trial of a few iterations each, ARGS='--only ROW ...' makes some rows
 methods: $(STAMP)

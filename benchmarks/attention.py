@@ -88,14 +88,14 @@ def measure(run: Run, inputs: tuple[Tensor, ...], repeats: int) -> dict[str, Any
     device = inputs[0].device
     out: dict[str, Any] = {}
     for name, gradient in (("forward", False), ("forward_backward", True)):
-        given = [t.detach().requires_grad_(gradient) for t in inputs]
+        leaves = [t.detach().requires_grad_(gradient) for t in inputs]
         upstream = torch.ones_like(inputs[0])
 
-        def once(given: list[Tensor] = given, gradient: bool = gradient, upstream: Tensor = upstream) -> None:
+        def once(leaves: list[Tensor] = leaves, gradient: bool = gradient, upstream: Tensor = upstream) -> None:
             with torch.set_grad_enabled(gradient):
-                result = run(*given)  # type: ignore[call-arg]
+                result = run(*leaves)  # type: ignore[call-arg]
                 if gradient:
-                    torch.autograd.grad(result, given, upstream, allow_unused=True)  # dense attention has no gate
+                    torch.autograd.grad(result, leaves, upstream, allow_unused=True)  # dense attention has no gate
 
         try:
             seconds(once, device, 2)  # first calls compile and choose kernels
@@ -129,9 +129,23 @@ def products(size: Size, share: float) -> float:
 
 
 def benchmark(
-    size: Size, sparsities: list[float], cube: Shape, repeats: int, only: list[str], clock: Clock | None = None
+    size: Size,
+    sparsities: list[float],
+    cube: Shape,
+    repeats: int,
+    only: list[str],
+    clock: Clock | None = None,
+    save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Every backend with one of the words in its name, forward and with backward. Returns what main writes."""
+    """Dense attention and sparse attention by each backend, forward and with backward.
+
+    size: grid of tokens, heads, device and dtype. sparsities: shares of key tiles left out, in [0, 1].
+    cube: a tile's frames, height and width in tokens. repeats: calls whose median counts.
+    only: backends with one of these words in their name; empty for all.
+    clock: the time it may take; backends that have not begun when it is over have no numbers. None: as long as needed.
+    save: gets what is returned, with the results so far, after each backend.
+    Returns what main writes: seconds, TFLOP/s, share of the roofline, and speedup over the fastest dense backend.
+    """
     clock = clock or Clock(None)
     device = torch.device(size.device)
     tiling = Tiling(size.grid, cube)
@@ -139,7 +153,11 @@ def benchmark(
     shape = (1, tiling.tokens, size.heads, size.width)
     inputs = tuple(torch.randn(shape, generator=generator, device=device, dtype=size.dtype) for _ in range(4))
     rate = matmul_rate(device, size.dtype, repeats)
-    results = []
+    about = {"grid": size.grid, "tokens": tiling.tokens, "heads": size.heads, "head_dim": size.width, "cube": cube}
+    about |= {"tiles": tiling.tiles, "padding": tiling.padding, "dtype": str(size.dtype).removeprefix("torch.")}
+    about |= {"matmul_tflops": rate / 1e12, "machine": machine(device)}
+    results: list[dict[str, Any]] = []
+    content = about | {"results": results}
     for sparsity in [None, *sparsities]:
         runs = dense_runs(device) if sparsity is None else sparse_runs(size, sparsity, cube)
         share = 1.0 if sparsity is None else kept_tiles(sparsity, tiling.tiles) / tiling.tiles
@@ -148,6 +166,14 @@ def benchmark(
                 continue
             found = {"forward_refused": clock.refusal} if clock.is_over else measure(run, inputs, repeats)
             results.append({"name": name, "sparsity": sparsity, "share": share, **found})
+            _compare(results, size, rate)
+            if save is not None:
+                save(content)
+    return content
+
+
+def _compare(results: list[dict[str, Any]], size: Size, rate: float) -> None:
+    """Adds to each result what its seconds mean: against the fastest dense one, and against `rate` in FLOP/s."""
     for which, factor in (("forward", 1.0), ("forward_backward", WITH_BACKWARD)):
         best = min((r[which] for r in results if r["sparsity"] is None and which in r), default=None)
         for r in results:
@@ -156,9 +182,6 @@ def benchmark(
                 r[f"{which}_tflops"] = flops / r[which] / 1e12
                 r[f"{which}_of_roofline"] = flops / rate / r[which]
                 r[f"{which}_speedup"] = None if best is None else best / r[which]
-    about = {"grid": size.grid, "tokens": tiling.tokens, "heads": size.heads, "head_dim": size.width, "cube": cube}
-    about |= {"tiles": tiling.tiles, "padding": tiling.padding, "dtype": str(size.dtype).removeprefix("torch.")}
-    return about | {"matmul_tflops": rate / 1e12, "machine": machine(device), "results": results}
 
 
 def report(content: dict[str, Any]) -> str:
@@ -216,14 +239,18 @@ def main(arguments: list[str]) -> int:
     cube = tuple(options.cube) if options.cube else choose_cube(size.grid)
     repeats = options.repeats or (10 if size.device == "cuda" else 3)
     clock = Clock(options.seconds)
-    content = {"size": options.size} | benchmark(size, options.sparsity, cube, repeats, options.only, clock)
+    out = options.out or Path("benchmarks/results") / f"attention_{options.size}.json"
+
+    def save(content: dict[str, Any]) -> None:
+        write_json(out, {"size": options.size} | content)
+
+    content = benchmark(size, options.sparsity, cube, repeats, options.only, clock, save)
     print(report(content))
     print(
         f"{content['tokens']} tokens, cube {cube}, {content['padding']:.1%} padding; {size.heads} heads of {size.width}"
     )
     print(f"{content['dtype']}; a matrix product runs at {content['matmul_tflops']:.3g} TFLOP/s")
-    out = options.out or Path("benchmarks/results") / f"attention_{options.size}.json"
-    write_json(out, content)
+    save(content)
     print(f"wrote {out}")
     return 0
 

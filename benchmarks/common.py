@@ -145,7 +145,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def left_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As `table`, with text in all columns: all of them to the left."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = (header, ["-" * width for width in widths], *rows)
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in lines)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a result, making its folder."""
+    """Writes a result, making its folder. Whoever reads finds the old content or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Clock, attempt, machine, peak_gb, seconds, table, write_json
+from generation.acceleration import compile_blocks
 from model.dmd import critic_loss, dmd_loss
 from model.query import Guidance, ScoreQuery
 from model.schedule import step_sigmas
@@ -43,7 +45,7 @@ STEPS = step_sigmas([1000, 750, 500, 250], warp=True, shift=5.0)
 
 @dataclass(frozen=True)
 class Size:
-    """Networks and their latents [1, F, C, H, W] in blocks of three frames. teacher: null for one like the student."""
+    """Networks and their latents [1, F, C, H, W] in blocks of three frames. teacher: None for one like the student."""
 
     preset: str
     frames: int
@@ -89,7 +91,13 @@ class KeyedDraws:
 
 
 class Workload:
-    """Three networks with random weights, both optimizers' states, and one update's inputs."""
+    """Three networks with random weights, both optimizers' states, and one update's inputs.
+
+    size: presets of the networks, shape of the latents, device. precision: fp32 or bf16.
+    checkpointing: of the student and the critic. backend: of attention.
+    layers: of the student and the critic, and of the teacher; None: as many as their presets say.
+    compiled: the networks' blocks go through torch.compile; the replayed backward of a rollout does not.
+    """
 
     def __init__(
         self,
@@ -98,12 +106,13 @@ class Workload:
         checkpointing: Checkpointing,
         backend: Backend,
         layers: tuple[int, int] | None = None,
+        compiled: bool = False,
     ) -> None:
         self.size, self.device = size, torch.device(size.device)
-        own, teacher = size.config, size.teacher_config
+        student, teacher = size.config, size.teacher_config
         if layers is not None:
-            own, teacher = replace(own, num_layers=layers[0]), replace(teacher, num_layers=layers[1])
-        self.configs = {"student": own, "critic": own, "teacher": teacher}
+            student, teacher = replace(student, num_layers=layers[0]), replace(teacher, num_layers=layers[1])
+        self.configs = {"student": student, "critic": student, "teacher": teacher}
         self.compute_dtype = torch.bfloat16 if precision == "bf16" else None
         self.evaluations = Evaluations()
         torch.manual_seed(0)
@@ -111,6 +120,10 @@ class Workload:
             self._score(name, backend, checkpointing if name != "teacher" else Checkpointing.none)
             for name in ("student", "critic", "teacher")
         )
+        if compiled:
+            for score in (self.student, self.critic, self.teacher):
+                assert isinstance(score.net, WanTransformer)
+                compile_blocks(score.net)
         self.optimizers = {net.name: self._optimizer(net) for net in (self.student, self.critic)}
         c = size.config
         shape = (size.frames, c.in_dim, size.height, size.width)
@@ -185,15 +198,26 @@ class Workload:
         return rollout + frames * (3 if generator else 1)
 
 
-def measure(size: Size, precision: str, checkpointing: Checkpointing, backend: Backend, repeats: int) -> dict[str, Any]:
-    """One configuration, in this process. `tokens` counts forward evaluations, recomputation left out."""
-    work = Workload(size, precision, checkpointing, backend)
+def measure(
+    size: Size,
+    precision: str,
+    checkpointing: Checkpointing,
+    backend: Backend,
+    repeats: int,
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """One configuration, in this process. repeats: calls whose median counts; the others: see `Workload`.
+
+    Returns seconds of the unit, units of both steps by exit step, peak memory in GB and the machine. `tokens` counts
+    forward evaluations, recomputation left out.
+    """
+    work = Workload(size, precision, checkpointing, backend, compiled=compiled)
     tokens = size.config.tokens_per_frame(size.height, size.width)
     seconds(work.forward, work.device, 1)  # first calls allocate and choose kernels
     unit = seconds(work.forward, work.device, 3)
     out: dict[str, Any] = {"forward_seconds": unit, "generator": [], "critic": [], "tokens": [], "tokens_minimum": []}
     for kind, step in (("generator", work.generator_step), ("critic", work.critic_step)):
-        step(0)
+        step(1)  # makes passes of every kind, so what is compiled or chosen once is done
         for exit_step in range(len(STEPS)):
             before = work.evaluations.total_frames
             taken = seconds(partial(step, exit_step), work.device, repeats)
@@ -235,7 +259,7 @@ def _counted(size: Size, layers: tuple[int, int]) -> dict[str, list[float]]:
 
 
 def iteration(result: dict[str, Any], counted: dict[str, list[float]]) -> dict[str, float | None]:
-    """Seconds and operations of an iteration; MFU, null for hardware without a known rate, and for fp32."""
+    """Seconds and operations of an iteration; MFU, None for hardware without a known rate, and for fp32."""
     seconds = result["forward_seconds"] * _iteration(result)
     flops = _iteration(counted)
     gpu = next((gpu for name, gpu in GPUS.items() if name in result["machine"].get("gpu", "").lower()), None)
@@ -268,6 +292,7 @@ def report(results: list[dict[str, Any]], public: bool) -> str:
     rows, refused = [], []
     for result in results:
         name = f"{result['precision']}, checkpointing {result['checkpointing']}, {result['backend']}"
+        name += ", compiled" if result.get("compiled") else ""
         if "refused" in result:
             refused.append(f"{name}: {result['refused']}")
             continue
@@ -302,6 +327,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--backend", choices=[b.value for b in Backend], help="default: sdpa, but plain for bf16 on a CPU"
     )
+    parser.add_argument("--compile", action="store_true", help="blocks go through torch.compile, except in replays")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seconds", type=float, help="in all; what is not done by then has no numbers")
@@ -318,36 +344,35 @@ def main(arguments: list[str]) -> int:
         return 2
     if options.worker:
         torch.set_num_threads(options.threads)
-        chosen_backend = Backend(options.backend)
-        result = measure(size, options.precision, Checkpointing[options.checkpointing], chosen_backend, options.repeats)
-        print(json.dumps(result))
+        checkpointing, backend = Checkpointing[options.checkpointing], Backend(options.backend)
+        found = measure(size, options.precision, checkpointing, backend, options.repeats, options.compile)
+        print(json.dumps(found))
         return 0
-    clock = Clock(options.seconds)
-    results, counted = [], operations(size)
+    public = options.size == "cpu" and options.threads == 1 and not options.compile
+    out = options.out or Path("benchmarks/results") / f"train_step_{options.size}.json"
+    results: list[dict[str, Any]] = []
+    clock, counted = Clock(options.seconds), operations(size)
+    for found in _measured(options, size, clock):
+        results.append(found if "refused" in found else found | {"iteration": iteration(found, counted)})
+        write_json(out, {"size": options.size, "results": results, "public": _public_json() if public else None})
+    print(report(results, public))
+    if public:
+        print("public Self-Forcing (33593df): its own run, perhaps on another machine; compare units first")
+    print(f"wrote {out}")
+    return 0 if any("refused" not in r for r in results) else 1
+
+
+def _measured(options: argparse.Namespace, size: Size, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Each configuration that the options ask for, measured in a process of its own."""
     for precision in [options.precision] if options.precision else ["fp32", "bf16"]:
         backend = options.backend or ("plain" if (size.device, precision) == ("cpu", "bf16") else "sdpa")
         for checkpointing in [options.checkpointing] if options.checkpointing else [c.name for c in Checkpointing]:
             chosen = {"precision": precision, "checkpointing": checkpointing, "backend": backend}
             flags = [text for key, value in chosen.items() for text in (f"--{key}", value)]
-            flags += [
-                "--worker",
-                "--size",
-                options.size,
-                "--threads",
-                str(options.threads),
-                "--repeats",
-                str(options.repeats),
-            ]
-            found = chosen | attempt("benchmarks.train_step", flags, options.threads, clock)
-            results.append(found if "refused" in found else found | {"iteration": iteration(found, counted)})
-    public = options.size == "cpu" and options.threads == 1
-    print(report(results, public))
-    if public:
-        print("public Self-Forcing (33593df): its own run, perhaps on another machine; compare units first")
-    out = options.out or Path("benchmarks/results") / f"train_step_{options.size}.json"
-    write_json(out, {"size": options.size, "results": results, "public": _public_json() if public else None})
-    print(f"wrote {out}")
-    return 0 if any("refused" not in r for r in results) else 1
+            flags += ["--worker", "--size", options.size, "--repeats", str(options.repeats)]
+            flags += ["--threads", str(options.threads), *(["--compile"] if options.compile else [])]
+            found = attempt("benchmarks.train_step", flags, options.threads, clock)
+            yield chosen | ({"compiled": True} if options.compile else {}) | found
 
 
 def _public_json() -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.wan.vsa import CUBES, Shape, SparseBackend, Tiling, choose_cube, kept_tiles, video_sparse_attention
-from model.wan.vsa.flex import kept_block_mask
+from model.wan.vsa.flex import kept_block_mask, kernel_options, tiles_of_a_block
 from model.wan.vsa.reference import select_tiles
 from model.wan.vsa.tiles import tile_maps, to_tiles, to_tokens
 from tests.nets import relative
@@ -115,6 +115,45 @@ def test_flex_blocks_are_the_kept_tiles() -> None:
     dense = torch.zeros(4, 4, dtype=torch.int32).scatter_(1, chosen[0, 0], 1)
     assert torch.equal(mask.to_dense()[0, 0].int(), dense)
     assert mask.full_kv_num_blocks.tolist() == [[[1, 0, 1, 0]]] and mask.kv_num_blocks.tolist() == [[[1, 2, 1, 2]]]
+
+
+def test_flex_blocks_of_several_tiles_hold_the_same_mask() -> None:
+    """A block is computed if one of its tiles is kept, and unmasked if all are: 3 x 3 tiles in blocks of 2 x 2."""
+    tiling = Tiling((1, 4, 10), (1, 4, 4))  # tiles of 16, 16 and 8 tokens
+    chosen = torch.tensor([[0, 1], [0, 1], [0, 2]])[None, None]
+    mask = kept_block_mask(chosen, tiling, tiling, 2)
+    assert mask.BLOCK_SIZE == (32, 32) and mask.seq_lengths == (48, 48)
+    assert mask.full_kv_num_blocks.tolist() == [[[1, 0]]] and mask.kv_num_blocks.tolist() == [[[0, 2]]]
+    place = torch.arange(48)
+    one = kept_block_mask(chosen, tiling, tiling)
+    for other in (mask, one):
+        assert torch.equal(
+            other.mask_mod(torch.tensor(0), torch.tensor(0), place[:, None], place[None]),
+            torch.zeros(3, 3, dtype=torch.bool).scatter_(1, chosen[0, 0], True).repeat_interleave(16, 0).repeat_interleave(16, 1)
+            & (place < 40),
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_flex_with_blocks_of_several_tiles_agrees_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd numbers of tiles, ragged ones among them: what lies in a block beside the kept tiles takes no part."""
+    monkeypatch.setattr(
+        "model.wan.vsa.flex.kept_block_mask", lambda chosen, queries, keys, _: kept_block_mask(chosen, queries, keys, 2)
+    )
+    flex_forward("cached", torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_inductor_has_a_backward_for_flex_blocks(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It drops configurations whose blocks do not divide the mask's, and fails where none is left."""
+    from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    for dtype, width, slots in itertools.product((torch.float32, torch.bfloat16), (16, 64, 128), (16, 64, 128)):
+        block = slots * tiles_of_a_block(dtype, slots)
+        (config,) = CUDAConfigHeuristic().get_flex_attn_bwd_configs(width, dtype)
+        assert all(block % size == 0 for size in (config.block_m1, config.block_n1, config.block_m2, config.block_n2))
+        assert all(block % size == 0 for name, size in kernel_options(dtype, slots).items() if "BLOCK" in name)
 
 
 BACKENDS = [SparseBackend.REFERENCE, pytest.param(SparseBackend.TRITON, marks=needs_triton)]

@@ -29,15 +29,10 @@ CONFIG = WanConfig(
     dim=128, ffn_dim=256, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=16, text_len=8, freq_dim=32
 )
 SIGMAS = (1.0, 0.8, 0.5)
+BF16 = 2.0**-9  # largest relative error of one rounding
 BACKENDS = [b for b in Backend if available(b) is None]
 FP32_BACKENDS = [b for b in BACKENDS if b is not Backend.FLASH]
 CAUSAL = {"full": CausalConfig(2), "window_sinks": CausalConfig(2, window_frames=4, sink_frames=1, context_noise=50)}
-
-
-@pytest.fixture(autouse=True)
-def exact_fp32() -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
 
 
 class DeviceNoise(KeyedNoise):
@@ -57,7 +52,7 @@ def net(
     return random_net(seed, CONFIG, backend=backend, checkpointing=checkpointing).to(device)
 
 
-def given(device: torch.device) -> Conditioning:
+def conditioning(device: torch.device) -> Conditioning:
     return Conditioning(texts(3, 2, CONFIG).to(device))
 
 
@@ -133,7 +128,7 @@ def rollout(
     noise = latents(2, 2, 8, CONFIG).to(device)
     cache = causal.new_cache(student, 2, 8, 4, 6, dtype or torch.float32, device)
     made = self_forcing_rollout(
-        ScoreNet(student, "s", compute_dtype=dtype), noise, given(device), SIGMAS, causal, RolloutPlan(exits, 8),
+        ScoreNet(student, "s", compute_dtype=dtype), noise, conditioning(device), SIGMAS, causal, RolloutPlan(exits, 8),
         DeviceNoise(device), cache, with_gradient=True,
     )  # fmt: skip
     (made.x0 * latents(6, 2, 8, CONFIG).to(device)).sum().backward()
@@ -153,23 +148,45 @@ def test_rollout_fp32_is_the_cpus_and_bf16_is_close(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
-def test_checkpointing_changes_no_gradient(name: str, dtype: torch.dtype | None) -> None:
-    plain_x0, plain = rollout(CUDA, CAUSAL[name], dtype)
-    again_x0, again = rollout(CUDA, CAUSAL[name], dtype, checkpointing=Checkpointing.full)
-    assert torch.equal(plain_x0, again_x0)
+def test_checkpointing_changes_no_gradient(name: str) -> None:
+    """With it the exit passes run without gradient and are replayed all at once: SDPA may take another kernel, and the
+    sums over blocks run in another order. In fp32 that costs 2e-6 (on a CPU, where x0 is the same to the bit)."""
+    plain_x0, plain = rollout(CUDA, CAUSAL[name], None)
+    again_x0, again = rollout(CUDA, CAUSAL[name], None, checkpointing=Checkpointing.full)
+    assert relative(again_x0, plain_x0) < 1e-5
+    assert again.keys() == plain.keys()
     for key, want in plain.items():
         assert relative(again[key], want) < 1e-5 or float(want.norm()) < 1e-4, key
 
 
+@pytest.mark.parametrize("name", CAUSAL)
+def test_checkpointing_rounds_no_more_in_bf16(name: str) -> None:
+    """Gradients of blocks are rounded to bf16 before they are summed up, without checkpointing one by one, with it not:
+    the two differ by bf16's rounding (up to 1.6e-2 on a CPU), so what is held is that both are as near to fp32."""
+    exact_x0, exact = rollout(CUDA, CAUSAL[name], None)
+    plain_x0, plain = rollout(CUDA, CAUSAL[name], torch.bfloat16)
+    again_x0, again = rollout(CUDA, CAUSAL[name], torch.bfloat16, checkpointing=Checkpointing.full)
+    assert relative(again_x0, exact_x0) < 2 * relative(plain_x0, exact_x0)
+    assert again.keys() == plain.keys() == exact.keys()
+    for key, want in exact.items():
+        rounding = max(relative(plain[key], want), BF16)  # half a unit at least: some are exact by chance
+        assert relative(again[key], want) < 2 * rounding or float(want.norm()) < 1e-4, key
+
+
 def test_bf16_rollout_to_the_last_step_is_inference() -> None:
-    causal = CAUSAL["window_sinks"]
-    x0, _ = rollout(CUDA, causal, torch.bfloat16, exits=(2, 2, 2, 2))
+    """As rollouts are trained, their exit passes without gradient, it is the same passes. Passes with gradient may take
+    other kernels: these round as often, so they are as near to inference as twice bf16's distance to fp32."""
+    causal, exits = CAUSAL["window_sinks"], (2, 2, 2, 2)
+    exact, _ = rollout(CUDA, causal, None, exits=exits)
+    kept, _ = rollout(CUDA, causal, torch.bfloat16, exits=exits)
+    replayed, _ = rollout(CUDA, causal, torch.bfloat16, checkpointing=Checkpointing.full, exits=exits)
     student = net(1, CUDA)
     cache = causal.new_cache(student, 2, 8, 4, 6, torch.bfloat16, CUDA)
     score = ScoreNet(student, "s", compute_dtype=torch.bfloat16)
-    sampled = generate(score, latents(2, 2, 8, CONFIG).to(CUDA), given(CUDA), SIGMAS, causal, DeviceNoise(CUDA), cache)
-    assert relative(sampled, x0) < 1e-3
+    noise = latents(2, 2, 8, CONFIG).to(CUDA)
+    sampled = generate(score, noise, conditioning(CUDA), SIGMAS, causal, DeviceNoise(CUDA), cache)
+    assert relative(sampled, replayed) < 1e-3
+    assert relative(sampled, kept) < 2 * relative(kept, exact)
 
 
 @pytest.mark.parametrize("kind", ["dmd", "sid", "critic"])
@@ -184,17 +201,17 @@ def test_losses_in_bf16_are_close_to_fp32(kind: str) -> None:
         causal, noise = CAUSAL["full"], latents(2, 2, 6, CONFIG).to(device)
         cache = causal.new_cache(nets["student"], 2, 6, 4, 6, dtype or torch.float32, device)
         made = self_forcing_rollout(
-            scores["student"], noise, given(device), SIGMAS, causal, RolloutPlan((1, 0, 2), 6), DeviceNoise(device), cache,
+            scores["student"], noise, conditioning(device), SIGMAS, causal, RolloutPlan((1, 0, 2), 6), DeviceNoise(device), cache,
             with_gradient=trained == "student",
         )  # fmt: skip
         draw = torch.tensor([0.4, 0.7], device=device), latents(7, 2, 6, CONFIG).to(device)
         guidance = Guidance(texts(8, 2, CONFIG).to(device), 4.0)
         out: LossOutput
         if kind == "critic":
-            out = critic_loss(made, scores["critic"], given(device), *draw)
+            out = critic_loss(made, scores["critic"], conditioning(device), *draw)
         else:
             loss = dmd_loss if kind == "dmd" else sid_loss
-            out = loss(ScoreQuery(made, scores["teacher"], scores["critic"], given(device), guidance, *draw))
+            out = loss(ScoreQuery(made, scores["teacher"], scores["critic"], conditioning(device), guidance, *draw))
         out.loss.backward()
         assert out.loss.dtype is torch.float32
         return float(out.loss.detach()), gradients(nets[trained])

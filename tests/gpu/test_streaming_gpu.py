@@ -37,8 +37,8 @@ def opened(net: WanTransformer, *, seed: int = 0, noisy: bool = False, recorded:
     cache = CAUSAL.new_cache(net, 1, None, 8, 8, torch.bfloat16, CUDA, trained_frames=9)
     score = ScoreNet(net, "student", compute_dtype=torch.bfloat16)
     student = score.through(Captured(net, cache)) if recorded else score
-    given = Conditioning(texts(3, 1, CONFIG).to(CUDA))
-    return CausalStream(student, given, StreamConfig([SIGMAS], noisy), CAUSAL, Noise(seed, 0, [0], CUDA), cache)
+    conditioning = Conditioning(texts(3, 1, CONFIG).to(CUDA))
+    return CausalStream(student, conditioning, StreamConfig([SIGMAS], noisy), CAUSAL, Noise(seed, 0, [0], CUDA), cache)
 
 
 def made(video: CausalStream, blocks: int) -> list[Tensor]:

@@ -25,11 +25,6 @@ TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 5e-2)}
 BACKENDS = [SparseBackend.REFERENCE, SparseBackend.TRITON, SparseBackend.FLEX]
 
 
-@pytest.fixture(autouse=True)
-def exact_fp32() -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
 def run(inputs: Inputs, name: str, backend: SparseBackend) -> list[Tensor]:
     *_, grid, key_grid, cube, sparsity = CASES[name]
     out = video_sparse_attention(*inputs, grid, sparsity, key_grid=key_grid, backend=backend, cube=cube)
