@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import Clock, machine, seconds, table, write_json
 from model.wan.attention import Backend, attend
-from model.wan.vsa import Shape, SparseBackend, Tiling, available, choose_cube, kept_tiles, video_sparse_attention
+from model.wan.vsa.attention import SparseBackend, available, video_sparse_attention
+from model.wan.vsa.tiles import Shape, Tiling, choose_cube, kept_tiles
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 WITH_BACKWARD = 3.5  # of the forward's products: scores again, then dV, dP, dQ, dK

@@ -20,10 +20,10 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.wan.vsa import CUBES, Shape, SparseBackend, Tiling, choose_cube, kept_tiles, video_sparse_attention
+from model.wan.vsa.attention import SparseBackend, video_sparse_attention
 from model.wan.vsa.flex import kept_block_mask
 from model.wan.vsa.reference import select_tiles
-from model.wan.vsa.tiles import tile_maps, to_tiles, to_tokens
+from model.wan.vsa.tiles import CUBES, Shape, Tiling, choose_cube, kept_tiles, tile_maps, to_tiles, to_tokens
 from tests.nets import relative
 from tests.sparse import Inputs, dense_masked, inputs_of, with_gradients
 

@@ -30,11 +30,11 @@ from configs.sections import TrainerKind
 from configs.sizes import largest
 from model.discriminator import tapped_blocks
 from model.types import LossOutput
-from model.wan import vsa
 from model.wan.config import NetworkConfig
 from model.wan.kv_cache import KVCache
-from model.wan.vsa import Tiling, fused
-from model.wan.vsa.tiles import TileMaps, tile_maps
+from model.wan.vsa import attention as vsa
+from model.wan.vsa import fused
+from model.wan.vsa.tiles import TileMaps, Tiling, tile_maps
 from trainer.base import MicroBatch, RunOptions, Trainer
 from trainer.build import build_task, build_trainer
 from trainer.networks import Trained

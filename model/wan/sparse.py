@@ -7,7 +7,7 @@ from torch import Tensor
 
 from model.wan.config import SparseConfig
 from model.wan.masks import FrameMask
-from model.wan.vsa import video_sparse_attention
+from model.wan.vsa.attention import video_sparse_attention
 from model.wan.vsa.tiles import Shape
 
 Size = tuple[int, int]  # tokens of a frame along height and width

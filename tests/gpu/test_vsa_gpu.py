@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.wan.vsa import Shape, SparseBackend, choose_cube, video_sparse_attention
+from model.wan.vsa.attention import SparseBackend, video_sparse_attention
 from model.wan.vsa.reference import select_tiles
+from model.wan.vsa.tiles import Shape, choose_cube
 from tests.nets import relative
 from tests.sparse import Inputs, dense_masked, inputs_of, with_gradients
 
