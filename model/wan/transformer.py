@@ -6,7 +6,8 @@ d model width.  Parameter names are Wan's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -18,6 +19,7 @@ from model.wan.checkpointing import recomputed
 from model.wan.config import TIME_SCALE, Checkpointing, SparseConfig, WanConfig
 from model.wan.kv_cache import CacheShape, KVCache
 from model.wan.masks import FrameMask
+from model.wan.passes import PassContext, PassMode
 from model.wan.replay import Trace, TracedPass
 from model.wan.rope import rope_table
 from model.wan.sparse import Size, Sparsity
@@ -132,95 +134,98 @@ class WanTransformer(nn.Module):
         *,
         channels: Tensor | None = None,
         image: Tensor | None = None,
-        positions: Sequence[int] | None = None,
-        rope: Tensor | None = None,
-        mask: FrameMask | None = None,
-        cache: KVCache | None = None,
-        write_cache: bool = False,
-        trace: Trace | None = None,
-        replay: Trace | None = None,
-        adapter: str | None = None,
-        features: Sequence[int] | None = None,
+        **options: Any,
     ) -> Tensor | list[Tensor]:
-        """Velocity [B, F, C, H, W] at x [B, F, C, H, W]; with `features` a list of tokens in its place.
+        """Velocity [B, F, C, H, W] at x; with `features` a list of tokens [B, F, d, H / ph, W / pw] in its place.
 
-        sigma: noise level in [0, 1], [B] or one a frame [B, F]. text: [B, M, D], zeros after its length.
-        channels: [B, F, Cc, H, W] that the network sees beside x, for each frame: masks and latents of what is given.
+        x: latents [B, F, C, H, W].
+        sigma: noise level in [0, 1], [B] or one a frame [B, F].
+        text: [B, M, D], zeros after its length.
+        channels: [B, F, Cc, H, W] that the network sees beside x, for each frame: masks and latents of given frames.
         image: CLIP's tokens [B, Li, Di], for a network with an `image_dim`.
-        positions: absolute frame positions for RoPE; default 0.. or, with a cache, what follows the cached frames.
-        rope: their `rope_table`, where it is made already.
-        mask: who sees whom (default: all see all). cache: frames before these; `write_cache` stores these after them.
-        trace: a pass without gradient is noted in it; given as `replay`, with its x, all its passes get their gradient.
-        adapter: the one that is added to the weights, null for none.
-        features: blocks, rising from 0, whose outputs come back, each [B, F, d, H / ph, W / pw]; later ones don't run.
+        options: the fields of `PassMode`.
         Raises ValueError for latents, conditioning or a mask of another geometry, and for blocks that there are not.
         """
+        mode = PassMode(**options)
         self._check(x, sigma, text, channels, image)
-        self._check_features(features, replay is not None or write_cache)
-        self._check_mask(x.shape[1], mask, cache)
-        frames, height, width = (
-            x.shape[1],
-            x.shape[3] // self.config.patch_size[1],
-            x.shape[4] // self.config.patch_size[2],
-        )
+        self._check_features(mode)
+        self._check_mask(x.shape[1], mode.mask, mode.cache)
+        _, ph, pw = self.config.patch_size
+        frames, height, width = x.shape[1], x.shape[3] // ph, x.shape[4] // pw
         shards = None if self.sequence is None else self.sequence.frames(height * width)
         seen = x if channels is None else torch.cat([x, channels.to(x.dtype)], 2)
         tokens = self._patchify(seen, shards)
         time, time6 = self._time(sigma)
-        if replay is not None:
-            tokens = self._replay(tokens, time6, text, image, replay, shards, adapter, (height, width))
+        rope = self._rope(mode, frames, (height, width), shards, x.device)
+        shared = PassContext(rope, (height, width), self.backend, mode.mask, shards, mode.adapter)
+        if mode.replay is not None:
+            tokens = self._replay(tokens, time6, self._context(text, image), mode.replay, shared)
         else:
-            if rope is None:
-                start = 0 if cache is None else cache.position
-                positions = range(start, start + frames) if positions is None else positions
-                rope = rope_table(positions, height, width, self.config.head_dim, x.device)
-            rope = rope if shards is None else shards.own(rope)
-            noted = None if trace is None else trace.start(x, sigma, rope, frames * height * width)
-            size = (height, width)
-            tokens, *tapped = self._run_blocks(
-                tokens, time6, text, image, rope, mask, cache, write_cache, shards, noted, adapter, features, size
-            )
-            if features is not None:
+            noted = None if mode.trace is None else mode.trace.start(x, sigma, rope, frames * height * width)
+            tokens, *tapped = self._run_blocks(tokens, time6, (text, image), mode, shared, noted)
+            if mode.features is not None:
                 return [self._grid(x if shards is None else shards.gather(x), frames, height, width) for x in tapped]
-        if cache is not None and write_cache:
-            if lies_behind(cache, frames):
-                cache.commit(frames)
+        if mode.cache is not None and mode.write_cache:
+            if lies_behind(mode.cache, frames):
+                mode.cache.commit(frames)
             else:
-                cache.advance(frames)
+                mode.cache.advance(frames)
         out = self.head(tokens, time)
         return self._unpatchify(out if shards is None else shards.gather(out), frames, height, width)
+
+    def _rope(
+        self, mode: PassMode, frames: int, size: Size, shards: FrameShards | None, device: torch.device
+    ) -> Tensor:
+        """The rotation of this rank's tokens: [2, L, D / 2].
+
+        mode: of the pass, which may name the positions of its frames, or bring their table.
+        frames: how many.
+        size: tokens of a frame along height and width.
+        shards: how the tokens lie on ranks, None for one rank alone.
+        device: where the table is wanted.
+        """
+        if mode.replay is not None:
+            return mode.replay.rope
+        rope = mode.rope
+        if rope is None:
+            start = 0 if mode.cache is None else mode.cache.position
+            positions = range(start, start + frames) if mode.positions is None else mode.positions
+            rope = rope_table(positions, *size, self.config.head_dim, device)
+        return rope if shards is None else shards.own(rope)
 
     def _run_blocks(
         self,
         x: Tensor,
         time6: Tensor,
-        text: Tensor,
-        image: Tensor | None,
-        rope: Tensor,
-        mask: FrameMask | None,
-        cache: KVCache | None,
-        write: bool,
-        shards: FrameShards | None,
+        prompt: tuple[Tensor, Tensor | None],
+        mode: PassMode,
+        shared: PassContext,
         noted: TracedPass | None,
-        adapter: str | None,
-        features: Sequence[int] | None,
-        size: Size,
     ) -> list[Tensor]:
-        """Tokens after the last block that ran, then those after the blocks of `features`."""
+        """Tokens after the last block that ran, then those after the blocks of `mode.features`.
+
+        x: tokens [B, L, d] of this rank.
+        time6: projected time [B, F, 6, d].
+        prompt: text [B, M, D] and image tokens [B, Li, Di], embedded here unless a cache knows their keys and values.
+        mode: what the caller asks of the pass.
+        shared: what all blocks see alike.
+        noted: where the pass is noted for a replay, None for nowhere.
+        """
         embedded: Tensor | None = None
         tapped: list[Tensor] = []
+        cache, features = mode.cache, mode.features
         for layer, block in enumerate(self.blocks):
             join = None if cache is None else cache.join(layer)
             context_kv = None if cache is None else cache.text(layer)
             if context_kv is None and embedded is None:
-                embedded = self._context(text, image)
+                embedded = self._context(*prompt)
             if noted is not None:
                 noted.joins.append(None if cache is None else cache.join(layer, again=True))
-            arguments = (x, time6, embedded, context_kv, rope, mask, join, self.backend, shards)
-            x, kv, context_kv = recomputed(block, self.checkpointing)(*arguments, adapter=adapter, size=size)
+            run = recomputed(block, self.checkpointing)
+            x, kv, context_kv = run(x, time6, embedded, shared, context_kv=context_kv, join=join)
             if cache is not None:
                 cache.keep_text(layer, context_kv)
-                if write and not lies_behind(cache, kv[0].shape[1] // cache.shape.tokens_per_frame):
+                if mode.write_cache and not lies_behind(cache, kv[0].shape[1] // cache.shape.tokens_per_frame):
                     cache.append(layer, *kv)
             if noted is not None:
                 noted.outputs.append(x)
@@ -230,21 +235,17 @@ class WanTransformer(nn.Module):
                     break
         return [x, *tapped]
 
-    def _replay(
-        self,
-        x: Tensor,
-        time6: Tensor,
-        text: Tensor,
-        image: Tensor | None,
-        trace: Trace,
-        shards: FrameShards | None,
-        adapter: str | None,
-        size: Size,
-    ) -> Tensor:
-        embedded, rope = self._context(text, image), trace.rope
+    def _replay(self, x: Tensor, time6: Tensor, embedded: Tensor, trace: Trace, shared: PassContext) -> Tensor:
+        """Tokens [B, L, d] after the last block, which are known, with the gradient of the traced passes.
+
+        x: tokens [B, L, d] of all of the passes.
+        time6: their projected time [B, F, 6, d].
+        embedded: text, behind the image's tokens [B, M, d].
+        trace: what the passes saw, and what came out of each block.
+        shared: what all blocks see alike.
+        """
         for layer, block in enumerate(self.blocks):
-            parts, known = trace.joins(layer), trace.output(layer)
-            x, _, _ = block(x, time6, embedded, None, rope, None, parts, self.backend, shards, known, adapter, size)
+            x, _, _ = block(x, time6, embedded, shared, join=trace.joins(layer), known=trace.output(layer))
         return x
 
     def _context(self, text: Tensor, image: Tensor | None) -> Tensor:
@@ -307,13 +308,14 @@ class WanTransformer(nn.Module):
         if image is not None and (image.ndim, image.shape[0], image.shape[-1]) != (3, x.shape[0], c.image_dim):
             raise ValueError(f"image must be [{x.shape[0]}, Li, {c.image_dim}], got {list(image.shape)}")
 
-    def _check_features(self, features: Sequence[int] | None, is_whole: bool) -> None:
+    def _check_features(self, mode: PassMode) -> None:
+        features = mode.features
         if features is None:
             return
         rising = all(a < b for a, b in zip(features, features[1:], strict=False))
         if not features or not rising or features[0] < 0 or features[-1] >= len(self.blocks):
             raise ValueError(f"features must be blocks of 0..{len(self.blocks) - 1}, rising, got {list(features)}")
-        if is_whole:
+        if mode.replay is not None or mode.write_cache:
             raise ValueError("features end a pass early: it can neither write a cache nor be a replay")
 
     def _check_mask(self, frames: int, mask: FrameMask | None, cache: KVCache | None) -> None:
