@@ -83,12 +83,12 @@ class _ToSee(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What a block's last pass saw [B, f, C, H, W]; whether its keys and values lie there, to be stored."""
+    """What a block's last pass saw [B, f, C, H, W]; whether its keys and values are still to be written."""
 
     x: Tensor
     sigma: float
     block: int
-    lies_there: bool
+    is_staged: bool
 
 
 _Unseen = _ToSee | _Seen
@@ -138,14 +138,14 @@ class CausalStream:
         self._finish()
         sigmas, noisy, frames = self.config.sigmas(self.blocks), self.config.noisy_context, noise.shape[1]
         own = self.conditioning.frames(self.frames, frames)
-        lies_there = self.cache.has_room(frames)  # what the last pass computes: it has to be stored only
+        is_staged = self.cache.stages(frames)  # what the last pass computes: nobody may ask for it
         seen: list[Tensor] = []
         x0 = denoise_block(
             self.student, noise, own, sigmas, exit_step=len(sigmas) - 1, block=self.blocks, source=self.source,
-            cache=self.cache, seen=seen, write_cache=noisy and not lies_there and self.cache.rolling,
+            cache=self.cache, seen=seen, write_cache=noisy and not is_staged and self.cache.rolling,
         )  # fmt: skip
         block = self.blocks
-        self._unseen = _Seen(seen[0], sigmas[-1], block, lies_there) if noisy else _ToSee(x0, own, block)
+        self._unseen = _Seen(seen[0], sigmas[-1], block, is_staged) if noisy else _ToSee(x0, own, block)
         self.blocks += 1
         self.frames += frames
         return x0
@@ -170,8 +170,8 @@ class CausalStream:
             x = context_input(last.x0, sigma=sigma, block=last.block, source=self.source)
             self._show(x, last.given, sigma, last.block)
         elif last is not None:
-            if last.lies_there:
-                self.cache.commit(last.x.shape[1])
+            if last.is_staged:
+                self.cache.write(last.x.shape[1])
             self._remember(last.x, last.sigma, last.block)
 
     def _show(self, x: Tensor, given: Conditioning, sigma: float, block: int) -> None:

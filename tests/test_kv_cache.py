@@ -22,8 +22,7 @@ def filled(sinks: int, blocks: list[int], *, in_order: bool = False) -> KVCache:
     for size in blocks:
         frames = torch.arange(cache.frames, cache.frames + size, dtype=torch.float32)
         k = frames.repeat_interleave(2).reshape(1, -1, 1, 1)
-        cache.append(0, k, -k)
-        cache.advance(size)
+        cache.write(size, [(k, -k)])
     return cache
 
 

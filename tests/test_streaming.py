@@ -80,9 +80,7 @@ def test_keys_of_sinks_follow_the_video_and_rounding_does_not_add_up() -> None:
     bare = [torch.randn(1, 12, 1, 24, generator=torch.Generator().manual_seed(i)) for i in range(300)]
     for i, k in enumerate(bare):
         rotated = apply_rope(k, rope_table(range(2 * i, 2 * i + 2), 2, 3, 24, torch.device("cpu")))
-        for layer in range(2):
-            cache.append(layer, rotated, k)
-        cache.advance(2)
+        cache.write(2, [(rotated, k)] * 2)
         end = 2 * i + 2
         first = max(end + 2 - 9, 0)  # no further than 9 frames from the end of the block to come
         assert cache.position == end and cache.in_time[: min(2, end)] == [first, first + 1]

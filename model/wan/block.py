@@ -234,7 +234,7 @@ class Block(nn.Module):
     def _attend(self, shared: PassContext, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
         if self.sparse is None or gate is None:
             return attend(q, k, v, mask=shared.mask, backend=shared.backend)
-        return self.sparse.attend(q, k, v, gate, shared.size, shared.mask)
+        return self.sparse.attend(q, k, v, gate, shared.grid[1:], shared.mask)
 
     def _replay(
         self,

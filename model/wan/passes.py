@@ -11,8 +11,9 @@ from model.wan.attention import Backend
 from model.wan.kv_cache import KVCache
 from model.wan.masks import FrameMask
 from model.wan.replay import Trace
-from model.wan.sparse import Size
 from utils.parallel.sequence import FrameShards
+
+Grid = tuple[int, int, int]  # frames, and the tokens of each along height and width
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class PassContext:
     as it was, whatever ran in between. Tensors with gradient stay arguments of the block, where FSDP's hooks find them.
 
     rope: rotation of this rank's tokens [2, L, D / 2].
-    size: tokens of a frame along height and width.
+    grid: its frames, and the tokens of each along height and width.
     backend: of attention.
     mask: which frames see which, None for all.
     shards: how the tokens lie on the ranks that share them, None for one rank alone.
@@ -54,7 +55,7 @@ class PassContext:
     """
 
     rope: Tensor
-    size: Size
+    grid: Grid
     backend: Backend
     mask: FrameMask | None = None
     shards: FrameShards | None = None

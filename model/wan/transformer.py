@@ -14,15 +14,15 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from model.wan.attention import Backend
-from model.wan.block import Block, Head, ImageEmbedding, fp32_linear
+from model.wan.block import KV, Block, Head, ImageEmbedding, fp32_linear
 from model.wan.checkpointing import recomputed
 from model.wan.config import TIME_SCALE, Checkpointing, SparseConfig, WanConfig
 from model.wan.kv_cache import CacheShape, KVCache
 from model.wan.masks import FrameMask
-from model.wan.passes import PassContext, PassMode
+from model.wan.passes import Grid, PassContext, PassMode
 from model.wan.replay import Trace, TracedPass
 from model.wan.rope import rope_table
-from model.wan.sparse import Size, Sparsity
+from model.wan.sparse import Sparsity
 from utils.parallel.sequence import FrameShards, SequenceParallel
 
 
@@ -46,11 +46,6 @@ def layer_weights(net: WanTransformer) -> Iterator[tuple[str, Tensor]]:
         if name.startswith(("text_embedding.", "time_embedding.")):
             yield f"{name}.weight", nn.init.normal_(torch.empty(shapes[f"{name}.weight"]), std=0.02)
     yield "head.head.weight", torch.zeros(shapes["head.head.weight"])
-
-
-def lies_behind(cache: KVCache, frames: int) -> bool:
-    """Whether a pass over so many frames has put its keys and values into the cache's memory already."""
-    return not torch.is_grad_enabled() and cache.has_room(frames)
 
 
 class WanTransformer(nn.Module):
@@ -151,46 +146,32 @@ class WanTransformer(nn.Module):
         self._check_features(mode)
         self._check_mask(x.shape[1], mode.mask, mode.cache)
         _, ph, pw = self.config.patch_size
-        frames, height, width = x.shape[1], x.shape[3] // ph, x.shape[4] // pw
+        grid = frames, height, width = x.shape[1], x.shape[3] // ph, x.shape[4] // pw
         shards = None if self.sequence is None else self.sequence.frames(height * width)
         seen = x if channels is None else torch.cat([x, channels.to(x.dtype)], 2)
         tokens = self._patchify(seen, shards)
         time, time6 = self._time(sigma)
-        rope = self._rope(mode, frames, (height, width), shards, x.device)
-        shared = PassContext(rope, (height, width), self.backend, mode.mask, shards, mode.adapter)
+        rope = self._rope(mode, grid, shards, x.device)
+        shared = PassContext(rope, grid, self.backend, mode.mask, shards, mode.adapter)
         if mode.replay is not None:
             tokens = self._replay(tokens, time6, self._context(text, image), mode.replay, shared)
         else:
             noted = None if mode.trace is None else mode.trace.start(x, sigma, rope, frames * height * width)
             tokens, *tapped = self._run_blocks(tokens, time6, (text, image), mode, shared, noted)
             if mode.features is not None:
-                return [self._grid(x if shards is None else shards.gather(x), frames, height, width) for x in tapped]
-        if mode.cache is not None and mode.write_cache:
-            if lies_behind(mode.cache, frames):
-                mode.cache.commit(frames)
-            else:
-                mode.cache.advance(frames)
+                return [self._in_place(x if shards is None else shards.gather(x), grid) for x in tapped]
         out = self.head(tokens, time)
-        return self._unpatchify(out if shards is None else shards.gather(out), frames, height, width)
+        return self._unpatchify(out if shards is None else shards.gather(out), grid)
 
-    def _rope(
-        self, mode: PassMode, frames: int, size: Size, shards: FrameShards | None, device: torch.device
-    ) -> Tensor:
-        """The rotation of this rank's tokens: [2, L, D / 2].
-
-        mode: of the pass, which may name the positions of its frames, or bring their table.
-        frames: how many.
-        size: tokens of a frame along height and width.
-        shards: how the tokens lie on ranks, None for one rank alone.
-        device: where the table is wanted.
-        """
+    def _rope(self, mode: PassMode, grid: Grid, shards: FrameShards | None, device: torch.device) -> Tensor:
+        """The rotation of this rank's tokens: [2, L, D / 2]."""
         if mode.replay is not None:
             return mode.replay.rope
         rope = mode.rope
         if rope is None:
             start = 0 if mode.cache is None else mode.cache.position
-            positions = range(start, start + frames) if mode.positions is None else mode.positions
-            rope = rope_table(positions, *size, self.config.head_dim, device)
+            positions = range(start, start + grid[0]) if mode.positions is None else mode.positions
+            rope = rope_table(positions, *grid[1:], self.config.head_dim, device)
         return rope if shards is None else shards.own(rope)
 
     def _run_blocks(
@@ -202,7 +183,7 @@ class WanTransformer(nn.Module):
         shared: PassContext,
         noted: TracedPass | None,
     ) -> list[Tensor]:
-        """Tokens after the last block that ran, then those after the blocks of `mode.features`.
+        """Tokens after the last block that ran, then those after the blocks of `mode.features`; writes the cache.
 
         x: tokens [B, L, d] of this rank.
         time6: projected time [B, F, 6, d].
@@ -214,6 +195,9 @@ class WanTransformer(nn.Module):
         embedded: Tensor | None = None
         tapped: list[Tensor] = []
         cache, features = mode.cache, mode.features
+        is_staged = cache is not None and not torch.is_grad_enabled() and cache.stages(shared.grid[0])
+        # what lies behind the context already is not kept a second time
+        computed: list[KV] | None = [] if cache is not None and mode.write_cache and not is_staged else None
         for layer, block in enumerate(self.blocks):
             join = None if cache is None else cache.join(layer)
             context_kv = None if cache is None else cache.text(layer)
@@ -225,14 +209,16 @@ class WanTransformer(nn.Module):
             x, kv, context_kv = run(x, time6, embedded, shared, context_kv=context_kv, join=join)
             if cache is not None:
                 cache.keep_text(layer, context_kv)
-                if mode.write_cache and not lies_behind(cache, kv[0].shape[1] // cache.shape.tokens_per_frame):
-                    cache.append(layer, *kv)
+            if computed is not None:
+                computed.append(kv)
             if noted is not None:
                 noted.outputs.append(x)
             if features is not None and layer in features:
                 tapped.append(x)
                 if layer == features[-1]:
                     break
+        if cache is not None and mode.write_cache:
+            cache.write(shared.grid[0], computed)
         return [x, *tapped]
 
     def _replay(self, x: Tensor, time6: Tensor, embedded: Tensor, trace: Trace, shared: PassContext) -> Tensor:
@@ -276,14 +262,15 @@ class WanTransformer(nn.Module):
         weight = self.patch_embedding.weight.flatten(1)
         return functional.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
 
-    def _unpatchify(self, x: Tensor, frames: int, height: int, width: int) -> Tensor:
+    def _unpatchify(self, x: Tensor, grid: Grid) -> Tensor:
         _, ph, pw = self.config.patch_size
-        grid = x.reshape(x.shape[0], frames, height, width, ph, pw, self.config.out_dim)
-        return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape[0], frames, -1, height * ph, width * pw)
+        frames, height, width = grid
+        patches = x.reshape(x.shape[0], *grid, ph, pw, self.config.out_dim)
+        return patches.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape[0], frames, -1, height * ph, width * pw)
 
-    def _grid(self, x: Tensor, frames: int, height: int, width: int) -> Tensor:
+    def _in_place(self, x: Tensor, grid: Grid) -> Tensor:
         """Tokens [B, L, d] where they lie: [B, F, d, height, width]."""
-        return x.unflatten(1, (frames, height, width)).movedim(-1, 2)
+        return x.unflatten(1, grid).movedim(-1, 2)
 
     def _check(self, x: Tensor, sigma: Tensor, text: Tensor, channels: Tensor | None, image: Tensor | None) -> None:
         c = self.config
