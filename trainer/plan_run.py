@@ -165,9 +165,9 @@ def pretended_world(size: int) -> Iterator[None]:
 def kernels_counted(meter: Meter) -> Iterator[None]:
     """Sparse attention's kernels are counted instead of started, and need no Triton: buffers are made as on CUDA."""
 
-    def counted(_kernel: Any, _programs: Any, *_: Any, products: int = 0, pairs: int = 0, **constants: Any) -> None:
+    def counted(_kernel: Any, _programs: Any, *, products: int = 0, pairs: int = 0, **arguments: Any) -> None:
         if products:
-            meter.phase.cost[FLOPS] += 2 * products * pairs * constants["T"] ** 2 * constants["D"]
+            meter.phase.cost[FLOPS] += 2 * products * pairs * arguments["T"] ** 2 * arguments["D"]
 
     def maps(tiling: Tiling, device: torch.device) -> TileMaps:
         with unset_fake_temporarily():  # indices have values, and outlive the plan in a cache

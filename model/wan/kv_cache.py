@@ -30,6 +30,27 @@ class CacheShape:
     block_frames: int = 0
 
 
+@dataclass(frozen=True)
+class CacheSpec:
+    """What a cache is wanted for; its network knows the rest of its `CacheShape`.
+
+    batch: videos at once.
+    context_frames: latent frames that it holds beside the block being computed.
+    height, width: of latents.
+    block_frames: latent frames of such a block.
+    sinks, rolling, reach: see `KVCache`.
+    """
+
+    batch: int
+    context_frames: int
+    height: int
+    width: int
+    block_frames: int = 0
+    sinks: int = 0
+    rolling: bool = False
+    reach: int | None = None
+
+
 class KVCache:
     """Rotated keys and values of the clean frames so far, for every layer.
 
@@ -40,7 +61,7 @@ class KVCache:
 
     reach: frames from the first sink to the end of the next block, at most: sinks of a longer video are turned on to
     follow it (`positions`), so that no difference grows beyond what a network was trained with. At least
-    `context_frames + block_frames`; null leaves sinks where they were.
+    `context_frames + block_frames`; None leaves sinks where they were.
     rolling: whether frames may be evicted. Without it overflow is an error, and what `context` returns stays as it is
     until `reset`, so checkpointed blocks may read it again; with it a pass with gradient gets a copy.
     memory: flat and at least as long as it needs to be, in place of its own: for caches of several geometries, of which

@@ -17,7 +17,7 @@ from model.wan.attention import Backend
 from model.wan.block import KV, Block, Head, ImageEmbedding, fp32_linear
 from model.wan.checkpointing import recomputed
 from model.wan.config import TIME_SCALE, Checkpointing, SparseConfig, WanConfig
-from model.wan.kv_cache import CacheShape, KVCache
+from model.wan.kv_cache import CacheShape, CacheSpec, KVCache
 from model.wan.masks import FrameMask
 from model.wan.passes import Grid, PassContext, PassMode
 from model.wan.replay import Trace, TracedPass
@@ -95,31 +95,29 @@ class WanTransformer(nn.Module):
         return list(self.blocks)
 
     def new_cache(
-        self,
-        batch: int,
-        context_frames: int,
-        height: int,
-        width: int,
-        *,
-        block_frames: int = 0,
-        sinks: int = 0,
-        rolling: bool = False,
-        reach: int | None = None,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        memory: Tensor | None = None,
+        self, spec: CacheSpec, *, dtype: torch.dtype, device: torch.device | str, memory: Tensor | None = None
     ) -> KVCache:
-        """An empty cache for latents of `height` x `width`, holding `context_frames` frames beside blocks of
-        `block_frames`; under sequence parallelism with all tokens of this rank's heads. The rest: see `KVCache`."""
+        """An empty cache; under sequence parallelism with all tokens of this rank's heads. memory: see `KVCache`."""
         c = self.config
-        tokens = c.tokens_per_frame(height, width)
-        heads = c.num_heads if self.sequence is None else c.num_heads // self.sequence.size
-        shape = CacheShape(c.num_layers, batch, context_frames, tokens, heads, c.head_dim, block_frames)
-        in_order = self.sparse is not None
+        shape = CacheShape(
+            layers=c.num_layers,
+            batch=spec.batch,
+            context_frames=spec.context_frames,
+            tokens_per_frame=c.tokens_per_frame(spec.height, spec.width),
+            heads=c.num_heads if self.sequence is None else c.num_heads // self.sequence.size,
+            head_dim=c.head_dim,
+            block_frames=spec.block_frames,
+        )
         return KVCache(
-            shape, sinks=sinks, rolling=rolling, in_order=in_order, reach=reach, dtype=dtype, device=device,
+            shape,
+            sinks=spec.sinks,
+            rolling=spec.rolling,
+            in_order=self.sparse is not None,
+            reach=spec.reach,
+            dtype=dtype,
+            device=device,
             memory=memory,
-        )  # fmt: skip
+        )
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.wan.vsa.flex import flex
 from model.wan.vsa.reference import reference
-from model.wan.vsa.tiles import Shape, Tiling, choose_cube, kept_tiles
+from model.wan.vsa.tiles import Grids, Tiling, kept_tiles
 
 
 class SparseBackend(Enum):
@@ -56,30 +56,27 @@ def video_sparse_attention(
     k: Tensor,
     v: Tensor,
     gate: Tensor,
-    grid: Shape,
+    grids: Grids,
     sparsity: float,
     *,
-    key_grid: Shape | None = None,
     backend: SparseBackend | None = None,
-    cube: Shape | None = None,
 ) -> Tensor:
     """O_f + gate * O_c (2505.13389, section 2.2): attention of each query over the key tiles that its tile keeps, plus
     the gated attention between tile means.
 
-    q, gate [B, L, N, D], k and v [B, M, N, D] after norms and rotation, tokens in raster order of `grid` and `key_grid`
-    (frames, height, width); without key_grid the keys have the queries' grid. With a cache, key_grid counts the cached
-    frames too, and any of their tiles can be kept. sparsity: share of key tiles left out, in [0, 1]; at 0 this is dense
-    attention plus the gated coarse branch. cube: a tile's tokens along each side, None for the one that pads the two
-    grids least. backend: None takes Triton for CUDA tensors and the reference for others. The choice of
-    tiles, by score and then by index, is not differentiated. Under sequence parallelism this comes after the
-    all-to-all, on whole sequences of local heads.
+    q, gate: [B, L, N, D], q after its norm and rotation.
+    k, v: [B, M, N, D], k after its norm and rotation.
+    grids: where the L and the M tokens lie, and how they are cut into tiles. Any tile of a cached frame can be kept.
+    sparsity: share of key tiles left out, in [0, 1]; at 0 this is dense attention plus the gated coarse branch.
+    backend: None takes Triton for CUDA tensors and the reference for others.
+
+    The choice of tiles, by score and then by index, is not differentiated. Under sequence parallelism this comes after
+    the all-to-all, on whole sequences of local heads.
 
     Returns [B, L, N, D] in q's dtype. Raises ValueError for shapes that do not fit, a sparsity outside [0, 1], or a
     backend that cannot run. Autocast changes nothing in here.
     """
-    key_grid = grid if key_grid is None else key_grid
-    cube = cube or choose_cube(grid, key_grid)
-    queries, keys = Tiling(grid, cube), Tiling(key_grid, cube)
+    queries, keys = grids.tilings()
     _check(q, k, v, gate, queries, keys)
     kept = kept_tiles(sparsity, keys.tiles)
     backend = _default(q.device) if backend is None else backend
