@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import Clock, machine, seconds, table, write_json
 from model.wan.attention import Backend, attend
-from model.wan.vsa import Shape, SparseBackend, Tiling, available, choose_cube, kept_tiles, video_sparse_attention
+from model.wan.vsa.attention import SparseBackend, available, video_sparse_attention
+from model.wan.vsa.tiles import Grids, Shape, Tiling, choose_cube, kept_tiles
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 WITH_BACKWARD = 3.5  # of the forward's products: scores again, then dV, dP, dQ, dK
@@ -77,7 +78,7 @@ def sparse_runs(size: Size, sparsity: float, cube: Shape) -> dict[str, Run]:
 
     def by(backend: SparseBackend) -> Run:
         return lambda q, k, v, gate: video_sparse_attention(
-            q, k, v, gate, size.grid, sparsity, backend=backend, cube=cube
+            q, k, v, gate, Grids(size.grid, cube=cube), sparsity, backend=backend
         )
 
     return {f"vsa {sparsity:g} {backend.value}": by(backend) for backend in chosen if available(backend) is None}

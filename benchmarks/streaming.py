@@ -30,7 +30,7 @@ from model.wan.captured import Captured
 from model.wan.config import PRESETS
 from model.wan.tiny_decoder import TinyDecoder
 from model.wan.transformer import WanTransformer
-from pipeline.causal import CausalConfig
+from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import CausalStream, StreamConfig
 from utils.overlap import SideDecoder
 
@@ -119,7 +119,7 @@ class Workload:
         self._accelerate(net)
         self.causal = CausalConfig(BLOCK, window_frames=option.window, sink_frames=option.sinks)
         self.cache = self.causal.new_cache(
-            net, 1, None, size.height, size.width, self.dtype, self.device, trained_frames=TRAINED
+            net, VideoShape(1, None, size.height, size.width), self.dtype, self.device, trained_frames=TRAINED
         )
         self.evaluations = Evaluations()
         dtype = self.dtype if size.device == "cuda" else None

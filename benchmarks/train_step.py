@@ -33,7 +33,7 @@ from model.types import Conditioning, Evaluations, Rollout
 from model.wan.attention import Backend
 from model.wan.config import PRESETS, Checkpointing, WanConfig
 from model.wan.transformer import WanTransformer
-from pipeline.causal import CausalConfig
+from pipeline.causal import CausalConfig, VideoShape
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
 from planning.hardware import GPUS
 from planning.meter import FLOPS, Meter
@@ -136,7 +136,7 @@ class Workload:
         self.causal = CausalConfig(num_frame_per_block=3)
         dtype = self.compute_dtype or torch.float32
         self.cache = self.causal.new_cache(
-            self.student_net, 1, size.frames, size.height, size.width, dtype, self.device
+            self.student_net, VideoShape(1, size.frames, size.height, size.width), dtype, self.device
         )
 
     @property
@@ -171,9 +171,10 @@ class Workload:
 
     def rollout(self, exit_step: int, with_gradient: bool) -> Rollout:
         self.cache.reset()
-        plan = RolloutPlan((exit_step,) * len(self.causal.blocks(self.size.frames)), self.size.frames)
+        exits = (exit_step,) * len(self.causal.blocks(self.size.frames))
+        plan = RolloutPlan(self.causal, STEPS, exits, self.size.frames)
         return self_forcing_rollout(
-            self.student, self.noise, self.conditioning, STEPS, self.causal, plan, self.source, self.cache,
+            self.student, self.noise, self.conditioning, plan, self.source, self.cache,
             with_gradient=with_gradient,
         )  # fmt: skip
 

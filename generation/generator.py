@@ -25,7 +25,7 @@ from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
 from model.wan.config import Checkpointing, LoraWeights, NetworkConfig
 from model.wan.kv_cache import KVCache
-from pipeline.bidirectional_inference import Solver, from_clip, many_step_sample
+from pipeline.bidirectional_inference import Solver, SolverGrid, from_clip, many_step_sample
 from pipeline.causal import CausalConfig
 from pipeline.causal_inference import CausalStream, StreamConfig, block_noise
 from pipeline.sampling import few_step_stream, open_stream
@@ -378,15 +378,14 @@ class Generator:
         steps = validation.steps if sampling.steps is None else sampling.steps
         if steps < 1:
             raise UserError(f"--steps {steps}: give at least 1")
+        solver = self.solver if sampling.solver is None else Solver(sampling.solver)
         return many_step_sample(
             self.score,
             noise,
             given,
             self.task.negative(given.batch),
-            steps=steps,
-            shift=self.config.schedule.timestep_shift,
+            grid=SolverGrid(steps, self.config.schedule.timestep_shift, solver),
             guidance=partial(net.each_step, high=guidance, low=low) if isinstance(net, Experts) else guidance,
-            solver=self.solver if sampling.solver is None else Solver(sampling.solver),
             clip=start,
             strength=1.0 if sampling.strength is None else sampling.strength,
         )

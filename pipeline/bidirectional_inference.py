@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -28,22 +29,30 @@ class Solver(Enum):
 
 @torch.no_grad()
 def euler_trajectory(
-    net: ScoreNet, noise: Tensor, given: Condition, negative: Tensor, sigmas: Sequence[float], guidance: Guided
+    net: ScoreNet, noise: Tensor, condition: Condition, negative: Tensor, sigmas: Sequence[float], guidance: Guided
 ) -> Iterator[Tensor]:
-    """Integrates dx/dsigma = v from noise [B, F, C, H, W] by Euler; yields x at each level, then at 0."""
+    """Integrates dx/dsigma = v by Euler; yields x [B, F, C, H, W] at each level, then at 0.
+
+    net: a many-step network.
+    noise: [B, F, C, H, W] at sigmas[0].
+    condition: conditioning, or its text alone.
+    negative: text [B, L, D] for guidance.
+    sigmas: noise levels of the steps, in [0, 1], falling.
+    guidance: of all steps, or of each.
+    """
     x = noise.float()
     levels = (*sigmas[1:], 0.0)
     for sigma, target, w in zip(sigmas, levels, _each_step(guidance, sigmas), strict=True):
         yield x
-        x = x + (target - sigma) * net.guided_velocity(x, _per_sample(sigma, x), given, negative, w)
-    yield net.finished(x, given)
+        x = x + (target - sigma) * net.guided_velocity(x, _per_sample(sigma, x), condition, negative, w)
+    yield net.finished(x, condition)
 
 
 @torch.no_grad()
 def unipc_trajectory(
     net: ScoreNet,
     noise: Tensor,
-    given: Condition,
+    condition: Condition,
     negative: Tensor,
     sigmas: Sequence[float],
     guidance: Guided,
@@ -51,8 +60,8 @@ def unipc_trajectory(
 ) -> Iterator[Tensor]:
     """UniPC (arXiv 2302.04867) of order 2, B(h) = e^h - 1, on x0: a predictor, and a corrector without evaluations.
 
-    Yields x [B, F, C, H, W] as predicted at each level, then at 0. told: noise levels that the network is told instead
-    of the solver's (Wan's pipelines tell it whole timesteps).
+    Yields x [B, F, C, H, W] as predicted at each level, then at 0. Arguments as of `euler_trajectory`, and
+    told: noise levels that the network is told instead of the solver's (Wan's pipelines tell it whole timesteps).
     """
     x = start = noise.float()
     # log-SNR is infinite at pure noise
@@ -62,13 +71,13 @@ def unipc_trajectory(
     for step, w in enumerate(_each_step(guidance, sigmas)):
         yield x
         time = _per_sample((told or sigmas)[step], x)
-        x0 = velocity_to_x0(x, net.guided_velocity(x, time, given, negative, w), _per_sample(levels[step], x))
+        x0 = velocity_to_x0(x, net.guided_velocity(x, time, condition, negative, w), _per_sample(levels[step], x))
         if step > 0:
             x = _unipc_step(start, past, levels[max(step - 2, 0) : step + 1], order, corrected_by=x0)
         past = [*past, x0][-2:]
         order = min(2, step + 1, len(sigmas) - step)  # the first and the last step have order 1
         start, x = x, _unipc_step(x, past, levels[max(step - 1, 0) : step + 2], order)
-    yield net.finished(x, given)
+    yield net.finished(x, condition)
 
 
 def _unipc_step(
@@ -76,7 +85,11 @@ def _unipc_step(
 ) -> Tensor:
     """x at levels[-1] from x at levels[-2] (UniPC, eq. 3 and 9 in x0's form, section 3.4).
 
-    past: x0 at the levels before the last, the newest last. corrected_by: x0 at the last level, for the corrector.
+    x: [B, F, C, H, W] at levels[-2].
+    past: x0 at the levels before the last, the newest last.
+    levels: noise levels, the newest last.
+    order: of the step, 1 or 2.
+    corrected_by: x0 at the last level, for the corrector.
     """
     sigma_s, sigma_t = levels[-2:]
     if sigma_t == 0:
@@ -104,60 +117,83 @@ def _weights(h: float, places: Sequence[float]) -> list[float]:
     first = (math.expm1(-h) / -h - 1) / math.expm1(-h)
     second = 2 * ((math.expm1(-h) / -h - 1) / -h - 0.5) / math.expm1(-h)
     before, at = places
-    other = (first - second) / (at - before)
-    return [other, first - other]
+    older = (first - second) / (at - before)
+    return [older, first - older]
 
 
 def euler_sample(
-    net: ScoreNet, noise: Tensor, given: Condition, negative: Tensor, sigmas: Sequence[float], guidance: Guided
+    net: ScoreNet, noise: Tensor, condition: Condition, negative: Tensor, sigmas: Sequence[float], guidance: Guided
 ) -> Tensor:
     """The end of `euler_trajectory`: a sample [B, F, C, H, W]."""
-    return deque(euler_trajectory(net, noise, given, negative, sigmas, guidance), maxlen=1).pop()
+    return deque(euler_trajectory(net, noise, condition, negative, sigmas, guidance), maxlen=1).pop()
 
 
 def unipc_sample(
     net: ScoreNet,
     noise: Tensor,
-    given: Condition,
+    condition: Condition,
     negative: Tensor,
     sigmas: Sequence[float],
     guidance: Guided,
     told: Sequence[float] | None = None,
 ) -> Tensor:
     """The end of `unipc_trajectory`: a sample [B, F, C, H, W]."""
-    return deque(unipc_trajectory(net, noise, given, negative, sigmas, guidance, told), maxlen=1).pop()
+    return deque(unipc_trajectory(net, noise, condition, negative, sigmas, guidance, told), maxlen=1).pop()
+
+
+@dataclass(frozen=True)
+class SolverGrid:
+    """The grid of noise levels that a solver integrates over.
+
+    steps: evaluations (with guidance twice as many).
+    shift: s of s u / (1 + (s - 1) u).
+    solver: each has its usual grid: UniPC's with whole timesteps is that of Wan's pipelines.
+    """
+
+    steps: int
+    shift: float
+    solver: Solver = Solver.euler
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        match self.solver:
+            case Solver.euler:
+                return uniform_sigmas(self.steps, self.shift)
+            case Solver.unipc:
+                return unipc_sigmas(self.steps, self.shift)
 
 
 def many_step_sample(
     net: ScoreNet,
     noise: Tensor,
-    given: Condition,
+    condition: Condition,
     negative: Tensor,
     *,
-    steps: int,
-    shift: float,
+    grid: SolverGrid,
     guidance: Guided | Callable[[Sequence[float]], Guided],
-    solver: Solver = Solver.euler,
     clip: Tensor | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """A sample [B, F, C, H, W] on the solver's usual grid: UniPC's with whole timesteps is that of Wan's pipelines.
+    """A sample [B, F, C, H, W] on the solver's usual grid.
 
-    guidance: also a function of the noise levels that the network is told (see `Experts.each_step`). clip: what the
-    sample starts from instead of noise, by so much (see `from_clip`).
+    net: a many-step network.
+    noise: [B, F, C, H, W].
+    condition: conditioning, or its text alone.
+    negative: text [B, L, D] for guidance.
+    grid: solver and steps.
+    guidance: one, one for each step, or a function of the noise levels that the network is told
+    (see `Experts.each_step`).
+    clip: [B, F, C, H, W], what the sample starts from instead of noise.
+    strength: by how much it is noised (see `from_clip`).
     """
-    match solver:
-        case Solver.euler:
-            sigmas = uniform_sigmas(steps, shift)
-        case Solver.unipc:
-            sigmas = unipc_sigmas(steps, shift)
+    sigmas: Sequence[float] = grid.sigmas
     if clip is not None:
         noise, sigmas = from_clip(clip, noise, sigmas, strength)
-    told = sigmas if solver is Solver.euler else whole_timesteps(sigmas)
+    told = sigmas if grid.solver is Solver.euler else whole_timesteps(sigmas)
     each = guidance(told) if callable(guidance) else guidance
-    if solver is Solver.euler:
-        return euler_sample(net, noise, given, negative, sigmas, each)
-    return unipc_sample(net, noise, given, negative, sigmas, each, told)
+    if grid.solver is Solver.euler:
+        return euler_sample(net, noise, condition, negative, sigmas, each)
+    return unipc_sample(net, noise, condition, negative, sigmas, each, told)
 
 
 def from_clip(

@@ -5,10 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from model.wan.kv_cache import KVCache, context_frames
+from model.wan.kv_cache import CacheSpec, KVCache, context_frames
 from model.wan.masks import FrameMask, block_causal_mask, check_window, frame_blocks, teacher_forcing_mask
 from model.wan.transformer import WanTransformer
+
+
+@dataclass(frozen=True)
+class VideoShape:
+    """Videos that are made together: how many, latent frames of each (None: without end), and the latents' size."""
+
+    batch: int
+    frames: int | None
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, latents: Tensor, before: int = 0) -> VideoShape:
+        """That of latents [B, F, C, H, W] and of so many frames before them."""
+        batch, frames, _, height, width = latents.shape
+        return cls(batch, before + frames, height, width)
 
 
 @dataclass
@@ -16,7 +33,7 @@ class CausalConfig:
     """Blocks and context of a causal student.
 
     num_frame_per_block: latent frames denoised together. independent_first_frame: the first block has one frame.
-    window_frames: frames that a block sees in all, its own and the sinks included; null is all.
+    window_frames: frames that a block sees in all, its own and the sinks included; None is all.
     sink_frames: first frames of the video that stay in the window. context_noise: timestep 0..1000 to which a
     finished block is noised before its keys and values are cached.
     """
@@ -48,16 +65,16 @@ class CausalConfig:
         return teacher_forcing_mask(self.blocks(frames), self.window_frames, self.sink_frames)
 
     def split(self, initial: int, frames: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Blocks of the given frames and of those to generate. ValueError unless the given ones are whole blocks."""
+        """Blocks of the initial frames and of those to generate. ValueError unless the former fill theirs."""
         blocks = self.blocks(initial + frames)
-        given: tuple[int, ...] = ()
-        while sum(given) < initial:
-            given = blocks[: len(given) + 1]
-        if sum(given) != initial:
+        before: tuple[int, ...] = ()
+        while sum(before) < initial:
+            before = blocks[: len(before) + 1]
+        if sum(before) != initial:
             raise ValueError(
-                f"{initial} initial latent frames do not end at a block: use {sum(given)} or {sum(given[:-1])}"
+                f"{initial} initial latent frames do not end at a block: use {sum(before)} or {sum(before[:-1])}"
             )
-        return given, blocks[len(given) :]
+        return before, blocks[len(before) :]
 
     def cache_frames(self, frames: int) -> int:
         return context_frames(frames, self.num_frame_per_block, self.window_frames, self.sink_frames)
@@ -65,38 +82,37 @@ class CausalConfig:
     def new_cache(
         self,
         net: WanTransformer,
-        batch: int,
-        frames: int | None,
-        height: int,
-        width: int,
+        videos: VideoShape,
         dtype: torch.dtype,
         device: torch.device | str,
-        memory: torch.Tensor | None = None,
+        *,
+        memory: Tensor | None = None,
         trained_frames: int | None = None,
     ) -> KVCache:
-        """A cache for a video of `frames` frames in all, as small as the window allows; null: without end, for which
-        there has to be a window.
+        """A cache as small as the window allows. Raises ValueError for videos without end under no window.
 
+        net: whose keys and values it holds.
+        videos: what is to be made over it.
+        dtype, device: of keys and values.
+        memory: see `KVCache`.
         trained_frames: of the longest video that the network was trained on: in longer ones sinks follow, so that no
-        frame is further away than there; null leaves them. memory: see `KVCache`.
+        frame is further away than there; None leaves them.
         """
+        frames = videos.frames
         if frames is None:
             if self.window_frames is None:
                 raise ValueError("a video without end needs a window: set window_frames")
             frames = self.window_frames + self.num_frame_per_block
         held = self.cache_frames(frames)
-        rolling = held < max(frames - self.num_frame_per_block, 0)
         block = self.num_frame_per_block if held else 0
-        return net.new_cache(
-            batch,
+        spec = CacheSpec(
+            videos.batch,
             held,
-            height,
-            width,
+            videos.height,
+            videos.width,
             block_frames=block,
             sinks=min(self.sink_frames, held),
-            rolling=rolling,
+            rolling=held < max(frames - self.num_frame_per_block, 0),
             reach=None if trained_frames is None else max(trained_frames, held + block),
-            dtype=dtype,
-            device=device,
-            memory=memory,
         )
+        return net.new_cache(spec, dtype=dtype, device=device, memory=memory)

@@ -18,11 +18,11 @@ from model.types import Conditioning, NoiseSource
 from model.wan.kv_cache import KVCache
 from model.wan.masks import block_causal_mask
 from pipeline.causal import CausalConfig
-from pipeline.denoise import context_input, denoise_block, per_sample, write_context
+from pipeline.denoise import ExitPass, context_input, denoise_block, per_sample, write_context
 
 
 def initial_parts(conditioning: Conditioning, blocks: Sequence[int]) -> Iterator[tuple[int, Tensor, Conditioning]]:
-    """The given clean frames block by block: a number that names its draws, its frames, what they are given."""
+    """The given clean frames block by block: a number that names its draws, its frames, their conditioning."""
     if conditioning.initial is None:
         return
     start = 0
@@ -35,9 +35,16 @@ def initial_parts(conditioning: Conditioning, blocks: Sequence[int]) -> Iterator
 def cache_initial(
     student: ScoreNet, conditioning: Conditioning, blocks: Sequence[int], source: NoiseSource, cache: KVCache
 ) -> None:
-    """Puts the given clean frames into the cache, block by block, at sigma 0."""
-    for index, part, given in initial_parts(conditioning, blocks):
-        write_context(student, part, given, sigma=0.0, block=index, source=source, cache=cache)
+    """Puts the given clean frames into the cache, block by block, at sigma 0.
+
+    student: whose cache it is.
+    conditioning: of the video, with its initial frames.
+    blocks: how many frames each of their blocks has.
+    source: of draws, which sigma 0 has none of.
+    cache: an empty one.
+    """
+    for index, part, condition in initial_parts(conditioning, blocks):
+        write_context(student, part, condition, sigma=0.0, block=index, source=source, cache=cache)
 
 
 def block_noise(source: NoiseSource, blocks: Sequence[int], frame: Sequence[int]) -> Tensor:
@@ -78,17 +85,17 @@ class _ToSee(NamedTuple):
     """A finished block [B, f, C, H, W] that a pass has to show."""
 
     x0: Tensor
-    given: Conditioning
+    condition: Conditioning
     block: int
 
 
 class _Seen(NamedTuple):
-    """What a block's last pass saw [B, f, C, H, W]; whether its keys and values lie there, to be stored."""
+    """What a block's last pass saw [B, f, C, H, W]; whether its keys and values are still to be written."""
 
     x: Tensor
     sigma: float
     block: int
-    lies_there: bool
+    is_staged: bool
 
 
 _Unseen = _ToSee | _Seen
@@ -98,8 +105,13 @@ class CausalStream:
     """A video made block by block over a cache (Self-Forcing, arXiv 2506.08009, algorithm 2), as long as one asks for.
 
     Memory is the cache's, whatever the length. Draws are keyed by block: those of a block know nothing of later ones.
-    conditioning: of the video; its initial frames precede the blocks, and fill whole ones. cache: an empty one from
-    `causal.new_cache`, rolling where the video is to have no end.
+    student: a few-step network.
+    conditioning: of the video; its initial frames precede the blocks, and fill whole ones.
+    config: steps of each block.
+    causal: blocks and window.
+    source: of all draws.
+    cache: an empty one from `causal.new_cache`, rolling where the video is to have no end.
+
     blocks, frames: made so far, given frames among the frames alone.
     """
 
@@ -118,9 +130,9 @@ class CausalStream:
         self.blocks, self.frames = 0, conditioning.initial_frames
         self._unseen: _Unseen | None = None  # the last block: no later one has asked for its keys and values
         self._shown: list[_Shown] = []
-        given = causal.blocks(self.frames) if self.frames else ()
-        for index, part, own in initial_parts(conditioning, given):
-            self._show(part, own, 0.0, index)
+        initial = causal.blocks(self.frames) if self.frames else ()
+        for index, part, condition in initial_parts(conditioning, initial):
+            self._show(part, condition, 0.0, index)
 
     @property
     def block_frames(self) -> int:
@@ -137,15 +149,22 @@ class CausalStream:
         """x0 [B, f, C, H, W] of the next block from its noise."""
         self._finish()
         sigmas, noisy, frames = self.config.sigmas(self.blocks), self.config.noisy_context, noise.shape[1]
-        own = self.conditioning.frames(self.frames, frames)
-        lies_there = self.cache.has_room(frames)  # what the last pass computes: it has to be stored only
+        condition = self.conditioning.frames(self.frames, frames)
+        is_staged = self.cache.stages(frames)  # what the last pass computes: nobody may ask for it
         seen: list[Tensor] = []
+        write_cache = noisy and not is_staged and self.cache.rolling
         x0 = denoise_block(
-            self.student, noise, own, sigmas, exit_step=len(sigmas) - 1, block=self.blocks, source=self.source,
-            cache=self.cache, seen=seen, write_cache=noisy and not lies_there and self.cache.rolling,
-        )  # fmt: skip
+            self.student,
+            noise,
+            condition,
+            sigmas,
+            ExitPass(len(sigmas) - 1, seen=seen, write_cache=write_cache),
+            block=self.blocks,
+            source=self.source,
+            cache=self.cache,
+        )
         block = self.blocks
-        self._unseen = _Seen(seen[0], sigmas[-1], block, lies_there) if noisy else _ToSee(x0, own, block)
+        self._unseen = _Seen(seen[0], sigmas[-1], block, is_staged) if noisy else _ToSee(x0, condition, block)
         self.blocks += 1
         self.frames += frames
         return x0
@@ -168,14 +187,14 @@ class CausalStream:
         if isinstance(last, _ToSee):
             sigma = self.causal.context_sigma
             x = context_input(last.x0, sigma=sigma, block=last.block, source=self.source)
-            self._show(x, last.given, sigma, last.block)
+            self._show(x, last.condition, sigma, last.block)
         elif last is not None:
-            if last.lies_there:
-                self.cache.commit(last.x.shape[1])
+            if last.is_staged:
+                self.cache.write(last.x.shape[1])
             self._remember(last.x, last.sigma, last.block)
 
-    def _show(self, x: Tensor, given: Conditioning, sigma: float, block: int) -> None:
-        self.student.velocity(x, per_sample(sigma, x), given, cache=self.cache, write_cache=True)
+    def _show(self, x: Tensor, condition: Conditioning, sigma: float, block: int) -> None:
+        self.student.velocity(x, per_sample(sigma, x), condition, cache=self.cache, write_cache=True)
         self._remember(x, sigma, block)
 
     def _remember(self, x: Tensor, sigma: float, block: int) -> None:
@@ -188,10 +207,10 @@ class CausalStream:
         x, positions = torch.cat([frame.x for frame in self._shown], 1), self.cache.in_time
         sigma = torch.stack([per_sample(frame.sigma, frame.x) for frame in self._shown], 1)
         blocks = tuple(len(list(frames)) for _, frames in groupby(frame.block for frame in self._shown))
-        given = replace(self.conditioning, initial=None)
+        condition = replace(self.conditioning, initial=None)
         self.cache.restart()
         self.student.velocity(
-            x, sigma, given, cache=self.cache, write_cache=True, positions=positions, mask=block_causal_mask(blocks)
+            x, sigma, condition, cache=self.cache, write_cache=True, positions=positions, mask=block_causal_mask(blocks)
         )
 
 
@@ -207,8 +226,14 @@ def stream(
     """Yields x0 [B, f, C, H, W] of each new block as it is done. Nothing reads what the last block would write into the
     cache, so it writes nothing.
 
-    noise: [B, F, C, H, W], the frames to generate, after any initial ones of the conditioning. cache: an empty one from
-    `causal.new_cache`. Raises ValueError unless the frames fill whole blocks.
+    student: a few-step network.
+    noise: [B, F, C, H, W], the frames to generate, after any initial ones of the conditioning.
+    conditioning: of the whole video.
+    sigmas: noise levels of the steps, in [0, 1], falling.
+    causal: blocks and window.
+    source: of fresh noise between steps, and of context noise.
+    cache: an empty one from `causal.new_cache`.
+    Raises ValueError unless the frames fill whole blocks.
     """
     _, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
     video = CausalStream(student, conditioning, StreamConfig([sigmas]), causal, source, cache)
@@ -216,46 +241,56 @@ def stream(
         yield video.make(part)
 
 
+@dataclass(frozen=True)
+class Branch:
+    """One of guidance's two: what the video is conditioned on, and an empty cache for it."""
+
+    conditioning: Conditioning
+    cache: KVCache
+
+
 @torch.no_grad()
 def causal_trajectory(
     teacher: ScoreNet,
     noise: Tensor,
-    conditioning: Conditioning,
-    negative: Tensor,
+    branches: Sequence[Branch],
     sigmas: Sequence[float],
     guidance: float,
     causal: CausalConfig,
     source: NoiseSource,
-    caches: Sequence[KVCache],
 ) -> Iterator[list[Tensor]]:
     """A causal many-step teacher (Causal Forcing, arXiv 2602.02214): each block's ODE given those before it, by Euler.
     Yields a block's states [B, f, C, H, W] at every level of `sigmas` and at 0, whose last one the next blocks see.
 
-    noise: [B, F, C, H, W] of the frames to generate. caches: empty ones, for the prompt and for the negative text
-    [B, L, D]; at guidance 1 the first is enough.
+    teacher: a causal many-step network.
+    noise: [B, F, C, H, W] of the frames to generate.
+    branches: with the prompt and, unless guidance is 1, with the negative text. Raises ValueError for another number.
+    sigmas: noise levels of the steps, in [0, 1], falling.
+    guidance: w of uncond + w (cond - uncond).
+    causal: blocks and window.
+    source: of draws, which clean context has none of.
     """
-    given, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
-    branches = [conditioning, conditioning.with_text(negative)][: 1 if guidance == 1.0 else 2]
-    if len(caches) < len(branches):
-        raise ValueError(f"guidance {guidance} needs a cache for each of its branches, got {len(caches)}")
-    for branch, cache in zip(branches, caches, strict=False):
-        cache_initial(teacher, branch, given, source, cache)
-    start = conditioning.initial_frames
+    if len(branches) != (1 if guidance == 1.0 else 2):
+        raise ValueError(f"guidance {guidance} needs a cache for each of its branches, got {len(branches)}")
+    start = branches[0].conditioning.initial_frames
+    initial, blocks = causal.split(start, noise.shape[1])
+    for branch in branches:
+        cache_initial(teacher, branch.conditioning, initial, source, branch.cache)
     for index, part in enumerate(noise.split(list(blocks), dim=1)):
-        own = [branch.frames(start, part.shape[1]) for branch in branches]
+        parts = [Branch(branch.conditioning.frames(start, part.shape[1]), branch.cache) for branch in branches]
         start += part.shape[1]
         states = [part.float()]
         for sigma, target in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
             x, time = states[-1], per_sample(sigma, part)
-            cond, *uncond = (
-                teacher.velocity(x, time, one, cache=cache) for one, cache in zip(own, caches, strict=False)
-            )
+            cond, *uncond = (teacher.velocity(x, time, branch.conditioning, cache=branch.cache) for branch in parts)
             velocity = uncond[0] + guidance * (cond - uncond[0]) if uncond else cond
             states.append(x + (target - sigma) * velocity)
         yield states
         if index < len(blocks) - 1:
-            for one, cache in zip(own, caches, strict=False):
-                write_context(teacher, states[-1], one, sigma=0.0, block=index, source=source, cache=cache)
+            for branch in parts:
+                write_context(
+                    teacher, states[-1], branch.conditioning, sigma=0.0, block=index, source=source, cache=branch.cache
+                )
 
 
 def generate(
@@ -267,6 +302,6 @@ def generate(
     source: NoiseSource,
     cache: KVCache,
 ) -> Tensor:
-    """The whole video [B, Fi + F, C, H, W], given frames first."""
+    """The whole video [B, Fi + F, C, H, W], given frames first. Arguments as of `stream`."""
     parts = [] if conditioning.initial is None else [conditioning.initial.to(noise.dtype)]
     return torch.cat(parts + list(stream(student, noise, conditioning, sigmas, causal, source, cache)), dim=1)

@@ -6,6 +6,7 @@ B batch  F frames of the block  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,42 +19,61 @@ from model.wan.kv_cache import KVCache
 from model.wan.replay import Trace
 
 
+@dataclass(frozen=True)
+class ExitPass:
+    """The last step that a block is denoised by, and what its pass leaves behind.
+
+    step: its index in the step list; at inference that of the last one.
+    with_gradient: whether x0 carries the gradient of this step.
+    trace: notes the pass for `WanTransformer` to replay; it then carries no gradient.
+    seen: gets what the step sees, [B, F, C, H, W] at its sigma.
+    write_cache: whether its keys and values are kept.
+    """
+
+    step: int
+    with_gradient: bool = False
+    trace: Trace | None = None
+    seen: list[Tensor] | None = None
+    write_cache: bool = False
+
+
 def denoise_block(
     student: ScoreNet,
     noise: Tensor,
-    given: Condition,
+    condition: Condition,
     sigmas: Sequence[float],
+    last: ExitPass,
     *,
-    exit_step: int,
     block: int,
     source: NoiseSource,
     cache: KVCache | None,
-    with_gradient: bool = False,
-    trace: Trace | None = None,
-    seen: list[Tensor] | None = None,
-    write_cache: bool = False,
 ) -> Tensor:
-    """x0 [B, F, C, H, W] of one block after steps 0..exit_step (Self-Forcing, arXiv 2506.08009, algorithm 1).
+    """x0 [B, F, C, H, W] of one block after steps 0..last.step (Self-Forcing, arXiv 2506.08009, algorithm 1).
 
     Each step predicts x0 and noises it afresh to the next step's sigma; only the exit step may carry gradient.
-    With a trace it carries none either, and is noted there instead, for `WanTransformer` to replay.
-    seen: gets what the exit step sees, [B, F, C, H, W] at its sigma. write_cache: its keys and values are kept.
-    noise: [B, F, C, H, W] at sigmas[0]. given: conditioning of these frames, or its text alone. block: its index, which
-    names its draws. Inference exits at the last step.
+
+    student: a few-step network.
+    noise: [B, F, C, H, W] at sigmas[0].
+    condition: conditioning of these frames, or its text alone.
+    sigmas: noise levels of the steps, in [0, 1], falling.
+    last: the exit step.
+    block: its index in the video, which names its draws.
+    source: of fresh noise between steps.
+    cache: keys and values of the frames before these; None where there are none.
     """
     x = noise
-    for step, sigma in enumerate(sigmas[:exit_step]):
+    for step, sigma in enumerate(sigmas[: last.step]):
         with torch.no_grad():
-            x0 = student.x0(x, per_sample(sigma, x), given, cache=cache)
+            x0 = student.x0(x, per_sample(sigma, x), condition, cache=cache)
             fresh = source.normal(f"renoise.b{block}.s{step}", tuple(x.shape[1:]))
             x = mix(x0, fresh, per_sample(sigmas[step + 1], x))
-    if seen is not None:
-        seen.append(x)
-    noted: dict[str, Any] = {} if trace is None else {"trace": trace}
-    if write_cache:
+    if last.seen is not None:
+        last.seen.append(x)
+    noted: dict[str, Any] = {} if last.trace is None else {"trace": last.trace}
+    if last.write_cache:
         noted["write_cache"] = True
-    with torch.set_grad_enabled(with_gradient and trace is None and torch.is_grad_enabled()):
-        return student.x0(x, per_sample(sigmas[exit_step], x), given, cache=cache, **noted)
+    with torch.set_grad_enabled(last.with_gradient and last.trace is None and torch.is_grad_enabled()):
+        return student.x0(x, per_sample(sigmas[last.step], x), condition, cache=cache, **noted)
 
 
 def context_input(x0: Tensor, *, sigma: float, block: int, source: NoiseSource) -> Tensor:
@@ -65,14 +85,27 @@ def context_input(x0: Tensor, *, sigma: float, block: int, source: NoiseSource) 
 
 @torch.no_grad()
 def write_context(
-    student: ScoreNet, x0: Tensor, given: Condition, *, sigma: float, block: int, source: NoiseSource, cache: KVCache
+    student: ScoreNet,
+    x0: Tensor,
+    condition: Condition,
+    *,
+    sigma: float,
+    block: int,
+    source: NoiseSource,
+    cache: KVCache,
 ) -> None:
-    """Runs a finished block [B, F, C, H, W] once more to append its keys and values to the cache.
+    """Runs a finished block once more, which writes its keys and values into the cache.
 
-    sigma: context noise; the block is noised to it, and it is the network's time input. 0 leaves the block clean.
+    student: whose cache it is.
+    x0: the block [B, F, C, H, W].
+    condition: conditioning of its frames, or its text alone.
+    sigma: context noise in [0, 1], to which the block is noised, and the network's time input; 0 leaves it clean.
+    block: its index in the video, which names its draw.
+    source: of the context noise.
+    cache: that of the blocks before.
     """
     x = context_input(x0.detach(), sigma=sigma, block=block, source=source)
-    student.velocity(x, per_sample(sigma, x), given, cache=cache, write_cache=True)
+    student.velocity(x, per_sample(sigma, x), condition, cache=cache, write_cache=True)
 
 
 def per_sample(sigma: float, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,36 +22,54 @@ def per_frame(values_Bb: Tensor, blocks: Sequence[int]) -> Tensor:
     return values_Bb.repeat_interleave(sizes, dim=1)
 
 
+@dataclass(frozen=True)
+class CleanContext:
+    """The clean half of a teacher-forced pass: what noisy blocks look back at.
+
+    latents: [B, Fc, C, H, W] from the video's first frame on; nobody looks back at the last block: it may lack.
+    sigma_BF: their own time [B, Fc], 0 unless they are noise-augmented.
+    start: the video's frame at which the noisy half starts.
+    """
+
+    latents: Tensor
+    sigma_BF: Tensor
+    start: int = 0
+
+
 def teacher_forced_velocity(
     net: ScoreNet,
     x: Tensor,
     sigma_BF: Tensor,
-    clean: Tensor,
-    clean_sigma_BF: Tensor,
-    given: Condition,
+    context: CleanContext,
+    condition: Condition,
     causal: CausalConfig,
     *,
     negative: Tensor | None = None,
     guidance: float = 1.0,
-    start: int = 0,
 ) -> Tensor:
-    """Velocity [B, F, C, H, W] of noisy frames x, each block looking back at the clean ones (CausVid, section 4.1).
+    """Velocity [B, F, C, H, W] of noisy frames, each block looking back at the clean ones (CausVid, section 4.1).
 
-    One pass over [clean | noisy], both halves at their RoPE positions. clean_sigma_BF: the clean half's own time;
-    0 unless it is noise-augmented. guidance: w of uncond + w (cond - uncond), which needs the negative text [B, L, D].
-    start: the video's frame at which x starts; clean starts at its first, and may lack the last block, which nobody
-    looks back at.
+    One pass over [clean | noisy], both halves at their RoPE positions.
+
+    net: any velocity network that takes masks.
+    x: noisy frames [B, F, C, H, W].
+    sigma_BF: their noise levels [B, F].
+    context: the clean half, and where x starts.
+    condition: conditioning of the whole video, or its text alone.
+    causal: blocks and window.
+    negative: text [B, L, D] for guidance.
+    guidance: w of uncond + w (cond - uncond). Raises ValueError for one that needs the negative text, and has none.
     """
-    kept, total = clean.shape[1], start + x.shape[1]
-    condition = Conditioning.of(given)
+    start, kept, total = context.start, context.latents.shape[1], context.start + x.shape[1]
+    condition = Conditioning.of(condition)
     if condition.channels is not None:
         halves = condition.frames(0, kept).channels, condition.frames(start, x.shape[1]).channels
         condition = replace(condition, channels=torch.cat([half for half in halves if half is not None], 1))
     if guidance != 1.0 and negative is None:
         raise ValueError(f"guidance {guidance} needs the negative prompt's text")
     velocity = net.guided_velocity(
-        torch.cat([clean, x], 1),
-        torch.cat([clean_sigma_BF, sigma_BF], 1),
+        torch.cat([context.latents, x], 1),
+        torch.cat([context.sigma_BF, sigma_BF], 1),
         condition,
         condition.text if negative is None else negative,
         guidance,

@@ -18,9 +18,9 @@ from model.wan.captured import Captured
 from model.wan.kv_cache import KVCache
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_sample
-from pipeline.causal import CausalConfig
+from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import CausalStream, StreamConfig, block_noise, stream
-from pipeline.denoise import denoise_block
+from pipeline.denoise import ExitPass, denoise_block
 
 
 def cache_dtype(score: ScoreNet) -> torch.dtype:
@@ -40,14 +40,12 @@ def few_step_stream(
     with torch.no_grad():
         if causal is None:
             last = len(sigmas) - 1
-            x0 = denoise_block(score, noise, conditioning, sigmas, exit_step=last, block=0, source=source, cache=None)
+            x0 = denoise_block(score, noise, conditioning, sigmas, ExitPass(last), block=0, source=source, cache=None)
             yield score.finished(x0, conditioning)
             return
         assert isinstance(score.net, WanTransformer)
-        total = conditioning.initial_frames + noise.shape[1]
-        cache = causal.new_cache(
-            score.net, noise.shape[0], total, noise.shape[3], noise.shape[4], cache_dtype(score), noise.device
-        )
+        videos = VideoShape.of(noise, conditioning.initial_frames)
+        cache = causal.new_cache(score.net, videos, cache_dtype(score), noise.device)
         yield from stream(score, noise, conditioning, sigmas, causal, source, cache)
 
 
@@ -73,9 +71,12 @@ def open_stream(
         kept[1].reset()
         return CausalStream(kept[0], conditioning, config, causal, source, kept[1])
     cache = causal.new_cache(
-        score.net, conditioning.batch, frames, *size, cache_dtype(score), conditioning.text.device,
+        score.net,
+        VideoShape(conditioning.batch, frames, *size),
+        cache_dtype(score),
+        conditioning.text.device,
         trained_frames=trained_frames,
-    )  # fmt: skip
+    )
     student = score.through(Captured(score.net, cache)) if recorded and score.net.sequence is None else score
     return CausalStream(student, conditioning, config, causal, source, cache)
 

@@ -20,8 +20,8 @@ from model.wan.replay import Trace
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig
 from pipeline.causal_inference import cache_initial
-from pipeline.denoise import context_input, denoise_block, write_context
-from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
+from pipeline.denoise import ExitPass, context_input, denoise_block, write_context
+from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from utils.parallel.deepspeed import is_partitioned
 
 Reencode = Callable[[Tensor], Tensor]
@@ -29,12 +29,17 @@ Reencode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What is drawn once for all ranks before a rollout.
+    """How a rollout is made: the same on all ranks, drawn before it.
 
-    exit_steps: per generated block. score_frames: the last frames of the rollout, which carry gradient and are judged.
+    causal: blocks and window.
+    sigmas: noise levels of the steps, in [0, 1], falling.
+    exit_steps: index of the step at which each generated block leaves.
+    score_frames: the last frames of the rollout, which carry gradient and are judged.
     context_gradient: self-gradient forcing, see `self_forcing_rollout`.
     """
 
+    causal: CausalConfig
+    sigmas: Sequence[float]
     exit_steps: tuple[int, ...]
     score_frames: int
     context_gradient: bool = False
@@ -54,8 +59,6 @@ def self_forcing_rollout(
     student: ScoreNet,
     noise: Tensor,
     conditioning: Conditioning,
-    sigmas: Sequence[float],
-    causal: CausalConfig,
     plan: RolloutPlan,
     source: NoiseSource,
     cache: KVCache,
@@ -65,54 +68,53 @@ def self_forcing_rollout(
 ) -> Rollout:
     """Self-Forcing (arXiv 2506.08009, algorithm 1): x0 with the gradient of each block's own exit step.
 
-    noise: [B, F, C, H, W] of the frames to generate. cache: an empty one that holds all of them but the last block; its
-    keys and values are never differentiated. With `plan.context_gradient` (self-gradient forcing, arXiv 2607.20368) all
-    gradient comes from a pass of its own over the finished blocks and what the exit steps saw, in which later blocks'
-    losses reach the keys and values that they looked back at.
-    reencode: given all latents before the judged window's second frame, the window's first frame as an image latent
+    With `plan.context_gradient` (self-gradient forcing, arXiv 2607.20368) all gradient comes from one more pass, over
+    the finished blocks and what the exit steps saw: in it later blocks' losses reach the keys and values that they
+    looked back at.
+
+    student: a causal few-step network.
+    noise: [B, F, C, H, W] of the frames to generate.
+    conditioning: of the whole video; its initial frames come before those.
+    plan: steps and exit steps, blocks, what is judged.
+    source: of fresh noise between steps, and of context noise.
+    cache: an empty one that holds all frames but the last block; its keys and values are never differentiated.
+    with_gradient: whether the judged frames carry gradient.
+    reencode: of all latents before the judged window's second frame, makes the window's first frame as an image latent
     [B, 1, C, H, W] (a VAE's first frame is coded alone; a frame in mid-video is not); used when the rollout is longer
     than the window, whose first frame is then left out of the loss.
     """
-    given, blocks = causal.split(conditioning.initial_frames, noise.shape[1])
-    total = conditioning.initial_frames + noise.shape[1]
+    causal, done = plan.causal, conditioning.initial_frames
+    initial, blocks = causal.split(done, noise.shape[1])
+    total = done + noise.shape[1]
     _check(plan, len(blocks), total, conditioning)
     # self-gradient forcing gets all of its gradient from one masked pass afterwards
     forced = with_gradient and plan.context_gradient
     replays = with_gradient and not forced and _replays(student)
-    trace = Trace()
-    exits: list[Tensor] = []
-    parts: list[Tensor] = []
-    cache_initial(student, conditioning, given, source, cache)
-    if conditioning.initial is not None:
-        parts.append(conditioning.initial.to(noise.dtype))
-    done = conditioning.initial_frames
+    trace, exits = Trace(), list[Tensor]()
+    cache_initial(student, conditioning, initial, source, cache)
+    parts = [] if conditioning.initial is None else [conditioning.initial.to(noise.dtype)]
     for index, (part, exit_step) in enumerate(zip(noise.split(list(blocks), 1), plan.exit_steps, strict=True)):
-        own = conditioning.frames(done, part.shape[1])
+        condition = conditioning.frames(done, part.shape[1])
         done += part.shape[1]
         # a longer rollout's first judged frame is replaced by its image latent, so it needs no gradient
         judged = done > total - plan.score_frames + int(total > plan.score_frames)
-        x0 = denoise_block(
-            student,
-            part,
-            own,
-            sigmas,
-            exit_step=exit_step,
-            block=index,
-            source=source,
-            cache=cache,
+        last = ExitPass(
+            exit_step,
             with_gradient=with_gradient and judged and not forced,
             trace=trace if replays and judged else None,
             seen=exits if forced and judged else None,
         )
+        x0 = denoise_block(student, part, condition, plan.sigmas, last, block=index, source=source, cache=cache)
         parts.append(x0)
         if index < len(blocks) - 1:  # nothing reads what the last block would write
-            write_context(student, x0, own, sigma=causal.context_sigma, block=index, source=source, cache=cache)
+            sigma = causal.context_sigma
+            write_context(student, x0, condition, sigma=sigma, block=index, source=source, cache=cache)
     video = torch.cat(parts, 1)
     if trace.passes:
         video = _replay(student, trace, conditioning, plan, video)
     if exits:
-        video = _forced(student, exits, conditioning, [sigmas[step] for step in plan.exit_steps], causal, source, video)
-    return _judged_window(video, sigmas, plan, conditioning.initial_frames, reencode)
+        video = _forced(student, exits, conditioning, plan, source, video)
+    return _judged_window(video, plan, conditioning.initial_frames, reencode)
 
 
 def _check(plan: RolloutPlan, blocks: int, total: int, conditioning: Conditioning) -> None:
@@ -135,7 +137,14 @@ def _replays(student: ScoreNet) -> bool:
 
 
 def _replay(student: ScoreNet, trace: Trace, conditioning: Conditioning, plan: RolloutPlan, video: Tensor) -> Tensor:
-    """The video, to the bit, with gradient in the frames of the traced passes, its last ones."""
+    """The video, to the bit, with gradient in the frames of the traced passes, its last ones.
+
+    student: whose passes they are.
+    trace: of the exit steps.
+    conditioning: of the whole video.
+    plan: whose exit steps they are.
+    video: [B, F, C, H, W], without gradient.
+    """
     x, sigma = trace.x, trace.sigma
     if len(set(plan.exit_steps)) == 1:
         sigma = sigma[:, 0]
@@ -147,30 +156,34 @@ def _forced(
     student: ScoreNet,
     exits: Sequence[Tensor],
     conditioning: Conditioning,
-    levels: Sequence[float],
-    causal: CausalConfig,
+    plan: RolloutPlan,
     source: NoiseSource,
     video: Tensor,
 ) -> Tensor:
     """The video, to the bit, with the gradient of one teacher-forced pass over [finished blocks | exit inputs]: the
     finished blocks, as the cache saw them, are inputs without gradient, and their keys and values have it.
 
-    exits: what the exit steps of the last blocks saw; levels: noise level of every generated block's exit step.
+    student: whose rollout it is.
+    exits: what the exit steps of the last blocks saw, [B, f, C, H, W] each.
+    conditioning: of the whole video.
+    plan: exit steps and blocks.
+    source: of context noise: the draws that the cache saw.
+    video: [B, F, C, H, W], without gradient.
     """
-    given, blocks = causal.split(conditioning.initial_frames, video.shape[1] - conditioning.initial_frames)
+    initial = conditioning.initial_frames
+    _, blocks = plan.causal.split(initial, video.shape[1] - initial)
     kept = video.shape[1] - blocks[-1]  # nobody looks back at the last block
-    done = video.detach()[:, conditioning.initial_frames : kept].split(list(blocks[:-1]), 1)
-    sigma = causal.context_sigma
+    done = video.detach()[:, initial:kept].split(list(blocks[:-1]), 1)
+    sigma = plan.causal.context_sigma
     context = [context_input(x0, sigma=sigma, block=index, source=source) for index, x0 in enumerate(done)]
-    clean = torch.cat([video[:, : conditioning.initial_frames], *context], 1)
+    latents = torch.cat([video[:, :initial], *context], 1)
     clean_time = torch.full((kept,), sigma, device=video.device)
-    clean_time[: conditioning.initial_frames] = 0.0
+    clean_time[:initial] = 0.0
     x = torch.cat(list(exits), 1)
+    clean = CleanContext(latents, clean_time.expand(latents.shape[:2]), start=video.shape[1] - x.shape[1])
+    levels = [plan.sigmas[step] for step in plan.exit_steps]
     time = per_frame(torch.tensor(levels[-len(exits) :], device=video.device)[None], blocks[-len(exits) :])
-    velocity = teacher_forced_velocity(
-        student, x, time.expand(x.shape[:2]), clean, clean_time.expand(clean.shape[:2]), conditioning, causal,
-        start=video.shape[1] - x.shape[1],
-    )  # fmt: skip
+    velocity = teacher_forced_velocity(student, x, time.expand(x.shape[:2]), clean, conditioning, plan.causal)
     x0 = velocity_to_x0(x, velocity, time)
     return _with_gradient(video, x0)
 
@@ -181,9 +194,8 @@ def _with_gradient(video: Tensor, x0: Tensor) -> Tensor:
     return torch.cat([before, same + (x0 - x0.detach())], 1)
 
 
-def _judged_window(
-    video: Tensor, sigmas: Sequence[float], plan: RolloutPlan, initial: int, reencode: Reencode | None
-) -> Rollout:
+def _judged_window(video: Tensor, plan: RolloutPlan, initial: int, reencode: Reencode | None) -> Rollout:
+    """The frames of a video [B, F, C, H, W] that are judged; those of the `initial` first frames are masked out."""
     start = video.shape[1] - plan.score_frames
     mask = torch.arange(start, video.shape[1], device=video.device) >= initial
     window = video[:, start:]
@@ -194,7 +206,7 @@ def _judged_window(
             window = torch.cat([first.to(window.dtype), window[:, 1:]], 1)
         mask[0] = False
     same = len(set(plan.exit_steps)) == 1
-    levels = (*sigmas, 0.0)
+    levels = (*plan.sigmas, 0.0)
     exit_step = plan.exit_steps[-1]
     return Rollout(
         x0=window,

@@ -29,9 +29,9 @@ from model.types import Conditioning, LossOutput, Rollout
 from model.wan.attention import Backend
 from model.wan.config import Checkpointing, WanConfig
 from model.wan.transformer import WanTransformer
-from pipeline.causal import CausalConfig
+from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import generate
-from pipeline.diffusion_forcing import teacher_forced_velocity
+from pipeline.diffusion_forcing import CleanContext, teacher_forced_velocity
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
 
 TOLERANCE = 1e-4  # relative L2 error in fp32, as the cases' README asks
@@ -92,10 +92,8 @@ class Case:
         return Conditioning(self.inputs["text"], self.inputs.get("initial"))
 
     def cache(self, x: Tensor) -> Any:
-        total = x.shape[1] + self.conditioning.initial_frames
-        return self.causal.new_cache(
-            self.nets["student"], x.shape[0], total, x.shape[3], x.shape[4], torch.float32, x.device
-        )
+        videos = VideoShape.of(x, self.conditioning.initial_frames)
+        return self.causal.new_cache(self.nets["student"], videos, torch.float32, x.device)
 
 
 def _with_x0(x: Tensor, sigma: Tensor, velocity: Tensor) -> Tensors:
@@ -121,7 +119,8 @@ def causal_forward(case: Case) -> Tensors:
 def teacher_forcing(case: Case) -> Tensors:
     x, sigma, text, clean = (case.inputs[k] for k in ("x", "sigma", "text", "clean"))
     clean_sigma = case.inputs.get("clean_sigma", torch.zeros_like(sigma))
-    velocity = teacher_forced_velocity(case.score("student"), x, sigma, clean, clean_sigma, text, case.causal)
+    context = CleanContext(clean, clean_sigma)
+    velocity = teacher_forced_velocity(case.score("student"), x, sigma, context, text, case.causal)
     return _with_x0(x, sigma, velocity)
 
 
@@ -143,13 +142,11 @@ def cached_forward(case: Case) -> Tensors:
 def _rollout(case: Case, with_gradient: bool) -> Rollout:
     noise = case.inputs["noise"]
     frames = noise.shape[1] + case.conditioning.initial_frames
-    plan = RolloutPlan(tuple(case.settings["exit_steps"]), frames)
+    plan = RolloutPlan(case.causal, case.settings["step_sigmas"], tuple(case.settings["exit_steps"]), frames)
     return self_forcing_rollout(
         case.score("student"),
         noise,
         case.conditioning,
-        case.settings["step_sigmas"],
-        case.causal,
         plan,
         GivenNoise(case.inputs),
         case.cache(noise),

@@ -21,7 +21,7 @@ from model.wan.attention import Backend
 from model.wan.config import PRESETS, Checkpointing
 from model.wan.masks import FrameMask
 from model.wan.transformer import WanTransformer
-from pipeline.causal import CausalConfig
+from pipeline.causal import CausalConfig, VideoShape
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
 from tests.nets import MICRO, KeyedNoise, conditioning, gradients, latents, random_net, relative, texts
 
@@ -39,10 +39,10 @@ def rollout(
     frames = 2 * len(exits)
     noise = latents(2, 2, frames)
     dtype = compute_dtype or torch.float32
-    cache = causal.new_cache(net, 2, frames, 4, 6, dtype, CPU)
+    cache = causal.new_cache(net, VideoShape(2, frames, 4, 6), dtype, CPU)
     return self_forcing_rollout(
-        ScoreNet(net, "student", compute_dtype=compute_dtype), noise, given or conditioning(3, 2), SIGMAS, causal,
-        RolloutPlan(exits, frames), KeyedNoise(5, 2), cache, with_gradient=True,
+        ScoreNet(net, "student", compute_dtype=compute_dtype), noise, given or conditioning(3, 2),
+        RolloutPlan(causal, SIGMAS, exits, frames), KeyedNoise(5, 2), cache, with_gradient=True,
     ).x0  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_defect_04_cache_size_follows_geometry_and_window() -> None:
         (CausalConfig(2, window_frames=6), 4),
         (CausalConfig(2, window_frames=40), 10),
     ):
-        cache = causal.new_cache(net, 2, 12, 8, 10, torch.float32, CPU)
+        cache = causal.new_cache(net, VideoShape(2, 12, 8, 10), torch.float32, CPU)
         room = held + causal.num_frame_per_block  # the block being computed lies behind its context
         assert cache.nbytes == 2 * 3 * 2 * room * 20 * 60 * 4
 
@@ -213,7 +213,7 @@ def test_defect_12_no_value_is_read_back_from_the_device(checkpointing: Checkpoi
     with FakeTensorMode():
         net = WanTransformer(MICRO, Backend.PLAIN, checkpointing)
         causal = CausalConfig(2, window_frames=4, sink_frames=1)
-        cache = causal.new_cache(net, 2, 8, 4, 6, torch.float32, CPU)
+        cache = causal.new_cache(net, VideoShape(2, 8, 4, 6), torch.float32, CPU)
         text, sigma = torch.empty(2, 5, 12), torch.empty(2, 2)
         for _ in range(3):
             part = torch.empty(2, 2, 3, 4, 6)

@@ -22,6 +22,7 @@ from model.experts import Experts
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
 from model.wan.config import PRESETS, Checkpointing, LoraConfig
+from model.wan.kv_cache import CacheSpec
 from model.wan.lora import adapter_names, add_adapter
 from tests.nets import MICRO, conditioning, gradients, latents, random_net, relative, texts
 
@@ -80,7 +81,7 @@ def test_features_that_cannot_be_are_refused_in_one_line() -> None:
     for wrong in ((), (2, 1), (1, 1), (3, 4), (-1,)):
         with pytest.raises(ValueError, match="features must be blocks of 0..3, rising"):
             net(x, SIGMA, texts(2, 2), features=wrong)
-    cache = net.new_cache(2, 3, 4, 6, dtype=torch.float32, device="cpu")
+    cache = net.new_cache(CacheSpec(2, 3, 4, 6), dtype=torch.float32, device="cpu")
     with pytest.raises(ValueError, match="neither write a cache"):
         net(x, SIGMA, texts(2, 2), features=(1,), cache=cache, write_cache=True)
 

@@ -20,9 +20,9 @@ from model.wan.config import Checkpointing
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_sample, euler_trajectory, from_clip
 from pipeline.bidirectional_training import backward_simulation
-from pipeline.causal import CausalConfig
+from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import generate
-from pipeline.diffusion_forcing import teacher_forced_velocity
+from pipeline.diffusion_forcing import CleanContext, teacher_forced_velocity
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
 from tests.nets import MICRO, KeyedNoise, gradients, latents, random_net, relative, texts
 
@@ -42,7 +42,7 @@ def given(frames: int, initial: int = 0) -> Conditioning:
 
 
 def new_cache(net: WanTransformer, causal: CausalConfig, frames: int) -> Any:
-    return causal.new_cache(net, 2, frames, 4, 6, torch.float32, torch.device("cpu"))
+    return causal.new_cache(net, VideoShape(2, frames, 4, 6), torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("initial", [0, 1])
@@ -72,7 +72,7 @@ def rollout(net: WanTransformer, condition: Conditioning, noise: Tensor, exits: 
     causal = CausalConfig(2, independent_first_frame=condition.initial_frames == 1)
     total = noise.shape[1] + condition.initial_frames
     return self_forcing_rollout(
-        ScoreNet(net, "student"), noise, condition, SIGMAS, causal, RolloutPlan(exits, total), KeyedNoise(5, 2),
+        ScoreNet(net, "student"), noise, condition, RolloutPlan(causal, SIGMAS, exits, total), KeyedNoise(5, 2),
         new_cache(net, causal, total), with_gradient=True,
     )  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_a_window_of_a_video_with_channels_cannot_be_judged_alone() -> None:
     net, causal = random_net(1, I2V), CausalConfig(2)
     with pytest.raises(ValueError, match="channels describe a whole video"):
         self_forcing_rollout(
-            ScoreNet(net, "s"), latents(2, 2, 4), given(4), SIGMAS, causal, RolloutPlan((0, 0), 2), KeyedNoise(5, 2),
+            ScoreNet(net, "s"), latents(2, 2, 4), given(4), RolloutPlan(causal, SIGMAS, (0, 0), 2), KeyedNoise(5, 2),
             new_cache(net, causal, 4), with_gradient=False,
         )  # fmt: skip
 
@@ -110,7 +110,7 @@ def test_teacher_forcing_gives_both_halves_their_frames_channels() -> None:
     net, causal, x, condition = random_net(1, I2V), CausalConfig(2), latents(2, 2, 4), given(4)
     zero = torch.zeros(2, 4)
     with torch.no_grad():
-        forced = teacher_forced_velocity(ScoreNet(net, "n"), x, zero, x, zero, condition, causal)
+        forced = teacher_forced_velocity(ScoreNet(net, "n"), x, zero, CleanContext(x, zero), condition, causal)
         plain = ScoreNet(net, "n").velocity(x, zero, condition, mask=causal.mask(4))
     assert relative(forced, plain) < 2e-6
 

@@ -70,9 +70,9 @@ def test_longer_than_trained_with_a_window_costs_constant_memory(run: Path) -> N
     held = []
     new_cache = type(generator.score.net).new_cache
 
-    def spy(net, batch, context_frames, *rest, **options):  # type: ignore[no-untyped-def]
-        held.append(context_frames)
-        return new_cache(net, batch, context_frames, *rest, **options)
+    def spy(net, spec, **options):  # type: ignore[no-untyped-def]
+        held.append(spec.context_frames)
+        return new_cache(net, spec, **options)
 
     type(generator.score.net).new_cache = spy  # type: ignore[method-assign]
     try:

@@ -9,7 +9,7 @@ import torch
 
 from model.wan.config import Checkpointing
 from model.wan.kv_cache import CacheShape, KVCache
-from pipeline.causal import CausalConfig
+from pipeline.causal import CausalConfig, VideoShape
 from tests.nets import latents, random_net, texts
 
 SHAPE = CacheShape(layers=1, batch=1, context_frames=5, tokens_per_frame=2, heads=1, head_dim=1)
@@ -22,8 +22,7 @@ def filled(sinks: int, blocks: list[int], *, in_order: bool = False) -> KVCache:
     for size in blocks:
         frames = torch.arange(cache.frames, cache.frames + size, dtype=torch.float32)
         k = frames.repeat_interleave(2).reshape(1, -1, 1, 1)
-        cache.append(0, k, -k)
-        cache.advance(size)
+        cache.write(size, [(k, -k)])
     return cache
 
 
@@ -60,7 +59,7 @@ def test_defect_03_reset_before_backward_is_refused() -> None:
     """A checkpointed block reads the cache again in backward: another rollout's keys would be a silent wrong gradient."""
     net = random_net(0)
     net.checkpointing = Checkpointing.full
-    cache = CausalConfig(2).new_cache(net, 1, 4, 4, 6, torch.float32, torch.device("cpu"))
+    cache = CausalConfig(2).new_cache(net, VideoShape(1, 4, 4, 6), torch.float32, torch.device("cpu"))
     text, sigma = texts(1, 1), torch.tensor([0.5])
     with torch.no_grad():
         net(latents(1, 1, 2), sigma, text, cache=cache, write_cache=True)

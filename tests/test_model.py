@@ -15,8 +15,8 @@ from model.wan.config import Checkpointing
 from model.wan.kv_cache import KVCache
 from model.wan.replay import Trace
 from model.wan.transformer import WanTransformer
-from pipeline.causal import CausalConfig
-from pipeline.diffusion_forcing import teacher_forced_velocity
+from pipeline.causal import CausalConfig, VideoShape
+from pipeline.diffusion_forcing import CleanContext, teacher_forced_velocity
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
 from tests.nets import KeyedNoise, conditioning, gradients, latents, random_net, relative, texts
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def new_cache(net: WanTransformer, causal: CausalConfig, x: Tensor, dtype: torch.dtype = torch.float32) -> KVCache:
-    return causal.new_cache(net, x.shape[0], x.shape[1], x.shape[3], x.shape[4], dtype, x.device)
+    return causal.new_cache(net, VideoShape.of(x), dtype, x.device)
 
 
 @torch.no_grad()
@@ -84,7 +84,9 @@ def test_teacher_forcing_equals_cached_clean_context(causal: CausalConfig, frame
     generator = torch.Generator().manual_seed(4)
     sigma, clean_sigma = torch.rand(2, frames, generator=generator), 0.1 * torch.rand(2, frames, generator=generator)
     with torch.no_grad():
-        forced = teacher_forced_velocity(ScoreNet(net, "student"), x, sigma, clean, clean_sigma, text, causal)
+        forced = teacher_forced_velocity(
+            ScoreNet(net, "student"), x, sigma, CleanContext(clean, clean_sigma), text, causal
+        )
     assert relative(block_by_block(net, x, sigma, clean, clean_sigma, text, causal), forced) < 2e-6
 
 
@@ -144,12 +146,12 @@ def test_defect_04_cache_overflow_is_an_error_and_no_length_is_typed_in() -> Non
 def test_defect_04_reset_cache_gives_the_same_numbers_in_the_same_memory() -> None:
     causal, source = CausalConfig(num_frame_per_block=2, window_frames=4, sink_frames=1), KeyedNoise(5, 2)
     net, noise = random_net(1), latents(2, 2, 10)
-    student, plan = ScoreNet(net, "student"), RolloutPlan((1, 0, 1, 1, 0), 10)
+    student, plan = ScoreNet(net, "student"), RolloutPlan(causal, (1.0, 0.6), (1, 0, 1, 1, 0), 10)
     cache = new_cache(net, causal, noise)
 
     def rollout(text_seed: int, cache: KVCache) -> Tensor:
         return self_forcing_rollout(
-            student, noise, conditioning(text_seed, 2), (1.0, 0.6), causal, plan, source, cache, with_gradient=False
+            student, noise, conditioning(text_seed, 2), plan, source, cache, with_gradient=False
         ).x0
 
     def address() -> int:
@@ -192,7 +194,7 @@ def test_defect_03_checkpointing_changes_no_gradient(causal: CausalConfig, backe
     for checkpointing in Checkpointing:
         net = random_net(1, backend=backend, checkpointing=checkpointing)
         out = self_forcing_rollout(
-            ScoreNet(net, "student"), noise, text, (1.0, 0.8, 0.5), causal, RolloutPlan((0, 2, 1, 1), 8), KeyedNoise(5, 2),
+            ScoreNet(net, "student"), noise, text, RolloutPlan(causal, (1.0, 0.8, 0.5), (0, 2, 1, 1), 8), KeyedNoise(5, 2),
             new_cache(net, causal, noise), with_gradient=True,
         )  # fmt: skip
         (out.x0 * weight).sum().backward()
@@ -249,7 +251,7 @@ def test_a_replay_sees_its_weights_once() -> None:
     weight = dict(net.named_parameters())["blocks.0.ffn.0.weight"]
     weight.register_post_accumulate_grad_hook(lambda _: calls.append(1))
     out = self_forcing_rollout(
-        ScoreNet(net, "student"), noise, conditioning(3, 2), (1.0, 0.5), causal, RolloutPlan((1,) * 4, 8), KeyedNoise(5, 2),
+        ScoreNet(net, "student"), noise, conditioning(3, 2), RolloutPlan(causal, (1.0, 0.5), (1,) * 4, 8), KeyedNoise(5, 2),
         new_cache(net, causal, noise), with_gradient=True,
     )  # fmt: skip
     out.x0.sum().backward()

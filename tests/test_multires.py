@@ -162,9 +162,7 @@ def test_caches_of_all_sizes_lie_in_the_memory_of_the_largest() -> None:
     # whoever would still read an earlier one in backward is told, not given other numbers
     k = torch.zeros(2, 48, 2, 16)
     stale = room.empty(2, 6, 8, 8)
-    for layer in range(2):
-        stale.append(layer, k, k)
-    stale.advance(3)
+    stale.write(3, [(k, k)] * 2)
     join = stale.join(0)
     room.empty(2, 6, 6, 6)
     with pytest.raises(RuntimeError, match="was reset before the backward"):

@@ -21,7 +21,7 @@ from model.schedule import mix, uniform_sigmas
 from model.score import ScoreNet
 from model.types import Conditioning, Rollout, expand_like
 from pipeline.causal import CausalConfig
-from pipeline.diffusion_forcing import teacher_forced_velocity
+from pipeline.diffusion_forcing import CleanContext, teacher_forced_velocity
 from tests.nets import MICRO, latents, random_net, texts
 from tests.test_dmd import SHAPE, SIGMA, GaussianNet, exact, free, normal, prompt, score
 
@@ -219,7 +219,9 @@ def test_causal_consistency_of_a_network_sees_clean_frames_before_its_block_and_
     def first_block_gradient(clean: Tensor) -> tuple[Tensor, Tensor]:
         def velocity(net: ScoreNet, x: Tensor, s: Tensor, w: float = 1.0) -> Tensor:
             zero = torch.zeros_like(s)
-            return teacher_forced_velocity(net, x, s, clean, zero, text, causal, negative=negative, guidance=w)
+            return teacher_forced_velocity(
+                net, x, s, CleanContext(clean, zero), text, causal, negative=negative, guidance=w
+            )
 
         start = noise.clone().requires_grad_()
         out = consistency_loss(
@@ -247,12 +249,15 @@ def test_guided_teacher_forcing_is_the_one_convention() -> None:
         texts(8, 2),
     )
     cond, uncond = (
-        teacher_forced_velocity(net, x, sigma, clean, 0 * sigma, t, causal).detach() for t in (text, negative)
+        teacher_forced_velocity(net, x, sigma, CleanContext(clean, 0 * sigma), t, causal).detach()
+        for t in (text, negative)
     )
-    guided = teacher_forced_velocity(net, x, sigma, clean, 0 * sigma, text, causal, negative=negative, guidance=3.0)
+    guided = teacher_forced_velocity(
+        net, x, sigma, CleanContext(clean, 0 * sigma), text, causal, negative=negative, guidance=3.0
+    )
     assert torch.allclose(guided, uncond + 3 * (cond - uncond), atol=1e-4)
     with pytest.raises(ValueError, match="needs the negative prompt"):
-        teacher_forced_velocity(net, x, sigma, clean, 0 * sigma, text, causal, guidance=3.0)
+        teacher_forced_velocity(net, x, sigma, CleanContext(clean, 0 * sigma), text, causal, guidance=3.0)
 
 
 def test_pseudo_huber_is_a_square_near_zero_and_a_norm_far_off() -> None:

@@ -17,7 +17,7 @@ from model.wan.block import Attention
 from model.wan.config import Checkpointing
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_training import backward_simulation, diffusion_forcing_input, noised_data
-from pipeline.causal import CausalConfig
+from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import generate, stream
 from pipeline.diffusion_forcing import per_frame
 from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_forcing_rollout
@@ -64,10 +64,10 @@ def run(
     context_gradient: bool = False,
 ) -> Rollout:
     total = given.initial_frames + noise.shape[1]
-    cache = causal.new_cache(net, noise.shape[0], total, noise.shape[3], noise.shape[4], torch.float32, CPU)
+    cache = causal.new_cache(net, VideoShape.of(noise, given.initial_frames), torch.float32, CPU)
     return self_forcing_rollout(
-        ScoreNet(net, "student", evaluations), noise, given, SIGMAS, causal,
-        RolloutPlan(tuple(exits), total if score_frames is None else score_frames, context_gradient), KeyedNoise(5, noise.shape[0]), cache,
+        ScoreNet(net, "student", evaluations), noise, given,
+        RolloutPlan(causal, SIGMAS, tuple(exits), total if score_frames is None else score_frames, context_gradient), KeyedNoise(5, noise.shape[0]), cache,
         with_gradient=with_gradient, reencode=reencode,
     )  # fmt: skip
 
@@ -78,8 +78,7 @@ def test_exit_at_the_last_step_is_inference_bit_for_bit(name: str) -> None:
     net = random_net(1)
     exits = [LAST] * len(blocks_of(name))
     x0 = run(net, causal, noise, given, exits, with_gradient=True).x0
-    total = given.initial_frames + noise.shape[1]
-    cache = causal.new_cache(net, 2, total, noise.shape[3], noise.shape[4], torch.float32, CPU)
+    cache = causal.new_cache(net, VideoShape.of(noise, given.initial_frames), torch.float32, CPU)
     sampled = generate(ScoreNet(net, "student"), noise, given, SIGMAS, causal, KeyedNoise(5, 2), cache)
     assert x0.requires_grad and not sampled.requires_grad
     assert torch.equal(x0.detach(), sampled)
@@ -265,7 +264,7 @@ def test_defect_07_context_noise_is_added_and_not_only_told() -> None:
     """At inference and in training alike the cached block is noised; its time alone would give other numbers."""
     causal, noise, given = setup("context_noise")
     net = random_net(1)
-    cache = causal.new_cache(net, 2, 6, 4, 6, torch.float32, CPU)
+    cache = causal.new_cache(net, VideoShape(2, 6, 4, 6), torch.float32, CPU)
     source = KeyedNoise(5, 2)
     noised = generate(ScoreNet(net, "s"), noise, given, SIGMAS, causal, source, cache)
     assert [role for role in source.roles if role.startswith("context")] == ["context_noise.b0", "context_noise.b1"]
@@ -293,7 +292,7 @@ def test_defect_08_defect_12_evaluations_are_the_minimum(name: str, exits: tuple
     assert evaluations.frames == {"student": 2 * (steps + sum(blocks[:-1]) + sum(given_blocks))}
 
     sampling = Evaluations()
-    cache = causal.new_cache(random_net(1), 2, given.initial_frames + noise.shape[1], 4, 6, torch.float32, CPU)
+    cache = causal.new_cache(random_net(1), VideoShape.of(noise, given.initial_frames), torch.float32, CPU)
     generate(ScoreNet(random_net(1), "s", sampling), noise, given, SIGMAS, causal, KeyedNoise(5, 2), cache)
     assert sampling.calls == {"s": len(blocks) * len(SIGMAS) + len(blocks) - 1 + len(given_blocks)}
 
@@ -419,7 +418,7 @@ def test_diffusion_forcing_input_has_one_level_a_block() -> None:
     causal, data, given, net = CausalConfig(2), latents(2, 2, 6), conditioning(3, 2), random_net(1)
     steps = torch.tensor([[0, 2, 1], [1, 1, 0]])
     out = diffusion_forcing_input(
-        ScoreNet(net, "s"), data, given, SIGMAS, steps, causal, KeyedNoise(5, 2), with_gradient=False
+        ScoreNet(net, "s"), data, given, torch.tensor(SIGMAS)[steps], causal, KeyedNoise(5, 2), with_gradient=False
     )
     sigma = torch.tensor(SIGMAS)[steps].repeat_interleave(2, 1)
     assert torch.equal(per_frame(torch.tensor(SIGMAS)[steps], (2, 2, 2)), sigma)
@@ -434,7 +433,7 @@ def test_teacher_forcing_input_looks_back_at_clean_blocks() -> None:
     causal, data, given, net = CausalConfig(2), latents(2, 2, 6), conditioning(3, 2), random_net(1)
     steps = torch.tensor([[0, 2, 1], [1, 1, 0]])
     out = diffusion_forcing_input(
-        ScoreNet(net, "s"), data, given, SIGMAS, steps, causal, KeyedNoise(5, 2), with_gradient=False,
+        ScoreNet(net, "s"), data, given, torch.tensor(SIGMAS)[steps], causal, KeyedNoise(5, 2), with_gradient=False,
         clean_context=True,
     )  # fmt: skip
     sigma = torch.tensor(SIGMAS)[steps].repeat_interleave(2, 1)

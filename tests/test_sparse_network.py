@@ -15,6 +15,7 @@ from generation.generator import Generator
 from model.wan.config import Checkpointing, NetworkConfig, SparseConfig
 from model.wan.formats import GATE
 from model.wan.init import zero_gates
+from model.wan.kv_cache import CacheSpec
 from model.wan.masks import block_causal_mask, teacher_forcing_mask
 from model.wan.transformer import WanTransformer
 from tests.nets import gradients, latents, random_net, relative, texts
@@ -60,7 +61,7 @@ def test_cached_blocks_are_the_masked_pass() -> None:
     net, _ = pair(0.5, 1.0)
     x, sigma, text = latents(3, 1, 6), torch.zeros(1), texts(4, 1)
     whole = net(x, sigma, text, mask=block_causal_mask(BLOCKS))
-    cache = net.new_cache(1, 6, 4, 6, block_frames=2, dtype=torch.float32, device="cpu")
+    cache = net.new_cache(CacheSpec(1, 6, 4, 6, block_frames=2), dtype=torch.float32, device="cpu")
     with torch.no_grad():
         parts = [net(x[:, i : i + 2], sigma, text, cache=cache, write_cache=True) for i in range(0, 6, 2)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)

@@ -22,9 +22,9 @@ from model.wan.captured import Captured
 from model.wan.kv_cache import CacheShape, KVCache
 from model.wan.rope import apply_rope, rope_table
 from model.wan.transformer import WanTransformer
-from pipeline.causal import CausalConfig
+from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import CausalStream, StreamConfig, block_noise, stream
-from pipeline.denoise import denoise_block, per_sample
+from pipeline.denoise import ExitPass, denoise_block, per_sample
 from tests.nets import MICRO, KeyedNoise, conditioning, random_net, relative, texts
 
 SIGMAS = (1.0, 0.9375, 0.625)
@@ -43,7 +43,7 @@ def opened(
     evaluations: Evaluations | None = None,
 ) -> CausalStream:
     cache = causal.new_cache(
-        net, given.batch, frames, 4, 6, torch.float32, given.text.device, trained_frames=trained
+        net, VideoShape(given.batch, frames, 4, 6), torch.float32, given.text.device, trained_frames=trained
     )  # fmt: skip
     source = KeyedNoise(5, given.batch)
     config = StreamConfig([SIGMAS]) if config is None else config
@@ -62,7 +62,7 @@ def test_a_longer_video_begins_as_a_shorter_one() -> None:
     for blocks in ((1, 2), (1, 2, 2, 2, 2, 2)):
         frames = sum(blocks)
         source = KeyedNoise(5, 2)
-        cache = causal.new_cache(net, 2, frames, 4, 6, torch.float32, "cpu", trained_frames=9)
+        cache = causal.new_cache(net, VideoShape(2, frames, 4, 6), torch.float32, "cpu", trained_frames=9)
         noise = block_noise(source, blocks, FRAME)
         ended = torch.cat(list(stream(ScoreNet(net, "student"), noise, given, SIGMAS, causal, source, cache)), 1)
         assert torch.equal(ended, endless[:, :frames])
@@ -80,9 +80,7 @@ def test_keys_of_sinks_follow_the_video_and_rounding_does_not_add_up() -> None:
     bare = [torch.randn(1, 12, 1, 24, generator=torch.Generator().manual_seed(i)) for i in range(300)]
     for i, k in enumerate(bare):
         rotated = apply_rope(k, rope_table(range(2 * i, 2 * i + 2), 2, 3, 24, torch.device("cpu")))
-        for layer in range(2):
-            cache.append(layer, rotated, k)
-        cache.advance(2)
+        cache.write(2, [(rotated, k)] * 2)
         end = 2 * i + 2
         first = max(end + 2 - 9, 0)  # no further than 9 frames from the end of the block to come
         assert cache.position == end and cache.in_time[: min(2, end)] == [first, first + 1]
@@ -127,11 +125,11 @@ def test_noisy_context_is_the_last_pass_seen_again() -> None:
     count = Evaluations()
     video = opened(net, given, config=StreamConfig([SIGMAS], noisy_context=True), evaluations=count)
     student, source = ScoreNet(net, "student"), KeyedNoise(5, 2)
-    cache = WINDOW.new_cache(net, 2, None, 4, 6, torch.float32, "cpu", trained_frames=9)
+    cache = WINDOW.new_cache(net, VideoShape(2, None, 4, 6), torch.float32, "cpu", trained_frames=9)
     for index in range(7):
         noise, seen = video.noise(FRAME), list[Tensor]()
         x0 = denoise_block(
-            student, noise, given, SIGMAS, exit_step=2, block=index, source=source, cache=cache, seen=seen
+            student, noise, given, SIGMAS, ExitPass(2, seen=seen), block=index, source=source, cache=cache
         )
         assert torch.equal(video.make(noise), x0)
         with torch.no_grad():
@@ -164,7 +162,7 @@ def test_another_prompt_holds_from_the_next_block_on() -> None:
     streamed += made(video, 2)
 
     student, source = ScoreNet(net.requires_grad_(True), "student"), KeyedNoise(5, 2)
-    cache = WINDOW.new_cache(net, 2, None, 4, 6, torch.float32, "cpu", trained_frames=9)
+    cache = WINDOW.new_cache(net, VideoShape(2, None, 4, 6), torch.float32, "cpu", trained_frames=9)
     for index, expected in enumerate(streamed):
         text = first.text if index < 5 else second
         x = source.normal(f"noise.b{index}", (2, *FRAME))
@@ -193,7 +191,7 @@ def test_recache_shows_the_held_frames_under_the_new_prompt(blocks: int, noisy: 
     assert video.cache.position == 2 * blocks
 
     held = torch.cat((inputs if noisy else frames)[-3:], 1)
-    cache = causal.new_cache(net, 2, None, 4, 6, torch.float32, "cpu")
+    cache = causal.new_cache(net, VideoShape(2, None, 4, 6), torch.float32, "cpu")
     student = ScoreNet(net, "student")
     with torch.no_grad():
         for part in held.split(2, 1):

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.wan.vsa import CUBES, Shape, SparseBackend, Tiling, choose_cube, kept_tiles, video_sparse_attention
+from model.wan.vsa.attention import SparseBackend, video_sparse_attention
 from model.wan.vsa.flex import kept_block_mask, kernel_options, tiles_of_a_block
 from model.wan.vsa.reference import select_tiles
-from model.wan.vsa.tiles import tile_maps, to_tiles, to_tokens
+from model.wan.vsa.tiles import CUBES, Grids, Shape, Tiling, choose_cube, kept_tiles, tile_maps, to_tiles, to_tokens
 from tests.nets import relative
 from tests.sparse import Inputs, dense_masked, inputs_of, with_gradients
 
@@ -47,7 +48,7 @@ CASES: dict[str, tuple[int, int, int, Shape, Shape, Shape, float]] = {
 
 def run(inputs: Inputs, case: tuple[int, int, int, Shape, Shape, Shape, float], backend: SparseBackend) -> list[Tensor]:
     *_, grid, key_grid, cube, sparsity = case
-    out = video_sparse_attention(*inputs, grid, sparsity, key_grid=key_grid, backend=backend, cube=cube)
+    out = video_sparse_attention(*inputs, Grids(grid, key_grid, cube), sparsity, backend=backend)
     assert out.dtype is inputs[0].dtype
     return with_gradients(out, inputs)
 
@@ -103,7 +104,7 @@ def flex_forward(name: str, dtype: torch.dtype, tolerance: float) -> None:
     inputs = inputs_of(*case[:5], dtype=dtype)
     *_, grid, key_grid, cube, sparsity = case
     with torch.no_grad():
-        out = video_sparse_attention(*inputs, grid, sparsity, key_grid=key_grid, backend=SparseBackend.FLEX, cube=cube)
+        out = video_sparse_attention(*inputs, Grids(grid, key_grid, cube), sparsity, backend=SparseBackend.FLEX)
     assert relative(out, dense_masked(inputs, *case[3:])[0]) < tolerance
 
 
@@ -163,11 +164,11 @@ BACKENDS = [SparseBackend.REFERENCE, pytest.param(SparseBackend.TRITON, marks=ne
 def test_nothing_kept_out_is_dense_attention_plus_the_gated_coarse_branch(backend: SparseBackend) -> None:
     grid = (1, 5, 6)
     q, k, v, gate = (t.detach() for t in inputs_of(1, 2, 16, grid, grid))
-    out = video_sparse_attention(q, k, v, torch.zeros_like(gate), grid, 0.0, backend=backend, cube=(1, 4, 4))
+    out = video_sparse_attention(q, k, v, torch.zeros_like(gate), Grids(grid, cube=(1, 4, 4)), 0.0, backend=backend)
     dense = functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
     assert relative(out, dense) < 1e-6
-    gated = video_sparse_attention(q, k, v, gate, grid, 0.0, backend=backend, cube=(1, 4, 4))
-    one = video_sparse_attention(q, k, v, torch.ones_like(gate), grid, 0.0, backend=backend, cube=(1, 4, 4))
+    gated = video_sparse_attention(q, k, v, gate, Grids(grid, cube=(1, 4, 4)), 0.0, backend=backend)
+    one = video_sparse_attention(q, k, v, torch.ones_like(gate), Grids(grid, cube=(1, 4, 4)), 0.0, backend=backend)
     assert relative(gated - out, gate * (one - out)) < 1e-5
     coarse = (one - out)[:, [0, 4, 24, 28]]  # one token of each tile: two rows of two tiles
     assert float((one - out)[:, [7, 11, 25, 29]].sub(coarse).abs().max()) < 1e-5  # another of each
@@ -197,7 +198,7 @@ def test_autocast_changes_nothing(backend: SparseBackend) -> None:
     case = (1, 1, 16, (1, 5, 9), (1, 5, 9), (1, 4, 4), 0.5)
     inputs = inputs_of(*case[:5])
     with torch.autocast("cpu", torch.bfloat16):
-        out = video_sparse_attention(*inputs, case[3], 0.5, backend=backend, cube=case[5])
+        out = video_sparse_attention(*inputs, Grids(case[3], cube=case[5]), 0.5, backend=backend)
     assert all(map(torch.equal, with_gradients(out, inputs), run(inputs, case, backend)))
 
 
@@ -207,7 +208,7 @@ def test_in_a_compiled_and_in_a_checkpointed_block(backend: SparseBackend) -> No
     inputs = inputs_of(1, 1, 16, grid, grid)
 
     def block(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
-        return 3 * video_sparse_attention(q * 2, k, v, gate, grid, 0.5, backend=backend, cube=(1, 4, 4))
+        return 3 * video_sparse_attention(q * 2, k, v, gate, Grids(grid, cube=(1, 4, 4)), 0.5, backend=backend)
 
     plain = with_gradients(block(*inputs), inputs)
     compiled = with_gradients(torch.compile(block, backend="aot_eager")(*inputs), inputs)
@@ -221,7 +222,7 @@ def test_triton_takes_any_strides() -> None:
     inputs = inputs_of(*case[:5])
     alike = run(inputs, case, SparseBackend.TRITON)
     q, k, v, gate = (strided(t) for t in inputs)
-    out = video_sparse_attention(q, k, v, gate, case[3], 0.5, backend=SparseBackend.TRITON, cube=case[5])
+    out = video_sparse_attention(q, k, v, gate, Grids(case[3], cube=case[5]), 0.5, backend=SparseBackend.TRITON)
     turned = with_gradients(strided_identity(out), (q, k, v, gate))
     assert all(map(torch.equal, turned, alike))
 
@@ -341,7 +342,7 @@ def test_maps_made_in_inference_serve_training() -> None:
     case = (1, 1, 16, (1, 9, 11), (1, 9, 11), (1, 4, 4), 0.5)  # a grid of no other test
     inputs = inputs_of(*case[:5])
     with torch.inference_mode():
-        video_sparse_attention(*(t.detach() for t in inputs), case[3], 0.5, cube=case[5])
+        video_sparse_attention(*(t.detach() for t in inputs), Grids(case[3], cube=case[5]), 0.5)
     run(inputs, case, SparseBackend.REFERENCE)
 
 
@@ -349,18 +350,20 @@ def test_bad_input_is_one_line() -> None:
     grid = (1, 3, 4)
     q, k, v, gate = (t.detach() for t in inputs_of(1, 2, 16, grid, grid))
     bad = {
-        "12 queries do not fill a grid of \\(1, 3, 5\\)": lambda: video_sparse_attention(q, k, v, gate, (1, 3, 5), 0.5),
-        "12 keys do not fill": lambda: video_sparse_attention(q, k, v, gate, grid, 0.5, key_grid=(2, 3, 4)),
-        "takes \\[batch, tokens": lambda: video_sparse_attention(q, k, v, gate[:, :3], grid, 0.5),
-        "sparsity 2": lambda: video_sparse_attention(q, k, v, gate, grid, 2),
-        "at least 1 token": lambda: video_sparse_attention(q, k, v, gate, (0, 3, 4), 0.5),
+        "12 queries do not fill a grid of \\(1, 3, 5\\)": lambda: video_sparse_attention(
+            q, k, v, gate, Grids((1, 3, 5)), 0.5
+        ),
+        "12 keys do not fill": lambda: video_sparse_attention(q, k, v, gate, Grids(grid, (2, 3, 4)), 0.5),
+        "takes \\[batch, tokens": lambda: video_sparse_attention(q, k, v, gate[:, :3], Grids(grid), 0.5),
+        "sparsity 2": lambda: video_sparse_attention(q, k, v, gate, Grids(grid), 2),
+        "at least 1 token": lambda: video_sparse_attention(q, k, v, gate, Grids((0, 3, 4)), 0.5),
     }
     for match, call in bad.items():
         with pytest.raises(ValueError, match=match) as error:
             call()
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no backward on a CPU: train with 'reference'"):
-        video_sparse_attention(q.requires_grad_(), k, v, gate, grid, 0.5, backend=SparseBackend.FLEX)
+        video_sparse_attention(q.requires_grad_(), k, v, gate, Grids(grid), 0.5, backend=SparseBackend.FLEX)
 
 
 @needs_triton
@@ -369,18 +372,18 @@ def test_what_triton_cannot_run_is_one_line() -> None:
     for match, cube, width in (("heads of", (1, 4, 4), 24), ("heads of", (1, 3, 4), 16)):
         q, k, v, gate = (t.detach() for t in inputs_of(1, 1, width, grid, grid))
         with pytest.raises(ValueError, match=match) as error:
-            video_sparse_attention(q, k, v, gate, grid, 0.5, backend=SparseBackend.TRITON, cube=cube)
+            video_sparse_attention(q, k, v, gate, Grids(grid, cube=cube), 0.5, backend=SparseBackend.TRITON)
         assert "\n" not in str(error.value)
     q, k, v, gate = (t.detach() for t in inputs_of(1, 1, 16, grid, grid))
     with pytest.raises(ValueError, match="one of fp32, fp16, bf16 for all"):
-        video_sparse_attention(q, k.bfloat16(), v, gate, grid, 0.5, backend=SparseBackend.TRITON)
+        video_sparse_attention(q, k.bfloat16(), v, gate, Grids(grid), 0.5, backend=SparseBackend.TRITON)
 
 
 def test_triton_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     q, k, v, gate = (t.detach() for t in inputs_of(1, 1, 16, (1, 3, 4), (1, 3, 4)))
     with pytest.raises(ValueError, match="needs the triton package"):
-        video_sparse_attention(q, k, v, gate, (1, 3, 4), 0.5, backend=SparseBackend.TRITON)
+        video_sparse_attention(q, k, v, gate, Grids((1, 3, 4)), 0.5, backend=SparseBackend.TRITON)
 
 
 @needs_triton

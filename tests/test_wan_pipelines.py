@@ -13,7 +13,7 @@ from model.schedule import flow_match_euler_sigmas, unipc_sigmas, whole_timestep
 from model.score import ScoreNet
 from model.types import Conditioning
 from model.wan.config import WanConfig
-from pipeline.bidirectional_inference import Solver, euler_sample, many_step_sample, unipc_sample
+from pipeline.bidirectional_inference import Solver, SolverGrid, euler_sample, many_step_sample, unipc_sample
 from tests.test_diffusers_parity import pair
 
 diffusers = pytest.importorskip("diffusers")
@@ -122,7 +122,7 @@ def test_text_to_video(parts: dict[str, Any], solver: Solver, guidance: float) -
     if solver is Solver.unipc:
         score = ScoreNet(net, "teacher")
         usual = many_step_sample(
-            score, noise(), text, negative, steps=STEPS, shift=SHIFT, guidance=guidance, solver=solver
+            score, noise(), text, negative, grid=SolverGrid(STEPS, SHIFT, solver), guidance=guidance
         )
         assert torch.equal(usual, made)
 

@@ -14,7 +14,7 @@ from model.consistency import adjacent, consistency_loss
 from model.schedule import uniform_sigmas
 from model.types import LossOutput
 from model.wan.transformer import WanTransformer
-from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
+from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from trainer.base import Trainer
 from trainer.micro_batch import MicroBatch
 from trainer.network_factory import build_frozen, build_trained, sharing
@@ -52,13 +52,13 @@ class ConsistencyTrainer(Trainer):
         levels = uniform_sigmas(config.consistency.steps, schedule_at(config, micro.shape).timestep_shift)
         index = (micro.noise.uniform("level", (len(blocks),)) * len(levels)).long()
         sigma, sigma_next = (per_frame(level, blocks) for level in adjacent(index, levels))
-        zeros = sigma.new_zeros(sigma.shape)
+        context = CleanContext(clean, sigma.new_zeros(sigma.shape))
         for level in (sigma, sigma_next):
             level[:, : given.initial_frames] = 0.0
         negative = self.task.negative(given.batch)
 
         def student_velocity(x: Tensor, level: Tensor) -> Tensor:
-            return teacher_forced_velocity(student.score, x, level, clean, zeros, given, config.causal)
+            return teacher_forced_velocity(student.score, x, level, context, given, config.causal)
 
         def average_velocity(x: Tensor, level: Tensor) -> Tensor:
             assert student.ema is not None
@@ -67,7 +67,7 @@ class ConsistencyTrainer(Trainer):
 
         def teacher_velocity(x: Tensor, level: Tensor) -> Tensor:
             return teacher_forced_velocity(
-                self.teacher, x, level, clean, zeros, given, config.causal,
+                self.teacher, x, level, context, given, config.causal,
                 negative=negative, guidance=config.consistency.guidance,
             )  # fmt: skip
 

@@ -12,7 +12,7 @@ from configs.sizes import schedule_at
 from model.diffusion import flow_matching_loss
 from model.schedule import TIMESTEPS, mix, shift_sigma
 from model.types import Conditioning, LossOutput
-from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
+from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from trainer.base import Trainer
 from trainer.micro_batch import MicroBatch
 from trainer.network_factory import build_trained
@@ -90,7 +90,8 @@ class DiffusionTrainer(Trainer):
         clean = mix(latents, micro.noise.normal("clean_noise", tuple(latents.shape[1:])), clean_sigma_BF)
 
         def predict(x: Tensor, sigma_BF: Tensor) -> Tensor:
-            return teacher_forced_velocity(score, x, sigma_BF, clean, clean_sigma_BF, given, self.config.causal)
+            context = CleanContext(clean, clean_sigma_BF)
+            return teacher_forced_velocity(score, x, sigma_BF, context, given, self.config.causal)
 
         return flow_matching_loss(predict, latents, noise, sigma_BF, weight=_weight(given, latents))
 

@@ -168,12 +168,12 @@ class ScoreDistillationTrainer(Trainer):
                 case RolloutKind.diffusion_forcing | RolloutKind.teacher_forcing:
                     blocks = len(config.causal.blocks(shape[0]))
                     steps = (noise.uniform("input_step", (blocks,)) * len(self.sigmas)).long()
+                    levels = torch.tensor(sigmas, device=latents.device)[steps]
                     made = diffusion_forcing_input(
                         student,
                         latents,
                         conditioning,
-                        sigmas,
-                        steps,
+                        levels,
                         config.causal,
                         noise,
                         with_gradient=with_gradient,
@@ -186,15 +186,25 @@ class ScoreDistillationTrainer(Trainer):
         longest = config.rollout.num_training_frames or shape[0]
         lengths = rollout_lengths(shape[0], longest, config.causal.num_frame_per_block)
         frames = lengths[micro.noise.shared_randint("rollout_length", len(lengths), 1)[0]]
-        given = conditioning.initial_frames
-        _, blocks = config.causal.split(given, frames - given)
-        plan = RolloutPlan(self._exit_steps(micro, len(blocks)), shape[0], config.rollout.self_gradient)
-        noise = micro.noise.normal("noise", (frames - given, *shape[1:]))
+        initial = conditioning.initial_frames
+        _, blocks = config.causal.split(initial, frames - initial)
+        plan = RolloutPlan(
+            config.causal,
+            schedule_at(config, shape).sigmas(),
+            self._exit_steps(micro, len(blocks)),
+            shape[0],
+            config.rollout.self_gradient,
+        )
         return self_forcing_rollout(
-            self.networks["student"].score, noise, conditioning, schedule_at(config, shape).sigmas(), config.causal,
-            plan, micro.noise, self.cache.empty(conditioning.batch, longest, *shape[2:]),
-            with_gradient=with_gradient, reencode=self.task.reencode,
-        )  # fmt: skip
+            self.networks["student"].score,
+            micro.noise.normal("noise", (frames - initial, *shape[1:])),
+            conditioning,
+            plan,
+            micro.noise,
+            self.cache.empty(conditioning.batch, longest, *shape[2:]),
+            with_gradient=with_gradient,
+            reencode=self.task.reencode,
+        )
 
     def _exit_steps(self, micro: MicroBatch, blocks: int) -> tuple[int, ...]:
         # The same on every rank: ranks leaving at different steps would deadlock sharded networks.

@@ -20,8 +20,9 @@ from model.score import ScoreNet
 from model.types import Conditioning, LossOutput
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_trajectory
-from pipeline.causal_inference import causal_trajectory
-from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
+from pipeline.causal import VideoShape
+from pipeline.causal_inference import Branch, causal_trajectory
+from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from pipeline.sampling import cache_dtype
 from tasks.first_frames import gives
 from tasks.stored import StoredPairs
@@ -99,7 +100,7 @@ class ODETrainer(Trainer):
         student, clean = self.networks["student"].score, trajectory[:, -1]
         if after_causal:  # a block's trajectory is given the clean ends before it, so the student sees those
             velocity = teacher_forced_velocity(
-                student, x, sigma_BF, clean, torch.zeros_like(sigma_BF), given, self.config.causal
+                student, x, sigma_BF, CleanContext(clean, torch.zeros_like(sigma_BF)), given, self.config.causal
             )
             return ode_regression_loss(velocity_to_x0(x, velocity, sigma_BF), clean, sigma_BF)
         x0 = student.x0(x, sigma_BF, given, mask=self.config.causal.mask(frames))
@@ -194,15 +195,14 @@ def _causal_trajectories(
 ) -> Tensor:
     """`trajectories` of a causal teacher: given frames are clean at every level."""
     assert isinstance(teacher.net, WanTransformer)
-    batch, frames, _, height, width = noise.shape
-    caches = [
-        config.causal.new_cache(teacher.net, batch, frames, height, width, cache_dtype(teacher), noise.device)
-        for _ in range(1 if config.ode.guidance == 1.0 else 2)
+    guidance, dtype = config.ode.guidance, cache_dtype(teacher)
+    conditionings = [given] if guidance == 1.0 else [given, given.with_text(negative)]
+    branches = [
+        Branch(conditioning, config.causal.new_cache(teacher.net, VideoShape.of(noise), dtype, noise.device))
+        for conditioning in conditionings
     ]
-    new = causal_trajectory(
-        teacher, noise[:, given.initial_frames :], given, negative, grid, config.ode.guidance, config.causal, source,
-        caches,
-    )  # fmt: skip
+    made = noise[:, given.initial_frames :]
+    new = causal_trajectory(teacher, made, branches, grid, guidance, config.causal, source)
     parts = [torch.stack([states[index].cpu() for index in keep], dim=1) for states in new]
     if given.initial is not None:
         parts.insert(0, given.initial.float().cpu()[:, None].expand(-1, len(keep), -1, -1, -1, -1))

@@ -12,6 +12,7 @@ from configs.sizes import sizes_of
 from model.score import ScoreNet
 from model.wan.kv_cache import KVCache
 from model.wan.transformer import WanTransformer
+from pipeline.causal import VideoShape
 from pipeline.sampling import cache_dtype
 
 
@@ -41,7 +42,8 @@ class RolloutCache:
         self, batch: int, frames: int, height: int, width: int, device: torch.device | str, memory: Tensor | None = None
     ) -> KVCache:
         net, dtype = cast(WanTransformer, self.student.net), cache_dtype(self.student)
-        return self.config.causal.new_cache(net, batch, frames, height, width, dtype, device, memory)
+        videos = VideoShape(batch, frames, height, width)
+        return self.config.causal.new_cache(net, videos, dtype, device, memory=memory)
 
     def _memory_for(self, batch: int) -> Tensor | None:
         """What the largest of several sizes needs; a run of one size needs no more than its cache."""

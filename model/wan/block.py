@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from model.wan.attention import Backend, attend
 from model.wan.config import WanConfig
 from model.wan.lora import use_adapter
-from model.wan.masks import FrameMask
+from model.wan.passes import PassContext
 from model.wan.replay import Join, known_output
 from model.wan.rope import apply_rope
-from model.wan.sparse import Size, Sparsity
-from utils.parallel.sequence import FrameShards
+from model.wan.sparse import Sparsity
 
 KV = tuple[Tensor, Tensor]
 ContextKV = tuple[Tensor, ...]  # keys and values of the text, then of the image where there is one
-Parts = list[tuple[int, Join | None]]  # numbers of tokens, each with the context that it sees
+Parts = list[tuple[int, Join | None]]  # numbers of tokens, each with the context that they see
 
 
 class RMSNorm(nn.Module):
@@ -154,7 +153,7 @@ def attend_joined(
         sizes = [size for size, _ in join]
         gates = [None] * len(sizes) if gate is None else gate.split(sizes, 1)
         parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), gates, join, strict=True)
-        return torch.cat([attend_joined(a, b, c, g, one, run) for a, b, c, g, (_, one) in parts], 1)
+        return torch.cat([attend_joined(a, b, c, g, before, run) for a, b, c, g, (_, before) in parts], 1)
     keys, values = (k, v) if join is None else join(k, v)
     return run(q, keys, values, gate)
 
@@ -183,62 +182,59 @@ class Block(nn.Module):
         x: Tensor,
         time_BF6d: Tensor,
         context_BMd: Tensor | None,
-        context_kv: ContextKV | None,
-        rope: Tensor,
-        mask: FrameMask | None,
-        join: Join | Parts | None,
-        backend: Backend,
-        shards: FrameShards | None = None,
+        shared: PassContext,
+        *,
+        context_kv: ContextKV | None = None,
+        join: Join | Parts | None = None,
         known: Tensor | None = None,
-        adapter: str | None = None,
-        size: Size = (0, 0),
     ) -> tuple[Tensor, KV | None, ContextKV | None]:
         """x [B, L, d] -> x, this pass's rotated (k, v) and the context's, each [B, tokens, N, D].
 
-        context_BMd: embedded text, behind the image's tokens where the network sees one; or its keys and values.
-        join: puts the keys and values that precede these tokens, and are seen by all of them, before their own; or one
-        for each part of the tokens, which then see nothing of each other.
-        shards: x and rope are this rank's tokens; the rotated (k, v) are all tokens of this rank's heads.
+        x: tokens [B, L, d], of this rank where ranks share them; the rotated (k, v) are then all tokens of its heads.
+        time_BF6d: projected time in fp32; F = 1 where all frames share it.
+        context_BMd: embedded text, behind the image's tokens where the network sees one; None with context_kv.
+        shared: what is the same for all blocks of the pass.
+        context_kv: keys and values of context_BMd, where an earlier pass has kept them.
+        join: puts the keys and values that precede these tokens, and are seen by all of them, before their own; or a
+        list of them for parts of the tokens, which then see nothing of each other.
         known: x after this block, from passes already made (model/wan/replay.py): only backward computes.
-        size: tokens of a frame along height and width, for sparse attention.
-        adapter: the one that this pass adds; a pass that is computed again has it again, whatever ran in between.
         """
         if known is not None:
-            return (
-                self._replay(known, x, time_BF6d, context_BMd, rope, join, backend, shards, adapter, size),
-                None,
-                None,
-            )
+            return self._replay(known, x, time_BF6d, context_BMd, shared, join), None, None
         if self.adapted:
-            use_adapter(self.adapted, adapter)
+            use_adapter(self.adapted, shared.adapter)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (time_BF6d + self.modulation.float()).unbind(2)
         h = modulate(x, shift, scale, self.eps).type_as(x)
-        k, v = self.self_attn.key_value(h)
-        k, q = apply_rope(k, rope), apply_rope(self.self_attn.query(h), rope)
-        coarse = None if self.sparse is None else self.self_attn.gate(h)
-        if shards is not None:
-            q, k, v, *gates = shards.to_heads(q, k, v, *([] if coarse is None else [coarse]))
-            coarse = gates[0] if gates else None
-        out = attend_joined(q, k, v, coarse, join, partial(self._attend, size=size, mask=mask, backend=backend))
-        if shards is not None:
-            out = shards.to_tokens(out)
-        x = gated_add(x, self.self_attn.o(out.flatten(2)), gate)
+        attended, kv = self._self_attention(h, shared, join)
+        x = gated_add(x, attended, gate)
 
         if context_kv is None:
             assert context_BMd is not None
             context_kv = self.cross_attn.context_kv(context_BMd)
         normed = x if isinstance(self.norm3, nn.Identity) else fp32_layer_norm(self.norm3, x)
-        x = x + self.cross_attn(normed, context_kv, backend).type_as(x)
+        x = x + self.cross_attn(normed, context_kv, shared.backend).type_as(x)
 
         h = modulate(x, mlp_shift, mlp_scale, self.eps).type_as(x)
-        return gated_add(x, self.ffn(h), mlp_gate), (k, v), context_kv
+        return gated_add(x, self.ffn(h), mlp_gate), kv, context_kv
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, size: Size, mask: FrameMask | None, backend: Backend
-    ) -> Tensor:
+    def _self_attention(self, h: Tensor, shared: PassContext, join: Join | Parts | None) -> tuple[Tensor, KV]:
+        """What tokens [B, L, d] get from each other and from what precedes them, and their rotated (k, v)."""
+        k, v = self.self_attn.key_value(h)
+        k, q = apply_rope(k, shared.rope), apply_rope(self.self_attn.query(h), shared.rope)
+        coarse = None if self.sparse is None else self.self_attn.gate(h)
+        shards = shared.shards
+        if shards is not None:
+            q, k, v, *gates = shards.to_heads(q, k, v, *([] if coarse is None else [coarse]))
+            coarse = gates[0] if gates else None
+        out = attend_joined(q, k, v, coarse, join, partial(self._attend, shared))
+        if shards is not None:
+            out = shards.to_tokens(out)
+        return self.self_attn.o(out.flatten(2)), (k, v)
+
+    def _attend(self, shared: PassContext, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
         if self.sparse is None or gate is None:
-            return attend(q, k, v, mask=mask, backend=backend)
-        return self.sparse.attend(q, k, v, gate, size, mask)
+            return attend(q, k, v, mask=shared.mask, backend=shared.backend)
+        return self.sparse.attend(q, k, v, gate, shared.grid[1:], shared.mask)
 
     def _replay(
         self,
@@ -246,20 +242,15 @@ class Block(nn.Module):
         x: Tensor,
         time_BF6d: Tensor,
         context_BMd: Tensor | None,
-        rope: Tensor,
+        shared: PassContext,
         join: Join | Parts | None,
-        backend: Backend,
-        shards: FrameShards | None,
-        adapter: str | None,
-        size: Size,
     ) -> Tensor:
+        """`known`, with the gradient of a forward from the other arguments, which are `forward`'s."""
         assert context_BMd is not None
 
         def run(x: Tensor, time_BF6d: Tensor, context_BMd: Tensor) -> Tensor:
             # not through __call__: hooks of the replay's own call surround its backward
-            return self.forward(
-                x, time_BF6d, context_BMd, None, rope, None, join, backend, shards, adapter=adapter, size=size
-            )[0]
+            return self.forward(x, time_BF6d, context_BMd, shared, join=join)[0]
 
         weights = [p for p in self.parameters() if p.requires_grad]
         return known_output(run, known, (x, time_BF6d, context_BMd), weights)

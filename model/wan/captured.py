@@ -25,7 +25,7 @@ class Captured:
     Everything that changes between two passes of a shape is in memory that stays where it is: the inputs are copied
     there, the cache and its text are. So a window that is full needs one recording, whatever the length of the video,
     and one more for each number of frames on the way there. What is recorded may write what it computes behind the
-    context, and nothing else: storing it (`KVCache.commit`) is outside.
+    context, and nothing else: storing it (`KVCache.write`) is outside.
     Passes of another kind (a new text's first, a recache, conditioning beside the latents) run as they are. What comes
     back is overwritten by the next pass.
 
@@ -53,7 +53,7 @@ class Captured:
         """Velocity [B, F, C, H, W], as of `WanTransformer`."""
         frames = x.shape[1]
         is_plain = cache is self.cache and not beside and not torch.is_grad_enabled()
-        if not is_plain or not self.cache.knows_text or not self.cache.has_room(frames):
+        if not is_plain or not self.cache.knows_text or not self.cache.reads_in_place(frames):
             out: Tensor = self.net(x, sigma, text, cache=cache, write_cache=write_cache, **beside)
             return out
         key = (self.cache.held_frames, x.shape, x.dtype, sigma.shape)
@@ -61,7 +61,7 @@ class Captured:
             self.recorded[key] = _Pass(self.net, self.cache, self.record, x, sigma, text)
         velocity = self.recorded[key](x, sigma)
         if write_cache:
-            self.cache.commit(frames)
+            self.cache.write(frames)
         return velocity
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from model.wan.vsa import CUBES, SparseBackend
+from model.wan.vsa.attention import SparseBackend
+from model.wan.vsa.tiles import CUBES
 
 TIME_SCALE = 1000.0  # Wan embeds its noise level as a timestep in 0..1000
 MODEL_TYPES = ("t2v", "i2v", "ti2v")

@@ -6,7 +6,7 @@ B batch  T tokens of a frame  N heads  D head dim
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,27 @@ class CacheShape:
     block_frames: int = 0
 
 
+@dataclass(frozen=True)
+class CacheSpec:
+    """What a cache is wanted for; its network knows the rest of its `CacheShape`.
+
+    batch: videos at once.
+    context_frames: latent frames that it holds beside the block being computed.
+    height, width: of latents.
+    block_frames: latent frames of such a block.
+    sinks, rolling, reach: see `KVCache`.
+    """
+
+    batch: int
+    context_frames: int
+    height: int
+    width: int
+    block_frames: int = 0
+    sinks: int = 0
+    rolling: bool = False
+    reach: int | None = None
+
+
 class KVCache:
     """Rotated keys and values of the clean frames so far, for every layer.
 
@@ -40,7 +61,7 @@ class KVCache:
 
     reach: frames from the first sink to the end of the next block, at most: sinks of a longer video are turned on to
     follow it (`positions`), so that no difference grows beyond what a network was trained with. At least
-    `context_frames + block_frames`; null leaves sinks where they were.
+    `context_frames + block_frames`; None leaves sinks where they were.
     rolling: whether frames may be evicted. Without it overflow is an error, and what `context` returns stays as it is
     until `reset`, so checkpointed blocks may read it again; with it a pass with gradient gets a copy.
     memory: flat and at least as long as it needs to be, in place of its own: for caches of several geometries, of which
@@ -192,42 +213,37 @@ class KVCache:
         k, v = self._kv[layer]
         return _Behind(k, v, self.held_frames * self.shape.tokens_per_frame, context)
 
-    def has_room(self, frames: int) -> bool:
-        """Whether a pass without gradient over so many frames puts them behind the context, for `commit`."""
+    def stages(self, frames: int) -> bool:
+        """Whether a pass without gradient over so many frames leaves its keys and values behind the context, where
+        `write` finds them."""
         kept = self.shape.context_frames + self.shape.block_frames
-        return self.held_frames + frames <= kept and not self._turned
+        return self.held_frames + frames <= kept
+
+    def reads_in_place(self, frames: int) -> bool:
+        """Whether such a pass sees the context and itself where they lie: nothing is copied, and it can be recorded."""
+        return self.stages(frames) and not self._turned
 
     @torch.no_grad()
-    def commit(self, frames: int) -> None:
-        """Stores what the last pass put behind the context, and moves on. All layers at once: while the cache fills up
-        it lies in its place already. Raises ValueError when the cache overflows and is not rolling."""
-        self._check_overflow(frames)
-        t = self.shape.tokens_per_frame
-        for i in range(frames):
-            source, slot = self.held_frames + i, self._slot(self.frames + i)
-            if slot is not None and slot != source:
-                self._kv[:, :, :, slot * t : (slot + 1) * t] = self._kv[:, :, :, source * t : (source + 1) * t]
-        self.advance(frames)
+    def write(self, frames: int, computed: Sequence[tuple[Tensor, Tensor]] | None = None) -> None:
+        """Stores the keys and values of the `frames` that follow, of all layers at once, and moves on.
 
-    @torch.no_grad()
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Stores one layer's K and V [B, F * T, N, D] of the frames that follow; `advance` then moves on.
-
+        computed: rotated K and V [B, F * T, N, D] of each layer. None: those that the last pass without gradient left
+        behind the context (`stages`); while the cache fills up they lie in their place already.
         Raises ValueError when the cache overflows and is not rolling.
         """
-        t = self.shape.tokens_per_frame
-        frames = k.shape[1] // t
         self._check_overflow(frames)
-        buffer = self._kv[layer]
+        t = self.shape.tokens_per_frame
         for i in range(frames):
-            slot = self._slot(self.frames + i)
-            if slot is None:
+            slot, staged = self._slot(self.frames + i), self.held_frames + i
+            if slot is None or (computed is None and slot == staged):
                 continue
-            buffer[0, :, slot * t : (slot + 1) * t].copy_(k[:, i * t : (i + 1) * t])
-            buffer[1, :, slot * t : (slot + 1) * t].copy_(v[:, i * t : (i + 1) * t])
-
-    def advance(self, frames: int) -> None:
-        """Marks `frames` more as seen, once every layer has appended them."""
+            place = self._kv[:, :, :, slot * t : (slot + 1) * t]
+            if computed is None:
+                place.copy_(self._kv[:, :, :, staged * t : (staged + 1) * t])
+                continue
+            for layer, (k, v) in enumerate(computed):
+                place[layer, 0].copy_(k[:, i * t : (i + 1) * t])
+                place[layer, 1].copy_(v[:, i * t : (i + 1) * t])
         self.frames += frames
         if self.reach is not None and self._turned_keys is not None:
             self._turn_sinks(self.position + self.shape.block_frames - self.reach - self._first)
@@ -280,21 +296,23 @@ class KVCache:
 
 
 class _Behind:
-    """Joins a block's K and V [B, L, N, D] to the `start` tokens before it: behind them in their memory, or, where it
-    does not fit or these are wanted in another order, copied."""
+    """Joins a block's K and V [B, L, N, D] to the `start` tokens before it: puts it behind them in their memory. Where
+    it does not fit, or they are wanted in another order (`context`), what the block sees is a copy."""
 
     def __init__(self, k: Tensor, v: Tensor, start: int, context: tuple[Tensor, Tensor] | None) -> None:
         self.k, self.v, self.start, self.context = k, v, start, context
 
     def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         end = self.start + k.shape[1]
+        fits = end <= self.k.shape[1]
+        if fits:
+            self.k[:, self.start : end].copy_(k)
+            self.v[:, self.start : end].copy_(v)
         if self.context is not None:
             return torch.cat([self.context[0], k], 1), torch.cat([self.context[1], v], 1)
-        if end > self.k.shape[1]:
-            return torch.cat([self.k[:, : self.start], k], 1), torch.cat([self.v[:, : self.start], v], 1)
-        self.k[:, self.start : end].copy_(k)
-        self.v[:, self.start : end].copy_(v)
-        return self.k[:, :end], self.v[:, :end]
+        if fits:
+            return self.k[:, :end], self.v[:, :end]
+        return torch.cat([self.k[:, : self.start], k], 1), torch.cat([self.v[:, : self.start], v], 1)
 
 
 def _within(memory: Tensor, size: tuple[int, ...]) -> Tensor:

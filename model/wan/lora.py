@@ -10,21 +10,26 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from model.wan.config import LoraConfig
 
-if TYPE_CHECKING:
-    from model.wan.transformer import WanTransformer
-
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.(?P<adapter>\w+)\.weight")
 _BASE = ".base_layer."
 
 
-def add_adapter(net: WanTransformer, adapter: str, config: LoraConfig) -> None:
+class Adaptable(Protocol):
+    """What adapters ask of a network: its blocks, all alike; they go beside the matrices of these."""
+
+    def fsdp_units(self) -> list[nn.Module]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def add_adapter(net: Adaptable, adapter: str, config: LoraConfig) -> None:
     """Puts an adapter into the blocks of `net`, beside those that are there. Its factors are fp32, their values are
     nothing yet: `adapter_weights` draws them. Weights that are no adapter's are frozen.
 
@@ -35,16 +40,17 @@ def add_adapter(net: WanTransformer, adapter: str, config: LoraConfig) -> None:
     from peft.tuners.lora import LoraLayer
 
     legal = linear_layers(net)
-    if odd := [target for target in config.targets if target not in legal]:
-        raise ValueError(f"lora.targets: {', '.join(odd)}: no layer of a block; choose among {', '.join(legal)}")
+    if unknown := [target for target in config.targets if target not in legal]:
+        raise ValueError(f"lora.targets: {', '.join(unknown)}: no layer of a block; choose among {', '.join(legal)}")
     ends = "|".join(re.escape(target) for target in config.targets)
     peft = PeftConfig(
         r=config.rank, lora_alpha=config.scale * config.rank, bias="none",  # type: ignore[arg-type]
         target_modules=rf"blocks\.\d+\.(\w+\.)?({ends})", init_lora_weights=False,
     )  # fmt: skip
-    with torch.device(net.head.head.weight.device), warnings.catch_warnings():
+    device = next(p.device for _, p in net.named_parameters())
+    with torch.device(device), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is what is wanted
-        inject_adapter_in_model(peft, net, adapter)
+        inject_adapter_in_model(peft, net, adapter)  # type: ignore[arg-type]
     for block in net.fsdp_units():
         layers = [module for module in block.modules() if isinstance(module, LoraLayer)]
         block.adapted = layers  # type: ignore[assignment]
@@ -57,9 +63,9 @@ def add_adapter(net: WanTransformer, adapter: str, config: LoraConfig) -> None:
             p.data = p.data.float()
 
 
-def linear_layers(net: WanTransformer) -> list[str]:
+def linear_layers(net: Adaptable) -> list[str]:
     """What targets may be: the linear layers of a block by the ends of their names, `q` for both attentions'."""
-    names = [name for name, module in net.blocks[0].named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in net.fsdp_units()[0].named_modules() if isinstance(module, nn.Linear)]
     names = [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
     short = [name.rpartition(".")[2] for name in names if not name.startswith("ffn")]
     return list(dict.fromkeys([*short, *names]))

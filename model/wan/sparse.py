@@ -7,8 +7,8 @@ from torch import Tensor
 
 from model.wan.config import SparseConfig
 from model.wan.masks import FrameMask
-from model.wan.vsa import video_sparse_attention
-from model.wan.vsa.tiles import Shape
+from model.wan.vsa.attention import video_sparse_attention
+from model.wan.vsa.tiles import Grids, Shape
 
 Size = tuple[int, int]  # tokens of a frame along height and width
 
@@ -45,8 +45,6 @@ class Sparsity:
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size: Size) -> Tensor:
         tokens = size[0] * size[1]
-        grid, key_grid = (q.shape[1] // tokens, *size), (k.shape[1] // tokens, *size)
-        return video_sparse_attention(
-            q, k.to(q.dtype), v.to(q.dtype), gate, grid, self.level, key_grid=key_grid, backend=self.backend,
-            cube=self.cube,
-        )  # fmt: skip
+        grids = Grids((q.shape[1] // tokens, *size), (k.shape[1] // tokens, *size), self.cube)
+        keys, values = k.to(q.dtype), v.to(q.dtype)
+        return video_sparse_attention(q, keys, values, gate, grids, self.level, backend=self.backend)

@@ -6,21 +6,23 @@ d model width.  Parameter names are Wan's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from model.wan.attention import Backend
-from model.wan.block import Block, Head, ImageEmbedding, fp32_linear
+from model.wan.block import KV, Block, Head, ImageEmbedding, fp32_linear
 from model.wan.checkpointing import recomputed
 from model.wan.config import TIME_SCALE, Checkpointing, SparseConfig, WanConfig
-from model.wan.kv_cache import CacheShape, KVCache
+from model.wan.kv_cache import CacheShape, CacheSpec, KVCache
 from model.wan.masks import FrameMask
+from model.wan.passes import Grid, PassContext, PassMode
 from model.wan.replay import Trace, TracedPass
 from model.wan.rope import rope_table
-from model.wan.sparse import Size, Sparsity
+from model.wan.sparse import Sparsity
 from utils.parallel.sequence import FrameShards, SequenceParallel
 
 
@@ -44,11 +46,6 @@ def layer_weights(net: WanTransformer) -> Iterator[tuple[str, Tensor]]:
         if name.startswith(("text_embedding.", "time_embedding.")):
             yield f"{name}.weight", nn.init.normal_(torch.empty(shapes[f"{name}.weight"]), std=0.02)
     yield "head.head.weight", torch.zeros(shapes["head.head.weight"])
-
-
-def lies_behind(cache: KVCache, frames: int) -> bool:
-    """Whether a pass over so many frames has put its keys and values into the cache's memory already."""
-    return not torch.is_grad_enabled() and cache.has_room(frames)
 
 
 class WanTransformer(nn.Module):
@@ -98,31 +95,29 @@ class WanTransformer(nn.Module):
         return list(self.blocks)
 
     def new_cache(
-        self,
-        batch: int,
-        context_frames: int,
-        height: int,
-        width: int,
-        *,
-        block_frames: int = 0,
-        sinks: int = 0,
-        rolling: bool = False,
-        reach: int | None = None,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        memory: Tensor | None = None,
+        self, spec: CacheSpec, *, dtype: torch.dtype, device: torch.device | str, memory: Tensor | None = None
     ) -> KVCache:
-        """An empty cache for latents of `height` x `width`, holding `context_frames` frames beside blocks of
-        `block_frames`; under sequence parallelism with all tokens of this rank's heads. The rest: see `KVCache`."""
+        """An empty cache; under sequence parallelism with all tokens of this rank's heads. memory: see `KVCache`."""
         c = self.config
-        tokens = c.tokens_per_frame(height, width)
-        heads = c.num_heads if self.sequence is None else c.num_heads // self.sequence.size
-        shape = CacheShape(c.num_layers, batch, context_frames, tokens, heads, c.head_dim, block_frames)
-        in_order = self.sparse is not None
+        shape = CacheShape(
+            layers=c.num_layers,
+            batch=spec.batch,
+            context_frames=spec.context_frames,
+            tokens_per_frame=c.tokens_per_frame(spec.height, spec.width),
+            heads=c.num_heads if self.sequence is None else c.num_heads // self.sequence.size,
+            head_dim=c.head_dim,
+            block_frames=spec.block_frames,
+        )
         return KVCache(
-            shape, sinks=sinks, rolling=rolling, in_order=in_order, reach=reach, dtype=dtype, device=device,
+            shape,
+            sinks=spec.sinks,
+            rolling=spec.rolling,
+            in_order=self.sparse is not None,
+            reach=spec.reach,
+            dtype=dtype,
+            device=device,
             memory=memory,
-        )  # fmt: skip
+        )
 
     def forward(
         self,
@@ -132,119 +127,109 @@ class WanTransformer(nn.Module):
         *,
         channels: Tensor | None = None,
         image: Tensor | None = None,
-        positions: Sequence[int] | None = None,
-        rope: Tensor | None = None,
-        mask: FrameMask | None = None,
-        cache: KVCache | None = None,
-        write_cache: bool = False,
-        trace: Trace | None = None,
-        replay: Trace | None = None,
-        adapter: str | None = None,
-        features: Sequence[int] | None = None,
+        **options: Any,
     ) -> Tensor | list[Tensor]:
-        """Velocity [B, F, C, H, W] at x [B, F, C, H, W]; with `features` a list of tokens in its place.
+        """Velocity [B, F, C, H, W] at x; with `features` a list of tokens [B, F, d, H / ph, W / pw] in its place.
 
-        sigma: noise level in [0, 1], [B] or one a frame [B, F]. text: [B, M, D], zeros after its length.
-        channels: [B, F, Cc, H, W] that the network sees beside x, for each frame: masks and latents of what is given.
+        x: latents [B, F, C, H, W].
+        sigma: noise level in [0, 1], [B] or one a frame [B, F].
+        text: [B, M, D], zeros after its length.
+        channels: [B, F, Cc, H, W] that the network sees beside x, for each frame: masks and latents of given frames.
         image: CLIP's tokens [B, Li, Di], for a network with an `image_dim`.
-        positions: absolute frame positions for RoPE; default 0.. or, with a cache, what follows the cached frames.
-        rope: their `rope_table`, where it is made already.
-        mask: who sees whom (default: all see all). cache: frames before these; `write_cache` stores these after them.
-        trace: a pass without gradient is noted in it; given as `replay`, with its x, all its passes get their gradient.
-        adapter: the one that is added to the weights, null for none.
-        features: blocks, rising from 0, whose outputs come back, each [B, F, d, H / ph, W / pw]; later ones don't run.
+        options: the fields of `PassMode`.
         Raises ValueError for latents, conditioning or a mask of another geometry, and for blocks that there are not.
         """
+        mode = PassMode(**options)
         self._check(x, sigma, text, channels, image)
-        self._check_features(features, replay is not None or write_cache)
-        self._check_mask(x.shape[1], mask, cache)
-        frames, height, width = (
-            x.shape[1],
-            x.shape[3] // self.config.patch_size[1],
-            x.shape[4] // self.config.patch_size[2],
-        )
+        self._check_features(mode)
+        self._check_mask(x.shape[1], mode.mask, mode.cache)
+        _, ph, pw = self.config.patch_size
+        grid = frames, height, width = x.shape[1], x.shape[3] // ph, x.shape[4] // pw
         shards = None if self.sequence is None else self.sequence.frames(height * width)
         seen = x if channels is None else torch.cat([x, channels.to(x.dtype)], 2)
         tokens = self._patchify(seen, shards)
         time, time6 = self._time(sigma)
-        if replay is not None:
-            tokens = self._replay(tokens, time6, text, image, replay, shards, adapter, (height, width))
+        rope = self._rope(mode, grid, shards, x.device)
+        shared = PassContext(rope, grid, self.backend, mode.mask, shards, mode.adapter)
+        if mode.replay is not None:
+            tokens = self._replay(tokens, time6, self._context(text, image), mode.replay, shared)
         else:
-            if rope is None:
-                start = 0 if cache is None else cache.position
-                positions = range(start, start + frames) if positions is None else positions
-                rope = rope_table(positions, height, width, self.config.head_dim, x.device)
-            rope = rope if shards is None else shards.own(rope)
-            noted = None if trace is None else trace.start(x, sigma, rope, frames * height * width)
-            size = (height, width)
-            tokens, *tapped = self._run_blocks(
-                tokens, time6, text, image, rope, mask, cache, write_cache, shards, noted, adapter, features, size
-            )
-            if features is not None:
-                return [self._grid(x if shards is None else shards.gather(x), frames, height, width) for x in tapped]
-        if cache is not None and write_cache:
-            if lies_behind(cache, frames):
-                cache.commit(frames)
-            else:
-                cache.advance(frames)
+            noted = None if mode.trace is None else mode.trace.start(x, sigma, rope, frames * height * width)
+            tokens, *tapped = self._run_blocks(tokens, time6, (text, image), mode, shared, noted)
+            if mode.features is not None:
+                return [self._in_place(x if shards is None else shards.gather(x), grid) for x in tapped]
         out = self.head(tokens, time)
-        return self._unpatchify(out if shards is None else shards.gather(out), frames, height, width)
+        return self._unpatchify(out if shards is None else shards.gather(out), grid)
+
+    def _rope(self, mode: PassMode, grid: Grid, shards: FrameShards | None, device: torch.device) -> Tensor:
+        """The rotation of this rank's tokens: [2, L, D / 2]."""
+        if mode.replay is not None:
+            return mode.replay.rope
+        rope = mode.rope
+        if rope is None:
+            start = 0 if mode.cache is None else mode.cache.position
+            positions = range(start, start + grid[0]) if mode.positions is None else mode.positions
+            rope = rope_table(positions, *grid[1:], self.config.head_dim, device)
+        return rope if shards is None else shards.own(rope)
 
     def _run_blocks(
         self,
         x: Tensor,
         time6: Tensor,
-        text: Tensor,
-        image: Tensor | None,
-        rope: Tensor,
-        mask: FrameMask | None,
-        cache: KVCache | None,
-        write: bool,
-        shards: FrameShards | None,
+        prompt: tuple[Tensor, Tensor | None],
+        mode: PassMode,
+        shared: PassContext,
         noted: TracedPass | None,
-        adapter: str | None,
-        features: Sequence[int] | None,
-        size: Size,
     ) -> list[Tensor]:
-        """Tokens after the last block that ran, then those after the blocks of `features`."""
+        """Tokens after the last block that ran, then those after the blocks of `mode.features`; writes the cache.
+
+        x: tokens [B, L, d] of this rank.
+        time6: projected time [B, F, 6, d].
+        prompt: text [B, M, D] and image tokens [B, Li, Di], embedded here unless a cache knows their keys and values.
+        mode: what the caller asks of the pass.
+        shared: what all blocks see alike.
+        noted: where the pass is noted for a replay, None for nowhere.
+        """
         embedded: Tensor | None = None
         tapped: list[Tensor] = []
+        cache, features = mode.cache, mode.features
+        is_staged = cache is not None and not torch.is_grad_enabled() and cache.stages(shared.grid[0])
+        # what lies behind the context already is not kept a second time
+        computed: list[KV] | None = [] if cache is not None and mode.write_cache and not is_staged else None
         for layer, block in enumerate(self.blocks):
             join = None if cache is None else cache.join(layer)
             context_kv = None if cache is None else cache.text(layer)
             if context_kv is None and embedded is None:
-                embedded = self._context(text, image)
+                embedded = self._context(*prompt)
             if noted is not None:
                 noted.joins.append(None if cache is None else cache.join(layer, again=True))
-            arguments = (x, time6, embedded, context_kv, rope, mask, join, self.backend, shards)
-            x, kv, context_kv = recomputed(block, self.checkpointing)(*arguments, adapter=adapter, size=size)
+            run = recomputed(block, self.checkpointing)
+            x, kv, context_kv = run(x, time6, embedded, shared, context_kv=context_kv, join=join)
             if cache is not None:
                 cache.keep_text(layer, context_kv)
-                if write and not lies_behind(cache, kv[0].shape[1] // cache.shape.tokens_per_frame):
-                    cache.append(layer, *kv)
+            if computed is not None:
+                computed.append(kv)
             if noted is not None:
                 noted.outputs.append(x)
             if features is not None and layer in features:
                 tapped.append(x)
                 if layer == features[-1]:
                     break
+        if cache is not None and mode.write_cache:
+            cache.write(shared.grid[0], computed)
         return [x, *tapped]
 
-    def _replay(
-        self,
-        x: Tensor,
-        time6: Tensor,
-        text: Tensor,
-        image: Tensor | None,
-        trace: Trace,
-        shards: FrameShards | None,
-        adapter: str | None,
-        size: Size,
-    ) -> Tensor:
-        embedded, rope = self._context(text, image), trace.rope
+    def _replay(self, x: Tensor, time6: Tensor, embedded: Tensor, trace: Trace, shared: PassContext) -> Tensor:
+        """Tokens [B, L, d] after the last block, which are known, with the gradient of the traced passes.
+
+        x: tokens [B, L, d] of all of the passes.
+        time6: their projected time [B, F, 6, d].
+        embedded: text, behind the image's tokens [B, M, d].
+        trace: what the passes saw, and what came out of each block.
+        shared: what all blocks see alike.
+        """
         for layer, block in enumerate(self.blocks):
-            parts, known = trace.joins(layer), trace.output(layer)
-            x, _, _ = block(x, time6, embedded, None, rope, None, parts, self.backend, shards, known, adapter, size)
+            x, _, _ = block(x, time6, embedded, shared, join=trace.joins(layer), known=trace.output(layer))
         return x
 
     def _context(self, text: Tensor, image: Tensor | None) -> Tensor:
@@ -275,14 +260,15 @@ class WanTransformer(nn.Module):
         weight = self.patch_embedding.weight.flatten(1)
         return functional.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
 
-    def _unpatchify(self, x: Tensor, frames: int, height: int, width: int) -> Tensor:
+    def _unpatchify(self, x: Tensor, grid: Grid) -> Tensor:
         _, ph, pw = self.config.patch_size
-        grid = x.reshape(x.shape[0], frames, height, width, ph, pw, self.config.out_dim)
-        return grid.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape[0], frames, -1, height * ph, width * pw)
+        frames, height, width = grid
+        patches = x.reshape(x.shape[0], *grid, ph, pw, self.config.out_dim)
+        return patches.permute(0, 1, 6, 2, 4, 3, 5).reshape(x.shape[0], frames, -1, height * ph, width * pw)
 
-    def _grid(self, x: Tensor, frames: int, height: int, width: int) -> Tensor:
+    def _in_place(self, x: Tensor, grid: Grid) -> Tensor:
         """Tokens [B, L, d] where they lie: [B, F, d, height, width]."""
-        return x.unflatten(1, (frames, height, width)).movedim(-1, 2)
+        return x.unflatten(1, grid).movedim(-1, 2)
 
     def _check(self, x: Tensor, sigma: Tensor, text: Tensor, channels: Tensor | None, image: Tensor | None) -> None:
         c = self.config
@@ -307,13 +293,14 @@ class WanTransformer(nn.Module):
         if image is not None and (image.ndim, image.shape[0], image.shape[-1]) != (3, x.shape[0], c.image_dim):
             raise ValueError(f"image must be [{x.shape[0]}, Li, {c.image_dim}], got {list(image.shape)}")
 
-    def _check_features(self, features: Sequence[int] | None, is_whole: bool) -> None:
+    def _check_features(self, mode: PassMode) -> None:
+        features = mode.features
         if features is None:
             return
         rising = all(a < b for a, b in zip(features, features[1:], strict=False))
         if not features or not rising or features[0] < 0 or features[-1] >= len(self.blocks):
             raise ValueError(f"features must be blocks of 0..{len(self.blocks) - 1}, rising, got {list(features)}")
-        if is_whole:
+        if mode.replay is not None or mode.write_cache:
             raise ValueError("features end a pass early: it can neither write a cache nor be a replay")
 
     def _check_mask(self, frames: int, mask: FrameMask | None, cache: KVCache | None) -> None:

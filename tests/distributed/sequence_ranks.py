@@ -26,9 +26,9 @@ from model.wan.config import Checkpointing, SparseConfig
 from model.wan.kv_cache import KVCache
 from model.wan.masks import FrameMask
 from model.wan.transformer import WanTransformer
-from pipeline.causal import CausalConfig
+from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import generate
-from pipeline.diffusion_forcing import teacher_forced_velocity
+from pipeline.diffusion_forcing import CleanContext, teacher_forced_velocity
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
 from tests.nets import MICRO, KeyedNoise, conditioning, gradients, latents, random_net, relative, texts
 from utils import distributed
@@ -87,7 +87,9 @@ def teacher_forcing(group: Group, checkpointing: Checkpointing = Checkpointing.n
     x, clean, weight = (latents(seed, 2, FRAMES, CONFIG, 6, 6) for seed in (2, 9, 6))
     x.requires_grad_()
     sigma, clean_sigma = per_frame_sigma(FRAMES), 0.1 * per_frame_sigma(FRAMES).flip(1)
-    out = teacher_forced_velocity(ScoreNet(net, "student"), x, sigma, clean, clean_sigma, texts(3, 2, CONFIG), CAUSAL)
+    out = teacher_forced_velocity(
+        ScoreNet(net, "student"), x, sigma, CleanContext(clean, clean_sigma), texts(3, 2, CONFIG), CAUSAL
+    )
     (out * weight).sum().backward()
     assert x.grad is not None
     return {"whole output": out, "whole input gradient": x.grad, **parameters(net)}
@@ -120,13 +122,13 @@ def tapped(group: Group, checkpointing: Checkpointing = Checkpointing.none) -> R
 
 
 def new_cache(net: WanTransformer) -> KVCache:
-    return CAUSAL.new_cache(net, 2, FRAMES, 6, 6, torch.float32, torch.device("cpu"))
+    return CAUSAL.new_cache(net, VideoShape(2, FRAMES, 6, 6), torch.float32, torch.device("cpu"))
 
 
 def rollout(net: WanTransformer, with_gradient: bool) -> Rollout:
-    noise, plan = latents(2, 2, FRAMES, CONFIG, 6, 6), RolloutPlan((1, 0, 2, 1), FRAMES)
+    noise, plan = latents(2, 2, FRAMES, CONFIG, 6, 6), RolloutPlan(CAUSAL, SIGMAS, (1, 0, 2, 1), FRAMES)
     return self_forcing_rollout(
-        ScoreNet(net, "student"), noise, conditioning(3, 2), SIGMAS, CAUSAL, plan, KeyedNoise(5, 2), new_cache(net),
+        ScoreNet(net, "student"), noise, conditioning(3, 2), plan, KeyedNoise(5, 2), new_cache(net),
         with_gradient=with_gradient,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from model.wan.attention import Backend, attend, available
 from model.wan.config import Checkpointing, WanConfig
 from model.wan.masks import block_causal_mask, teacher_forcing_mask
 from model.wan.transformer import WanTransformer
-from pipeline.causal import CausalConfig
+from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import generate
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
 from tests.nets import KeyedNoise, gradients, latents, random_net, relative, texts
@@ -126,9 +126,9 @@ def rollout(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     student = net(1, device, checkpointing=checkpointing)
     noise = latents(2, 2, 8, CONFIG).to(device)
-    cache = causal.new_cache(student, 2, 8, 4, 6, dtype or torch.float32, device)
+    cache = causal.new_cache(student, VideoShape(2, 8, 4, 6), dtype or torch.float32, device)
     made = self_forcing_rollout(
-        ScoreNet(student, "s", compute_dtype=dtype), noise, conditioning(device), SIGMAS, causal, RolloutPlan(exits, 8),
+        ScoreNet(student, "s", compute_dtype=dtype), noise, conditioning(device), RolloutPlan(causal, SIGMAS, exits, 8),
         DeviceNoise(device), cache, with_gradient=True,
     )  # fmt: skip
     (made.x0 * latents(6, 2, 8, CONFIG).to(device)).sum().backward()
@@ -181,7 +181,7 @@ def test_bf16_rollout_to_the_last_step_is_inference() -> None:
     kept, _ = rollout(CUDA, causal, torch.bfloat16, exits=exits)
     replayed, _ = rollout(CUDA, causal, torch.bfloat16, checkpointing=Checkpointing.full, exits=exits)
     student = net(1, CUDA)
-    cache = causal.new_cache(student, 2, 8, 4, 6, torch.bfloat16, CUDA)
+    cache = causal.new_cache(student, VideoShape(2, 8, 4, 6), torch.bfloat16, CUDA)
     score = ScoreNet(student, "s", compute_dtype=torch.bfloat16)
     noise = latents(2, 2, 8, CONFIG).to(CUDA)
     sampled = generate(score, noise, conditioning(CUDA), SIGMAS, causal, DeviceNoise(CUDA), cache)
@@ -199,9 +199,9 @@ def test_losses_in_bf16_are_close_to_fp32(kind: str) -> None:
         nets["teacher"].to(dtype or torch.float32)
         scores = {name: ScoreNet(module, name, compute_dtype=dtype) for name, module in nets.items()}
         causal, noise = CAUSAL["full"], latents(2, 2, 6, CONFIG).to(device)
-        cache = causal.new_cache(nets["student"], 2, 6, 4, 6, dtype or torch.float32, device)
+        cache = causal.new_cache(nets["student"], VideoShape(2, 6, 4, 6), dtype or torch.float32, device)
         made = self_forcing_rollout(
-            scores["student"], noise, conditioning(device), SIGMAS, causal, RolloutPlan((1, 0, 2), 6), DeviceNoise(device), cache,
+            scores["student"], noise, conditioning(device), RolloutPlan(causal, SIGMAS, (1, 0, 2), 6), DeviceNoise(device), cache,
             with_gradient=trained == "student",
         )  # fmt: skip
         draw = torch.tensor([0.4, 0.7], device=device), latents(7, 2, 6, CONFIG).to(device)

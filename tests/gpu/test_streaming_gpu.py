@@ -13,7 +13,7 @@ from model.wan.attention import Backend
 from model.wan.captured import Captured
 from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer
-from pipeline.causal import CausalConfig
+from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import CausalStream, StreamConfig
 from tests.nets import random_net, relative, texts
 from utils.overlap import SideDecoder
@@ -34,7 +34,7 @@ def net() -> WanTransformer:
 
 
 def opened(net: WanTransformer, *, seed: int = 0, noisy: bool = False, recorded: bool = False) -> CausalStream:
-    cache = CAUSAL.new_cache(net, 1, None, 8, 8, torch.bfloat16, CUDA, trained_frames=9)
+    cache = CAUSAL.new_cache(net, VideoShape(1, None, 8, 8), torch.bfloat16, CUDA, trained_frames=9)
     score = ScoreNet(net, "student", compute_dtype=torch.bfloat16)
     student = score.through(Captured(net, cache)) if recorded else score
     conditioning = Conditioning(texts(3, 1, CONFIG).to(CUDA))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.wan.vsa import Shape, SparseBackend, choose_cube, video_sparse_attention
+from model.wan.vsa.attention import SparseBackend, video_sparse_attention
 from model.wan.vsa.reference import select_tiles
+from model.wan.vsa.tiles import Grids, Shape, choose_cube
 from tests.nets import relative
 from tests.sparse import Inputs, dense_masked, inputs_of, with_gradients
 
@@ -27,7 +28,7 @@ BACKENDS = [SparseBackend.REFERENCE, SparseBackend.TRITON, SparseBackend.FLEX]
 
 def run(inputs: Inputs, name: str, backend: SparseBackend) -> list[Tensor]:
     *_, grid, key_grid, cube, sparsity = CASES[name]
-    out = video_sparse_attention(*inputs, grid, sparsity, key_grid=key_grid, backend=backend, cube=cube)
+    out = video_sparse_attention(*inputs, Grids(grid, key_grid, cube), sparsity, backend=backend)
     assert out.dtype is inputs[0].dtype and out.is_cuda
     return with_gradients(out, inputs)
 
@@ -66,7 +67,9 @@ def test_true_size() -> None:
     grid = (21, 30, 52)
     cube = choose_cube(grid)
     q, k, v, gate = (t.detach() for t in inputs_of(1, 12, 128, grid, grid, dtype=torch.bfloat16, device="cuda"))
-    out = video_sparse_attention(q, k, v, torch.zeros_like(gate), grid, 0.0, backend=SparseBackend.TRITON, cube=cube)
+    out = video_sparse_attention(
+        q, k, v, torch.zeros_like(gate), Grids(grid, cube=cube), 0.0, backend=SparseBackend.TRITON
+    )
     picked = torch.tensor([0, 1559, 1560, 17000, 32759], device="cuda")
     scores = torch.einsum("blnd,bmnd->bnlm", q[:, picked].float(), k.float()) / 128**0.5
     expected = torch.einsum("bnlm,bmnd->blnd", scores.softmax(-1), v.float())

@@ -38,7 +38,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, queries: Tiling, keys: 
         v_tiles, v_mean = _TileAndPool.apply(v, keys)
         scores, coarse = coarse_attention(q_mean, k_mean, v_mean)
         chosen = select_tiles(scores, kept)
-        out: Tensor = _FineAndGate.apply(q_tiles, k_tiles, v_tiles, coarse, gate, chosen, queries, keys)
+        out: Tensor = _FineAndGate.apply(q_tiles, k_tiles, v_tiles, coarse, gate, chosen, (queries, keys))
     return out
 
 
@@ -50,7 +50,10 @@ def select_tiles(scores_BNnm: Tensor, kept: int) -> Tensor:
     total = scores.numel() // tiles
     block = max(1 << (tiles - 1).bit_length(), 16)
     rows = max(SELECT // block, 1)
-    launch(kernels.select_kernel, (-(-total // rows),), scores, chosen, total, tiles, kept, ROWS=rows, BLOCK=block)
+    launch(
+        kernels.select_kernel, (-(-total // rows),), scores=scores, chosen=chosen, rows=total, m=tiles, K=kept,
+        ROWS=rows, BLOCK=block,
+    )  # fmt: skip
     return chosen
 
 
@@ -75,8 +78,8 @@ class _TileAndPool(torch.autograd.Function):
         tiles = x.new_empty(batch, heads, tiling.tiles, tiling.slots, width)
         means = x.new_empty(batch, heads, tiling.tiles, width, dtype=torch.float32)
         launch(
-            kernels.tile_kernel, (tiling.tiles, batch * heads), x, *x.stride()[:3], maps.token_of_slot, maps.counts,
-            tiles, means, heads, D=width, T=tiling.slots,
+            kernels.tile_kernel, (tiling.tiles, batch * heads), x=x, **_strides("x", x), tokens=maps.token_of_slot,
+            counts=maps.counts, tiles=tiles, means=means, heads=heads, D=width, T=tiling.slots,
         )  # fmt: skip
         ctx.tiling, ctx.length = tiling, length
         return tiles, means
@@ -89,8 +92,9 @@ class _TileAndPool(torch.autograd.Function):
         dx = d_tiles.new_empty(batch, ctx.length, heads, width)
         with _device_of(dx):
             launch(
-                kernels.untile_kernel, (tiles, batch * heads), d_tiles.contiguous(), d_means.contiguous(),
-                maps.token_of_slot, maps.counts, dx, heads, ctx.length, D=width, T=slots,
+                kernels.untile_kernel, (tiles, batch * heads), d_tiles=d_tiles.contiguous(),
+                d_means=d_means.contiguous(), tokens=maps.token_of_slot, counts=maps.counts, dx=dx, heads=heads,
+                length=ctx.length, D=width, T=slots,
             )  # fmt: skip
         return dx, None
 
@@ -107,19 +111,25 @@ class _FineAndGate(torch.autograd.Function):
         coarse: Tensor,
         gate: Tensor,
         chosen: Tensor,
-        queries: Tiling,
-        keys: Tiling,
+        tilings: tuple[Tiling, Tiling],
     ) -> Tensor:
+        """q, k, v: tiles [B, N, n or m, T, D]. coarse: fp32 [B, N, n, D]. gate: tokens [B, L, N, D].
+
+        chosen: int32 [B, N, n, K], the key tiles that each query tile keeps.
+        tilings: of queries and of keys.
+        """
+        queries, keys = tilings
         gate, coarse = _dense_rows(gate), coarse.contiguous()
         batch, heads, tiles, slots, width = q.shape
         fine = torch.empty_like(q)
         logsum = q.new_empty(batch, heads, tiles, slots, dtype=torch.float32)
         out = q.new_empty(batch, queries.tokens, heads, width)
         launch(
-            kernels.attend_kernel, (tiles, batch * heads), q, k, v, chosen, tile_maps(keys, q.device).counts,
-            tile_maps(queries, q.device).token_of_slot, coarse, gate, *gate.stride()[:3], fine, logsum, out,
-            width**-0.5, heads, queries.tokens, keys.tiles, chosen.shape[-1], D=width, T=slots,
-            products=2, pairs=chosen.numel(), stages=FORWARD_STAGES,
+            kernels.attend_kernel, (tiles, batch * heads), products=2, pairs=chosen.numel(), stages=FORWARD_STAGES,
+            q=q, k=k, v=v, chosen=chosen, counts=tile_maps(keys, q.device).counts,
+            tokens=tile_maps(queries, q.device).token_of_slot, coarse=coarse, gate=gate, **_strides("g", gate),
+            fine=fine, logsum=logsum, out=out, scale=width**-0.5, heads=heads, length=queries.tokens, m=keys.tiles,
+            K=chosen.shape[-1], D=width, T=slots,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, coarse, gate, chosen, fine, logsum)
         ctx.queries, ctx.keys = queries, keys
@@ -132,7 +142,7 @@ class _FineAndGate(torch.autograd.Function):
         with _device_of(q):
             d_fine, delta, d_gate, d_coarse = _gate_backward(_dense_rows(d_out), fine, coarse, gate, ctx.queries)
             dq, dk, dv = _fine_backward(q, k, v, chosen, d_fine, logsum, delta, ctx.keys)
-        return dq, dk, dv, d_coarse, d_gate, None, None, None
+        return dq, dk, dv, d_coarse, d_gate, None, None
 
 
 def _gate_backward(
@@ -144,9 +154,10 @@ def _gate_backward(
     d_gate = gate.new_empty(gate.shape)
     d_coarse = torch.empty_like(coarse)
     launch(
-        kernels.gate_backward_kernel, (tiles, batch * heads), d_out, *d_out.stride()[:3], fine, coarse, gate,
-        *gate.stride()[:3], tile_maps(queries, fine.device).token_of_slot, d_fine, delta, d_gate, d_coarse, heads,
-        queries.tokens, D=width, T=slots,
+        kernels.gate_backward_kernel, (tiles, batch * heads), d_out=d_out, **_strides("o", d_out), fine=fine,
+        coarse=coarse, gate=gate, **_strides("g", gate), tokens=tile_maps(queries, fine.device).token_of_slot,
+        d_fine=d_fine, delta=delta, d_gate=d_gate, d_coarse=d_coarse, heads=heads, length=queries.tokens, D=width,
+        T=slots,
     )  # fmt: skip
     return d_fine, delta, d_gate, d_coarse
 
@@ -158,31 +169,30 @@ def _fine_backward(
     counts, kept = tile_maps(keys, q.device).counts, chosen.shape[-1]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     launch(
-        kernels.d_query_kernel, (tiles, batch * heads), q, k, v, chosen, counts, d_fine, logsum, delta, dq,
-        width**-0.5, keys.tiles, kept, D=width, T=slots, products=3, pairs=chosen.numel(), stages=BACKWARD_STAGES,
+        kernels.d_query_kernel, (tiles, batch * heads), products=3, pairs=chosen.numel(), stages=BACKWARD_STAGES,
+        q=q, k=k, v=v, chosen=chosen, counts=counts, d_fine=d_fine, logsum=logsum, delta=delta, dq=dq,
+        scale=width**-0.5, m=keys.tiles, K=kept, D=width, T=slots,
     )  # fmt: skip
     readers, offsets = invert(chosen, keys.tiles)
     launch(
-        kernels.d_key_value_kernel, (keys.tiles, batch * heads), q, k, v, readers, offsets, counts, d_fine, logsum,
-        delta, dk, dv, width**-0.5, tiles, kept, D=width, T=slots, products=4, pairs=chosen.numel(),
-        stages=BACKWARD_STAGES,
+        kernels.d_key_value_kernel, (keys.tiles, batch * heads), products=4, pairs=chosen.numel(),
+        stages=BACKWARD_STAGES, q=q, k=k, v=v, readers=readers, offsets=offsets, counts=counts, d_fine=d_fine,
+        logsum=logsum, delta=delta, dk=dk, dv=dv, scale=width**-0.5, n=tiles, K=kept, D=width, T=slots,
     )  # fmt: skip
     return dq, dk, dv
 
 
 def launch(
-    kernel: Any,
-    programs: tuple[int, ...],
-    *arguments: Any,
-    products: int = 0,
-    pairs: int = 0,
-    stages: int = 1,
-    **constants: Any,
+    kernel: Any, programs: tuple[int, ...], *, products: int = 0, pairs: int = 0, stages: int = 1, **arguments: Any
 ) -> None:
     """Every kernel starts here, or is counted.
 
-    products: of T x T x D, that a pair of tiles takes; pairs: how many there are. Kernels with products are told the
-    type of their operands, which is the first argument's; stages: tiles loaded ahead for them.
+    kernel: of model/wan/vsa/kernels.py.
+    programs: how many there are of it, along each axis.
+    products: of T x T x D, that a pair of tiles takes. Kernels with products are told the type of their operands: q's.
+    pairs: how many pairs of tiles there are.
+    stages: tiles loaded ahead, for kernels with products.
+    arguments: the kernel's, by name.
     """
     if (counter := kernel_counter()) is not None:
         counter.computed(2 * products * pairs * constants["T"] ** 2 * constants["D"] if products else 0)
@@ -190,10 +200,15 @@ def launch(
     if products:
         import triton.language as tl
 
-        x = arguments[0]
-        own = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
-        constants |= {"DOT": own if x.is_cuda else tl.float32} | launch_options(x.dtype, stages)
-    kernel[programs](*arguments, **constants)
+        q = arguments["q"]
+        operand = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[q.dtype]
+        arguments |= {"DOT": operand if q.is_cuda else tl.float32} | launch_options(q.dtype, stages)
+    kernel[programs](**arguments)
+
+
+def _strides(name: str, x_BLND: Tensor) -> dict[str, int]:
+    """A kernel's arguments for the strides of x, in numbers: of all but its last dimension, which is contiguous."""
+    return {f"{name}_{dimension}": stride for dimension, stride in zip("bln", x_BLND.stride(), strict=False)}
 
 
 def launch_options(dtype: torch.dtype, stages: int) -> dict[str, int]:

@@ -55,9 +55,9 @@ def untile_kernel(
     slots, cols = tl.arange(0, T), tl.arange(0, D)
     token = tl.load(tokens + tile * T + slots).to(tl.int64)[:, None]
     share = tl.load(d_means + place * D + cols) / tl.load(counts + tile)
-    own = tl.load(d_tiles + (place * T + slots[:, None]) * D + cols[None, :]).to(tl.float32)
+    direct = tl.load(d_tiles + (place * T + slots[:, None]) * D + cols[None, :]).to(tl.float32)
     target = dx + ((batch * length + token) * heads + head) * D + cols[None, :]
-    tl.store(target, own + share[None, :], mask=token >= 0)
+    tl.store(target, direct + share[None, :], mask=token >= 0)
 
 
 @jit
@@ -141,8 +141,8 @@ def gate_backward_kernel(
     upstream = tl.load(d_out + batch * o_b + token * o_l + head * o_n + cols[None, :], mask=inside, other=0.0)
     tl.store(d_fine + place * T * D + block, upstream)  # zero in padding: what padded queries hold adds nothing
     upstream = upstream.to(tl.float32)
-    own = tl.load(fine + place * T * D + block).to(tl.float32)
-    tl.store(delta + place * T + slots, tl.sum(own * upstream, 1))
+    output = tl.load(fine + place * T * D + block).to(tl.float32)
+    tl.store(delta + place * T + slots, tl.sum(output * upstream, 1))
     gates = tl.load(gate + batch * g_b + token * g_l + head * g_n + cols[None, :], mask=inside, other=0.0)
     tl.store(d_coarse + place * D + cols, tl.sum(gates.to(tl.float32) * upstream, 0))
     means = tl.load(coarse + place * D + cols)[None, :]
@@ -161,7 +161,7 @@ def d_query_kernel(
     query = tl.load(q + place * T * D + block)
     upstream = tl.load(d_fine + place * T * D + block)
     normaliser = tl.load(logsum + place * T + slots)[:, None]
-    own = tl.load(delta + place * T + slots)[:, None]
+    shift = tl.load(delta + place * T + slots)[:, None]
     acc = tl.full([T, D], 0.0, tl.float32)
     scale_2 = scale * 1.4426950408889634
     for i in range(K):
@@ -173,7 +173,7 @@ def d_query_kernel(
         score = tl.where(slots[None, :] < tl.load(counts + other), score, float("-inf"))
         weight = tl.exp2(score - normaliser)
         d_weight = tl.dot(upstream.to(DOT), tl.trans(value).to(DOT), input_precision="tf32x3")
-        d_score = weight * (d_weight - own)
+        d_score = weight * (d_weight - shift)
         acc += tl.dot(d_score.to(key.dtype).to(DOT), key.to(DOT), input_precision="tf32x3")
     tl.store(dq + place * T * D + block, acc * scale)
 
@@ -201,12 +201,12 @@ def d_key_value_kernel(
         query = tl.load(q + other * T * D + block)
         upstream = tl.load(d_fine + other * T * D + block)
         normaliser = tl.load(logsum + other * T + slots)[None, :]
-        own = tl.load(delta + other * T + slots)[None, :]
+        shift = tl.load(delta + other * T + slots)[None, :]
         score = tl.dot(key.to(DOT), tl.trans(query).to(DOT), input_precision="tf32x3") * scale_2
         weight = tl.exp2(tl.where(valid, score, float("-inf")) - normaliser)
         d_value += tl.dot(weight.to(upstream.dtype).to(DOT), upstream.to(DOT), input_precision="tf32x3")
         d_weight = tl.dot(value.to(DOT), tl.trans(upstream).to(DOT), input_precision="tf32x3")
-        d_score = weight * (d_weight - own)
+        d_score = weight * (d_weight - shift)
         d_key += tl.dot(d_score.to(query.dtype).to(DOT), query.to(DOT), input_precision="tf32x3")
     tl.store(dk + place * T * D + block, d_key * scale)
     tl.store(dv + place * T * D + block, d_value)

@@ -125,6 +125,25 @@ def choose_cube(grid: Shape, key_grid: Shape | None = None, cubes: tuple[Shape, 
     return min(cubes, key=pairs)
 
 
+@dataclass(frozen=True)
+class Grids:
+    """The grids (frames, height, width) that tokens lie in, in raster order.
+
+    queries, keys: keys None are the queries' own. With a cache, keys count the cached frames too.
+    cube: a tile's tokens along each side, None for the one that pads the two grids least.
+    """
+
+    queries: Shape
+    keys: Shape | None = None
+    cube: Shape | None = None
+
+    def tilings(self) -> tuple[Tiling, Tiling]:
+        """Of queries and of keys. Raises ValueError for sides below 1."""
+        keys = self.queries if self.keys is None else self.keys
+        cube = self.cube or choose_cube(self.queries, keys)
+        return Tiling(self.queries, cube), Tiling(keys, cube)
+
+
 def kept_tiles(sparsity: float, tiles: int) -> int:
     """K = clamp(ceil((1 - sparsity) tiles), 1, tiles), of decimals as they are written: 0.7 of 10 keeps 3.
 
