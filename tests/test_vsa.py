@@ -20,7 +20,6 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.wan.vsa import CUBES, Shape, SparseBackend, Tiling, choose_cube, kept_tiles, video_sparse_attention
 from model.wan.vsa.attention import SparseBackend, video_sparse_attention
 from model.wan.vsa.flex import kept_block_mask, kernel_options, tiles_of_a_block
 from model.wan.vsa.reference import select_tiles

@@ -18,7 +18,6 @@ from configs.sections import Precision, TrainedConfig
 from model.ema import EMA
 from model.score import ScoreNet
 from model.types import Evaluations
-from model.wan import vsa
 from model.wan.attention import Backend, available
 from model.wan.config import LoraConfig, NetworkConfig
 from model.wan.formats import GATE
@@ -26,6 +25,7 @@ from model.wan.init import no_weights, random_weights, zero_gates
 from model.wan.lora import adapter_names, adapter_weights, add_adapter, base_names
 from model.wan.lora_files import MergedWeights, StoredLora
 from model.wan.transformer import WanTransformer
+from model.wan.vsa import attention as vsa
 from model.wan.weights import LazyWeights, Weights, fit
 from trainer.engine import Engine, FSDPEngine
 from trainer.networks import TrainedNetwork

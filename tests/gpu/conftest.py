@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.wan.attention import Backend
-from model.wan.vsa import SparseBackend
+from model.wan.vsa.attention import SparseBackend
 
 
 # of session scope, so that it skips before any other fixture touches the device

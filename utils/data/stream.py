@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -157,41 +156,6 @@ class Stream:
 
     def _without_caption(self, sample: Sample) -> Sample:
         return dataclasses.replace(sample, caption=self.dropped_caption, text=self.dropped_text)
-
-
-class Ahead:
-    """Reads of a stream in threads, one call ahead: what comes next is guessed, and a wrong guess costs only time.
-
-    After `samples(range(a, b))` the range that begins `stride` later is read in the background. stride: how far a rank
-    moves on from one call to the next; the batch of one call where there is one rank and one micro-batch.
-    """
-
-    def __init__(self, stream: Stream, stride: int, threads: int = 4) -> None:
-        if stride < 1 or threads < 1:
-            raise ValueError(f"data: stride and threads must be at least 1, got {stride} and {threads}")
-        self.stream, self.stride = stream, stride
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="data")
-        self._read: dict[int, Future[Sample]] = {}
-
-    def samples(self, positions: range) -> list[Sample]:
-        """As `Stream.samples`."""
-        for position in positions:
-            self._start(position)
-        wanted = [self._read.pop(position) for position in positions]
-        following = range(positions.start + self.stride, positions.stop + self.stride, positions.step)
-        for stale in set(self._read) - set(following):
-            self._read.pop(stale).cancel()
-        for position in following:
-            self._start(position)
-        return [future.result() for future in wanted]
-
-    def close(self) -> None:
-        """Ends the threads; what they have not begun is not read."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _start(self, position: int) -> None:
-        if position not in self._read:
-            self._read[position] = self._pool.submit(self.stream.sample, position)
 
 
 def stacked(tensors: Sequence[Tensor | None], what: str) -> Tensor:

@@ -195,7 +195,7 @@ def launch(
     arguments: the kernel's, by name.
     """
     if (counter := kernel_counter()) is not None:
-        counter.computed(2 * products * pairs * constants["T"] ** 2 * constants["D"] if products else 0)
+        counter.computed(2 * products * pairs * arguments["T"] ** 2 * arguments["D"] if products else 0)
         return
     if products:
         import triton.language as tl
