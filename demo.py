@@ -7,9 +7,9 @@ import os
 # Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from serving.cli import demo_args
+from generation.generator import Generator
+from serving.command import demo_args
 from serving.run import demo
-from trainer.generate import Generator
 from utils import distributed
 from utils.cli import refuse_several_ranks, run_cli
 

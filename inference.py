@@ -8,8 +8,8 @@ from datetime import timedelta
 # Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from trainer.generate_cli import inference_args, open_generator
-from trainer.generate_videos import generate_videos
+from generation.command import inference_args, open_generator
+from generation.videos import generate_videos
 from utils import distributed
 from utils.cli import run_cli
 

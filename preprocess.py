@@ -10,11 +10,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Callable, Sequence
 
-from trainer.preprocess_ode import preprocess_ode
-from trainer.preprocess_text import preprocess_text
-from trainer.preprocess_video import preprocess_images, preprocess_video
+from generation.ode_pairs import preprocess_ode
+from tasks.preprocess_text import preprocess_text
+from tasks.preprocess_video import preprocess_images, preprocess_video
 from utils.cli import run_cli
-from utils.config import UserError
+from utils.errors import UserError
 
 # name -> what runs it with the arguments that follow, and returns the exit code
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

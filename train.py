@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from configs.load import load_run
+
 # Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from configs.schema import RunConfig
+from planning.report import plan_text
 from trainer.base import RunOptions
 from trainer.build import build_trainer
-from trainer.plan_report import plan_text
+from trainer.command import train_args
 from utils import distributed
 from utils.agreement import code_revision, require_agreement
-from utils.cli import run_cli, train_args
-from utils.config import config_hash, load, to_yaml
+from utils.cli import run_cli
+from utils.config import config_hash, to_yaml
 from utils.logging import setup_console
 from utils.parallel.mesh import split
 from utils.watchdog import Watchdog
@@ -25,7 +27,7 @@ from utils.watchdog import Watchdog
 
 def main() -> int:
     args = train_args()
-    config = load(RunConfig, args.config_path, args.overrides)
+    config = load_run(args.config_path, args.overrides)
     if args.print_config:
         if distributed.is_main():
             print(to_yaml(config), end="")

@@ -1,0 +1,1 @@
+"""Measurements of speed and memory, one program a subject. Not here: tests of results (tests)."""

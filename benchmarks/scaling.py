@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import table, write_json
-from configs.schema import RunConfig
-from trainer.plan import Cluster, Plan, make_plan
+from configs.load import load_run
+from planning.hardware import find_gpu, needed_gb
+from planning.plan import Cluster, Plan, make_plan
 from utils.cli import run_cli
-from utils.config import load
-from utils.parallel.plan_hardware import find_gpu, needed_gb
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs" / "wan" / "self_forcing_dmd_14b.yaml"
@@ -27,7 +26,7 @@ def plan(world: int, gpu: str) -> Plan:
     names = ("replicate", "shard", "sequence")
     ways = [f"parallel.{name}={value}" for name, value in zip(names, SPLITS[world], strict=True)]
     each = min(world, 8)
-    return make_plan(load(RunConfig, RECIPE, ways), Cluster(world // each, each, gpu, find_gpu(gpu)))
+    return make_plan(load_run(RECIPE, ways), Cluster(world // each, each, gpu, find_gpu(gpu)))
 
 
 def row(world: int, done: Plan) -> dict[str, Any]:

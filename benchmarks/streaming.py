@@ -132,7 +132,7 @@ class Workload:
         self.decoders = self._decoders(config.in_dim)
 
     def _accelerate(self, net: WanTransformer) -> None:
-        from trainer.acceleration import compile_blocks, fp8_linears
+        from generation.acceleration import compile_blocks, fp8_linears
 
         if self.option.fp8:
             fp8_linears(net)

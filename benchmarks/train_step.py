@@ -32,9 +32,9 @@ from model.wan.config import PRESETS, Checkpointing, WanConfig
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
+from planning.hardware import GPUS
+from planning.meter import FLOPS, Meter
 from utils.optim import OptimizerConfig, adamw
-from utils.parallel.plan_hardware import GPUS
-from utils.parallel.plan_meter import FLOPS, Meter
 
 CRITIC_STEPS = 5  # critic updates for each of the generator
 STEPS = step_sigmas([1000, 750, 500, 250], warp=True, shift=5.0)

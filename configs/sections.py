@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from configs.sizes import VideoSize, check_values
+from configs.video_size import VideoSize, check_values
 from model.wan.text_encoder import TextConfig
 from model.wan.vae import ClipConfig, VAEConfig
-from utils.data.digits import DigitsConfig
-from utils.data.glyphs import GLYPH
-from utils.data.synthetic import SyntheticConfig
-from utils.data.toy_world import ToyWorldConfig
 from utils.optim import LRScheduleConfig, OptimizerConfig
+from worlds.digits import DigitsConfig
+from worlds.glyphs import GLYPH
+from worlds.synthetic import SyntheticConfig
+from worlds.toy import ToyWorldConfig
 
 # Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
 

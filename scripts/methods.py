@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from evaluation.command import SPLITS
 from scripts.methods_page import write_page
 from scripts.methods_run import Job, Options, perform
 from scripts.methods_table import METHODS, chosen
-from trainer.evaluate import SPLITS
 from utils.cli import Parser, refuse_several_ranks, run_cli
-from utils.config import UserError
+from utils.errors import UserError
 
 # loaded once, before each job's process is forked off
 LOADED = ["scripts.methods_run", "trainer.distillation", "trainer.diffusion", "trainer.ode", "trainer.consistency",

@@ -15,16 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from configs.load import load_run
 from configs.schema import RunConfig
+from evaluation.toy_suite import evaluate_generator, evaluate_real, generate_all, judge_of
+from generation.generator import Generator, Sampling
 from scripts.methods_table import BY_KEY, Method
 from scripts.report_samples import end_with_parent
+from tasks.task import spread
 from trainer.base import RunOptions
 from trainer.build import build_trainer
-from trainer.generate import Generator, Sampling
-from trainer.task import spread
-from trainer.toy_suite import evaluate_generator, evaluate_real, generate_all, judge_of
 from utils import distributed
-from utils.config import UserError, config_hash, load, to_plain
+from utils.config import config_hash, to_plain
+from utils.errors import UserError
 from utils.logging import peak_memory_gib, read_jsonl
 
 SHOWN = 6  # videos a strip
@@ -64,8 +66,7 @@ class Job:
         folder = "digits" if method.group == "digits" else "methods"
         starts = [f"{network}.init={self.folder_of(row)}" for network, row in method.start.items()]
         quick = _quick(method.recipe) if self.options.quick else []
-        return load(
-            RunConfig,
+        return load_run(
             Path(f"configs/{folder}/{method.recipe}.yaml"),
             [f"seed={self.seed}", *method.overrides, *starts, *quick],
         )

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from evaluation.command import SPLITS, Row, eval_prompts, write_rows
 from scripts import report_html as html
 from scripts import report_samples as samples
 from scripts.report_plots import Panel, curves, held, short, side_by_side, write_comparison
 from scripts.report_samples import CAUSAL_INIT, DMD, DMD_2STEP, RUNS, TEACHER, Method, Part
-from trainer.evaluate import SPLITS, Row, eval_prompts, write_rows
 from utils.cli import Parser, run_cli
-from utils.config import UserError, to_yaml
+from utils.config import to_yaml
 from utils.data.prompts import load_prompts
-from utils.data.toy_world import ToyWorld
+from utils.errors import UserError
 from utils.logging import read_jsonl
-from utils.toy_judge import ToyJudge
 from utils.video import write_video
+from worlds.toy import ToyWorld
+from worlds.toy_judge import ToyJudge
 
 FPS = 8
 SHOW_SEED = 0  # the seed of inference.sh, whose videos of these prompts are the same ones

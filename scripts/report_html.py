@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from trainer.evaluate import Row
+from evaluation.command import Row
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from configs.load import run_from_plain
 from configs.schema import RunConfig
-from trainer.generate import Generator, Sampling
+from generation.generator import Generator, Sampling
 from utils import checkpoint, distributed
-from utils.config import UserError, from_plain
+from utils.errors import UserError
 
 TEACHER, CAUSAL_INIT, DMD, DMD_2STEP = "teacher", "causal_init", "self_forcing_dmd", "self_forcing_dmd_2step"
 RUNS = {
@@ -103,7 +104,7 @@ def run_config(root: Path, run: str) -> RunConfig:
     """The config that a run was trained with. Raises UserError."""
     folder = checkpoint.resolve_resume(str(root / run), root / run)
     assert folder is not None
-    return from_plain(RunConfig, checkpoint.load_state(folder)["config"])
+    return run_from_plain(checkpoint.load_state(folder)["config"])
 
 
 def available(root: Path) -> tuple[list[Method], list[Method]]:

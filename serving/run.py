@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from serving.cli import DemoArgs
+from generation.generator import Generator
+from generation.live import Live
+from serving.command import DemoArgs
 from serving.connection import Format
 from serving.limits import Limits
 from serving.scheduler import Scheduler
 from serving.server import Site, make_app
-from trainer.generate import Generator
-from trainer.live import Live
-from utils.config import UserError
+from utils.errors import UserError
 from utils.logging import setup_console
 
 if TYPE_CHECKING:

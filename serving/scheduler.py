@@ -17,16 +17,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from generation.live import Pace
 from serving.limits import Limits
 from serving.protocol import one_line, without_paths, without_prompt
-from trainer.live import Pace
-from utils.config import UserError
+from utils.errors import UserError
 from utils.logging import console
 from utils.video import Frames, to_uint8
 
 
 class Video(Protocol):
-    """What is asked of a video in the making: see `trainer.live.Live`."""
+    """What is asked of a video in the making: see `generation.live.Live`."""
 
     def next_frames(self) -> Tensor: ...
 

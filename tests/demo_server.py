@@ -20,15 +20,15 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
+from generation.generator import Generator, Sampling
+from generation.live import Live, Pace
 from serving.connection import Format
 from serving.limits import Limits
 from serving.run import listen, server_config
 from serving.scheduler import Scheduler, Video
 from serving.server import Site, make_app
 from tests.small import BRIEF, save_networks, trainer, with_weights
-from trainer.generate import Generator, Sampling
-from trainer.live import Live, Pace
-from utils.config import UserError
+from utils.errors import UserError
 
 SECONDS = 60  # until something that has to happen counts as not happening
 SIZE = (6, 10)

@@ -23,7 +23,14 @@ import torch
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 # modules of ours, and what they import where they use it; none may start a thread
-PRELOAD = ["train", "inference", "preprocess", "trainer.evaluate", "torch._dynamo", "tests.distributed.sequence_ranks"]
+PRELOAD = [
+    "train",
+    "inference",
+    "preprocess",
+    "evaluation.command",
+    "torch._dynamo",
+    "tests.distributed.sequence_ranks",
+]
 PRELOAD += ["transformers.models.umt5.modeling_umt5", "transformers.tokenization_utils_tokenizers"]
 GRACE = 30.0  # between SIGTERM and SIGKILL, as torchrun has it
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from configs.load import run_from_plain
 from configs.schema import RunConfig
 from tests.nets import random_net
 from trainer.base import RunOptions, Trainer
 from trainer.build import build_trainer
-from utils.config import from_plain
 
 NETWORKS = ("student", "critic", "teacher")
 NETWORK = {"preset": "toy", "overrides": {"dim": 32, "ffn_dim": 64, "num_layers": 2}, "attention": "plain"}
@@ -72,7 +72,7 @@ SHORT: dict[str, Any] = {"data": {"toy": {"frames": 6}}}  # two blocks, for what
 
 
 def config(base: dict[str, Any] = DISTILLATION, **changes: Any) -> RunConfig:
-    return from_plain(RunConfig, merged(base, changes))
+    return run_from_plain(merged(base, changes))
 
 
 def save_networks(folder: Path) -> None:

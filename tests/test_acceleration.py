@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from generation.acceleration import compile_blocks, fp8_linears
 from model.wan.attention import Backend
 from model.wan.config import SparseConfig
 from tests.nets import conditioning, latents, random_net, relative, texts
 from tests.test_streaming import made, opened
-from trainer.acceleration import compile_blocks, fp8_linears
 
 
 def test_compiled_blocks_are_the_blocks_and_a_full_window_compiles_nothing_more() -> None:

@@ -13,7 +13,7 @@ import torch
 from benchmarks import attention, common, streaming, train_step
 from model.wan.attention import Backend
 from model.wan.config import Checkpointing
-from utils.parallel.plan_meter import FLOPS, Meter
+from planning.meter import FLOPS, Meter
 
 
 @pytest.mark.slow

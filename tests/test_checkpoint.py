@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils import checkpoint, shards
-from utils.config import UserError
+from utils.errors import UserError
 from utils.optim_state import flatten_optimizer, restore_optimizer
 
 

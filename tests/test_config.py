@@ -12,8 +12,9 @@ from typing import Literal
 
 import pytest
 
+from trainer import command
 from utils import cli, config
-from utils.config import ConfigError, UserError
+from utils.errors import ConfigError, UserError
 
 
 class Kind(Enum):
@@ -235,10 +236,10 @@ def test_diff_names_what_differs() -> None:
 
 
 def test_overrides_may_stand_anywhere() -> None:
-    args = cli.train_args(
+    args = command.train_args(
         ["a=1", "--config_path", "configs/toy/dmd.yaml", "b.c=[1,2]", "--max_steps", "5", "--no_save", "d==x"]
     )
-    assert args == cli.TrainArgs(
+    assert args == command.TrainArgs(
         config_path=Path("configs/toy/dmd.yaml"),
         overrides=("a=1", "b.c=[1,2]", "d==x"),
         logdir=Path("logs/toy/dmd"),
@@ -253,7 +254,7 @@ def test_overrides_may_stand_anywhere() -> None:
 
 
 def test_switches() -> None:
-    args = cli.train_args(
+    args = command.train_args(
         "--config_path x.yaml --logdir d --resume never --disable-wandb --no_visualize --print_config".split()
     )
     assert (args.logdir, args.resume, args.save) == (Path("d"), "never", True)
@@ -272,7 +273,7 @@ def test_switches() -> None:
 )
 def test_wrong_options_are_one_line(argv: str, needles: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        cli.train_args(argv.split())
+        command.train_args(argv.split())
     assert "\n" not in str(caught.value)
     for needle in needles:
         assert needle in str(caught.value)

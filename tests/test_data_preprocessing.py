@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tasks.video_command import Encoders, video_command
 from tests.test_data_videos import SIZES, encode, media
-from utils.config import UserError
 from utils.data.buckets import Pace
 from utils.data.clips import Start, VideoClips, decode_clip, plan_clips
 from utils.data.latents import latent_order, open_latents
@@ -22,7 +22,7 @@ from utils.data.safetensors_shards import SafetensorsFolder, read_header
 from utils.data.shard_files import found_files
 from utils.data.stream import Stream, TooManyCorrupt, stacked
 from utils.data.tensors import Statistics
-from utils.data.video_command import Encoders, video_command
+from utils.errors import UserError
 
 pytest.importorskip("pyarrow")
 

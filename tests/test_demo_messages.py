@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from serving.cli import demo_args
+from serving.command import demo_args
 from serving.limits import Limits
 from serving.protocol import Rate, Shown, Start, Stop, Switch, parse, without_paths, without_prompt
-from utils.config import UserError
+from utils.errors import UserError
 
 # ------------------------------------------------------------------------------------------------------- the messages
 

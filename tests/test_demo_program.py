@@ -18,10 +18,10 @@ import uvicorn
 from websockets.exceptions import ConnectionClosed
 
 from serving import run
-from serving.cli import demo_args
+from serving.command import demo_args
 from serving.run import demo, listen
 from tests.demo_server import DEFAULT, SECONDS, Client, StandIn, code_of, open_toy, running, toy_student
-from utils.config import UserError
+from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_the_program_says_where_it_is_and_ends_on_a_signal(
 
 
 def test_the_program_ends_with_one_line_when_its_device_fails(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.generate import Generator
+    from generation.generator import Generator
 
     ports = told_ports(monkeypatch)
 
@@ -118,7 +118,7 @@ def test_the_program_ends_with_one_line_when_its_device_fails(student: Path, mon
 
 
 def test_what_cannot_be_served_is_one_line(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.generate import Generator
+    from generation.generator import Generator
 
     generator = Generator.load(student, torch.device("cpu"))
     with listen("127.0.0.1", 0) as taken:

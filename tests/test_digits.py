@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.schema import RunConfig
+from configs.load import load_run, run_from_plain
+from evaluation.command import evaluate_generator, evaluate_real
+from generation.generator import Generator, Sampling
 from model.discriminator import ImageHeads
+from tasks.digits import DigitsTask
 from tests.small import DIFFUSION, DISTILLATION, NETWORK, merged
 from trainer.base import RunOptions, Trainer
 from trainer.build import build_trainer
-from trainer.digits_task import DigitsTask
-from trainer.evaluate import evaluate_generator, evaluate_real
-from trainer.generate import Generator, Sampling
-from utils import digit_net
-from utils.config import ConfigError, from_plain, load
-from utils.data.digits import DigitsConfig, DigitsWorld
-from utils.digits_judge import METRICS, DigitsJudge
+from utils.errors import ConfigError
 from utils.random import Noise
+from worlds import digit_net
+from worlds.digits import DigitsConfig, DigitsWorld
+from worlds.digits_judge import METRICS, DigitsJudge
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.name for path in (ROOT / "configs/digits").glob("*.yaml"))
@@ -134,7 +134,7 @@ SMALL = {"dim": 32, "ffn_dim": 64, "num_layers": 2, "in_dim": 1, "out_dim": 1, "
 
 def recipe(name: str, path: Path) -> Trainer:
     """A recipe's trainer, of small random networks, from the first update on."""
-    config = load(RunConfig, ROOT / "configs/digits" / name)
+    config = load_run(ROOT / "configs/digits" / name)
     for network in (config.student, config.teacher, config.critic):
         if network is not None:
             network.init, network.overrides = None, dict(SMALL)
@@ -174,7 +174,7 @@ def test_ladd_judges_at_the_noise_levels_that_it_is_told(tmp_path: Path) -> None
 
 
 def test_recipes_are_one_geometry_and_one_step() -> None:
-    configs = {name: load(RunConfig, ROOT / "configs/digits" / name) for name in RECIPES}
+    configs = {name: load_run(ROOT / "configs/digits" / name) for name in RECIPES}
     teacher = configs.pop("teacher.yaml")
     assert set(configs) == {"dmd2.yaml", "f_distill.yaml", "ladd.yaml"}
     for config in configs.values():
@@ -215,9 +215,9 @@ SYNTHETIC = {"kind": "synthetic", "synthetic": {"frames": 1, "height": 8, "width
     ],
 )
 def test_what_cannot_work_is_refused_at_load(changes: dict[str, Any], problem: str) -> None:
-    from_plain(RunConfig, merged(DISTILLATION, DIGITS))
+    run_from_plain(merged(DISTILLATION, DIGITS))
     with pytest.raises(ConfigError, match=problem):
-        from_plain(RunConfig, merged(merged(DISTILLATION, DIGITS), changes))
+        run_from_plain(merged(merged(DISTILLATION, DIGITS), changes))
 
 
 @pytest.mark.parametrize(
@@ -235,6 +235,6 @@ def test_what_cannot_work_is_refused_at_load(changes: dict[str, Any], problem: s
 def test_what_does_not_fit_is_refused_when_it_is_built(
     base: dict[str, Any], changes: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
-    config = from_plain(RunConfig, merged(base, changes))
+    config = run_from_plain(merged(base, changes))
     with pytest.raises(ConfigError, match=problem):
         build_trainer(config, RunOptions(tmp_path, resume="never", wandb=False, save=False, visualize=False))

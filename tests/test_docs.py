@@ -19,11 +19,12 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
+from configs.load import load_run, run_from_plain
 from configs.schema import RunConfig
 from scripts import config_reference
 from tests.small import trainer
-from utils.cli import train_args
-from utils.config import ConfigError, UserError, from_plain, load
+from trainer.command import train_args
+from utils.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
@@ -34,10 +35,10 @@ MADE_BY_RUNS = ("logs/", ".venv/", "site/")  # not in the repository
 SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
 NEW_IN_AN_EXAMPLE = {"objective.kind=huber_dmd"}
 PROGRAMS = {
-    "train.py": "utils/cli.py",
+    "train.py": "trainer/command.py",
     "inference.py": "generation/command.py",
     "inference.sh": "generation/command.py",
-    "demo.py": "serving/cli.py",
+    "demo.py": "serving/command.py",
     "preprocess.py": (
         # of all its commands
         "tasks/preprocess_text.py generation/ode_pairs.py tasks/preprocess_video.py tasks/video_command.py"
@@ -116,7 +117,7 @@ def is_key(path: str) -> bool:
         nested = {part: nested}
     assert isinstance(nested, dict)
     try:
-        from_plain(RunConfig, nested)
+        run_from_plain(nested)
     except ConfigError as error:
         return "unknown key" not in str(error)
     return path.split(".")[0] in SECTIONS
@@ -238,7 +239,7 @@ def test_pages_name_things() -> None:
     [
         "trainer/distil.py", "pipeline/*.yml", "tests/test_dmd.py::test_nothing", "make tests", "--config-file X",
         "--no-such", "schedule.ts_sched", "rollout.kinds: self_forcing", "utils.config.lode", "RunConfig.is_casual",
-        "denoise_blocks", "python -m trainer.evaluat", "python -m trainer.evaluate --runs x", "model/wan2/", "no.jsonl",
+        "denoise_blocks", "python -m trainer.evaluat", "python evaluate.py --runs x", "model/wan2/", "no.jsonl",
     ],
 )  # fmt: skip
 def test_a_wrong_name_is_found(span: str) -> None:
@@ -370,7 +371,7 @@ def test_yaml_examples_load(tmp_path: Path) -> None:
     configs = []
     for number, text in enumerate(examples):
         (tmp_path / f"toy/example_{number}.yaml").write_text(text, encoding="utf-8")
-        configs.append(load(RunConfig, tmp_path / f"toy/example_{number}.yaml"))
+        configs.append(load_run(tmp_path / f"toy/example_{number}.yaml"))
     assert [config.name for config in configs] == ["my_student", "random_exit"]
     assert [config.rollout.last_step_only for config in configs] == [True, False]
 
@@ -381,7 +382,7 @@ def test_quoted_errors_are_what_is_said() -> None:
     for line, said in zip(block[::2], block[1::2], strict=True):
         args = train_args(shlex.split(line.removeprefix("$ python train.py ")))
         with pytest.raises(UserError) as error:
-            load(RunConfig, ROOT / args.config_path, args.overrides)
+            load_run(ROOT / args.config_path, args.overrides)
         assert said == f"train.py: error: {error.value}"
 
 

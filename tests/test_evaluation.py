@@ -13,17 +13,19 @@ import torch
 from safetensors.torch import save_file
 
 from configs.schema import RunConfig
+from evaluation import fid_suite
+from evaluation.command import main as evaluate
+from evaluation.features import load_features
+from evaluation.fid_suite import VideoSet, compare, video_set
+from evaluation.vbench import DIMENSIONS, FLICKER, Prompt, read_scores, read_suite, totals, wanted_videos
 from tests.small import NETWORK, config
-from trainer import fid_suite
-from trainer.build import build_network
-from trainer.evaluate import main as evaluate
-from trainer.fid_suite import VideoSet, compare, video_set
-from utils import checkpoint, digit_net, metrics, toy_judge
-from utils.config import UserError, to_plain
-from utils.features import load_features
+from trainer.network_factory import build_network
+from utils import checkpoint, metrics
+from utils.config import to_plain
+from utils.errors import UserError
 from utils.metrics import Moments, diversity, drift, frame_luma, frechet_between, frechet_distance, moments_of, motion
-from utils.vbench import DIMENSIONS, FLICKER, Prompt, read_scores, read_suite, totals, wanted_videos
 from utils.video import read_video, write_video
+from worlds import digit_net, toy_judge
 
 CPU = torch.device("cpu")
 # of the leaderboard, in percent and in the order of its columns, with quality, semantic and total as published there

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
+from generation import export
 from model.wan.attention import Backend
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights
 from tests.small import DIFFUSION, DISTILLATION, config
-from trainer import export
-from trainer.build import build_network
+from trainer.network_factory import build_network
 from utils import checkpoint
-from utils.config import UserError, to_plain
+from utils.config import to_plain
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 NETWORKS = {"student": 1, "student_ema": 2, "critic": 3}

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from generation.command import inference_args
+from generation.generator import Generator, Sampling
+from generation.videos import generate_videos
 from tests.nets import relative
 from tests.small import DIFFUSION, DISTILLATION, merged, trainer
-from trainer.generate import Generator, Sampling
-from trainer.generate_cli import inference_args
-from trainer.generate_videos import generate_videos
-from utils.config import UserError
 from utils.data.buckets import Size
 from utils.data.clips import decode_end
 from utils.data.media import Media, Part
 from utils.data.stream import CorruptSample
+from utils.errors import UserError
 from utils.video import read_video, write_video
 
 CPU = torch.device("cpu")

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from configs.load import load_run
 from configs.schema import RunConfig
+from importers.lora import ATTENTION, FASTVIDEO_LAYERS
+from importers.recipe import Recipe
+from importers.tables import DIALECTS
+from importers.translate import read_options, shell_options, to_text, translate
 from model.wan.config import LoraConfig, geometry
 from model.wan.lora import linear_layers
 from model.wan.transformer import WanTransformer
 from utils import config as config_module
-from utils.config import ConfigError, load
-from utils.foreign import Recipe, read_options, shell_options, to_text, translate
-from utils.foreign_lora import ATTENTION, FASTVIDEO_LAYERS
-from utils.foreign_tables import DIALECTS
+from utils.errors import ConfigError
 
 SELF_FORCING = """
 generator_ckpt: checkpoints/ode_init.pt
@@ -104,7 +106,7 @@ def imported(dialect: str, text: str, path: Path) -> tuple[Recipe, RunConfig]:
     recipe = translate(DIALECTS[dialect], read_options(path))
     out = path.with_suffix(".ours.yaml")
     out.write_text(to_text(recipe, path.name))
-    return recipe, load(RunConfig, out)
+    return recipe, load_run(out)
 
 
 def listed(lines: list[str]) -> list[str]:
@@ -115,7 +117,7 @@ def listed(lines: list[str]) -> list[str]:
 def test_self_forcing(tmp_path: Path) -> None:
     """Its published run is our recipe of it: the same guidance, steps, rates, average."""
     recipe, run = imported("self_forcing", SELF_FORCING, tmp_path / "sf.yaml")
-    ours = load(RunConfig, "configs/wan2.1_1.3b/self_forcing_dmd.yaml")
+    ours = load_run("configs/wan2.1_1.3b/self_forcing_dmd.yaml")
     assert run.schedule == ours.schedule and run.objective == ours.objective and run.ema == ours.ema
     assert run.generator_training == ours.generator_training
     assert run.critic_training.optimizer.lr == 4e-7 and run.critic_training.optimizer.betas == [0.0, 0.99]
@@ -345,6 +347,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config_module.main() == 0
     assert '#   sharding_strategy: "hybrid_full"' in out.read_text()
     assert "# To fill in:\n" in out.read_text() and "# Means something else" not in out.read_text()
-    assert load(RunConfig, out).objective.real_guidance_scale == 4.0
+    assert load_run(out).objective.real_guidance_scale == 4.0
     with pytest.raises(ConfigError, match="is there already"):
         config_module.main()

@@ -11,27 +11,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from generation.ode_pairs import preprocess_ode
 from model.dmd import critic_loss
 from model.types import Conditioning, Given
 from model.wan.text_encoder import toy_text_encoder
+from planning.hardware import GPUS
+from planning.plan import Cluster, make_plan
+from tasks.build import build_task
+from tasks.wan import WanTask
 from tests.nets import random_net
 from tests.small import DIFFUSION, DISTILLATION, ODE, config, merged, trainer
 from tests.test_trainer import assert_same_run, curve
 from trainer import faults, objectives
-from trainer.build import build_task
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.faults import SharedFaults
 from trainer.ode import ODETrainer
-from trainer.plan import Cluster, make_plan
-from trainer.preprocess_ode import preprocess_ode
-from trainer.wan_task import WanTask
-from utils.config import ConfigError, UserError, save
+from utils.config import save
 from utils.data.latents import open_latents
 from utils.data.order import ShardedOrder
 from utils.data.safetensors_shards import write_latents, write_trajectories
 from utils.data.stream import CorruptSample, Sample, Stream
-from utils.parallel.plan_hardware import GPUS
+from utils.errors import ConfigError, UserError
 from utils.random import Noise
 
 CPU = torch.device("cpu")

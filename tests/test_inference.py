@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from generation.acceleration import Acceleration
+from generation.command import inference_args
+from generation.generator import Generator, Sampling, slug
+from generation.live import Live, Pace
+from generation.videos import Rate, generate_videos
 from model.wan.captured import Captured
 from model.wan.config import NetworkConfig
 from model.wan.kv_cache import KVCache
 from model.wan.transformer import WanTransformer
 from tests import forked
 from tests.small import DIFFUSION, DISTILLATION, trainer
-from trainer.acceleration import Acceleration
-from trainer.build import build_for_inference
-from trainer.generate import Generator, Sampling, slug
-from trainer.generate_cli import inference_args
-from trainer.generate_videos import Rate, generate_videos
-from trainer.live import Live, Pace
-from utils.config import ConfigError, UserError
+from trainer.network_factory import build_for_inference
+from utils.errors import ConfigError, UserError
 from utils.video import read_image, read_video, write_video
 
 CPU = torch.device("cpu")
@@ -209,7 +209,7 @@ def test_a_batch_is_written_as_each_video_alone(run: Path, tmp_path: Path) -> No
 def test_rates_of_first_parts_and_later_ones_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that is read in turn: the start, two videos of three parts each, the end."""
     moments = iter([0.0, 5.0, 6.0, 8.0, 20.0, 21.0, 22.0, 24.0])
-    monkeypatch.setattr("trainer.generate_videos.time.perf_counter", lambda: next(moments))
+    monkeypatch.setattr("generation.videos.time.perf_counter", lambda: next(moments))
     rate, part = Rate(), torch.zeros(2, 3)  # two videos, three frames of each
     for _ in range(2):
         assert len(list(rate.follow([part] * 3))) == 3
@@ -309,7 +309,7 @@ def recording(run: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Generator, li
         recorded.append(Captured(net, cache, lambda run: run))
         return recorded[-1]
 
-    monkeypatch.setattr("trainer.sampling.Captured", captured)
+    monkeypatch.setattr("pipeline.sampling.Captured", captured)
     return generator, recorded
 
 

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from generation.export import export, export_args
+from generation.generator import Generator, Sampling
 from model.score import ScoreNet
 from model.wan.config import LoraConfig
 from model.wan.formats import Format
@@ -21,11 +23,9 @@ from model.wan.weights import LazyWeights
 from tests.nets import random_net
 from tests.small import DIFFUSION, DISTILLATION, NETWORKS, ODE, merged, save_networks, trainer, with_weights
 from trainer.base import Trainer
-from trainer.build import build_for_inference, open_run
-from trainer.export import export, export_args
-from trainer.generate import Generator, Sampling
+from trainer.network_factory import build_for_inference, open_run
 from utils import checkpoint
-from utils.config import ConfigError, UserError
+from utils.errors import ConfigError, UserError
 from utils.random import Noise
 
 CPU = torch.device("cpu")

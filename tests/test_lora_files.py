@@ -16,8 +16,8 @@ from model.wan.formats import to_diffusers_key
 from model.wan.lora_files import MergedWeights, lora_to_diffusers, lora_to_peft
 from model.wan.weights import LazyWeights
 from tests.nets import MICRO, random_net
-from trainer.build import open_init
-from utils.config import ConfigError
+from trainer.network_factory import open_init
+from utils.errors import ConfigError
 
 ALPHA, SCALE = 6.0, 0.7
 TARGETS = ["blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.1.ffn.0", "patch_embedding", "head.head"]

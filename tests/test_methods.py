@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.small import BRIEF, DIFFUSION, NETWORK, merged, save_networks, trainer, with_weights
 from trainer.base import Trainer
 from utils import checkpoint
-from utils.config import ConfigError, UserError
+from utils.errors import ConfigError, UserError
 
 HEADS = {"optimizer": {"lr": 1e-2, "betas": [0.0, 0.99]}}
 GAN = {"weight": 0.5, "discriminator_weight": 0.5, "depths": [0.5], "training": HEADS}

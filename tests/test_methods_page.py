@@ -16,7 +16,7 @@ from scripts.methods import jobs
 from scripts.methods_page import TOY, Line, behind, verdict
 from scripts.methods_run import Job, Options
 from scripts.methods_table import BY_KEY, GROUPS, METHODS, chosen
-from utils.config import UserError
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils.data.toy_world import ToyWorld, ToyWorldConfig
 from utils.metrics import binomial_error, clipped_share, frechet_distance, luma, saturation
-from utils.toy_judge import METRICS, ToyJudge, centred, displacement
+from worlds.toy import ToyWorld, ToyWorldConfig
+from worlds.toy_judge import METRICS, ToyJudge, centred, displacement
 
 WORLD = ToyWorld(ToyWorldConfig())
 CAPTIONS = WORLD.captions * 10

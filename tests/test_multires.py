@@ -11,22 +11,24 @@ from typing import Any
 import pytest
 import torch
 
+from configs.load import run_from_plain
 from configs.schema import RunConfig
 from configs.sizes import drawn_size, schedule_at, sizes_of
 from model.schedule import shift_sigma
 from model.types import Given
+from tasks.build import build_task
+from tasks.clips import Clips
 from tests.small import DIFFUSION, DISTILLATION, ODE, config, merged, save_networks, trainer, with_weights
 from tests.test_methods import GAN
 from tests.test_trainer import assert_same_run, curve, tensors
-from trainer.build import build_task
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.rollout_cache import RolloutCache
-from trainer.task import Clips
-from utils.config import ConfigError, from_plain, to_plain
-from utils.data.toy_world import ToyWorld
+from utils.config import to_plain
+from utils.errors import ConfigError
 from utils.parallel.mesh import Mesh
 from utils.random import Noise
+from worlds.toy import ToyWorld
 
 CPU = torch.device("cpu")
 OWN = (6, 8, 8)
@@ -279,7 +281,7 @@ def test_shorter_stored_videos_are_their_beginnings() -> None:
 
 def test_a_config_with_sizes_is_saved_and_read_again() -> None:
     several = config(GAN_RUN)
-    assert from_plain(RunConfig, to_plain(several)) == several
+    assert run_from_plain(to_plain(several)) == several
 
 
 WAN: dict[str, Any] = {"kind": "wan", "wan": {"frames": 6, "height": 8, "width": 8}, "prompts": "p.txt"}

@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.nets import relative
 from tests.small import DIFFUSION, ODE, save_networks, trainer, with_weights
 from trainer.ode import ODETrainer
-from utils.config import ConfigError
 from utils.data.safetensors_shards import write_trajectories
+from utils.errors import ConfigError
 from utils.parallel.mesh import Mesh
 from utils.random import Noise, keyed_seed
 

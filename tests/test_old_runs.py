@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs.schema import RunConfig
+from configs.load import load_run
+from generation.generator import Generator, Sampling
 from tests.nets import relative
 from trainer.base import RunOptions
 from trainer.build import build_trainer
-from trainer.generate import Generator, Sampling
-from utils.config import load
 
 FOLDER = Path("tests/fixtures/old_runs")
 PROMPTS = ["the digit three moving left", "the digit seven moving up"]
@@ -25,7 +24,7 @@ PROMPTS = ["the digit three moving left", "the digit seven moving up"]
 def test_an_old_run_goes_on_as_it_would_have(name: str, tmp_path: Path) -> None:
     run = tmp_path / name
     shutil.copytree(FOLDER / name, run)
-    build_trainer(load(RunConfig, run / "config.yaml"), RunOptions(run, "auto", None, wandb=False)).train()
+    build_trainer(load_run(run / "config.yaml"), RunOptions(run, "auto", None, wandb=False)).train()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     expected = json.loads((FOLDER / "expected.json").read_text())[name]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]

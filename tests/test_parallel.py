@@ -17,8 +17,8 @@ from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, check_fit, shapes_of, to_diffusers_key
 from tests.nets import MICRO, gradients, latents, random_net, relative, texts
 from tests.small import config
-from trainer.build import build_network
-from utils.config import ConfigError
+from trainer.network_factory import build_network
+from utils.errors import ConfigError
 from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh, legal_splits, split
 from utils.parallel.parallelize import Sharding, parallelize
 from utils.random import keyed_seed

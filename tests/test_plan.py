@@ -12,19 +12,20 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
+from configs.load import load_run
 from configs.schema import RunConfig
 from model.wan.config import PRESETS, SparseConfig, WanConfig
 from model.wan.transformer import WanTransformer
 from model.wan.vsa.tiles import Tiling, tile_maps
+from planning.hardware import GPU, GPUS, bound, needed_gb
+from planning.meter import FLOPS, Meter, Owner, Traffic, sent_bytes
+from planning.plan import Cluster, Plan, make_plan, update_cost
+from planning.pretend_run import ALLOCATION, SHARDED, Iteration, kernels_counted, pretended_world, run, stripped
+from planning.report import changes, plan_text, remedies, report
 from tests import forked, small
 from tests.distributed import measured_peak
-from trainer.plan import Cluster, Plan, make_plan, update_cost
-from trainer.plan_report import changes, plan_text, remedies, report
-from trainer.plan_run import ALLOCATION, SHARDED, Iteration, kernels_counted, pretended_world, run, stripped
-from utils.cli import train_args
-from utils.config import UserError, load
-from utils.parallel.plan_hardware import GPU, GPUS, bound, needed_gb
-from utils.parallel.plan_meter import FLOPS, Meter, Owner, Traffic, sent_bytes
+from trainer.command import train_args
+from utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 YAML = ROOT / "configs" / "toy" / "self_forcing_dmd.yaml"
@@ -320,7 +321,7 @@ def test_mistakes_say_what_is_legal(arguments: list[str], said: list[str]) -> No
     with pytest.raises(UserError) as caught:
         args = train_args(["--config_path", str(YAML), *arguments])
         assert args.plan is not None
-        plan_text(load(RunConfig, args.config_path, args.overrides), args.plan)
+        plan_text(load_run(args.config_path, args.overrides), args.plan)
     assert all(words in str(caught.value) for words in said), caught.value
 
 

@@ -13,20 +13,20 @@ from PIL import Image
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.text_encoder import toy_text_encoder
 from model.wan.vae import WanVAE
+from tasks.first_frames import channels_of
+from tasks.preprocess_video import preprocess_images, preprocess_video
 from tests.nets import relative
 from tests.small import trainer
 from tests.test_data_videos import encode
 from tests.test_image_encoder import save_image_encoder
 from tests.vaes import small_vae
-from trainer.given import channels_of
-from trainer.preprocess_video import preprocess_images, preprocess_video
-from utils.config import UserError
 from utils.data.buckets import Info, Size
 from utils.data.clips import decode_image, probe_image
 from utils.data.latents import open_latents
 from utils.data.media import IMAGES, find_media
 from utils.data.stream import CorruptSample
 from utils.data.tensors import Statistics
+from utils.errors import UserError
 from utils.video import read_video
 
 pytest.importorskip("pyarrow")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from generation.ode_pairs import preprocess_ode
 from tests.small import DISTILLATION, ODE, config, merged, save_networks, trainer, with_weights
-from trainer.preprocess_ode import preprocess_ode
-from utils.config import UserError, save
+from utils.config import save
 from utils.data.safetensors_shards import SafetensorsFolder
+from utils.errors import UserError
 
 PAIRS = {"ode": {"pairs": 5, "steps": 6}}
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from model.wan.vae import WanVAE
+from tasks.preprocess_video import preprocess_video
 from tests.nets import relative
 from tests.test_data_videos import encode
 from tests.vaes import small_vae
-from trainer.preprocess_video import preprocess_video
-from utils.config import UserError
 from utils.data.buckets import Pace, Size
 from utils.data.clips import VideoClips, plan_clips
 from utils.data.latents import open_latents
 from utils.data.media import find_media
+from utils.errors import UserError
 
 
 def test_stored_latents_are_the_vaes_own(tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import RunConfig
-from trainer.build import sharing
-from utils.config import load
+from configs.load import load_run
+from trainer.network_factory import sharing
 from utils.parallel.mesh import split
 
 ROOT = Path(__file__).parent.parent
@@ -21,11 +20,11 @@ def test_recipe_loads_and_so_does_its_smoke_test(recipe: str) -> None:
     text = (ROOT / recipe).read_text()
     header = [line for line in text.splitlines() if line.startswith("#")]
     assert all(any(line.startswith(f"# {word}:") for line in header) for word in ("Command", "Hardware", "Settings"))
-    config = load(RunConfig, ROOT / recipe)
+    config = load_run(ROOT / recipe)
     assert config.data.kind == "wan" and config.data.text.encoder and config.data.vae.path and config.data.prompts
     (smoke,) = [line for line in header if line.startswith("# Smoke test")]
     overrides = smoke.split(": add ")[1].split()
-    bare = load(RunConfig, ROOT / recipe, overrides)
+    bare = load_run(ROOT / recipe, overrides)
     assert bare.data.kind == "synthetic" and bare.validation.every is None and bare.data.prompts is None
     networks = (bare.student, bare.teacher, bare.critic)
     assert all(network is None or network.init is None for network in networks)
@@ -35,7 +34,7 @@ def test_recipe_loads_and_so_does_its_smoke_test(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_fits_the_processes_of_its_command(recipe: str) -> None:
-    config, text = load(RunConfig, ROOT / recipe), (ROOT / recipe).read_text()
+    config, text = load_run(ROOT / recipe), (ROOT / recipe).read_text()
     (command,) = re.findall(r"^# Command: +torchrun (.*)$", text, re.MULTILINE)
     ((nodes, each),) = re.findall(r"(?:--nnodes (\d+) )?--nproc_per_node (\d+)", command)
     split(config.parallel, int(nodes or 1) * int(each))  # else ConfigError
@@ -46,19 +45,19 @@ def test_a_slurm_script_asks_for_the_processes_of_its_recipe(script: str) -> Non
     text = (ROOT / "slurm" / script).read_text()
     for recipe in re.findall(r"^distill (\S+)", text, re.MULTILINE):
         nodes, each = (int(n) for name in ("nodes", "gpus-per-node") for n in re.findall(rf"--{name}=(\d+)", text))
-        split(load(RunConfig, ROOT / recipe).parallel, nodes * each)
+        split(load_run(ROOT / recipe).parallel, nodes * each)
 
 
 def test_adapters_of_a_recipe_lie_on_one_copy() -> None:
     adapted = [recipe for recipe in RECIPES if recipe.endswith("_lora.yaml")]
     assert len(adapted) >= 3
     for recipe in adapted:
-        assert set(sharing(load(RunConfig, ROOT / recipe))) == {"student", "critic"}
+        assert set(sharing(load_run(ROOT / recipe))) == {"student", "critic"}
 
 
 def test_experts_take_steps_and_scores_on_their_side_of_the_boundary() -> None:
-    high, low = (load(RunConfig, ROOT / f"configs/wan2.2_a14b/dmd_{side}.yaml").schedule for side in ("high", "low"))
+    high, low = (load_run(ROOT / f"configs/wan2.2_a14b/dmd_{side}.yaml").schedule for side in ("high", "low"))
     assert min(high.sigmas()) >= 0.875 > max(low.sigmas())
     assert high.min_score_timestep == low.max_score_timestep == 875
-    whole = load(RunConfig, ROOT / "configs/wan2.1_1.3b/self_forcing_dmd.yaml").schedule
+    whole = load_run(ROOT / "configs/wan2.1_1.3b/self_forcing_dmd.yaml").schedule
     assert (*high.sigmas(), *low.sigmas()) == whole.sigmas()

@@ -16,6 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from generation import generator as generate
+from generation.command import inference_args, open_generator
+from generation.generator import Generator, Sampling
+from generation.videos import generate_videos
 from model.schedule import flow_match_euler_sigmas
 from model.score import ScoreNet
 from model.wan.config import WanConfig
@@ -27,11 +31,7 @@ from tests.nets import relative
 from tests.test_diffusers_parity import pair
 from tests.test_image_encoder import as_pil, picture, save_image_encoder
 from tests.vaes import small_vae
-from trainer import generate
-from trainer.generate import Generator, Sampling
-from trainer.generate_cli import inference_args, open_generator
-from trainer.generate_videos import generate_videos
-from utils.config import UserError
+from utils.errors import UserError
 from utils.random import Noise
 from utils.video import read_video, write_video
 

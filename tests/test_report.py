@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import RunConfig
+from configs.load import load_run
+from evaluation.command import SPLITS, Row, eval_prompts
+from generation.generator import Generator, Sampling
 from scripts import report, report_html, report_samples
 from scripts.report_plots import Panel, curves, held, short, side_by_side, thinned, write_comparison
 from scripts.report_samples import METHODS, RUNS, Method
-from trainer.build import build_network
-from trainer.evaluate import SPLITS, Row, eval_prompts
-from trainer.generate import Generator, Sampling
+from trainer.network_factory import build_network
 from utils import checkpoint
-from utils.config import UserError, load, to_plain
+from utils.config import to_plain
+from utils.errors import UserError
 from utils.logging import RunLogger
 from utils.video import read_video
 
@@ -46,7 +47,7 @@ def write_run(root: Path, run: str, seed: int = 0) -> None:
     small = ["student.overrides.num_layers=1", "student.init=null", "training.precision=fp32", f"seed={seed}"]
     if run.startswith("self"):
         small += ["teacher.init=null", "critic.init=null"]
-    config = load(RunConfig, Path("configs/toy") / f"{run}.yaml", small)
+    config = load_run(Path("configs/toy") / f"{run}.yaml", small)
     weights = build_network(config.student, run, seed, CPU).state_dict()
     checkpoint.save(root / run / "checkpoints", 1, {"student": weights}, {"config": to_plain(config)})
     logger = RunLogger(root / run, {})

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from generation.export import export, export_args
+from generation.generator import Generator
 from model.wan.config import Checkpointing, NetworkConfig, SparseConfig
 from model.wan.formats import GATE
 from model.wan.init import zero_gates
@@ -19,10 +21,8 @@ from tests.nets import gradients, latents, random_net, relative, texts
 from tests.small import BRIEF, DISTILLATION, NETWORK, config, merged, save_networks, trainer, with_weights
 from tests.test_rollout import assert_same_gradients, blocks_of, brute_force, run, setup
 from tests.test_trainer import curve
-from trainer.build import build_network
-from trainer.export import export, export_args
-from trainer.generate import Generator
-from utils.config import ConfigError
+from trainer.network_factory import build_network
+from utils.errors import ConfigError
 
 CPU = torch.device("cpu")
 SPARSE = SparseConfig(0.5, [1, 8, 8], "reference")  # a frame here is a tile

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import RunConfig
+from configs.load import load_run
 from configs.sections import DataConfig
+from evaluation.command import main as evaluate
 from model.wan.config import WanConfig, geometry
+from tasks.synthetic import SyntheticTask
 from tests.small import NETWORK, trainer
 from tests.test_trainer import curve
-from trainer.evaluate import main as evaluate
-from trainer.task import SyntheticTask
-from utils.config import UserError, load
-from utils.data.synthetic import SyntheticConfig
+from utils.errors import UserError
+from worlds.synthetic import SyntheticConfig
 
 CPU = torch.device("cpu")
 
@@ -66,7 +66,7 @@ def test_decode_shows_three_channels_and_encode_undoes_it(channels: int) -> None
     ],
 )
 def test_the_recipes_have_wans_sizes(recipe: str, latents: tuple[int, ...], tokens: int, steps: list[float]) -> None:
-    config = load(RunConfig, Path(__file__).parents[1] / f"configs/{recipe}.yaml", ["data.prompts=null"])
+    config = load_run(Path(__file__).parents[1] / f"configs/{recipe}.yaml", ["data.prompts=null"])
     shape = config.student.geometry()
     one = SyntheticTask(config.data, shape, 0, CPU)
     assert one.latent_shape == latents and one.text_shape == (512, 4096)

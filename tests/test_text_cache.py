@@ -12,11 +12,11 @@ import torch
 
 from configs.sections import DataConfig
 from model.wan.config import geometry
+from tasks import text_cache
+from tasks.text_cache import Encode, Shard, Source, TextCache, check, write_shard
+from tasks.toy import ToyTask
 from tests import forked
-from trainer import text_cache
-from trainer.task import ToyTask
-from trainer.text_cache import Encode, Shard, Source, TextCache, check, write_shard
-from utils.config import UserError
+from utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 GEOMETRY = geometry("toy")

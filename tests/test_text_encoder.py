@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from model.wan import text_encoder
 from model.wan.text_encoder import TextConfig, TextEncoder, clean_prompt, load_text_encoder, toy_text_encoder
-from utils.data.toy_world import ToyWorld, ToyWorldConfig
+from worlds.toy import ToyWorld, ToyWorldConfig
 
 CAPTIONS = ToyWorld(ToyWorldConfig()).captions
 

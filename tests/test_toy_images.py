@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from evaluation.toy_suite import generate_all
+from generation.generator import Generator, Sampling
 from model.score import ScoreNet
+from tasks.build import build_task
+from tasks.toy import ToyTask
 from tests.nets import random_net
 from tests.small import DIFFUSION, DISTILLATION, config, merged, trainer
-from trainer.build import build_task
 from trainer.distillation import ScoreDistillationTrainer
-from trainer.generate import Generator, Sampling
-from trainer.task import ToyTask
-from trainer.toy_suite import generate_all
-from utils.config import ConfigError
+from utils.errors import ConfigError
 
 CPU = torch.device("cpu")
 FRAMES = 5  # the given one, and two blocks of two

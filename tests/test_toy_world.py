@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.data.prompts import PromptStream, load_prompts
-from utils.data.toy_world import DIRECTIONS, ToyWorld, ToyWorldConfig
+from worlds.toy import DIRECTIONS, ToyWorld, ToyWorldConfig
 
 WORLD = ToyWorld(ToyWorldConfig())
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import RunConfig
+from configs.load import load_run
 from configs.sections import TrainerKind
 from tests import forked
 from trainer.base import RunOptions
 from trainer.build import build_trainer
-from utils.config import ConfigError, load
+from utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 YAML = "configs/toy/self_forcing_dmd.yaml"
@@ -60,15 +60,14 @@ MISTAKES = [
 @pytest.mark.parametrize(("override", "words"), MISTAKES, ids=[override for override, _ in MISTAKES])
 def test_mistake_is_one_line_with_key_value_and_remedy(override: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(RunConfig, ROOT / YAML, override.split(" ") if "{" not in override else [override])
+        load_run(ROOT / YAML, override.split(" ") if "{" not in override else [override])
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
 
 
 def test_ts_schedule_needs_one_exit_step_for_all_blocks() -> None:
     with pytest.raises(ConfigError, match="same_step_across_blocks"):
-        load(
-            RunConfig,
+        load_run(
             ROOT / YAML,
             ["schedule.ts_schedule=true", "rollout.same_step_across_blocks=false", "rollout.last_step_only=false"],
         )
@@ -76,7 +75,7 @@ def test_ts_schedule_needs_one_exit_step_for_all_blocks() -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=str)
 def test_every_recipe_loads_and_says_how_to_run_it(path: Path) -> None:
-    load(RunConfig, path)
+    load_run(path)
     header = path.read_text().split("\nname:")[0]
     assert f"--config_path {path.relative_to(ROOT)}" in header and "Hardware" in header
 
@@ -111,7 +110,7 @@ def test_missing_weights_name_the_network_and_the_path(tmp_path: Path) -> None:
 def test_mistakes_that_only_the_task_can_see(override: str, word: str, tmp_path: Path) -> None:
     overrides = ["student.init=null", "teacher.init=null", "critic.init=null", override]
     with pytest.raises(ConfigError) as caught:
-        build_trainer(load(RunConfig, ROOT / YAML, overrides), RunOptions(tmp_path))
+        build_trainer(load_run(ROOT / YAML, overrides), RunOptions(tmp_path))
     assert "\n" not in str(caught.value) and word in str(caught.value)
 
 
@@ -119,5 +118,5 @@ def test_print_config_gives_a_yaml_that_loads_to_the_same(tmp_path: Path) -> Non
     done = forked.run(1, "train.py", "--config_path", YAML, "seed=3", "--print_config")
     assert done.returncode == 0
     (tmp_path / "c.yaml").write_text(done.stdout)
-    again = load(RunConfig, tmp_path / "c.yaml")
-    assert again == load(RunConfig, ROOT / YAML, ["seed=3"]) and again.trainer is TrainerKind.score_distillation
+    again = load_run(tmp_path / "c.yaml")
+    assert again == load_run(ROOT / YAML, ["seed=3"]) and again.trainer is TrainerKind.score_distillation

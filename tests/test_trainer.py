@@ -15,7 +15,7 @@ from tests import small
 from tests.small import NETWORK, SHORT, config, merged, save_networks, trainer, with_weights
 from trainer import ode as trainer_ode
 from utils import activity, checkpoint
-from utils.config import UserError
+from utils.errors import UserError
 from utils.logging import read_jsonl
 
 Losses = list[dict[str, float]]

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from generation.export import scheduler_sigmas
+from generation.generator import Generator, Sampling
+from generation.two_experts import joined
 from model.types import Conditioning
 from tests.small import DISTILLATION, config
 from tests.test_export import exported, make_run, network
-from trainer.export import scheduler_sigmas
-from trainer.generate import Generator, Sampling
-from trainer.two_experts import joined
-from utils.config import UserError
+from utils.errors import UserError
 from utils.random import Noise
 
 CPU = torch.device("cpu")

@@ -12,26 +12,27 @@ import pytest
 import torch
 
 from configs.schema import RunConfig
+from evaluation.fid_suite import FidArgs, evaluate_fid
+from generation.command import inference_args, open_generator
+from generation.generator import Generator
+from generation.videos import generate_videos
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.text_encoder import TextEncoder, load_text_encoder, toy_text_encoder
 from model.wan.vae import VAEConfig, load_vae
+from tasks import wan as wan_task
+from tasks.build import build_task, task_to_sample
+from tasks.preprocess_text import preprocess_text
+from tasks.task import for_each
+from tasks.wan import WanTask, statistics_of
 from tests.small import DISTILLATION, NETWORKS, config, merged, trainer
 from tests.test_evaluation import save_encoder
 from tests.test_image_encoder import save_image_encoder
 from tests.vaes import small_vae
-from trainer import wan_task
-from trainer.build import build_task, task_to_sample
-from trainer.fid_suite import FidArgs, evaluate_fid
-from trainer.generate import Generator
-from trainer.generate_cli import inference_args, open_generator
-from trainer.generate_videos import generate_videos
-from trainer.preprocess_text import preprocess_text
-from trainer.task import for_each
-from trainer.wan_task import WanTask, statistics_of
-from utils.config import ConfigError, UserError, to_yaml
+from utils.config import to_yaml
 from utils.data.buckets import Size
 from utils.data.safetensors_shards import write_latents, write_trajectories
 from utils.data.stream import Sample
+from utils.errors import ConfigError, UserError
 from utils.random import Noise
 from utils.video import read_video, write_video
 

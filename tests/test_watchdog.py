@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from configs.schema import RunConfig
+from configs.load import run_from_plain
 from utils import activity, distributed
 from utils.agreement import code_revision
-from utils.config import ConfigError, from_plain
+from utils.errors import ConfigError
 from utils.watchdog import Place, Watchdog, WatchdogConfig, describe, is_collective_error
 
 # ------------------------------------------------------------------------------------------------------------ activity
@@ -170,9 +170,9 @@ def test_errors_of_a_backend_are_told_from_others() -> None:
 
 def test_limits_are_checked_and_process_groups_outlast_them() -> None:
     with pytest.raises(ConfigError, match=r"^watchdog.stuck_after_seconds must be positive, or null for ever, got 0"):
-        from_plain(RunConfig, {"watchdog": {"stuck_after_seconds": 0}})
+        run_from_plain({"watchdog": {"stuck_after_seconds": 0}})
     with pytest.raises(ConfigError, match=r"^watchdog.slow_after_seconds 5.0 is less than stuck_after_seconds 600.0"):
-        from_plain(RunConfig, {"watchdog": {"slow_after_seconds": 5}})
+        run_from_plain({"watchdog": {"slow_after_seconds": 5}})
     timeout = WatchdogConfig(stuck_after_seconds=600, slow_after_seconds=3600).group_timeout()
     assert timeout is not None and timeout.total_seconds() > 3600 + 600
     assert WatchdogConfig(stuck_after_seconds=None).group_timeout() is None

@@ -17,10 +17,10 @@ from model.ladd import ladd_sigma
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
 from model.wan.config import WanConfig
+from tasks.task import Shape, Task
 from trainer.engine import ReplicatedEngine
 from trainer.networks import Trained
-from trainer.task import Shape, Task
-from utils.config import ConfigError
+from utils.errors import ConfigError
 from utils.optim import NetworkOptimizer, trainable
 from utils.random import Noise, keyed_seed
 

@@ -18,18 +18,19 @@ from torch import Tensor
 from configs.schema import RunConfig
 from configs.sections import TrainingConfig
 from model.types import Conditioning, Evaluations, LossOutput
-from trainer.build import build_task
+from pipeline.sampling import sample
+from tasks.build import build_task
 from trainer.drawn_sizes import DrawnSizes
 from trainer.faults import SharedFaults
 from trainer.networks import Trained, TrainedNetwork
-from trainer.sampling import sample
 from trainer.state import load_run, save_run
-from trainer.validation import read_prompts, sample_pixels, shown_weights
+from trainer.validation import read_prompts, sample_pixels, shown_weights, way_of
 from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed
 from utils.agreement import FiniteCheck
-from utils.config import ConfigError, UserError, diff, save, to_plain
+from utils.config import diff, save, to_plain
 from utils.data.stream import Stream
+from utils.errors import ConfigError, UserError
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
 from utils.parallel.mesh import Mesh, build_mesh
@@ -125,9 +126,8 @@ class Trainer(ABC):
 
     def sample(self, conditioning: Conditioning, negative: Tensor, noise: Noise) -> Tensor:
         """Latents [B, F, C, H, W] from the student as it is."""
-        return sample(
-            self.config, self.networks["student"].score, self.task.latent_shape, conditioning, negative, noise
-        )
+        way = way_of(self.config)
+        return sample(way, self.networks["student"].score, self.task.latent_shape, conditioning, negative, noise)
 
     # ------------------------------------------------------------------------------------------------------ the loop
 

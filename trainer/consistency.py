@@ -16,7 +16,7 @@ from model.types import LossOutput
 from model.wan.transformer import WanTransformer
 from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
 from trainer.base import MicroBatch, Trainer
-from trainer.build import build_frozen, build_trained, sharing
+from trainer.network_factory import build_frozen, build_trained, sharing
 
 
 class ConsistencyTrainer(Trainer):

@@ -14,7 +14,7 @@ from model.schedule import TIMESTEPS, mix, shift_sigma
 from model.types import Conditioning, LossOutput
 from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
 from trainer.base import MicroBatch, Trainer
-from trainer.build import build_trained
+from trainer.network_factory import build_trained
 
 
 class DiffusionTrainer(Trainer):

@@ -23,8 +23,8 @@ from pipeline.bidirectional_training import backward_simulation, diffusion_forci
 from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_forcing_rollout
 from trainer.adversary import Adversary
 from trainer.base import MicroBatch, Trainer
-from trainer.build import build_frozen, build_trained, sharing
 from trainer.guard import Guard
+from trainer.network_factory import build_frozen, build_trained, sharing
 from trainer.objectives import Objective, Sample, Weights
 from trainer.rollout_cache import RolloutCache
 from utils import distributed

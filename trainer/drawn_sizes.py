@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from configs.schema import RunConfig
-from configs.sizes import Size, drawn_size
+from configs.sizes import drawn_size
+from configs.video_size import Size
 from utils import activity
 from utils.random import Noise, keyed_seed
 

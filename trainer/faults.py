@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from utils import distributed
-from utils.config import UserError
 from utils.data.stream import Stream, TooManyCorrupt
+from utils.errors import UserError
 
 
 class SharedFaults:

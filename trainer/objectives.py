@@ -25,8 +25,8 @@ from model.schedule import TIMESTEPS, mix
 from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import Conditioning, LossOutput, Rollout, Total
+from tasks.task import Reward, Task
 from trainer.adversary import NAME, Adversary
-from trainer.task import Reward, Task
 from utils.random import Noise
 
 

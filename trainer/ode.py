@@ -22,15 +22,16 @@ from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_trajectory
 from pipeline.causal_inference import causal_trajectory
 from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
+from pipeline.sampling import cache_dtype
+from tasks.first_frames import gives
+from tasks.stored import StoredPairs
+from tasks.task import Task
 from trainer.base import MicroBatch, Trainer
-from trainer.build import build_frozen, build_trained, sharing
-from trainer.given import gives
-from trainer.sampling import cache_dtype
-from trainer.stored import StoredPairs
-from trainer.task import Task
+from trainer.network_factory import build_frozen, build_trained, sharing
 from utils import activity, distributed
-from utils.config import ConfigError, config_hash
+from utils.config import config_hash
 from utils.data.stream import Stream
+from utils.errors import ConfigError
 from utils.logging import Progress
 from utils.random import Noise, keyed_seed
 

@@ -11,7 +11,7 @@ import torch
 from model.wan.config import LoraConfig
 from model.wan.lora_files import MergedWeights
 from model.wan.weights import Weights
-from utils.config import UserError
+from utils.errors import UserError
 
 # small, of every geometry, and changed by any training of all weights; and one that most adapters change
 TELLING = ("blocks.0.norm3.weight", "head.head.bias", "blocks.0.self_attn.q.weight")

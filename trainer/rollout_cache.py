@@ -12,7 +12,7 @@ from configs.sizes import sizes_of
 from model.score import ScoreNet
 from model.wan.kv_cache import KVCache
 from model.wan.transformer import WanTransformer
-from trainer.sampling import cache_dtype
+from pipeline.sampling import cache_dtype
 
 
 class RolloutCache:

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from trainer.networks import Trained
 from trainer.origin import refuse_other_origin
 from utils import checkpoint
-from utils.config import UserError
+from utils.errors import UserError
 from utils.optim_state import flatten_optimizer, restore_optimizer
 from utils.parallel.parallelize import reshard
 from utils.shards import Entry, Table

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
-from configs.sections import SampleWeights, ValidationConfig
+from configs.sections import SampleWeights, TrainerKind, ValidationConfig
 from model.types import Conditioning
-from trainer.task import Task
+from pipeline.sampling import FewSteps, ManySteps
+from tasks.task import Task
 from utils import activity, distributed
-from utils.config import ConfigError
 from utils.data.prompts import load_prompts
+from utils.errors import ConfigError
 from utils.random import Noise
 
 Sampler = Callable[[Conditioning, Tensor, Noise], Tensor]  # conditioning, negative, noise -> latents [B, F, C, H, W]
@@ -58,3 +59,11 @@ def sample_pixels(
         if distributed.is_main():
             parts.append(task.decode(latents).cpu())
     return torch.cat(parts) if parts else None
+
+
+def way_of(config: RunConfig) -> ManySteps | FewSteps:
+    """How the run's network is meant to be sampled."""
+    if config.trainer is TrainerKind.diffusion and not config.is_causal:
+        validation = config.validation
+        return ManySteps(validation.steps, config.schedule.timestep_shift, validation.guidance)
+    return FewSteps(config.schedule.sigmas(), config.causal if config.is_causal else None)

@@ -1,1 +1,3 @@
-"""What any training code needs; knows nothing of this project's models."""
+"""What any training code needs: config, command line, checkpoints, optimizers, parallelism, files. Not here: anything
+that knows this project's models, data sets or other projects' formats.
+"""

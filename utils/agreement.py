@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from utils import distributed
-from utils.config import ConfigError
+from utils.errors import ConfigError
 
 
 def code_revision(root: Path) -> str:

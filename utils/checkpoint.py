@@ -49,7 +49,7 @@ from utils.checkpoint_folder import (
     sweep,
     write,
 )
-from utils.config import UserError
+from utils.errors import UserError
 from utils.shards import Damaged, Groups, Table
 
 # the folder's functions are this module's as well: callers need not know where the line is

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from utils.config import UserError
+from utils.errors import UserError
 
 FORMAT = 2
 READABLE = (1, 2)  # 1: one process, no table, no checksums

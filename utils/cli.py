@@ -1,4 +1,4 @@
-"""Command line of ``train.py`` and the one place where an error becomes one line and exit code 2."""
+"""What all command lines share, and the one place where an error becomes one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -7,39 +7,13 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 from utils import distributed
-from utils.config import UserError
+from utils.errors import UserError
 from utils.watchdog import EXIT_STUCK, CollectiveError
-
-
-@dataclass(frozen=True)
-class PlanArgs:
-    """What to plan for."""
-
-    nodes: int
-    gpus_per_node: int
-    gpu: str
-
-
-@dataclass(frozen=True)
-class TrainArgs:
-    """What ``train.py`` was asked to do."""
-
-    config_path: Path
-    overrides: tuple[str, ...]  # key=value, laid over the YAML in this order
-    logdir: Path
-    resume: str  # "auto", "never" or a path: see checkpoint.resolve_resume
-    max_steps: int | None  # stop after this step whatever the config says
-    wandb: bool
-    save: bool
-    visualize: bool
-    print_config: bool
-    plan: PlanArgs | None  # say what the run needs, instead of running it
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,54 +31,6 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
             message = f"unknown option {unknown}: {hint}"
         raise UserError(message)
-
-
-def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
-    """Parse the arguments of ``train.py`` (``sys.argv`` by default). Raises UserError."""
-    parser = Parser(prog="train.py", description="Train or distil what a YAML file describes.")
-    parser.add_argument("--config_path", "--config-path", type=Path, required=True, metavar="YAML")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the YAML, e.g. seed=1")
-    parser.add_argument("--logdir", type=Path, help="run folder (default: logs/<family>/<method> of the YAML's path)")
-    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
-    parser.add_argument("--max_steps", "--max-steps", type=_positive, metavar="N", help="stop after step N")
-    parser.add_argument("--disable-wandb", "--disable_wandb", action="store_true")
-    parser.add_argument("--no_save", "--no-save", action="store_true", help="write no checkpoints")
-    parser.add_argument("--no_visualize", "--no-visualize", action="store_true", help="make no validation videos")
-    parser.add_argument("--print_config", "--print-config", action="store_true", help="print it checked, and exit")
-    plan = parser.add_argument_group("planning", "what the run would need of its GPUs, found out without one")
-    plan.add_argument("--plan", action="store_true", help="print it, and exit")
-    plan.add_argument("--nodes", type=_positive, metavar="N", help="default: 1")
-    plan.add_argument("--gpus_per_node", "--gpus-per-node", type=_positive, metavar="N", help="default: 8")
-    plan.add_argument("--gpu", metavar="NAME", help="a100-40, a100-80, h100, h200 (default), b200, l40s, rtx4090")
-    # intermixed: overrides may stand before, between and after options
-    space = parser.parse_intermixed_args(argv)
-    if not space.plan and (space.nodes or space.gpus_per_node or space.gpu):
-        parser.error("--nodes, --gpus_per_node and --gpu say what to plan for: add --plan, or start with torchrun")
-    return TrainArgs(
-        config_path=space.config_path,
-        overrides=tuple(space.overrides),
-        logdir=space.logdir or default_logdir(space.config_path),
-        resume=space.resume,
-        max_steps=space.max_steps,
-        wandb=not space.disable_wandb,
-        save=not space.no_save,
-        visualize=not space.no_visualize,
-        print_config=space.print_config,
-        plan=PlanArgs(space.nodes or 1, space.gpus_per_node or 8, space.gpu or "h200") if space.plan else None,
-    )
-
-
-def default_logdir(config_path: Path) -> Path:
-    """``configs/toy/dmd.yaml`` -> ``logs/toy/dmd``; a YAML outside ``configs`` -> ``logs/<stem>``."""
-    parts = config_path.with_suffix("").parts
-    below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts else parts[-1:]
-    return Path("logs", *below)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def refuse_several_ranks(program: str) -> None:

@@ -24,21 +24,12 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from utils.errors import ConfigError
+
 T = TypeVar("T")
 
 _SHOWN = 60  # characters of an offending value that are worth showing in an error
 _WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
-
-
-class UserError(ValueError):
-    """Something that a user got wrong or can put right; ``cli.run_cli`` shows it as one line, without a traceback."""
-
-
-class ConfigError(UserError):
-    """One line: key path, offending value, remedy."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
 
 
 # ---------------------------------------------------------------------------------------------------------------- load
@@ -358,29 +349,10 @@ def _flatten(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flatten(value, f"{path}.{key}" if path else str(key))
 
 
-def main() -> int:
-    """`python -m utils.config import DIALECT FILE [--out YAML]`: a recipe of another project as one of ours."""
-    from utils.cli import Parser
-    from utils.foreign import read_options, to_text, translate
-    from utils.foreign_tables import DIALECTS
+if __name__ == "__main__":  # `python -m utils.config import` of version 0.1
+    import sys
 
-    parser = Parser(prog="python -m utils.config", description="Translate another project's recipe into one of ours.")
-    command = parser.add_subparsers(dest="command", required=True, parser_class=Parser).add_parser("import")
-    command.add_argument("dialect", choices=tuple(DIALECTS))
-    command.add_argument("file", type=Path, help="its YAML, JSON or shell recipe")
-    command.add_argument("--out", type=Path, help="write the YAML here instead of printing it; never over a file")
-    args = parser.parse_args()
-    text = to_text(translate(DIALECTS[args.dialect], read_options(args.file)), f"{args.dialect}'s {args.file.name}")
-    if args.out is None:
-        print(text, end="")
-    elif args.out.exists():
-        raise ConfigError(f"--out {args.out}: is there already: give another name")
-    else:
-        args.out.write_text(text, encoding="utf-8")
-    return 0
+    from utils.moved import run_moved
 
-
-if __name__ == "__main__":
-    from utils.cli import run_cli
-
-    run_cli(main)
+    del sys.argv[1:2]
+    run_moved("import_recipe.py", "python -m utils.config import")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.config import UserError
+from utils.errors import UserError
 from utils.shards import Entry
 
 Names = Mapping[Any, str] | Iterable[tuple[str, Tensor]]  # parameter -> name, or named_parameters()

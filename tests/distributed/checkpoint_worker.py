@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils import checkpoint, distributed, shards
-from utils.config import UserError
+from utils.errors import UserError
 from utils.optim import MomentumFreeAdamW
 from utils.optim_state import flatten_optimizer, restore_optimizer
 

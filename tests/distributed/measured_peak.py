@@ -16,13 +16,13 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from configs.schema import RunConfig
+from planning.meter import Meter
+from planning.plan import worst_moment
+from planning.pretend_run import Iteration, pretended_world, run, stripped
 from tests import small
 from trainer.base import RunOptions
 from trainer.build import build_trainer
-from trainer.plan import worst_moment
-from trainer.plan_run import Iteration, pretended_world, run, stripped
 from utils import distributed
-from utils.parallel.plan_meter import Meter
 
 NETWORK = {"preset": "toy", "overrides": {"dim": 128, "ffn_dim": 512, "num_layers": 2}, "attention": "sdpa"}
 LAST = 1

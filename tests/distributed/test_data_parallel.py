@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 
-from configs.schema import RunConfig
+from configs.load import load_run
 from tests import forked
 from tests.small import DIFFUSION, DISTILLATION, ODE, SHORT, config, save_networks, with_weights
 from tests.test_trainer import curve, tensors
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from utils import checkpoint
-from utils.config import load, to_yaml
+from utils.config import to_yaml
 
 
 def run(ranks: int, yaml: Path, logdir: Path, *, max_steps: int | None = None) -> None:
     """Several ranks are forked; a single one is this process."""
     if ranks == 1:
-        assert build_trainer(load(RunConfig, yaml), RunOptions(logdir, "auto", max_steps, wandb=False)).train() == 0
+        assert build_trainer(load_run(yaml), RunOptions(logdir, "auto", max_steps, wandb=False)).train() == 0
         return
     more = () if max_steps is None else ("--max_steps", str(max_steps))
     done = forked.run(ranks, "train.py", "--config_path", str(yaml), "--logdir", str(logdir), *more)

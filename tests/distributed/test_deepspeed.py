@@ -14,7 +14,7 @@ from tests import forked
 from tests.distributed import zero
 from tests.small import config, save_networks
 from trainer.build import build_trainer
-from utils.config import ConfigError
+from utils.errors import ConfigError
 
 Seen = dict[str, Tensor]
 PARTS = ("weight/student", "weight/critic", "square/student", "square/critic", "ema/student", "video")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from planning.meter import Meter
+from planning.plan import worst_moment
+from planning.pretend_run import ALLOCATION, Iteration, run, stripped
 from tests.distributed import measured_peak
 from trainer.base import RunOptions
 from trainer.build import build_trainer
-from trainer.plan import worst_moment
-from trainer.plan_run import ALLOCATION, Iteration, run, stripped
-from utils.parallel.plan_meter import Meter
 
 WIDE = {"preset": "bench", "overrides": {"num_layers": 4}, "attention": "sdpa", "checkpointing": "full"}
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from generation.acceleration import FP8_CAPABILITY, compile_blocks, fp8_linears
 from model.score import ScoreNet
 from model.types import Conditioning
 from model.wan.attention import Backend
@@ -15,7 +16,6 @@ from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig
 from pipeline.causal_inference import CausalStream, StreamConfig
 from tests.nets import random_net, relative, texts
-from trainer.acceleration import FP8_CAPABILITY, compile_blocks, fp8_linears
 from utils.overlap import SideDecoder
 from utils.random import Noise
 

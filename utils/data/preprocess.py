@@ -1,14 +1,8 @@
-"""`python -m utils.data.preprocess text|video|ode ...` is `python preprocess.py text|video|ode ...`.
-
-The commands need trainers, which stand above this package: the script is run as the program that it is.
-"""
+"""`python -m utils.data.preprocess`, the name of `python preprocess.py` in version 0.1."""
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-
-SCRIPT = Path(__file__).resolve().parents[2] / "preprocess.py"
+from utils.moved import run_moved
 
 if __name__ == "__main__":
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_moved("preprocess.py", "python -m utils.data.preprocess")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils import distributed
-from utils.config import ConfigError
+from utils.errors import ConfigError
 
 OFFLOAD = ("none", "cpu", "nvme")
 

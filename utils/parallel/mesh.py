@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from utils import distributed
-from utils.config import ConfigError
+from utils.errors import ConfigError
 from utils.parallel.deepspeed import DeepSpeedConfig
 
 ENGINES = ("fsdp2", "deepspeed")

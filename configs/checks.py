@@ -1,0 +1,177 @@
+"""Combinations of sections that cannot work together. Every error is one line: key, value, remedy."""
+
+from __future__ import annotations
+
+import math
+
+from configs.images import check_given
+from configs.objective import Features, Heads, ObjectiveKind
+from configs.schema import RunConfig
+from configs.sections import (
+    RolloutKind,
+    TrainerKind,
+    UpdateSchedule,
+)
+from configs.sizes import check_sizes
+from model.wan.vae import STRIDE_T
+from pipeline.self_forcing_training import rollout_lengths
+from utils.optim import OptimizerConfig
+
+
+def check_run(config: RunConfig) -> None:
+    """Raises ValueError, one line, for a run that cannot work: key, value, remedy."""
+    if config.trainer is TrainerKind.score_distillation:
+        _check_distillation(config)
+    if config.trainer is TrainerKind.ode and config.teacher is None and config.ode.path is None:
+        raise ValueError("teacher is null: the ode trainer makes trajectories with one: set it, or ode.path")
+    if config.trainer is TrainerKind.consistency and (config.teacher is None or config.ema.decay is None):
+        raise ValueError("trainer consistency needs a causal teacher, and an average: set teacher and ema.decay")
+    needs = config.needs_data()
+    if needs and not config.data.real:
+        raise ValueError(f"data.real is false, but {needs} needs real videos: set it to true")
+    if needs and config.data.kind == "wan" and config.data.latents is None:
+        raise ValueError(f"data.latents is null, but {needs} needs real videos: give a folder of preprocess.py video")
+    if config.data.kind == "wan" and config.data.vae.path is None and config.validation.every is not None:
+        raise ValueError("data.vae.path is null: give the VAE's folder, or set validation.every to null")
+    if config.is_causal:
+        try:
+            config.causal.blocks(config.data.frames)
+        except ValueError as problem:
+            kind, frames = config.data.kind, config.data.frames
+            where = "data.kind digits" if kind == "digits" else f"data.{kind}.frames"
+            video = "" if kind in ("toy", "digits") else f" (these are {STRIDE_T * (frames - 1) + 1} frames of video)"
+            raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}{video}") from None
+    _check_networks(config)
+    check_given(config, real=needs is not None)
+    check_sizes(config)
+    _check_adapters(config)
+    if config.parallel.engine == "deepspeed":
+        _check_deepspeed(config)
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    """Its optimizers see flat parts of many matrices at a time."""
+    for section in ("generator_training", "critic_training"):
+        optimizer: OptimizerConfig = getattr(config, section).optimizer
+        if optimizer.kind != "adamw":
+            raise ValueError(
+                f"{section}.optimizer: kind {optimizer.kind} is not for engine deepspeed: choose adamw, or fsdp2"
+            )
+        if optimizer.clip_value is not None:
+            raise ValueError(
+                f"{section}.optimizer: clip_value is not for engine deepspeed: set clip_norm, or choose fsdp2"
+            )
+
+
+def _check_adapters(config: RunConfig) -> None:
+    if config.teacher is not None and config.teacher.sparse is not None and config.teacher.sparse.ramp_step is not None:
+        raise ValueError("teacher.sparse.ramp_step: a teacher does not change during a run: set it null")
+    if config.teacher is not None and config.teacher.lora is not None:
+        raise ValueError("teacher.lora: a teacher is never trained: set it null (LoRA files: teacher.loras)")
+    if config.trainer is not TrainerKind.score_distillation and config.critic is not None and config.critic.lora:
+        raise ValueError(f"critic.lora: trainer {config.trainer.value} has no critic: set it null")
+    trained = {name: net for name, net in (("student", config.student), ("critic", config.critic)) if net and net.lora}
+    if trained and config.parallel.engine == "deepspeed":
+        raise ValueError(f"{next(iter(trained))}.lora is not for engine deepspeed: choose fsdp2")
+    has_teacher = config.trainer is not TrainerKind.diffusion and config.ode.path is None
+    if config.teacher is None or not has_teacher:
+        return
+    sharing = {name: net for name, net in trained.items() if net.lora and net.lora.share}
+    for name, net in sharing.items():
+        if odd := net.other_weights(config.teacher):
+            mine, theirs = (n.preset if odd == "geometry" else getattr(n, odd) for n in (net, config.teacher))
+            raise ValueError(
+                f"{name}.lora.share puts the adapter on the teacher's weights, but {name} has {odd} {mine} and the "
+                f"teacher {theirs}: give both the same, or set {name}.lora.share to false"
+            )
+    looks = {(net.attention, net.checkpointing) for net in sharing.values()}
+    if len(looks) > 1:
+        raise ValueError("student and critic share one copy of the weights: give them one attention, checkpointing")
+
+
+def _check_distillation(config: RunConfig) -> None:
+    _check_roles(config)
+    rollout, schedule = config.rollout, config.schedule
+    by_exit = schedule.ts_schedule or schedule.ts_schedule_max
+    if by_exit and not rollout.same_step_across_blocks and not rollout.last_step_only:
+        raise ValueError(
+            "schedule.ts_schedule needs one exit step for all blocks: set rollout.same_step_across_blocks to true"
+        )
+    if rollout.kind.by_block and (by_exit or rollout.last_step_only):
+        raise ValueError(
+            f"rollout.kind {rollout.kind.value} has no exit step: set schedule.ts_schedule, ts_schedule_max and "
+            "rollout.last_step_only to false"
+        )
+    if schedule.ts_schedule_max and schedule.min_score_timestep / 1000 >= min(schedule.sigmas()):
+        raise ValueError(
+            f"schedule.min_score_timestep {schedule.min_score_timestep} is above the last step's level, which "
+            "schedule.ts_schedule_max takes as the upper bound: lower it"
+        )
+    if rollout.num_training_frames is not None:
+        if rollout.kind is not RolloutKind.self_forcing:
+            raise ValueError(
+                f"rollout.num_training_frames needs kind self_forcing, not {rollout.kind.value}: set it null"
+            )
+        rollout_lengths(config.data.frames, rollout.num_training_frames, config.causal.num_frame_per_block)
+    if rollout.self_gradient and rollout.kind is not RolloutKind.self_forcing:
+        raise ValueError(f"rollout.self_gradient needs kind self_forcing, not {rollout.kind.value}: set it to false")
+    if rollout.reuse_rollout and config.training.update_schedule is UpdateSchedule.alternating:
+        raise ValueError(
+            "rollout.reuse_rollout needs iterations that train both networks: set training.update_schedule to joint"
+        )
+    if config.training.max_steps <= config.training.critic_warmup_steps:
+        raise ValueError(
+            f"training.max_steps {config.training.max_steps} ends within critic_warmup_steps "
+            f"{config.training.critic_warmup_steps}: the student would never train"
+        )
+
+
+def _check_roles(config: RunConfig) -> None:
+    """Who takes part: scores compare teacher and critic; a discriminator alone needs only what it looks through."""
+    objective, kind = config.objective, config.objective.kind.value
+    alone = objective.kind in (ObjectiveKind.gan, ObjectiveKind.ladd)
+    on_critic = objective.gan is not None and objective.gan.features is Features.critic
+    needed = {"teacher": not (alone and on_critic), "critic": not alone or on_critic}
+    for name, is_needed in needed.items():
+        if is_needed and getattr(config, name) is None:
+            raise ValueError(f"{name} is null, but objective.kind {kind} needs it: give it a preset and an init")
+        if not is_needed and getattr(config, name) is not None:
+            raise ValueError(f"{name} is not used by objective.kind {kind} on these features: set it to null")
+    if objective.reward is not None and (config.rollout.kind.from_data or config.data.images is not None):
+        raise ValueError("objective.reward judges samples of prompts alone: choose another rollout.kind, or none")
+    if objective.kind is ObjectiveKind.phased_dmd and config.schedule.min_score_timestep <= 0:
+        raise ValueError("objective.kind phased_dmd needs schedule.min_score_timestep, where its interval starts")
+    if objective.gan is not None and objective.gan.heads is Heads.image and config.data.frames != 1:
+        raise ValueError(
+            f"objective.gan.heads image judges single images, not videos of {config.data.frames} latent frames: "
+            "choose video or register"
+        )
+    if config.parallel.engine == "deepspeed" and (objective.gan or objective.critic_keep is not None):
+        raise ValueError("objective.gan and critic_keep are not for engine deepspeed: choose fsdp2")
+
+
+def _check_networks(config: RunConfig) -> None:
+    mine = config.student.geometry()
+    heads = [mine.num_heads]
+    for name, network in (("teacher", config.teacher), ("critic", config.critic)):
+        if network is None:
+            continue
+        other = network.geometry()
+        heads.append(other.num_heads)
+        for field_name in ("in_dim", "out_dim", "text_dim", "text_len", "image_dim"):
+            a, b = getattr(mine, field_name), getattr(other, field_name)
+            if a != b:
+                raise ValueError(
+                    f"{name} has {field_name} {b} and student {a}: they must see the same latents, text and image"
+                )
+    networks = {"student": config.student, "teacher": config.teacher, "critic": config.critic}
+    plain = [name for name, net in networks.items() if net is not None and net.attention == "plain"]
+    if config.parallel.compile and plain:
+        raise ValueError(f"parallel.compile is not for {plain[0]}.attention plain: choose sdpa, flex or flash")
+    common = math.gcd(*heads)
+    if common % config.parallel.sequence:
+        legal = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise ValueError(
+            f"parallel.sequence {config.parallel.sequence} does not divide the heads of every network "
+            f"({', '.join(map(str, heads))}): choose {legal}"
+        )

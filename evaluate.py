@@ -1,0 +1,14 @@
+"""`python evaluate.py --run logs/x [--suite toy|fid|vbench]`: judges a run's videos."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from evaluation.command import main
+from utils.cli import run_cli
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,147 @@
+"""Evaluation of a run: `python evaluate.py --run logs/x [--suite toy|fid|vbench] [--out rows.json]`.
+
+toy: the toy world's judge, which knows the truth. fid: Frechet distance to real videos on any features. vbench:
+VBench's protocol and scores. One module a suite; this one is the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from evaluation import fid_suite, vbench_suite
+from evaluation.toy_suite import (
+    COLUMNS,
+    SPLITS,
+    Row,
+    eval_prompts,
+    evaluate_generator,
+    evaluate_real,
+    generate_all,
+    judge_of,
+    table,
+    write_rows,
+)
+from generation.generator import Generator, Sampling
+from utils import checkpoint, distributed
+from utils.cli import Parser, refuse_several_ranks
+from utils.data.shard_files import atomic
+from utils.errors import UserError
+
+__all__ = [  # the toy world's functions too, which scripts take from here
+    "COLUMNS", "SPLITS", "Row", "eval_prompts", "evaluate_generator", "evaluate_real", "generate_all", "main", "table",
+    "write_rows",
+]  # fmt: skip
+# options that only these suites read: given to another they are refused, for nothing would come of them
+_OF_SUITES = {
+    ("toy", "fid"): ("count", "split", "cache"),
+    ("fid",): ("features", "real"),
+    ("fid", "vbench"): ("prompts", "batch"),
+    ("vbench",): (
+        *("videos", "augmented", "originals", "dimensions", "vbench_python", "download", "only_videos", "fps", "seed"),
+    ),
+}
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="evaluate.py", description="Judge a run's videos.")
+    parser.add_argument("--run", type=Path, required=True, help="run or checkpoint folder")
+    parser.add_argument("--suite", choices=("toy", "fid", "vbench"), default="toy")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: as trained)")
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--out", type=Path, help="write the rows as JSON too")
+    some = parser.add_argument_group("toy and fid")
+    some.add_argument("--count", type=int, help="videos judged (400)")
+    some.add_argument("--split", choices=tuple(SPLITS), help="seeds, and the toy world's prompts (test)")
+    some.add_argument("--cache", type=Path, help="where the toy world's judge is kept (logs/cache)")
+    fid = parser.add_argument_group("fid")
+    fid.add_argument("--features", metavar="toy|DIR", help="a folder with an image or video encoder of transformers")
+    fid.add_argument("--real", type=Path, metavar="DIR", help="real videos or images (default: the toy world's own)")
+    both = parser.add_argument_group("fid and vbench")
+    both.add_argument("--prompts", type=Path, help="fid: a prompt file; vbench: a VBench_full_info.json")
+    both.add_argument("--batch", type=int, help="videos made at once (1; 50 of the toy world)")
+    vbench = parser.add_argument_group("vbench")
+    vbench.add_argument("--videos", type=Path, metavar="DIR", help="where its videos go (RUN/vbench)")
+    vbench.add_argument("--augmented", type=Path, metavar="FILE", help="longer prompts to make videos from")
+    vbench.add_argument("--originals", type=Path, metavar="FILE", help="VBench's own prompts, in --augmented's order")
+    vbench.add_argument("--dimensions", metavar="A,B", help="of VBench's 16 (all)")
+    vbench.add_argument("--vbench_python", metavar="FILE", help="an interpreter that has vbench (this one)")
+    vbench.add_argument("--download", action="store_true", default=None, help="let VBench fetch the models it lacks")
+    vbench.add_argument("--only_videos", action="store_true", default=None, help="make its videos, score nothing")
+    vbench.add_argument("--fps", type=int, help="of its videos (16)")
+    vbench.add_argument("--seed", type=int, help="of its videos' noise, beside each video's own key (0)")
+    return parser
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    for suites, names in _OF_SUITES.items():
+        if args.suite not in suites and (odd := [name for name in names if getattr(args, name) is not None]):
+            raise UserError(f"--{odd[0]} is for --suite {' or '.join(suites)}: leave it out")
+    for name in ("batch", "fps"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: give a number of at least 1")
+    if args.suite != "vbench":
+        refuse_several_ranks(f"evaluate.py --suite {args.suite}")
+        args.count = 400 if args.count is None else args.count
+        args.split, args.cache = args.split or "test", args.cache or Path("logs/cache")
+        if args.count < 2:
+            raise UserError(f"--count {args.count}: a distance needs at least 2 videos, 400 to be worth reading")
+    generator = Generator.load(args.run, distributed.device(), weights=args.weights)
+    {"toy": _toy, "fid": _fid, "vbench": _vbench}[args.suite](generator, args)
+    return 0
+
+
+def _toy(generator: Generator, args: argparse.Namespace) -> None:
+    judge = judge_of(generator.task, args.cache)
+    if judge is None:
+        raise UserError(
+            f"--run {args.run}: its data is {generator.config.data.kind}: only the toy worlds have a judge: use "
+            "--suite fid or vbench"
+        )
+    sampling = Sampling(steps=args.steps, guidance=args.guidance)
+    row, _ = evaluate_generator(str(args.run), generator, judge, count=args.count, split=args.split, sampling=sampling)
+    rows = [evaluate_real(judge, count=args.count, split=args.split), row]
+    print(table(rows))
+    if args.out:
+        write_rows(args.out, rows)
+
+
+def _fid(generator: Generator, args: argparse.Namespace) -> None:
+    asked = fid_suite.FidArgs(
+        args.features, args.real, args.prompts, args.count, args.split, args.cache, args.batch
+    )  # fmt: skip
+    rows = fid_suite.evaluate_fid(generator, asked, Sampling(steps=args.steps, guidance=args.guidance))
+    print(fid_suite.report(rows))
+    _write(args.out, rows)
+
+
+def _vbench(generator: Generator, args: argparse.Namespace) -> None:
+    asked = vbench_suite.VBenchArgs(
+        videos=args.videos or args.run / "vbench",
+        python=args.vbench_python or sys.executable,
+        prompts=args.prompts,
+        augmented=args.augmented,
+        originals=args.originals,
+        dimensions=vbench_suite.parse_dimensions(args.dimensions),
+        download=bool(args.download),
+        only_videos=bool(args.only_videos),
+        batch=args.batch or 1,
+        fps=args.fps or 16,
+    )
+    sampling = Sampling(steps=args.steps, guidance=args.guidance, seed=args.seed or 0)
+    source = f"{checkpoint.resolve_resume(str(args.run), args.run)}, {args.weights}"
+    scores = vbench_suite.evaluate_vbench(generator, asked, sampling, source)
+    if scores is not None:
+        print(vbench_suite.report(scores))
+        _write(args.out, {"scores": scores, "totals": vbench_suite.totals(scores)})
+
+
+def _write(path: Path | None, rows: object) -> None:
+    """JSON, replaced as a whole."""
+    if path is not None:
+        with atomic(path) as partial:
+            partial.write_text(json.dumps(rows, indent=1))

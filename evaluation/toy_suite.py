@@ -1,0 +1,126 @@
+"""Evaluation on the toy worlds, which know the truth about their videos: `python evaluate.py --suite toy`.
+
+Videos are judged by a classifier and a tracker that never saw a generator, for prompts and seeds of their own: split
+'dev' is for choosing hyper-parameters, 'test' for reporting, and they share neither seeds nor prompt lists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from generation.generator import Generator, Sampling
+from tasks.digits import DigitsTask
+from tasks.task import Task
+from tasks.toy import ToyTask
+from tasks.world import WorldTask
+from utils.random import keyed_seed
+from worlds.digits_judge import DigitsJudge
+from worlds.toy_judge import ToyJudge
+
+SPLITS = {"dev": 7001, "test": 9001}  # seeds of prompts and noise
+
+Judge = ToyJudge | DigitsJudge
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. metrics: the judge's; evaluations: of networks, a video; seconds: of CPU, a video."""
+
+    name: str
+    metrics: dict[str, float]
+    evaluations: float
+    seconds: float
+
+
+def judge_of(task: Task, cache: Path) -> Judge | None:
+    """The judge of a task whose truth is known, kept in `cache`; None of another task."""
+    if isinstance(task, ToyTask):
+        return ToyJudge(task.world, cache)
+    return DigitsJudge(task.world, cache) if isinstance(task, DigitsTask) else None
+
+
+def eval_prompts(captions: Sequence[str], count: int, split: str) -> list[str]:
+    """`count` prompts drawn uniformly, keyed by the split."""
+    rng = random.Random(keyed_seed(SPLITS[split], "prompts"))
+    return [rng.choice(captions) for _ in range(count)]
+
+
+@torch.no_grad()
+def generate_all(generator: Generator, prompts: Sequence[str], sampling: Sampling, batch: int = 50) -> Tensor:
+    """Latents [N, F, C, H, W] for all prompts; video i is keyed by i. Those of a run that is given first frames begin
+    with the first frames of real videos of the prompts, held out from training."""
+    parts, given, task = [], None, generator.task
+    if isinstance(task, WorldTask) and task.begins_real:
+        given = task.decode(task.first_frames(prompts, sampling.seed))
+    for start in range(0, len(prompts), batch):
+        ids = range(start, min(start + batch, len(prompts)))
+        first = None if given is None else given[ids.start : ids.stop]
+        parts.append(generator([prompts[i] for i in ids], sampling, ids, first).float().cpu())
+    return torch.cat(parts)
+
+
+def evaluate_generator(
+    name: str, generator: Generator, judge: Judge, *, count: int, split: str, sampling: Sampling
+) -> tuple[Row, Tensor]:
+    """A row of the table, and the latents that it judges."""
+    prompts = eval_prompts(judge.world.captions, count, split)
+    before, started = generator.score.evaluations.total_frames, time.process_time()
+    latents = generate_all(generator, prompts, replace(sampling, seed=SPLITS[split]))
+    seconds = (time.process_time() - started) / count
+    evaluated = (generator.score.evaluations.total_frames - before) / latents.shape[1] / count
+    return Row(name, judge.evaluate(latents, prompts), evaluated, seconds), latents
+
+
+def evaluate_real(judge: Judge, *, count: int, split: str) -> Row:
+    """Held-out real videos of the same prompts: what a perfect generator would score."""
+    prompts = eval_prompts(judge.world.captions, count, split)
+    latents = judge.world.real_videos_for(prompts, seed=SPLITS[split])
+    return Row("real, held out", judge.evaluate(latents, prompts), 0.0, 0.0)
+
+
+COLUMNS = (  # those of them that a judge gives
+    ("prompt right", "prompt_right", "{:.3f}"),
+    ("digit", "digit_right", "{:.3f}"),
+    ("direction", "direction_right", "{:.3f}"),
+    ("appearance FD", "appearance_fd", "{:.2f}"),
+    ("FID-like", "fid", "{:.2f}"),
+    ("novelty", "novelty", "{:.2f}"),
+    ("motion error", "motion_error", "{:.3f}"),
+    ("jitter px", "jitter", "{:.2f}"),
+    ("flicker", "flicker", "{:.3f}"),
+    ("intensity", "intensity", "{:.4f}"),
+    ("diversity", "diversity", "{:.2f}"),
+    ("drift", "appearance_drift", "{:.1f}"),
+    ("fading", "intensity_drift", "{:.3f}"),
+    ("motion", "motion", "{:.4f}"),
+)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text."""
+    columns = [column for column in COLUMNS if column[1] in rows[0].metrics]
+    heads = ["", *(head for head, _, _ in columns), "evaluations"]
+    lines = [[r.name, *(form.format(r.metrics[key]) for _, key, form in columns), f"{r.evaluations:.1f}"] for r in rows]
+    widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
+    show = [
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        for line in [heads, *lines]
+    ]
+    return "\n".join("  ".join(line) for line in show)
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """JSON, replaced as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    os.replace(partial, path)

@@ -1,0 +1,235 @@
+"""The command line of inference.py: what it is asked for, and the network that this names."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from generation.acceleration import Acceleration
+from generation.footage import FootageArgs, footage_args
+from generation.generator import Generator, Sampling
+from generation.pretrained import Model, load_model
+from model.wan.config import LoraWeights
+from pipeline.bidirectional_inference import Solver
+from utils.cli import Parser
+from utils.data.prompts import load_prompts
+from utils.errors import UserError
+
+FORMATS = ("mp4", "gif", "png", "safetensors")
+FORMATS_HELP = "png is a strip of frames, safetensors the latents [F, C, H, W] as they are"
+
+
+@dataclass(frozen=True)
+class InferenceArgs:
+    """What inference.py was asked to do. source: a run or checkpoint folder, or a released model; out: a folder, or a
+    file for one prompt."""
+
+    source: Path | Model
+    low_run: Path | None  # of the low-noise expert
+    prompts: tuple[str, ...]
+    out: Path
+    sampling: Sampling
+    weights: str
+    suffix: str
+    fps: int
+    scale: int | None  # null enlarges small videos
+    batch: int
+    footage: FootageArgs
+    from_file: bool
+    image_encoder: str | None = None  # null takes the run's own
+    size: tuple[int, int] | None = None  # height and width of a run's videos in pixels, null for as trained
+    loras: tuple[LoraWeights, ...] = ()
+    low_loras: tuple[LoraWeights, ...] = ()
+    lora_scale: float = 1.0  # of the run's own adapter
+    tiny_decoder: str | None = None
+    acceleration: Acceleration = Acceleration()
+    sequence: int = 1  # processes that share a video
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="inference.py", description="Generate videos from a trained run.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="run folder: its latest checkpoint is used")
+    source.add_argument("--checkpoint", type=Path, help="one checkpoint folder")
+    parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, beside --run of the high-noise one")
+    source.add_argument("--model", metavar="DIR", help="a released model in Diffusers' layout: a folder, or a Hub name")
+    parser.add_argument("--size", metavar="HxW", help="of videos in pixels (a run: as trained; --model: 480x832)")
+    parser.add_argument("--shift", type=float, help="of --model's noise levels (default: its scheduler's)")
+    parser.add_argument("--negative_prompt", help="of --model (default: none)")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", help="one prompt")
+    text.add_argument("--prompts", type=Path, help="file of prompts (.txt, .csv, .jsonl); finished ones are skipped")
+    parser.add_argument("--out", type=Path, default=Path("videos"), help="folder, or a file for one prompt")
+    parser.add_argument("--frames", type=int, help="latent frames in all (default: as trained)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: as trained)")
+    parser.add_argument(
+        "--block_steps", type=_counts, default=(), metavar="N,N,...",
+        help="steps of a causal student's first block, its second, ..., the last for all after",
+    )  # fmt: skip
+    parser.add_argument(
+        "--noisy_context", action="store_true",
+        help="a causal student sees its last denoising pass's keys and values: one forward less for each block",
+    )  # fmt: skip
+    parser.add_argument("--window", type=int, help="latent frames that a block sees; needed to go on without end")
+    parser.add_argument("--sinks", type=int, help="first latent frames that stay in the window")
+    parser.add_argument("--guidance", type=float, help="of a many-step network (default: its config's)")
+    parser.add_argument("--guidance_2", type=float, help="of the low-noise expert, where a model has two")
+    parser.add_argument("--solver", choices=[s.value for s in Solver], help="of a many-step network (default: its own)")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--image", type=Path, help="first frame of the video (image-to-video)")
+    given.add_argument("--video", type=Path, help="a clip, with --strength or --extend")
+    parser.add_argument(
+        "--image_encoder", metavar="DIR",
+        help="a folder with CLIP, for a run that trained on stored tokens of images (its data.image_encoder is null)",
+    )  # fmt: skip
+    use = parser.add_mutually_exclusive_group()
+    use.add_argument("--strength", type=float, help="make --video anew: share of the steps, 1 keeps nothing of it")
+    use.add_argument(
+        "--extend", type=int, nargs="?", const=0, metavar="N", help="go on from --video's last N latent frames"
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a LoRA on top, also several",
+    )
+    parser.add_argument("--low_lora", action="append", default=[], metavar="FILE", help="of the low-noise expert")
+    parser.add_argument(
+        "--lora_scale", type=float, help="by how much --lora counts; without one, the run's own adapter (1)"
+    )
+    speed = add_speed(parser)
+    speed.add_argument(
+        "--sequence_parallel", type=int, default=1, metavar="N",
+        help="under torchrun: so many processes share each video (1: each makes videos of its own)",
+    )  # fmt: skip
+    parser.add_argument("--weights", choices=("ema", "raw"), help="of --run (default: the average)")
+    parser.add_argument("--format", choices=FORMATS, default="mp4", help=FORMATS_HELP)
+    parser.add_argument("--fps", type=int, default=8)
+    parser.add_argument("--scale", type=int, help="whole factor to enlarge pixels by (default: to a width of 128)")
+    parser.add_argument("--batch", type=int, default=8, help="videos made at once")
+    return parser
+
+
+def add_speed(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options that make passes and decoding faster, for `acceleration_of`."""
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--compile", action="store_true", help="torch.compile for the blocks: minutes at first")
+    speed.add_argument("--fp8", action="store_true", help="linear layers in fp8 (torchao; Ada, Hopper and later)")
+    speed.add_argument("--tiny_decoder", metavar="FILE", help="taehv's decoder in place of the VAE's: coarser, faster")
+    speed.add_argument("--eager", action="store_true", help="record no CUDA graphs")
+    return speed
+
+
+def acceleration_of(a: argparse.Namespace) -> Acceleration:
+    return Acceleration(False if a.eager else None, a.compile, a.fp8)
+
+
+def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
+    """Parses the command line. Raises UserError."""
+    a = _parser().parse_args(argv)
+    for name in ("frames", "steps", "fps", "scale", "batch", "sequence_parallel"):
+        if (value := getattr(a, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: give a number of at least 1")
+    try:
+        prompts = (a.prompt,) if a.prompt is not None else tuple(load_prompts(a.prompts))
+    except (ValueError, OSError) as problem:
+        raise UserError(f"--prompts: {problem}") from None
+    suffix = a.out.suffix.lstrip(".") if a.prompt is not None and a.out.suffix else a.format
+    if suffix not in FORMATS:
+        raise UserError(f"--out {a.out}: unknown format .{suffix}: use {', '.join(f'.{name}' for name in FORMATS)}")
+    source_of = _model(a) if a.model is not None else a.run or a.checkpoint
+    if a.model is None and (odd := [name for name in ("shift", "negative_prompt") if getattr(a, name)]):
+        raise UserError(f"--{odd[0]} is for --model: a run has its own")
+    if a.model is not None:
+        refused = {
+            "low_run": "a released model has both experts in its folder",
+            "weights": "a model has one set of them",
+        }
+        refused |= {"image_encoder": "a model's folder has its own"}
+        if a.lora_scale is not None and not a.lora + a.low_lora:
+            raise UserError("--lora_scale: --model has no adapter of its own: give --lora too")
+        for name, why in refused.items():
+            if getattr(a, name) is not None:
+                raise UserError(f"--{name} is for runs: {why}")
+    if a.shift is not None and a.shift <= 0:
+        raise UserError(f"--shift {a.shift}: give a positive number, 1 for none")
+    footage = footage_args(a)
+    sampling = Sampling(
+        a.steps, a.frames, a.window, a.sinks, a.guidance, a.seed, a.guidance_2, a.solver, a.strength, a.block_steps,
+        a.noisy_context,
+    )  # fmt: skip
+    scale = 1.0 if a.lora_scale is None else a.lora_scale
+    return InferenceArgs(
+        source_of,
+        a.low_run,
+        prompts,
+        a.out,
+        sampling,
+        a.weights or "ema",
+        suffix,
+        a.fps,
+        a.scale,
+        a.batch,
+        footage,
+        a.prompts is not None,
+        a.image_encoder,
+        _size(a),
+        tuple(LoraWeights(path, scale) for path in a.lora),
+        tuple(LoraWeights(path, scale) for path in a.low_lora),
+        1.0 if a.lora or a.low_lora else scale,
+        a.tiny_decoder,
+        acceleration_of(a),
+        a.sequence_parallel,
+    )
+
+
+def _model(a: argparse.Namespace) -> Model:
+    height, width = _size(a) or (480, 832)
+    return Model(a.model, height, width, a.shift, a.negative_prompt or "")
+
+
+def _size(a: argparse.Namespace) -> tuple[int, int] | None:
+    if a.size is None:
+        return None
+    found = re.fullmatch(r"(\d+)x(\d+)", a.size)
+    if found is None:
+        raise UserError(f"--size {a.size}: give height x width in pixels, such as 480x832")
+    return int(found[1]), int(found[2])
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers of at least 1, such as 4,2")
+    return tuple(map(int, parts))
+
+
+def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
+    """What the command names, loaded. Raises UserError."""
+    if isinstance(args.source, Model):
+        return load_model(
+            args.source, args.sampling.frames, device, loras=args.loras, low_loras=args.low_loras,
+            tiny_decoder=args.tiny_decoder, acceleration=args.acceleration,
+        )  # fmt: skip
+    if args.low_loras and args.low_run is None:
+        raise UserError("--low_lora is for a low-noise expert: give its --low_run too")
+    options: dict[str, Any] = {
+        "weights": args.weights,
+        "image_encoder": args.image_encoder,
+        "size": args.size,
+        "lora_scale": args.lora_scale,
+        "tiny_decoder": args.tiny_decoder,
+        "acceleration": args.acceleration,
+    }
+    if args.low_run is None:
+        return Generator.load(args.source, device, loras=args.loras, **options)
+    high = Generator.load(args.source, device, loras=args.loras, expert="high", **options)
+    return high.with_low(Generator.load(args.low_run, device, loras=args.low_loras, expert="low", **options))

@@ -1,0 +1,314 @@
+"""A run's network as files that others load: `python export.py --run logs/x --format diffusers --out DIR`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from configs.load import run_from_plain
+from configs.schema import RunConfig
+from configs.sections import TrainerKind
+from generation.two_experts import joined, starts_from_noise
+from model.schedule import TIMESTEPS, unshift_sigma
+from model.wan.config import NetworkConfig, WanConfig
+from model.wan.formats import Format
+from model.wan.lora_files import ADAPTER_CONFIG, lora_to_diffusers, lora_to_peft
+from model.wan.save import SHARD_BYTES, Dtype, save_model
+from model.wan.weights import Weights
+from trainer.network_factory import open_group
+from utils import checkpoint
+from utils.checkpoint_folder import read_manifest
+from utils.cli import Parser, refuse_several_ranks
+from utils.errors import UserError
+from utils.shards import write_file
+
+LIBRARY = "diffusers"
+PIPELINES = {"t2v": "WanPipeline", "ti2v": "WanPipeline", "i2v": "WanImageToVideoPipeline"}
+BASES = {  # by model type, and whether the network sees CLIP's tokens: whose other parts fit
+    ("t2v", False): "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    ("ti2v", False): "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    ("i2v", True): "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    ("i2v", False): "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+}
+
+
+@dataclass(frozen=True)
+class ExportArgs:
+    """What was asked for. weights: 'ema', 'raw', or None for the average where there is one."""
+
+    run: Path
+    format: str
+    out: Path
+    dtype: Dtype
+    weights: str | None
+    network: str
+    shard_bytes: int | None
+    low: Path | None = None  # run of the low-noise expert
+
+
+@dataclass(frozen=True)
+class Found:
+    """One network of a checkpoint."""
+
+    folder: Path
+    group: str  # of the checkpoint
+    network: NetworkConfig
+    config: RunConfig
+    label: str  # e.g. "student, averaged, step 600"
+
+    @property
+    def geometry(self) -> WanConfig:
+        return self.network.geometry()
+
+    def weights(self) -> Weights:
+        """All of them: those of an adapter with what it was trained on. Raises UserError."""
+        try:
+            return open_group(self.folder, self.group)
+        except ValueError as problem:
+            raise UserError(str(problem)) from None
+
+
+def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
+    """Parses the command line. Raises UserError."""
+    parser = Parser(prog="export.py", description="Write a run's network for others to load.")
+    parser.add_argument("--run", type=Path, required=True, help="run folder, or one checkpoint")
+    parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, for a pipeline of both")
+    parser.add_argument("--format", choices=("diffusers", "native", "lora"), required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
+    parser.add_argument("--dtype", choices=[kind.value for kind in Dtype], default="fp32", help="default: fp32")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="default: the average, where there is one")
+    parser.add_argument("--network", default="student", help="student (default) or critic")
+    parser.add_argument(
+        "--shard_gb", "--shard-gb", type=float, default=SHARD_BYTES / 1e9, metavar="GB",
+        help="largest file (default 5); 0 for one file whatever its size, as ComfyUI wants it",
+    )  # fmt: skip
+    a = parser.parse_args(argv)
+    if not 0 <= a.shard_gb < float("inf"):
+        raise UserError(f"--shard_gb {a.shard_gb}: give a size in GB, or 0 for one file")
+    shard = int(a.shard_gb * 1e9) or None
+    if a.low_run is not None and a.format != "diffusers":
+        raise UserError(f"--low_run is for --format diffusers: export each run alone as {a.format}")
+    return ExportArgs(a.run, a.format, a.out, Dtype(a.dtype), a.weights, a.network, shard, a.low_run)
+
+
+def find(run: Path, network: str, weights: str | None) -> Found:
+    """A network of a run's latest checkpoint, or of one checkpoint. Raises UserError."""
+    folder = None if str(run) in ("auto", "never") else checkpoint.resolve_resume(str(run), run)
+    if folder is None:
+        raise UserError(f"--run {run}: no run there: give a run's folder, or a checkpoint's")
+    state = checkpoint.load_state(folder)
+    config = run_from_plain(state["config"])
+    groups = checkpoint.tensor_names(folder)
+    there = [name for name in ("student", "critic") if name in groups]
+    if network not in there:
+        raise UserError(f"--network {network}: {folder} has none of that name: choose {' or '.join(there)}")
+    averaged = f"{network}_ema" in groups if weights is None else weights == "ema"
+    if averaged and f"{network}_ema" not in groups:
+        raise UserError(f"--weights ema: {folder} has no average of the {network}: use --weights raw")
+    section: NetworkConfig | None = config.student if network == "student" else config.critic
+    assert section is not None
+    label = f"{network}, {'averaged' if averaged else 'raw'} weights, step {read_manifest(folder)['step']}"
+    group = f"{network}_ema" if averaged else network
+    return Found(folder, group, section, config, label)
+
+
+def export(args: ExportArgs) -> Path:
+    """Writes what was asked for, whole or not at all, and returns the folder. Raises UserError."""
+    found = find(args.run, args.network, args.weights)
+    if args.format == "lora":
+        if args.dtype is Dtype.fp8:
+            raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
+        state, alpha = lora_of(found)
+        if args.dtype is Dtype.bf16:
+            state = {name: value.bfloat16() for name, value in state.items()}
+        return written(args.out, lambda folder: save_lora(folder, state, alpha))
+    names, parts = Format(args.format), {"transformer": found}
+    config, boundary = found.config, None
+    if args.low is not None:
+        parts["transformer_2"] = low = find(args.low, args.network, args.weights)
+        config, boundary = joined(config, low.config)
+    elif names is Format.DIFFUSERS and few_steps(config) and not starts_from_noise(config):
+        raise UserError(
+            f"--run {args.run}: a low-noise expert makes no pipeline alone: give it as --low_run beside the high one's "
+            "--run, or use --format native"
+        )
+    weights = {name: part.weights() for name, part in parts.items()}
+
+    def write(folder: Path) -> None:
+        if names is Format.NATIVE:
+            save_model(folder, weights["transformer"], found.geometry, names, args.dtype, args.shard_bytes)
+            return
+        for name, values in weights.items():
+            save_model(folder / name, values, found.geometry, names, args.dtype, args.shard_bytes)
+        (folder / "scheduler").mkdir()
+        _json(folder / "scheduler" / "scheduler_config.json", scheduler_config(config))
+        _json(folder / "model_index.json", model_index(config, found.geometry, boundary))
+        (folder / "README.md").write_text(card(replace(found, config=config)))
+
+    return written(args.out, write)
+
+
+def written(out: Path, write: Callable[[Path], None]) -> Path:
+    """Lets `write` fill a temporary folder beside `out`, then gives it that name. Raises UserError for an `out` that is
+    not new or empty, or cannot be written; then nothing is left behind."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: it is there already: give a new folder, or delete it")
+    temporary = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        write(temporary)
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's are the owner's alone
+        os.rename(temporary, out)
+    except OSError as problem:
+        raise UserError(
+            f"--out {out}: {problem.strerror or problem}: free some space, or give another folder"
+        ) from None
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was renamed
+    return out
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------- Diffusers
+
+
+def few_steps(config: RunConfig) -> bool:
+    """Whether the run's network is sampled by its own step list, and not by a many-step solver."""
+    return config.is_causal or config.trainer is not TrainerKind.diffusion
+
+
+def scheduler_config(config: RunConfig) -> dict[str, Any]:
+    """Diffusers' scheduler of the run: UniPC for a many-step network, as in Wan's own folders; for a student the one
+    that predicts x0 and noises it anew at each step, `stochastic_sampling`."""
+    shift = config.schedule.timestep_shift
+    if few_steps(config):
+        return {
+            "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": int(TIMESTEPS), "shift": shift,
+            "stochastic_sampling": True,
+        }  # fmt: skip
+    return {
+        "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": int(TIMESTEPS), "flow_shift": shift,
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+    }  # fmt: skip
+
+
+def scheduler_sigmas(config: RunConfig) -> list[float]:
+    """The student's steps as that scheduler's `set_timesteps(sigmas=...)` takes them: it applies its shift to them."""
+    shift = config.schedule.timestep_shift
+    return [unshift_sigma(sigma, shift) for sigma in config.schedule.sigmas()]
+
+
+def model_index(config: RunConfig, geometry: WanConfig, boundary: float | None = None) -> dict[str, Any]:
+    """The pipeline's parts: those that are not exported are passed to `from_pretrained`. boundary: of two experts."""
+    scheduler = scheduler_config(config)["_class_name"]
+    image = geometry.model_type == "i2v"
+    index: dict[str, Any] = {
+        "_class_name": PIPELINES[geometry.model_type],
+        "scheduler": [LIBRARY, scheduler],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": [LIBRARY, "WanTransformer3DModel"],
+        "transformer_2": [None, None] if boundary is None else [LIBRARY, "WanTransformer3DModel"],
+        "boundary_ratio": boundary,
+        "vae": [LIBRARY, "AutoencoderKLWan"],
+        "expand_timesteps": geometry.model_type == "ti2v",
+    }
+    if image:
+        clip = geometry.image_dim is not None
+        index["image_encoder"] = ["transformers", "CLIPVisionModel"] if clip else [None, None]
+        index["image_processor"] = ["transformers", "CLIPImageProcessor"] if clip else [None, None]
+    return index
+
+
+def card(found: Found) -> str:
+    """README.md of an exported folder: what it is, and the lines that load and sample it as the run does."""
+    config, geometry = found.config, found.geometry
+    pipeline = PIPELINES[geometry.model_type]
+    base = BASES[geometry.model_type, geometry.image_dim is not None]
+    names = ["vae", "text_encoder", "tokenizer"]
+    if geometry.image_dim is not None:
+        names += ["image_encoder", "image_processor"]
+    image = "image=IMAGE, " if geometry.model_type == "i2v" else ""
+    lines = [
+        f"# {config.name}",
+        "",
+        f"Exported by fewstep: {found.label}.",
+        "",
+        "```python",
+        f"from diffusers import {pipeline}",
+        f'base = "{base}"  # whichever has the text encoder and VAE of this model',
+        f"parts = {pipeline}.from_pretrained(base, transformer=None, transformer_2=None)",
+        f"others = dict({', '.join(f'{name}=parts.{name}' for name in names)})",
+        f"pipe = {pipeline}.from_pretrained(DIR, **others)",
+    ]
+    if few_steps(config):
+        sigmas = scheduler_sigmas(config)
+        lines += [
+            "from functools import partial",
+            f"steps = {[round(sigma, 9) for sigma in sigmas]}",
+            "pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=steps)",
+            f"pipe({image}prompt=PROMPT, num_inference_steps={len(sigmas)}, guidance_scale=1.0)",
+        ]
+    else:
+        lines += [f"pipe({image}prompt=PROMPT, guidance_scale={config.validation.guidance})"]
+    lines += ["```"]
+    if geometry.model_type == "ti2v":
+        lines += ["", "With WanImageToVideoPipeline in its place, and image=IMAGE, it goes on from an image."]
+    if config.is_causal:
+        lines += ["", "It was trained to generate block by block; this pipeline denoises all frames at once."]
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def lora_of(found: Found) -> tuple[dict[str, Tensor], float]:
+    """(adapter under native names, `blocks.0.self_attn.q.lora_A.weight`; alpha) of a network that is one. Raises
+    UserError for any other."""
+    lora = found.network.lora
+    if lora is None:
+        raise UserError(
+            f"--format lora: {found.folder} trained all weights, and has no adapter: use --format diffusers or native"
+        )
+    stored = checkpoint.StoredGroup(found.folder, found.group)
+    return dict(stored.read(stored.shapes)), lora.scale * lora.rank
+
+
+def save_lora(folder: Path, state: Mapping[str, Tensor], alpha: float) -> None:
+    """An adapter alone: `pytorch_lora_weights.safetensors` for Diffusers, and `peft/` for PEFT. Raises ValueError."""
+    weights = {name: value.contiguous() for name, value in lora_to_diffusers(state, alpha).items()}
+    write_file(folder / "pytorch_lora_weights.safetensors", weights)
+    (folder / "peft").mkdir()
+    adapter, config = lora_to_peft(state, alpha)
+    write_file(folder / "peft" / "adapter_model.safetensors", {k: v.contiguous() for k, v in adapter.items()})
+    _json(folder / "peft" / ADAPTER_CONFIG, config)
+
+
+def main() -> int:
+    args = export_args()
+    refuse_several_ranks("export.py")
+    out = export(args)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{args.format} in {args.dtype.value}, {size / 1e9:.2f} GB -> {out}")
+    return 0

@@ -1,0 +1,48 @@
+"""Two distilled experts as one student (Wan2.2 A14B): first the high-noise one's steps, then the low one's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from configs.objective import ObjectiveKind
+from configs.schema import RunConfig
+from model.schedule import TIMESTEPS
+from utils.errors import UserError
+
+FROM_NOISE = 0.95  # a first step below this level is no start from pure noise
+
+
+def starts_from_noise(config: RunConfig) -> bool:
+    """Whether the run's student can be given pure noise; a low-noise expert cannot."""
+    return config.schedule.sigmas()[0] >= FROM_NOISE
+
+
+def joined(high: RunConfig, low: RunConfig) -> tuple[RunConfig, float]:
+    """(the high run with the steps of both, the noise level that parts them). Raises UserError for runs that are no
+    pair: of other geometries or rollouts, or with steps on the wrong side."""
+    for name, config in (("--run", high), ("--low_run", low)):
+        if config.is_causal or config.trainer.value != "score_distillation":
+            raise UserError(f"{name}: two experts share no cache: both must be bidirectional few-step students")
+    if high.student.geometry() != low.student.geometry() or high.data.frames != low.data.frames:
+        raise UserError("--low_run is of another geometry or length than --run: give the two experts of one model")
+    boundary = low.schedule.max_score_timestep / TIMESTEPS
+    if boundary >= 1:
+        raise UserError("--low_run was trained at all noise levels: its schedule.max_score_timestep is 1000")
+    ours, theirs = high.schedule, low.schedule
+    same = (ours.warp_denoising_step, ours.timestep_shift) == (theirs.warp_denoising_step, theirs.timestep_shift)
+    if not same or not ours.sigmas()[-1] >= boundary > theirs.sigmas()[0]:
+        raise UserError(
+            f"the steps of --run ({_shown(high)}) and of --low_run ({_shown(low)}) are not those above and below "
+            f"{boundary:g} of one list: train both with one shift and with steps on their own side"
+        )
+    steps = [*ours.denoising_step_list, *theirs.denoising_step_list]
+    # bounds of the whole: what is sampled goes through all noise levels
+    whole = replace(ours, denoising_step_list=steps, min_score_timestep=theirs.min_score_timestep)
+    objective = high.objective
+    if objective.kind is ObjectiveKind.phased_dmd:  # of one interval: it would ask for the bounds that the whole lacks
+        objective = replace(objective, kind=ObjectiveKind.dmd)
+    return replace(high, schedule=whole, objective=objective), boundary
+
+
+def _shown(config: RunConfig) -> str:
+    return ", ".join(f"{sigma:.3g}" for sigma in config.schedule.sigmas())

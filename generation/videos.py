@@ -1,0 +1,218 @@
+"""What inference.py does: a file for each prompt, over as many processes as there are, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from generation.command import InferenceArgs
+from generation.footage import read_footage
+from generation.generator import Generator, slug
+from model.wan.transformer import WanTransformer
+from utils import distributed
+from utils.config import config_hash
+from utils.data.shard_files import atomic
+from utils.errors import ConfigError, UserError
+from utils.overlap import SideDecoder
+from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh
+from utils.parallel.sequence import apply_sequence_parallel, check_degree
+from utils.video import drop_partials, eight_bits, write_video
+
+
+def team(args: InferenceArgs, generator: Generator) -> Mesh:
+    """The processes at hand: groups of `args.sequence`, each with prompts of its own. Raises UserError."""
+    world, size = distributed.world_size(), args.sequence
+    try:
+        mesh = build_mesh(ParallelConfig(replicate=max(world // size, 1), shard=1, sequence=size), world)
+    except ConfigError:
+        raise UserError(f"--sequence_parallel {size}: {world} processes do not fall into groups of so many") from None
+    if mesh.sequence_group is not None:
+        net = generator.score.net
+        if not isinstance(net, WanTransformer):
+            raise UserError("--sequence_parallel is for one network: two experts run in one process each")
+        try:
+            check_degree(net.config.num_heads, size)
+        except ValueError as problem:
+            raise UserError(f"--sequence_parallel: {problem}") from None
+        apply_sequence_parallel(net, mesh.sequence_group)
+    return mesh
+
+
+def generate_videos(generator: Generator, args: InferenceArgs) -> int:
+    """Writes one file a prompt and says where; of a prompt file those that exist are skipped. Returns the exit code.
+
+    Videos are keyed by their prompt's number in the list, so they are the same over any number of processes."""
+    paths, resumable = _paths(args)
+    _same_checkpoints(generator)
+    mesh, footage = team(args, generator), read_footage(generator, args.footage, args.sampling)
+    if resumable:
+        _same_settings(args, generator.checkpoints)
+    # one process looks: others may see a network's files later, or those of one that is at work already
+    missing = [i for i, path in enumerate(paths) if not (resumable and path.is_file())]
+    todo = sorted(distributed.union(missing if distributed.is_main() else ()))
+    if len(todo) < len(paths) and distributed.is_main():
+        print(f"{len(paths) - len(todo)} of {len(paths)} videos are there already")
+    mine, writes = todo[mesh.dp_rank :: mesh.dp_size], mesh.sequence_rank == 0
+    rate = Rate()
+    with tqdm(total=len(mine), desc="videos", disable=None if distributed.is_main() else True) as bar:
+        for start in range(0, len(mine), args.batch):
+            ids = mine[start : start + args.batch]
+            blocks = generator.stream([args.prompts[i] for i in ids], args.sampling, ids, *footage)
+            parts = _decoded(blocks, _decoder(generator, args) if writes else None)
+            _write(_watched(parts, rate, bar), [paths[i] for i in ids], [args.prompts[i] for i in ids], args)
+            bar.update(len(ids))
+    whole = int(distributed.all_reduce_scalars({"frames": rate.frames})["frames"])
+    if distributed.is_main():
+        unit = "latent frames" if args.suffix == "safetensors" else "frames"
+        print(f"{len(todo)} videos, {whole} {unit} {rate.told(whole)} -> {args.out}")
+    return 0
+
+
+class Rate:
+    """Frames and the time that they took, those of videos' first parts, which wait for text and kernels, apart."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.frames, self.first = 0, 0.0
+        self._later, self._seconds = 0, 0.0
+
+    def follow(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Counts the parts [B, T, ...] of videos as they pass."""
+        last: float | None = None
+        for part in parts:
+            now, frames = time.perf_counter(), part.shape[0] * part.shape[1]
+            self.frames += frames
+            if last is None:
+                self.first = self.first or now - self.started
+            else:
+                self._later, self._seconds = self._later + frames, self._seconds + now - last
+            last = now
+            yield part
+
+    @property
+    def overall(self) -> float:
+        """Frames a second so far."""
+        return self.frames / max(time.perf_counter() - self.started, 1e-9)
+
+    def told(self, frames: int) -> str:
+        """In words, of so many frames over all processes; pace and first part are this one's."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        then = f", {self._later / self._seconds:.1f} frames/s once videos have begun" if self._later else ""
+        return f"in {seconds:.1f} s ({frames / seconds:.1f} frames/s; the first after {self.first:.2f} s{then})"
+
+
+def _watched(parts: Iterable[Tensor], rate: Rate, bar: tqdm[Any]) -> Iterator[Tensor]:
+    for part in rate.follow(parts):
+        bar.set_postfix_str(f"{rate.overall:.1f} frames/s")
+        yield part
+
+
+def _decoder(generator: Generator, args: InferenceArgs) -> SideDecoder:
+    """Of one video's blocks."""
+    as_they_are = args.suffix == "safetensors"
+    return SideDecoder((lambda latents: latents) if as_they_are else generator.task.decoding(), generator.device)
+
+
+def _decoded(blocks: Iterable[Tensor], decoder: SideDecoder | None) -> Iterator[Tensor]:
+    """Each block's pixels, waited for when the next block is on its way; without a decoder the blocks are made only."""
+    begun: Callable[[], Tensor] | None = None
+    for block in blocks:
+        if decoder is None:
+            continue
+        if begun is not None:
+            yield begun()
+        begun = decoder.start(block)
+        if not decoder.overlaps:
+            yield begun()
+            begun = None
+    if begun is not None:
+        yield begun()
+
+
+def _paths(args: InferenceArgs) -> tuple[list[Path], bool]:
+    """Where each prompt's video goes, and whether those that are there are kept. Raises UserError."""
+    if not args.from_file and args.out.suffix:
+        return [args.out], False
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file: give a folder")
+    return [args.out / f"{i:04d}_{slug(prompt)}.{args.suffix}" for i, prompt in enumerate(args.prompts)], args.from_file
+
+
+def _write(parts: Iterator[Tensor], paths: Sequence[Path], prompts: Sequence[str], args: InferenceArgs) -> None:
+    """parts: pixels [B, T, 3, h, w] in [0, 1], or latents [B, F, C, H, W], one after the other; none where another
+    process writes. A video by itself is written as it comes."""
+    first = next(parts, None)
+    if first is None:
+        return
+    for path in paths:
+        drop_partials(path)
+    every = chain([first], parts)
+    if args.suffix == "safetensors":
+        for latents, path, prompt in zip(torch.cat(list(every), 1), paths, prompts, strict=True):
+            with atomic(path) as temporary:
+                said = {"prompt": prompt, "seed": str(args.sampling.seed)}
+                save_file({"latents": latents.contiguous()}, temporary, said)
+        return
+    scale = args.scale or max(1, 128 // first.shape[-1])
+    if len(paths) == 1:
+        write_video(paths[0], (part[0] for part in every), args.fps, scale)
+        return
+    held = [eight_bits(part) for part in every]
+    for i, path in enumerate(paths):
+        write_video(path, (part[i] for part in held), args.fps, scale)
+
+
+def _same_checkpoints(generator: Generator) -> None:
+    """Raises UserError, on every rank, where a run had another latest checkpoint when some of them looked."""
+    loaded = config_hash(list(generator.checkpoints))
+    if set(distributed.all_gather_text(loaded)) != {loaded}:
+        raise UserError("--run: processes have found different checkpoints, for it is being trained: give --checkpoint")
+
+
+def _same_settings(args: InferenceArgs, checkpoints: Sequence[str]) -> None:
+    """Keeps what the folder's videos were made with beside them, and refuses to go on with anything else."""
+    settings = {
+        "source": checkpoints or str(args.source),  # a run may have another one by now
+        "weights": args.weights,
+        "image": str(args.footage.image),
+        "video": None if args.footage.video is None else str(args.footage.video),
+        "extend": args.footage.extend,
+        "image_encoder": args.image_encoder,
+        "size": args.size,
+        "loras": [asdict(lora) for lora in args.loras],
+        "low_loras": [asdict(lora) for lora in args.low_loras],
+        "lora_scale": args.lora_scale,
+        "fp8": args.acceleration.fp8,
+        "tiny_decoder": args.tiny_decoder,
+        "scale": args.scale,
+        "fps": args.fps,
+        "prompts": hashlib.sha256("\n".join(args.prompts).encode()).hexdigest(),
+        **asdict(args.sampling),
+    }
+    file = args.out / "settings.json"
+    settings = json.loads(json.dumps(settings))  # as they come back
+    if file.is_file():
+        there = json.loads(file.read_text())
+        changed = sorted(key for key in settings if there.get(key) != settings[key])
+        if changed:
+            raise UserError(
+                f"the videos in {args.out} were made with other settings ({', '.join(changed)}): give another --out"
+                + (f", or their --checkpoint (in {file})" if "source" in changed else "")
+            )
+    try:
+        if distributed.is_main():
+            with atomic(file) as temporary:
+                temporary.write_text(json.dumps(settings, indent=1))
+    except OSError as problem:
+        raise UserError(f"--out {args.out}: {problem.strerror}: give a folder that can be written") from None

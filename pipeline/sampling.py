@@ -1,0 +1,142 @@
+"""Sampling as a run's network is meant to be sampled: used by validation, evaluation and inference alike.
+
+B batch  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.schedule import uniform_sigmas
+from model.score import Condition, ScoreNet
+from model.types import Conditioning, NoiseSource
+from model.wan.captured import Captured
+from model.wan.kv_cache import KVCache
+from model.wan.transformer import WanTransformer
+from pipeline.bidirectional_inference import euler_sample
+from pipeline.causal import CausalConfig
+from pipeline.causal_inference import CausalStream, StreamConfig, block_noise, stream
+from pipeline.denoise import denoise_block
+
+
+def cache_dtype(score: ScoreNet) -> torch.dtype:
+    """Keys and values are kept in the precision in which they are computed."""
+    return score.compute_dtype or next(score.net.parameters()).dtype
+
+
+def few_step_stream(
+    score: ScoreNet,
+    noise: Tensor,
+    conditioning: Conditioning,
+    sigmas: Sequence[float],
+    causal: CausalConfig | None,
+    source: NoiseSource,
+) -> Iterator[Tensor]:
+    """A student's new frames [B, f, C, H, W]: block by block over a cache, or all at once where `causal` is None."""
+    with torch.no_grad():
+        if causal is None:
+            last = len(sigmas) - 1
+            x0 = denoise_block(score, noise, conditioning, sigmas, exit_step=last, block=0, source=source, cache=None)
+            yield score.finished(x0, conditioning)
+            return
+        assert isinstance(score.net, WanTransformer)
+        total = conditioning.initial_frames + noise.shape[1]
+        cache = causal.new_cache(
+            score.net, noise.shape[0], total, noise.shape[3], noise.shape[4], cache_dtype(score), noise.device
+        )
+        yield from stream(score, noise, conditioning, sigmas, causal, source, cache)
+
+
+def open_stream(
+    score: ScoreNet,
+    conditioning: Conditioning,
+    config: StreamConfig,
+    causal: CausalConfig,
+    source: NoiseSource,
+    size: tuple[int, int],
+    frames: int | None,
+    trained_frames: int,
+    *,
+    recorded: bool = False,
+    kept: tuple[ScoreNet, KVCache] | None = None,
+) -> CausalStream:
+    """A causal student's video of latents of `size` (H, W), of `frames` frames in all or, where null, without end.
+
+    recorded: its passes are, as CUDA graphs; not where ranks share a sequence. kept: student and cache of an earlier
+    video of the same geometry, which has ended: nothing is recorded again."""
+    assert isinstance(score.net, WanTransformer)
+    if kept is not None:
+        kept[1].reset()
+        return CausalStream(kept[0], conditioning, config, causal, source, kept[1])
+    cache = causal.new_cache(
+        score.net, conditioning.batch, frames, *size, cache_dtype(score), conditioning.text.device,
+        trained_frames=trained_frames,
+    )  # fmt: skip
+    student = score.through(Captured(score.net, cache)) if recorded and score.net.sequence is None else score
+    return CausalStream(student, conditioning, config, causal, source, cache)
+
+
+def euler(
+    score: ScoreNet,
+    source: NoiseSource,
+    shape: tuple[int, ...],
+    given: Condition,
+    negative: Tensor,
+    steps: int,
+    shift: float,
+    guidance: float,
+) -> Tensor:
+    """A many-step network's video [B, F, C, H, W]: Euler over a shifted uniform grid with guidance."""
+    return euler_sample(score, source.normal("noise", shape), given, negative, uniform_sigmas(steps, shift), guidance)
+
+
+@dataclass(frozen=True)
+class ManySteps:
+    """Euler over a shifted uniform grid with guidance, as a many-step network is sampled."""
+
+    steps: int
+    shift: float
+    guidance: float
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """A student's own noise levels, block by block over a cache, or all frames at once where `causal` is None."""
+
+    sigmas: Sequence[float]
+    causal: CausalConfig | None
+
+
+def sample(
+    way: ManySteps | FewSteps,
+    score: ScoreNet,
+    shape: tuple[int, ...],
+    conditioning: Conditioning,
+    negative: Tensor,
+    source: NoiseSource,
+) -> Tensor:
+    """Latents [B, F, C, H, W] of a network.
+
+    way: how it is meant to be sampled.
+    score: the network.
+    shape: (F, C, H, W) of a video, frames that `conditioning` gives counted.
+    conditioning: text and first frames of B videos.
+    negative: [B, L, D], what guidance leads away from.
+    source: of the noise.
+    """
+    if isinstance(way, ManySteps):
+        return euler(score, source, shape, conditioning, negative, way.steps, way.shift, way.guidance)
+    causal = way.causal
+    initial = 0 if causal is None else conditioning.initial_frames  # the others see first frames pinned in the noise
+    frames = shape[0] - initial
+    if causal is None:
+        noise = source.normal("noise", (frames, *shape[1:]))
+    else:
+        noise = block_noise(source, causal.split(initial, frames)[1], shape[1:])
+    new = list(few_step_stream(score, noise, conditioning, way.sigmas, causal, source))
+    kept = [conditioning.initial] if initial and conditioning.initial is not None else []
+    return torch.cat([*kept, *new], dim=1)

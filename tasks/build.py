@@ -1,0 +1,50 @@
+"""The task that a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from configs.schema import RunConfig
+from configs.sections import DataConfig
+from model.wan.config import WanConfig
+from tasks.digits import DigitsTask
+from tasks.synthetic import SyntheticTask
+from tasks.task import Task
+from tasks.toy import ToyTask
+from tasks.wan import WanTask
+
+
+def build_task(config: RunConfig, device: torch.device) -> Task:
+    """What the run generates, by data.kind. Raises ConfigError."""
+    kinds: dict[str, Callable[[DataConfig, WanConfig, int, torch.device], Task]] = {
+        "toy": ToyTask,
+        "digits": DigitsTask,
+        "synthetic": SyntheticTask,
+        "wan": WanTask,
+    }
+    return kinds[config.data.kind](config.data, config.student.geometry(), config.seed, device)
+
+
+def task_to_sample(config: RunConfig, device: torch.device) -> Task:
+    """As `build_task`, of a run whose training data may be gone: sampling reads neither stored videos and images nor
+    prompts, nor a cache of them where there is their encoder."""
+
+    def if_present(path: str | None) -> str | None:
+        return path if path is not None and Path(path).exists() else None
+
+    data = config.data
+    text = data.text if data.text.encoder is None else replace(data.text, cache=if_present(data.text.cache))
+    data = replace(
+        data,
+        latents=if_present(data.latents),
+        images=if_present(data.images),
+        prompts=if_present(data.prompts),
+        text=text,
+    )
+    if data.kind == "wan":
+        return WanTask(data, config.student.geometry(), config.seed, device, library=[])
+    return build_task(replace(config, data=data), device)

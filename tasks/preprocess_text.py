@@ -1,0 +1,93 @@
+"""`[torchrun] preprocess.py text --config_path X --prompts FILE --out DIR`: text embeddings, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from configs.load import load_run
+from configs.schema import RunConfig
+from tasks.build import build_task
+from tasks.text_cache import Encode, Shard, Source, check, write_shard
+from tasks.wan import WanText, encoder_hash, made_with
+from utils import distributed
+from utils.cli import Parser
+from utils.config import config_hash
+from utils.data.prompts import load_prompts
+from utils.errors import UserError
+
+SHARD_PROMPTS = 1024  # what a killed process loses at most
+
+
+def preprocess_text(argv: Sequence[str]) -> int:
+    """The command. Raises UserError."""
+    parser = Parser(prog="preprocess.py text", description="Encode prompts, shard by shard.")
+    parser.add_argument("--config_path", "--config-path", type=Path, required=True, help="the run that will use it")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        action="append",
+        required=True,
+        help="file of prompts; may be given again. The run's validation prompts and negative prompt are added",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--shard", metavar="i/n", help="only part i of n, from 0 (default: all parts, of 1024 prompts)")
+    parser.add_argument("--check", action="store_true", help="only prove that each prompt is there exactly once")
+    args = parser.parse_intermixed_args(argv)
+    config = load_run(args.config_path, args.overrides)
+    said = made_with(config.data.text, config.student.geometry().text_len) if config.data.kind == "wan" else None
+    source = Source.of(_prompts(config, args.prompts), text_identity(config), said)
+    if args.check:
+        check(args.out, source)
+        print(f"{args.out}: each of {len(source.prompts)} prompts is there exactly once")
+        return 0
+    encode = _encoding(config, distributed.device())
+    for shard in _shards(args.shard, len(source.prompts)):
+        made = write_shard(args.out, shard, source, encode)
+        here = len(shard.part(len(source.prompts)))
+        print(f"{args.out / shard.name}: {here} prompts{'' if made else ', there already'}")
+    return 0
+
+
+def _shards(one: str | None, prompts: int) -> list[Shard]:
+    """The one that is asked for, else all: of several processes started together, each takes its own."""
+    if one is not None:
+        return [Shard.parse(one)]
+    count = -(-prompts // SHARD_PROMPTS)
+    return [Shard(i, count) for i in range(distributed.rank(), count, distributed.world_size())]
+
+
+def _prompts(config: RunConfig, files: Sequence[Path]) -> list[str]:
+    """What training will ask for: the files' prompts, and the run's own."""
+    prompts = []
+    own = config.validation.prompts
+    for file in [*files, *([Path(own)] if own else [])]:
+        try:
+            prompts += load_prompts(file)
+        except (ValueError, OSError) as problem:
+            raise UserError(f"{'--prompts' if file in files else 'validation.prompts'}: {problem}") from None
+    return [*prompts, config.data.negative_prompt]
+
+
+def text_identity(config: RunConfig) -> str:
+    """A hash that differs where a run's embeddings would. Raises UserError."""
+    geometry, data = config.student.geometry(), config.data
+    if data.kind == "wan":
+        if data.text.encoder is None:
+            raise UserError("data.text.encoder is null: give the folder of a UMT5 encoder, as data.text.encoder=DIR")
+        try:
+            return encoder_hash(data.text, geometry.text_len)
+        except (ValueError, OSError) as problem:
+            raise UserError(f"data.{problem}") from None
+    return config_hash([data.kind, data.text_seed, geometry.text_len, geometry.text_dim, data.toy])
+
+
+def _encoding(config: RunConfig, device: torch.device) -> Encode:
+    if config.data.kind == "wan":
+        return WanText(replace(config.data.text, cache=None), config.student.geometry(), device).encode
+    task = build_task(config, device)
+    return lambda prompts: task.conditioning(prompts).text

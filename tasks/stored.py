@@ -1,0 +1,151 @@
+"""Latents and ODE trajectories that were stored before: read by position, as they are needed."""
+
+# B batch  S stored points  F latent frames  C channels  H W latent size
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.types import Given
+from tasks.clips import Clips
+from tasks.first_frames import Gives
+from utils.data.latents import latent_order, open_latents
+from utils.data.stream import CorruptSample, Sample, Stream, TooManyCorrupt, stacked
+from utils.data.tensors import Statistics
+from utils.errors import ConfigError, UserError
+
+
+class Stored:
+    """Samples of a folder, in an order that depends on the seed and the position alone.
+
+    key: the option that names the folder, for messages. latent_shape: (F, C, H, W) of the run. sigmas: the levels of
+    an LMDB's trajectories, which does not hold them. statistics: of the VAE, for raw latents. gives: what a batch's
+    samples give networks beside their text.
+    Raises ConfigError for a folder of nothing of this shape.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        path: Path,
+        latent_shape: Sequence[int],
+        seed: int,
+        sigmas: Sequence[float] | None = None,
+        statistics: Statistics | None = None,
+        gives: Gives = lambda samples: Given(),
+    ) -> None:
+        try:
+            source = open_latents(path, sigmas=sigmas, statistics=statistics)
+        except ValueError as problem:
+            raise ConfigError(f"{key}: {problem}") from None
+        if odd := sorted(shape for shape in set(map(tuple, source.shapes())) if not self._fits(shape, latent_shape)):
+            raise ConfigError(
+                f"{key}: {path} holds latents of {list(odd[0])} and this run makes {list(latent_shape)} "
+                "(F, C, H, W): set the size in data to it"
+            )
+        self.key, self.path, self.gives, self.source = key, path, gives, source
+        self.stream = Stream(source, latent_order(source, 1, seed), seed)
+
+    def _fits(self, found: Sequence[int], latent_shape: Sequence[int]) -> bool:
+        return tuple(found) == tuple(latent_shape)
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """Of every sample, by its number in the folder, without its tensors. Raises UserError."""
+        try:
+            return self.source.captions()
+        except ValueError as problem:
+            raise UserError(f"{self.key}: {problem}") from None
+
+    def samples(self, positions: range) -> list[Sample]:
+        """Raises UserError where too much cannot be read."""
+        try:
+            return self.stream.samples(positions)
+        except TooManyCorrupt as problem:
+            raise UserError(f"{self.key}: {problem}") from None
+
+
+class StoredLatents(Stored):
+    """Clean latents, normalised as the networks see them."""
+
+    def read(self, positions: range) -> Clips:
+        """The videos at these positions. Raises UserError."""
+        samples = self.samples(positions)
+        try:
+            latents = stacked([sample.latents for sample in samples], "latents")
+            return Clips(latents, [sample.caption for sample in samples], self.gives(samples))
+        except ValueError as problem:
+            raise UserError(f"{self.key}: {problem}") from None
+
+
+class StoredImages(Stored):
+    """First frames and their captions. Videos are images too: of those the first frame."""
+
+    def planned(self, positions: range) -> list[str]:
+        """The captions at these positions, as far as all images can be read. Raises UserError."""
+        return [self.captions[self.stream.order.index(position)] for position in positions]
+
+    def read(self, positions: range) -> tuple[list[str], Given]:
+        """Captions, and what networks are given. Raises UserError."""
+        samples = self.samples(positions)
+        return [sample.caption for sample in samples], self._given(samples)
+
+    def numbered(self, numbers: Iterable[int]) -> Given:
+        """What the images of these numbers in the folder give; they begin again after its end. Raises UserError."""
+        try:
+            return self._given([self.source.read(number % len(self.captions), 0) for number in numbers])
+        except CorruptSample as problem:
+            raise UserError(f"{self.key}: {problem}") from None
+
+    def _given(self, samples: Sequence[Sample]) -> Given:
+        try:
+            return self.gives(samples)
+        except ValueError as problem:
+            raise UserError(f"{self.key}: {problem}") from None
+
+    def _fits(self, found: Sequence[int], latent_shape: Sequence[int]) -> bool:
+        return tuple(found[1:]) == tuple(latent_shape[1:])
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Trajectories [B, S, F, C, H, W], their levels [S], their captions, and what networks are given."""
+
+    trajectory: Tensor
+    sigmas: Tensor
+    captions: list[str]
+    given: Given
+
+
+class StoredPairs(Stored):
+    """Trajectories, all at the same levels, the last one 0."""
+
+    def __init__(
+        self,
+        path: Path,
+        latent_shape: Sequence[int],
+        seed: int,
+        sigmas: Sequence[float] | None = None,
+        gives: Gives = lambda samples: Given(),
+    ) -> None:
+        super().__init__("ode.path", path, latent_shape, seed, sigmas, gives=gives)
+        self.sigmas_S = self.read(range(1)).sigmas
+
+    def read(self, positions: range) -> Pairs:
+        """The trajectories at these positions. Raises UserError."""
+        samples = self.samples(positions)
+        try:
+            trajectory = stacked([sample.trajectory for sample in samples], "trajectory")
+            sigmas = stacked([sample.sigmas for sample in samples], "noise levels")
+            given = self.gives(samples)
+        except ValueError as problem:
+            raise UserError(f"ode.path: {problem}") from None
+        if not torch.equal(sigmas, sigmas[:1].expand_as(sigmas)):
+            raise UserError(f"ode.path: {self.path} holds trajectories of several lists of levels: keep one")
+        return Pairs(trajectory, sigmas[0], [sample.caption for sample in samples], given)

@@ -1,0 +1,145 @@
+"""Random numbers of the sizes of a real run as a task: for benchmarks, smoke tests and plans.
+
+B batch  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from configs.objective import RewardConfig
+from configs.sections import DataConfig
+from model.types import Conditioning, Given
+from model.wan.config import WanConfig
+from tasks.clips import Clips, Glimpse
+from tasks.task import Shape, for_each, no_reward, spread
+from utils.data.buckets import Size
+from utils.data.prompts import PromptStream, load_prompts
+from utils.data.stream import Stream
+from utils.errors import ConfigError
+from utils.random import Noise, keyed_seed
+
+if TYPE_CHECKING:
+    from tasks.stored import Stored
+
+
+CLIP_TOKENS = 257  # of ViT-H/14 at 224 pixels: 16 x 16 patches and the class
+
+
+class SyntheticTask:
+    """Random numbers of the sizes that the config gives, in place of a VAE, a text encoder and videos.
+
+    A prompt's embedding is normal noise keyed by its text; it fills all of text_len, the most that a prompt can cost.
+    Nothing can be learnt from it: it is for benchmarks, smoke tests and plans.
+    """
+
+    def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+        sizes, self.device, self.seed, self.geometry = config.synthetic, device, seed, geometry
+        self.streams: Sequence[Stream] = ()
+        if geometry.in_dim != geometry.out_dim and geometry.model_type != "i2v":
+            raise ConfigError(f"student: in_dim {geometry.in_dim} and out_dim {geometry.out_dim} differ: make them one")
+        self.latent_shape: tuple[int, ...] = (sizes.frames, geometry.out_dim, sizes.height, sizes.width)
+        self.text_shape = (geometry.text_len, geometry.text_dim)
+        self.text_seed = keyed_seed(config.text_seed, "synthetic text")
+        self.may_use_data, self.negative_prompt = config.real, config.negative_prompt
+        try:
+            geometry.tokens_per_frame(sizes.height, sizes.width)
+            numbered = [f"sample {i}" for i in range(sizes.prompts)]
+            self.library = load_prompts(config.prompts) if config.prompts else numbered
+        except (ValueError, OSError) as problem:
+            raise ConfigError(f"data: {problem}") from None
+        self.stream = PromptStream(len(self.library), seed)
+
+    def prompts(self, positions: range) -> list[str]:
+        """Training prompts at these positions of the endless shuffled library."""
+        return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
+
+    def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
+        return self._given(positions, shape).with_text(self.conditioning(self.prompts(positions)).text)
+
+    def real(self, positions: range, shape: Shape | None = None) -> Clips:
+        """Latents [B, F, C, H, W] of noise at these positions. RuntimeError in a data-free run."""
+        if not self.may_use_data:
+            raise RuntimeError("a data-free run asked for real videos")
+        noise = Noise(keyed_seed(self.seed, "synthetic videos"), 0, positions, self.device)
+        latents = noise.normal("latents", shape or self.latent_shape)
+        return Clips(latents, self.prompts(positions), self._given(positions, shape))
+
+    def _given(self, positions: range, shape: Shape | None = None) -> Given:
+        """Noise in place of what an i2v network sees of an image; the others see none."""
+        net = self.geometry
+        if net.model_type != "i2v":
+            return Given()
+        noise = Noise(keyed_seed(self.seed, "synthetic images"), 0, positions, self.device)
+        frames, _, *size = shape or self.latent_shape
+        channels = noise.normal("channels", (frames, net.in_dim - net.out_dim, *size))
+        image = None if net.image_dim is None else noise.normal("image", (CLIP_TOKENS, net.image_dim))
+        return Given(channels=channels, image=image)
+
+    def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
+        keys = [keyed_seed(self.text_seed, prompt) for prompt in prompts]
+        return Conditioning(Noise(self.text_seed, 0, keys, self.device).normal("text", self.text_shape), initial)
+
+    def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
+        """Conditioning on the latents of the first frames [B or 1, T, C, h, w] in [0, 1]."""
+        return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
+
+    def negative(self, batch: int) -> Tensor:
+        """The negative prompt's embedding [B, L, D]."""
+        return self.conditioning([self.negative_prompt]).text.expand(batch, -1, -1)
+
+    def load_text_encoder(self) -> None:
+        """It is here."""
+
+    def validation_prompts(self, count: int) -> list[str]:
+        return spread(self.library, count)
+
+    def check_captions(self, stored: Stored) -> None:
+        """Every text has an embedding."""
+
+    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
+        return self._given(numbers)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, F, 3, H, W] in [0, 1]: the first three channels (the last one again where there are fewer)."""
+        return self._pixels(latents).clamp(0, 1)
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        last = latents.shape[2] - 1
+        return latents[:, :, [0, min(1, last), min(2, last)]].float() / 4 + 0.5
+
+    def glimpse(self, latents: Tensor) -> Glimpse:
+        return Glimpse.of(self._pixels(latents))
+
+    def decoding(self) -> Callable[[Tensor], Tensor]:
+        return self.decode  # frames know nothing of each other
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [B, F, C, H, W] of pixels [B, F, 1 or 3, H, W] in [0, 1]: `decode` undone, other channels zero."""
+        height, width = self.latent_shape[2:]
+        if pixels.shape[2] not in (1, 3) or tuple(pixels.shape[3:]) != (height, width):
+            raise ValueError(
+                f"synthetic data: pixels must be [B, F, 1 or 3, {height}, {width}], got {list(pixels.shape)}"
+            )
+        return self._latents(pixels)
+
+    def _latents(self, pixels: Tensor) -> Tensor:
+        channels = self.latent_shape[1]
+        latents = torch.zeros(*pixels.shape[:2], channels, *pixels.shape[3:], device=self.device)
+        shown = min(3, channels)
+        latents[:, :, :shown] = (pixels.to(self.device)[:, :, :shown] - 0.5) * 4
+        return latents
+
+    def pixel_size(self, frames: int) -> Size:
+        return Size(frames, *self.latent_shape[2:])
+
+    def reencode(self, latents: Tensor) -> Tensor:
+        """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
+        return self._latents(self.decode(latents[:, -1:]))
+
+    def reward(self, config: RewardConfig | None) -> None:
+        return no_reward(config)

@@ -1,0 +1,102 @@
+"""What a run generates: prompts, real latents, text embeddings, and the way from latents to pixels.
+
+B batch  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from configs.objective import RewardConfig
+from model.types import Conditioning, Given
+from tasks.clips import Clips, Glimpse
+from utils.data.buckets import Size
+from utils.data.stream import Stream
+from utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tasks.stored import Stored
+
+Shape = tuple[int, ...]
+Reward = Callable[[Tensor, Sequence[str]], Tensor]  # latents [B, F, C, H, W], prompts -> [B], higher is better
+
+
+class Task(Protocol):
+    """What trainers and generation ask of a task. All of it is a function of positions and prompts, none of state."""
+
+    latent_shape: tuple[int, ...]  # (F, C, H, W)
+    negative_prompt: str
+    streams: Sequence[Stream]  # of files: where corrupt samples are counted
+
+    def prompts(self, positions: range) -> list[str]: ...
+
+    def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
+        """What training's samples at these positions are made from: a prompt and, where the run has them, an image.
+
+        shape: (F, C, H, W) of the samples, null for `latent_shape`; here and in `real` one that the config allows.
+        """
+
+    def real(self, positions: range, shape: Shape | None = None) -> Clips:
+        """Real videos at these positions: in any size the same content."""
+
+    def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning: ...
+
+    def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
+        """Conditioning on the first pixel frames of the videos too, as these networks take them.
+
+        pixels: [B, T, 1 or 3, h, w] in [0, 1], or [1, ...] that all videos start with. frames: latent frames of the
+        videos; null is `latent_shape`'s. Raises ValueError for pixels of another size.
+        """
+
+    def negative(self, batch: int) -> Tensor: ...
+
+    def load_text_encoder(self) -> None:
+        """Now, and not at the first prompt that needs it; nothing where prompts need none. Raises UserError."""
+
+    def validation_prompts(self, count: int) -> list[str]: ...
+
+    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
+        """What validation's videos of these numbers are given beside their prompts."""
+
+    def check_captions(self, stored: Stored) -> None:
+        """Raises ConfigError where a stored sample's caption has no embedding, as far as that is known beforehand."""
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+    def glimpse(self, latents: Tensor) -> Glimpse | None:
+        """How samples look, by what can be decoded in passing; None where nothing can."""
+
+    def decoding(self) -> Callable[[Tensor], Tensor]:
+        """A new stream: blocks of latents in, in order, their pixels out; together what `decode` makes of the whole."""
+
+    def encode(self, pixels: Tensor) -> Tensor: ...
+
+    def pixel_size(self, frames: int) -> Size:
+        """Pixel frames, height and width of so many latent frames."""
+
+    def reencode(self, latents: Tensor) -> Tensor: ...
+
+    def reward(self, config: RewardConfig | None) -> Reward | None:
+        """What the config names, of a sample's latents [B, F, C, H, W] and prompts: [B], higher is better. Raises
+        ConfigError for a reward that this task does not have."""
+
+
+def no_reward(config: RewardConfig | None) -> None:
+    """Of a task without rewards. Raises ConfigError."""
+    if config is not None:
+        raise ConfigError(f"objective.reward.name '{config.name}': this data has no rewards: choose data.kind toy")
+
+
+def for_each(prompts: Sequence[str], one_or_each: Tensor) -> Tensor:
+    """[B, ...], of what is there for each prompt or [1, ...] for all. Raises ValueError for another number."""
+    if one_or_each.shape[0] not in (1, len(prompts)):
+        raise ValueError(f"{len(prompts)} prompts and {one_or_each.shape[0]} images: give one for all, or one for each")
+    return one_or_each.expand(len(prompts), *one_or_each.shape[1:])
+
+
+def spread(library: Sequence[str], count: int) -> list[str]:
+    """`count` prompts at even distances over the library, from its start again where it has fewer."""
+    return [library[(i * len(library)) // count % len(library)] for i in range(count)]

@@ -1,0 +1,37 @@
+"""The toy world as a task: see worlds/toy.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from configs.objective import RewardConfig
+from configs.sections import DataConfig
+from model.wan.config import WanConfig
+from tasks.task import Reward
+from tasks.world import WorldTask
+from utils.errors import ConfigError
+from worlds.toy import ToyWorld
+from worlds.toy_judge import ToyJudge
+
+if TYPE_CHECKING:
+    pass
+
+
+class ToyTask(WorldTask):
+    """The toy world."""
+
+    world: ToyWorld
+
+    def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+        super().__init__(ToyWorld(config.toy), config, geometry, seed, device)
+
+    def reward(self, config: RewardConfig | None) -> Reward | None:
+        """'prompt_adherence': the judge's. It is trained at first use, and kept."""
+        if config is None:
+            return None
+        if config.name != "prompt_adherence":
+            raise ConfigError(f"objective.reward.name '{config.name}' is unknown: the toy world has prompt_adherence")
+        return ToyJudge(self.world, Path("logs/cache")).adherence

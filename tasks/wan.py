@@ -1,0 +1,376 @@
+"""Wan behind the interface of a task: UMT5's embeddings, made once or on the fly, and Wan's VAE.
+
+B batch  F latent frames  C channels  H W latent size  T pixel frames  h w pixel size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from configs.objective import RewardConfig
+from configs.sections import DataConfig
+from model.types import Conditioning, Given
+from model.wan.config import WanConfig
+from model.wan.folders import part_folder, read_config
+from model.wan.image_encoder import ImageEncoder, check_image_encoder, image_channels, load_image_encoder
+from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, cleaning, load_text_encoder
+from model.wan.vae import STRIDE_T, VAEConfig, WanVAE, load_vae, vae_channels
+from tasks.clips import Clips, Glimpse
+from tasks.first_frames import gives
+from tasks.stored import Stored, StoredImages, StoredLatents
+from tasks.task import Shape, for_each, no_reward, spread
+from tasks.text_cache import TextCache
+from utils import distributed
+from utils.config import config_hash
+from utils.data.buckets import Size
+from utils.data.prompts import PromptStream, load_prompts
+from utils.data.stream import Stream
+from utils.data.tensors import Statistics
+from utils.errors import ConfigError, UserError
+from utils.logging import console
+
+
+@cache
+def _warn_once(message: str) -> None:
+    if distributed.is_main():
+        console.warning("%s", message)
+
+
+def encoder_hash(config: TextConfig, text_len: int) -> str:
+    """What a cache keeps of its encoder: other embeddings have another. Raises ValueError."""
+    return config_hash([*config.identity(), text_len])
+
+
+def made_with(config: TextConfig, text_len: int) -> dict[str, str | int | None]:
+    """What a cache says of its encoder in words: the parts of `encoder_hash` that are known without its files."""
+    return {
+        "encoder": config.encoder, "dtype": config.dtype, "quantization": config.quantization, "text_len": text_len,
+        "cleaning": cleaning(),
+    }  # fmt: skip
+
+
+class WanText:
+    """Embeddings of prompts: from the cache; from the encoder those that it lacks, which is loaded only then.
+
+    Raises ValueError or UserError for a cache that does not fit networks and encoder, and where there is neither.
+    """
+
+    def __init__(self, config: TextConfig, geometry: WanConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.text_len, self.text_dim = geometry.text_len, geometry.text_dim
+        if config.cache is None and config.encoder is None:
+            raise ValueError(
+                "text: cache and encoder are both null: give the folder of preprocess.py text, or of a UMT5 encoder"
+            )
+        self.cache = TextCache(Path(config.cache), self.text_len, self.text_dim) if config.cache else None
+        if self.cache and config.encoder:
+            self._check_encoder(self.cache, config)
+
+    def _check_encoder(self, cache: TextCache, config: TextConfig) -> None:
+        """Raises ValueError where cache and encoder would give other embeddings. One on the Hub is not fetched for
+        that: what the cache says in words has to do, and a warning where it says too little."""
+        mine, refused = made_with(config, self.text_len), False
+        if Path(str(config.encoder)).is_dir():
+            refused = cache.encoder != encoder_hash(config, self.text_len)
+        elif cache.made_with:
+            refused = any(cache.made_with.get(key) != value for key, value in mine.items() if key != "encoder")
+        if refused:
+            raise ValueError(
+                f"text: {config.cache} was made by another encoder, precision or cleaning than {config.encoder} in "
+                f"{config.dtype}: make it anew, or set text.encoder to null"
+            )
+        if not Path(str(config.encoder)).is_dir() and cache.made_with.get("encoder") != config.encoder:
+            made_by = cache.made_with.get("encoder") or "an encoder that it does not name"
+            _warn_once(
+                f"data.text: {config.cache} was made by {made_by}: whether {config.encoder} gives the same embeddings "
+                "cannot be known before it is fetched"
+            )
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        assert self.config.encoder is not None
+        encoder = load_text_encoder(
+            self.config.encoder,
+            self.text_len,
+            dtype=DTYPES[self.config.dtype],
+            quantization=self.config.quantization,
+        )
+        if encoder.text_dim != self.text_dim:
+            raise ValueError(
+                f"text: {self.config.encoder} gives embeddings of width {encoder.text_dim}, the networks take "
+                f"{self.text_dim}: give the encoder that they were trained with"
+            )
+        return encoder.to(self.device)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """[B, L, D] in fp32, zero after each prompt's tokens. Raises ValueError for one that cannot be had."""
+        if self.cache and (not self.config.encoder or not self.cache.missing(prompts)):
+            return self.cache.encode(prompts).to(self.device)
+        return self.encoder.encode(prompts)
+
+    @property
+    def from_cache_alone(self) -> bool:
+        """Whether there is no encoder for a prompt that the cache lacks."""
+        return self.cache is not None and not self.config.encoder
+
+    def check(self, prompts: Iterable[str]) -> None:
+        """Raises ValueError naming a prompt that training would not find."""
+        if self.cache and self.from_cache_alone and (missing := self.cache.missing(prompts)):
+            self.cache.encode(missing[:1])
+
+
+class WanTask:
+    """Wan's prompts, text and pixels, and real videos as stored latents. The VAE is loaded when pixels are first asked
+    for.
+
+    library: the prompts of a config that names no file; empty for one that only generates.
+    Raises ConfigError, one line, for what of `data` does not fit the networks or is not there.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        geometry: WanConfig,
+        seed: int,
+        device: torch.device,
+        library: Sequence[str] | None = None,
+    ) -> None:
+        self.device, self.vae_config, clip = device, config.vae, config.wan
+        self.geometry, self.image_encoder_path = geometry, config.image_encoder
+        self.latent_shape: tuple[int, ...] = (clip.frames, geometry.out_dim, clip.height, clip.width)
+        self.negative_prompt = config.negative_prompt
+        try:
+            geometry.tokens_per_frame(clip.height, clip.width)
+            if config.prompts is None and config.images is None and library is None:
+                raise ValueError("prompts is null: kind wan needs a file of prompts, or images")
+            self.library = list(library or []) if config.prompts is None else load_prompts(config.prompts)
+            self.text = WanText(config.text, geometry, device)
+            self.text.check([*self.library, self.negative_prompt])
+            if config.vae.path is not None:
+                _check_channels(config.vae, vae_channels(config.vae), geometry.out_dim)  # now and not hours later
+            if config.image_encoder is not None:
+                check_image_encoder(config.image_encoder)
+        except (ValueError, OSError, UserError) as problem:
+            raise ConfigError(f"data: {problem}") from None
+        self.stream = PromptStream(max(len(self.library), 1), seed)
+        statistics, frames = statistics_of(config.vae), clip.frames
+        self.videos: StoredLatents | None = None
+        if config.latents is not None and config.real:
+            given = gives(config, geometry, frames, device, real=True)
+            self.videos = StoredLatents(
+                "data.latents", Path(config.latents), self.latent_shape, seed, statistics=statistics, gives=given
+            )
+        self.images: StoredImages | None = None
+        if config.images is not None:
+            given = gives(config, geometry, frames, device, real=False)
+            self.images = StoredImages(
+                "data.images", Path(config.images), self.latent_shape, seed, statistics=statistics, gives=given
+            )
+        self.streams: Sequence[Stream] = [stored.stream for stored in (self.videos, self.images) if stored is not None]
+        self._check_first(geometry)
+
+    def _check_first(self, geometry: WanConfig) -> None:
+        """Files that lack what the network needs, and captions that have no embedding, are refused now."""
+        try:
+            if self.images is not None:
+                self.images.read(range(1))
+                self.check_captions(self.images)
+            if self.videos is not None:
+                if geometry.model_type == "i2v":
+                    self.videos.read(range(1))
+                self.check_captions(self.videos)
+        except UserError as problem:
+            raise ConfigError(str(problem)) from None
+
+    @cached_property
+    def vae(self) -> WanVAE:
+        """Raises UserError for a VAE that is not whole or not these networks'."""
+        return fitting_vae(self.vae_config, self.latent_shape[1], self.device)
+
+    @cached_property
+    def image_encoder(self) -> ImageEncoder:
+        """Raises UserError for one that is not there, not whole or not these networks'."""
+        path, width = self.image_encoder_path, self.geometry.image_dim
+        try:
+            if path is None:
+                raise ValueError(
+                    "image_encoder is null: these networks see CLIP's tokens: give a pipeline's folder (inference.py: "
+                    "--image_encoder)"
+                )
+            encoder = load_image_encoder(path, DTYPES[self.vae_config.dtype], self.device)
+            if encoder.width != width:
+                raise ValueError(f"image_encoder: {path} has width {encoder.width}, the networks take {width}")
+            return encoder
+        except (ValueError, OSError) as problem:
+            raise UserError(f"data.{problem}") from None
+
+    def prompts(self, positions: range) -> list[str]:
+        """Training prompts at these positions of the endless shuffled library, or of the shuffled images."""
+        if self.images is not None:
+            return self.images.planned(positions)
+        return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
+
+    def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
+        """What samples at these positions are made from. Raises UserError."""
+        if self.images is None:
+            return self.conditioning(self.prompts(positions))
+        captions, given = self.images.read(positions)
+        return given.with_text(self._embed(captions)).frames(0, (shape or self.latent_shape)[0])
+
+    def real(self, positions: range, shape: Shape | None = None) -> Clips:
+        """Stored videos at these positions; shorter ones are their beginnings, for a VAE looks only back. Raises
+        UserError."""
+        if self.videos is None:
+            raise UserError("data.latents is null: this run needs real videos: give a folder of preprocess.py video")
+        clips = self.videos.read(positions)
+        return clips.start((shape or self.latent_shape)[0], self.device)
+
+    def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
+        """Raises UserError for a prompt that neither cache nor encoder gives an embedding."""
+        return Conditioning(self._embed(prompts), initial)
+
+    def _embed(self, prompts: Sequence[str]) -> Tensor:
+        try:
+            return self.text.encode(prompts)
+        except (ValueError, OSError) as problem:
+            raise UserError(f"data: {problem}") from None
+
+    def load_text_encoder(self) -> None:
+        """UMT5, where the config names it: the first prompt that the cache lacks then waits for nothing. Where it
+        cannot be loaded a cache has to do, with a warning."""
+        try:
+            if self.text.config.encoder is not None:
+                self.text.encoder  # noqa: B018  (loaded by being asked for)
+        except (ValueError, OSError) as problem:
+            if self.text.cache is None:
+                raise UserError(f"data: {problem}") from None
+            _warn_once(f"data.text: only prompts of {self.text.config.cache} can be used: {problem}")
+
+    def check_captions(self, stored: Stored) -> None:
+        """Raises ConfigError for stored captions that no cache knows, where there is no encoder."""
+        if not self.text.from_cache_alone:
+            return
+        try:
+            self.text.check(stored.captions)
+        except UserError as problem:
+            raise ConfigError(str(problem)) from None
+        except ValueError as problem:
+            raise ConfigError(f"{stored.key}: {problem}") from None
+
+    @torch.no_grad()
+    def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
+        """Conditioning on the first pixel frames [B or 1, T, 3, h, w] in [0, 1] of videos of `frames` latent frames:
+        channels, and CLIP's tokens of the first one where the networks take them, of model_type i2v; else latents.
+
+        Raises ValueError for another size, or more frames than the videos have.
+        """
+        if self.geometry.model_type != "i2v":
+            return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
+        self._check_size(pixels)
+        seen = pixels.expand(-1, -1, 3, -1, -1)
+        channels = image_channels(self.vae, seen, frames or self.latent_shape[0])
+        image = None if self.geometry.image_dim is None else self.image_encoder.encode(seen[:, 0])
+        return replace(
+            self.conditioning(prompts),
+            channels=for_each(prompts, channels),
+            image=None if image is None else for_each(prompts, image),
+        )
+
+    def negative(self, batch: int) -> Tensor:
+        """The negative prompt's embedding [B, L, D]: every update asks for it, and it is embedded once."""
+        return self._negative.expand(batch, -1, -1)
+
+    @cached_property
+    def _negative(self) -> Tensor:
+        return self._embed([self.negative_prompt])
+
+    def validation_prompts(self, count: int) -> list[str]:
+        """Without a library the captions of the images that `validation_given` shows. Raises UserError."""
+        if self.images is not None:
+            return (self.images.captions * count)[:count]
+        if not self.library and self.videos is not None:
+            return self.videos.read(range(count)).captions
+        if not self.library:
+            raise UserError("data.prompts is null, or not there any more: give a file of prompts")
+        return spread(self.library, count)
+
+    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
+        """Of the folder's first images, or of the first real videos. Raises UserError."""
+        if self.images is not None:
+            return self.images.numbered(numbers)
+        return Given() if self.videos is None else self.videos.read(numbers).given
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, T, 3, h, w] in [0, 1], T = 4 (F - 1) + 1: a video at a time, for a decoder needs room."""
+        return torch.cat([self.vae.decode(latent) for latent in latents.split(1)])
+
+    def glimpse(self, latents: Tensor) -> Glimpse | None:
+        """The last latent frame, where drift shows most, decoded as an image; None without a VAE. Decoders clamp, so
+        what was beyond lies at the limits."""
+        if self.vae_config.path is None:
+            return None
+        pixels = self.decode(latents[:, -1:])
+        at_limits = (pixels <= 0) | (pixels >= 1)
+        return Glimpse(pixels, at_limits.float().mean(dim=(1, 2, 3, 4)))
+
+    def decoding(self) -> Callable[[Tensor], Tensor]:
+        return torch.no_grad()(self.vae.decoding())
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [B, F, C, H, W] of pixels [B, T, 1 or 3, h, w] in [0, 1]. Raises ValueError for another size."""
+        self._check_size(pixels)
+        return self.vae.encode(pixels.expand(-1, -1, 3, -1, -1))
+
+    def pixel_size(self, frames: int) -> Size:
+        height, width = (self.vae.spatial * size for size in self.latent_shape[2:])
+        return Size(STRIDE_T * (frames - 1) + 1, height, width)
+
+    def _check_size(self, pixels: Tensor) -> None:
+        size = self.pixel_size(1)
+        if pixels.shape[2] not in (1, 3) or tuple(pixels.shape[3:]) != (size.height, size.width):
+            raise ValueError(
+                f"vae: pixels are {list(pixels.shape[2:])}, this run's are [3, {size.height}, {size.width}] "
+                "(channels, height, width): resize them"
+            )
+
+    def reward(self, config: RewardConfig | None) -> None:
+        return no_reward(config)
+
+    @torch.no_grad()
+    def reencode(self, latents: Tensor) -> Tensor:
+        """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
+        decode = self.vae.decoding()
+        for latent in latents.split(1, dim=1):
+            last = decode(latent)[:, -1:]
+        return self.vae.encode(last)
+
+
+def statistics_of(config: VAEConfig) -> Statistics | None:
+    """Mean and deviation of the raw latents of a config's VAE, for files that hold those; None without a VAE."""
+    if config.path is None:
+        return None
+    found = read_config(part_folder(config.path, "vae"), "AutoencoderKLWan")
+    return Statistics(tuple(found["latents_mean"]), tuple(found["latents_std"]))
+
+
+def fitting_vae(config: VAEConfig, channels: int, device: torch.device) -> WanVAE:
+    """The VAE of a config, for networks of so many latent channels. Raises UserError."""
+    try:
+        vae = load_vae(config, device)
+        _check_channels(config, vae.channels, channels)
+        return vae
+    except (ValueError, OSError) as problem:
+        raise UserError(f"data.{problem}") from None
+
+
+def _check_channels(config: VAEConfig, found: int, channels: int) -> None:
+    if found != channels:
+        raise ValueError(f"vae: {config.path} has {found} channels, the networks {channels}: give theirs")

@@ -1,0 +1,160 @@
+"""Worlds that are made on the fly, behind the interface of a task.
+
+B batch  F latent frames  C channels  H W latent size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from configs.objective import RewardConfig
+from configs.sections import DataConfig
+from model.types import Conditioning, Given
+from model.wan.config import WanConfig
+from model.wan.text_encoder import toy_text_encoder
+from tasks.clips import Clips, Glimpse
+from tasks.task import Reward, Shape, for_each, no_reward, spread
+from utils.data.buckets import Size
+from utils.data.prompts import PromptStream, load_prompts
+from utils.data.stream import Stream
+from utils.errors import ConfigError
+from worlds.glyphs import Split
+from worlds.toy import ToyBatch
+
+if TYPE_CHECKING:
+    from tasks.stored import Stored
+
+
+class World(Protocol):
+    """Real samples with captions, made on the fly. side: pixels of a frame's side. See ToyWorld."""
+
+    latent_shape: tuple[int, ...]
+    side: int
+    captions: list[str]
+
+    def parse(self, caption: str) -> object: ...
+
+    def batch(self, indices: Sequence[int], split: Split) -> ToyBatch: ...
+
+    def encode(self, pixels_BFCHW: Tensor) -> Tensor: ...
+
+    def decode(self, latents_BFCHW: Tensor, *, clamp: bool = True) -> Tensor: ...
+
+    def real_videos_for(self, captions: Sequence[str], seed: int, split: Split = "test") -> Tensor: ...
+
+    def resized(self, frames: int, height: int) -> World:
+        """The same world with so many frames, and latents of another height and width."""
+
+
+class WorldTask:
+    """A world behind the interface of a real task: everything by position, nothing by state."""
+
+    def __init__(self, world: World, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+        self.world = world
+        self.device = device
+        self.latent_shape: tuple[int, ...] = self.world.latent_shape
+        channels = self.latent_shape[1]
+        if geometry.in_dim != channels or geometry.out_dim != channels:
+            raise ConfigError(
+                f"student: in_dim {geometry.in_dim} and out_dim {geometry.out_dim} do not fit data.kind {config.kind}: "
+                f"set both to its {channels} latent channels in student.overrides"
+            )
+        self.encoder = toy_text_encoder(self.world.captions, geometry.text_len, geometry.text_dim, config.text_seed)
+        self.encoder.to(device)
+        self.may_use_data = config.real
+        self.streams: Sequence[Stream] = ()
+        self.gives_frame = config.gives_frame(geometry.model_type, real=True) and config.real
+        self.begins_real = config.real and bool(config.first_frame)  # samples too, and not only real videos
+        self.negative_prompt = config.negative_prompt
+        try:
+            geometry.tokens_per_frame(*self.latent_shape[2:])
+            self.library = load_prompts(config.prompts) if config.prompts else self.world.captions
+            for prompt in self.library:
+                self.world.parse(prompt)
+            self.encoder.encode([self.negative_prompt])
+        except (ValueError, OSError) as problem:
+            raise ConfigError(f"data: {problem}") from None
+        self.stream = PromptStream(len(self.library), seed)
+
+    def prompts(self, positions: range) -> list[str]:
+        """Training prompts at these positions of the endless shuffled library, or those of the videos whose first
+        frame is given."""
+        if self.begins_real:
+            return self.world.batch(positions, "train").captions
+        return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
+
+    def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
+        if self.begins_real:
+            clips = self.real(positions, shape)
+            return clips.given.with_text(self.conditioning(clips.captions).text)
+        return self.conditioning(self.prompts(positions))
+
+    def real(self, positions: range, shape: Shape | None = None) -> Clips:
+        """Real videos at these positions. RuntimeError in a data-free run."""
+        if not self.may_use_data:
+            raise RuntimeError("a data-free run asked for real videos")
+        frames, _, height, _ = shape or self.latent_shape
+        batch = self.world.resized(frames, height).batch(positions, "train")
+        latents = batch.latents_BFCHW.to(self.device)
+        return Clips(latents, batch.captions, Given(latents[:, :1]) if self.gives_frame else Given())
+
+    def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
+        return Conditioning(self.encoder.encode(prompts).to(self.device), initial)
+
+    def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
+        """Conditioning on the latents of the first frames [B or 1, T, C, h, w] in [0, 1]."""
+        return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
+
+    def negative(self, batch: int) -> Tensor:
+        """The negative prompt's embedding [B, L, D]."""
+        return self.encoder.encode([self.negative_prompt]).to(self.device).expand(batch, -1, -1)
+
+    def load_text_encoder(self) -> None:
+        """It is here."""
+
+    def validation_prompts(self, count: int) -> list[str]:
+        return spread(self.library, count)
+
+    def check_captions(self, stored: Stored) -> None:
+        try:
+            for caption in sorted(set(stored.captions)):  # the toy world has few
+                self.encoder.encode([caption])
+        except ValueError as problem:
+            raise ConfigError(f"{stored.key}: {problem}") from None
+
+    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
+        return Given(self.first_frames(prompts, numbers.start).to(self.device)) if self.gives_frame else Given()
+
+    def first_frames(self, prompts: Sequence[str], seed: int) -> Tensor:
+        """Latents [B, 1, C, H, W] of held-out videos of these prompts; seed picks the draws."""
+        return self.world.real_videos_for(prompts, seed)[:, :1]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, T, 3, h, w] in [0, 1]."""
+        return self.world.decode(latents.float().cpu())
+
+    def glimpse(self, latents: Tensor) -> Glimpse:
+        return Glimpse.of(self.world.decode(latents.float().cpu(), clamp=False))
+
+    def decoding(self) -> Callable[[Tensor], Tensor]:
+        return self.decode  # frames know nothing of each other
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [B, F, C, H, W] of pixels [B, T, C, h, w] in [0, 1]."""
+        return self.world.encode(pixels).to(self.device)
+
+    def pixel_size(self, frames: int) -> Size:
+        return Size(frames, self.world.side, self.world.side)
+
+    def reencode(self, latents: Tensor) -> Tensor:
+        """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
+        world = self.world.resized(latents.shape[1], latents.shape[3])
+        return world.encode(self.decode(latents)[:, -1:]).to(self.device)
+
+    def reward(self, config: RewardConfig | None) -> Reward | None:
+        no_reward(config)
+        return None
