@@ -14,11 +14,16 @@ export OMP_WAIT_POLICY := passive
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help venv quickstart test test-fast lint format bench bench-gpu methods docs clean distclean
+=======
+.PHONY: help venv quickstart test test-all test-fast lint format bench bench-gpu methods clean distclean
+>>>>>>> main
 
 help:
 	@echo 'make quickstart   the whole way on 2 CPU cores: teacher, causal student, distillation, videos, report (half an hour)'
-	@echo 'make test         all tests            make test-fast   without the slow ones'
+	@echo 'make test         one test of each kind (9 minutes on 2 cores); make test-fast: without the slow ones'
+	@echo 'make test-all     every test (45 minutes at most)'
 	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'
 	@echo 'make methods      every method from the same teachers, 3 seeds each: docs/methods.md (an hour or more on 2 cores)'
 	@echo 'make bench        cost of a training step, of streaming and of attention; make bench-gpu: at true sizes on one GPU'
@@ -58,10 +63,13 @@ quickstart: $(STAMP)
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)
+	@$(PYTEST) -m 'not full'
+
+test-all: $(STAMP)
 	@$(PYTEST)
 
 test-fast: $(STAMP)
-	@$(PYTEST) -m 'not slow'
+	@$(PYTEST) -m 'not slow and not full'
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .

@@ -17,7 +17,7 @@ from planning.plan import Cluster, Plan, make_plan
 from utils.cli import run_cli
 
 ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "configs" / "wan" / "self_forcing_dmd_14b.yaml"
+RECIPE = "configs/wan2.1_14b/self_forcing_dmd.yaml"
 SPLITS = {1: (1, 1, 1), 8: (1, 2, 4), 64: (2, 8, 4), 512: (8, 8, 8)}  # replicate, shard, sequence
 
 
@@ -26,7 +26,7 @@ def plan(world: int, gpu: str) -> Plan:
     names = ("replicate", "shard", "sequence")
     ways = [f"parallel.{name}={value}" for name, value in zip(names, SPLITS[world], strict=True)]
     each = min(world, 8)
-    return make_plan(load_run(RECIPE, ways), Cluster(world // each, each, gpu, find_gpu(gpu)))
+    return make_plan(load_run(ROOT / RECIPE, ways), Cluster(world // each, each, gpu, find_gpu(gpu)))
 
 
 def row(world: int, done: Plan) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def main() -> int:
     space = parser.parse_args()
     rows = [row(world, plan(world, space.gpu)) for world in SPLITS]
     print(show(rows))
-    write_json(space.out / "scaling.json", {"recipe": RECIPE.stem, "gpu": space.gpu, "rows": rows})
+    write_json(space.out / "scaling.json", {"recipe": RECIPE, "gpu": space.gpu, "rows": rows})
     draw(rows, space.gpu, space.out / "scaling.png")
     return 0
 

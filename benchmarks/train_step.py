@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Clock, attempt, machine, peak_gb, seconds, table, write_json
-from model.dmd import Guidance, critic_loss, dmd_loss
+from model.dmd import critic_loss, dmd_loss
+from model.query import Guidance, ScoreQuery
 from model.schedule import step_sigmas
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations, Rollout
@@ -165,10 +166,10 @@ class Workload:
 
     def generator_step(self, exit_step: int) -> None:
         made = self.rollout(exit_step, True)
-        loss = dmd_loss(
+        query = ScoreQuery(
             made, self.teacher, self.critic, self.conditioning, self.guidance, self.sigma, self.score_noise
-        ).loss
-        loss.backward()
+        )
+        dmd_loss(query).loss.backward()
         self.optimizers["student"].zero_grad()
 
     def critic_step(self, exit_step: int) -> None:

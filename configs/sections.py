@@ -8,6 +8,7 @@ from enum import Enum
 from configs.video_size import VideoSize, check_values
 from model.wan.text_encoder import TextConfig
 from model.wan.vae import ClipConfig, VAEConfig
+from utils.limits import BATCH, FRAMES, check_counts
 from utils.optim import LRScheduleConfig, OptimizerConfig
 from worlds.digits import DigitsConfig
 from worlds.glyphs import GLYPH
@@ -156,6 +157,9 @@ class RolloutConfig:
     self_gradient: bool = False
     reuse_rollout: bool = False
 
+    def __post_init__(self) -> None:
+        check_counts(self, {"num_training_frames": FRAMES})
+
 
 @dataclass
 class ConsistencyConfig:
@@ -260,6 +264,7 @@ class TrainingConfig:
         if self.update_schedule is UpdateSchedule.alternating and self.generator_update_interval == 1:
             raise ValueError("generator_update_interval 1 leaves an alternating critic no iteration: use 2 or more")
         least = {"critic_warmup_steps": 0}
+        check_counts(self, dict.fromkeys(("global_batch_size", "micro_batch_size"), BATCH), "no real batch is larger")
         for name in (
             "max_steps",
             "global_batch_size",
@@ -274,10 +279,10 @@ class TrainingConfig:
 
     def generator_updates(self, steps: int) -> int:
         """How many of the first `steps` iterations train the student."""
-        return sum(self.trains_generator(step) for step in range(steps))
+        return max(0, -(-(steps - self.critic_warmup_steps) // self.generator_update_interval))
 
     def critic_updates(self, steps: int) -> int:
-        return sum(self.trains_critic(step) for step in range(steps))
+        return steps if self.update_schedule is UpdateSchedule.joint else steps - self.generator_updates(steps)
 
     def trains_generator(self, step: int) -> bool:
         after = step - self.critic_warmup_steps

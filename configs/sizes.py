@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from configs.video_size import Size
 from model.schedule import TIMESTEPS, ScheduleConfig
 from pipeline.self_forcing_training import rollout_lengths
+from utils.limits import VOLUME
 from utils.random import Noise
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def check_sizes(config: RunConfig) -> None:
         )
     for number, size in enumerate(sizes_of(config)):
         try:
+            if math.prod(size) > VOLUME:
+                raise ValueError(f"has {math.prod(size)} latent elements, more than {VOLUME}: lower one of its sides")
             _check_size(config, size)
             _check_data(config, size, given_image)
         except ValueError as problem:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from utils.limits import FRAMES, SIDE
+
 if TYPE_CHECKING:
     pass
 
@@ -37,5 +39,15 @@ def check_values(sizes: Sequence[VideoSize]) -> None:
             value = getattr(size, name)
             if value is not None and value < 1:
                 raise ValueError(f"sizes[{number}].{name} must be at least 1, or null for the data's own, got {value}")
+            limit = FRAMES if name == "frames" else SIDE
+            if value is not None and value > limit:
+                raise ValueError(
+                    f"sizes[{number}].{name} must be at most {limit} (no real video is larger), got {value}: lower it"
+                )
+            limit = FRAMES if name == "frames" else SIDE
+            if value is not None and value > limit:
+                raise ValueError(
+                    f"sizes[{number}].{name} must be at most {limit} (no real video is larger), got {value}: lower it"
+                )
         if not 0 < size.weight < math.inf:
             raise ValueError(f"sizes[{number}].weight must be positive and finite, got {size.weight}")

@@ -6,28 +6,14 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from model.diffusion import flow_matching_loss
+from model.query import ScoreQuery
 from model.schedule import mix
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Guidance of the two scores, `uncond + w (cond - uncond)`, and the negative prompt's text [B, L, D].
-
-    rescale: phi of `model.score.rescaled` for the real score, 0 for none.
-    """
-
-    negative: Tensor
-    real: float
-    fake: float = 1.0
-    rescale: float = 0.0
 
 
 def kl_gradient(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
@@ -54,45 +40,25 @@ def matching_loss(x: Tensor, gradient: Tensor, frame_mask: Tensor | None, weight
     return 0.5 * (per_sample if weight is None else weight.detach() * per_sample).mean()
 
 
-def dmd_loss(
-    rollout: Rollout,
-    real: ScoreNet,
-    fake: ScoreNet,
-    conditioning: Conditioning,
-    guidance: Guidance,
-    sigma: Tensor,
-    noise: Tensor,
-    *,
-    weight: Tensor | None = None,
-) -> LossOutput:
+def dmd_loss(query: ScoreQuery) -> LossOutput:
     """1/2 mean (x - sg(x - g))^2 with g = `kl_gradient`: its gradient in x is g over the number of elements.
 
-    Both scores see the same x_sigma. sigma: [B], one noise level a sample; noise: like x0. weight: [B], of each sample
-    in the mean over them, detached; None is 1. Nothing is trained here but what made `rollout.x0`.
+    Both scores see the same x_sigma. Nothing is trained here but what made `query.rollout.x0`.
     """
-    x_sigma = mix(rollout.x0.detach(), noise, sigma)
-    return matched(rollout, rollout.x0, x_sigma, sigma, real, fake, conditioning, guidance, weight)
+    x0 = query.rollout.x0
+    return matched(query, x0, mix(x0.detach(), query.noise, query.sigma))
 
 
-def matched(
-    rollout: Rollout,
-    x: Tensor,
-    x_sigma: Tensor,
-    sigma: Tensor,
-    real: ScoreNet,
-    fake: ScoreNet,
-    conditioning: Conditioning,
-    guidance: Guidance,
-    weight: Tensor | None = None,
-) -> LossOutput:
+def matched(query: ScoreQuery, x: Tensor, x_sigma: Tensor) -> LossOutput:
     """1/2 mean (x - sg(x - g))^2 with g = `kl_gradient` of rollout.x0 by the two scores at x_sigma, noised from x.
 
-    x, x_sigma: [B, F, C, H, W], x_sigma without gradient; x is rollout.x0, or made of it. Others as in `dmd_loss`.
+    x, x_sigma: [B, F, C, H, W], x_sigma without gradient at query.sigma; x is rollout.x0, or made of it.
     """
+    rollout = query.rollout
     with torch.no_grad():
-        fake_x0, real_x0 = scored(real, fake, x_sigma, sigma, conditioning, guidance)
+        fake_x0, real_x0 = scored(query, x_sigma)
         gradient = kl_gradient(rollout.x0, fake_x0, real_x0)
-    loss = matching_loss(x, gradient, rollout.frame_mask, weight)
+    loss = matching_loss(x, gradient, rollout.frame_mask, query.weight)
     metrics = {
         "loss": loss.detach(),
         "dmd_gradient_norm": per_sample_mean(gradient.square(), rollout.frame_mask).sqrt().mean(),
@@ -101,12 +67,11 @@ def matched(
     return LossOutput(loss, metrics, kl_gradient=gradient)
 
 
-def scored(
-    real: ScoreNet, fake: ScoreNet, x_sigma: Tensor, sigma: Tensor, conditioning: Conditioning, guidance: Guidance
-) -> tuple[Tensor, Tensor]:
+def scored(query: ScoreQuery, x_sigma: Tensor) -> tuple[Tensor, Tensor]:
     """x0 [B, F, C, H, W] as the fake and as the real score predict it at the same x_sigma, each with its guidance."""
-    fake_x0 = fake.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.fake)
-    real_x0 = real.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.real, guidance.rescale)
+    sigma, conditioning, guidance = query.sigma, query.conditioning, query.guidance
+    fake_x0 = query.fake.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.fake)
+    real_x0 = query.real.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.real, guidance.rescale)
     return fake_x0, real_x0
 
 
@@ -119,7 +84,15 @@ def critic_loss(
     *,
     x0_target: bool = False,
 ) -> LossOutput:
-    """Flow matching of the critic on the student's samples, conditional only, at its own draw of sigma [B], noise."""
+    """Flow matching of the critic on the student's samples, conditional only, at its own draw (DMD2, arXiv 2405.14867).
+
+    rollout: the student's sample x0 [B, F, C, H, W], detached here; frames outside its mask count for nothing.
+    fake: the critic.
+    conditioning: what the sample is conditioned on.
+    sigma: [B], noise levels in [0, 1].
+    noise: standard normal, like x0.
+    x0_target: the error is that of x0 in place of the velocity's.
+    """
     x0 = rollout.x0.detach()
     weight = None if rollout.frame_mask is None else rollout.frame_mask.float().expand(x0.shape[:2])
     return flow_matching_loss(

@@ -8,7 +8,7 @@ B batch  K logits of a sample
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import assert_never
 
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from model.discriminator import Discriminator
-from model.dmd import Guidance, dmd_loss
-from model.gan import Adversarial, generator_terms, judged, with_term
-from model.schedule import mix
-from model.score import ScoreNet
-from model.types import Conditioning, LossOutput, Rollout, Total
+from model.dmd import dmd_loss
+from model.gan import Adversarial, NoisedSamples, generator_terms, with_term
+from model.query import ScoreQuery
+from model.types import LossOutput, Total
 
 BINS = 10
 LEAST = 1e-8
@@ -114,49 +113,57 @@ class RatioBins:
         self.means = state["means"].to(self.means)
 
 
+@dataclass(frozen=True)
+class RatioWeighting:
+    """How ratios become weights of samples.
+
+    divergence: whose h weighs them. total: sums over data-parallel ranks; it is a collective. bins: running means that
+    ratios are divided by, None for none. clip: of logits and ratios.
+    """
+
+    divergence: Divergence
+    total: Total
+    bins: RatioBins | None = None
+    clip: RatioClip = field(default_factory=RatioClip)
+
+
 @torch.no_grad()
-def f_weights(
-    logits: Tensor,
-    sigma: Tensor,
-    divergence: Divergence,
-    total: Total,
-    bins: RatioBins | None = None,
-    clip: RatioClip | None = None,
-) -> tuple[Tensor, Tensor]:
+def f_weights(logits: Tensor, sigma: Tensor, weighting: RatioWeighting) -> tuple[Tensor, Tensor]:
     """(weights [B] of mean 1 over all ranks' samples, ratios r [B] as clipped). logits [B, K] at x_sigma, sigma [B]."""
-    ratio = density_ratio(logits, clip or RatioClip())
-    weight = h(divergence, ratio if bins is None else bins.normalised(ratio, sigma, total))
+    ratio, bins, total = density_ratio(logits, weighting.clip), weighting.bins, weighting.total
+    weight = h(weighting.divergence, ratio if bins is None else bins.normalised(ratio, sigma, total))
     sums = total(torch.stack([weight.sum(), torch.full_like(weight[0], len(weight))]))
     return weight / (sums[0] / sums[1]).clamp_min(LEAST), ratio
 
 
 def f_distill_loss(
-    rollout: Rollout,
-    real: ScoreNet,
-    fake: ScoreNet,
+    query: ScoreQuery,
     judge: Discriminator,
-    conditioning: Conditioning,
-    guidance: Guidance,
-    sigma: Tensor,
-    noise: Tensor,
+    weighting: RatioWeighting,
     *,
-    divergence: Divergence,
-    total: Total,
-    bins: RatioBins | None = None,
-    clip: RatioClip | None = None,
     gan_weight: float = 0.0,
-    weights: tuple[Tensor, Tensor] | None = None,
+    ratio: Tensor | None = None,
 ) -> LossOutput:
-    """DMD with each sample's loss weighted by h(r), and `gan_weight` times the student's GAN loss at the same x_sigma.
+    """DMD with each sample's loss weighted by h(r) (theorem 1), and `gan_weight` times the student's GAN loss.
 
-    judge: trained with `Adversarial.softplus`, so that its logit is log r. total: sums over data-parallel ranks; it is
-    a collective. One evaluation of the backbone gives ratio and GAN term. weights: what `f_weights` gave for these
-    samples among others, where the global batch does not run at once. Other arguments as `dmd_loss` has them.
+    One evaluation of the discriminator's backbone, at DMD's own x_sigma, gives ratio and GAN term.
+
+    query: its weight is None, or what `f_weights` gave for these samples among others, where the global batch does not
+        run at once.
+    judge: trained with `Adversarial.softplus`, so that its logit is log r.
+    weighting: how r becomes a weight, where the query has none.
+    gan_weight: of the GAN term beside DMD.
+    ratio: [B], r of the query's weight, for the log; ValueError if only one of the two is told.
     """
+    if (ratio is None) != (query.weight is None):
+        raise ValueError("f-distill's weights come with their ratios: give the query's weight and ratio, or neither")
     with torch.set_grad_enabled(gan_weight > 0 and torch.is_grad_enabled()):
-        logits = judge.logits(mix(judged(rollout), noise, sigma), sigma, conditioning)
-    weight, ratio = weights or f_weights(logits, sigma, divergence, total, bins, clip)
-    output = dmd_loss(rollout, real, fake, conditioning, guidance, sigma, noise, weight=weight)
-    output.metrics |= {"ratio": ratio.mean(), "weight_max": weight.max(), "weight_min": weight.min()}
+        logits = NoisedSamples.of(query.rollout, query.conditioning, query.sigma, query.noise).logits(judge)
+    if ratio is None:
+        weight, ratio = f_weights(logits, query.sigma, weighting)
+        query = replace(query, weight=weight)
+    assert query.weight is not None
+    output = dmd_loss(query)
+    output.metrics |= {"ratio": ratio.mean(), "weight_max": query.weight.max(), "weight_min": query.weight.min()}
     gan = generator_terms(logits, None, Adversarial.softplus).mean()
     return with_term(output, LossOutput(gan, {"gan_loss": gan.detach()}), gan_weight) if gan_weight > 0 else output

@@ -6,7 +6,7 @@ B batch  F latent frames  C channels  H W latent size  K logits of a sample
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import assert_never
 
@@ -76,53 +76,69 @@ def discriminator_terms(fake: Tensor, real: Tensor, kind: Adversarial) -> Tensor
     return terms.mean(1)
 
 
-def gradient_penalty(
-    judge: Discriminator,
-    x_sigma: Tensor,
-    logits: Tensor,
-    sigma: Tensor,
-    given: Conditioning,
-    noise: Tensor,
-    penalty: Penalty,
-) -> Tensor:
-    """mean (D(x_sigma + a n) - D(x_sigma))^2 over heads, [B]; divided by a^2 where the penalty says so.
+@dataclass(frozen=True)
+class NoisedSamples:
+    """Samples as a discriminator judges them, of the student or of the data, at a draw of their own.
 
-    x_sigma: noised, [B, F, C, H, W]; logits: D(x_sigma) [B, K]; noise: n, like x_sigma.
+    x0: [B, F, C, H, W]. conditioning: what they are conditioned on. sigma: [B], noise levels. noise: like x0.
     """
-    moved = judge.logits((x_sigma.float() + penalty.step * noise.float()).to(x_sigma.dtype), sigma, given)
+
+    x0: Tensor
+    conditioning: Conditioning
+    sigma: Tensor
+    noise: Tensor
+
+    @classmethod
+    def of(cls, rollout: Rollout, conditioning: Conditioning, sigma: Tensor, noise: Tensor) -> NoisedSamples:
+        """The student's, without gradient in frames that no loss may judge: a discriminator sees them all."""
+        if rollout.frame_mask is None:
+            return cls(rollout.x0, conditioning, sigma, noise)
+        mask = rollout.frame_mask.reshape(1, -1, 1, 1, 1)
+        return cls(torch.where(mask, rollout.x0, rollout.x0.detach()), conditioning, sigma, noise)
+
+    @property
+    def x_sigma(self) -> Tensor:
+        """[B, F, C, H, W]."""
+        return mix(self.x0, self.noise, self.sigma)
+
+    def detach(self) -> NoisedSamples:
+        return replace(self, x0=self.x0.detach())
+
+    def logits(self, judge: Discriminator, x_sigma: Tensor | None = None) -> Tensor:
+        """D(x_sigma) [B, K]; of another x_sigma at the same noise levels, if it is told."""
+        return judge.logits(self.x_sigma if x_sigma is None else x_sigma, self.sigma, self.conditioning)
+
+
+def gradient_penalty(
+    judge: Discriminator, samples: NoisedSamples, logits: Tensor, direction: Tensor, penalty: Penalty
+) -> Tensor:
+    """mean (D(x_sigma + a n) - D(x_sigma))^2 over heads (APT, arXiv 2501.08316), [B]; over a^2 if `penalty.per_step`.
+
+    judge: the discriminator D.
+    samples: where the slope is taken; their noised x_sigma [B, F, C, H, W] is what is moved.
+    logits: D(x_sigma) [B, K].
+    direction: n, standard normal, like x_sigma.
+    penalty: a, and whether to divide by its square.
+    """
+    x_sigma = samples.x_sigma
+    moved = samples.logits(judge, (x_sigma.float() + penalty.step * direction.float()).to(x_sigma.dtype))
     difference = (moved - logits) / (penalty.step if penalty.per_step else 1.0)
     return difference.square().mean(1)
 
 
-@dataclass(frozen=True)
-class Real:
-    """Real samples x0 [B, F, C, H, W] with what they are conditioned on, and their own noise level [B] and noise."""
-
-    x0: Tensor
-    given: Conditioning
-    sigma: Tensor
-    noise: Tensor
-
-    def logits(self, judge: Discriminator) -> Tensor:
-        return judge.logits(mix(self.x0, self.noise, self.sigma), self.sigma, self.given)
-
-
 def gan_loss(
-    rollout: Rollout,
+    student: NoisedSamples,
     judge: Discriminator,
-    conditioning: Conditioning,
-    sigma: Tensor,
-    noise: Tensor,
     *,
     kind: Adversarial = Adversarial.softplus,
-    real: Real | None = None,
+    real: NoisedSamples | None = None,
 ) -> LossOutput:
-    """The student's adversarial loss, mean softplus(-D(x_sigma)), at its own draw of sigma [B] and noise, or at DMD's.
+    """The student's adversarial loss, mean softplus(-D(x_sigma)), at its own draw of sigma and noise, or at DMD's.
 
     Gradient flows through the backbone into the frames that a loss may judge; weights of backbone and heads must not
     require it here. real: for the relativistic kind, sample by sample.
     """
-    fake_logits = judge.logits(mix(judged(rollout), noise, sigma), sigma, conditioning)
+    fake_logits = student.logits(judge)
     with torch.no_grad():
         real_logits = real.logits(judge) if real is not None and kind is Adversarial.relativistic else None
     loss = generator_terms(fake_logits, real_logits, kind).mean()
@@ -131,12 +147,9 @@ def gan_loss(
 
 
 def discriminator_loss(
-    rollout: Rollout,
+    student: NoisedSamples,
+    real: NoisedSamples,
     judge: Discriminator,
-    conditioning: Conditioning,
-    sigma: Tensor,
-    noise: Tensor,
-    real: Real,
     *,
     kind: Adversarial = Adversarial.softplus,
     penalty: Penalty | None = None,
@@ -146,11 +159,16 @@ def discriminator_loss(
     """mean softplus(D(x_sigma)) + softplus(-D(real_sigma)), and its penalties.
 
     Gradient reaches the heads and, where its weights require it, the backbone; never the student.
+
+    student: the student's samples, detached here.
+    real: the data's.
+    judge: the discriminator D.
+    kind: in place of softplus.
+    penalty: weights of R1 and R2, and how they are taken; None for none.
     real_step, fake_step: standard normal, like x0, the directions of R1 and of R2; needed where their weight is not 0.
     """
-    x_fake, x_real = mix(rollout.x0.detach(), noise, sigma), mix(real.x0, real.noise, real.sigma)
-    fake_logits = judge.logits(x_fake, sigma, conditioning)
-    real_logits = judge.logits(x_real, real.sigma, real.given)
+    student = student.detach()
+    fake_logits, real_logits = student.logits(judge), real.logits(judge)
     loss = discriminator_terms(fake_logits, real_logits, kind).mean()
     metrics = {
         "gan_loss": loss.detach(),
@@ -160,21 +178,13 @@ def discriminator_loss(
     }
     if penalty is not None and penalty.r1 > 0:
         assert real_step is not None
-        r1 = gradient_penalty(judge, x_real, real_logits, real.sigma, real.given, real_step, penalty).mean()
+        r1 = gradient_penalty(judge, real, real_logits, real_step, penalty).mean()
         loss, metrics["r1"] = loss + penalty.r1 * r1, r1.detach()
     if penalty is not None and penalty.r2 > 0:
         assert fake_step is not None
-        r2 = gradient_penalty(judge, x_fake, fake_logits, sigma, conditioning, fake_step, penalty).mean()
+        r2 = gradient_penalty(judge, student, fake_logits, fake_step, penalty).mean()
         loss, metrics["r2"] = loss + penalty.r2 * r2, r2.detach()
     return LossOutput(loss, metrics | {"loss": loss.detach()})
-
-
-def judged(rollout: Rollout) -> Tensor:
-    """The sample [B, F, C, H, W], without gradient in frames that no loss may judge: a discriminator sees them all."""
-    if rollout.frame_mask is None:
-        return rollout.x0
-    mask = rollout.frame_mask.reshape(1, -1, 1, 1, 1)
-    return torch.where(mask, rollout.x0, rollout.x0.detach())
 
 
 def with_term(main: LossOutput, term: LossOutput, weight: float) -> LossOutput:

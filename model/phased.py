@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.dmd import Guidance, matched, per_sample_mean
+from model.dmd import matched, per_sample_mean
+from model.query import ScoreQuery
 from model.schedule import mix
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout, expand_like
@@ -33,26 +34,13 @@ def noised_on(x_start: Tensor, start: float, noise: Tensor, sigma: Tensor) -> Te
     return (keep * x_start.float() + added * noise.float()).to(x_start.dtype)
 
 
-def phased_dmd_loss(
-    rollout: Rollout,
-    x_start: Tensor,
-    start: float,
-    real: ScoreNet,
-    fake: ScoreNet,
-    conditioning: Conditioning,
-    guidance: Guidance,
-    sigma: Tensor,
-    noise: Tensor,
-    *,
-    weight: Tensor | None = None,
-) -> LossOutput:
+def phased_dmd_loss(query: ScoreQuery, x_start: Tensor, start: float) -> LossOutput:
     """1/2 mean (x_{s0} - sg(x_{s0} - g))^2, g = (F - T) / mean|x0 - T| at x_s noised on from x_{s0}.
 
-    x_start: x_{s0} with gradient, from `phase_start` or a solver's step; rollout.x0: what it was made from, for the
-    normaliser alone. start 0 with x_start = rollout.x0 is `dmd_loss`. sigma: [B] in [start, 1].
+    x_start: x_{s0} with gradient, from `phase_start` or a solver's step; query.rollout.x0: what it was made from, for
+    the normaliser alone. start 0 with x_start = rollout.x0 is `dmd_loss`. query.sigma: [B] in [start, 1].
     """
-    x_sigma = noised_on(x_start.detach(), start, noise, sigma)
-    return matched(rollout, x_start, x_sigma, sigma, real, fake, conditioning, guidance, weight)
+    return matched(query, x_start, noised_on(x_start.detach(), start, query.noise, query.sigma))
 
 
 def phased_critic_loss(
@@ -69,6 +57,14 @@ def phased_critic_loss(
 
     v* is the velocity whose score is that of x_s | x_{s0}; its mean given x_s is the velocity of the student's samples,
     so x_{s0} is enough. As t -> 0 it has no bound: t / s, 1 at start 0, takes that out. Start 0 is `critic_loss`.
+
+    x_start: x_{s0} [B, F, C, H, W], detached here.
+    start: s0, the interval's lower noise level in [0, 1).
+    fake: the critic.
+    conditioning: what the sample is conditioned on.
+    sigma: s [B] in [start, 1].
+    noise: n, standard normal, like x_start.
+    frame_mask: [F] bool, the frames that count; None means all.
     """
     x_start = x_start.detach()
     s = expand_like(sigma, x_start)

@@ -5,35 +5,24 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from model.dmd import Guidance, per_sample_mean, scored
+from model.dmd import per_sample_mean, scored
+from model.query import ScoreQuery
 from model.schedule import mix
-from model.score import ScoreNet
-from model.types import Conditioning, LossOutput, Rollout
+from model.types import LossOutput
 
 
-def sid_loss(
-    rollout: Rollout,
-    real: ScoreNet,
-    fake: ScoreNet,
-    conditioning: Conditioning,
-    guidance: Guidance,
-    sigma: Tensor,
-    noise: Tensor,
-    *,
-    alpha: float = 1.0,
-) -> LossOutput:
-    """mean (T - F) ((T - x) - alpha (T - F)) / sg(mean|x - T|), the mean of each sample its own.
+def sid_loss(query: ScoreQuery, *, alpha: float = 1.0) -> LossOutput:
+    """mean (T - F) ((T - x) - alpha (T - F)) / sg(mean|x - T|), the mean of each sample its own (arXiv 2404.04057).
 
     Gradient flows through x and through both scores' inputs; their weights must not require gradient, or the critic's
-    would be computed for nothing. sigma: [B]; noise: like x0.
+    would be computed for nothing. Raises ValueError for a query with weights of samples: SiD has none.
     """
-    x0 = rollout.x0.float()
-    x_sigma = mix(x0, noise, sigma)
-    fake_x0, real_x0 = scored(real, fake, x_sigma, sigma, conditioning, guidance)
+    if query.weight is not None:
+        raise ValueError("SiD does not weigh samples: leave the query's weight None")
+    x0 = query.rollout.x0.float()
+    fake_x0, real_x0 = scored(query, mix(x0, query.noise, query.sigma))
     gap = real_x0 - fake_x0
     scale = (x0 - real_x0).detach().abs().flatten(1).mean(1).reshape(-1, *(1,) * (x0.ndim - 1))
-    loss = per_sample_mean(gap * ((real_x0 - x0) - alpha * gap) / scale, rollout.frame_mask).mean()
+    loss = per_sample_mean(gap * ((real_x0 - x0) - alpha * gap) / scale, query.rollout.frame_mask).mean()
     metrics = {"loss": loss.detach(), "score_gap": gap.detach().abs().mean()}
     return LossOutput(loss, metrics)

@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -107,6 +108,11 @@ class Meter(TorchDispatchMode):
                     self._resize(storage, 0)
                     storage.owner = owner
                     self._resize(storage, size)
+
+    def computed(self, flops: float) -> None:
+        """So many FLOPs that no operator shows, in the present phase."""
+        if flops:
+            self.phase.cost[FLOPS] += flops
 
     def category(self, name: str) -> Owner:
         """That of the network that runs."""
@@ -221,23 +227,30 @@ class Meter(TorchDispatchMode):
             finally:
                 self._paused = before
 
-        with ExitStack() as patches:
-            patch(patches, torch.UntypedStorage, "resize_", resized)
-            patch(patches, torch.cuda, "is_available", lambda: False)  # the pretended device is the same everywhere
-            patch(patches, ShardingPropagator, "_propagate_tensor_meta_non_cached", inferred)
-            if self.cuda:
-                patch(patches, functional, "rms_norm", lambda x, shape, weight, eps: _FusedRMSNorm.apply(x, weight))
+        # Torch has no hook for these. A TorchFunctionMode is off within `backward`, where checkpointed blocks are
+        # computed again.
+        patches = [
+            mock.patch.object(torch.UntypedStorage, "resize_", resized),
+            mock.patch.object(torch.cuda, "is_available", lambda: False),  # the pretended device is the same everywhere
+            mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", inferred),
+        ]
+        if self.cuda:
+            patches.append(mock.patch.object(functional, "rms_norm", _FusedRMSNorm.of))
+        with ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
             with fake, self:
                 yield
 
 
-def patch(patches: ExitStack, owner: Any, name: str, value: Any) -> None:
-    patches.callback(setattr, owner, name, getattr(owner, name))
-    setattr(owner, name, value)
-
-
 class _FusedRMSNorm(torch.autograd.Function):
     """The memory of CUDA's RMS norm, one kernel each way, where a CPU's keeps intermediate results."""
+
+    @classmethod
+    def of(cls, x: Tensor, _shape: Any, weight: Tensor, _eps: float) -> Tensor:
+        """With the arguments of `functional.rms_norm`."""
+        out: Tensor = cls.apply(x, weight)
+        return out
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from planning.pretend_run import (
     tapped,
 )
 from trainer.adversary import NAME as DISCRIMINATOR
-from trainer.base import micro_batches
+from trainer.micro_batch import micro_batches
 from utils.parallel.mesh import split
 
 
@@ -64,8 +64,17 @@ class KindPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Per GPU. rest: bytes between iterations. peak: bytes of the worst moment; parts: whose they are; when: which it
-    is. host: whose bytes lie in the CPU's memory, and not in the peak."""
+    """What a run needs, per GPU.
+
+    split: replicate, shard and sequence, whose product is the number of GPUs.
+    micro_batches: of a rank and update.
+    rest: bytes between iterations, by owner.
+    peak: bytes of the worst moment.
+    parts: whose they are.
+    when: which moment it is.
+    host: whose bytes lie in the CPU's memory, and not in the peak.
+    iterations: the kinds of iterations, with cost and least time.
+    """
 
     config: RunConfig
     cluster: Cluster
@@ -95,15 +104,17 @@ class Plan:
 def kinds_of(config: RunConfig) -> list[Kind]:
     """The kinds of iterations that a run has."""
     training = config.training
-    steps = range(training.max_steps)
+    steps = training.max_steps
     if config.trainer is not TrainerKind.score_distillation:
-        return [Kind("student", 0, len(steps))]
-    both = [step for step in steps if training.trains_generator(step)]
-    others = [step for step in steps if not training.trains_generator(step)]
+        return [Kind("student", 0, steps)]
+    students = training.generator_updates(steps)
     judge = DISCRIMINATOR if config.critic is None else "critic"
     joint = training.update_schedule is UpdateSchedule.joint
-    found = [(f"student and {judge}" if joint else "student", both), (judge, others)]
-    return [Kind(name, which[0], len(which)) for name, which in found if which]
+    found = [
+        Kind(f"student and {judge}" if joint else "student", training.critic_warmup_steps, students),
+        Kind(judge, 0 if training.critic_warmup_steps else 1, steps - students),
+    ]
+    return [kind for kind in found if kind.count]
 
 
 def iterations_of(kind: Kind, parts: int) -> list[Iteration]:
@@ -129,7 +140,10 @@ def make_plan(config: RunConfig, cluster: Cluster, *, whole: bool = False) -> Pl
         costs.append(update_cost(record, 0, kinds[-1].name, mean_exit(config)))
     when, worst = worst_moment(record, host)
     planned = [KindPlan(kind, cost, bound(cost, cluster.gpu)) for kind, cost in zip(kinds, costs, strict=True)]
-    return Plan(config, cluster, ways, parts, record.rest, worst.peak, worst.parts, when, host, planned)
+    return Plan(
+        config=config, cluster=cluster, split=ways, micro_batches=parts, rest=record.rest, peak=worst.peak,
+        parts=worst.parts, when=when, host=host, iterations=planned,
+    )  # fmt: skip
 
 
 def measure(
@@ -162,7 +176,7 @@ def iteration_cost(config: RunConfig, record: Record, first: int) -> Cost:
 
 
 def added(a: Cost, b: Cost) -> Cost:
-    return {key: a.get(key, 0.0) + b.get(key, 0.0) for key in {*a, *b}}
+    return {key: a.get(key, 0.0) + b.get(key, 0.0) for key in a | b}
 
 
 def mean_exit(config: RunConfig) -> float:
@@ -195,7 +209,8 @@ def update_cost(record: Record, first: int, update: str, exit_step: float) -> Co
         (stage("update", first, final), 1),
         (stage("backward", first, 0), record.micro_batches - 1),
     ]
-    return {key: sum(cost.get(key, 0.0) * times for cost, times in terms) for key in {k for c, _ in terms for k in c}}
+    keys = dict.fromkeys(key for cost, _ in terms for key in cost)  # in order: columns of the report, sums of floats
+    return {key: sum(cost.get(key, 0.0) * times for cost, times in terms) for key in keys}
 
 
 def worst_moment(record: Record, host: frozenset[Owner]) -> tuple[Key, Phase]:

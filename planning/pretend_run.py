@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -29,17 +28,16 @@ from configs.schema import RunConfig
 from configs.sections import TrainerKind
 from configs.sizes import largest
 from model.discriminator import tapped_blocks
-from model.types import LossOutput
-from model.wan import vsa
 from model.wan.config import NetworkConfig
 from model.wan.kv_cache import KVCache
-from model.wan.vsa import Tiling, fused
-from model.wan.vsa.tiles import TileMaps, tile_maps
-from planning.meter import FLOPS, GRADIENTS, Meter, Owner, Phase, patch
+from model.wan.vsa.counting import kernels_counted_by
+from planning.meter import GRADIENTS, Meter, Owner, Phase
 from tasks.build import build_task
-from trainer.base import MicroBatch, RunOptions, Trainer
+from trainer.base import RunOptions, Trainer
 from trainer.build import build_trainer
+from trainer.micro_batch import MicroBatch
 from trainer.networks import Trained
+from trainer.observer import TrainerObserver
 from utils.errors import UserError
 from utils.parallel.mesh import build_mesh
 from utils.random import Noise
@@ -103,7 +101,7 @@ def stripped(config: RunConfig) -> RunConfig:
         network.init = None
         network.attention = "sdpa" if network.attention in ("flash", "flex") else network.attention
         if network.sparse is not None:
-            network.sparse.backend = "triton"  # whose kernels are counted: see `kernels_counted`
+            network.sparse.backend = "triton"  # whose kernels are counted: see `run`
             network.sparse.sparsity = network.sparse.at(0)  # a ramp's first iterations are the most expensive ones
             network.sparse.ramp_step = None
     sizes, clip = config.data.synthetic, config.data.wan
@@ -162,67 +160,52 @@ def pretended_world(size: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-@contextmanager
-def kernels_counted(meter: Meter) -> Iterator[None]:
-    """Sparse attention's kernels are counted instead of started, and need no Triton: buffers are made as on CUDA."""
-
-    def counted(_kernel: Any, _programs: Any, *_: Any, products: int = 0, pairs: int = 0, **constants: Any) -> None:
-        if products:
-            meter.phase.cost[FLOPS] += 2 * products * pairs * constants["T"] ** 2 * constants["D"]
-
-    def maps(tiling: Tiling, device: torch.device) -> TileMaps:
-        with unset_fake_temporarily():  # indices have values, and outlive the plan in a cache
-            return tile_maps(tiling, device)
-
-    with ExitStack() as patches:
-        for owner, name, value in (
-            (fused, "launch", counted),
-            (fused, "tile_maps", maps),
-            (fused, "check", lambda *_: None),
-            (vsa, "available", lambda _: None),
-            (vsa, "refused", lambda *_, **__: None),
-        ):
-            patch(patches, owner, name, value)
-        yield
-
-
 def run(config: RunConfig, meter: Meter, iterations: list[Iteration]) -> Record:
     """Runs these iterations of a `stripped` config in the process group there is, pretended or (in tests) not."""
     mesh = build_mesh(config.parallel, dist.get_world_size() if dist.is_initialized() else 1, torch.device("cpu"))
-    with kernels_counted(meter), meter.running():
+    probe = Probe(meter)
+    with kernels_counted_by(meter), meter.running():
         options = RunOptions(
-            Path(os.devnull, "plan"), "never", wandb=False, save=False, visualize=False, log=False, mesh=mesh
-        )
+            Path(os.devnull, "plan"), "never", wandb=False, save=False, visualize=False, log=False, mesh=mesh,
+            observer=probe,
+        )  # fmt: skip
         trainer = build_trainer(config, options)
-        probe = Probe(trainer, meter)
+        probe.attach(trainer)
         probe.settle()
         for number, iteration in enumerate(iterations):
             probe.iterate(number, iteration)
         return probe.record
 
 
-class Probe:
-    """Tells the meter where the trainer is, from outside: its methods and its networks' hooks are wrapped."""
+class Probe(TrainerObserver):
+    """Tells the meter where the trainer is: the trainer says which stage it is in, hooks say which network runs."""
 
-    def __init__(self, trainer: Trainer, meter: Meter) -> None:
-        self.trainer, self.meter = trainer, meter
+    trainer: Trainer
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
         self.nets: dict[str, nn.Module] = {}
+        self.key = Key(-1, "", 0, "build")
+        self.ends: dict[tuple[int, str], list[dict[Owner, float]]] = {}
+        self.exits: list[int] = [0]
+        self.record = Record({}, {})
+
+    def attach(self, trainer: Trainer) -> None:
+        """Hooks the networks of the trainer, which this observes."""
+        self.trainer, self.record.micro_batches = trainer, trainer.micro_batches_per_rank
         if (teacher := getattr(trainer, "teacher", None)) is not None:
             self.nets["teacher"] = teacher.net
         # a network that plays several roles is the teacher's
-        self.nets |= {name: one.net for name, one in trainer.networks.items() if one.net not in self.nets.values()}
-        self.key = Key(-1, "", 0, "build")
-        self.ends: list[dict[Owner, float]] = []
-        self.exits: list[int] = [0]
-        self.record = Record({}, {}, micro_batches=trainer.micro_batches_per_rank)
+        self.nets |= {
+            name: trained.net for name, trained in trainer.networks.items() if trained.net not in self.nets.values()
+        }
         parallel = trainer.config.parallel
         for name, net in self.nets.items():
             offloaded = parallel.offload_teacher if name == "teacher" else parallel.offload_optimizer
             if offloaded and trainer.mesh.world > 1:
                 kept = ("parameters", "optimizer", "EMA", "update", SHARDED)
-                meter.host |= {Owner(name, category) for category in kept}
+                self.meter.host |= {Owner(name, category) for category in kept}
             self._hook(name, net)
-        self._wrap(trainer)
 
     def trained(self) -> list[Trained]:
         """The networks that are trained, and the heads beside them."""
@@ -247,6 +230,7 @@ class Probe:
         self._enter()
         self.trainer.training_step()
         self.record.phases = {k: phase for k, phase in self.meter.phases.items() if isinstance(k, Key) and k.update}
+        self.record.growth = {update: left_behind(ends) for update, ends in self.ends.items() if len(ends) > 1}
 
     def _assign(self) -> None:
         for name, net in self.nets.items():
@@ -266,35 +250,9 @@ class Probe:
         self.meter.owner = Owner(self.key.network, "update" if self.key.stage == "update" else "activations")
         self.meter.enter(self.key)
 
-    def _wrap(self, trainer: Trainer) -> None:
-        batch, update = trainer.batch, trainer.update
-
-        def few(phase: str) -> list[MicroBatch]:
-            whole = batch(phase)
-            return [self._planned(micro, exit_step) for micro, exit_step in zip(whole, self.exits, strict=False)]
-
-        def observed(trained: Trained, parts: list[MicroBatch], loss_of: Any, beside: Any = ()) -> dict[str, float]:
-            self.ends = []
-            self._enter(update=trained.name, micro=-1)
-
-            def counted(micro: MicroBatch) -> LossOutput:
-                self._enter(micro=self.key.micro + 1, stage="forward", network="other", last=False)
-                output: LossOutput = loss_of(micro)
-                self._enter(stage="backward", network=trained.name, last=False)
-                return output
-
-            metrics = update(trained, parts, counted, beside)
-            if len(self.ends) > 1:
-                first, second = self.ends[0], self.ends[-1]
-                left = {o: second.get(o, 0) - first.get(o, 0) for o in second if o.category not in (GRADIENTS, SHARDED)}
-                self.record.growth[(self.key.iteration, trained.name)] = {o: size for o, size in left.items() if size}
-            return metrics
-
-        trainer.batch, trainer.update = few, observed  # type: ignore[method-assign, assignment]
-        for trained in self.trained():
-            engine: Any = trained.engine
-            engine.backward = partial(self._backward, trained, engine.backward)
-            engine.clip = partial(self._clip, trained, engine.clip)
+    def chosen(self, batch: list[MicroBatch]) -> list[MicroBatch]:
+        """As many micro-batches as there are exit steps to take."""
+        return [self._planned(micro, exit_step) for micro, exit_step in zip(batch, self.exits, strict=False)]
 
     @staticmethod
     def _planned(micro: MicroBatch, exit_step: int) -> MicroBatch:
@@ -302,16 +260,24 @@ class Probe:
         noise.exit_step = exit_step
         return replace(micro, noise=noise)
 
-    def _backward(self, trained: Trained, backward: Any, loss: Tensor, *, last: bool) -> None:
-        backward(loss, last=last)
-        for one in (trained, *self.trainer.heads.values()):
-            self._assign_gradients(one.name, one.net)
-        self.ends.append({owner: size for owner, size in self.meter.held.items() if size})
+    def update_begins(self, name: str) -> None:
+        self._enter(update=name, micro=-1)
 
-    def _clip(self, trained: Trained, clip: Any) -> Tensor:
-        self._enter(stage="update", network=trained.name, last=False)
-        norm: Tensor = clip()
-        return norm
+    def forward_begins(self, name: str) -> None:
+        self._enter(micro=self.key.micro + 1, stage="forward", network="other", last=False)
+
+    def backward_begins(self, name: str) -> None:
+        self._enter(stage="backward", network=name, last=False)
+
+    def backward_ended(self, name: str) -> None:
+        for trained in (self.trainer.networks.get(name), *self.trainer.heads.values()):
+            if trained is not None:
+                self._assign_gradients(trained.name, trained.net)
+        ends = self.ends.setdefault((self.key.iteration, self.key.update), [])
+        ends.append({owner: size for owner, size in self.meter.held.items() if size})
+
+    def step_begins(self, name: str) -> None:
+        self._enter(stage="update", network=name, last=False)
 
     # ------------------------------------------------------------------------------------------- where the networks are
 
@@ -354,9 +320,16 @@ class Probe:
 # ------------------------------------------------------------------------------------------------------------ the laws
 
 
+def left_behind(ends: list[dict[Owner, float]]) -> dict[Owner, float]:
+    """What a micro-batch leaves until the update's end, beside gradients. ends: what was held after each backward."""
+    first, last = ends[0], ends[-1]
+    left = {o: last.get(o, 0) - first.get(o, 0) for o in last if o.category not in (GRADIENTS, SHARDED)}
+    return {owner: size for owner, size in left.items() if size}
+
+
 def line(a: dict[Any, Any], b: dict[Any, Any], x: float) -> dict[Any, Any]:
     """The value at `x` of what is `a` at 0 and `b` at 1, entry by entry."""
-    return {key: a.get(key, 0) + (b.get(key, 0) - a.get(key, 0)) * x for key in {*a, *b}}
+    return {key: a.get(key, 0) + (b.get(key, 0) - a.get(key, 0)) * x for key in a | b}
 
 
 def deeper(shallow: Record, deep: Record, layers: int) -> Record:

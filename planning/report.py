@@ -15,8 +15,8 @@ from planning.meter import FLOPS, GATHERED, GRADIENTS, WORKSPACE, Traffic
 from planning.plan import Cluster, Plan, make_plan
 from planning.pretend_run import SHARDED, networks_of
 from trainer.adversary import NAME as DISCRIMINATOR
-from trainer.base import micro_batches
 from trainer.command import PlanArgs
+from trainer.micro_batch import micro_batches
 from utils.errors import ConfigError
 from utils.parallel.mesh import legal_splits, split
 
@@ -244,10 +244,10 @@ def remedies(plan: Plan, most: int = 3) -> list[str]:
 def _promising(singles: list[Change], surplus: float) -> list[Change]:
     """Those thought to be enough, alone before in pairs; where none is, as many together as it takes."""
     pairs = [
-        Change(one.settings | other.settings, one.saves + other.saves)
-        for i, one in enumerate(singles)
+        Change(change.settings | other.settings, change.saves + other.saves)
+        for i, change in enumerate(singles)
         for other in singles[i + 1 :]
-        if not one.settings.keys() & other.settings.keys() and max(one.saves, other.saves) < surplus
+        if not change.settings.keys() & other.settings.keys() and max(change.saves, other.saves) < surplus
     ]
     enough = [change for change in [*singles, *pairs] if change.saves >= surplus]
     return enough or _together(singles, surplus)

@@ -1,4 +1,4 @@
-"""What all tests share: no network, and no test that depends on the draws of another."""
+"""What all tests share: no network, no test that depends on the draws of another, and which run only in `make test-all`."""
 
 from __future__ import annotations
 
@@ -16,3 +16,37 @@ if not torch.cuda.is_available():  # read when triton is imported, by whichever 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+# Tests of `make test-all` alone: expensive ones of a kind of which `make test` has another, named beside it.
+FULL = {
+    "tests/distributed/test_deepspeed.py::test_zero_trains_as_fsdp2": "rules of engine deepspeed; test_fsdp.py",
+    "tests/distributed/test_fsdp.py::test_any_split_trains_alike[4_": "the same on two ranks",
+    "tests/distributed/test_fsdp.py::test_hybrid_sharding_sums": "test_gradients_are_reduced, on two ranks",
+    "tests/distributed/test_fsdp.py::test_ode_pairs_are_shared_out": "test_any_split_trains_alike[2_ode]",
+    "tests/distributed/test_plan.py": "test_plan.py::test_peak_is_that_of_a_real_run, on one rank",
+    "tests/slurm/test_slurm.py": "test_settle.py; tests/distributed for kill, resume and signals",
+    "tests/test_attention.py::test_defect_05_flex_agrees_over_shapes": "test_vsa.py::test_flex_agrees_eagerly",
+    "tests/test_benchmarks.py::test_one_configuration_end_to_end": "test_streaming_end_to_end",
+    "tests/test_methods_page.py::test_quick_trains": "test_methods.py, row by row",
+    "tests/test_parallel.py::test_compiled_blocks_are_the_blocks": "test_acceleration.py::test_compiled_blocks",
+    "tests/test_plan.py::test_few_layers_of_a_sparse_student": "test_few_layers_tell_of_many",
+    "tests/test_plan.py::test_few_layers_tell_of_many[parallel1": "parallel0",
+    "tests/test_trainer.py::test_flow_matching_learns_in_every_mode[diffusion_forcing": "teacher_forcing",
+    "tests/test_trainer.py::test_flow_matching_learns_in_every_mode[bidirectional": "teacher_forcing",
+    "tests/test_trainer.py::test_signal_saves_and_the_run_goes_on_exactly[2]": "another signal",
+    "tests/test_trainer.py::test_signal_saves_and_the_run_goes_on_exactly[10]": "another signal",
+    "tests/test_vsa.py::test_flex_agrees_compiled": "test_flex_agrees_eagerly",
+    "tests/test_vsa.py::test_kernels_build_for_hopper": "the kernels in Triton's interpreter",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of FULL. An entry whose file was collected whole and that names no test is an error."""
+    files = {item.nodeid.split("::")[0] for item in items}
+    for prefix in FULL:
+        found = [item for item in items if item.nodeid.startswith(prefix)]
+        for item in found:
+            item.add_marker("full")
+        if not found and len(items) > 1000 and prefix.split("::")[0] in files:
+            raise pytest.UsageError(f"tests/conftest.py: FULL names '{prefix}', and no test begins like it")

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.dmd import Guidance, critic_loss, dmd_loss
+from model.dmd import critic_loss, dmd_loss
+from model.query import Guidance, ScoreQuery
 from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import Conditioning, LossOutput, Rollout
@@ -183,21 +184,20 @@ def _prepare(case: Case, trained: str) -> None:
         net.checkpointing = Checkpointing.full if case.checkpointing and name == trained else Checkpointing.none
 
 
-def _guidance(case: Case) -> Guidance:
-    s = case.settings
-    return Guidance(case.inputs["negative_text"], s["guidance"], s.get("fake_guidance", 1.0))
-
-
 def _score_draw(case: Case) -> tuple[Tensor, Tensor]:
     return case.inputs["score_sigma"], case.inputs["score_noise"]
+
+
+def _query(case: Case, made: Rollout) -> ScoreQuery:
+    s, scores = case.settings, (case.score("teacher"), case.score("critic"))
+    guidance = Guidance(case.inputs["negative_text"], s["guidance"], s.get("fake_guidance", 1.0))
+    return ScoreQuery(made, *scores, case.conditioning, guidance, *_score_draw(case))
 
 
 def dmd(case: Case) -> Tensors:
     _prepare(case, "student")
     made = _rollout(case, True)
-    output = dmd_loss(
-        made, case.score("teacher"), case.score("critic"), case.conditioning, _guidance(case), *_score_draw(case)
-    )
+    output = dmd_loss(_query(case, made))
     assert output.kl_gradient is not None
     return _backward(case, "student", output, made.x0) | {"kl_gradient": output.kl_gradient}
 
@@ -213,15 +213,7 @@ def critic(case: Case) -> Tensors:
 def sid(case: Case) -> Tensors:
     _prepare(case, "student")
     made = _rollout(case, True)
-    output = sid_loss(
-        made,
-        case.score("teacher"),
-        case.score("critic"),
-        case.conditioning,
-        _guidance(case),
-        *_score_draw(case),
-        alpha=case.settings.get("alpha", 1.0),
-    )
+    output = sid_loss(_query(case, made), alpha=case.settings.get("alpha", 1.0))
     return _backward(case, "student", output, made.x0)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from model.decoupled_dmd import decoupled_dmd_loss
-from model.dmd import Guidance, dmd_loss, kl_gradient
+from model.dmd import dmd_loss, kl_gradient
+from model.query import Guidance, ScoreQuery
 from model.reward import reward_weights
 from model.schedule import mix
 from model.score import ScoreNet, rescaled
@@ -22,14 +25,16 @@ def x0_at(net: ScoreNet, sigma: Tensor, noise: Tensor, text: Tensor) -> Tensor:
     return exact(net).x0(mix(normal(1), noise, sigma), sigma, text).detach().float()
 
 
+def query_at(rollout: Rollout, real: ScoreNet, fake: ScoreNet, guidance: Guidance) -> ScoreQuery:
+    return ScoreQuery(rollout, real, fake, Conditioning(COND), guidance, SIGMA, normal(9))
+
+
 def decoupled(
     real: ScoreNet, fake: ScoreNet, w: float, cfg_sigma: Tensor = CFG_SIGMA, cfg_seed: int = 10, a: float = 1.0
 ) -> tuple[LossOutput, Tensor]:
     x0 = normal(1).requires_grad_()
-    out = decoupled_dmd_loss(
-        Rollout(x0), real, fake, Conditioning(COND), Guidance(NEGATIVE, w), SIGMA, normal(9), cfg_sigma,
-        normal(cfg_seed), cfg_weight=a,
-    )  # fmt: skip
+    query = query_at(Rollout(x0), real, fake, Guidance(NEGATIVE, w))
+    out = decoupled_dmd_loss(query, cfg_sigma, normal(cfg_seed), cfg_weight=a)
     return out, torch.autograd.grad(out.loss, x0)[0]
 
 
@@ -51,9 +56,7 @@ def test_with_one_draw_for_both_it_is_dmds_gradient_up_to_the_normaliser() -> No
     """(F - T_c) + (w - 1) (T_u - T_c) = F - T."""
     real, fake = score(0.0, 0.7), score(0.3, 0.9)
     out, _ = decoupled(real, fake, 4.0, SIGMA, 9)
-    dmd = dmd_loss(
-        Rollout(normal(1)), real, fake, Conditioning(COND), Guidance(NEGATIVE, 4.0), SIGMA, normal(9)
-    ).kl_gradient
+    dmd = dmd_loss(query_at(Rollout(normal(1)), real, fake, Guidance(NEGATIVE, 4.0))).kl_gradient
     assert out.kl_gradient is not None and dmd is not None
     cond, uncond = (x0_at(real, SIGMA, normal(9), text) for text in (COND, NEGATIVE))
     scales = [(normal(1) - t).abs().flatten(1).mean(1) for t in (cond, uncond + 4 * (cond - uncond))]
@@ -66,7 +69,7 @@ def test_without_guidance_it_is_dmd_and_costs_no_more() -> None:
     real, fake = score(0.5, 0.7, counts), score(-0.2, 1.3, counts)
     out, gradient = decoupled(score(0.5, 0.7, ours), score(-0.2, 1.3, ours), 1.0)
     x0 = normal(1).requires_grad_()
-    dmd = dmd_loss(Rollout(x0), real, fake, Conditioning(COND), Guidance(NEGATIVE, 1.0), SIGMA, normal(9))
+    dmd = dmd_loss(query_at(Rollout(x0), real, fake, Guidance(NEGATIVE, 1.0)))
     assert torch.equal(out.loss, dmd.loss) and torch.equal(gradient, torch.autograd.grad(dmd.loss, x0)[0])
     assert ours.calls == counts.calls and float(out.metrics["cfg_gradient_norm"]) == 0
 
@@ -81,10 +84,9 @@ def test_fixed_point_and_what_is_left_at_it() -> None:
 
 def test_frame_mask_and_weights_as_in_dmd() -> None:
     x0, mask, weight = normal(1).requires_grad_(), torch.tensor([False, True, True]), torch.tensor([0.0, 1.0, 2.0, 1.0])
-    out = decoupled_dmd_loss(
-        Rollout(x0, frame_mask=mask), score(0.0, 0.7), score(0.3, 0.9), Conditioning(COND), Guidance(NEGATIVE, 4.0),
-        SIGMA, normal(9), CFG_SIGMA, normal(10), weight=weight,
-    )  # fmt: skip
+    rollout = Rollout(x0, frame_mask=mask)
+    query = replace(query_at(rollout, score(0.0, 0.7), score(0.3, 0.9), Guidance(NEGATIVE, 4.0)), weight=weight)
+    out = decoupled_dmd_loss(query, CFG_SIGMA, normal(10))
     gradient = torch.autograd.grad(out.loss, x0)[0]
     assert out.kl_gradient is not None and bool((gradient[:, 0] == 0).all()) and bool((gradient[0] == 0).all())
     expected = weight.reshape(-1, 1, 1, 1, 1) * out.kl_gradient[:, 1:] / gradient[:, 1:].numel()
@@ -92,11 +94,10 @@ def test_frame_mask_and_weights_as_in_dmd() -> None:
 
 
 def test_rescaling_is_refused_where_there_is_no_guided_score() -> None:
+    guidance = Guidance(NEGATIVE, 4.0, rescale=0.7)
+    query = query_at(Rollout(normal(1)), score(0.0, 0.7), score(0.3, 0.9), guidance)
     with pytest.raises(ValueError, match="no guided score to rescale"):
-        decoupled_dmd_loss(
-            Rollout(normal(1)), score(0.0, 0.7), score(0.3, 0.9), Conditioning(COND),
-            Guidance(NEGATIVE, 4.0, rescale=0.7), SIGMA, normal(9), CFG_SIGMA, normal(10),
-        )  # fmt: skip
+        decoupled_dmd_loss(query, CFG_SIGMA, normal(10))
 
 
 # guidance rescaling
@@ -120,10 +121,10 @@ def test_rescaled_guidance_has_the_conditional_spread_at_phi_1(phi: float) -> No
 def test_rescaling_acts_on_the_real_score_of_dmd_and_sid_alone() -> None:
     """Value by hand; phi 0 is no rescaling, bit for bit, and a score without guidance has nothing to rescale."""
     real, fake = ScoreNet(Stretch(), "teacher"), ScoreNet(Stretch(), "critic")
-    given, x = Conditioning(COND), mix(normal(1), normal(9), SIGMA)
+    x = mix(normal(1), normal(9), SIGMA)
 
     def gradient(guidance: Guidance) -> Tensor:
-        out = dmd_loss(Rollout(normal(1)), real, fake, given, guidance, SIGMA, normal(9)).kl_gradient
+        out = dmd_loss(query_at(Rollout(normal(1)), real, fake, guidance)).kl_gradient
         assert out is not None
         return out
 
@@ -132,7 +133,7 @@ def test_rescaling_acts_on_the_real_score_of_dmd_and_sid_alone() -> None:
     assert torch.allclose(gradient(strong), expected, rtol=1e-3, atol=1e-4)
     assert torch.allclose(gradient(plain), kl_gradient(normal(1), 2.0 * x, 3.2 * x), rtol=1e-3, atol=1e-4)
     assert torch.equal(gradient(Guidance(NEGATIVE, 1.0, rescale=0.7)), gradient(Guidance(NEGATIVE, 1.0)))
-    losses = [sid_loss(Rollout(normal(1)), real, fake, given, g, SIGMA, normal(9)).loss for g in (plain, strong)]
+    losses = [sid_loss(query_at(Rollout(normal(1)), real, fake, g)).loss for g in (plain, strong)]
     assert not torch.allclose(*losses, rtol=1e-2)
     for phi in (-0.1, 1.1):
         with pytest.raises(ValueError, match="rescale must be in"):
@@ -151,13 +152,19 @@ def test_rescaling_is_the_same_in_one_batched_call_or_two() -> None:
 
 def test_a_weight_is_each_samples_share_of_loss_and_gradient() -> None:
     real, fake, weight = score(0.5, 0.7), score(-0.2, 1.3), torch.tensor([0.0, 0.5, 1.0, 2.5], requires_grad=True)
-    x0, given, guidance = normal(1).requires_grad_(), Conditioning(COND), Guidance(NEGATIVE, 1.0)
-    out = dmd_loss(Rollout(x0), real, fake, given, guidance, SIGMA, normal(9), weight=weight)
-    plain = dmd_loss(Rollout(x0), real, fake, given, guidance, SIGMA, normal(9))
+    x0, guidance = normal(1).requires_grad_(), Guidance(NEGATIVE, 1.0)
+    out = dmd_loss(replace(query_at(Rollout(x0), real, fake, guidance), weight=weight))
+    plain = dmd_loss(query_at(Rollout(x0), real, fake, guidance))
     got, full = (torch.autograd.grad(o.loss, x0)[0] for o in (out, plain))
     assert torch.allclose(got, weight.detach().reshape(-1, 1, 1, 1, 1) * full, rtol=1e-5)
-    ones = dmd_loss(Rollout(x0), real, fake, given, guidance, SIGMA, normal(9), weight=torch.ones(4))
+    ones = dmd_loss(replace(query_at(Rollout(x0), real, fake, guidance), weight=torch.ones(4)))
     assert torch.equal(ones.loss, plain.loss)  # bit for bit
+
+
+def test_sid_refuses_weights_that_it_would_ignore() -> None:
+    query = query_at(Rollout(normal(1)), score(0.5, 0.7), score(-0.2, 1.3), Guidance(NEGATIVE, 1.0))
+    with pytest.raises(ValueError, match="does not weigh samples"):
+        sid_loss(replace(query, weight=torch.ones(4)))
 
 
 def test_reward_weights_by_hand() -> None:

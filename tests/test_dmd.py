@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from model.diffusion import flow_matching_loss
-from model.dmd import Guidance, critic_loss, dmd_loss, kl_gradient
+from model.dmd import critic_loss, dmd_loss, kl_gradient
+from model.query import Guidance, ScoreQuery
 from model.schedule import mix
 from model.score import ScoreNet
 from model.sid import sid_loss
@@ -70,7 +71,9 @@ def run_dmd(x0: Tensor, real: ScoreNet, fake: ScoreNet, sigma: Tensor = SIGMA, *
     """Loss and its gradient in x0."""
     x0 = x0.clone().requires_grad_()
     output = dmd_loss(
-        Rollout(x0, **rollout), real, fake, Conditioning(prompt(len(x0))), free(len(x0)), sigma, normal(9, len(x0))
+        ScoreQuery(
+            Rollout(x0, **rollout), real, fake, Conditioning(prompt(len(x0))), free(len(x0)), sigma, normal(9, len(x0))
+        )
     )
     return output.loss.detach(), torch.autograd.grad(output.loss, x0)[0]
 
@@ -86,7 +89,7 @@ def exact_gradient(x0: Tensor, real: ScoreNet, fake: ScoreNet, sigma: Tensor) ->
 def test_kl_gradient_in_closed_form() -> None:
     """Equal scales, means apart: F - T is (1 - gain (1 - a)) (m_fake - m_real) everywhere."""
     x0, real, fake = normal(1), score(0.5, 1.0), score(-1.0, 1.0)
-    out = dmd_loss(Rollout(x0), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9))
+    out = dmd_loss(ScoreQuery(Rollout(x0), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9)))
     a = SIGMA
     keep = 1 - (1 - a) ** 2 / ((1 - a) ** 2 + a**2)
     t = exact(real).x0(mix(x0, normal(9), a), a, prompt(4)).detach()
@@ -127,7 +130,7 @@ def test_student_converges_to_the_teacher_with_the_exact_critic() -> None:
         x0 = mean + scale * torch.randn(32, *SHAPE, generator=generator)
         sigma = 0.02 + 0.96 * torch.rand(32, generator=generator)
         noise = torch.randn(32, *SHAPE, generator=generator)
-        out = dmd_loss(Rollout(x0), real, fake, Conditioning(prompt(32)), free(32), sigma, noise)
+        out = dmd_loss(ScoreQuery(Rollout(x0), real, fake, Conditioning(prompt(32)), free(32), sigma, noise))
         for p, g in zip((mean, scale), torch.autograd.grad(out.loss, (mean, scale)), strict=True):
             with torch.no_grad():
                 p -= 0.1 * g * (1 if step < 300 else 0.2)
@@ -151,7 +154,9 @@ def test_defect_08_guided_scores_in_the_loss() -> None:
     """Each score has its own guidance; the negative embeddings reach both."""
     x0, cond, negative = normal(1), prompt(4, 1.0), prompt(4, -0.5)
     real, fake = score(0.0, 0.7), score(0.3, 0.9)
-    out = dmd_loss(Rollout(x0), real, fake, Conditioning(cond), Guidance(negative, 4.0, 2.0), SIGMA, normal(9))
+    out = dmd_loss(
+        ScoreQuery(Rollout(x0), real, fake, Conditioning(cond), Guidance(negative, 4.0, 2.0), SIGMA, normal(9))
+    )
     x = mix(x0, normal(9), SIGMA)
 
     def guided(net: ScoreNet, w: float) -> Tensor:
@@ -162,14 +167,14 @@ def test_defect_08_guided_scores_in_the_loss() -> None:
     assert out.kl_gradient is not None
     assert torch.allclose(out.kl_gradient, expected, rtol=1e-4, atol=1e-5)
     for other in (Guidance(negative, 3.0, 2.0), Guidance(negative, 4.0, 1.0), Guidance(negative + 1, 4.0, 2.0)):
-        changed = dmd_loss(Rollout(x0), real, fake, Conditioning(cond), other, SIGMA, normal(9)).kl_gradient
+        changed = dmd_loss(ScoreQuery(Rollout(x0), real, fake, Conditioning(cond), other, SIGMA, normal(9))).kl_gradient
         assert changed is not None and float((changed - expected).abs().max()) > 1e-2
 
 
 def test_defect_07_both_scores_see_the_same_noised_sample() -> None:
     for loss in (dmd_loss, sid_loss):
         real, fake = score(0.5, 0.7), score(-0.2, 1.3)
-        loss(Rollout(normal(1)), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9))
+        loss(ScoreQuery(Rollout(normal(1)), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9)))
         (x_real, sigma_real, _), (x_fake, sigma_fake, _) = exact(real).seen[0], exact(fake).seen[0]
         assert torch.equal(x_real, x_fake) and torch.equal(sigma_real, sigma_fake)
         assert torch.equal(x_real, mix(normal(1), normal(9), SIGMA)) and torch.equal(sigma_real, SIGMA)
@@ -207,7 +212,7 @@ def test_non_finite_values_are_left_for_the_trainer_to_count() -> None:
 
 def test_bf16_samples_keep_an_fp32_loss() -> None:
     x0, real, fake = normal(1).bfloat16(), score(0.5, 0.7), score(-0.2, 1.3)
-    out = dmd_loss(Rollout(x0), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9))
+    out = dmd_loss(ScoreQuery(Rollout(x0), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9)))
     assert out.loss.dtype is torch.float32 and out.kl_gradient is not None and out.kl_gradient.dtype is torch.float32
 
 
@@ -260,7 +265,7 @@ def test_critic_loss_never_reaches_the_student() -> None:
 def test_dmd_loss_never_reaches_the_scores() -> None:
     real, fake = score(0.5, 0.7), score(-0.2, 1.3)
     x0 = normal(1).requires_grad_()
-    dmd_loss(Rollout(x0), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9)).loss.backward()
+    dmd_loss(ScoreQuery(Rollout(x0), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9))).loss.backward()
     assert x0.grad is not None
     assert all(p.grad is None for net in (real, fake) for p in net.net.parameters())
 
@@ -315,7 +320,7 @@ def test_sid_in_closed_form(alpha: float) -> None:
         return ((t - f) * ((t - x0) - alpha * (t - f)) / scale).mean()
 
     given = x0.float().requires_grad_()
-    out = sid_loss(Rollout(given), real, fake, Conditioning(text), free(), SIGMA, noise, alpha=alpha)
+    out = sid_loss(ScoreQuery(Rollout(given), real, fake, Conditioning(text), free(), SIGMA, noise), alpha=alpha)
     assert float(out.loss.detach()) == pytest.approx(float(formula(x0)), rel=1e-4)
     gradient = torch.autograd.grad(out.loss, given)[0].double()
     for seed in range(3):
@@ -326,7 +331,9 @@ def test_sid_in_closed_form(alpha: float) -> None:
 
 def test_sid_is_at_rest_where_student_and_teacher_agree() -> None:
     x0 = (0.5 + 0.7 * normal(1)).requires_grad_()
-    out = sid_loss(Rollout(x0), score(0.5, 0.7), score(0.5, 0.7), Conditioning(prompt(4)), free(), SIGMA, normal(9))
+    out = sid_loss(
+        ScoreQuery(Rollout(x0), score(0.5, 0.7), score(0.5, 0.7), Conditioning(prompt(4)), free(), SIGMA, normal(9))
+    )
     assert float(out.loss.detach()) == pytest.approx(0, abs=1e-6)
     assert float(torch.autograd.grad(out.loss, x0)[0].norm()) < 1e-6
 
@@ -337,6 +344,6 @@ def test_defect_12_sid_takes_no_gradient_in_the_scores_weights() -> None:
     for net in (real, fake):
         net.net.requires_grad_(False)
     x0 = normal(1).requires_grad_()
-    sid_loss(Rollout(x0), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9)).loss.backward()
+    sid_loss(ScoreQuery(Rollout(x0), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9))).loss.backward()
     assert x0.grad is not None and float(x0.grad.norm()) > 0
     assert all(p.grad is None for net in (real, fake) for p in net.net.parameters())

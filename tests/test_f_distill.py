@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,18 @@ from torch import Tensor
 
 from model.discriminator import Discriminator
 from model.dmd import dmd_loss
-from model.f_distill import Divergence, RatioBins, RatioClip, density_ratio, f_distill_loss, f_weights, h
-from model.gan import gan_loss
+from model.f_distill import (
+    Divergence,
+    RatioBins,
+    RatioClip,
+    RatioWeighting,
+    density_ratio,
+    f_distill_loss,
+    f_weights,
+    h,
+)
+from model.gan import NoisedSamples, gan_loss
+from model.query import ScoreQuery
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
 from tests.test_dmd import SHAPE, SIGMA, free, normal, prompt, score
@@ -68,16 +79,15 @@ def test_weighted_score_difference_is_the_gradient_of_the_divergence(divergence:
 
 def run(divergence: Divergence, judge: Discriminator, gan_weight: float = 0.0, bins: RatioBins | None = None, fake_mean: float = -0.2) -> tuple[LossOutput, Tensor]:  # fmt: skip
     x0 = normal(1).requires_grad_()
-    out = f_distill_loss(
-        Rollout(x0), score(0.5, 0.7), score(fake_mean, 1.3 if fake_mean != 0.5 else 0.7), judge, GIVEN, free(), SIGMA,
-        normal(9), divergence=divergence, total=alone, bins=bins, gan_weight=gan_weight,
-    )  # fmt: skip
+    fake = score(fake_mean, 1.3 if fake_mean != 0.5 else 0.7)
+    query = ScoreQuery(Rollout(x0), score(0.5, 0.7), fake, GIVEN, free(), SIGMA, normal(9))
+    out = f_distill_loss(query, judge, RatioWeighting(divergence, alone, bins), gan_weight=gan_weight)
     return out, torch.autograd.grad(out.loss, x0)[0]
 
 
 def plain() -> tuple[LossOutput, Tensor]:
     x0 = normal(1).requires_grad_()
-    out = dmd_loss(Rollout(x0), score(0.5, 0.7), score(-0.2, 1.3), GIVEN, free(), SIGMA, normal(9))
+    out = dmd_loss(ScoreQuery(Rollout(x0), score(0.5, 0.7), score(-0.2, 1.3), GIVEN, free(), SIGMA, normal(9)))
     return out, torch.autograd.grad(out.loss, x0)[0]
 
 
@@ -115,9 +125,23 @@ def test_gan_term_at_the_same_noised_sample_from_one_evaluation() -> None:
     out, got = run(Divergence.kl, judge, gan_weight=0.3)
     assert judge.backbone.evaluations.calls == {"eye": 2}
     x0 = normal(1).requires_grad_()
-    gan = torch.autograd.grad(gan_loss(Rollout(x0), linear(), GIVEN, SIGMA, normal(9)).loss, x0)[0]
+    gan = torch.autograd.grad(gan_loss(NoisedSamples.of(Rollout(x0), GIVEN, SIGMA, normal(9)), linear()).loss, x0)[0]
     assert torch.allclose(got, weighted + 0.3 * gan, rtol=1e-4, atol=1e-8)
     assert {"ratio", "weight_max", "weight_min", "gan_loss"} <= out.metrics.keys()
+
+
+def test_weights_of_a_larger_batch_come_with_their_ratios() -> None:
+    """Told both, it weighs as `f_weights` did; told one of them alone, it refuses."""
+    judge, weighting = linear(), RatioWeighting(Divergence.kl, alone)
+    query = ScoreQuery(Rollout(normal(1)), score(0.5, 0.7), score(-0.2, 1.3), GIVEN, free(), SIGMA, normal(9))
+    logits = NoisedSamples.of(query.rollout, GIVEN, SIGMA, normal(9)).logits(judge)
+    weight, ratio = f_weights(logits, SIGMA, weighting)
+    known = f_distill_loss(replace(query, weight=weight), judge, weighting, ratio=ratio)
+    assert torch.equal(known.loss, f_distill_loss(query, judge, weighting).loss)
+    assert torch.equal(known.metrics["ratio"], ratio.mean())
+    for half in (replace(query, weight=weight), query):
+        with pytest.raises(ValueError, match="weights come with their ratios"):
+            f_distill_loss(half, judge, weighting, ratio=None if half.weight is not None else ratio)
 
 
 def test_a_linear_discriminators_ratio_is_the_densities_own() -> None:
@@ -175,7 +199,7 @@ def test_two_ranks_weigh_as_one_with_all_samples() -> None:
     """Sums and counts, not means, go over the ranks: bins and weights are those of the whole batch."""
     logits, sigma = normal(70, 6).flatten(1)[:, :1] * 2, torch.tensor([0.1, 0.12, 0.5, 0.13, 0.55, 0.9])
     whole_bins = RatioBins()
-    whole, _ = f_weights(logits, sigma, Divergence.kl, alone, whole_bins)
+    whole, _ = f_weights(logits, sigma, RatioWeighting(Divergence.kl, alone, whole_bins))
     assert float(whole.mean()) == pytest.approx(1.0, rel=1e-5)
 
     parts, bins = (slice(0, 2), slice(2, 6)), (RatioBins(), RatioBins())
@@ -187,7 +211,8 @@ def test_two_ranks_weigh_as_one_with_all_samples() -> None:
             return known[len(own) - 1] if len(own) <= len(known) else x
 
         bins[rank].load(RatioBins().state())
-        return f_weights(logits[parts[rank]], sigma[parts[rank]], Divergence.kl, total, bins[rank])[0]
+        weighting = RatioWeighting(Divergence.kl, total, bins[rank])
+        return f_weights(logits[parts[rank]], sigma[parts[rank]], weighting)[0]
 
     for _ in range(3):
         own: tuple[list[Tensor], list[Tensor]] = ([], [])

@@ -13,8 +13,8 @@ from model.discriminator import Discriminator
 from model.dmd import dmd_loss
 from model.gan import (
     Adversarial,
+    NoisedSamples,
     Penalty,
-    Real,
     discriminator_loss,
     discriminator_terms,
     gan_loss,
@@ -22,6 +22,7 @@ from model.gan import (
     with_term,
 )
 from model.ladd import ladd_sigma
+from model.query import ScoreQuery
 from model.schedule import mix
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations, Rollout
@@ -68,14 +69,18 @@ def by_hand(judge: Discriminator, x: Tensor) -> Tensor:
     return x.flatten(1) @ weight.flatten(1).T + bias
 
 
-def real(x0: Tensor, sigma: Tensor = SIGMA, seed: int = 41) -> Real:
-    return Real(x0, Conditioning(prompt(len(x0), 1.0)), sigma, normal(seed, len(x0)))
+def real(x0: Tensor, sigma: Tensor = SIGMA, seed: int = 41) -> NoisedSamples:
+    return NoisedSamples(x0, Conditioning(prompt(len(x0), 1.0)), sigma, normal(seed, len(x0)))
+
+
+def student(x0: Tensor, frame_mask: Tensor | None = None) -> NoisedSamples:
+    return NoisedSamples.of(Rollout(x0, frame_mask=frame_mask), GIVEN, SIGMA, normal(9))
 
 
 def test_students_loss_and_gradient_by_hand() -> None:
     """d/dx softplus(-D) = -sigmoid(-D) (1 - s) w, a mean over heads and samples."""
     judge, x0 = linear(), normal(1).requires_grad_()
-    out = gan_loss(Rollout(x0), judge, GIVEN, SIGMA, normal(9))
+    out = gan_loss(student(x0), judge)
     logits = by_hand(judge, mix(x0.detach(), normal(9), SIGMA))
     assert float(out.loss.detach()) == pytest.approx(float((1 + (-logits).exp()).log().mean()), rel=1e-5)
     slope = torch.einsum("bk,kfchw->bfchw", torch.sigmoid(-logits), judge.heads.weight.detach())
@@ -86,7 +91,7 @@ def test_students_loss_and_gradient_by_hand() -> None:
 def test_discriminators_loss_and_gradient_by_hand_at_each_ones_own_noise() -> None:
     judge, data = linear(), real(normal(2) + 1, SIGMA.flip(0))
     x0 = normal(1).requires_grad_()
-    out = discriminator_loss(Rollout(x0), judge, GIVEN, SIGMA, normal(9), data)
+    out = discriminator_loss(student(x0), data, judge)
     x_fake = mix(x0.detach(), normal(9), SIGMA)
     x_real = mix(normal(2) + 1, normal(41), SIGMA.flip(0))
     fake, true = by_hand(judge, x_fake), by_hand(judge, x_real)
@@ -112,12 +117,12 @@ def test_the_other_kinds_by_hand() -> None:
         assert torch.allclose(generator_terms(fake, true, kind), generator.mean(1))
         assert torch.allclose(discriminator_terms(fake, true, kind), discriminator.mean(1))
     with pytest.raises(ValueError, match="compares with real samples"):
-        gan_loss(Rollout(normal(1)), linear(), GIVEN, SIGMA, normal(9), kind=Adversarial.relativistic)
+        gan_loss(student(normal(1)), linear(), kind=Adversarial.relativistic)
 
 
 def test_relativistic_pairs_sample_by_sample_and_gives_the_student_no_gradient_through_the_real_ones() -> None:
     judge, x0, data = linear(), normal(1).requires_grad_(), real(normal(2))
-    out = gan_loss(Rollout(x0), judge, GIVEN, SIGMA, normal(9), kind=Adversarial.relativistic, real=data)
+    out = gan_loss(student(x0), judge, kind=Adversarial.relativistic, real=data)
     fake = by_hand(judge, mix(x0.detach(), normal(9), SIGMA))
     true = by_hand(judge, mix(normal(2), normal(41), SIGMA))
     assert float(out.loss.detach()) == pytest.approx(float((1 + (true - fake).exp()).log().mean()), rel=1e-5)
@@ -127,10 +132,8 @@ def test_relativistic_pairs_sample_by_sample_and_gives_the_student_no_gradient_t
 
 
 def penalised(penalty: Penalty, judge: Discriminator, **steps: Any) -> dict[str, Tensor]:
-    out = discriminator_loss(
-        Rollout(normal(1)), judge, GIVEN, SIGMA, normal(9), real(normal(2)), penalty=penalty, **steps
-    )
-    plain = discriminator_loss(Rollout(normal(1)), judge, GIVEN, SIGMA, normal(9), real(normal(2)))
+    out = discriminator_loss(student(normal(1)), real(normal(2)), judge, penalty=penalty, **steps)
+    plain = discriminator_loss(student(normal(1)), real(normal(2)), judge)
     extra = penalty.r1 * out.metrics.get("r1", 0) + penalty.r2 * out.metrics.get("r2", 0)
     assert float((out.loss - plain.loss).detach()) == pytest.approx(float(extra), rel=1e-3, abs=1e-4)
     return out.metrics
@@ -155,10 +158,8 @@ def test_r1_and_r2_of_a_linear_discriminator(step: float) -> None:
 def test_r1_trains_the_discriminator_towards_no_slope() -> None:
     """Its gradient in w is that of a^2 mean (w . n)^2: along w on average, so |w| falls."""
     judge, n = linear(), normal(50)
-    loss = discriminator_loss(
-        Rollout(normal(1)), judge, GIVEN, SIGMA, normal(9), real(normal(2)), penalty=Penalty(r1=7.0), real_step=n
-    ).loss
-    without = discriminator_loss(Rollout(normal(1)), judge, GIVEN, SIGMA, normal(9), real(normal(2))).loss
+    loss = discriminator_loss(student(normal(1)), real(normal(2)), judge, penalty=Penalty(r1=7.0), real_step=n).loss
+    without = discriminator_loss(student(normal(1)), real(normal(2)), judge).loss
     weight = judge.heads.weight
     got = torch.autograd.grad(loss, weight)[0] - torch.autograd.grad(without, weight)[0]
     dots = n.flatten(1) @ weight.detach().flatten(1).T
@@ -170,9 +171,7 @@ def test_r1_trains_the_discriminator_towards_no_slope() -> None:
 def test_defect_13_r1_compares_two_noised_samples() -> None:
     """The perturbed one is x_t + a n, and nothing is perturbed before it is noised."""
     judge, n = linear(), normal(50)
-    discriminator_loss(
-        Rollout(normal(1)), judge, GIVEN, SIGMA, normal(9), real(normal(2)), penalty=Penalty(r1=1.0), real_step=n
-    )
+    discriminator_loss(student(normal(1)), real(normal(2)), judge, penalty=Penalty(r1=1.0), real_step=n)
     x_fake, x_real, moved = (x for x, _, _ in seen(judge))
     assert torch.equal(x_fake, mix(normal(1), normal(9), SIGMA))
     assert torch.equal(x_real, mix(normal(2), normal(41), SIGMA))
@@ -198,8 +197,8 @@ def at_optimum(mean_real: float, mean_fake: float, *, scale: float = 1.0, bias: 
     judge = Discriminator(ScoreNet(Eye(), "eye"), heads, (0,))
     fake, true = normal(60, 4096) + mean_fake, normal(61, 4096) + mean_real
     given = Conditioning(prompt(4096))
-    data = Real(true, given, sigma, normal(62, 4096))
-    loss = discriminator_loss(Rollout(fake), judge, given, sigma, normal(63, 4096), data).loss
+    data = NoisedSamples(true, given, sigma, normal(62, 4096))
+    loss = discriminator_loss(NoisedSamples.of(Rollout(fake), given, sigma, normal(63, 4096)), data, judge).loss
     weight, offsets = torch.autograd.grad(loss, list(heads.parameters()))
     return torch.stack([weight.sum() / 96**0.5, offsets.sum()])
 
@@ -214,14 +213,14 @@ def test_fixed_point_of_student_and_discriminator() -> None:
     """Where the student makes the data, D = 0 is the discriminator's optimum, and there the student gets no gradient."""
     assert float(at_optimum(0.3, 0.3).norm()) < 0.1 * float(at_optimum(0.3, 0.3, bias=1.0).norm())
     judge, x0 = linear(scale=0.0), normal(1).requires_grad_()
-    out = gan_loss(Rollout(x0), judge, GIVEN, SIGMA, normal(9))
+    out = gan_loss(student(x0), judge)
     assert bool((torch.autograd.grad(out.loss, x0)[0] == 0).all())
 
 
 def test_frames_that_no_loss_may_judge_are_seen_but_get_no_gradient() -> None:
     x0, mask = normal(1).requires_grad_(), torch.tensor([False, True, True])
-    masked = gan_loss(Rollout(x0, frame_mask=mask), linear(), GIVEN, SIGMA, normal(9)).loss
-    whole = gan_loss(Rollout(x0), linear(), GIVEN, SIGMA, normal(9)).loss
+    masked = gan_loss(student(x0, frame_mask=mask), linear()).loss
+    whole = gan_loss(student(x0), linear()).loss
     assert torch.equal(masked, whole)
     got, full = torch.autograd.grad(masked, x0)[0], torch.autograd.grad(whole, x0)[0]
     assert bool((got[:, 0] == 0).all()) and torch.equal(got[:, 1:], full[:, 1:])
@@ -229,8 +228,8 @@ def test_frames_that_no_loss_may_judge_are_seen_but_get_no_gradient() -> None:
 
 def test_dmd2_is_dmd_and_a_weighted_gan_term() -> None:
     x0, judge = normal(1).requires_grad_(), linear()
-    dmd = dmd_loss(Rollout(x0), score(0.5, 0.7), score(-0.2, 1.3), GIVEN, free(), SIGMA, normal(9))
-    gan = gan_loss(Rollout(x0), judge, GIVEN, SIGMA.flip(0), normal(10))
+    dmd = dmd_loss(ScoreQuery(Rollout(x0), score(0.5, 0.7), score(-0.2, 1.3), GIVEN, free(), SIGMA, normal(9)))
+    gan = gan_loss(NoisedSamples.of(Rollout(x0), GIVEN, SIGMA.flip(0), normal(10)), judge)
     both = with_term(dmd, gan, 0.03)
     assert float(both.loss.detach()) == pytest.approx(float((dmd.loss + 0.03 * gan.loss).detach()), rel=1e-6)
     assert both.kl_gradient is dmd.kl_gradient and torch.equal(both.metrics["loss"], both.loss.detach())
@@ -260,13 +259,13 @@ def test_a_student_learns_the_datas_mean_from_the_discriminator_alone() -> None:
     for _ in range(250):
         shape = (32, *SHAPE)
         made, sigma, noise = Rollout(mean + draw(*shape)), ladd_sigma(draw(32), mean=0.0), draw(*shape)
-        data = Real(0.8 + draw(*shape), given, ladd_sigma(draw(32), mean=0.0), draw(*shape))
+        data = NoisedSamples(0.8 + draw(*shape), given, ladd_sigma(draw(32), mean=0.0), draw(*shape))
         heads.zero_grad()
         discriminator_loss(
-            made, judge, given, sigma, noise, data, penalty=penalty, real_step=draw(*shape)
+            NoisedSamples.of(made, given, sigma, noise), data, judge, penalty=penalty, real_step=draw(*shape)
         ).loss.backward()
         heads.step()
-        slope = torch.autograd.grad(gan_loss(made, judge, given, sigma, noise).loss, mean)[0]
+        slope = torch.autograd.grad(gan_loss(NoisedSamples.of(made, given, sigma, noise), judge).loss, mean)[0]
         with torch.no_grad():
             mean -= 0.02 * slope
     assert float(mean.detach()) == pytest.approx(0.8, abs=0.1)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.dmd import Guidance, critic_loss, dmd_loss
+from model.dmd import critic_loss, dmd_loss
 from model.experts import I2V_BOUNDARY, T2V_BOUNDARY, Experts
+from model.query import Guidance, ScoreQuery
 from model.schedule import ScheduleConfig, mix
 from model.score import ScoreNet
 from model.sid import sid_loss
@@ -145,7 +146,7 @@ def test_losses_and_rollouts_pass_all_conditioning_on() -> None:
     noise, negative = latents(2, 2, 3), texts(9, 2)
     made = backward_simulation(student, noise, condition, SIGMAS, 1, KeyedNoise(5, 2), with_gradient=True)
     for loss in (dmd_loss, sid_loss):
-        loss(made, real, fake, condition, Guidance(negative, 3.0), SIGMA, noise)
+        loss(ScoreQuery(made, real, fake, condition, Guidance(negative, 3.0), SIGMA, noise))
     critic_loss(made, fake, condition, SIGMA, noise)
     assert [len(spy.calls) for spy in spies] == [2, 2, 3]
     for call in (call for spy in spies for call in spy.calls):
@@ -181,7 +182,7 @@ def test_given_frames_have_no_loss_and_no_gradient_where_they_are_pinned() -> No
     with torch.no_grad():
         spies[0].gain.fill_(0.7)
     real, fake = (ScoreNet(spy, "n", pins_initial=True) for spy in spies)
-    out = dmd_loss(Rollout(x0), real, fake, condition, Guidance(condition.text, 1.0), SIGMA, noise)
+    out = dmd_loss(ScoreQuery(Rollout(x0), real, fake, condition, Guidance(condition.text, 1.0), SIGMA, noise))
     assert out.kl_gradient is not None
     assert float(out.kl_gradient[:, :1].abs().max()) < 1e-5 < float(out.kl_gradient[:, 1:].abs().min())
     loss = critic_loss(Rollout(x0), fake, condition, SIGMA, noise).loss

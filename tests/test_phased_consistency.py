@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from model.consistency import adjacent, consistency_loss
-from model.dmd import Guidance, critic_loss, dmd_loss
+from model.dmd import critic_loss, dmd_loss
 from model.ida import Alignment
 from model.phased import noised_on, phase_start, phased_critic_loss, phased_dmd_loss
+from model.query import Guidance, ScoreQuery
 from model.schedule import mix, uniform_sigmas
 from model.score import ScoreNet
 from model.types import Conditioning, Rollout, expand_like
@@ -58,8 +59,8 @@ def test_levels_outside_the_interval_are_refused() -> None:
 
 def test_phased_dmd_from_0_is_dmd() -> None:
     real, fake, x0 = score(0.5, 0.7), score(-0.2, 1.3), normal(1).requires_grad_()
-    dmd = dmd_loss(Rollout(x0), real, fake, GIVEN, free(), SIGMA, normal(9))
-    phased = phased_dmd_loss(Rollout(x0), x0, 0.0, real, fake, GIVEN, free(), SIGMA, normal(9))
+    dmd = dmd_loss(ScoreQuery(Rollout(x0), real, fake, GIVEN, free(), SIGMA, normal(9)))
+    phased = phased_dmd_loss(ScoreQuery(Rollout(x0), real, fake, GIVEN, free(), SIGMA, normal(9)), x0, 0.0)
     assert float(phased.loss.detach()) == pytest.approx(float(dmd.loss.detach()), rel=1e-5)
     got, expected = (torch.autograd.grad(out.loss, x0)[0] for out in (phased, dmd))
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-8)
@@ -70,7 +71,7 @@ def test_phased_dmd_by_hand_within_the_interval() -> None:
     real, fake, x0 = score(0.5, 0.7), score(-0.2, 1.3), normal(1).requires_grad_()
     x_start = phase_start(Rollout(x0), START, normal(8))
     assert torch.equal(x_start, mix(x0, normal(8), torch.full((4,), START)))
-    out = phased_dmd_loss(Rollout(x0), x_start, START, real, fake, GIVEN, free(), ABOVE, normal(9))
+    out = phased_dmd_loss(ScoreQuery(Rollout(x0), real, fake, GIVEN, free(), ABOVE, normal(9)), x_start, START)
     x = noised_on(x_start.detach(), START, normal(9), ABOVE)
     f, t = (exact(net).x0(x, ABOVE, prompt(4)).detach().float() for net in (fake, real))
     expected = (f - t) / (x0.detach() - t).abs().flatten(1).mean(1).reshape(-1, 1, 1, 1, 1)
@@ -84,7 +85,7 @@ def test_phased_fixed_point() -> None:
     x0 = normal(1).requires_grad_()
     x_start = phase_start(Rollout(x0), START, normal(8))
     out = phased_dmd_loss(
-        Rollout(x0), x_start, START, score(0.5, 0.7), score(0.5, 0.7), GIVEN, free(), ABOVE, normal(9)
+        ScoreQuery(Rollout(x0), score(0.5, 0.7), score(0.5, 0.7), GIVEN, free(), ABOVE, normal(9)), x_start, START
     )
     assert float(out.loss.detach()) == 0 and bool((torch.autograd.grad(out.loss, x0)[0] == 0).all())
 
@@ -298,11 +299,9 @@ def test_alignment_refuses_another_geometry_before_it_begins() -> None:
 
 def test_guidance_reaches_the_phased_teacher() -> None:
     given, negative = Conditioning(prompt(4, 1.0)), prompt(4, -0.5)
-    outs = [
-        phased_dmd_loss(
-            Rollout(normal(1)), normal(1), START, score(0.0, 0.7), score(0.3, 0.9), given, Guidance(negative, w), ABOVE,
-            normal(9),
-        ).kl_gradient
+    queries = [
+        ScoreQuery(Rollout(normal(1)), score(0.0, 0.7), score(0.3, 0.9), given, Guidance(negative, w), ABOVE, normal(9))
         for w in (1.0, 4.0)
-    ]  # fmt: skip
+    ]
+    outs = [phased_dmd_loss(query, normal(1), START).kl_gradient for query in queries]
     assert outs[0] is not None and outs[1] is not None and not torch.allclose(outs[0], outs[1], atol=1e-2)

@@ -16,11 +16,12 @@ from configs.load import load_run
 from configs.schema import RunConfig
 from model.wan.config import PRESETS, SparseConfig, WanConfig
 from model.wan.transformer import WanTransformer
+from model.wan.vsa.counting import kernels_counted_by
 from model.wan.vsa.tiles import Tiling, tile_maps
 from planning.hardware import GPU, GPUS, bound, needed_gb
 from planning.meter import FLOPS, Meter, Owner, Traffic, sent_bytes
 from planning.plan import Cluster, Plan, make_plan, update_cost
-from planning.pretend_run import ALLOCATION, SHARDED, Iteration, kernels_counted, pretended_world, run, stripped
+from planning.pretend_run import ALLOCATION, SHARDED, Iteration, pretended_world, run, stripped
 from planning.report import changes, plan_text, remedies, report
 from tests import forked, small
 from tests.distributed import measured_peak
@@ -168,7 +169,7 @@ def test_sparse_attention_is_planned_as_its_kernels() -> None:
     cost = {}
     for sparse in (None, SparseConfig(0.5, [1, 4, 4], "reference")):
         meter = Meter(cuda=True)
-        with kernels_counted(meter), meter.running():
+        with kernels_counted_by(meter), meter.running():
             if sparse is not None:
                 sparse.backend = "triton"
             net = WanTransformer(c, sparse=sparse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -61,3 +62,34 @@ def test_experts_take_steps_and_scores_on_their_side_of_the_boundary() -> None:
     assert high.min_score_timestep == low.max_score_timestep == 875
     whole = load_run(ROOT / "configs/wan2.1_1.3b/self_forcing_dmd.yaml").schedule
     assert (*high.sigmas(), *low.sigmas()) == whole.sigmas()
+
+
+NO_FILES = {"configs/toy/x.yaml", "configs/wan/old.yaml"}  # of tests that want a missing one
+
+
+def named_configs(path: Path) -> set[str]:
+    """Paths of configs in a file's text; of Python also those joined from strings by /."""
+    text = path.read_text(encoding="utf-8")
+    found = set(re.findall(r"\bconfigs/[\w./-]+\.yaml\b", text))
+    if path.suffix == ".py":
+        for node in ast.walk(ast.parse(text)):
+            parts = []
+            while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+                parts.append(node.right.value if isinstance(node.right, ast.Constant) else None)
+                node = node.left
+            if parts and all(isinstance(part, str) for part in parts):
+                joined = "/".join(map(str, reversed(parts)))
+                found |= {joined} if re.fullmatch(r"configs/.*\.yaml", joined) else set()
+    return found
+
+
+def test_every_config_that_a_program_names_is_there(tmp_path: Path) -> None:
+    patterns = ("*.py", "*/**/*.py", "*.sh", "*/**/*.sh", "*/**/*.slurm", "Makefile")
+    files = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    files = [path for path in files if not path.relative_to(ROOT).parts[0].startswith((".", "logs"))]
+    named = {name: path for path in files for name in named_configs(path)}
+    assert "configs/wan2.1_14b/self_forcing_dmd.yaml" in named
+    missing = {name: path for name, path in named.items() if name not in NO_FILES and not (ROOT / name).exists()}
+    assert not missing, missing
+    (tmp_path / "old.py").write_text('x = ROOT / "configs" / "wan" / "old.yaml"\n')
+    assert named_configs(tmp_path / "old.py") == {"configs/wan/old.yaml"}

@@ -14,6 +14,7 @@ from configs.sections import TrainerKind
 from tests import forked
 from trainer.base import RunOptions
 from trainer.build import build_trainer
+from utils import cli
 from utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +87,64 @@ def test_a_mistake_exits_with_2_and_no_traceback() -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1 and "training.max_stepz" in done.stderr
+
+
+ABSURD = 999999999999
+SIZES = [
+    ("data.wan.frames", "data={kind: wan, wan: {frames: %d}}"),
+    ("data.wan.height", "data={kind: wan, wan: {height: %d}}"),
+    ("data.wan.width", "data={kind: wan, wan: {width: %d}}"),
+    ("data.synthetic.frames", "data={kind: synthetic, synthetic: {frames: %d}}"),
+    ("data.synthetic.height", "data={kind: synthetic, synthetic: {height: %d}}"),
+    ("data.synthetic.width", "data={kind: synthetic, synthetic: {width: %d}}"),
+    ("data.synthetic.prompts", "data={kind: synthetic, synthetic: {prompts: %d}}"),
+    ("data.toy: frames", "data.toy.frames=%d"),
+    ("data.toy: canvas", "data.toy.canvas=%d"),
+    ("rollout.num_training_frames", "rollout.num_training_frames=%d"),
+    ("training.global_batch_size", "training.global_batch_size=%d"),
+    ("training.micro_batch_size", "training.micro_batch_size=%d"),
+    ("sizes[0].frames", "training.sizes=[{frames: %d}]"),
+    ("sizes[0].width", "training.sizes=[{width: %d}]"),
+]
+
+
+@pytest.mark.parametrize(("key", "override"), SIZES, ids=[key for key, _ in SIZES])
+def test_sizes_beyond_any_video_or_batch_are_refused(key: str, override: str) -> None:
+    """Before anything of that size is made: block lists, masks, batches."""
+    with pytest.raises(ConfigError) as caught:
+        load_run(ROOT / YAML, [override % ABSURD])
+    message = str(caught.value)
+    words = (*key.replace(": ", ".").split("."), str(ABSURD), "at most", "lower it")
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_sides_that_are_possible_and_together_are_not() -> None:
+    sides = "data={kind: synthetic, synthetic: {frames: 6000, height: 4096, width: 4096}}"
+    with pytest.raises(ConfigError, match=r"data\.synthetic\.frames x height x width .* lower one of them"):
+        load_run(ROOT / YAML, [sides])
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["start", "plan"])
+def test_an_absurd_size_exits_with_2_and_one_line(plan: list[str], tmp_path: Path) -> None:
+    yaml = "configs/wan2.1_1.3b/self_forcing_dmd.yaml"
+    done = forked.run(
+        1, "train.py", "--config_path", yaml, "--logdir", str(tmp_path), *plan, f"data.wan.frames={ABSURD}"
+    )
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "data.wan.frames" in done.stderr and str(ABSURD) in done.stderr
+
+
+def test_what_does_not_fit_into_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    left: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli.distributed, "leave", lambda code, **_: left.append(code))
+
+        def too_long() -> int:
+            raise MemoryError
+
+        cli.run_cli(too_long)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left == [2] and "too_long" in line and "lower the sizes" in line
 
 
 def test_missing_weights_name_the_network_and_the_path(tmp_path: Path) -> None:

@@ -394,7 +394,7 @@ def test_resume_of_another_run_is_refused_in_one_line(
 
 
 def test_uneven_global_batch_is_refused() -> None:
-    from trainer.base import micro_batches
+    from trainer.micro_batch import micro_batches
 
     with pytest.raises(UserError, match="global_batch_size 4 is not a multiple of 3 ranks x"):
         micro_batches(config(training={"micro_batch_size": 1}).training, 3)

@@ -12,7 +12,7 @@ from configs.objective import GANConfig, Heads, ObjectiveKind
 from configs.schema import RunConfig
 from configs.sizes import schedule_at
 from model.discriminator import Discriminator, ImageHeads, RegisterHead, VideoHeads, tapped_blocks
-from model.gan import Adversarial, Real, discriminator_loss, gan_loss
+from model.gan import Adversarial, NoisedSamples, discriminator_loss, gan_loss
 from model.ladd import ladd_sigma
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
@@ -45,8 +45,16 @@ def build_heads(config: GANConfig, geometry: WanConfig, blocks: int, size: tuple
 
 
 class Adversary:
-    """Judges the student's samples against the task's real ones, both noised. backbone: whose features it sees;
-    updates: how often its heads will be trained; sequence: ranks that share a sample."""
+    """Judges the student's samples against the task's real ones, both noised.
+
+    config: of the whole run; its objective has a gan section.
+    backbone: whose features it sees.
+    geometry: of the backbone.
+    task: what real samples come from.
+    device: where its heads are.
+    updates: how often its heads will be trained.
+    sequence: ranks that share a sample.
+    """
 
     def __init__(
         self,
@@ -79,12 +87,12 @@ class Adversary:
             return sigma.clamp(schedule.min_sigma, schedule.max_sigma)
         return schedule_at(self.run, shape).score_sigma(noise.uniform(role), None, None)
 
-    def real(self, positions: range, noise: Noise, phase: str, shape: Shape) -> Real:
+    def real(self, positions: range, noise: Noise, phase: str, shape: Shape) -> NoisedSamples:
         """Real samples of this shape at these positions, with their own noise."""
         clips = self.task.real(positions, shape)
-        given = clips.given.with_text(self.task.conditioning(clips.captions).text)
+        conditioning = clips.given.with_text(self.task.conditioning(clips.captions).text)
         eps = noise.normal(f"{phase}_real_noise", tuple(clips.latents.shape[1:]))
-        return Real(clips.latents, given, self.sigma(noise, f"{phase}_real_sigma", shape), eps)
+        return NoisedSamples(clips.latents, conditioning, self.sigma(noise, f"{phase}_real_sigma", shape), eps)
 
     def draw(self, rollout: Rollout, noise: Noise, phase: str) -> tuple[Tensor, Tensor]:
         """A noise level [B] and noise like the sample's."""
@@ -99,19 +107,27 @@ class Adversary:
         noise: Noise,
         draw: tuple[Tensor, Tensor] | None = None,
     ) -> LossOutput:
-        """The student's adversarial loss; draw: the noise level and noise to judge at, in place of its own."""
+        """The student's adversarial loss.
+
+        rollout: its sample x0 [B, F, C, H, W].
+        conditioning: what the sample is conditioned on.
+        positions: of the real samples that a relativistic loss pairs with it.
+        noise: where the draws come from.
+        draw: noise level [B] and noise, like x0, to judge at in place of its own draw.
+        """
         sigma, eps = self.draw(rollout, noise, "gan") if draw is None else draw
         paired = self.config.loss is Adversarial.relativistic
         real = self.real(positions, noise, "gan", tuple(rollout.x0.shape[1:])) if paired else None
-        return gan_loss(rollout, self.judge, conditioning, sigma, eps, kind=self.config.loss, real=real)
+        student = NoisedSamples.of(rollout, conditioning, sigma, eps)
+        return gan_loss(student, self.judge, kind=self.config.loss, real=real)
 
     def loss(self, rollout: Rollout, conditioning: Conditioning, positions: range, noise: Noise) -> LossOutput:
         """The discriminator's own loss, with its penalties."""
-        sigma, eps = self.draw(rollout, noise, NAME)
+        student = NoisedSamples.of(rollout, conditioning, *self.draw(rollout, noise, NAME))
         penalty, shape = self.config.penalty(), tuple(rollout.x0.shape[1:])
         real_step = noise.normal("r1_step", shape) if penalty.r1 else None
         fake_step = noise.normal("r2_step", shape) if penalty.r2 else None
         return discriminator_loss(
-            rollout, self.judge, conditioning, sigma, eps, self.real(positions, noise, NAME, shape),
+            student, self.real(positions, noise, NAME, shape), self.judge,
             kind=self.config.loss, penalty=penalty, real_step=real_step, fake_step=fake_step,
         )  # fmt: skip

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
-from configs.sections import TrainingConfig
 from model.types import Conditioning, Evaluations, LossOutput
 from pipeline.sampling import sample
 from tasks.build import build_task
 from trainer.drawn_sizes import DrawnSizes
 from trainer.faults import SharedFaults
+from trainer.micro_batch import MicroBatch, micro_batches
 from trainer.networks import Trained, TrainedNetwork
+from trainer.observer import TrainerObserver
 from trainer.state import load_run, save_run
 from trainer.validation import read_prompts, sample_pixels, shown_weights, way_of
 from trainer.zero import absorb, portable
@@ -30,7 +31,7 @@ from utils import activity, checkpoint, distributed
 from utils.agreement import FiniteCheck
 from utils.config import diff, save, to_plain
 from utils.data.stream import Stream
-from utils.errors import ConfigError, UserError
+from utils.errors import UserError
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
 from utils.parallel.mesh import Mesh, build_mesh
@@ -41,8 +42,11 @@ from utils.video import grid, write_video
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says beside the config. log, mesh: for a planner, whose run writes nothing and whose
-    processes are pretended; null takes the mesh of those that run."""
+    """What the command line says beside the config. The last three are for a planner, whose run writes nothing, whose
+    processes are pretended, and who wants to know where the trainer is.
+
+    mesh: None takes the mesh of the processes that run.
+    """
 
     logdir: Path
     resume: str = "auto"
@@ -52,17 +56,7 @@ class RunOptions:
     visualize: bool = True
     log: bool = True
     mesh: Mesh | None = None
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A part of the global batch. positions: global sample numbers, which key every draw; weight: share of the mean;
-    shape: (F, C, H, W) of this update's videos."""
-
-    positions: range
-    noise: Noise
-    weight: float
-    shape: tuple[int, ...]
+    observer: TrainerObserver = TrainerObserver()
 
 
 class Extra(Protocol):
@@ -77,7 +71,7 @@ class Trainer(ABC):
     """One run. Subclasses make the networks and say what an iteration does; this class does what all runs share."""
 
     def __init__(self, config: RunConfig, options: RunOptions) -> None:
-        self.config, self.options = config, options
+        self.config, self.options, self.observer = config, options, options.observer
         self.device = distributed.device()
         self.mesh = options.mesh or build_mesh(config.parallel, distributed.world_size(), self.device)
         distributed.set_timeout(config.watchdog.group_timeout(), self.mesh.groups)
@@ -227,7 +221,7 @@ class Trainer(ABC):
             positions = range(first + part * size, first + (part + 1) * size)
             noise = Noise(keyed_seed(self.config.seed, phase), self.step, positions, self.device)
             out.append(MicroBatch(positions, noise, size / training.global_batch_size, shape))
-        return out
+        return self.observer.chosen(out)
 
     def update(
         self,
@@ -241,17 +235,21 @@ class Trainer(ABC):
         beside: what else the loss trains; all of them take their step, or none.
         """
         group = [trained, *beside]
+        self.observer.update_begins(trained.name)
         for one in group:
             one.engine.zero_grad()
         sums: dict[str, float] = {}
         own_loss = 0.0
         for micro in batch:
             activity.mark(f"{trained.name} loss and backward")
+            self.observer.forward_begins(trained.name)
             output = loss_of(micro)
+            self.observer.backward_begins(trained.name)
             last = micro is batch[-1]
             for one in beside:
                 one.engine.before_backward(last=last)
             trained.engine.backward(output.loss * micro.weight, last=last)
+            self.observer.backward_ended(trained.name)
             for one in beside:
                 one.engine.after_backward(last=last)
             for name, value in output.metrics.items():
@@ -261,7 +259,10 @@ class Trainer(ABC):
         others = {f"{one.name}.{key}": p for one in beside for key, p in one.optimizer.named.items()}
         check = FiniteCheck(sums | {"loss": own_loss}, {**trained.optimizer.named, **others})
         metrics = {f"{trained.name}/{name}": value for name, value in self.summed(sums).items()}
-        norms = {one.name: float(one.engine.clip()) for one in group}
+        norms = {}
+        for one in group:
+            self.observer.step_begins(one.name)
+            norms[one.name] = float(one.engine.clip())
         metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
         if self._accepted(trained.name, check.agree(sum(norms.values()))):
             for one in group:
@@ -411,14 +412,3 @@ def set_aside(logdir: Path, paths: Sequence[Path]) -> None:
             path.rename(target)
         console.warning("%d files or folders of an earlier run were moved to %s", len(present), target.parent)
     distributed.barrier()
-
-
-def micro_batches(training: TrainingConfig, ranks: int) -> int:
-    """Micro-batches of a rank for one update. Raises ConfigError unless the global batch splits evenly."""
-    each = ranks * training.micro_batch_size
-    if training.global_batch_size % each:
-        raise ConfigError(
-            f"training.global_batch_size {training.global_batch_size} is not a multiple of {ranks} ranks x "
-            f"training.micro_batch_size {training.micro_batch_size}: change one of them"
-        )
-    return training.global_batch_size // each

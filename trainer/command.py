@@ -71,7 +71,7 @@ def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
 
 
 def default_logdir(config_path: Path) -> Path:
-    """``configs/toy/dmd.yaml`` -> ``logs/toy/dmd``; a YAML outside ``configs`` -> ``logs/<stem>``."""
+    """``configs/toy/teacher.yaml`` -> ``logs/toy/teacher``; a YAML outside ``configs`` -> ``logs/<stem>``."""
     parts = config_path.with_suffix("").parts
     below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts else parts[-1:]
     return Path("logs", *below)

@@ -15,7 +15,8 @@ from model.schedule import uniform_sigmas
 from model.types import LossOutput
 from model.wan.transformer import WanTransformer
 from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
-from trainer.base import MicroBatch, Trainer
+from trainer.base import Trainer
+from trainer.micro_batch import MicroBatch
 from trainer.network_factory import build_frozen, build_trained, sharing
 
 

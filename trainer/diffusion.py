@@ -13,7 +13,8 @@ from model.diffusion import flow_matching_loss
 from model.schedule import TIMESTEPS, mix, shift_sigma
 from model.types import Conditioning, LossOutput
 from pipeline.diffusion_forcing import per_frame, teacher_forced_velocity
-from trainer.base import MicroBatch, Trainer
+from trainer.base import Trainer
+from trainer.micro_batch import MicroBatch
 from trainer.network_factory import build_trained
 
 

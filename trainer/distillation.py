@@ -22,8 +22,9 @@ from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_training import backward_simulation, diffusion_forcing_input, noised_data
 from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_forcing_rollout
 from trainer.adversary import Adversary
-from trainer.base import MicroBatch, Trainer
+from trainer.base import Trainer
 from trainer.guard import Guard
+from trainer.micro_batch import MicroBatch
 from trainer.network_factory import build_frozen, build_trained, sharing
 from trainer.objectives import Objective, Sample, Weights
 from trainer.rollout_cache import RolloutCache

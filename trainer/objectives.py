@@ -16,12 +16,13 @@ from configs.objective import CriticLoss, ObjectiveKind
 from configs.schema import RunConfig
 from configs.sizes import shift_factor
 from model.decoupled_dmd import decoupled_dmd_loss
-from model.dmd import Guidance, critic_loss, dmd_loss
-from model.f_distill import RatioBins, f_distill_loss, f_weights
-from model.gan import judged, with_term
+from model.dmd import critic_loss, dmd_loss
+from model.f_distill import RatioBins, RatioWeighting, f_distill_loss, f_weights
+from model.gan import NoisedSamples, with_term
 from model.phased import phase_start, phased_critic_loss, phased_dmd_loss
+from model.query import Guidance, ScoreQuery
 from model.reward import reward_weights
-from model.schedule import TIMESTEPS, mix
+from model.schedule import TIMESTEPS
 from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import Conditioning, LossOutput, Rollout, Total
@@ -49,8 +50,15 @@ class Weights:
 
 
 class Objective:
-    """teacher, critic: the scores, None where the kind has none. adversary: the discriminator, None without one.
-    reward: what weighs samples, None for none. total: sums a tensor over the batches that run at a time."""
+    """The losses of student, critic and discriminator, with the draws they need.
+
+    config: of the whole run.
+    task: prompts, negative prompts and real samples.
+    teacher, critic: the scores, None where the kind has none.
+    adversary: the discriminator, None without one.
+    total: sums a tensor over the batches that run at a time.
+    reward: what weighs samples, None for none.
+    """
 
     def __init__(
         self,
@@ -67,6 +75,7 @@ class Objective:
         momentum = self.config.f_distill.bin_momentum
         uses = self.config.kind is ObjectiveKind.f_distill and momentum is not None
         self.bins = RatioBins(momentum) if uses and momentum is not None else None
+        self.weighting = RatioWeighting(self.config.f_distill.divergence, total, self.bins)
         self.start = config.schedule.min_score_timestep / TIMESTEPS  # of a phase
 
     # -------------------------------------------------------------------------------------------------------- student
@@ -86,20 +95,19 @@ class Objective:
             weight = reward_weights(
                 torch.cat(values).to(samples[0].rollout.x0.device), self.config.reward.beta, self.total
             )
-            return [Weights(one) for one in weight.split(sizes)]
+            return [Weights(part) for part in weight.split(sizes)]
         assert self.adversary is not None
         draws = [self._score_draw(sample, "score") for sample in samples]
         logits = [
-            self.adversary.judge.logits(mix(judged(s.rollout), eps, sigma), sigma, s.conditioning)
-            for s, (sigma, eps) in zip(samples, draws, strict=True)
+            NoisedSamples.of(sample.rollout, sample.conditioning, *draw).logits(self.adversary.judge)
+            for sample, draw in zip(samples, draws, strict=True)
         ]
         sigma = torch.cat([sigma for sigma, _ in draws])
-        divergence = self.config.f_distill.divergence
-        weight, ratio = f_weights(torch.cat(logits), sigma, divergence, self.total, self.bins)
-        return [Weights(*one) for one in zip(weight.split(sizes), ratio.split(sizes), strict=True)]
+        weight, ratio = f_weights(torch.cat(logits), sigma, self.weighting)
+        return [Weights(*parts) for parts in zip(weight.split(sizes), ratio.split(sizes), strict=True)]
 
     def student_loss(self, sample: Sample, weights: Weights | None = None) -> LossOutput:
-        """The student's loss on its sample, with gradient into it. weights: of the samples, null where they are the
+        """The student's loss on its sample, with gradient into it. weights: of the samples, None where they are the
         whole of what this rank runs before its update, and weigh themselves."""
         kind, adversary = self.config.kind, self.adversary
         if kind in (ObjectiveKind.gan, ObjectiveKind.ladd):
@@ -114,46 +122,42 @@ class Objective:
         return with_term(output, term, adversary.config.weight)
 
     def _distribution_loss(self, sample: Sample, sigma: Tensor, eps: Tensor, weights: Weights | None) -> LossOutput:
-        config, rollout, given = self.config, sample.rollout, sample.conditioning
-        real, fake = self.teacher, self.critic
-        assert real is not None and fake is not None
-        negative = self.task.negative(given.batch)
-        guidance = Guidance(negative, config.real_guidance_scale, config.fake_guidance_scale, config.guidance_rescale)
+        config, rollout = self.config, sample.rollout
+        assert self.teacher is not None and self.critic is not None
         if config.reward is not None:
             weights = weights or self.weights([sample])[0]
-        weight = None if weights is None else weights.weight
+        query = ScoreQuery(
+            rollout, self.teacher, self.critic, sample.conditioning, self._guidance(sample), sigma, eps,
+            weight=None if weights is None else weights.weight,
+        )  # fmt: skip
         match config.kind:
             case ObjectiveKind.dmd:
-                return dmd_loss(rollout, real, fake, given, guidance, sigma, eps, weight=weight)
+                return dmd_loss(query)
             case ObjectiveKind.decoupled_dmd:
-                shift = config.cfg_score_shift
-                cfg = self._score_draw(sample, "cfg", shift)
-                return decoupled_dmd_loss(rollout, real, fake, given, guidance, sigma, eps, *cfg, weight=weight)
+                return decoupled_dmd_loss(query, *self._score_draw(sample, "cfg", config.cfg_score_shift))
             case ObjectiveKind.phased_dmd:
                 x_start = phase_start(rollout, self.start, self._eps(sample, "phase_noise"))
-                return phased_dmd_loss(
-                    rollout, x_start, self.start, real, fake, given, guidance, sigma, eps, weight=weight
-                )
+                return phased_dmd_loss(query, x_start, self.start)
             case ObjectiveKind.f_distill:
                 assert self.adversary is not None
-                known = None if weights is None or weights.ratio is None else (weights.weight, weights.ratio)
-                return f_distill_loss(
-                    rollout, real, fake, self.adversary.judge, given, guidance, sigma, eps,
-                    divergence=config.f_distill.divergence, total=self.total, bins=self.bins,
-                    gan_weight=self.adversary.config.weight, weights=known,
-                )  # fmt: skip
+                gan_weight, ratio = self.adversary.config.weight, None if weights is None else weights.ratio
+                return f_distill_loss(query, self.adversary.judge, self.weighting, gan_weight=gan_weight, ratio=ratio)
             case ObjectiveKind.sid:
-                return sid_loss(rollout, real, fake, given, guidance, sigma, eps, alpha=config.sid_alpha)
+                return sid_loss(query, alpha=config.sid_alpha)
             case ObjectiveKind.gan | ObjectiveKind.ladd:
                 raise AssertionError("a discriminator alone has no scores")
             case _:
                 assert_never(config.kind)
 
+    def _guidance(self, sample: Sample) -> Guidance:
+        config, negative = self.config, self.task.negative(sample.conditioning.batch)
+        return Guidance(negative, config.real_guidance_scale, config.fake_guidance_scale, config.guidance_rescale)
+
     # --------------------------------------------------------------------------------------------------------- critic
 
     def critic_loss(self, sample: Sample) -> LossOutput:
         """What the critic, and the discriminator beside it, are trained on: the student's sample, detached."""
-        rollout, given, adversary = sample.rollout, sample.conditioning, self.adversary
+        rollout, conditioning, adversary = sample.rollout, sample.conditioning, self.adversary
         output: LossOutput | None = None
         if self.config.kind not in (ObjectiveKind.gan, ObjectiveKind.ladd):
             assert self.critic is not None
@@ -161,19 +165,19 @@ class Objective:
             if self.config.kind is ObjectiveKind.phased_dmd:
                 x_start = phase_start(rollout, self.start, self._eps(sample, "critic_phase_noise"))
                 output = phased_critic_loss(
-                    x_start, self.start, self.critic, given, *draw, frame_mask=rollout.frame_mask
+                    x_start, self.start, self.critic, conditioning, *draw, frame_mask=rollout.frame_mask
                 )
             else:
                 x0_target = self.config.critic_loss is CriticLoss.x0
-                output = critic_loss(rollout, self.critic, given, *draw, x0_target=x0_target)
+                output = critic_loss(rollout, self.critic, conditioning, *draw, x0_target=x0_target)
         if adversary is None:
             assert output is not None
             return output
-        judged = adversary.loss(rollout, given, sample.positions, sample.noise)
+        adversarial = adversary.loss(rollout, conditioning, sample.positions, sample.noise)
         if output is None:
-            return judged
-        judged.metrics = {f"{NAME}_{name}": value for name, value in judged.metrics.items()}
-        return with_term(output, judged, adversary.config.discriminator_weight)
+            return adversarial
+        adversarial.metrics = {f"{NAME}_{name}": value for name, value in adversarial.metrics.items()}
+        return with_term(output, adversarial, adversary.config.discriminator_weight)
 
     # ---------------------------------------------------------------------------------------------------------- draws
 

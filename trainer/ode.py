@@ -26,7 +26,8 @@ from pipeline.sampling import cache_dtype
 from tasks.first_frames import gives
 from tasks.stored import StoredPairs
 from tasks.task import Task
-from trainer.base import MicroBatch, Trainer
+from trainer.base import Trainer
+from trainer.micro_batch import MicroBatch
 from trainer.network_factory import build_frozen, build_trained, sharing
 from utils import activity, distributed
 from utils.config import config_hash

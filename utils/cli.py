@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -44,7 +45,7 @@ SAME_ERROR_SECONDS = 2.0  # in which a launcher has ended the other ranks of a r
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and exit: 0 or its return value; a UserError is one line on stderr and exit code 2; a lost rank,
-    which the watchdog has reported, is exit code EXIT_STUCK.
+    which the watchdog has reported, is exit code EXIT_STUCK. A MemoryError is one line, too, which names the function.
 
     Most UserErrors are every rank's: rank 0 says them at once, another rank only if it is still there
     SAME_ERROR_SECONDS later, for then it may be the only one.
@@ -61,6 +62,15 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             time.sleep(SAME_ERROR_SECONDS)
         whose = f"rank {rank}: " if rank else ""
         print(f"{Path(sys.argv[0]).name}: error: {whose}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    except MemoryError as error:
+        code = 2
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"{Path(sys.argv[0]).name}: error: this machine's memory is too small for what {last.name} of "
+            f"{Path(last.filename).name} makes: lower the sizes that the config or the command line asks for",
+            file=sys.stderr,
+            flush=True,
+        )
     except CollectiveError:
         code = EXIT_STUCK
     except KeyboardInterrupt:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from utils.limits import FRAMES, SIDE, VOLUME, check_counts
 from worlds.glyphs import DIGIT_WORDS, GLYPH, Split, check_draws, glyph_indices, glyphs, uniform
 
 DIRECTIONS: Final = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y) of one step, y downwards
@@ -49,8 +50,11 @@ class ToyWorldConfig:
 
     def __post_init__(self) -> None:
         slack = self.canvas - GLYPH
-        if self.frames < 1:
-            raise ValueError(f"toy world: frames must be at least 1, got {self.frames}")
+        check_counts(self, {"frames": FRAMES, "canvas": 2 * SIDE})
+        if self.frames * (self.canvas // 2) ** 2 > VOLUME:
+            raise ValueError(
+                f"toy world: {self.frames} frames of canvas {self.canvas} have more than {VOLUME} tokens: lower one"
+            )
         if self.canvas % 4 or slack < 0:
             raise ValueError(f"toy world: canvas must be a multiple of 4 and at least {GLYPH}, got {self.canvas}")
         if not 0 < self.speed < self.canvas / 4:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.wan.folders import load_whole, part_folder, read_config
 from model.wan.tiny_decoder import TinyDecoder, load_tiny_decoder
+from utils.limits import check_video
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STRIDE_T = 4  # frames of every latent frame but the first
@@ -56,9 +57,7 @@ class ClipConfig:
     width: int = 104
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_video(self)
 
 
 class WanVAE:

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 import train
 from model.types import LossOutput
-from trainer.base import MicroBatch, Trainer
+from trainer.base import Trainer
+from trainer.micro_batch import MicroBatch
 from trainer.networks import Trained
 from utils.cli import run_cli
 

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.dmd import Guidance, critic_loss, dmd_loss
+from model.dmd import critic_loss, dmd_loss
+from model.query import Guidance, ScoreQuery
 from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import LossOutput, Rollout
@@ -132,7 +133,7 @@ def rollout(net: WanTransformer, with_gradient: bool) -> Rollout:
 
 def generator_step(
     group: Group,
-    objective: Callable[..., LossOutput],
+    objective: Callable[[ScoreQuery], LossOutput],
     checkpointing: Checkpointing = Checkpointing.none,
     sparse: SparseConfig | None = None,
 ) -> Result:
@@ -141,10 +142,11 @@ def generator_step(
     teacher.requires_grad_(False)
     critic.requires_grad_(False)
     made = rollout(student, with_gradient=True)
-    out = objective(
+    query = ScoreQuery(
         made, ScoreNet(teacher, "teacher"), ScoreNet(critic, "critic"), conditioning(3, 2),
         Guidance(texts(13, 2, CONFIG), real=3.0, fake=1.5), torch.tensor([0.3, 0.7]), latents(14, 2, FRAMES, CONFIG, 6, 6),
     )  # fmt: skip
+    out = objective(query)
     out.loss.backward()
     return {"whole loss": out.loss, "whole video": made.x0, **parameters(student)}
 

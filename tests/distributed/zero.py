@@ -16,8 +16,9 @@ from torch import Tensor
 
 from model.types import LossOutput
 from tests.small import DISTILLATION, NETWORKS, config, merged
-from trainer.base import MicroBatch, RunOptions, Trainer
+from trainer.base import RunOptions, Trainer
 from trainer.build import build_trainer
+from trainer.micro_batch import MicroBatch
 from trainer.networks import Trained
 from trainer.zero import portable
 from utils import distributed

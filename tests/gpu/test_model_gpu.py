@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from model.dmd import Guidance, critic_loss, dmd_loss
+from model.dmd import critic_loss, dmd_loss
+from model.query import Guidance, ScoreQuery
 from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import Conditioning, LossOutput
@@ -193,7 +194,7 @@ def test_losses_in_bf16_are_close_to_fp32(kind: str) -> None:
             out = critic_loss(made, scores["critic"], given(device), *draw)
         else:
             loss = dmd_loss if kind == "dmd" else sid_loss
-            out = loss(made, scores["teacher"], scores["critic"], given(device), guidance, *draw)
+            out = loss(ScoreQuery(made, scores["teacher"], scores["critic"], given(device), guidance, *draw))
         out.loss.backward()
         assert out.loss.dtype is torch.float32
         return float(out.loss.detach()), gradients(nets[trained])

@@ -12,6 +12,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from model.wan.vsa.counting import kernel_counter
 from model.wan.vsa.tiles import CUBES, Shape, Tiling, choose_cube, kept_tiles
 
 __all__ = [
@@ -35,7 +36,9 @@ class SparseBackend(Enum):
 
 
 def available(backend: SparseBackend) -> str | None:
-    """None if the backend can run here, else one line saying what it needs."""
+    """None if the backend can run here, or its kernels are only counted, else one line saying what it needs."""
+    if kernel_counter() is not None:
+        return None
     if backend is SparseBackend.TRITON and importlib.util.find_spec("triton") is None:
         return "sparse attention 'triton' needs the triton package: a CUDA build of torch brings it, or use 'reference'"
     return None
@@ -43,6 +46,8 @@ def available(backend: SparseBackend) -> str | None:
 
 def refused(backend: SparseBackend | None, device: torch.device, *, backward: bool) -> str | None:
     """None if networks can run with the backend on this device, else one line saying what they need."""
+    if kernel_counter() is not None:
+        return None
     chosen = _default(device) if backend is None else backend
     if problem := available(chosen):
         return problem

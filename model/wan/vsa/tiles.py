@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 Shape = tuple[int, int, int]  # frames, height, width in tokens
 
@@ -103,7 +104,8 @@ class TileMaps:
 @lru_cache(maxsize=64)  # keyed by grid and cube: another shape never reuses a map
 def tile_maps(tiling: Tiling, device: torch.device) -> TileMaps:
     """The maps between tokens and slots, made once per tiling and device."""
-    with torch.inference_mode(False):  # cached: a map made during inference is also saved for a later backward
+    # cached: a map made during inference is also saved for a later backward, and one made in a plan has values
+    with torch.inference_mode(False), unset_fake_temporarily():
         slots = tiling._slot_of_token
         tokens = torch.full((tiling.tiles * tiling.slots,), -1, dtype=torch.int32)
         tokens[slots] = torch.arange(tiling.tokens, dtype=torch.int32)
