@@ -14,11 +14,7 @@ export OMP_WAIT_POLICY := passive
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help venv quickstart test test-fast lint format bench bench-gpu methods docs clean distclean
-=======
-.PHONY: help venv quickstart test test-all test-fast lint format bench bench-gpu methods clean distclean
->>>>>>> main
+.PHONY: help venv quickstart test test-all test-fast lint format bench bench-gpu methods docs clean distclean
 
 help:
 	@echo 'make quickstart   the whole way on 2 CPU cores: teacher, causal student, distillation, videos, report (half an hour)'
