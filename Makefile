@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := passive
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all test-fast lint format bench gpu-check methods clean distclean
+.PHONY: help venv quickstart test test-all test-fast lint format bench gpu-check methods docs clean distclean
 
 help:
 	@echo 'make quickstart   the whole way on 2 CPU cores: teacher, causal student, distillation, videos, report (half an hour)'
@@ -23,6 +23,7 @@ help:
 	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'
 	@echo 'make methods      every method from the same teachers, 3 seeds each: docs/methods.md (an hour or more on 2 cores)'
 	@echo 'make bench        cost of a training step, of streaming and of attention; make gpu-check: tests and true sizes on one GPU'
+	@echo 'make docs         the site of docs/ with search, in site/'
 	@echo 'make venv         only set up .venv    make clean       remove caches (distclean: .venv too)'
 
 venv: $(STAMP)
@@ -91,6 +92,19 @@ gpu-check:
 # ARGS=--quick is a trial of a few iterations each, ARGS='--only ROW ...' makes some rows
 methods: $(STAMP)
 	@OMP_NUM_THREADS=1 $(RUN) -m scripts.methods $(ARGS)
+
+# the site of docs/ in site/, with an environment of its own: it needs no torch
+DOCS := $(VENV)/docs
+DOCS_STAMP := $(DOCS)/.stamp-$(shell cksum < requirements-docs.txt | cut -d' ' -f1)
+
+$(DOCS_STAMP): requirements-docs.txt
+	@$(or $(PYTHON),python3) -m venv --clear $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-docs.txt
+	@touch $@
+
+docs: $(DOCS_STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
+	@echo '==> site/index.html'
 
 clean:
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from utils.data.order import BucketOrder, Order, ShardedOrder
-from utils.data.stream import Ahead, CorruptSample, Faults, Sample, Stream, TooManyCorrupt
+from utils.data.stream import CorruptSample, Faults, Sample, Stream, TooManyCorrupt
 
 SIZES = [5, 0, 1, 7, 4, 3]
 TOTAL = sum(SIZES)
@@ -169,16 +169,6 @@ def test_caption_dropout_goes_by_position() -> None:
     assert all(more for less, more in zip(tenth, half, strict=True) if less)
     alone = Stream(Numbers([7]), ShardedOrder([7], 0), 0, caption_dropout=0.5, dropped_caption="bad")
     assert [alone.sample(p).caption == "bad" for p in range(1999, 1990, -1)] == half[1999:1990:-1]
-
-
-def test_reading_ahead_changes_nothing_and_guesses_the_next_batch() -> None:
-    order = ShardedOrder([9], 0)
-    plain, source = Stream(Numbers([9]), order, 0), Numbers([9])
-    ahead = Ahead(Stream(source, order, 0), stride=4)
-    for start in (0, 4, 8, 20, 24):  # 20: a guess that was wrong
-        assert ahead.samples(range(start, start + 2)) == plain.samples(range(start, start + 2))
-    ahead.close()
-    assert len(source.reads) <= 2 * 5 + 2 + 2
 
 
 def test_bad_orders_are_refused() -> None:
