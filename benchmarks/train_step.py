@@ -302,13 +302,17 @@ def report(results: list[dict[str, Any]], public: bool) -> str:
         rate = f"{whole['flops'] / whole['seconds'] / 1e12:.3g}"
         mfu = "" if whole["mfu"] is None else f"{whole['mfu']:.0%}"
         rows.append(
-            _row(name, result["forward_seconds"], result, result["peak_gb"], f"{spent / least:.3f} x min")
-            + [f"{whole['seconds']:.1f}", rate, mfu]
+            [
+                *_row(name, result["forward_seconds"], result, result["peak_gb"], f"{spent / least:.3f} x min"),
+                f"{whole['seconds']:.1f}",
+                rate,
+                mfu,
+            ]
         )
         known = PUBLIC.get((result["precision"], "off" if result["checkpointing"] == "none" else "on"))
         if public and known is not None:
             seconds = f"{known['forward'] * _iteration(known):.1f}"
-            rows.append(_row("  public Self-Forcing", known["forward"], known, known["gb"], "") + [seconds, "", ""])
+            rows.append([*_row("  public Self-Forcing", known["forward"], known, known["gb"], ""), seconds, "", ""])
     return "\n".join([table(header, rows), *refused])
 
 

@@ -63,7 +63,7 @@ class Generator:
     names none. acceleration: changes the network in place. checkpoints: folders that it is of. Raises UserError
     for an acceleration that this machine cannot do."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run is sampled with, by name
         self,
         config: RunConfig,
         score: ScoreNet,
@@ -99,7 +99,7 @@ class Generator:
         return self.config.causal.num_frame_per_block + self.config.causal.independent_first_frame
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913 - what a run is sampled with, by name
         cls,
         path: Path,
         device: torch.device,

@@ -5,6 +5,7 @@ x_sigma = (1 - sigma) x0 + sigma eps,  v = eps - x0,  x0 = x_sigma - sigma v   (
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -46,7 +47,7 @@ def step_sigmas(timesteps: Sequence[float], *, warp: bool, shift: float) -> tupl
     [1000, 750, 500, 250] warped by 5 is 1, 0.9375, 0.8333, 0.625 (Self-Forcing's steps).
     Raises ValueError unless the list is strictly decreasing within (0, 1000].
     """
-    ordered = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+    ordered = all(a > b for a, b in itertools.pairwise(timesteps))
     if not timesteps or not ordered or timesteps[0] > TIMESTEPS or timesteps[-1] <= 0:
         raise ValueError(f"denoising_step_list must strictly decrease within (0, 1000], got {list(timesteps)}")
     return tuple(shift_sigma(t / TIMESTEPS, shift) if warp else t / TIMESTEPS for t in timesteps)

@@ -49,7 +49,7 @@ def few_step_stream(
         yield from stream(score, noise, conditioning, sigmas, causal, source, cache)
 
 
-def open_stream(
+def open_stream(  # noqa: PLR0913 - a stream has as many sides
     score: ScoreNet,
     conditioning: Conditioning,
     config: StreamConfig,

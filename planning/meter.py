@@ -231,7 +231,7 @@ class Meter(TorchDispatchMode):
         # computed again.
         patches: list[AbstractContextManager[Any]] = [
             mock.patch.object(torch.UntypedStorage, "resize_", resized),
-            mock.patch.object(torch.cuda, "is_available", lambda: False),  # the pretended device is the same everywhere
+            mock.patch.object(torch.cuda, "is_available", lambda: False),  # the pretended device is the same everywhere  # noqa: PT008 - no mock of a test
             mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", inferred),
         ]
         if self.cuda:

@@ -269,7 +269,7 @@ def _together(singles: list[Change], surplus: float) -> list[Change]:
 
 def _larger(plan: Plan, surplus: float) -> list[tuple[str, Plan]]:
     """Two or four times as many GPUs that share one copy of the weights."""
-    replicate, shard, sequence = plan.split
+    replicate, shard, _sequence = plan.split
     kept = ("parameters", "optimizer", "EMA", SHARDED, GRADIENTS)
     state = sum(size for owner, size in plan.parts.items() if owner.category in kept and owner not in plan.host)
     for times in (2, 4):

@@ -177,7 +177,8 @@ class Client:
             else:
                 video, frame = (int.from_bytes(message[i : i + 4], "little") for i in (0, 4))
                 self.images = self.images if frame else []
-                assert frame == len(self.images) and video > 0
+                assert frame == len(self.images)
+                assert video > 0
                 self.images.append(message[8:])
                 if self.watches:
                     self.say("shown", frames=len(self.images))

@@ -25,10 +25,13 @@ def test_one_configuration_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "bf16, checkpointing full, plain" in capsys.readouterr().out
     written = json.loads(out.read_text())
     (result,) = written["results"]
-    assert result["tokens"] == result["tokens_minimum"] and len(result["tokens"]) == 8
-    assert result["machine"]["threads"] == 1 and result["machine"]["torch"] == torch.__version__
+    assert result["tokens"] == result["tokens_minimum"]
+    assert len(result["tokens"]) == 8
+    assert result["machine"]["threads"] == 1
+    assert result["machine"]["torch"] == torch.__version__
     assert len(result["generator"]) == len(result["critic"]) == 4
-    assert result["peak_gb"] > 0 and result["forward_seconds"] > 0
+    assert result["peak_gb"] > 0
+    assert result["forward_seconds"] > 0
     assert written["public"] is None  # measured at another size
 
 
@@ -62,7 +65,8 @@ def test_steps_train_what_they_should() -> None:
 def test_true_geometry_without_a_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert train_step.main(["--size", "1.3b"]) == 2
     error = capsys.readouterr().err
-    assert "--size 1.3b needs a CUDA GPU" in error and error.count("\n") == 1
+    assert "--size 1.3b needs a CUDA GPU" in error
+    assert error.count("\n") == 1
 
 
 def test_baseline_workload_is_the_published_one() -> None:
@@ -87,8 +91,11 @@ def test_report_puts_the_public_figures_below_ours() -> None:
     assert on_cpu["mfu"] is None
     ours["iteration"] = on_cpu
     lines = train_step.report([ours], public=True).splitlines()
-    assert "9.50" in lines[2] and "1.000 x min" in lines[2]
-    assert lines[3].split()[:2] == ["public", "Self-Forcing"] and "9.80" in lines[3] and "1.77" in lines[3]
+    assert "9.50" in lines[2]
+    assert "1.000 x min" in lines[2]
+    assert lines[3].split()[:2] == ["public", "Self-Forcing"]
+    assert "9.80" in lines[3]
+    assert "1.77" in lines[3]
     assert len(train_step.report([ours], public=False).splitlines()) == 3
 
 
@@ -114,10 +121,13 @@ def test_streaming_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = tmp_path / "streaming.json"
     assert streaming.main(["--size", "smoke", "--only", "3 sinks", "--out", str(out)]) == 0
     (result,) = json.loads(out.read_text())["results"]
-    assert result["forwards_a_block"] == 5 and result["frames_per_second"] > 0 and result["first_seconds"] > 0
+    assert result["forwards_a_block"] == 5
+    assert result["frames_per_second"] > 0
+    assert result["first_seconds"] > 0
     assert "window 9, 3 sinks" in capsys.readouterr().out
     noisy = streaming.measure(streaming.SIZES["smoke"], streaming.Option("", 9, 3, noisy=True, decoder="tiny"))
-    assert noisy["forwards_a_block"] == 4 and noisy["cache_gb"] == result["cache_gb"]
+    assert noisy["forwards_a_block"] == 4
+    assert noisy["cache_gb"] == result["cache_gb"]
     assert streaming.main(["--size", "smoke", "--only", "nothing"]) == 2
     assert streaming.main(["--size", "1.3b"]) == 2
     assert "--size 1.3b needs a CUDA GPU" in capsys.readouterr().err
@@ -141,7 +151,8 @@ def test_attention_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "42 tokens, cube (1, 4, 4), 52.4% padding" in capsys.readouterr().out
     written = json.loads(out.read_text())
     names = ["sdpa", "vsa 0.5 reference", "vsa 0.9 reference"]
-    assert [r["name"] for r in written["results"]] == names and [r["share"] for r in written["results"]] == [
+    assert [r["name"] for r in written["results"]] == names
+    assert [r["share"] for r in written["results"]] == [
         1,
         0.5,
         0.25,
@@ -170,7 +181,8 @@ def test_attention_sizes_are_the_true_ones() -> None:
 def test_attention_at_true_size_without_a_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert attention.main(["--size", "720p"]) == 2
     error = capsys.readouterr().err
-    assert "--size 720p needs a CUDA GPU" in error and error.count("\n") == 1
+    assert "--size 720p needs a CUDA GPU" in error
+    assert error.count("\n") == 1
 
 
 def test_a_worker_that_fails_is_told_in_one_line() -> None:
@@ -184,7 +196,8 @@ def test_what_is_not_done_in_time_is_left_out_and_stops_nothing(tmp_path: Path) 
     out = tmp_path / "streaming.json"
     assert streaming.main(["--size", "smoke", "--only", "noisy", "--seconds", "0", "--out", str(out)]) == 1
     (result,) = json.loads(out.read_text())["results"]
-    assert result["option"]["noisy"] and result["refused"] == "left out: the 0 s of --seconds were over"
+    assert result["option"]["noisy"]
+    assert result["refused"] == "left out: the 0 s of --seconds were over"
     assert "window 9, noisy context: left out" in streaming.report([result])
     cut = common.attempt("benchmarks.streaming", ["--worker", "x"], 1, common.Clock(0.05))
     assert cut == {"refused": "left out: the 0.05 s of --seconds were over"}

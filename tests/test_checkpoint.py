@@ -143,7 +143,8 @@ def test_a_background_save_keeps_what_it_was_given_and_reports_at_the_next_call(
     gate.set()
     saver.wait()
     saved = checkpoint.load_tensors(tmp_path / "step_00000001", "net")
-    assert saved["w"].tolist() == [1, 1, 1] and saved["step"].item() == 1
+    assert saved["w"].tolist() == [1, 1, 1]
+    assert saved["step"].item() == 1
     assert checkpoint.load_state(tmp_path / "step_00000001") == {"counts": [1]}
 
     monkeypatch.setattr(shards, "write_file", half_written(OSError(errno.ENOSPC, "No space left on device")))
@@ -186,7 +187,8 @@ def test_saving_a_step_again_replaces_it_and_a_kill_in_between_keeps_one(
             checkpoint.save(tmp_path, 1, {}, {"n": 3})
     assert checkpoint.latest(tmp_path) is None
     found = checkpoint.find_resume("auto", tmp_path)
-    assert found is not None and found[1] == {"n": 2}
+    assert found is not None
+    assert found[1] == {"n": 2}
     checkpoint.save(tmp_path, 2, {}, {})
     assert checkpoint.load_state(tmp_path / "step_00000001") == {"n": 2}
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000001", "step_00000002"}
@@ -242,7 +244,8 @@ def test_the_first_format_is_still_read(tmp_path: Path) -> None:
     save_file(given, path / "net.safetensors")
     files = {"net.safetensors": (path / "net.safetensors").stat().st_size}
     (path / "state.json").write_text(json.dumps({"format": 1, "step": 7, "files": files, "state": {"n": 1}}))
-    assert checkpoint.load_state(path) == {"n": 1} and checkpoint.tensor_names(path) == ["net"]
+    assert checkpoint.load_state(path) == {"n": 1}
+    assert checkpoint.tensor_names(path) == ["net"]
     assert_same(checkpoint.load_tensors(path, "net"), given)
     truncate(path / "net.safetensors")
     with pytest.raises(UserError, match="net.safetensors is truncated"):

@@ -255,7 +255,17 @@ def test_overrides_may_stand_anywhere() -> None:
 
 def test_switches() -> None:
     args = command.train_args(
-        "--config_path x.yaml --logdir d --resume never --disable-wandb --no_visualize --print_config".split()
+        [
+            "--config_path",
+            "x.yaml",
+            "--logdir",
+            "d",
+            "--resume",
+            "never",
+            "--disable-wandb",
+            "--no_visualize",
+            "--print_config",
+        ]
     )
     assert (args.logdir, args.resume, args.save) == (Path("d"), "never", True)
     assert (args.wandb, args.visualize, args.print_config, args.max_steps) == (False, False, True, None)

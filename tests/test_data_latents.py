@@ -77,13 +77,15 @@ def test_fastvideos_rows_are_transposed_and_normalised(tmp_path: Path) -> None:
             pa.Table.from_pylist(rows[2 * i : 2 * i + 2]), tmp_path / f"rank_0/worker_0/data_chunk_{i}.parquet"
         )
     folder = ParquetFolder(tmp_path, STATISTICS)
-    assert folder.shard_sizes == [2, 2] and folder.shapes() == [(F, C, H, W)] * 4
+    assert folder.shard_sizes == [2, 2]
+    assert folder.shapes() == [(F, C, H, W)] * 4
     mean, std = np.array([0.5, -1.0]).reshape(2, 1, 1, 1), np.array([2.0, 4.0]).reshape(2, 1, 1, 1)
     for i in range(4):
         sample = folder.read(i, 0)
         expected = torch.from_numpy(((raw[i] - mean) / std).transpose(1, 0, 2, 3)).float()
         assert torch.allclose(sample.latents, expected, atol=1e-6)
-        assert torch.equal(sample.text, torch.from_numpy(text)) and sample.caption == f"caption of v{i}"
+        assert torch.equal(sample.text, torch.from_numpy(text))
+        assert sample.caption == f"caption of v{i}"
     with pytest.raises(ValueError, match="raw VAE latents, as FastVideo writes them: give the VAE's latents_mean"):
         ParquetFolder(tmp_path)
     as_is = ParquetFolder(tmp_path, normalised=True).read(1, 0)
@@ -100,7 +102,9 @@ def test_what_we_write_has_fastvideos_columns_and_numbers(tmp_path: Path) -> Non
     assert table.schema.field("vae_latent_shape").type == pa.list_(pa.int64())
     row = table.to_pylist()[2]
     array = np.frombuffer(row["vae_latent_bytes"], dtype=row["vae_latent_dtype"]).reshape(row["vae_latent_shape"])
-    assert array.dtype == np.float32 and row["vae_latent_shape"] == [C, F, H, W] and row["width"] == 40
+    assert array.dtype == np.float32
+    assert row["vae_latent_shape"] == [C, F, H, W]
+    assert row["width"] == 40
     assert np.array_equal(array.transpose(1, 0, 2, 3), raw[2].latents.numpy())
     folder = ParquetFolder(tmp_path, STATISTICS)
     assert all(torch.allclose(folder.read(i, 0).latents, samples[i].latents, atol=1e-6) for i in range(3))
@@ -114,7 +118,8 @@ def test_round_trip(kind: str, first_frame: bool, tmp_path: Path) -> None:
     write(tmp_path / f"b.{suffix}", samples[:3], normalised=True)
     write(tmp_path / f"c.{suffix}", samples[3:], normalised=True, dtype=torch.bfloat16)
     folder: Any = ParquetFolder(tmp_path) if kind == "parquet" else SafetensorsFolder(tmp_path)
-    assert sum(folder.shard_sizes) == 5 and folder.shapes() == [(F, C, H, W)] * 5
+    assert sum(folder.shard_sizes) == 5
+    assert folder.shapes() == [(F, C, H, W)] * 5
     assert folder.captions() == [sample.caption for sample in samples]
     for i in range(3):
         same(folder.read(i, 0), samples[i])
@@ -167,7 +172,8 @@ def test_corrupt_rows_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(CorruptSample, match=message) as error:
             folder.read(item, 0)
-        assert "a.parquet, row group 0, row" in str(error.value) and "\n" not in str(error.value)
+        assert "a.parquet, row group 0, row" in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_damage_on_disk_is_a_corrupt_sample_and_not_the_end(tmp_path: Path) -> None:
@@ -195,11 +201,14 @@ def test_trajectories_keep_their_own_noise_levels(tmp_path: Path) -> None:
     write_trajectories(tmp_path / "0.safetensors", x[:2], sigmas, captions[:2])
     write_trajectories(tmp_path / "1.safetensors", x[2:], sigmas, captions[2:])
     folder = SafetensorsFolder(tmp_path)
-    assert folder.shapes() == [(F, C, H, W)] * 5 and torch.equal(folder.sigmas, sigmas)
+    assert folder.shapes() == [(F, C, H, W)] * 5
+    assert torch.equal(folder.sigmas, sigmas)
     for i in range(5):
         sample = folder.read(i, 0)
-        assert torch.equal(sample.trajectory, x[i]) and torch.equal(sample.latents, x[i, -1])
-        assert sample.caption == captions[i] and torch.equal(sample.sigmas, sigmas)
+        assert torch.equal(sample.trajectory, x[i])
+        assert torch.equal(sample.latents, x[i, -1])
+        assert sample.caption == captions[i]
+        assert torch.equal(sample.sigmas, sigmas)
     write_trajectories(tmp_path / "2.safetensors", x[2:], sigmas * 0.5, captions[2:])
     with pytest.raises(ValueError, match=r"2.safetensors stores the noise levels \[0.5"):
         SafetensorsFolder(tmp_path)
@@ -245,11 +254,14 @@ def test_self_forcings_lmdb(tmp_path: Path) -> None:
     store_lmdb(tmp_path / "ode/shard_1", rows[2:], ["c", "d", "ü"])
     levels = [1.0, 0.9, 0.5, 0.0]
     folder = LMDBFolder(tmp_path / "ode", levels)
-    assert folder.shard_sizes == [2, 3] and folder.captions() == ["a", "b", "c", "d", "ü"]
+    assert folder.shard_sizes == [2, 3]
+    assert folder.captions() == ["a", "b", "c", "d", "ü"]
     for i, prompt in enumerate(["a", "b", "c", "d", "ü"]):
         sample = folder.read(i, 0)
-        assert torch.equal(sample.trajectory, torch.from_numpy(rows[i]).float()) and sample.caption == prompt
-        assert torch.equal(sample.latents, sample.trajectory[-1]) and torch.equal(sample.sigmas, torch.tensor(levels))
+        assert torch.equal(sample.trajectory, torch.from_numpy(rows[i]).float())
+        assert sample.caption == prompt
+        assert torch.equal(sample.latents, sample.trajectory[-1])
+        assert torch.equal(sample.sigmas, torch.tensor(levels))
     folder.close()
     for wrong in (None, levels[:3], levels[::-1], [1.0, 0.9, 0.5, 0.1]):
         with pytest.raises(ValueError, match="give 4 sigmas, falling, the last one 0"):
@@ -263,7 +275,8 @@ def test_clean_latents_and_first_frames_of_an_lmdb(tmp_path: Path) -> None:
     images = np.arange(2 * 4 * 6 * 3, dtype=np.uint8).reshape(2, 4, 6, 3)
     store_lmdb(tmp_path / "a", rows, ["a", "b"], images)
     sample = LMDBFolder(tmp_path / "a").read(1, 0)
-    assert sample.trajectory is None and torch.equal(sample.latents, torch.from_numpy(rows[1, 0]).float())
+    assert sample.trajectory is None
+    assert torch.equal(sample.latents, torch.from_numpy(rows[1, 0]).float())
     assert sample.pixels.shape == (1, 3, 4, 6)
     assert np.array_equal((sample.pixels[0] * 255).round().byte().permute(1, 2, 0).numpy(), images[1])
     import lmdb

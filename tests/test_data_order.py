@@ -51,7 +51,8 @@ def test_an_epoch_has_every_item_once_in_an_order_of_its_own(pool: int | None) -
 def test_a_full_shuffle_puts_every_item_everywhere() -> None:
     order = ShardedOrder([2, 2], 0)
     first = Counter(order.index(4 * epoch) for epoch in range(400))
-    assert set(first) == {0, 1, 2, 3} and min(first.values()) > 70
+    assert set(first) == {0, 1, 2, 3}
+    assert min(first.values()) > 70
 
 
 def test_a_pool_keeps_neighbouring_reads_in_few_shards() -> None:
@@ -82,7 +83,8 @@ def test_equal_buckets_are_not_shuffled_alike() -> None:
     halves: list[list[int]] = [[], []]
     for item in read(order, 0, 6 * 12):
         halves[item // 6].append(item % 6)
-    assert halves[0] != halves[1] and Counter(halves[0]) == Counter(halves[1])
+    assert halves[0] != halves[1]
+    assert Counter(halves[0]) == Counter(halves[1])
 
 
 @pytest.mark.parametrize("kind", ["sharded", "bucketed"])
@@ -113,7 +115,8 @@ def test_corrupt_samples_are_replaced_alike_on_any_rank_and_resume(kind: str, ca
     assert not bad & set(map(int, whole))
     assert set(unbroken.faults.reasons) == bad
     warnings = [record.getMessage() for record in caplog.records]
-    assert len(warnings) == 2 and all("\n" not in line for line in warnings)
+    assert len(warnings) == 2
+    assert all("\n" not in line for line in warnings)
     assert any("item 4 of numbers.tar is broken" in line for line in warnings)
     for position in range(79, -1, -7):  # each position alone, in a process that met nothing before
         assert stream().sample(position).name == whole[position]
@@ -133,15 +136,15 @@ def test_a_replacement_is_of_the_same_bucket() -> None:
 def test_more_than_one_percent_corrupt_is_the_end() -> None:
     order = ShardedOrder([200], 0)
     good = Stream(Numbers([200], {5, 60}), order, 0)
-    assert len(good.samples(range(200))) == 200 and len(good.faults.reasons) == 2
+    assert len(good.samples(range(200))) == 200
+    assert len(good.faults.reasons) == 2
     with pytest.raises(
         TooManyCorrupt,
         match=r"3 of 200 samples are corrupt, more than a share of 0\.01",
     ) as error:
         Stream(Numbers([200], {5, 60, 7}), order, 0).samples(range(200))
-    assert "numbers.tar is broken; the log names them all: make their files anew" in str(
-        error.value
-    ) and "\n" not in str(error.value)
+    assert "numbers.tar is broken; the log names them all: make their files anew" in str(error.value)
+    assert "\n" not in str(error.value)
     with pytest.raises(TooManyCorrupt, match="none of 3 samples"):
         Stream(Numbers([3], {0, 1, 2}), ShardedOrder([3], 0), 0, max_corrupt=1).sample(0)
 
@@ -163,7 +166,8 @@ def test_caption_dropout_goes_by_position() -> None:
 
     tenth = dropped(0.1)
     assert 0.07 < sum(tenth) / 2000 < 0.13
-    assert not any(dropped(0.0)) and all(dropped(1.0))
+    assert not any(dropped(0.0))
+    assert all(dropped(1.0))
     assert dropped(0.1, seed=1) != tenth
     half = dropped(0.5)
     assert all(more for less, more in zip(tenth, half, strict=True) if less)

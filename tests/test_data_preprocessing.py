@@ -31,7 +31,8 @@ STATISTICS = Statistics((0.5, 0.25, 0.125), (2.0, 4.0, 0.5))
 
 def vae(pixels_BTCHW: Tensor) -> Tensor:
     """Every 4th frame at an 8th of the size: as causal in time as Wan's."""
-    assert pixels_BTCHW.dtype == torch.float32 and (pixels_BTCHW.shape[1] - 1) % 4 == 0
+    assert pixels_BTCHW.dtype == torch.float32
+    assert (pixels_BTCHW.shape[1] - 1) % 4 == 0
     return pixels_BTCHW[:, ::4, :, ::8, ::8] * 2 - 1
 
 
@@ -81,11 +82,13 @@ def test_latents_of_videos_come_back_from_the_files(
     shapes = [
         tuple(stacked([s.latents for s in stream.samples(range(p, p + 2))], "latents").shape) for p in range(0, 28, 2)
     ]
-    assert shapes.count((2, *wide)) == 10 and shapes.count((2, *tall)) == 4
+    assert shapes.count((2, *wide)) == 10
+    assert shapes.count((2, *tall)) == 4
 
 
 def assert_equal_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_any_split_and_any_stop_make_the_same_files(videos: Path, tmp_path: Path) -> None:
@@ -113,14 +116,16 @@ def test_any_split_and_any_stop_make_the_same_files(videos: Path, tmp_path: Path
     first, second = run("two", share=Share(0, 2)), run("two", share=Share(1, 2))
     assert (first.there, first.made, second.there, second.made) == (1, 1, 0, 2)
     assert sum(calls[before:]) == 5  # the two of the first file were not made again
-    assert run("two").there == 4 and sum(calls[before:]) == 5
+    assert run("two").there == 4
+    assert sum(calls[before:]) == 5
     for number in range(4):
         name = f"latents_0000{number}_of_00004.safetensors"
         assert read_header(tmp_path / "one" / name) == read_header(tmp_path / "two" / name)
         assert_equal_tensors(load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name))
     damaged = tmp_path / "two/latents_00002_of_00004.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:20])
-    assert run("two").made == 1 and read_header(damaged)["captions"] == ["clip4 of seven", "clip5 of seven"]
+    assert run("two").made == 1
+    assert read_header(damaged)["captions"] == ["clip4 of seven", "clip5 of seven"]
 
 
 def test_files_of_another_job_are_refused(videos: Path, tmp_path: Path) -> None:
@@ -159,10 +164,13 @@ def test_broken_videos_are_left_out_by_name(videos: Path, tmp_path: Path) -> Non
         encode_videos(clips, vae, tmp_path / "out", settings={}, kind="safetensors", rows=7)
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").is_dir() else True
     report = encode_videos(clips, vae, tmp_path / "out", settings={}, kind="safetensors", rows=4, max_corrupt=0.5)
-    assert report.rows == 5 and len(report.corrupt) == 2
-    assert "3.mp4" in report.corrupt[0] and "4.mp4: its caption" in report.corrupt[1]
+    assert report.rows == 5
+    assert len(report.corrupt) == 2
+    assert "3.mp4" in report.corrupt[0]
+    assert "4.mp4: its caption" in report.corrupt[1]
     left_out = json.loads(read_header(tmp_path / "out/latents_00000_of_00002.safetensors")["left_out"])
-    assert len(left_out) == 1 and "3.mp4" in left_out[0]
+    assert len(left_out) == 1
+    assert "3.mp4" in left_out[0]
     assert [open_latents(tmp_path / "out").read(i, 0).caption[:5] for i in range(5)] == [
         f"clip{i}" for i in (0, 1, 2, 5, 6)
     ]
@@ -188,10 +196,12 @@ def test_trajectories_by_any_number_of_ranks(tmp_path: Path) -> None:
     for rank in range(2):
         write_ode(PROMPTS, trajectories, LEVELS, tmp_path / "two", share=Share(rank, 2), **{**how, "batch": 3})
     folder = SafetensorsFolder(tmp_path / "two")
-    assert folder.sigmas.tolist() == list(LEVELS) and folder.shard_sizes == [3, 3, 1]
+    assert folder.sigmas.tolist() == list(LEVELS)
+    assert folder.shard_sizes == [3, 3, 1]
     for i in range(7):
         sample = folder.read(i, 0)
-        assert sample.caption == f"p{i}" and torch.equal(sample.trajectory, trajectories(range(i, i + 1), [f"p{i}"])[0])
+        assert sample.caption == f"p{i}"
+        assert torch.equal(sample.trajectory, trajectories(range(i, i + 1), [f"p{i}"])[0])
         assert torch.equal(SafetensorsFolder(tmp_path / "one").read(i, 0).trajectory, sample.trajectory)
     header = read_header(tmp_path / "two/ode_00001_of_00003.safetensors")
     assert json.loads(header["settings"]) == {"steps": 48, "shift": 8.0, "guidance": 6.0}
@@ -224,7 +234,8 @@ def test_ranks_of_a_sharded_teacher_call_it_equally_often(tmp_path: Path) -> Non
     assert [len(each) for each in calls] == [4, 4]
     assert [SafetensorsFolder(tmp_path).read(i, 0).caption for i in range(7)] == PROMPTS
     report = write_ode(PROMPTS, trajectories, LEVELS, tmp_path / "silent", settings={}, writes=False)
-    assert report.rows == 7 and not (tmp_path / "silent").exists()
+    assert report.rows == 7
+    assert not (tmp_path / "silent").exists()
 
 
 def test_bad_trajectories_are_refused(tmp_path: Path) -> None:

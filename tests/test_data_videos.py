@@ -72,8 +72,10 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_clip_has_the_frames_of_its_times(video: Path, pace: Pace, begin: float, expected: list[int]) -> None:
     pixels = decode_clip(media(video), Size(5, 32, 48), pace, 16.0, begin)
-    assert pixels.shape == (5, 3, 32, 48) and pixels.dtype == torch.float32
-    assert 0 <= pixels.min() and pixels.max() <= 1
+    assert pixels.shape == (5, 3, 32, 48)
+    assert pixels.dtype == torch.float32
+    assert pixels.min() >= 0
+    assert pixels.max() <= 1
     assert numbers(pixels) == expected
 
 
@@ -92,10 +94,14 @@ def test_a_video_that_ends_early_is_corrupt_and_never_padded(video: Path) -> Non
 def test_a_clip_covers_its_size_and_is_cropped_in_the_middle(video: Path) -> None:
     wide = decode_clip(media(video), Size(1, 16, 40), Pace(), 16.0)  # scaled to 27x40, then 16 of 27 rows
     assert wide.shape == (1, 3, 16, 40)
-    assert (wide[0, :, :1] > 0.9).all() and (wide[0, :, 4:] < 0.1).all()  # rows 5.. of 27: two of the bright ones
+    assert (wide[0, :, :1] > 0.9).all()
+    assert (wide[0, :, 4:] < 0.1).all()
     tall = decode_clip(media(video), Size(1, 32, 16), Pace(), 16.0)
-    assert tall.shape == (1, 3, 32, 16) and (tall[0, :, :7] > 0.9).all() and (tall[0, :, 10:] < 0.1).all()
-    assert cover(32, 48, Size(1, 16, 40)) == (27, 40) and cover(32, 48, Size(1, 64, 64)) == (64, 96)
+    assert tall.shape == (1, 3, 32, 16)
+    assert (tall[0, :, :7] > 0.9).all()
+    assert (tall[0, :, 10:] < 0.1).all()
+    assert cover(32, 48, Size(1, 16, 40)) == (27, 40)
+    assert cover(32, 48, Size(1, 64, 64)) == (64, 96)
 
 
 @pytest.mark.parametrize(("degrees", "bright"), [(0, "top"), (90, "left"), (180, "bottom"), (270, "right")])
@@ -151,7 +157,8 @@ def test_sizes_that_a_vae_cannot_take_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             check_sizes(sizes, 4, 16)
-    assert Size.parse("81x480x832") == Size(81, 480, 832) and str(Size(81, 480, 832)) == "81x480x832"
+    assert Size.parse("81x480x832") == Size(81, 480, 832)
+    assert str(Size(81, 480, 832)) == "81x480x832"
     for text in ("81x480", "ax1x1", "0x1x1"):
         with pytest.raises(ValueError, match="bucket"):
             Size.parse(text)
@@ -182,7 +189,8 @@ def test_a_folder_is_bucketed_and_streamed(folder: Path, caplog: pytest.LogCaptu
     ]  # fmt: skip
     plan = plan_clips(shards, SIZES, Pace(fps=16), threads=2)
     assert plan.bucket_of == {1: 2, 2: 2, 3: 0, 4: 0, 5: 0, 6: 0}
-    assert "1 of 7 videos suit no bucket" in caplog.text and "short.mp4 has 3 frames, and the shortest" in caplog.text
+    assert "1 of 7 videos suit no bucket" in caplog.text
+    assert "short.mp4 has 3 frames, and the shortest" in caplog.text
     clips = VideoClips(shards, plan, SIZES, Pace(fps=16), Start.random, seed=0)
     stream = Stream(clips, clips.order(batch=2, seed=0), 0)
     batches = [stream.samples(range(start, start + 2)) for start in range(0, 24, 2)]
@@ -194,11 +202,13 @@ def test_a_folder_is_bucketed_and_streamed(folder: Path, caplog: pytest.LogCaptu
             start, *rest = numbers(sample.pixels)
             assert [start, *rest] == list(range(start, start + len(rest) + 1))
     names = [sample.name for batch in batches for sample in batch]
-    assert all(names.count(name) == 4 for name in set(names)) and len(set(names)) == 6
+    assert all(names.count(name) == 4 for name in set(names))
+    assert len(set(names)) == 6
     starts = {(s.name, numbers(s.pixels)[0]) for batch in batches for s in batch}
     assert len(starts) > 8  # begun elsewhere when it comes again
     again = Stream(clips, clips.order(batch=2, seed=0), 0).sample(17)
-    assert again.name == names[17] and torch.equal(again.pixels, batches[8][1].pixels)
+    assert again.name == names[17]
+    assert torch.equal(again.pixels, batches[8][1].pixels)
 
 
 def test_where_a_clip_begins(folder: Path) -> None:
@@ -220,9 +230,11 @@ def test_headers_are_kept_and_only_new_files_are_opened(
     monkeypatch.setattr("utils.data.clips.probe", lambda one: opened.append(one.name) or probe(one))
     plan = plan_clips(find_media(folder), SIZES, Pace(), cache=cache, threads=2)
     assert len(opened) == 7
-    assert plan_clips(find_media(folder), SIZES, Pace(), cache=cache) == plan and len(opened) == 7
+    assert plan_clips(find_media(folder), SIZES, Pace(), cache=cache) == plan
+    assert len(opened) == 7
     cache.write_text("{")
-    assert plan_clips(find_media(folder), SIZES, Pace(), cache=cache) == plan and len(opened) == 14
+    assert plan_clips(find_media(folder), SIZES, Pace(), cache=cache) == plan
+    assert len(opened) == 14
     assert [path.name for path in tmp_path.iterdir()] == ["headers.json"]
 
 
@@ -243,12 +255,14 @@ def test_webdataset_shards_give_what_the_folder_gives(folder: Path, tmp_path: Pa
     assert [len(shard) for shard in shards] == [4, 3]
     assert shards[0][1].name == f"{tmp_path}/00000.tar:w/1.mp4"
     clips = VideoClips(shards, plan_clips(shards, SIZES, Pace(), threads=1), SIZES, Pace(), Start.first)
-    assert clips.shard_sizes == [4, 3] and clips.buckets()[0] == [[0, 1, 2, 3], []]
+    assert clips.shard_sizes == [4, 3]
+    assert clips.buckets()[0] == [[0, 1, 2, 3], []]
     for item, name, caption in [(1, "w/1.mp4", "wide 1"), (6, "t1.mp4", "tall 1")]:
         plain = media(folder / name)
         sample = clips.read(item, 0)
         size = SIZES[clips.plan.bucket_of[item]]
-        assert torch.equal(sample.pixels, decode_clip(plain, size, Pace(), 16.0)) and sample.caption == caption
+        assert torch.equal(sample.pixels, decode_clip(plain, size, Pace(), 16.0))
+        assert sample.caption == caption
     assert len(find_media(tmp_path / "00000.tar")[0]) == 4
 
 
@@ -324,14 +338,16 @@ def test_broken_videos_are_named_and_too_many_end_it(
     ):
         plan_clips(shards, SIZES, Pace())
     plan = plan_clips(shards, SIZES, Pace(), max_corrupt=0.5)
-    assert sorted(plan.bucket_of) == [0, 1, 2] and "bad.mp4" in caplog.text
+    assert sorted(plan.bucket_of) == [0, 1, 2]
+    assert "bad.mp4" in caplog.text
     with pytest.raises(ValueError, match="none of 4 videos suits a bucket of 99x32x48: .* has 6 frames"):
         plan_clips(shards, [Size(99, 32, 48)], Pace(), max_corrupt=0.5)
     (tmp_path / "1.mp4").write_bytes((folder / "t0.mp4").read_bytes()[:-2000])  # its header was fine when planned
     clips = VideoClips(shards, plan, SIZES, Pace(), Start.first)
     stream = Stream(clips, clips.order(1, 0), 0, max_corrupt=1)
     names = {Path(sample.name).stem for sample in stream.samples(range(9))}
-    assert names == {"0", "2"} and "1.mp4" in next(iter(stream.faults.reasons.values()))
+    assert names == {"0", "2"}
+    assert "1.mp4" in next(iter(stream.faults.reasons.values()))
 
 
 def test_images(tmp_path: Path) -> None:
@@ -345,7 +361,9 @@ def test_images(tmp_path: Path) -> None:
 
     images = Images(find_media(tmp_path, IMAGES), Size(1, 16, 16))
     sample = images.read(0, 0)
-    assert sample.pixels.shape == (1, 3, 16, 16) and sample.caption == "half"
-    assert (sample.pixels[..., :6] < 0.05).all() and (sample.pixels[..., 10:] > 0.95).all()
+    assert sample.pixels.shape == (1, 3, 16, 16)
+    assert sample.caption == "half"
+    assert (sample.pixels[..., :6] < 0.05).all()
+    assert (sample.pixels[..., 10:] > 0.95).all()
     with pytest.raises(CorruptSample, match="b.png cannot be decoded"):
         images.read(1, 0)

@@ -57,7 +57,8 @@ def test_with_one_draw_for_both_it_is_dmds_gradient_up_to_the_normaliser() -> No
     real, fake = score(0.0, 0.7), score(0.3, 0.9)
     out, _ = decoupled(real, fake, 4.0, SIGMA, 9)
     dmd = dmd_loss(query_at(Rollout(normal(1)), real, fake, Guidance(NEGATIVE, 4.0))).kl_gradient
-    assert out.kl_gradient is not None and dmd is not None
+    assert out.kl_gradient is not None
+    assert dmd is not None
     cond, uncond = (x0_at(real, SIGMA, normal(9), text) for text in (COND, NEGATIVE))
     scales = [(normal(1) - t).abs().flatten(1).mean(1) for t in (cond, uncond + 4 * (cond - uncond))]
     ratio = (scales[1] / scales[0]).reshape(-1, 1, 1, 1, 1)
@@ -70,8 +71,10 @@ def test_without_guidance_it_is_dmd_and_costs_no_more() -> None:
     out, gradient = decoupled(score(0.5, 0.7, ours), score(-0.2, 1.3, ours), 1.0)
     x0 = normal(1).requires_grad_()
     dmd = dmd_loss(query_at(Rollout(x0), real, fake, Guidance(NEGATIVE, 1.0)))
-    assert torch.equal(out.loss, dmd.loss) and torch.equal(gradient, torch.autograd.grad(dmd.loss, x0)[0])
-    assert ours.calls == counts.calls and float(out.metrics["cfg_gradient_norm"]) == 0
+    assert torch.equal(out.loss, dmd.loss)
+    assert torch.equal(gradient, torch.autograd.grad(dmd.loss, x0)[0])
+    assert ours.calls == counts.calls
+    assert float(out.metrics["cfg_gradient_norm"]) == 0
 
 
 def test_fixed_point_and_what_is_left_at_it() -> None:
@@ -79,7 +82,8 @@ def test_fixed_point_and_what_is_left_at_it() -> None:
     _, gradient = decoupled(score(0.0, 0.7), score(0.0, 0.7), 1.0)
     assert bool((gradient == 0).all())
     out, gradient = decoupled(score(0.0, 0.7), score(0.0, 0.7), 4.0)
-    assert float(out.metrics["dm_gradient_norm"]) == 0 and bool((gradient < 0).all())  # descent raises x: prompt's is 1
+    assert float(out.metrics["dm_gradient_norm"]) == 0
+    assert bool((gradient < 0).all())
 
 
 def test_frame_mask_and_weights_as_in_dmd() -> None:
@@ -88,7 +92,9 @@ def test_frame_mask_and_weights_as_in_dmd() -> None:
     query = replace(query_at(rollout, score(0.0, 0.7), score(0.3, 0.9), Guidance(NEGATIVE, 4.0)), weight=weight)
     out = decoupled_dmd_loss(query, CFG_SIGMA, normal(10))
     gradient = torch.autograd.grad(out.loss, x0)[0]
-    assert out.kl_gradient is not None and bool((gradient[:, 0] == 0).all()) and bool((gradient[0] == 0).all())
+    assert out.kl_gradient is not None
+    assert bool((gradient[:, 0] == 0).all())
+    assert bool((gradient[0] == 0).all())
     expected = weight.reshape(-1, 1, 1, 1, 1) * out.kl_gradient[:, 1:] / gradient[:, 1:].numel()
     assert torch.allclose(gradient[:, 1:], expected, rtol=1e-4, atol=1e-7)
 
@@ -144,7 +150,8 @@ def test_rescaling_is_the_same_in_one_batched_call_or_two() -> None:
     one, two = ScoreNet(Stretch(), "one"), ScoreNet(Stretch(), "two", batch_guidance=False)
     results = [net.guided_x0(normal(1), SIGMA, COND, NEGATIVE, 4.0, 0.7) for net in (one, two)]
     assert torch.allclose(*results, atol=1e-6)
-    assert one.evaluations.calls == {"one": 1} and two.evaluations.calls == {"two": 2}
+    assert one.evaluations.calls == {"one": 1}
+    assert two.evaluations.calls == {"two": 2}
 
 
 # weights of samples
@@ -171,7 +178,8 @@ def test_reward_weights_by_hand() -> None:
     reward = torch.tensor([0.2, 0.9, -1.0, 0.4], requires_grad=True)
     weight = reward_weights(reward, 0.5, lambda x: x)
     expected = (reward.detach() / 0.5).exp()
-    assert torch.allclose(weight, expected / expected.mean(), rtol=1e-5) and not weight.requires_grad
+    assert torch.allclose(weight, expected / expected.mean(), rtol=1e-5)
+    assert not weight.requires_grad
     assert torch.allclose(reward_weights(reward + 7, 0.5, lambda x: x), weight, rtol=1e-4)
     assert torch.allclose(reward_weights(torch.full((3,), 2.0), 0.1, lambda x: x), torch.ones(3))
     assert torch.equal(reward_weights(torch.tensor([0.0, 1e6]), 1e-3, lambda x: x), torch.tensor([0.0, 2.0]))

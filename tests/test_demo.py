@@ -40,7 +40,8 @@ class Visitor:
     def until(self, *states: State, frames: int = 0) -> None:
         while True:
             while (block := self.scheduler.take(self.session)) is not None:
-                assert block.first == self.frames and block.frames.shape[1:] == (*SIZE, 3)
+                assert block.first == self.frames
+                assert block.frames.shape[1:] == (*SIZE, 3)
                 self.frames += len(block.frames)
                 if self.watches:
                     self.scheduler.shown(self.session, self.frames)
@@ -67,7 +68,9 @@ def test_who_does_not_watch_gets_no_more_and_slows_nobody() -> None:
     away, there = Visitor(scheduler, "away", watches=False), Visitor(scheduler, "there")
     scheduler.start()
     there.until(State.ended)
-    assert there.frames == 40 and opened.turns.count("away") == 3 and away.state is State.running
+    assert there.frames == 40
+    assert opened.turns.count("away") == 3
+    assert away.state is State.running
     with pytest.raises(ValueError, match="frames: 0 have been sent"):
         scheduler.shown(away.session, 6)  # they have been made, and nobody has read them
     away.until(State.ended, frames=6)
@@ -87,7 +90,8 @@ def test_places_the_line_and_its_end() -> None:
         scheduler.join("d", 0, lambda: None)
     assert [scheduler.view(v.session).place for v in (first, second, third)] == [0, 1, 2]
     scheduler.leave(second.session)
-    assert second.state is State.stopped and scheduler.view(third.session).place == 1
+    assert second.state is State.stopped
+    assert scheduler.view(third.session).place == 1
     scheduler.start()
     first.until(State.ended)
     third.until(State.ended)
@@ -145,7 +149,8 @@ def test_nothing_is_made_for_who_left_when_the_turn_came() -> None:
     scheduler.leave(visitor.session)
     assert job is not None
     job()
-    assert opened.seeds == [] and visitor.state is State.stopped
+    assert opened.seeds == []
+    assert visitor.state is State.stopped
 
 
 def test_ended_videos_are_closed_on_the_devices_thread_and_failed_ones_never() -> None:
@@ -174,7 +179,8 @@ def test_ended_videos_are_closed_on_the_devices_thread_and_failed_ones_never() -
         visitor.until(state)
     last = Visitor(scheduler, "running", watches=False)
     last.until(State.ended, frames=2)
-    assert last.state is State.running and not made[-1].closed_on
+    assert last.state is State.running
+    assert not made[-1].closed_on
     scheduler.close()
     assert {video.prompt: video.closed_on for video in made} == {
         "slow": ["device"], "whole": ["device"], "breaks later": [], "running": ["device"]
@@ -226,8 +232,11 @@ def test_pages_have_their_headers_and_nothing_else_is_there() -> None:
     with running(StandIns()) as address:
         for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")):
             status, headers, body = fetch(address, path)
-            assert status == 200 and headers["content-type"].startswith(kind) and body
-            assert {name: headers[name.lower()] for name in HEADERS} == HEADERS and "server" not in headers
+            assert status == 200
+            assert headers["content-type"].startswith(kind)
+            assert body
+            assert {name: headers[name.lower()] for name in HEADERS} == HEADERS
+            assert "server" not in headers
         assert json.loads(fetch(address, "/config")[2])["examples"] == ["one", "two"]
         for path in (
             "/index.html", "/docs", "/openapi.json", "/../demo.py", "/%2e%2e/demo.py", "/page/page.js", "/video/",
@@ -268,10 +277,14 @@ def test_a_video_from_start_to_download(tmp_path: Path) -> None:
         client.say("shown", frames=10)
         client.watches = True
         done = client.status("ended")
-        assert done["frames"] == len(client.images) == 30 and done["seed"] == 7 and opened.seeds == [7]
-        assert done["first"] == 0.25 and done["fps"] == 40.0
+        assert done["frames"] == len(client.images) == 30
+        assert done["seed"] == 7
+        assert opened.seeds == [7]
+        assert done["first"] == 0.25
+        assert done["fps"] == 40.0
         prompts = [(m["prompt"], m["frame"]) for m in client.heard if m["type"] == "prompt"]
-        assert prompts == [("one", 0), ("two", 10)] and opened.turns == ["one"] * 5 + ["two"] * 10
+        assert prompts == [("one", 0), ("two", 10)]
+        assert opened.turns == ["one"] * 5 + ["two"] * 10
         status, headers, data = fetch(address, f"/video/{done['token']}")
         assert (status, headers["content-disposition"]) == (200, 'attachment; filename="fewstep.mp4"')
         video = decoded(data, tmp_path)
@@ -280,7 +293,9 @@ def test_a_video_from_start_to_download(tmp_path: Path) -> None:
         # a new one on the same connection
         client.say("start", prompt="three")
         other = client.status("ended")
-        assert other["video"] == 2 and other["token"] != done["token"] and len(client.images) == 30
+        assert other["video"] == 2
+        assert other["token"] != done["token"]
+        assert len(client.images) == 30
 
 
 def test_stop_keeps_what_was_made_and_frees_the_place() -> None:
@@ -303,7 +318,7 @@ def test_stop_keeps_what_was_made_and_frees_the_place() -> None:
 
 
 def test_two_clients_at_once_and_a_third_that_follows_who_disconnects() -> None:
-    with running(StandIns(), replace(DEFAULT, users=2)) as address:
+    with running(StandIns(), replace(DEFAULT, users=2)) as address:  # noqa: SIM117 - one page within the other
         with Client(address) as one, Client(address) as two, Client(address) as three:
             for client, prompt in ((one, "one"), (two, "two")):
                 client.say("start", prompt=prompt)
@@ -347,7 +362,8 @@ def test_mistakes_are_answered_and_too_many_end_the_connection() -> None:
             client.socket.send(text)
         with pytest.raises(ConnectionClosed) as closed:
             client.hear(lambda _: False)
-        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1008
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1008
         assert "closed after 3 wrong messages" in client.heard[-1]["message"]
 
 
@@ -393,7 +409,8 @@ def test_abuse_ends_the_connection_with_the_code_for_it() -> None:
 
 def test_frames_are_lossless_when_small_and_jpeg_otherwise() -> None:
     small, large = (torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8).numpy() for side in (128, 130))
-    assert encode(small)[0].startswith(b"\x89PNG") and encode(large)[0].startswith(b"\xff\xd8")
+    assert encode(small)[0].startswith(b"\x89PNG")
+    assert encode(large)[0].startswith(b"\xff\xd8")
     kept = Kept(8, 1)
     kept.images += encode(small)
     assert (next(kept._frames()) == small[0]).all()

@@ -56,7 +56,9 @@ def test_messages() -> None:
 def test_a_wrong_message_is_one_line(text: str, said: str) -> None:
     with pytest.raises(ValueError) as error:
         parse(text, Limits())
-    assert said in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 150
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 150
 
 
 def test_whatever_is_sent_is_understood_or_refused() -> None:
@@ -145,12 +147,29 @@ def test_a_prompt_is_left_out_and_hides_no_path(prompt: str) -> None:
 def test_wrong_options_are_one_line(options: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         demo_args(options.split())
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_options_reach_what_they_are_for() -> None:
     args = demo_args(
-        "--checkpoint c --steps 2 --window 9 --sinks 3 --noisy_context --users 2 --max_frames 99 --seed 5".split()
+        [
+            "--checkpoint",
+            "c",
+            "--steps",
+            "2",
+            "--window",
+            "9",
+            "--sinks",
+            "3",
+            "--noisy_context",
+            "--users",
+            "2",
+            "--max_frames",
+            "99",
+            "--seed",
+            "5",
+        ]
     )
     sampling = args.sampling(7)
     assert (sampling.steps, sampling.window, sampling.sinks, sampling.noisy_context, sampling.seed) == (
@@ -160,4 +179,6 @@ def test_options_reach_what_they_are_for() -> None:
         True,
         7,
     )
-    assert args.limits == Limits(users=2, max_frames=99) and args.host == "127.0.0.1" and args.seed == 5
+    assert args.limits == Limits(users=2, max_frames=99)
+    assert args.host == "127.0.0.1"
+    assert args.seed == 5

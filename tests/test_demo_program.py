@@ -36,7 +36,8 @@ def test_a_toy_student_streams_and_a_seed_repeats_its_video(student: Path) -> No
             client.say("start", prompt=prompt, seed=3)
             assert client.status("ended")["fps"] > 0
             videos.append(client.images)
-        assert videos[0] == videos[1] != videos[2] and len(set(videos[0])) == 20
+        assert videos[0] == videos[1] != videos[2]
+        assert len(set(videos[0])) == 20
         client.say("start", prompt="a cat")
         assert client.status("failed")["error"].startswith("prompt 'a cat': unknown word 'a'; this encoder knows")
 
@@ -90,11 +91,13 @@ def test_the_program_says_where_it_is_and_ends_on_a_signal(
     visitor = threading.Thread(target=visit)
     visitor.start()
     before = signal.getsignal(ending)
-    assert program.main() == 0 and signal.getsignal(ending) == before
+    assert program.main() == 0
+    assert signal.getsignal(ending) == before
     visitor.join(SECONDS)
     assert "device" not in [thread.name for thread in threading.enumerate()]
     said = capsys.readouterr().out.splitlines()
-    assert codes == [1012] and said[-1] == "fewstep demo: ended"
+    assert codes == [1012]
+    assert said[-1] == "fewstep demo: ended"
     assert re.fullmatch(r"fewstep demo: http://127\.0\.0\.1:\d+/  \(Ctrl\+C ends it\)", said[-2])
 
 

@@ -72,7 +72,8 @@ def test_who_does_not_read_the_answer_to_a_mistake_is_dropped() -> None:
     async def visit() -> None:
         deaf = Deaf([{"type": "websocket.receive", "text": "{"}])
         leave = await asyncio.wait_for(connection(deaf, Limits(send_seconds=1)).serve(), SECONDS)
-        assert leave is None and deaf.aborted == 1
+        assert leave is None
+        assert deaf.aborted == 1
 
     asyncio.run(visit())
 
@@ -82,7 +83,9 @@ def test_who_does_not_read_the_goodbye_is_dropped() -> None:
         deaf = Deaf()
         visitor = connection(deaf, Limits(send_seconds=1, rest_seconds=1))
         leave = await asyncio.wait_for(visitor.serve(), SECONDS)
-        assert leave is not None and str(leave) == "nobody watched for 1 s: start again" and deaf.aborted == 0
+        assert leave is not None
+        assert str(leave) == "nobody watched for 1 s: start again"
+        assert deaf.aborted == 0
         await asyncio.wait_for(visitor.part(leave), SECONDS)
         assert deaf.aborted == 1
 
@@ -133,7 +136,8 @@ def test_a_place_is_passed_on_when_others_wait() -> None:
     while scheduler.view(two).state is State.waiting:
         assert news.acquire(timeout=SECONDS)
     view = scheduler.view(one)
-    assert view.state is State.ended and view.error == "others wait in line, and then a place is for 1 s at most"
+    assert view.state is State.ended
+    assert view.error == "others wait in line, and then a place is for 1 s at most"
     scheduler.close()
 
 
@@ -144,7 +148,8 @@ def test_messages_do_not_keep_a_place_and_shown_frames_do() -> None:
         visitor._session = session = scheduler.join("one", 0, lambda: None)
         visitor._active = before = -1.0
         visitor._obey(Switch("two"))
-        assert visitor._active == before and not visitor._is_owed
+        assert visitor._active == before
+        assert not visitor._is_owed
         session.taken = 2
         assert visitor._is_owed
         scheduler.shown(session, 2)
@@ -213,16 +218,20 @@ def test_a_download_is_sent_as_it_is_read_and_others_are_refused_meanwhile(kept:
 
         task = asyncio.create_task(fetched(downloads, kept.token, slow, []))
         await asyncio.wait_for(started.wait(), SECONDS)
-        assert kept.busy and len(sent) == 1
+        assert kept.busy
+        assert len(sent) == 1
         for token in (kept.token, other.token):
             await fetched(downloads, token, quick, [])
         assert [message["status"] for message in refused[::2]] == [429, 429]
-        assert b"made already" in refused[1]["body"] and b"too many" in refused[3]["body"]
+        assert b"made already" in refused[1]["body"]
+        assert b"too many" in refused[3]["body"]
         reads.set()
         await asyncio.wait_for(task, SECONDS)
         body = b"".join(message["body"] for message in sent[1:])
-        assert dict(sent[0]["headers"])[b"content-length"] == str(len(body)).encode() and len(sent) > 3
-        assert not kept.busy and downloads.open == 0
+        assert dict(sent[0]["headers"])[b"content-length"] == str(len(body)).encode()
+        assert len(sent) > 3
+        assert not kept.busy
+        assert downloads.open == 0
         await fetched(downloads, other.token, quick, [])
         assert refused[4]["status"] == 200
 
@@ -238,7 +247,9 @@ def test_a_download_that_nobody_reads_is_dropped(kept: Kept) -> None:
             await asyncio.Event().wait()
 
         await asyncio.wait_for(fetched(downloads, kept.token, never, aborted), SECONDS)
-        assert aborted == [1] and not kept.busy and downloads.open == 0
+        assert aborted == [1]
+        assert not kept.busy
+        assert downloads.open == 0
 
     asyncio.run(visit())
 

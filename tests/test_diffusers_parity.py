@@ -135,7 +135,8 @@ def test_outputs_and_gradients_equal_diffusers(name: str, shape: tuple[int, int,
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     (ours * weight).sum().backward()
     (expected * weight).sum().backward()
-    assert ours_x.grad is not None and theirs_x.grad is not None
+    assert ours_x.grad is not None
+    assert theirs_x.grad is not None
     assert worst(ours_x.grad, theirs_x.grad) < 2e-5
     gradients = {native_key(name): p for name, p in other.named_parameters()}
     checked = 0

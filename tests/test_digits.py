@@ -36,17 +36,20 @@ def test_a_sample_is_a_function_of_its_position() -> None:
     assert batch.latents_BFCHW.shape == (3, *WORLD.latent_shape) == (3, 1, 1, 8, 8)
     for row, index in enumerate([5, 0, 123_456]):
         alone = WORLD.batch([index], "train")
-        assert torch.equal(alone.latents_BFCHW[0], batch.latents_BFCHW[row]) and alone.captions == [batch.captions[row]]
+        assert torch.equal(alone.latents_BFCHW[0], batch.latents_BFCHW[row])
+        assert alone.captions == [batch.captions[row]]
     other = DigitsWorld(DigitsConfig(seed=1)).batch([5, 0, 123_456], "train").latents_BFCHW
     held_out = WORLD.batch([5, 0, 123_456], "test").latents_BFCHW
-    assert not torch.equal(batch.latents_BFCHW, other) and not torch.equal(batch.latents_BFCHW, held_out)
+    assert not torch.equal(batch.latents_BFCHW, other)
+    assert not torch.equal(batch.latents_BFCHW, held_out)
 
 
 def test_digits_are_balanced_normalised_and_captioned_as_their_labels_say() -> None:
     batch = WORLD.batch(range(3000), "train")
     counts = torch.tensor([batch.captions.count(caption) for caption in WORLD.captions])
     assert ((counts - 300).square() / 300).sum() < 22  # chi-square, 9 degrees of freedom: at one in a hundred
-    assert abs(batch.latents_BFCHW.mean()) < 0.03 and abs(batch.latents_BFCHW.std() - 1) < 0.03
+    assert abs(batch.latents_BFCHW.mean()) < 0.03
+    assert abs(batch.latents_BFCHW.std() - 1) < 0.03
     latents, digits = WORLD.every("train")
     label = {tuple(x.flatten().tolist()): int(digit) for x, digit in zip(latents, digits, strict=True)}
     told = [label[tuple(x.flatten().tolist())] for x in batch.latents_BFCHW]
@@ -58,7 +61,9 @@ def test_the_splits_share_no_handwriting() -> None:
         split: {tuple(x.flatten().tolist()) for x in WORLD.every(split)[0]}  # type: ignore[arg-type]
         for split in ("train", "test")
     }
-    assert len(rows["train"]) == 1400 and len(rows["test"]) == 397 and not rows["train"] & rows["test"]
+    assert len(rows["train"]) == 1400
+    assert len(rows["test"]) == 397
+    assert not rows["train"] & rows["test"]
     real = WORLD.real_videos_for(CAPTIONS, seed=0)
     assert {tuple(x.flatten().tolist()) for x in real} <= rows["test"]
     assert not torch.equal(real, WORLD.real_videos_for(CAPTIONS, seed=1))
@@ -101,16 +106,24 @@ def class_means() -> Tensor:
 def test_the_judge_ranks_real_copied_blurred_and_wrong_images(judge: DigitsJudge) -> None:
     assert judge.accuracy > 0.9
     real = judge.evaluate(WORLD.real_videos_for(CAPTIONS, seed=7), CAPTIONS)
-    assert set(METRICS) <= set(real) and all(math.isfinite(value) for value in real.values())
-    assert abs(real["fid"] - real["fid_floor"]) < 5 * real["fid_floor_sd"] and real["fid_raw"] > 0
-    assert real["digit_right"] > 0.9 and 0.9 < real["novelty"] < 1.1 and 0.85 < real["diversity"] < 1.2
-    assert abs(real["intensity"] - real["intensity_real"]) < 5 * real["intensity_se"] and real["clipped"] == 0
+    assert set(METRICS) <= set(real)
+    assert all(math.isfinite(value) for value in real.values())
+    assert abs(real["fid"] - real["fid_floor"]) < 5 * real["fid_floor_sd"]
+    assert real["fid_raw"] > 0
+    assert real["digit_right"] > 0.9
+    assert 0.9 < real["novelty"] < 1.1
+    assert 0.85 < real["diversity"] < 1.2
+    assert abs(real["intensity"] - real["intensity_real"]) < 5 * real["intensity_se"]
+    assert real["clipped"] == 0
     copies = judge.evaluate(WORLD.real_videos_for(CAPTIONS, 7, "train"), CAPTIONS)
-    assert copies["novelty"] < 0.01 and copies["fid"] < real["fid_floor"]
+    assert copies["novelty"] < 0.01
+    assert copies["fid"] < real["fid_floor"]
     blurred = judge.evaluate(class_means(), CAPTIONS)
-    assert blurred["fid"] > 3 * real["fid"] and blurred["diversity"] < 0.01
+    assert blurred["fid"] > 3 * real["fid"]
+    assert blurred["diversity"] < 0.01
     wrong = judge.evaluate(WORLD.real_videos_for([*CAPTIONS[1:], CAPTIONS[0]], seed=7), CAPTIONS)
-    assert wrong["digit_right"] < 0.1 and abs(wrong["fid"] - real["fid"]) < 1
+    assert wrong["digit_right"] < 0.1
+    assert abs(wrong["fid"] - real["fid"]) < 1
 
 
 def test_a_judge_is_kept_and_says_what_it_cannot_judge(judge: DigitsJudge) -> None:
@@ -170,7 +183,8 @@ def test_ladd_judges_at_the_noise_levels_that_it_is_told(tmp_path: Path) -> None
     for mean in (-0.5, 1.0):
         run.config.objective.ladd_mean = mean
         sigma = adversary.sigma(noise, "x", run.task.latent_shape)
-        assert abs(torch.logit(sigma.median()) - mean) < 0.06 and 0.02 <= sigma.min() < sigma.max() <= 0.98
+        assert abs(torch.logit(sigma.median()) - mean) < 0.06
+        assert 0.02 <= sigma.min() < sigma.max() <= 0.98
 
 
 def test_recipes_are_one_geometry_and_one_step() -> None:
@@ -178,7 +192,8 @@ def test_recipes_are_one_geometry_and_one_step() -> None:
     teacher = configs.pop("teacher.yaml")
     assert set(configs) == {"dmd2.yaml", "f_distill.yaml", "ladd.yaml"}
     for config in configs.values():
-        assert config.schedule.sigmas() == (1.0,) and config.data == teacher.data
+        assert config.schedule.sigmas() == (1.0,)
+        assert config.data == teacher.data
         for network in (config.student, config.teacher, config.critic):
             assert network is None or (network.geometry() == teacher.student.geometry() and network.init is not None)
 
@@ -188,9 +203,12 @@ def test_the_usual_evaluation_takes_this_judge(judge: DigitsJudge, tmp_path: Pat
     generator = Generator(run.config, run.networks["student"].score, torch.device("cpu"), task=run.task)
     assert isinstance(run.task, DigitsTask)
     row, latents = evaluate_generator("x", generator, judge, count=6, split="dev", sampling=Sampling(steps=2))  # type: ignore[arg-type]
-    assert latents.shape == (6, 1, 1, 8, 8) and row.evaluations == 2 and row.metrics["videos"] == 6
+    assert latents.shape == (6, 1, 1, 8, 8)
+    assert row.evaluations == 2
+    assert row.metrics["videos"] == 6
     real = evaluate_real(judge, count=40, split="dev")  # type: ignore[arg-type]
-    assert real.metrics["digit_right"] > row.metrics["digit_right"] and real.metrics["fid"] < row.metrics["fid"]
+    assert real.metrics["digit_right"] > row.metrics["digit_right"]
+    assert real.metrics["fid"] < row.metrics["fid"]
     assert run.task.decode(latents).shape == (6, 1, 3, 8, 8)
 
 
@@ -200,7 +218,7 @@ DIGITS: dict[str, Any] = {
     "objective": {"gan": {"heads": "image"}},
     **{name: {**NETWORK, "overrides": SMALL} for name in ("student", "teacher", "critic")},
 }
-MANY = {"data": {"kind": "toy"}, **{name: NETWORK for name in ("student", "teacher", "critic")}}
+MANY = {"data": {"kind": "toy"}, **dict.fromkeys(("student", "teacher", "critic"), NETWORK)}
 SYNTHETIC = {"kind": "synthetic", "synthetic": {"frames": 1, "height": 8, "width": 4}}
 
 

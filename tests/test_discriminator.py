@@ -71,7 +71,8 @@ def features_gradient(kind: Checkpointing) -> tuple[Tensor, dict[str, Tensor]]:
 @pytest.mark.parametrize("kind", [Checkpointing.full, Checkpointing.selective])
 def test_features_have_one_gradient_whatever_is_checkpointed(kind: Checkpointing) -> None:
     (x_plain, plain), (x_again, again) = features_gradient(Checkpointing.none), features_gradient(kind)
-    assert relative(x_again, x_plain) < 1e-5 and plain.keys() == again.keys()
+    assert relative(x_again, x_plain) < 1e-5
+    assert plain.keys() == again.keys()
     assert all(relative(again[name], plain[name]) < 1e-4 for name in plain if float(plain[name].norm()) > 1e-3)
     assert not any(name.startswith(("blocks.3.", "head.")) for name in plain)  # nothing behind the last feature
 
@@ -99,7 +100,8 @@ def test_a_score_gives_features_of_what_it_would_see_and_counts_them() -> None:
     by_hand = net(torch.cat([initial, x[:, 1:]], 1), times, texts(2, 2), features=(1, 3))
     assert all(torch.equal(a, b) for a, b in zip(pinned, by_hand, strict=True))
     assert not torch.equal(plain[0], pinned[0])
-    assert evaluations.calls == {"teacher": 2} and evaluations.frames == {"teacher": 12}
+    assert evaluations.calls == {"teacher": 2}
+    assert evaluations.frames == {"teacher": 12}
 
 
 def test_experts_give_each_samples_features_from_its_own_side() -> None:
@@ -141,7 +143,8 @@ def test_video_head_unpatchifies_tokens_where_they_lie() -> None:
     head(tokens)
     grid = seen[0]
     assert grid.shape == (1, 4, 3, 8, 10)
-    assert sorted(grid[0, :, 1, 4:6, 6:8].flatten().tolist()) == list(range(1, 17)) and float(grid.sum()) == 136
+    assert sorted(grid[0, :, 1, 4:6, 6:8].flatten().tolist()) == list(range(1, 17))
+    assert float(grid.sum()) == 136
 
 
 @pytest.mark.parametrize("registers", [1, 3])
@@ -188,7 +191,9 @@ def test_a_trained_backbone_gets_the_classifiers_gradient_a_frozen_one_none() ->
     net.requires_grad_(False)
     x = latents(1, 2, 3).requires_grad_()
     judge.logits(x, SIGMA, given).sum().backward()
-    assert gradients(net) == {} and x.grad is not None and float(x.grad.norm()) > 0
+    assert gradients(net) == {}
+    assert x.grad is not None
+    assert float(x.grad.norm()) > 0
 
 
 @pytest.mark.parametrize(("preset", "width"), [("1.3b", 384), ("14b", 1280)])
@@ -197,7 +202,8 @@ def test_heads_fit_wans_own_geometry(preset: str, width: int) -> None:
     with torch.device("meta"):
         tokens = [torch.empty(1, 21, config.dim, 30, 52) for _ in tapped_blocks(config.num_layers)]
         heads, registers = VideoHeads(config.dim, 3), RegisterHead(config.dim, 3, config.num_heads)
-        assert heads(tokens).shape == (1, 3) and registers(tokens).shape == (1, 1)
+        assert heads(tokens).shape == (1, 3)
+        assert registers(tokens).shape == (1, 1)
     assert heads.heads[0].conv.weight.shape == (width, width, 2, 4, 4)
 
 
@@ -213,6 +219,5 @@ def test_features_are_of_the_role_that_an_adapter_plays() -> None:
     roles = [ScoreNet(net, str(name), adapter=name).features(x, SIGMA, conditioning(2, 2), (3,)) for name in ("a", "b")]
     teacher = ScoreNet(net, "teacher").features(x, SIGMA, conditioning(2, 2), (3,))
     assert torch.equal(teacher[0], bare.features(x, SIGMA, conditioning(2, 2), (3,))[0])
-    assert not torch.allclose(roles[0][0], teacher[0], atol=1e-3) and not torch.allclose(
-        *[r[0] for r in roles], atol=1e-3
-    )
+    assert not torch.allclose(roles[0][0], teacher[0], atol=1e-3)
+    assert not torch.allclose(*[r[0] for r in roles], atol=1e-3)

@@ -109,7 +109,8 @@ def test_loss_gradient_is_the_kl_gradient_over_the_number_of_elements() -> None:
 def test_fixed_point_exact_critic_of_the_teachers_distribution() -> None:
     """Student = teacher: the two scores are one function and the gradient is zero for every sample."""
     loss, gradient = run_dmd(0.5 + 0.7 * normal(1), score(0.5, 0.7), score(0.5, 0.7))
-    assert float(loss) == 0 and bool((gradient == 0).all())
+    assert float(loss) == 0
+    assert bool((gradient == 0).all())
 
 
 def test_gradient_descends_towards_the_teachers_mean() -> None:
@@ -168,7 +169,8 @@ def test_defect_08_guided_scores_in_the_loss() -> None:
     assert torch.allclose(out.kl_gradient, expected, rtol=1e-4, atol=1e-5)
     for other in (Guidance(negative, 3.0, 2.0), Guidance(negative, 4.0, 1.0), Guidance(negative + 1, 4.0, 2.0)):
         changed = dmd_loss(ScoreQuery(Rollout(x0), real, fake, Conditioning(cond), other, SIGMA, normal(9))).kl_gradient
-        assert changed is not None and float((changed - expected).abs().max()) > 1e-2
+        assert changed is not None
+        assert float((changed - expected).abs().max()) > 1e-2
 
 
 def test_defect_07_both_scores_see_the_same_noised_sample() -> None:
@@ -176,8 +178,10 @@ def test_defect_07_both_scores_see_the_same_noised_sample() -> None:
         real, fake = score(0.5, 0.7), score(-0.2, 1.3)
         loss(ScoreQuery(Rollout(normal(1)), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9)))
         (x_real, sigma_real, _), (x_fake, sigma_fake, _) = exact(real).seen[0], exact(fake).seen[0]
-        assert torch.equal(x_real, x_fake) and torch.equal(sigma_real, sigma_fake)
-        assert torch.equal(x_real, mix(normal(1), normal(9), SIGMA)) and torch.equal(sigma_real, SIGMA)
+        assert torch.equal(x_real, x_fake)
+        assert torch.equal(sigma_real, sigma_fake)
+        assert torch.equal(x_real, mix(normal(1), normal(9), SIGMA))
+        assert torch.equal(sigma_real, SIGMA)
 
 
 def test_defect_08_normaliser_is_each_samples_own() -> None:
@@ -213,7 +217,9 @@ def test_non_finite_values_are_left_for_the_trainer_to_count() -> None:
 def test_bf16_samples_keep_an_fp32_loss() -> None:
     x0, real, fake = normal(1).bfloat16(), score(0.5, 0.7), score(-0.2, 1.3)
     out = dmd_loss(ScoreQuery(Rollout(x0), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9)))
-    assert out.loss.dtype is torch.float32 and out.kl_gradient is not None and out.kl_gradient.dtype is torch.float32
+    assert out.loss.dtype is torch.float32
+    assert out.kl_gradient is not None
+    assert out.kl_gradient.dtype is torch.float32
 
 
 # critic
@@ -253,7 +259,9 @@ def test_critic_loss_by_hand_and_conditional_only() -> None:
     )
     assert critic.evaluations.calls == {"0.1": 1}
     seen_x, seen_sigma, seen_text = exact(critic).seen[0]
-    assert torch.equal(seen_x, x) and torch.equal(seen_sigma, SIGMA) and torch.equal(seen_text, text)
+    assert torch.equal(seen_x, x)
+    assert torch.equal(seen_sigma, SIGMA)
+    assert torch.equal(seen_text, text)
 
 
 def test_critic_loss_never_reaches_the_student() -> None:
@@ -345,5 +353,6 @@ def test_defect_12_sid_takes_no_gradient_in_the_scores_weights() -> None:
         net.net.requires_grad_(False)
     x0 = normal(1).requires_grad_()
     sid_loss(ScoreQuery(Rollout(x0), real, fake, Conditioning(prompt(4)), free(), SIGMA, normal(9))).loss.backward()
-    assert x0.grad is not None and float(x0.grad.norm()) > 0
+    assert x0.grad is not None
+    assert float(x0.grad.norm()) > 0
     assert all(p.grad is None for net in (real, fake) for p in net.net.parameters())

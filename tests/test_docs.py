@@ -173,7 +173,7 @@ def problem(span: str) -> str | None:
     unknown = [option for option in re.findall(r"(?<!\S)--[\w-]+", span) if option not in all_options()]
     if unknown:
         return f"no program has the option {unknown[0]}"
-    if span.startswith(("--", "torchrun ")) and " " in span or span.startswith("python -m "):
+    if (span.startswith(("--", "torchrun ")) and " " in span) or span.startswith("python -m "):
         return command_problem(span)
     if "*" in span and "/" in span:
         return None if list(ROOT.glob(span)) else f"no file matches {span}"
@@ -193,7 +193,7 @@ def problem(span: str) -> str | None:
 
 
 def path_problem(path: str) -> str | None:
-    if (ROOT / path).exists() or "/" not in path and list((ROOT / "docs").rglob(path)):
+    if (ROOT / path).exists() or ("/" not in path and list((ROOT / "docs").rglob(path))):
         return None
     # a file that runs make is named in the code that makes it
     name = Path(path).name
@@ -216,9 +216,8 @@ def command_problem(line: str) -> str | None:
             return f"there is no file {token}"
         if token.startswith("make ") or before == "make":
             return problem(f"make {token}")
-        if key := re.fullmatch(r"([a-z_.]+)=.*", token):
-            if program == "train.py" and not is_key(key[1]):
-                return f"the config has no key {key[1]}"
+        if (key := re.fullmatch(r"([a-z_.]+)=.*", token)) and program == "train.py" and not is_key(key[1]):
+            return f"the config has no key {key[1]}"
     return launch_problem(tokens)
 
 
@@ -422,13 +421,15 @@ def test_every_paper_in_the_code_and_the_status_table_is_cited() -> None:
     in_code = {match for path in sources for match in number.findall(path.read_text(encoding="utf-8"))}
     table = read("docs/status.md")
     here = {match for row in table.splitlines() if "planned" not in row for match in number.findall(row)}
-    assert len(in_code) > 8 and len(here) > 5
+    assert len(in_code) > 8
+    assert len(here) > 5
     assert (in_code | here) - cited == set()
 
 
 def test_citation_file_has_what_the_format_asks_for() -> None:
     cff = yaml.safe_load(read("CITATION.cff"))
-    assert {"cff-version", "message", "title", "authors"} <= cff.keys() and cff["license"] == "Apache-2.0"
+    assert {"cff-version", "message", "title", "authors"} <= cff.keys()
+    assert cff["license"] == "Apache-2.0"
     for reference in cff["references"]:
         assert {"type", "title", "authors"} <= reference.keys()
         assert reference["title"] in read("docs/papers.bib")

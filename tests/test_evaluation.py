@@ -136,7 +136,8 @@ def test_moments_over_ranks_are_those_of_all_samples(monkeypatch: pytest.MonkeyP
 def test_drift_diversity_and_motion_of_known_videos() -> None:
     ramp = torch.arange(40.0).expand(2, 40) * torch.tensor([[1.0], [-1.0]])
     assert drift(ramp).tolist() == [34, -34]  # 6 frames at either end: means 2.5 and 36.5
-    assert drift(ramp[:, :9]).tolist() == [8, -8] and drift(ramp[:, :20]).tolist() == [17, -17]
+    assert drift(ramp[:, :9]).tolist() == [8, -8]
+    assert drift(ramp[:, :20]).tolist() == [17, -17]
     assert drift(ramp[:, :, None].expand(-1, -1, 3)).shape == (2, 3)
     for frames, share in ((1, 0.15), (9, 0.6), (9, 0.0)):
         with pytest.raises(ValueError, match="drift"):
@@ -185,7 +186,8 @@ def test_features_are_what_transformers_gives(tmp_path: Path) -> None:
     assert found.shape == (2, 6, 16)
     torch.testing.assert_close(found.flatten(0, 1), clip(normalised.flatten(0, 1)).pooler_output)
     resized = load_features(tmp_path / "clip")(pixels.repeat_interleave(2, -1))  # another shape is squeezed to the size
-    assert resized.shape == (2, 6, 16) and (resized - found).abs().max() < (found - found.mean(0)).abs().max()
+    assert resized.shape == (2, 6, 16)
+    assert (resized - found).abs().max() < (found - found.mean(0)).abs().max()
 
     vit = save_encoder(tmp_path / "vit", "vit")  # a classifier has no pooling layer: a random one must not be used
     tokens = vit.vit(normalised.flatten(0, 1)).last_hidden_state.mean(1)
@@ -225,11 +227,14 @@ def test_a_set_of_images_has_a_distance_and_no_motion() -> None:
         return pixels.mean(dim=(-1, -2))
 
     rows = compare(video_set(videos.split(3), features), video_set(images.split(1), features))
-    assert rows["real"].keys() == {"videos", "frames", "diversity"} and rows["real"]["frames"] == 6
+    assert rows["real"].keys() == {"videos", "frames", "diversity"}
+    assert rows["real"]["frames"] == 6
     expected = frechet_distance(features(videos).flatten(0, 1), features(images)[:, 0])
-    assert rows["generated"]["fd_frames"] == pytest.approx(expected) and "fd_videos" not in rows["generated"]
+    assert rows["generated"]["fd_frames"] == pytest.approx(expected)
+    assert "fd_videos" not in rows["generated"]
     assert rows["generated"]["motion"] == pytest.approx(motion(videos).mean().item(), rel=1e-6)
-    assert rows["generated"]["videos"] == 4 and rows["generated"]["appearance_drift"] > 0
+    assert rows["generated"]["videos"] == 4
+    assert rows["generated"]["appearance_drift"] > 0
     both = compare(video_set([videos], features), video_set([videos], features))["generated"]
     assert both["fd_videos"] == pytest.approx(0, abs=1e-9) == both["fd_frames"]
     assert VideoSet().count == 0
@@ -276,9 +281,11 @@ def test_the_toy_worlds_table(
     run(monkeypatch, "--run", toy_run, "--count", 6, "--cache", tmp_path, "--out", out)
     real, made = json.loads(out.read_text())
     assert real["metrics"]["motion"] == pytest.approx(real["metrics"]["motion_real"], rel=0.3)
-    assert made["metrics"]["intensity_drift"] > real["metrics"]["intensity_drift"] and made["evaluations"] > 0
+    assert made["metrics"]["intensity_drift"] > real["metrics"]["intensity_drift"]
+    assert made["evaluations"] > 0
     heads, *lines = capsys.readouterr().out.splitlines()
-    assert heads.split()[-4:] == ["drift", "fading", "motion", "evaluations"] and len(lines) == 2
+    assert heads.split()[-4:] == ["drift", "fading", "motion", "evaluations"]
+    assert len(lines) == 2
 
 
 def test_fid_of_the_toy_world(toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +320,8 @@ def test_fid_against_a_folder_by_an_encoder(
     run(monkeypatch, *chosen)
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert (rows["real"]["videos"], rows["real"]["frames"]) == (3, 9)  # the run's videos have three frames
-    assert rows["generated"]["frames"] == 12 and rows["generated"]["fd_videos"] > 0
+    assert rows["generated"]["frames"] == 12
+    assert rows["generated"]["fd_videos"] > 0
     assert "fd_frames" in capsys.readouterr().out
     for lacking, message in (
         (("--real", tmp_path / "real"), "--features: only the toy world has its own"),
@@ -351,7 +359,8 @@ def test_vbench_wants_five_videos_a_prompt_and_more_where_flicker_is_judged(tmp_
     suite = read_suite(tmp_path / "full.json")
     assert suite == [Prompt("still", (FLICKER,)), Prompt("cat", ("color", "scene")), Prompt("dog", ("scene",))]
     every = wanted_videos(suite, tuple(DIMENSIONS))
-    assert len(every) == 25 + 5 + 5 and len({video.seed for video in every}) == 35
+    assert len(every) == 25 + 5 + 5
+    assert len({video.seed for video in every}) == 35
     assert [v.name for v in every[24:27]] == ["still-24.mp4", "cat-0.mp4", "cat-1.mp4"]
     some = wanted_videos(suite, ["scene"], {"cat": "a long cat", "dog": "a long dog"})
     assert [(v.name, v.text) for v in some[::5]] == [("cat-0.mp4", "a long cat"), ("dog-0.mp4", "a long dog")]
@@ -432,14 +441,17 @@ def test_vbench_videos_are_made_once_and_scored_by_the_package(
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("RANK")
     half = {file.name: file.read_bytes() for file in videos.iterdir()}
-    assert len(half) == 15 and not (tmp_path / "videos_scores").exists()
+    assert len(half) == 15
+    assert not (tmp_path / "videos_scores").exists()
 
     run(monkeypatch, *argv, "--batch", 8, "--out", out)
-    assert len(list(videos.iterdir())) == 30 and read_video(videos / "a cat-4.mp4").shape == (3, 3, 8, 8)
+    assert len(list(videos.iterdir())) == 30
+    assert read_video(videos / "a cat-4.mp4").shape == (3, 3, 8, 8)
     assert all((videos / name).read_bytes() == data for name, data in half.items())
     assert json.loads(out.read_text())["scores"] == {FLICKER: 0.05, "scene": 0.3}  # flicker: of the still ones
     said = capfd.readouterr().out
-    assert "15 of 30 videos are there already" in said and "14 of 16 dimensions were left out" in said
+    assert "15 of 30 videos are there already" in said
+    assert "14 of 16 dimensions were left out" in said
     log = (tmp_path / "videos_scores/log").read_text()
     assert log == f"scene 30\n{FLICKER} 5\n"
     run(monkeypatch, *argv)

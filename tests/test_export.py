@@ -112,7 +112,8 @@ def test_the_exported_pipeline_samples_as_the_student_does(run: Path, tmp_path: 
     own, folder = settings.student.geometry(), exported(run, tmp_path / "out")
     pipe = stock.WanPipeline.from_pretrained(folder, **parts(own.in_dim, own.text_dim))
     steps = json.loads((folder / "README.md").read_text().split("steps = ")[1].split("\n")[0])
-    assert steps == pytest.approx([1.0, 0.6, 0.3]) and "block by block" not in (folder / "README.md").read_text()
+    assert steps == pytest.approx([1.0, 0.6, 0.3])
+    assert "block by block" not in (folder / "README.md").read_text()
     pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=steps)
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, own.in_dim, 3, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -142,7 +143,8 @@ def test_a_teacher_gets_wans_own_solver_and_a_causal_student_a_warning(tmp_path:
     teacher = exported(make_run(tmp_path / "teacher", config(DIFFUSION)), tmp_path / "t")
     scheduler = diffusers.UniPCMultistepScheduler.from_pretrained(teacher, subfolder="scheduler")
     scheduler.set_timesteps(4)
-    assert scheduler.config.flow_shift == 3.0 and scheduler.config.prediction_type == "flow_prediction"
+    assert scheduler.config.flow_shift == 3.0
+    assert scheduler.config.prediction_type == "flow_prediction"
     assert float(scheduler.sigmas[0]) > float(scheduler.sigmas[1]) > 0.7
     causal = exported(make_run(tmp_path / "causal", config(DISTILLATION)), tmp_path / "c")
     assert "block by block" in (causal / "README.md").read_text()
@@ -161,10 +163,8 @@ def test_native_export_is_the_run_bit_for_bit_and_starts_another(run: Path, tmp_
         net = build_network(replace(settings.student, init=str(out)), "student", 0, CPU)
         assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     many = exported(run, tmp_path / "many", "--shard_gb", "0.0001", format="native")
-    assert (
-        len(list(many.glob("*.safetensors"))) > 1
-        and (many / "diffusion_pytorch_model.safetensors.index.json").is_file()
-    )
+    assert len(list(many.glob("*.safetensors"))) > 1
+    assert (many / "diffusion_pytorch_model.safetensors.index.json").is_file()
 
 
 def test_out_is_whole_or_not_there(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,8 @@ def test_out_is_whole_or_not_there(run: Path, tmp_path: Path, monkeypatch: pytes
 def test_what_cannot_be_exported_is_one_line(run: Path, tmp_path: Path, options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         exported(run, tmp_path / "out", *options)
-    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_run_is_one_line(tmp_path: Path) -> None:

@@ -144,7 +144,8 @@ def test_a_walk_needs_its_changes(tmp_path: Path) -> None:
     """Without them its command is refused: what ran was the changed code."""
     optimizer = next(walk for walk in walks() if walk.name == "An optimizer")
     code, said = run(optimizer.commands[0], copied(tmp_path))
-    assert code == 2 and "lion" in said
+    assert code == 2
+    assert "lion" in said
 
 
 def test_the_loss_of_the_walk_is_right(tmp_path: Path) -> None:
@@ -152,7 +153,8 @@ def test_the_loss_of_the_walk_is_right(tmp_path: Path) -> None:
     source = next(body for _, title, body in walks()[0].blocks if title == "model/huber_dmd.py")
     (tmp_path / "huber_dmd.py").write_text(source, encoding="utf-8")
     spec = importlib.util.spec_from_file_location("huber_dmd", tmp_path / "huber_dmd.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 

@@ -115,7 +115,8 @@ def test_each_samples_gradient_is_dmds_times_its_weight() -> None:
 @pytest.mark.parametrize("divergence", Divergence)
 def test_fixed_point_student_that_is_the_teacher(divergence: Divergence) -> None:
     out, got = run(divergence, linear(), fake_mean=0.5)
-    assert float(out.loss.detach()) == 0 and bool((got == 0).all())
+    assert float(out.loss.detach()) == 0
+    assert bool((got == 0).all())
 
 
 def test_gan_term_at_the_same_noised_sample_from_one_evaluation() -> None:
@@ -226,7 +227,8 @@ def test_two_ranks_weigh_as_one_with_all_samples() -> None:
 def test_bins_forget_a_step_that_was_not_finite() -> None:
     bins = RatioBins()
     r = bins.normalised(torch.tensor([float("nan"), 3.0]), torch.tensor([0.35, 0.75]), alone)
-    assert not bool(r[0].isfinite()) and bins.means.tolist() == [1, 1, 1, 1, 1, 1, 1, 2, 1, 1]
+    assert not bool(r[0].isfinite())
+    assert bins.means.tolist() == [1, 1, 1, 1, 1, 1, 1, 2, 1, 1]
 
 
 def test_bins_go_on_from_their_state() -> None:
@@ -235,4 +237,6 @@ def test_bins_go_on_from_their_state() -> None:
     second = RatioBins()
     second.load(first.state())
     again = [b.normalised(torch.tensor([2.0]), torch.tensor([0.3]), alone) for b in (first, second)]
-    assert torch.equal(*again) and torch.equal(first.means, second.means) and float(first.means[3]) != 1
+    assert torch.equal(*again)
+    assert torch.equal(first.means, second.means)
+    assert float(first.means[3]) != 1

@@ -100,7 +100,8 @@ def test_given_frames_are_pinned_and_steer_the_rest(generators: dict[str, Genera
     first = clip(generator, count)
     given = generator.task.encode(first[None]).expand(2, -1, -1, -1, -1)
     made, other = (generator(PROMPTS, Sampling(), [0, 1], pixels) for pixels in (first, 1 - first))
-    assert made.shape[1] == 9 and torch.equal(made[:, :count], given)
+    assert made.shape[1] == 9
+    assert torch.equal(made[:, :count], given)
     assert not torch.allclose(made[:, count:], other[:, count:], atol=1e-3)
     assert not torch.equal(generator(PROMPTS, Sampling(), [0, 1])[:, :count], given)
 

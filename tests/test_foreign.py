@@ -119,31 +119,45 @@ def test_self_forcing(tmp_path: Path) -> None:
     """Its published run is our recipe of it: the same guidance, steps, rates, average."""
     recipe, run = imported("self_forcing", SELF_FORCING, tmp_path / "sf.yaml")
     ours = load_run("configs/wan2.1_1.3b/self_forcing_dmd.yaml")
-    assert run.schedule == ours.schedule and run.objective == ours.objective and run.ema == ours.ema
+    assert run.schedule == ours.schedule
+    assert run.objective == ours.objective
+    assert run.ema == ours.ema
     assert run.generator_training == ours.generator_training
-    assert run.critic_training.optimizer.lr == 4e-7 and run.critic_training.optimizer.betas == [0.0, 0.99]
-    assert run.teacher is not None and run.teacher.preset == "14b" and run.student.init == "checkpoints/ode_init.pt"
-    assert run.data.synthetic == ours.data.synthetic and run.data.wan == ours.data.wan
-    assert run.data.kind == "wan" and run.data.prompts == "prompts/vidprom.txt" and not run.data.real
+    assert run.critic_training.optimizer.lr == 4e-7
+    assert run.critic_training.optimizer.betas == [0.0, 0.99]
+    assert run.teacher is not None
+    assert run.teacher.preset == "14b"
+    assert run.student.init == "checkpoints/ode_init.pt"
+    assert run.data.synthetic == ours.data.synthetic
+    assert run.data.wan == ours.data.wan
+    assert run.data.kind == "wan"
+    assert run.data.prompts == "prompts/vidprom.txt"
+    assert not run.data.real
     assert run.data.text.encoder == run.data.vae.path == "Wan2.1-T2V-1.3B-Diffusers"  # the layout they are read in
-    assert run.training.generator_update_interval == 5 and run.validation.fps == ours.validation.fps
+    assert run.training.generator_update_interval == 5
+    assert run.validation.fps == ours.validation.fps
     assert listed(recipe.left) == ["sharding_strategy", "brand_new"]
     assert listed(recipe.missing) == ["data.text.encoder,", "data.text.cache", "data.negative_prompt"]
 
 
 def test_fastvideo(tmp_path: Path) -> None:
     recipe, run = imported("fastvideo", FASTVIDEO, tmp_path / "run.slurm")
-    assert run.objective.real_guidance_scale == 4.5 and run.schedule.denoising_step_list == [1000, 757, 522]
-    assert run.schedule.timestep_shift == run.schedule.score_timestep_shift == 8 and run.training.max_steps == 4000
+    assert run.objective.real_guidance_scale == 4.5
+    assert run.schedule.denoising_step_list == [1000, 757, 522]
+    assert run.schedule.timestep_shift == run.schedule.score_timestep_shift == 8
+    assert run.training.max_steps == 4000
     assert run.training.global_batch_size == 32  # 64 GPUs, two of which share a video
     assert (run.data.synthetic.frames, run.data.synthetic.height, run.data.synthetic.width) == (16, 56, 104)
     assert (run.data.wan.frames, run.data.wan.height, run.data.wan.width) == (16, 56, 104)
     base = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    assert run.data.kind == "wan" and run.data.text.encoder == run.data.vae.path == run.student.init == base
+    assert run.data.kind == "wan"
+    assert run.data.text.encoder == run.data.vae.path == run.student.init == base
     assert listed(recipe.missing) == ["data.prompts", "data.text.cache", "data.negative_prompt"]
     assert run.generator_training.optimizer.lr == run.critic_training.optimizer.lr == 1e-5
-    assert run.rollout.kind.value == "backward_simulation" and run.student.checkpointing.value == "full"
-    assert listed(recipe.left) == ["log_validation", "VSA_sparsity"] and run.student.lora is None
+    assert run.rollout.kind.value == "backward_simulation"
+    assert run.student.checkpointing.value == "full"
+    assert listed(recipe.left) == ["log_validation", "VSA_sparsity"]
+    assert run.student.lora is None
     assert listed(recipe.notes) == ["rollout.kind"]  # noised videos, and none are named
 
 
@@ -154,10 +168,13 @@ def test_simpletuner(tmp_path: Path) -> None:
     assert (optimizer.lr, optimizer.clip_value, optimizer.clip_norm) == (2e-5, 0.5, None)
     assert (critic.optimizer.lr, critic.optimizer.clip_value, critic.optimizer.clip_norm) == (1e-5, None, 1.0)
     assert (critic.lr_schedule.kind, critic.lr_schedule.floor) == ("cosine", 0.5)
-    assert run.ema.decay is None and run.training.global_batch_size == 2
-    assert run.data.kind == "wan" and run.data.vae.path == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert run.ema.decay is None
+    assert run.training.global_batch_size == 2
+    assert run.data.kind == "wan"
+    assert run.data.vae.path == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert listed(recipe.left) == ["report_to", "lora_dropout"]  # 0.1 by its default
-    assert "training.global_batch_size" in listed(recipe.notes) and "data.wan" in listed(recipe.missing)
+    assert "training.global_batch_size" in listed(recipe.notes)
+    assert "data.wan" in listed(recipe.missing)
 
 
 @pytest.mark.parametrize(("scale", "w"), [(0.0, 1.0), (3.0, 3.0)])
@@ -173,13 +190,17 @@ def test_simpletuner_lora(tmp_path: Path) -> None:
     recipe, run = imported("simpletuner", json.dumps(SIMPLETUNER), tmp_path / "config.json")
     lora = run.student.lora
     assert lora == LoraConfig(rank=128, alpha=None, targets=["q", "k", "v", "o"], share=True)
-    assert run.critic is not None and run.critic.lora is None
+    assert run.critic is not None
+    assert run.critic.lora is None
     assert {"student.lora.share", "critic.lora"} <= set(listed(recipe.notes))
     recipe, run = imported("simpletuner", json.dumps({"lora_alpha": 8, "lora_dropout": 0.0}), tmp_path / "b.json")
-    assert run.student.lora is not None and (run.student.lora.rank, run.student.lora.scale) == (16, 0.5)  # its defaults
-    assert "model_type" in listed(recipe.notes) and "lora_dropout" not in listed(recipe.left)
+    assert run.student.lora is not None
+    assert (run.student.lora.rank, run.student.lora.scale) == (16, 0.5)
+    assert "model_type" in listed(recipe.notes)
+    assert "lora_dropout" not in listed(recipe.left)
     recipe, run = imported("simpletuner", json.dumps({"model_type": "full", "lora_rank": 4}), tmp_path / "c.json")
-    assert run.student.lora is None and listed(recipe.left) == ["lora_rank"]
+    assert run.student.lora is None
+    assert listed(recipe.left) == ["lora_rank"]
 
 
 LORA = "  --lora_training True\n  --lora-rank 32\n  --lora_alpha 16\n"
@@ -197,7 +218,9 @@ def test_fastvideo_lora(more: str, targets: list[str], tmp_path: Path) -> None:
     """Student and critic, each target any part of a layer's name."""
     recipe, run = imported("fastvideo", FASTVIDEO.replace("  --sp_size", f"{LORA}{more}  --sp_size"), tmp_path / "a.sh")
     expected = LoraConfig(rank=32, alpha=16.0, targets=targets, share=True)
-    assert run.student.lora == expected and run.critic is not None and run.critic.lora == expected
+    assert run.student.lora == expected
+    assert run.critic is not None
+    assert run.critic.lora == expected
     assert listed(recipe.left) == ["log_validation", "VSA_sparsity"]
     assert run.parallel.sequence == 2  # the option after the list is its own
 
@@ -217,11 +240,16 @@ def test_an_adapter_on_other_weights_has_its_own_copy(tmp_path: Path) -> None:
         "real_score_model_path": "Wan-AI/Wan2.1-T2V-14B-Diffusers", "lora_target_modules": ["to_q", "norm"],
     }  # fmt: skip
     recipe, run = imported("fastvideo", json.dumps(options), tmp_path / "a.json")
-    assert run.student.lora is not None and not run.student.lora.share and run.student.lora.targets == ["q"]
-    assert run.teacher is not None and run.teacher.preset == "14b" and run.student.preset == "1.3b"
+    assert run.student.lora is not None
+    assert not run.student.lora.share
+    assert run.student.lora.targets == ["q"]
+    assert run.teacher is not None
+    assert run.teacher.preset == "14b"
+    assert run.student.preset == "1.3b"
     assert any("no linear layer" in line and "norm" in line for line in recipe.left)
     recipe, run = imported("fastvideo", json.dumps({"lora_rank": 8}), tmp_path / "b.json")
-    assert run.student.lora is None and listed(recipe.left) == ["lora_rank"]  # as there: lora_training is off
+    assert run.student.lora is None
+    assert listed(recipe.left) == ["lora_rank"]
 
 
 @pytest.mark.parametrize(
@@ -238,10 +266,12 @@ def test_models(name: str, preset: str, size: tuple[int, int, int], missing: str
     """Each model gives its geometry, its size and its parts, whatever stands before it."""
     options = {"seed": 1, "pretrained_model_name_or_path": name}
     recipe, run = imported("fastvideo", json.dumps(options), tmp_path / "a.json")
-    assert run.teacher is not None and run.critic is not None
+    assert run.teacher is not None
+    assert run.critic is not None
     assert {run.student.preset, run.teacher.preset, run.critic.preset} == {preset}
     assert (run.data.wan.frames, run.data.wan.height, run.data.wan.width) == size
-    assert run.data.vae.path == run.student.init == name and run.validation.fps == (24 if preset == "5b" else 16)
+    assert run.data.vae.path == run.student.init == name
+    assert run.validation.fps == (24 if preset == "5b" else 16)
     assert not missing or missing in listed(recipe.missing)
 
 
@@ -253,22 +283,30 @@ def test_simpletuner_model_and_frames(tmp_path: Path) -> None:
         "distillation_config": {"num_training_frames": 31},
     }
     recipe, run = imported("simpletuner", json.dumps(options), tmp_path / "a.json")
-    assert run.student.preset == "5b" and run.critic is not None and run.critic.init == run.student.init
-    assert (run.data.wan.frames, run.data.wan.height) == (30, 44) and "data.wan.frames" in listed(recipe.notes)
+    assert run.student.preset == "5b"
+    assert run.critic is not None
+    assert run.critic.init == run.student.init
+    assert (run.data.wan.frames, run.data.wan.height) == (30, 44)
+    assert "data.wan.frames" in listed(recipe.notes)
     options["distillation_config"] = {"num_training_frames": 31, "independent_first_frame": True}
     recipe, run = imported("simpletuner", json.dumps(options), tmp_path / "c.json")
-    assert run.data.wan.frames == 31 and "data.wan.frames" not in listed(recipe.notes)
+    assert run.data.wan.frames == 31
+    assert "data.wan.frames" not in listed(recipe.notes)
 
 
 def test_fastvideo_inputs(tmp_path: Path) -> None:
     """Noised videos, unless it is told to simulate the student's own inputs."""
     options = {"data_path": "data/parquet", "pretrained_model_name_or_path": "Wan2.1-T2V-1.3B-Diffusers"}
     _, run = imported("fastvideo", json.dumps(options), tmp_path / "a.json")
-    assert run.rollout.kind.value == "noised_data" and run.data.real and run.data.latents == "data/parquet"
+    assert run.rollout.kind.value == "noised_data"
+    assert run.data.real
+    assert run.data.latents == "data/parquet"
     recipe, run = imported(
         "fastvideo", json.dumps({**options, "simulate_generator_forward": True}), tmp_path / "b.json"
     )
-    assert run.rollout.kind.value == "backward_simulation" and not run.data.real and run.data.latents is None
+    assert run.rollout.kind.value == "backward_simulation"
+    assert not run.data.real
+    assert run.data.latents is None
     assert listed(recipe.left) == ["data_path"]
 
 
@@ -276,7 +314,8 @@ def test_fastvideo_inputs(tmp_path: Path) -> None:
 def test_a_recipe_that_says_nothing_loads(dialect: str, tmp_path: Path) -> None:
     """Also where there is no model to take the encoder and the VAE from."""
     recipe, run = imported(dialect, "seed: 3", tmp_path / "a.yaml")
-    assert run.seed == 3 and run.data.kind == "wan"
+    assert run.seed == 3
+    assert run.data.kind == "wan"
     assert (run.data.vae.path is None) == ("data.vae.path" in listed(recipe.missing)) == (run.validation.every is None)
 
 
@@ -314,8 +353,10 @@ def test_every_option_is_carried_over_or_listed(dialect: str) -> None:
 def test_words_of_a_script() -> None:
     options = shell_options(FASTVIDEO, Path("x.sh"))
     assert options["pretrained_model_name_or_path"] == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    assert options["learning_rate"] == 1e-5 and options["log_validation"] is True
-    assert "nproc_per_node" not in options and options["dmd_denoising_steps"] == "1000,757,522"
+    assert options["learning_rate"] == 1e-5
+    assert options["log_validation"] is True
+    assert "nproc_per_node" not in options
+    assert options["dmd_denoising_steps"] == "1000,757,522"
 
 
 @pytest.mark.parametrize(
@@ -347,7 +388,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", arguments)
     assert import_recipe.main() == 0
     assert '#   sharding_strategy: "hybrid_full"' in out.read_text()
-    assert "# To fill in:\n" in out.read_text() and "# Means something else" not in out.read_text()
+    assert "# To fill in:\n" in out.read_text()
+    assert "# Means something else" not in out.read_text()
     assert load_run(out).objective.real_guidance_scale == 4.0
     assert "before train.py takes it" not in out.read_text()
     with pytest.raises(ConfigError, match="is there already"):
@@ -375,5 +417,6 @@ def test_what_train_py_would_refuse_is_said_in_the_yaml(
 )
 def test_commands_of_version_0_1_name_the_new_one_and_run_it(old: str, arguments: tuple[str, ...], new: str) -> None:
     done = forked.run(1, old, *arguments)
-    assert done.returncode == 0 and done.stdout.startswith(f"usage: {new}")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: {new}")
     assert f"is now: python {new}" in done.stderr

@@ -102,7 +102,8 @@ def test_discriminators_loss_and_gradient_by_hand_at_each_ones_own_noise() -> No
     out.loss.backward()
     assert torch.allclose(judge.heads.weight.grad, slopes / (2 * 4), rtol=1e-4, atol=1e-6)
     assert x0.grad is None  # never the student
-    assert torch.equal(seen(judge)[1][2], prompt(4, 1.0)) and torch.equal(seen(judge)[1][1], SIGMA.flip(0))
+    assert torch.equal(seen(judge)[1][2], prompt(4, 1.0))
+    assert torch.equal(seen(judge)[1][1], SIGMA.flip(0))
 
 
 def test_the_other_kinds_by_hand() -> None:
@@ -223,7 +224,8 @@ def test_frames_that_no_loss_may_judge_are_seen_but_get_no_gradient() -> None:
     whole = gan_loss(student(x0), linear()).loss
     assert torch.equal(masked, whole)
     got, full = torch.autograd.grad(masked, x0)[0], torch.autograd.grad(whole, x0)[0]
-    assert bool((got[:, 0] == 0).all()) and torch.equal(got[:, 1:], full[:, 1:])
+    assert bool((got[:, 0] == 0).all())
+    assert torch.equal(got[:, 1:], full[:, 1:])
 
 
 def test_dmd2_is_dmd_and_a_weighted_gan_term() -> None:
@@ -232,15 +234,18 @@ def test_dmd2_is_dmd_and_a_weighted_gan_term() -> None:
     gan = gan_loss(NoisedSamples.of(Rollout(x0), GIVEN, SIGMA.flip(0), normal(10)), judge)
     both = with_term(dmd, gan, 0.03)
     assert float(both.loss.detach()) == pytest.approx(float((dmd.loss + 0.03 * gan.loss).detach()), rel=1e-6)
-    assert both.kl_gradient is dmd.kl_gradient and torch.equal(both.metrics["loss"], both.loss.detach())
-    assert torch.equal(both.metrics["gan_loss"], gan.loss.detach()) and "dmd_gradient_norm" in both.metrics
+    assert both.kl_gradient is dmd.kl_gradient
+    assert torch.equal(both.metrics["loss"], both.loss.detach())
+    assert torch.equal(both.metrics["gan_loss"], gan.loss.detach())
+    assert "dmd_gradient_norm" in both.metrics
     assert not any(value.requires_grad for value in both.metrics.values())
 
 
 def test_ladds_noise_levels_are_logit_normal() -> None:
     draws = ladd_sigma(torch.randn(20000, generator=torch.Generator().manual_seed(0)), mean=1.0, std=0.5)
     logits = (draws / (1 - draws)).log()
-    assert 0 < float(draws.min()) and float(draws.max()) < 1
+    assert float(draws.min()) > 0
+    assert float(draws.max()) < 1
     assert (float(logits.mean()), float(logits.std())) == pytest.approx((1.0, 0.5), abs=0.02)
     with pytest.raises(ValueError, match="must be positive"):
         ladd_sigma(torch.zeros(1), std=0.0)

@@ -59,7 +59,8 @@ def edit(folder: Path, **changes: object) -> None:
 def test_replay_passes_and_prints_a_line_a_case(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(copy)]) == 0
     first, last = capsys.readouterr().out.strip().splitlines()
-    assert first.split()[0] == "causal_f6" and first.split()[-1] == "ok"
+    assert first.split()[0] == "causal_f6"
+    assert first.split()[-1] == "ok"
     assert last == "1 of 1 cases ok"
 
 
@@ -117,8 +118,10 @@ def test_digests_are_equal_for_equal_bits_only(copy: Path, capsys: pytest.Captur
     flipped = values.clone()
     flipped.view(torch.int32)[3] ^= 1
     others = [flipped, values.view(2, 3), values.double(), -values]
-    assert digest(values) == digest(values.clone()) and len({digest(t) for t in [values, *others]}) == 5
+    assert digest(values) == digest(values.clone())
+    assert len({digest(t) for t in [values, *others]}) == 5
     assert main([str(copy), "--digest"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert main([str(copy), "--digest"]) == 0 and lines == capsys.readouterr().out.splitlines()
+    assert main([str(copy), "--digest"]) == 0
+    assert lines == capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["causal_f6", "velocity"], ["causal_f6", "x0"]]

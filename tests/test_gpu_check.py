@@ -93,7 +93,8 @@ def test_each_failure_is_written_with_its_text(workers: tuple[str, ...], tmp_pat
     assert text.count("####") == 3
     for seen in ("test_bad (call)", "the text of it", "test_of_a_broken_fixture (setup)", "no such device"):
         assert seen in text
-    assert "test_torn_down_badly (teardown)" in text and "still open" in text
+    assert "test_torn_down_badly (teardown)" in text
+    assert "still open" in text
     assert failures.counts(out) == {"passed": 1, "failed": 1, "error": 2, "skipped": 1}
 
 
@@ -111,9 +112,11 @@ def test_a_failure_is_there_before_the_run_ends(tmp_path: Path) -> None:
         process.wait()
     assert sum(failures.counts(out).values()) == 5
     first = failures.first_failure(out)
-    assert first is not None and "test_bad (call): AssertionError: the text of it" in first
+    assert first is not None
+    assert "test_bad (call): AssertionError: the text of it" in first
     (row,) = gpu_check.test_rows(out)
-    assert row.measured == "2 error, 1 failed, 1 passed, 1 skipped" and row.status == f"failed: {first}"
+    assert row.measured == "2 error, 1 failed, 1 passed, 1 skipped"
+    assert row.status == f"failed: {first}"
 
 
 def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path: Path) -> None:
@@ -125,7 +128,8 @@ def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path: Path) -> None:
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     (tmp_path / failures.TESTS).write_text('{"test": "a", "outcome": "passed", "seconds": 1}\n{"test": "b", "outc')
     assert failures.counts(tmp_path) == {"passed": 1}
-    assert failures.counts(tmp_path / "nowhere") == {} and failures.first_failure(tmp_path) is None
+    assert failures.counts(tmp_path / "nowhere") == {}
+    assert failures.first_failure(tmp_path) is None
     assert gpu_check.test_rows(tmp_path / "nowhere") == []
 
 
@@ -134,8 +138,10 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 
 def test_a_part_gets_its_share_or_is_not_begun(tmp_path: Path) -> None:
     made = Part("a", "train", "", "", (), 30, 100, json_rows)
-    assert granted(made, 500) == 100 and granted(made, 60) == 60 - RESERVE
-    assert granted(made, 30 + RESERVE) == 30 and granted(made, 29 + RESERVE) is None
+    assert granted(made, 500) == 100
+    assert granted(made, 60) == 60 - RESERVE
+    assert granted(made, 30 + RESERVE) == 30
+    assert granted(made, 29 + RESERVE) is None
     assert granted(made, -10) is None
 
 
@@ -143,14 +149,14 @@ def test_parts_run_in_the_order_of_their_worth(tmp_path: Path) -> None:
     """All begin within the default time, even if each takes all that it may but the last ones."""
     made = gpu_check.parts(tmp_path)
     groups = [p.group for p in made]
-    assert (
-        list(dict.fromkeys(groups)) == list(gpu_check.GROUPS) and sorted(groups, key=gpu_check.GROUPS.index) == groups
-    )
+    assert list(dict.fromkeys(groups)) == list(gpu_check.GROUPS)
+    assert sorted(groups, key=gpu_check.GROUPS.index) == groups
     assert len({p.name for p in made}) == len(made)
     left = 540.0
     for p in made[:4]:
         seconds = granted(p, left)
-        assert seconds is not None and seconds >= p.least
+        assert seconds is not None
+        assert seconds >= p.least
         left -= seconds
 
 
@@ -161,7 +167,8 @@ def test_parts_are_programs_that_there_are(tmp_path: Path) -> None:
         assert command[:3] == [sys.executable, "-m", p.module]
         if p.group != "tests":
             options = parsers[p.module](command[3:])
-            assert options.seconds == 95 and options.out == tmp_path / f"{p.name}.json"
+            assert options.seconds == 95
+            assert options.out == tmp_path / f"{p.name}.json"
         else:
             assert command[-2:] == ["--record", str(tmp_path / "tests")]
 
@@ -173,12 +180,14 @@ def test_only_some_parts(only: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUT", "somewhere")
     options = gpu_check.parse(["300"])
     assert set(options.groups) == {"tests", "train"}
-    assert options.seconds == 300 and options.out == Path("somewhere")
+    assert options.seconds == 300
+    assert options.out == Path("somewhere")
 
 
 def test_a_part_that_there_is_not(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONLY", raising=False)
-    assert gpu_check.parse([]).groups == list(gpu_check.GROUPS) and gpu_check.parse([]).seconds == 540
+    assert gpu_check.parse([]).groups == list(gpu_check.GROUPS)
+    assert gpu_check.parse([]).seconds == 540
     with pytest.raises(SystemExit):
         gpu_check.parse(["--only", "trian"])
     assert "'trian' is no part: choose from tests, train, streaming, attention" in capsys.readouterr().err
@@ -206,7 +215,8 @@ def test_a_part_that_is_cut_off_keeps_what_it_wrote(tmp_path: Path) -> None:
 def test_a_part_that_fails_says_why_and_keeps_what_it_wrote(tmp_path: Path) -> None:
     rows = ran(part(tmp_path, "write(['a'])\nraise RuntimeError('CUDA out of memory')"), tmp_path)
     assert rows == [Row("a", "1 s"), Row("some part", status="failed: RuntimeError: CUDA out of memory")]
-    assert gpu_check.has_failed(rows) and not gpu_check.has_failed(rows[:1])
+    assert gpu_check.has_failed(rows)
+    assert not gpu_check.has_failed(rows[:1])
     assert ran(part(tmp_path, "sys.exit(3)"), tmp_path) == [Row("some part", status="failed: exit code 3")]
 
 
@@ -219,7 +229,8 @@ def test_a_part_that_is_not_begun_says_why(tmp_path: Path) -> None:
     lacking = part(tmp_path, "write(['a'])", needs=("json", "a_package_that_is_not_there"))
     assert ran(lacking, tmp_path) == [Row("some part", status="skipped: needs a_package_that_is_not_there")]
     late = ran(part(tmp_path, "write(['a'])"), tmp_path, left=1)
-    assert late == [Row("some part", status=OUT_OF_TIME)] and not gpu_check.has_failed(late)
+    assert late == [Row("some part", status=OUT_OF_TIME)]
+    assert not gpu_check.has_failed(late)
     assert not (tmp_path / "some.json").is_file()
 
 
@@ -232,7 +243,8 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path, capsys: pytest.Capture
     rows = gpu_check.check(chosen, tmp_path, 60, {"gpu": "none"})
     assert [row.status for row in rows] == ["failed: RuntimeError: no", DONE]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["machine"] == {"gpu": "none"} and [Row(**row) for row in summary["rows"]] == rows
+    assert summary["machine"] == {"gpu": "none"}
+    assert [Row(**row) for row in summary["rows"]] == rows
     assert "failed: RuntimeError: no" in capsys.readouterr().out
 
 
@@ -250,8 +262,12 @@ def test_rows_of_training(tmp_path: Path) -> None:
     over = "left out: the 100 s of --seconds were over"
     path = written(tmp_path, {"results": [done, {"compiled": True, "refused": over}, {"refused": "no room\nat all"}]})
     first, second, third = gpu_check.train_rows(path)
-    assert first.measured == "6.30 s, MFU 40.9%, 69.3 GB" and first.status == DONE and "12 s" in first.published
-    assert second.what.endswith("compiled") and second.status == OUT_OF_TIME and third.status == "failed: no room"
+    assert first.measured == "6.30 s, MFU 40.9%, 69.3 GB"
+    assert first.status == DONE
+    assert "12 s" in first.published
+    assert second.what.endswith("compiled")
+    assert second.status == OUT_OF_TIME
+    assert third.status == "failed: no room"
     assert gpu_check.train_rows(tmp_path / "nowhere") == []
 
 
@@ -263,9 +279,13 @@ def test_rows_of_streaming_have_the_figures_of_their_decoder_beside_them(tmp_pat
         {"option": {"name": "compiled, tiny", "decoder": "tiny"}} | done,
     ]
     bare, vae, tiny = gpu_check.stream_rows(written(tmp_path, {"results": results}))
-    assert bare.measured == "49.0 FPS, first 0.132 s" and bare.what.endswith("no decoder") and not bare.published
-    assert vae.status.startswith("skipped: needs diffusers") and "17.0 FPS" in vae.published
-    assert "29.5 FPS" in tiny.published and tiny.status == DONE
+    assert bare.measured == "49.0 FPS, first 0.132 s"
+    assert bare.what.endswith("no decoder")
+    assert not bare.published
+    assert vae.status.startswith("skipped: needs diffusers")
+    assert "17.0 FPS" in vae.published
+    assert "29.5 FPS" in tiny.published
+    assert tiny.status == DONE
 
 
 def test_rows_of_attention(tmp_path: Path) -> None:
@@ -278,10 +298,13 @@ def test_rows_of_attention(tmp_path: Path) -> None:
     ]
     path = written(tmp_path, {"tokens": 75600, "heads": 12, "results": results})
     flash, ours, broken = gpu_check.attention_rows(path)
-    assert flash.status == "skipped: No available kernel" and not flash.published
-    assert ours.measured == "forward 11.20 ms (3.0x), with backward 37.90 ms" and "8.1x" in ours.published
+    assert flash.status == "skipped: No available kernel"
+    assert not flash.published
+    assert ours.measured == "forward 11.20 ms (3.0x), with backward 37.90 ms"
+    assert "8.1x" in ours.published
     assert ours.what == "vsa 0.9 triton, 75,600 tokens, 12 heads"
-    assert broken.status == "failed: out of resource" and broken.measured == "forward 20.00 ms"
+    assert broken.status == "failed: out of resource"
+    assert broken.measured == "forward 20.00 ms"
 
 
 def test_results_of_the_benchmarks_have_what_the_rows_read(tmp_path: Path) -> None:

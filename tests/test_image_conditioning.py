@@ -208,7 +208,8 @@ def test_a_clip_is_the_start_of_a_shorter_trajectory() -> None:
     clip, noise, grid = latents(2, 2, 3), latents(4, 2, 3), (1.0, 0.9, 0.7, 0.4)
     assert torch.equal(from_clip(clip, noise, grid, 1.0)[0], noise)
     x, rest = from_clip(clip, noise, grid, 0.5)
-    assert rest == (0.7, 0.4) and torch.equal(x, mix(clip, noise, torch.full((2,), 0.7)))
+    assert rest == (0.7, 0.4)
+    assert torch.equal(x, mix(clip, noise, torch.full((2,), 0.7)))
     assert from_clip(clip, noise, grid, 0.01)[1] == (0.4,)  # one step at least
     text = texts(3, 2)
 
@@ -256,7 +257,8 @@ def test_an_expert_is_trained_within_its_own_noise_levels(boundary: float) -> No
     low = replace(whole, max_score_timestep=1000 * boundary)
     for draw in ("score_sigma", "training_sigma"):
         everything, above, below = (getattr(one, draw)(u) for one in (whole, high, low))
-        assert float(above.min()) >= boundary - 1e-6 and float(below.max()) <= boundary + 1e-6
+        assert float(above.min()) >= boundary - 1e-6
+        assert float(below.max()) <= boundary + 1e-6
         share = float((everything >= boundary).double().mean())
         for part, own in ((everything[everything >= boundary], above), (everything[everything < boundary], below)):
             for q in (0.1, 0.5, 0.9):

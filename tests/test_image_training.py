@@ -157,13 +157,20 @@ def test_a_distillation_step_judges_what_was_made(folder: Path, kind: str, tmp_p
         spoil(fake.net, 0)
         after = losses()
         if is_i2v(kind):
-            assert given.initial is None and made.frame_mask is None and made.x0.shape == (2, F, C, H, W)
-            assert given.channels is not None and given.channels.shape == (2, F, 4 + C, H, W)
-            assert given.image is not None and given.image.shape == (2, *CLIP)
+            assert given.initial is None
+            assert made.frame_mask is None
+            assert made.x0.shape == (2, F, C, H, W)
+            assert given.channels is not None
+            assert given.channels.shape == (2, F, 4 + C, H, W)
+            assert given.image is not None
+            assert given.image.shape == (2, *CLIP)
             assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
             return
-        assert made.frame_mask is not None and made.frame_mask.tolist() == [False, True, True]
-        assert given.initial is not None and given.channels is None and made.x0.shape == (2, F, C, H, W)
+        assert made.frame_mask is not None
+        assert made.frame_mask.tolist() == [False, True, True]
+        assert given.initial is not None
+        assert given.channels is None
+        assert made.x0.shape == (2, F, C, H, W)
         assert torch.allclose(made.x0[:, :1], given.initial, atol=1e-5)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         spoil(fake.net, 1)
@@ -179,7 +186,8 @@ def test_distillation_sees_the_image_and_resumes_exactly(folder: Path, kind: str
         found[images] = curve(tmp_path / images)
     for one, two in zip(found["images1"], found["images2"], strict=True):
         for name in ("student/loss", "critic/loss"):
-            assert one[name] > 0 and one[name] != two[name]
+            assert one[name] > 0
+            assert one[name] != two[name]
     if kind != "causal":
         return
     base = options(folder, kind, DISTILLATION, images=str(folder / "images1"))
@@ -207,7 +215,8 @@ def test_a_diffusion_step_is_given_the_first_frame(folder: Path, mode: str, kind
         before = run.loss(micro).loss
         changed = clips.latents.clone()
         if not is_i2v(kind):
-            assert clips.given.initial is not None and torch.equal(clips.given.initial, clips.latents[:, :1])
+            assert clips.given.initial is not None
+            assert torch.equal(clips.given.initial, clips.latents[:, :1])
             changed[:, :1] += 1  # the frame itself has no loss: what changes is what the others see
         run.task.real = lambda positions, shape=None: replace(clips, latents=changed, given=other(clips.given))
         assert abs(run.loss(micro).loss - before) > 1e-4 * before
@@ -224,7 +233,8 @@ def test_an_ode_step_is_given_the_first_frame(folder: Path, kind: str, tmp_path:
     data = {"prompts": str(folder / "prompts.txt")} | ({} if is_i2v(kind) else {"first_frame": True})
     base = merged(options(folder, kind, ODE, **data), {"teacher": None, "ode": {"path": str(folder / "pairs1")}})
     run = started(tmp_path, base)
-    assert isinstance(run, ODETrainer) and run.stored is not None
+    assert isinstance(run, ODETrainer)
+    assert run.stored is not None
     (micro,) = run.batch("ode")
     read, pairs = run.stored.read, run.stored.read(micro.positions)
     with torch.no_grad():
@@ -256,10 +266,13 @@ def test_trajectories_are_made_from_images_and_keep_what_they_were_made_from(
         found = stored.read(number, 0)
         made, image = run.trajectories[number], by_caption[found.caption]
         assert run.task.prompts(range(number, number + 1)) == [found.caption]
-        assert found.trajectory is not None and torch.allclose(found.trajectory, made, atol=1e-5)
-        assert image.latents is not None and found.latents is not None
+        assert found.trajectory is not None
+        assert torch.allclose(found.trajectory, made, atol=1e-5)
+        assert image.latents is not None
+        assert found.latents is not None
         if kind == "ti2v":
-            assert torch.equal(found.latents[:1], image.latents) and found.clip is None
+            assert torch.equal(found.latents[:1], image.latents)
+            assert found.clip is None
         else:
             assert torch.equal(found.first_latents, image.first_latents)  # type: ignore[arg-type]
             assert torch.equal(found.clip, image.clip)  # type: ignore[arg-type]
@@ -282,7 +295,8 @@ def test_images_go_by_position_with_their_captions(folder: Path) -> None:
     by_caption = {sample.caption: sample for sample in samples(1, 1)}
     for row, caption in enumerate(task.prompts(range(2 * COUNT))):
         first = by_caption[caption].first_latents
-        assert whole.channels is not None and first is not None
+        assert whole.channels is not None
+        assert first is not None
         assert torch.equal(whole.channels[row, :, 4:], first)
         assert torch.equal(whole.text[row], task.conditioning([caption]).text[0])
     parts = []
@@ -290,7 +304,8 @@ def test_images_go_by_position_with_their_captions(folder: Path) -> None:
         each = (stop - start) // ranks
         parts += [build_task(base, CPU).conditions(range(a, a + each)) for a in range(start, stop, each)]
     joined = Conditioning.joined(parts)
-    assert torch.equal(joined.channels, whole.channels) and torch.equal(joined.text, whole.text)  # type: ignore[arg-type]
+    assert torch.equal(joined.channels, whole.channels)
+    assert torch.equal(joined.text, whole.text)
     assert torch.equal(joined.image, whole.image)  # type: ignore[arg-type]
 
 
@@ -349,16 +364,19 @@ def test_what_does_not_fit_is_one_line(folder: Path, tmp_path: Path) -> None:
 def test_a_text_to_video_run_of_a_ti2v_network_is_given_nothing(folder: Path, tmp_path: Path) -> None:
     prompts = str(folder / "prompts.txt")
     run = started(tmp_path / "free", options(folder, "ti2v", DISTILLATION, prompts=prompts))
-    assert run.task.conditions(range(2)).initial is None and run.train() == 0
+    assert run.task.conditions(range(2)).initial is None
+    assert run.train() == 0
     data = {"prompts": prompts, "latents": str(folder / "videos1"), "first_frame": False}
     run = started(tmp_path / "real", options(folder, "ti2v", DIFFUSION, **data))
-    assert run.task.real(range(2)).given == Given() and run.train() == 0
+    assert run.task.real(range(2)).given == Given()
+    assert run.train() == 0
 
 
 def test_a_plan_of_an_i2v_run_needs_no_images(folder: Path) -> None:
     base = config(options(folder, "i2v", DISTILLATION, images=str(folder / "images1")))
     plan = make_plan(base, Cluster(1, 1, "h200", GPUS["h200"]))
-    assert plan.peak > 0 and plan.seconds > 0
+    assert plan.peak > 0
+    assert plan.seconds > 0
 
 
 # ------------------------------------------------------------------------------------------------------- corrupt samples
@@ -398,9 +416,12 @@ def test_corrupt_samples_of_all_ranks_count_as_one(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(faults.distributed, "world_size", lambda: 2)
     others = {3}
     shared = SharedFaults([stream(3)])
-    assert shared.agree(0.0) == {"corrupt_samples": 1.0} and not asked  # no collective while nothing is new
-    assert shared.agree(2.0) == {"corrupt_samples": 1.0} and asked == [{3}]
-    assert shared.agree(2.0 * shared.count) == {"corrupt_samples": 1.0} and len(asked) == 1
+    assert shared.agree(0.0) == {"corrupt_samples": 1.0}
+    assert not asked
+    assert shared.agree(2.0) == {"corrupt_samples": 1.0}
+    assert asked == [{3}]
+    assert shared.agree(2.0 * shared.count) == {"corrupt_samples": 1.0}
+    assert len(asked) == 1
     others = {4}
     with pytest.raises(UserError, match=r"2 of 100 samples are corrupt, more than a share of 0\.01") as caught:
         shared.agree(3.0)

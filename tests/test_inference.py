@@ -62,7 +62,8 @@ def test_blocks_arrive_one_by_one(run: Path) -> None:
     for block in generator.stream(PROMPTS, Sampling(), [0, 1]):
         shapes.append(block.shape[1])
         spent.append(generator.score.evaluations.calls["student"])
-    assert shapes == [3, 3, 3] and spent == [3, 7, 11]
+    assert shapes == [3, 3, 3]
+    assert spent == [3, 7, 11]
 
 
 def test_longer_than_trained_with_a_window_costs_constant_memory(run: Path) -> None:
@@ -184,7 +185,8 @@ def test_prompt_file_is_resumed(run: Path, tmp_path: Path, capsys: pytest.Captur
     made[1].unlink()
     pinned = inference_args(["--checkpoint", folder, *command[2:]])
     assert generate_videos(Generator.load(pinned.source, CPU), pinned) == 0  # type: ignore[arg-type]
-    assert sorted(out.glob(".*")) == sorted(others) and made[1].is_file()
+    assert sorted(out.glob(".*")) == sorted(others)
+    assert made[1].is_file()
 
 
 def test_a_file_of_one_prompt_fills_a_folder_whatever_its_name(run: Path, tmp_path: Path) -> None:
@@ -260,7 +262,8 @@ def test_blocks_of_their_own_steps_and_noisy_context(run: Path) -> None:
         generator(PROMPTS, sampling, [0, 1])
         assert calls["student"] - before == spent
     first, other = (generator(PROMPTS, Sampling(block_steps=b), [0, 1]) for b in ((3, 3, 1), (3, 3, 3)))
-    assert torch.equal(first[:, :6], other[:, :6]) and not torch.allclose(first, other, atol=1e-3)
+    assert torch.equal(first[:, :6], other[:, :6])
+    assert not torch.allclose(first, other, atol=1e-3)
     args = inference_args(["--run", "x", "--prompt", "y", "--block_steps", "4,2", "--noisy_context"])
     assert (args.sampling.block_steps, args.sampling.noisy_context) == ((4, 2), True)
 
@@ -292,9 +295,8 @@ def test_endless_begins_as_a_video_with_an_end(run: Path) -> None:
     blocks = [video.make(video.noise(generator.task.latent_shape[1:])) for _ in range(10)]
     ended = generator(PROMPTS, Sampling(seed=4, window=9, sinks=3, frames=30), [0, 1])
     torch.testing.assert_close(torch.cat(blocks, 1), ended, rtol=1e-4, atol=1e-5)
-    assert video.cache.held_frames == 6 and video.cache.in_time == [
-        *range(21, 27)
-    ]  # none further than 9 from the next end
+    assert video.cache.held_frames == 6
+    assert video.cache.in_time == [*range(21, 27)]
     trained = generator.endless(PROMPTS, Sampling(), [0, 1])  # its window is then as long as its training
     assert trained.causal.window_frames == 9
 
@@ -320,7 +322,8 @@ def test_a_recorded_video_leaves_its_recordings_to_the_next(run: Path, monkeypat
         prompts = PROMPTS[: len(batch)]
         made = generator(prompts, Sampling(seed=seed), batch)
         torch.testing.assert_close(made, plain(prompts, Sampling(seed=seed), batch), rtol=1e-4, atol=1e-5)
-    assert len(recorded) == 2 and all(len(one.recorded) == 3 for one in recorded)
+    assert len(recorded) == 2
+    assert all(len(one.recorded) == 3 for one in recorded)
     both = zip(*(generator.stream(PROMPTS, Sampling(seed=s), [0, 1]) for s in (4, 5)), strict=True)
     for seed, parts in zip((4, 5), zip(*both, strict=True), strict=True):
         expected = plain(PROMPTS, Sampling(seed=seed), [0, 1])
@@ -333,13 +336,15 @@ def test_visitors_who_come_later_find_what_earlier_ones_recorded(run: Path, monk
     first, second = (Live(generator, PROMPTS[0], Sampling(seed=seed)) for seed in (0, 1))
     for _ in range(5):
         shown = [first.next_frames(), second.next_frames()]
-    assert len(recorded) == 2 and not torch.allclose(*shown, atol=1e-3)
+    assert len(recorded) == 2
+    assert not torch.allclose(*shown, atol=1e-3)
     for live in (first, second):
         live.close()
     third, expected = (Live(one, PROMPTS[1], Sampling(seed=2)) for one in (generator, plain))
     for _ in range(5):
         torch.testing.assert_close(third.next_frames(), expected.next_frames(), rtol=1e-4, atol=1e-5)
-    assert len(recorded) == 2 and all(len(one.recorded) == 3 for one in recorded)
+    assert len(recorded) == 2
+    assert all(len(one.recorded) == 3 for one in recorded)
 
 
 def test_size_of_a_run(run: Path, tmp_path: Path) -> None:
@@ -364,7 +369,9 @@ def test_live_is_what_endless_makes_and_measures_its_pace(run: Path) -> None:
     live = Live(generator, PROMPTS[0], Sampling(seed=2, window=9), number=7)
     assert live.pace == Pace()
     shown = [live.next_frames() for _ in range(2)]
-    assert live.pace.frames == 6 and live.pace.first is not None and live.pace.fps is not None
+    assert live.pace.frames == 6
+    assert live.pace.first is not None
+    assert live.pace.fps is not None
     live.switch(PROMPTS[1])
     assert live.prompt == PROMPTS[0]  # of what has been shown
     with pytest.raises(UserError, match="cannot read caption|unknown word|no embedding"):

@@ -36,7 +36,8 @@ def test_sinks_stay_and_the_rest_is_the_most_recent(sinks: int, blocks: list[int
     context = cache.context(0)
     assert context is not None
     assert context[0].flatten()[::2].tolist() == cache.positions  # what lies in a slot is what `positions` says
-    assert torch.equal(context[0], -context[1]) and torch.equal(context[0][:, ::2], context[0][:, 1::2])
+    assert torch.equal(context[0], -context[1])
+    assert torch.equal(context[0][:, ::2], context[0][:, 1::2])
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 3, 5])
@@ -50,7 +51,8 @@ def test_in_order_of_time_a_block_is_joined_to_what_it_follows(sinks: int, block
         with torch.set_grad_enabled(with_gradient):
             k, v = cache.join(0)(block, -block)
             contexts.append(cache.context(0))
-        assert k.flatten()[::2].tolist() == expected and torch.equal(k, -v)
+        assert k.flatten()[::2].tolist() == expected
+        assert torch.equal(k, -v)
         assert torch.equal(k[:, ::2], k[:, 1::2])
     assert all(context is not None and context[0].flatten()[::2].tolist() == expected[:-2] for context in contexts)
 

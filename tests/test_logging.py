@@ -38,8 +38,10 @@ def test_one_object_a_line_with_exact_numbers(tmp_path: Path) -> None:
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # on disk before the logger is closed
     entries = [json.loads(line) for line in lines]
     assert [entry["step"] for entry in entries] == [0, 1, 2, 3]
-    assert entries[1]["loss"] == 1 / 7 and entries[1]["norm"] == 2.0
-    assert math.isnan(entries[3]["loss"]) and entries[3]["norm"] == math.inf
+    assert entries[1]["loss"] == 1 / 7
+    assert entries[1]["norm"] == 2.0
+    assert math.isnan(entries[3]["loss"])
+    assert entries[3]["norm"] == math.inf
     assert before <= entries[0]["time"] <= entries[3]["time"] <= time.time()
 
 
@@ -82,7 +84,8 @@ def test_video_is_named_relative_to_the_run(tmp_path: Path) -> None:
     logger = RunLogger(tmp_path / "run", {})
     logger.video(7, "ema/0", tmp_path / "run" / "samples" / "a.mp4")
     (entry,) = read_jsonl(logger.path)
-    assert entry["step"] == 7 and entry["video"] == {"ema/0": "samples/a.mp4"}
+    assert entry["step"] == 7
+    assert entry["video"] == {"ema/0": "samples/a.mp4"}
 
 
 def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
@@ -151,7 +154,9 @@ def test_wandb_is_offline_without_a_key(
     logger.scalars(2, {"loss": 0.5})
     logger.video(3, "sample", tmp_path / "a.mp4")
     logger.close()
-    assert calls[0]["mode"] == expected and calls[0]["config"] == {"seed": 1} and calls[0]["id"] is None
+    assert calls[0]["mode"] == expected
+    assert calls[0]["config"] == {"seed": 1}
+    assert calls[0]["id"] is None
     assert run.logged == [(2, {"loss": 0.5}), (3, {"sample": f"video {tmp_path / 'a.mp4'}"})]
     assert run.finished
     RunLogger(tmp_path, {}, wandb=True)
@@ -170,8 +175,10 @@ def test_wandb_that_fails_is_one_warning(tmp_path: Path, monkeypatch: pytest.Mon
     logger.scalars(1, {"loss": 1.0})
     logger.scalars(2, {"loss": 1.0})
     logger.close()
-    assert len(warnings) == 2 and not any("\n" in line for line in warnings)
-    assert "no network" in warnings[0] and "lost the line" in warnings[1]
+    assert len(warnings) == 2
+    assert not any("\n" in line for line in warnings)
+    assert "no network" in warnings[0]
+    assert "lost the line" in warnings[1]
     assert steps_of(tmp_path) == [0, 1, 2]
 
 
@@ -182,7 +189,8 @@ def test_wandb_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Monkey
     logger = RunLogger(tmp_path, {}, wandb=True)
     logger.scalars(0, {"loss": 1.0})
     release.set()
-    assert len(warnings) == 1 and "no answer" in warnings[0]
+    assert len(warnings) == 1
+    assert "no answer" in warnings[0]
     assert steps_of(tmp_path) == [0]
 
 
@@ -195,8 +203,11 @@ def test_progress_without_a_terminal_is_a_line_every_so_often(capsys: pytest.Cap
         progress.update(step, {"loss": step / 3, "norm": 1e-9})
     progress.close()
     out, lines = capsys.readouterr()
-    assert out == "" and [line.split()[1] for line in lines.splitlines()] == ["10/25", "20/25", "25/25"]
-    assert "loss=3.333 norm=1e-09" in lines and "0:00:0" in lines and "it/s" in lines
+    assert out == ""
+    assert [line.split()[1] for line in lines.splitlines()] == ["10/25", "20/25", "25/25"]
+    assert "loss=3.333 norm=1e-09" in lines
+    assert "0:00:0" in lines
+    assert "it/s" in lines
 
 
 def test_time_left_is_that_of_the_steps_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +224,9 @@ def test_progress_on_a_terminal_is_a_bar(capsys: pytest.CaptureFixture[str], mon
     progress = Progress(4, initial=1)
     progress.update(4, {"loss": 0.25})
     progress.close()
-    assert "100%" in (shown := capsys.readouterr().err) and "4/4" in shown and "loss=0.25" in shown
+    assert "100%" in (shown := capsys.readouterr().err)
+    assert "4/4" in shown
+    assert "loss=0.25" in shown
 
 
 def test_other_ranks_show_no_progress(capsys: pytest.CaptureFixture[str]) -> None:

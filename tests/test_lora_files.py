@@ -92,7 +92,7 @@ def test_any_trainers_names_are_the_same_change(base: Path, tmp_path: Path, styl
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_peft_folder_says_its_alpha(base: Path, tmp_path: Path, rslora: bool) -> None:
-    state = {key: value for key, value in adapter().items()}
+    state = dict(adapter().items())
     weights, config = lora_to_peft(state, ALPHA)
     save_file(weights, tmp_path / "adapter_model.safetensors")
     config |= {"use_rslora": rslora, "alpha_pattern": {"attn1.to_q": 9.0}}
@@ -129,7 +129,8 @@ def test_diffusers_reads_our_names_as_its_own() -> None:
         {f"diffusion_model.{k}": v for k, v in state.items()}
     )
     ours = lora_to_diffusers(state, 3.0)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_full_differences_biases_and_several_files_add_up(base: Path, tmp_path: Path) -> None:
@@ -187,7 +188,8 @@ def test_what_does_not_fit_is_one_line(base: Path, tmp_path: Path, change: State
     save_file(adapter() | change, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=message) as error:
         MergedWeights(LazyWeights(base), [(tmp_path / "lora.safetensors", 1.0)])
-    assert "\n" not in str(error.value) and "lora.safetensors" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "lora.safetensors" in str(error.value)
 
 
 def test_a_network_starts_from_base_and_lora(base: Path, tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def test_rope_closed_form() -> None:
             assert float(table[1, pair]) == pytest.approx(math.sin(angle), abs=1e-7)
             pair += 1
     turned = apply_rope(torch.tensor([1.0, 0.0] * 64)[None, None, None], table[:, None])[0, 0, 0]
-    assert torch.allclose(turned[0::2], table[0]) and torch.allclose(turned[1::2], table[1])
+    assert torch.allclose(turned[0::2], table[0])
+    assert torch.allclose(turned[1::2], table[1])
 
 
 def test_rope_keeps_precision_at_long_positions() -> None:
@@ -126,7 +127,8 @@ def test_segments_and_tokens_are_the_same_mask(seed: int) -> None:
         covered += range(queries.start, queries.stop)
         for keys in runs:
             from_segments[queries, keys] = True
-    assert covered == list(range(6)) and len(mask.segments) < 6
+    assert covered == list(range(6))
+    assert len(mask.segments) < 6
     assert torch.equal(from_segments, table)
     tokens = mask.tokens(3, CPU)
     assert all(tokens[q, k] == table[q // 3, k // 3] for q in range(18) for k in range(21))

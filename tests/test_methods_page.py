@@ -30,7 +30,8 @@ def test_every_row_is_a_legal_run_of_the_networks_it_starts_from(method: Any, tm
     for quick in (False, True):
         job = Job(method, 1, options(tmp_path, quick=quick))
         config = job.config()
-        assert config is not None and config.seed == 1
+        assert config is not None
+        assert config.seed == 1
         networks = {"student": config.student, "teacher": config.teacher, "critic": config.critic}
         for name, network in networks.items():
             if config.trainer is TrainerKind.score_distillation or name == "student":
@@ -48,7 +49,8 @@ def test_rows_are_chosen_with_all_that_they_start_from_and_each_group_has_its_na
     for group in GROUPS:
         assert group.naive is None or group.naive in order
     for method in METHODS:
-        assert method.needs() <= set(order) and method.group in {"", *(g.key for g in GROUPS)}
+        assert method.needs() <= set(order)
+        assert method.group in {"", *(g.key for g in GROUPS)}
     with pytest.raises(UserError, match="--only nonsense: choose among causal_2, causvid"):
         jobs(Options(Path("x")), 1, ["nonsense"])
 
@@ -56,7 +58,8 @@ def test_rows_are_chosen_with_all_that_they_start_from_and_each_group_has_its_na
 def test_a_run_is_known_by_what_it_was_trained_with_and_a_result_also_by_how_it_was_judged(tmp_path: Path) -> None:
     job = Job(BY_KEY["sf_dmd"], 0, options(tmp_path))
     judged_otherwise = replace(job, options=options(tmp_path, split="dev"))
-    assert job.trained() == judged_otherwise.trained() and job.judged() != judged_otherwise.judged()
+    assert job.trained() == judged_otherwise.trained()
+    assert job.judged() != judged_otherwise.judged()
     assert replace(job, seed=1).trained() != job.trained()
     longer = replace(job, options=options(tmp_path, quick=False))  # so are the runs that it starts from
     assert longer.trained() != job.trained()
@@ -104,8 +107,10 @@ def test_quick_trains_judges_and_describes_rows_of_every_trainer(tmp_path: Path)
     assert set(numbers) == {"teacher", "init_tf", "digits_teacher", *rows}
     trained = numbers["init_ode_causal"][0]["training"]
     # two pairs by three guided steps of three blocks, two of which are cached, and three updates of two videos
-    assert trained["network_evaluations"] == pytest.approx(2 * 2 * (3 + 2 / 3) + 3 * 2 * 2) and trained["peak_mb"] > 0
-    assert numbers["teacher_1"][0]["evaluations"] == 2 and numbers["digits_ladd"][0]["evaluations"] == 1
+    assert trained["network_evaluations"] == pytest.approx(2 * 2 * (3 + 2 / 3) + 3 * 2 * 2)
+    assert trained["peak_mb"] > 0
+    assert numbers["teacher_1"][0]["evaluations"] == 2
+    assert numbers["digits_ladd"][0]["evaluations"] == 1
     assert numbers["phased"][0]["evaluations"] == 2  # one of each expert
 
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*/result.json")}

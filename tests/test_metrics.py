@@ -94,15 +94,21 @@ def test_displacement_of_a_known_path_across_the_edge() -> None:
 
 def test_real_videos_score_as_real(judge: ToyJudge, real: Tensor) -> None:
     row = judge.evaluate(real, CAPTIONS)
-    assert judge.accuracy > 0.95 and row["digit_right"] > 0.95
-    assert row["direction_right"] == 1 and row["prompt_right"] == row["digit_right"]
+    assert judge.accuracy > 0.95
+    assert row["digit_right"] > 0.95
+    assert row["direction_right"] == 1
+    assert row["prompt_right"] == row["digit_right"]
     assert row["prompt_right_se"] == pytest.approx(binomial_error(row["prompt_right"], 400))
     assert abs(row["appearance_fd"] - row["appearance_fd_floor"]) < 4 * row["appearance_fd_floor_sd"]
-    assert row["motion_error"] < 0.01 and row["jitter"] < 0.01 and row["flicker"] < 1e-3 and row["clipped"] == 0
+    assert row["motion_error"] < 0.01
+    assert row["jitter"] < 0.01
+    assert row["flicker"] < 1e-3
+    assert row["clipped"] == 0
     assert row["intensity"] == pytest.approx(row["intensity_real"], rel=0.02)
     assert row["diversity"] == pytest.approx(1, abs=0.07)
     assert row["appearance_drift"] == pytest.approx(row["appearance_drift_real"], rel=0.1)
-    assert row["motion"] == pytest.approx(row["motion_real"], rel=0.02) and row["intensity_drift"] < 1e-3
+    assert row["motion"] == pytest.approx(row["motion_real"], rel=0.02)
+    assert row["intensity_drift"] < 1e-3
     assert METRICS.keys() <= row.keys()
 
 
@@ -110,25 +116,33 @@ def test_wrong_captions_are_noticed_attribute_by_attribute(judge: ToyJudge, real
     told = [WORLD.parse(caption) for caption in CAPTIONS]
     opposite = {"left": "right", "right": "left", "up": "down", "down": "up"}
     row = judge.evaluate(real, [WORLD.caption(digit, opposite[direction]) for digit, direction in told])
-    assert row["direction_right"] == 0 and row["prompt_right"] == 0 and row["digit_right"] > 0.95
+    assert row["direction_right"] == 0
+    assert row["prompt_right"] == 0
+    assert row["digit_right"] > 0.95
     row = judge.evaluate(real, [WORLD.caption((digit + 1) % 10, direction) for digit, direction in told])
-    assert row["direction_right"] == 1 and row["digit_right"] < 0.05
+    assert row["direction_right"] == 1
+    assert row["digit_right"] < 0.05
 
 
 def test_faults_move_their_own_measures(judge: ToyJudge, real: Tensor) -> None:
     clean = judge.evaluate(real, CAPTIONS)
     dim = judge.evaluate(WORLD.encode(WORLD.decode(real) * 0.7), CAPTIONS)
     assert dim["intensity"] == pytest.approx(0.7 * clean["intensity"], rel=1e-3)
-    assert dim["appearance_fd"] > 5 * clean["appearance_fd"] and dim["jitter"] < 0.01
+    assert dim["appearance_fd"] > 5 * clean["appearance_fd"]
+    assert dim["jitter"] < 0.01
     still = judge.evaluate(real[:, :1].expand(-1, 9, -1, -1, -1), CAPTIONS)
-    assert still["direction_right"] == 0 and still["motion_error"] == pytest.approx(0.75, abs=1e-3)
-    assert still["digit_right"] > 0.9 and still["motion"] == 0 == still["appearance_drift"]
+    assert still["direction_right"] == 0
+    assert still["motion_error"] == pytest.approx(0.75, abs=1e-3)
+    assert still["digit_right"] > 0.9
+    assert still["motion"] == 0 == still["appearance_drift"]
     half = judge.evaluate(real[:, [0, 0, 1, 1, 2, 2, 3, 3, 4]], CAPTIONS)  # half the speed, in jerks
-    assert half["motion_error"] == pytest.approx(0.375, abs=0.01) and half["jitter"] == pytest.approx(0.375, abs=0.01)
+    assert half["motion_error"] == pytest.approx(0.375, abs=0.01)
+    assert half["jitter"] == pytest.approx(0.375, abs=0.01)
     blink = judge.evaluate(
         WORLD.encode(WORLD.decode(real) * (torch.arange(9) % 2).view(9, 1, 1, 1).add(1) / 2), CAPTIONS
     )
-    assert blink["flicker"] == pytest.approx(0.5, rel=0.03) and blink["intensity_drift"] < 1e-3
+    assert blink["flicker"] == pytest.approx(0.5, rel=0.03)
+    assert blink["intensity_drift"] < 1e-3
     fading = judge.evaluate(WORLD.encode(WORLD.decode(real) * torch.linspace(1, 0.6, 9).view(9, 1, 1, 1)), CAPTIONS)
     assert fading["intensity_drift"] == pytest.approx(0.4, rel=0.03)
     assert fading["appearance_drift"] > 20 > clean["appearance_drift"]
@@ -142,7 +156,9 @@ def test_repeating_one_video_a_caption_has_no_diversity(judge: ToyJudge, real: T
 def test_one_judge_measures_videos_of_any_length(judge: ToyJudge) -> None:
     long_world = ToyWorld(ToyWorldConfig(frames=40))  # once round the torus and on
     row = judge.evaluate(long_world.real_videos_for(CAPTIONS, seed=5), CAPTIONS)
-    assert row["direction_right"] == 1 and row["digit_right"] > 0.95 and row["jitter"] < 0.01
+    assert row["direction_right"] == 1
+    assert row["digit_right"] > 0.95
+    assert row["jitter"] < 0.01
 
 
 def test_the_judge_is_trained_once_and_leaves_the_random_state_alone(tmp_path: Path, judge: ToyJudge) -> None:
@@ -151,7 +167,8 @@ def test_the_judge_is_trained_once_and_leaves_the_random_state_alone(tmp_path: P
     assert torch.equal(torch.get_rng_state(), before)
     written = fresh.path.stat().st_mtime_ns
     again = ToyJudge(WORLD, tmp_path)
-    assert again.path.stat().st_mtime_ns == written and again.accuracy == fresh.accuracy
+    assert again.path.stat().st_mtime_ns == written
+    assert again.accuracy == fresh.accuracy
     videos, captions = WORLD.real_videos_for(CAPTIONS[:80], 3), CAPTIONS[:80]
     assert again.evaluate(videos, captions) == fresh.evaluate(videos, captions)
     assert [file.name for file in tmp_path.iterdir()] == [judge.path.name]
@@ -160,7 +177,8 @@ def test_the_judge_is_trained_once_and_leaves_the_random_state_alone(tmp_path: P
 def test_the_reward_of_a_sample_with_nan_is_nan(judge: ToyJudge, real: Tensor) -> None:
     """An update on it is then skipped and counted; what is beside it keeps its reward."""
     clean = judge.adherence(real[:6], CAPTIONS[:6])
-    assert bool(((clean >= 0) & (clean <= 1)).all()) and float(clean.max()) > 0.5
+    assert bool(((clean >= 0) & (clean <= 1)).all())
+    assert float(clean.max()) > 0.5
     spoilt = real[:6].clone()
     spoilt[1], spoilt[4, 3, 0, 2, 2] = math.nan, math.nan
     found = judge.adherence(spoilt, CAPTIONS[:6])

@@ -233,7 +233,8 @@ def test_defect_03_checkpointed_cached_passes_and_replayed_ones_are_exact(backen
         out.square().sum().backward()
         found.append({"": out.detach()} | gradients(net))
     kept, *checkpointed, replayed = found
-    assert len(checkpointed) == 2 and all(kept.keys() == other.keys() for other in found)
+    assert len(checkpointed) == 2
+    assert all(kept.keys() == other.keys() for other in found)
     for name, value in kept.items():
         assert all(torch.equal(value, other[name]) for other in checkpointed), name
         if name.startswith(("text_embedding", "time_")):

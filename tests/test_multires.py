@@ -87,7 +87,8 @@ def test_ranks_and_accumulation_make_the_same_losses_bit_for_bit(tmp_path: Path)
         met.add(shape)
         for one, other in zip(whole, shared, strict=True):
             a, b = (run.objective.student_loss(run.sample_of(micro, with_gradient=False)) for micro in (one, other))
-            assert torch.equal(a.loss, b.loss) and a.loss != 0
+            assert torch.equal(a.loss, b.loss)
+            assert a.loss != 0
     assert met == set(SHAPES)
 
 
@@ -124,7 +125,8 @@ def test_a_list_of_the_own_size_is_no_list(tmp_path: Path) -> None:
         drop = ("/frames", "/height", "/width")
         curves.append([{k: v for k, v in entry.items() if not k.endswith(drop)} for entry in curve(tmp_path / name)])
         weights.append(tensors(tmp_path / name))
-    assert curves[0] == curves[1] and weights[0].keys() == weights[1].keys()
+    assert curves[0] == curves[1]
+    assert weights[0].keys() == weights[1].keys()
     for name, group in weights[0].items():
         assert all(torch.equal(value, weights[1][name][key]) for key, value in group.items())
 
@@ -147,7 +149,8 @@ def test_every_rollout_and_trainer_takes_its_shape_from_the_draw(kind: str, tmp_
         seen.clear()
         run.training_step()
         both = kind in ("teacher_forcing", "consistency")  # clean frames before the noisy ones
-        assert seen == {(2 * frames if both else frames, *rest)} and run.skipped == 0
+        assert seen == {(2 * frames if both else frames, *rest)}
+        assert run.skipped == 0
 
 
 def test_caches_of_all_sizes_lie_in_the_memory_of_the_largest() -> None:
@@ -156,7 +159,8 @@ def test_caches_of_all_sizes_lie_in_the_memory_of_the_largest() -> None:
     room = RolloutCache(several, run_net, CPU)
     caches = {size: room.empty(2, 6, *size[1:]) for size in sizes_of(several)}
     owners = {cache._kv.untyped_storage().data_ptr() for cache in caches.values()}
-    assert len(owners) == 1 and {c._kv.untyped_storage().nbytes() for c in caches.values()} == {caches[OWN].nbytes}
+    assert len(owners) == 1
+    assert {c._kv.untyped_storage().nbytes() for c in caches.values()} == {caches[OWN].nbytes}
     assert caches[OWN].nbytes > caches[3, 6, 6].nbytes
     assert room.empty(2, 6, 8, 8) is caches[OWN]  # the last one again
     # whoever would still read an earlier one in backward is told, not given other numbers
@@ -262,7 +266,8 @@ def test_synthetic_videos_and_images_have_the_size_that_is_asked_for() -> None:
         clips, given = task.real(range(2), shape), task.conditions(range(2), shape)
         assert clips.latents.shape == (2, *shape)
         for channels in (clips.given.channels, given.channels):
-            assert channels is not None and channels.shape == (2, shape[0], 6, *shape[2:])
+            assert channels is not None
+            assert channels.shape == (2, shape[0], 6, *shape[2:])
         assert task.reencode(clips.latents).shape == (2, 1, *shape[1:])
 
 
@@ -270,8 +275,10 @@ def test_shorter_stored_videos_are_their_beginnings() -> None:
     latents, channels = torch.randn(2, 5, 4, 2, 2), torch.randn(2, 5, 6, 2, 2)
     image = torch.randn(2, 3, 7)
     short = Clips(latents, ["a", "b"], Given(latents[:, :1], channels, image)).start(3, CPU)
-    assert torch.equal(short.latents, latents[:, :3]) and torch.equal(short.given.initial, latents[:, :1])  # type: ignore[arg-type]
-    assert torch.equal(short.given.channels, channels[:, :3]) and short.given.image is image  # type: ignore[arg-type]
+    assert torch.equal(short.latents, latents[:, :3])
+    assert torch.equal(short.given.initial, latents[:, :1])
+    assert torch.equal(short.given.channels, channels[:, :3])
+    assert short.given.image is image
 
 
 # ----------------------------------------------------------------------------------------------------------- what is said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def by_hand(run: ODETrainer, position: int) -> list[Tensor]:
     noise = Noise(keyed_seed(run.config.seed, "ode_pairs"), 0, [position])
     text = run.task.conditioning(run.task.prompts(range(position, position + 1))).text
     states = [noise.normal("noise", run.task.latent_shape)]
-    for sigma, target in zip(levels, levels[1:], strict=False):
+    for sigma, target in itertools.pairwise(levels):
         cond, uncond = (run.teacher.net(states[-1], torch.tensor([sigma]), t) for t in (text, run.task.negative(1)))
         states.append(states[-1] + (target - sigma) * (uncond + GUIDANCE * (cond - uncond)))
     return states
@@ -64,7 +65,7 @@ def causal_by_hand(run: ODETrainer, position: int) -> Tensor:
     for part in noise.split(3, 1):
         states, start = [part], done.shape[1]
         mask = run.config.causal.mask(start + 3)
-        for sigma, target in zip(levels, levels[1:], strict=False):
+        for sigma, target in itertools.pairwise(levels):
             time = torch.cat([torch.zeros(1, start), torch.full((1, 3), sigma)], 1)
             seen = torch.cat([done, states[-1]], 1)
             cond, uncond = (run.teacher.net(seen, time, t, mask=mask)[:, start:] for t in (text, run.task.negative(1)))
@@ -125,7 +126,8 @@ def test_stored_pairs_train_alike_and_need_no_teacher(tmp_path: Path) -> None:
     training = {"global_batch_size": 4, "micro_batch_size": 1, "max_steps": 1}
     base = with_weights(ODE, tmp_path / "start") | {"teacher": None}
     other = trainer(tmp_path / "stored", base, training=training, ode={"path": str(folder)})
-    assert isinstance(other, ODETrainer) and other.stored is not None
+    assert isinstance(other, ODETrainer)
+    assert other.stored is not None
     assert torch.equal(other.sigmas_S, run.sigmas_S)
     by_caption = dict(zip(prompts, run.trajectories, strict=True))
     seen = []

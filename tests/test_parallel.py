@@ -47,7 +47,8 @@ def test_splits() -> None:
 def test_a_split_that_is_not_the_world_names_those_that_are(parallel: ParallelConfig, world: int, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         build_mesh(parallel, world)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_sequence_must_divide_the_heads() -> None:
@@ -64,7 +65,8 @@ def test_ranks_of_a_sequence_group_share_a_batch() -> None:
     meshes = [Mesh(replicate=2, shard=2, sequence=3, rank=rank) for rank in range(12)]
     assert [mesh.dp_rank for mesh in meshes] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
     assert [mesh.sequence_rank for mesh in meshes] == [0, 1, 2] * 4
-    assert {mesh.dp_size for mesh in meshes} == {4} and {mesh.world for mesh in meshes} == {12}
+    assert {mesh.dp_size for mesh in meshes} == {4}
+    assert {mesh.world for mesh in meshes} == {12}
 
 
 class Largest(TorchDispatchMode):

@@ -75,7 +75,8 @@ def test_phased_dmd_by_hand_within_the_interval() -> None:
     x = noised_on(x_start.detach(), START, normal(9), ABOVE)
     f, t = (exact(net).x0(x, ABOVE, prompt(4)).detach().float() for net in (fake, real))
     expected = (f - t) / (x0.detach() - t).abs().flatten(1).mean(1).reshape(-1, 1, 1, 1, 1)
-    assert out.kl_gradient is not None and torch.allclose(out.kl_gradient, expected, rtol=1e-4, atol=1e-5)
+    assert out.kl_gradient is not None
+    assert torch.allclose(out.kl_gradient, expected, rtol=1e-4, atol=1e-5)
     got = torch.autograd.grad(out.loss, x0)[0]
     assert torch.allclose(got, (1 - START) * expected / x0.numel(), rtol=1e-3, atol=1e-7)
     assert torch.equal(exact(real).seen[0][0], exact(fake).seen[0][0])
@@ -87,7 +88,8 @@ def test_phased_fixed_point() -> None:
     out = phased_dmd_loss(
         ScoreQuery(Rollout(x0), score(0.5, 0.7), score(0.5, 0.7), GIVEN, free(), ABOVE, normal(9)), x_start, START
     )
-    assert float(out.loss.detach()) == 0 and bool((torch.autograd.grad(out.loss, x0)[0] == 0).all())
+    assert float(out.loss.detach()) == 0
+    assert bool((torch.autograd.grad(out.loss, x0)[0] == 0).all())
 
 
 def test_phased_critic_from_0_is_the_critic() -> None:
@@ -119,7 +121,8 @@ def test_phased_critic_is_finite_at_both_ends_of_the_interval() -> None:
     ends = torch.tensor([START, 1.0, START, 1.0])
     critic = GaussianNet(0.1, 0.9)
     out = phased_critic_loss(normal(1), START, score(0.1, 0.9), GIVEN, ends, normal(2))
-    assert bool(out.loss.isfinite()) and critic is not None
+    assert bool(out.loss.isfinite())
+    assert critic is not None
     out.loss.backward()
 
 
@@ -193,13 +196,15 @@ def test_consistency_by_hand_and_gradient_reaches_the_student_alone() -> None:
     expected = (2 * error * -s * x).mean()
     assert student.value.grad is not None
     assert float(student.value.grad) == pytest.approx(float(expected), rel=1e-4)
-    assert average.value.grad is None and teacher.value.grad is None
+    assert average.value.grad is None
+    assert teacher.value.grad is None
 
 
 def test_consistency_with_a_level_a_frame_leaves_given_frames_out() -> None:
     levels = (0.9, 0.6, 0.3)
     sigma, after = adjacent(torch.tensor([[0, 1, 2]] * 4), levels)
-    assert sigma[0].tolist() == pytest.approx([0.9, 0.6, 0.3]) and after[0].tolist() == pytest.approx([0.6, 0.3, 0.0])
+    assert sigma[0].tolist() == pytest.approx([0.9, 0.6, 0.3])
+    assert after[0].tolist() == pytest.approx([0.6, 0.3, 0.0])
     given = sigma.clone()
     given[:, 0] = 0
     line, teacher = Line(0.1, 0.9), Posterior(0.5, 0.6)
@@ -233,7 +238,8 @@ def test_causal_consistency_of_a_network_sees_clean_frames_before_its_block_and_
     loss, gradient = first_block_gradient(clean)
     later = torch.cat([clean[:, :2], clean[:, 2:] + 1], 1)
     other, changed = first_block_gradient(later)
-    assert not torch.allclose(loss, other) and torch.allclose(gradient[:, :2], changed[:, :2], atol=1e-6)
+    assert not torch.allclose(loss, other)
+    assert torch.allclose(gradient[:, :2], changed[:, :2], atol=1e-6)
     earlier = torch.cat([clean[:, :2] + 1, clean[:, 2:]], 1)
     assert not torch.allclose(gradient[:, 2:], first_block_gradient(earlier)[1][:, 2:], atol=1e-6)
     assert nets[2].evaluations.calls["teacher"] == 3  # guided in one batched call each
@@ -289,7 +295,8 @@ def test_alignment_of_what_is_trained_alone() -> None:
     frozen = critic.head.head.weight.detach().clone()
     named = {"head": critic.head.head.bias}, {"head": student.head.head.bias}
     Alignment(critic, student, 0.0, *named).update()
-    assert torch.equal(critic.head.head.bias, student.head.head.bias) and torch.equal(critic.head.head.weight, frozen)
+    assert torch.equal(critic.head.head.bias, student.head.head.bias)
+    assert torch.equal(critic.head.head.weight, frozen)
 
 
 def test_alignment_refuses_another_geometry_before_it_begins() -> None:
@@ -309,4 +316,6 @@ def test_guidance_reaches_the_phased_teacher() -> None:
         for w in (1.0, 4.0)
     ]
     outs = [phased_dmd_loss(query, normal(1), START).kl_gradient for query in queries]
-    assert outs[0] is not None and outs[1] is not None and not torch.allclose(outs[0], outs[1], atol=1e-2)
+    assert outs[0] is not None
+    assert outs[1] is not None
+    assert not torch.allclose(outs[0], outs[1], atol=1e-2)

@@ -231,14 +231,17 @@ def test_a_discriminator_is_planned() -> None:
     plain = config(5, **changes)
     cluster = Cluster(1, 1, "h200", H200)
     guessed, whole = make_plan(plain, cluster), make_plan(plain, cluster, whole=True)
-    assert guessed.peak == whole.peak and guessed.rest == whole.rest
+    assert guessed.peak == whole.peak
+    assert guessed.rest == whole.rest
     assert guessed.rest[Owner("discriminator", "optimizer")] > guessed.rest[Owner("discriminator", "parameters")] > 0
     for one, other in zip(guessed.iterations, whole.iterations, strict=True):
-        assert one.cost == pytest.approx(other.cost, rel=1e-12) and one.cost[FLOPS] > 0
+        assert one.cost == pytest.approx(other.cost, rel=1e-12)
+        assert one.cost[FLOPS] > 0
     assert [(item.kind.name, item.kind.count) for item in guessed.iterations] == [
         ("student and discriminator", 2), ("discriminator", 1)
     ]  # fmt: skip
-    assert "\ndiscriminator " in report(guessed) and "critic" not in report(guessed)
+    assert "\ndiscriminator " in report(guessed)
+    assert "critic" not in report(guessed)
 
 
 def test_what_no_plan_can_know_stops_none() -> None:
@@ -295,19 +298,24 @@ def test_what_would_make_it_fit(hybrid: Plan) -> None:
     """Settings that the report names are legal ones, and the plan with them fits."""
     tight = dataclasses.replace(H200, memory=needed_gb(0.8 * hybrid.peak))
     plan = dataclasses.replace(hybrid, cluster=Cluster(2, 4, "tight", tight))
-    assert hybrid.fits and not plan.fits
-    assert "does not fit" in report(plan) and "does not fit" not in report(hybrid)
+    assert hybrid.fits
+    assert not plan.fits
+    assert "does not fit" in report(plan)
+    assert "does not fit" not in report(hybrid)
     names = [name for change in changes(plan) for name in change.settings]
-    assert "parallel.sync_each_micro_batch" in names and "parallel.offload_teacher" in names
+    assert "parallel.sync_each_micro_batch" in names
+    assert "parallel.offload_teacher" in names
     assert "student.checkpointing" not in names  # it is full already
     lines = remedies(plan, most=1)
-    assert len(lines) == 2 and lines[1].startswith("  parallel.")
+    assert len(lines) == 2
+    assert lines[1].startswith("  parallel.")
 
 
 def test_of_several_sizes_the_largest_is_planned(hybrid: Plan) -> None:
     several = config(training={"sizes": [{"frames": 3}, {"height": 20, "width": 32}, {"frames": 9, "height": 8}]})
     plain = stripped(several)
-    assert plain.data.size == (6, 20, 32) and plain.training.sizes is None
+    assert plain.data.size == (6, 20, 32)
+    assert plain.training.sizes is None
     assert "largest of training.sizes, 6x20x32" in report(dataclasses.replace(hybrid, config=several))
     assert "training.sizes" not in report(hybrid)
 
@@ -353,7 +361,9 @@ def test_a_plan_needs_no_weights_and_leaves_no_files(tmp_path: Path) -> None:
         "causal.num_frame_per_block=6", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "peak" in done.stdout and "GPU-hours" in done.stdout and ": fits" in done.stdout
+    assert "peak" in done.stdout
+    assert "GPU-hours" in done.stdout
+    assert ": fits" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

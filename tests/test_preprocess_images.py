@@ -64,9 +64,11 @@ def test_files_hold_what_networks_are_given(
     """Each image in the bucket of its shape: its latent, the condition of a video of that bucket, CLIP's tokens."""
     clip = ["--image_encoder", str(folder / "model")]
     command = arguments(folder, tmp_path / "out", *clip, "--format", kind)
-    assert preprocess_images(command) == 0 and preprocess_images(command) == 0
+    assert preprocess_images(command) == 0
+    assert preprocess_images(command) == 0
     said = capsys.readouterr().out.splitlines()
-    assert "1 files made (2 rows), 0 were there" in said[-2] and "0 files made (0 rows), 1 were there" in said[-1]
+    assert "1 files made (2 rows), 0 were there" in said[-2]
+    assert "0 files made (0 rows), 1 were there" in said[-1]
     with pytest.raises(UserError, match="was made from other data or settings: give another --out"):
         preprocess_images(arguments(folder, tmp_path / "out", "--format", kind))
     stored, vae = open_latents(tmp_path / "out"), WanVAE(small_vae("2.1"))
@@ -75,7 +77,9 @@ def test_files_hold_what_networks_are_given(
     for number, (media, size) in enumerate(zip(shards[0], (Size(9, 48, 32), Size(5, 32, 48)), strict=True)):
         found, pixels = stored.read(number, 0), decode_image(media, size)
         frames = (size.frames - 1) // 4 + 1
-        assert found.caption == media.text() and found.latents is not None and found.first_latents is not None
+        assert found.caption == media.text()
+        assert found.latents is not None
+        assert found.first_latents is not None
         assert found.latents.shape == (1, 16, size.height // 8, size.width // 8)
         assert relative(found.latents, vae.encode(pixels[None])[0]) < 1e-6
         assert relative(channels_of(found.first_latents[None]), image_channels(vae, pixels, frames)) < 1e-6
@@ -83,7 +87,8 @@ def test_files_hold_what_networks_are_given(
         longer = image_channels(vae, pixels, frames + 1)[:, :frames]
         assert relative(channels_of(found.first_latents[None]), longer) < 1e-6
         assert relative(found.first_latents[:1], found.latents) < 1e-6
-        assert found.clip is not None and relative(found.clip, encoder.encode(pixels)[0]) < 1e-6
+        assert found.clip is not None
+        assert relative(found.clip, encoder.encode(pixels)[0]) < 1e-6
 
 
 def test_videos_have_the_same_columns_and_raw_latents_leave_first_frames_alone(folder: Path, tmp_path: Path) -> None:
@@ -94,16 +99,19 @@ def test_videos_have_the_same_columns_and_raw_latents_leave_first_frames_alone(f
     encode(tmp_path / "videos/a.mp4", 5, height=32, width=48)
     plain = ["--videos", str(tmp_path / "videos"), *arguments(folder, tmp_path / "plain")[2:]]
     raw = [*plain[:-1], str(tmp_path / "raw"), "--raw"]
-    assert preprocess_video(plain) == 0 and preprocess_video(raw) == 0
+    assert preprocess_video(plain) == 0
+    assert preprocess_video(raw) == 0
     one = open_latents(tmp_path / "plain").read(0, 0)
     vae = WanVAE(small_vae("2.1"))
 
     statistics = Statistics(tuple(vae.model.config.latents_mean), tuple(vae.model.config.latents_std))
     other = open_latents(tmp_path / "raw", statistics=statistics).read(0, 0)
-    assert one.caption == other.caption == "" and one.clip is None
+    assert one.caption == other.caption == ""
+    assert one.clip is None
     for name in ("latents", "first_latents"):
         assert relative(getattr(other, name), getattr(one, name)) < 1e-5
-    assert one.latents is not None and one.first_latents is not None
+    assert one.latents is not None
+    assert one.first_latents is not None
     assert relative(one.first_latents[:1], one.latents[:1]) < 1e-6
     assert relative(one.first_latents[1:], one.latents[1:]) > 1e-2  # grey, and not the video
     tables = {name: pq.read_table(next((tmp_path / name).glob("*.parquet"))) for name in ("plain", "raw")}
@@ -112,12 +120,14 @@ def test_videos_have_the_same_columns_and_raw_latents_leave_first_frames_alone(f
     assert row["vae_latent_bytes"] != plain_row["vae_latent_bytes"]
     tensors = ("vae_latent", "text_embedding", "first_frame_latent", "clip_feature", "pil_image")
     columns = [f"{name}_{part}" for name in tensors for part in ("bytes", "shape", "dtype")]
-    assert tables["raw"].schema.names[: 1 + len(columns)] == ["id", *columns] and row["pil_image_bytes"] == b""
+    assert tables["raw"].schema.names[: 1 + len(columns)] == ["id", *columns]
+    assert row["pil_image_bytes"] == b""
 
 
 def test_headers_of_images(folder: Path, tmp_path: Path) -> None:
     tall, wide = find_media(folder / "pictures", IMAGES)[0]
-    assert probe_image(wide) == Info(1, 1.0, 40, 56) and probe_image(tall) == Info(1, 1.0, 56, 40)
+    assert probe_image(wide) == Info(1, 1.0, 40, 56)
+    assert probe_image(tall) == Info(1, 1.0, 56, 40)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(CorruptSample, match="broken.png cannot be decoded"):
         probe_image(find_media(tmp_path, IMAGES)[0][0])

@@ -42,7 +42,9 @@ def test_the_files_hold_what_the_trainer_makes(
     assert preprocess_ode(how) == 0
     assert "2 files made, 1 were there" in capsys.readouterr().out
     folder = SafetensorsFolder(out)
-    assert torch.equal(folder.sigmas, stored["sigma"]) and folder.sigmas[0] == 1 and folder.sigmas[-1] == 0
+    assert torch.equal(folder.sigmas, stored["sigma"])
+    assert folder.sigmas[0] == 1
+    assert folder.sigmas[-1] == 0
     for pair in range(5):
         sample = folder.read(pair, 0)
         assert torch.allclose(sample.trajectory, stored["x"][pair], rtol=1e-5, atol=1e-5)

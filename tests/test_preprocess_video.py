@@ -32,9 +32,12 @@ def test_stored_latents_are_the_vaes_own(tmp_path: Path) -> None:
     sample = open_latents(tmp_path / "out").read(0, 0)
     shards, sizes, pace = find_media(videos), [Size.parse("5x32x32")], Pace(None, 1)
     clip = VideoClips(shards, plan_clips(shards, sizes, pace), sizes, pace).read(0, 0)
-    assert sample.caption == "a caption" and sample.latents is not None and clip.pixels is not None
+    assert sample.caption == "a caption"
+    assert sample.latents is not None
+    assert clip.pixels is not None
     assert relative(sample.latents, vae.encode(clip.pixels[None])[0]) < 1e-6
-    assert torch.isfinite(sample.latents).all() and sample.latents.shape == (
+    assert torch.isfinite(sample.latents).all()
+    assert sample.latents.shape == (
         2,
         vae.channels,
         32 // vae.spatial,

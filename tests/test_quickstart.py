@@ -75,33 +75,42 @@ def test_stages_run_in_order_with_their_starting_points(quickstart: Quickstart) 
     assert (code, errors) == (0, "")
     assert quickstart.trained() == STAGES
     first, second = quickstart.called("train.py")[:2]
-    assert "torch.distributed.run --standalone" in first and "configs/toy/teacher.yaml" in first
+    assert "torch.distributed.run --standalone" in first
+    assert "configs/toy/teacher.yaml" in first
     assert f"student.init={quickstart.run_dir}/teacher" in second
     for call in quickstart.called("configs/toy/self_forcing_dmd"):
         for network, start in (("student", "causal_init"), ("teacher", "teacher"), ("critic", "teacher")):
             assert f"{network}.init={quickstart.run_dir}/{start}" in call
     for call in quickstart.called("train.py"):
         ranks = int(call.split("--nproc_per_node ")[1].split()[0])
-        assert f"training.micro_batch_size={16 // ranks}" in call and "--resume auto" in call
+        assert f"training.micro_batch_size={16 // ranks}" in call
+        assert "--resume auto" in call
     *_, inference, last = quickstart.calls.read_text().splitlines()
-    assert inference.split()[0].endswith("inference.py") and "--prompts configs/toy/prompts.txt" in inference
-    assert last.startswith("-m scripts.report --root") and "--sample" not in last
+    assert inference.split()[0].endswith("inference.py")
+    assert "--prompts configs/toy/prompts.txt" in inference
+    assert last.startswith("-m scripts.report --root")
+    assert "--sample" not in last
     notes = sorted(path.name for path in (quickstart.run_dir / "commands").iterdir())
     assert notes == [f"{n}_{stage}.txt" for n, stage in enumerate([*STAGES, "videos", "report"], 1)]
 
 
 def test_finished_stages_are_skipped_and_a_failed_one_is_done_again(quickstart: Quickstart) -> None:
     code, errors = quickstart(fail="causal_init")
-    assert code == 1 and "the stage causal_init failed (exit code 7" in errors and "goes on from here" in errors
+    assert code == 1
+    assert "the stage causal_init failed (exit code 7" in errors
+    assert "goes on from here" in errors
     assert quickstart.trained() == ["teacher", "causal_init"]
     assert quickstart.called("scripts.report") == quickstart.called("inference.py") == []
     code, _ = quickstart(fail="self_forcing_dmd_2step")
-    assert code == 1 and set(quickstart.trained()) >= {"causal_init", "self_forcing_dmd_2step"}
+    assert code == 1
+    assert set(quickstart.trained()) >= {"causal_init", "self_forcing_dmd_2step"}
     assert "teacher" not in quickstart.trained()
     assert quickstart()[0] == 0
-    assert "self_forcing_dmd_2step" in quickstart.trained() and "causal_init" not in quickstart.trained()
+    assert "self_forcing_dmd_2step" in quickstart.trained()
+    assert "causal_init" not in quickstart.trained()
     assert quickstart()[0] == 0
-    assert quickstart.trained() == [] and len(quickstart.called("scripts.report")) >= 1
+    assert quickstart.trained() == []
+    assert len(quickstart.called("scripts.report")) >= 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -118,14 +127,16 @@ def test_a_signal_lets_the_stage_save_and_stops(quickstart: Quickstart, number: 
     )
     assert "the same command goes on from here" in errors
     assert quickstart()[0] == 0
-    assert "teacher" not in quickstart.trained() and "causal_init" in quickstart.trained()
+    assert "teacher" not in quickstart.trained()
+    assert "causal_init" in quickstart.trained()
 
 
 def test_changed_settings_are_not_mixed_with_an_old_run(quickstart: Quickstart) -> None:
     assert quickstart("seed=1")[0] == 0
     assert all(" seed=1" in call for call in quickstart.called("train.py"))
     code, errors = quickstart("seed=2")
-    assert code == 1 and f"since {quickstart.run_dir}/teacher was begun" in errors
+    assert code == 1
+    assert f"since {quickstart.run_dir}/teacher was begun" in errors
     assert quickstart.trained() == []
 
 
@@ -138,4 +149,5 @@ def test_two_at_once_do_not_mix(quickstart: Quickstart) -> None:
     code, errors = quickstart()
     process.terminate()
     process.communicate(timeout=30)
-    assert code == 1 and "another quickstart is at work" in errors
+    assert code == 1
+    assert "another quickstart is at work" in errors

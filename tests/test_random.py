@@ -91,11 +91,15 @@ def test_draws_have_their_distribution() -> None:
     assert abs(normal.mean()) < 5 / 64000**0.5
     assert abs(normal.var() - 1) < 5 * (2 / 64000) ** 0.5
     assert abs(uniform.mean() - 0.5) < 5 / (12 * 64000) ** 0.5
-    assert uniform.min() >= 0 and uniform.max() < 1
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
     counts = torch.bincount(torch.tensor(noise.shared_randint("exit", 4, 4000)), minlength=4)
-    assert len(counts) == 4 and (counts - 1000).abs().max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
+    assert len(counts) == 4
+    assert (counts - 1000).abs().max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
     shared = noise.shared_uniform("s", 4000)
-    assert 0 <= min(shared) and max(shared) < 1 and abs(sum(shared) / 4000 - 0.5) < 5 / (12 * 4000) ** 0.5
+    assert min(shared) >= 0
+    assert max(shared) < 1
+    assert abs(sum(shared) / 4000 - 0.5) < 5 / (12 * 4000) ** 0.5
 
 
 def test_dtype_rounds_the_same_fp32_draw_and_spares_uniform() -> None:

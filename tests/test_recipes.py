@@ -22,11 +22,16 @@ def test_recipe_loads_and_so_does_its_smoke_test(recipe: str) -> None:
     header = [line for line in text.splitlines() if line.startswith("#")]
     assert all(any(line.startswith(f"# {word}:") for line in header) for word in ("Command", "Hardware", "Settings"))
     config = load_run(ROOT / recipe)
-    assert config.data.kind == "wan" and config.data.text.encoder and config.data.vae.path and config.data.prompts
+    assert config.data.kind == "wan"
+    assert config.data.text.encoder
+    assert config.data.vae.path
+    assert config.data.prompts
     (smoke,) = [line for line in header if line.startswith("# Smoke test")]
     overrides = smoke.split(": add ")[1].split()
     bare = load_run(ROOT / recipe, overrides)
-    assert bare.data.kind == "synthetic" and bare.validation.every is None and bare.data.prompts is None
+    assert bare.data.kind == "synthetic"
+    assert bare.validation.every is None
+    assert bare.data.prompts is None
     networks = (bare.student, bare.teacher, bare.critic)
     assert all(network is None or network.init is None for network in networks)
     clip, sizes = config.data.wan, config.data.synthetic

@@ -194,7 +194,8 @@ def test_video_to_video_gives_the_pipelines_latents(
         def __init__(self, *_: object) -> None: ...
 
         def normal(self, role: str, shape: tuple[int, ...]) -> Tensor:
-            assert role == "noise" and shape == (3, 16, 4, 8)
+            assert role == "noise"
+            assert shape == (3, 16, 4, 8)
             return drawn.transpose(1, 2)
 
     monkeypatch.setattr(generate, "Noise", Drawn)
@@ -222,7 +223,8 @@ def test_a_few_step_student_of_such_a_network_takes_the_image(folders: Callable[
     image = picture(32, 64)[None]
     made = student(PROMPTS, Sampling(), [0, 1], image)
     given, source, (first, second) = task.given(PROMPTS, image[None]), Noise(0, 0, [0, 1]), config.schedule.sigmas()
-    assert given.channels is not None and (given.image is None) == (kind == "i2v_experts")
+    assert given.channels is not None
+    assert (given.image is None) == (kind == "i2v_experts")
 
     def x0(x: Tensor, sigma: float) -> Tensor:
         return x - sigma * net(x, torch.full((2,), sigma), given.text, channels=given.channels, image=given.image)  # type: ignore[no-any-return, operator]

@@ -96,11 +96,14 @@ def test_every_method_has_its_videos_and_its_row(document: str) -> None:
         assert f'<th scope="row">{method.short}</th>'.replace("'", "&#x27;") in table
     assert "not trained" not in document
     for column in report_html.COLUMNS:
-        assert column.head in table and column.says.replace("'", "&#x27;") in document
+        assert column.head in table
+        assert column.says.replace("'", "&#x27;") in document
 
 
 def test_report_needs_nothing_outside_itself(document: str) -> None:
-    assert "http" not in document and "<link" not in document and "@import" not in document
+    assert "http" not in document
+    assert "<link" not in document
+    assert "@import" not in document
     named = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", document) + re.findall(r"url\(([^)]*)\)", document)
     assert len(named) > len(METHODS)
     assert [name[:40] for name in named if not name.startswith(("data:video/mp4;base64,", "#"))] == []
@@ -118,7 +121,8 @@ def test_embedded_videos_decode(document: str, tmp_path: Path) -> None:
 
 def test_page_tells_costs_commands_configs_and_escapes(document: str) -> None:
     assert "torchrun train.py --logdir &lt;here&gt;" in document
-    assert document.count("<details>") == len(RUNS) and "muon_lr: 0.025" in document
+    assert document.count("<details>") == len(RUNS)
+    assert "muon_lr: 0.025" in document
     costs = document[document.index("What it cost") : document.index("How it was made")]
     assert "<td>3</td><td>6</td><td>3,000</td><td>0.25</td>" in costs
     assert torch.__version__ in document
@@ -129,13 +133,15 @@ def test_page_tells_costs_commands_configs_and_escapes(document: str) -> None:
 def test_comparison_files_are_made(document: str, root: Path) -> None:
     for name in ("comparison.mp4", "comparison.gif"):
         frames = read_video(root / name)
-        assert frames.shape[0] >= 6 and frames.std() > 0.01
+        assert frames.shape[0] >= 6
+        assert frames.std() > 0.01
     assert (root / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_evaluations_are_counted_and_videos_do_not_depend_on_parts(evaluated: report.Evaluation, root: Path) -> None:
     counted = {m.key: report_samples.load(parts) for m, parts in evaluated.judged.items()}
-    assert counted["teacher_50"].evaluations == 100 and counted["teacher_1"].evaluations == 2
+    assert counted["teacher_50"].evaluations == 100
+    assert counted["teacher_1"].evaluations == 2
     for key in ("causal_teacher_4", "causal_init_4", "dmd_4"):  # a step each, and two of three blocks once more
         assert counted[key].evaluations == pytest.approx(4 + 2 / 3)
     assert counted["dmd_2"].evaluations == pytest.approx(2 + 2 / 3)
@@ -194,7 +200,8 @@ def test_missing_runs_are_said_and_none_at_all_is_an_error(tmp_path: Path) -> No
     assert [m.key for m in there] == ["real", "teacher_50", "teacher_4", "teacher_2", "teacher_1"]
     assert {m.key for m in missing} >= {"causal_teacher_4", "dmd_2"}
     line = report_html.Line("g", "label", "Short <one>", None)
-    assert "Short &lt;one&gt;" in report_html._table([line]) and "not trained" in report_html._table([line])
+    assert "Short &lt;one&gt;" in report_html._table([line])
+    assert "not trained" in report_html._table([line])
 
 
 def test_command_line_refuses_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +216,10 @@ def test_text_table_has_a_standard_error_and_all_rows() -> None:
     metrics |= {"prompt_right": 0.885, "prompt_right_se": 0.0159}
     lines = [report_html.Line("g", name, name, Row(name, metrics, 4.5, 0.0123)) for name in ("first", "second")]
     table = report_html.text_table(lines).splitlines()
-    assert len(table) == 4 and len({len(line) for line in table}) == 1
-    assert "88.5 ±1.6" in table[2] and table[2].split()[-2:] == ["4.5", "12.3"]
+    assert len(table) == 4
+    assert len({len(line) for line in table}) == 1
+    assert "88.5 ±1.6" in table[2]
+    assert table[2].split()[-2:] == ["4.5", "12.3"]
 
 
 def test_method_labels_are_unique_and_short_ones_within_their_group() -> None:
@@ -225,11 +234,14 @@ def test_curves_take_the_pages_colour_and_average() -> None:
     one = Panel("Title", (("loss", "loss", entries),), log=True, level=("real", 10.0))
     empty = Panel("Nothing", (("loss", "absent", entries),))
     svgs = curves([one, empty, one])
-    assert len(svgs) == 2 and all("currentColor" in svg and "http" not in svg for svg in svgs)
+    assert len(svgs) == 2
+    assert all("currentColor" in svg and "http" not in svg for svg in svgs)
     first, second = (re.findall(r' id="([^"]*)"', svg) for svg in svgs)
     assert first and not set(first) & set(second), "elements of one page share an id"
     steps, values = thinned([(entry["step"], entry["loss"]) for entry in entries])  # type: ignore[misc]
-    assert len(steps) <= 160 and steps == values and values[0] == 4.0  # 1 .. 7
+    assert len(steps) <= 160
+    assert steps == values
+    assert values[0] == 4.0
     assert thinned([]) == ([], [])
 
 
@@ -237,10 +249,13 @@ def test_pictures_are_laid_out_in_order(tmp_path: Path) -> None:
     videos = torch.rand(3, 2, 5, 1, 4, 4)
     row = side_by_side(videos[0], padding=1, value=0.25)
     assert row.shape == (5, 1, 4, 9)
-    assert torch.equal(row[..., :4], videos[0, 0]) and torch.equal(row[..., 5:], videos[0, 1])
+    assert torch.equal(row[..., :4], videos[0, 0])
+    assert torch.equal(row[..., 5:], videos[0, 1])
     assert (row[..., 4] == 0.25).all()
     longer = held(videos, 2)
-    assert longer.shape[2] == 7 and torch.equal(longer[:, :, 6], videos[:, :, 4])
-    assert short("the digit seven moving left") == "seven ←" and short("a cat") == "a cat"
+    assert longer.shape[2] == 7
+    assert torch.equal(longer[:, :, 6], videos[:, :, 4])
+    assert short("the digit seven moving left") == "seven ←"
+    assert short("a cat") == "a cat"
     write_comparison(tmp_path, ["a", "b", "c"], ["the digit one moving up", "a cat"], videos, 8)
     assert read_video(tmp_path / "comparison.mp4").shape[0] == 9

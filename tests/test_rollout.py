@@ -50,7 +50,7 @@ def blocks_of(name: str) -> tuple[int, ...]:
     return causal.split(given, frames)[1]
 
 
-def run(
+def run(  # noqa: PLR0913 - a case by its parts
     net: WanTransformer,
     causal: CausalConfig,
     noise: Tensor,
@@ -80,7 +80,8 @@ def test_exit_at_the_last_step_is_inference_bit_for_bit(name: str) -> None:
     x0 = run(net, causal, noise, given, exits, with_gradient=True).x0
     cache = causal.new_cache(net, VideoShape.of(noise, given.initial_frames), torch.float32, CPU)
     sampled = generate(ScoreNet(net, "student"), noise, given, SIGMAS, causal, KeyedNoise(5, 2), cache)
-    assert x0.requires_grad and not sampled.requires_grad
+    assert x0.requires_grad
+    assert not sampled.requires_grad
     assert torch.equal(x0.detach(), sampled)
 
     cache.reset()
@@ -303,9 +304,11 @@ def test_sigma_from_and_to_are_the_exit_steps_when_all_share_one() -> None:
     for exit_step in range(len(SIGMAS)):
         out = run(random_net(1), causal, noise, given, [exit_step] * 3)
         assert (out.sigma_from, out.sigma_to) == (levels[exit_step], levels[exit_step + 1])
-        assert out.exit_steps == (exit_step,) * 3 and out.frame_mask is None
+        assert out.exit_steps == (exit_step,) * 3
+        assert out.frame_mask is None
     mixed = run(random_net(1), causal, noise, given, [0, 1, 0])
-    assert mixed.sigma_from is None and mixed.sigma_to is None
+    assert mixed.sigma_from is None
+    assert mixed.sigma_to is None
     with pytest.raises(ValueError, match="2 exit steps for 3 blocks"):
         run(random_net(1), causal, noise, given, [0, 1])
 
@@ -343,7 +346,8 @@ def test_long_rollout_is_judged_and_trained_in_its_last_window_only(name: str, c
     plain = run(net, causal, noise, given, exits).x0.detach()
     start = total - window
     assert calls == [(2, start + 1, *noise.shape[2:])]
-    assert out.x0.shape[1] == window and out.frame_mask is not None
+    assert out.x0.shape[1] == window
+    assert out.frame_mask is not None
     assert out.frame_mask.tolist() == [False, True, True, True]
     assert torch.equal(out.x0[:, 1:].detach(), plain[:, start + 1 :])
     assert torch.equal(out.x0[:, :1].detach(), plain[:, start : start + 1] + 7)
@@ -368,7 +372,8 @@ def test_long_rollout_spends_no_gradient_outside_its_window() -> None:
     out = run(random_net(1), causal, noise, given, [0] * 5, score_frames=4)
     out.x0.square().sum().backward()
     assert noise.grad is not None
-    assert bool((noise.grad[:, :6] == 0).all()) and float(noise.grad[:, 6:].norm()) > 0
+    assert bool((noise.grad[:, :6] == 0).all())
+    assert float(noise.grad[:, 6:].norm()) > 0
 
 
 def test_rollout_lengths() -> None:
@@ -411,7 +416,8 @@ def test_noised_data_reaches_every_step_the_last_one_included() -> None:
         out = noised_data(ScoreNet(net, "s"), data, given, SIGMAS, exit_step, KeyedNoise(5, 2), with_gradient=True)
         x = mix(data, KeyedNoise(5, 2).normal("input_noise", tuple(data.shape[1:])), torch.full((2,), sigma))
         assert relative(out.x0, x - sigma * net(x, torch.full((2,), sigma), given.text)) < 1e-6
-        assert out.sigma_to == (*SIGMAS, 0.0)[exit_step + 1] and out.x0.requires_grad
+        assert out.sigma_to == (*SIGMAS, 0.0)[exit_step + 1]
+        assert out.x0.requires_grad
 
 
 def test_diffusion_forcing_input_has_one_level_a_block() -> None:
@@ -425,7 +431,8 @@ def test_diffusion_forcing_input_has_one_level_a_block() -> None:
     x = mix(data, KeyedNoise(5, 2).normal("input_noise", tuple(data.shape[1:])), sigma)
     with torch.no_grad():
         expected = x - sigma[..., None, None, None] * net(x, sigma, texts(3, 2), mask=causal.mask(6))
-    assert relative(out.x0, expected) < 1e-6 and not out.x0.requires_grad
+    assert relative(out.x0, expected) < 1e-6
+    assert not out.x0.requires_grad
 
 
 def test_teacher_forcing_input_looks_back_at_clean_blocks() -> None:

@@ -23,7 +23,8 @@ def test_shift_and_its_inverse(shift: float) -> None:
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
     sigma = shift_sigma(u, shift)
     assert torch.allclose(unshift_sigma(sigma, shift), u, atol=1e-12)
-    assert sigma[0] == 0 and sigma[-1] == 1
+    assert sigma[0] == 0
+    assert sigma[-1] == 1
     assert bool((sigma.diff() > 0).all())
     assert torch.allclose(sigma, shift / (shift + (1 / u - 1)), atol=1e-12)  # SD3's other form of it
 
@@ -65,7 +66,8 @@ def test_defect_06_x0_and_velocity_are_exact_at_every_sigma() -> None:
         assert torch.allclose(velocity_to_x0(x, noise - x0, sigma), x0, atol=1e-6)
     sigma = torch.tensor([0.0, 1.0, 0.0, 1.0])
     x = mix(x0, noise, sigma)
-    assert torch.equal(x[0::2], x0[0::2]) and torch.equal(x[1::2], noise[1::2])
+    assert torch.equal(x[0::2], x0[0::2])
+    assert torch.equal(x[1::2], noise[1::2])
     assert torch.equal(velocity_to_x0(x, noise, sigma)[0::2], x[0::2])
 
 
@@ -92,7 +94,8 @@ def test_defect_07_score_sigma_has_the_shifted_density_cut_to_its_bounds(shift: 
     shift. Low sigma is reached when the bounds allow it."""
     u = torch.rand(20_000, generator=torch.Generator().manual_seed(3))
     sigma, _ = score_sigma(u, shift=shift, low=low, high=high).double().sort()
-    assert low - 1e-6 <= float(sigma[0]) and float(sigma[-1]) <= high + 1e-6
+    assert low - 1e-6 <= float(sigma[0])
+    assert float(sigma[-1]) <= high + 1e-6
     a, b = unshift_sigma(low, shift), unshift_sigma(high, shift)
     cdf = (unshift_sigma(sigma, shift) - a) / (b - a)
     empirical = (torch.arange(len(sigma), dtype=torch.float64) + 0.5) / len(sigma)
@@ -118,9 +121,11 @@ def test_score_sigma_is_clamped_and_bounded_by_the_exit_step() -> None:
     assert torch.equal(free.score_sigma(u, 0.9, 0.5), free.score_sigma(u))  # no ts_schedule: the exit step is no bound
 
     low = ScheduleConfig(ts_schedule=True).score_sigma(u, 0.9, 0.5)
-    assert float(low.min()) == pytest.approx(0.5, abs=1e-6) and float(low.max()) == pytest.approx(0.98)
+    assert float(low.min()) == pytest.approx(0.5, abs=1e-6)
+    assert float(low.max()) == pytest.approx(0.98)
     both = ScheduleConfig(ts_schedule=True, ts_schedule_max=True).score_sigma(u, 0.9, 0.5)
-    assert float(both.min()) == pytest.approx(0.5, abs=1e-6) and float(both.max()) == pytest.approx(0.9, abs=1e-6)
+    assert float(both.min()) == pytest.approx(0.5, abs=1e-6)
+    assert float(both.max()) == pytest.approx(0.9, abs=1e-6)
     unknown = ScheduleConfig(ts_schedule=True, ts_schedule_max=True).score_sigma(u)  # blocks left at different steps
     assert torch.equal(unknown, free.score_sigma(u))
     floor = ScheduleConfig(min_score_timestep=300.0).score_sigma(u)

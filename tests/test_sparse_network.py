@@ -127,13 +127,15 @@ def test_only_the_student_is_sparse_and_its_gates_learn(folder: Path, tmp_path: 
     for kind in ("none", "full"):
         base = with_weights(merged(BRIEF, {"student": {**student(), "checkpointing": kind}}), folder)
         run = trainer(tmp_path / kind, base)
-        assert run.networks["student"].net.sparse is not None and run.networks["critic"].net.sparse is None
+        assert run.networks["student"].net.sparse is not None
+        assert run.networks["critic"].net.sparse is None
         assert run.teacher.net.sparse is None  # type: ignore[attr-defined]
         runs.append((run, [run.training_step() for _ in range(2)]))
     for plain, recomputed in zip(runs[0][1], runs[1][1], strict=True):
         assert plain == pytest.approx(recomputed, rel=1e-5)
     gates = {k: p for k, p in runs[0][0].networks["student"].net.named_parameters() if GATE.match(k)}
-    assert len(gates) == 4 and all(float(p.detach().abs().max()) > 0 for k, p in gates.items() if k.endswith("weight"))
+    assert len(gates) == 4
+    assert all(float(p.detach().abs().max()) > 0 for k, p in gates.items() if k.endswith("weight"))
 
 
 def test_gates_begin_at_zero_and_come_back_through_an_export(folder: Path, tmp_path: Path) -> None:
@@ -187,7 +189,9 @@ def test_a_run_stopped_on_its_way_up_is_sampled_as_it_was_trained(folder: Path, 
     base = with_weights(merged(BRIEF, {"student": student(ramp_step=0.2, ramp_every=1)}), folder)
     trainer(tmp_path, base, max_steps=2).train()
     net = Generator.load(tmp_path, CPU).score.net
-    assert isinstance(net, WanTransformer) and net.sparse is not None and net.sparse.level == pytest.approx(0.2)
+    assert isinstance(net, WanTransformer)
+    assert net.sparse is not None
+    assert net.sparse.level == pytest.approx(0.2)
 
 
 def test_roles_on_one_copy_of_the_weights_have_one_sparsity() -> None:

@@ -83,7 +83,8 @@ def test_keys_of_sinks_follow_the_video_and_rounding_does_not_add_up() -> None:
         cache.write(2, [(rotated, k)] * 2)
         end = 2 * i + 2
         first = max(end + 2 - 9, 0)  # no further than 9 frames from the end of the block to come
-        assert cache.position == end and cache.in_time[: min(2, end)] == [first, first + 1]
+        assert cache.position == end
+        assert cache.in_time[: min(2, end)] == [first, first + 1]
         assert cache.in_time[2:] == list(range(max(end - 3, 2), end))
         context = cache.context(1)
         assert context is not None
@@ -250,8 +251,10 @@ def test_memory_is_flat_over_200_blocks(noisy: bool, born: Callable[[], tuple[in
     held, objects = born()
     made(video, 160)
     after, objects_after = born()
-    assert video.frames == 400 and held > 0
-    assert after == held and objects_after < objects + 200
+    assert video.frames == 400
+    assert held > 0
+    assert after == held
+    assert objects_after < objects + 200
 
 
 @pytest.mark.parametrize("noisy", [False, True])
@@ -360,4 +363,5 @@ def test_recorded_passes_are_those_that_run(noisy: bool, sinks: int) -> None:
             assert torch.equal(block, expected)
         for video in (plain, captured):
             video.switch(text, recache=recache)
-    assert {key[0] for key in passes.recorded} == {0, 2, 4, 5} and len(passes.recorded) == 4
+    assert {key[0] for key in passes.recorded} == {0, 2, 4, 5}
+    assert len(passes.recorded) == 4

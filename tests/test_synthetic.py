@@ -28,15 +28,19 @@ def task(shape: WanConfig | None = None, **sizes: int) -> SyntheticTask:
 def test_a_prompt_has_one_embedding_whatever_is_beside_it() -> None:
     one = task()
     both = one.conditioning(["a", "b"]).text
-    assert both.shape == (2, 24, 48) and torch.equal(both[1:], task().conditioning(["b"]).text)
-    assert not torch.equal(both[0], both[1]) and abs(float(both.std()) - 1) < 0.05
-    assert one.negative(3).shape == (3, 24, 48) and torch.equal(one.negative(2)[1:], one.conditioning([""]).text)
+    assert both.shape == (2, 24, 48)
+    assert torch.equal(both[1:], task().conditioning(["b"]).text)
+    assert not torch.equal(both[0], both[1])
+    assert abs(float(both.std()) - 1) < 0.05
+    assert one.negative(3).shape == (3, 24, 48)
+    assert torch.equal(one.negative(2)[1:], one.conditioning([""]).text)
 
 
 def test_videos_and_prompts_go_by_position() -> None:
     one = task(prompts=5)
     some, again = one.real(range(2, 6)), one.real(range(4, 6))
-    assert some.latents.shape == (4, 3, 4, 4, 6) and torch.equal(some.latents[2:], again.latents)
+    assert some.latents.shape == (4, 3, 4, 4, 6)
+    assert torch.equal(some.latents[2:], again.latents)
     assert some.captions[2:] == again.captions
     assert sorted(one.prompts(range(5, 10))) == [f"sample {i}" for i in range(5)]
 
@@ -47,7 +51,9 @@ def test_decode_shows_three_channels_and_encode_undoes_it(channels: int) -> None
     one = task(shape)
     latents = torch.rand(2, 3, channels, 4, 6) * 3 - 1.5
     pixels = one.decode(latents)
-    assert pixels.shape == (2, 3, 3, 4, 6) and 0 <= pixels.min() and pixels.max() <= 1
+    assert pixels.shape == (2, 3, 3, 4, 6)
+    assert pixels.min() >= 0
+    assert pixels.max() <= 1
     torch.testing.assert_close(one.encode(pixels)[:, :, :3], latents[:, :, :3])
     torch.testing.assert_close(one.reencode(latents)[:, :, :3], latents[:, -1:, :3])
     with pytest.raises(ValueError, match=r"4, 6\].*got \[1, 1, 3, 8, 8\]"):
@@ -69,7 +75,8 @@ def test_the_recipes_have_wans_sizes(recipe: str, latents: tuple[int, ...], toke
     config = load_run(Path(__file__).parents[1] / f"configs/{recipe}.yaml", ["data.prompts=null"])
     shape = config.student.geometry()
     one = SyntheticTask(config.data, shape, 0, CPU)
-    assert one.latent_shape == latents and one.text_shape == (512, 4096)
+    assert one.latent_shape == latents
+    assert one.text_shape == (512, 4096)
     assert shape.tokens_per_frame(*latents[2:]) * latents[0] == tokens
     assert config.schedule.sigmas() == pytest.approx(steps, abs=1e-4)
     published = config.training.generator_updates(200)
@@ -91,7 +98,8 @@ def test_a_run_trains_on_it_and_resumes(tmp_path: Path) -> None:
     assert trainer(tmp_path / "parts", max_steps=2, **changes).train() == 0
     assert trainer(tmp_path / "parts", **changes).train() == 0
     whole, parts = ([e for e in curve(tmp_path / name) if "critic/loss" in e] for name in ("whole", "parts"))
-    assert whole == parts and len(whole) == 4
+    assert whole == parts
+    assert len(whole) == 4
 
 
 def test_only_the_toy_world_has_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

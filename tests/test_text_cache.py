@@ -59,7 +59,8 @@ def test_what_is_read_is_what_the_encoder_gave(count: int, source: Source, task:
     prompts = [source.prompts[7], *source.prompts, f"\t{source.prompts[2]}"]  # any order, and more than once
     assert torch.equal(cache(tmp_path).encode(prompts), task.conditioning(prompts).text)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["count"] == 10 and len(manifest["shards"]) == count
+    assert manifest["count"] == 10
+    assert len(manifest["shards"]) == count
     assert sum(part["prompts"] for part in manifest["shards"].values()) == 10
     assert write_all(tmp_path, count, source, task) == [False] * count
 
@@ -107,10 +108,12 @@ def test_a_killed_task_leaves_nothing_that_counts(
             write_shard(tmp_path, Shard(0, 2), source, encoding(task))
     with pytest.raises(UserError, match="holds no shard"):
         check(tmp_path, source)
-    assert write_shard(tmp_path, Shard(1, 2), source, encoding(task)) and not (tmp_path / "manifest.json").exists()
+    assert write_shard(tmp_path, Shard(1, 2), source, encoding(task))
+    assert not (tmp_path / "manifest.json").exists()
     with pytest.raises(UserError, match="lacks shard 0 of 2"):
         check(tmp_path, source)
-    assert write_shard(tmp_path, Shard(0, 2), source, encoding(task)) and (tmp_path / "manifest.json").exists()
+    assert write_shard(tmp_path, Shard(0, 2), source, encoding(task))
+    assert (tmp_path / "manifest.json").exists()
 
 
 def test_a_damaged_shard_is_named_and_made_again(source: Source, task: ToyTask, tmp_path: Path) -> None:
@@ -157,6 +160,7 @@ def test_the_command(tmp_path: Path) -> None:
     shard = tmp_path / "out/shard_00000_of_00001.safetensors"
     assert said[0] == (0, f"{shard}: 4 prompts")  # these, and the run's negative prompt
     embeddings = TextCache(tmp_path / "out", 3, 4).encode(["three", "one"])
-    assert embeddings.shape == (2, 3, 4) and embeddings[0].ne(embeddings[1]).all()
+    assert embeddings.shape == (2, 3, 4)
+    assert embeddings[0].ne(embeddings[1]).all()
     assert said[1] == (0, f"{tmp_path / 'out'}: each of 4 prompts is there exactly once")
     assert said[2] == (2, "preprocess.py: error: --shard 2/2: give i/n, i from 0 to n - 1")

@@ -24,9 +24,12 @@ def _encoder(seed: int = 0, text_len: int = 8) -> TextEncoder:
 
 def test_embeddings_are_zero_exactly_after_the_prompt() -> None:
     out = _encoder().encode([CAPTIONS[0], "digit seven", ""])
-    assert out.shape == (3, 8, 32) and out.dtype == torch.float32 and not out.requires_grad
+    assert out.shape == (3, 8, 32)
+    assert out.dtype == torch.float32
+    assert not out.requires_grad
     for row, tokens in zip(out, (6, 3, 1), strict=True):  # the words and </s>
-        assert (row[:tokens].abs().sum(-1) > 0.1).all() and not row[tokens:].any()
+        assert (row[:tokens].abs().sum(-1) > 0.1).all()
+        assert not row[tokens:].any()
 
 
 def test_same_seed_same_bits_and_the_global_state_is_untouched() -> None:
@@ -59,7 +62,8 @@ def test_each_distinct_prompt_is_encoded_once() -> None:
     first = encoder.encode(CAPTIONS[:1])
     assert encoder.encoder_runs == 4
     first.zero_()  # what a caller does to its tensor must not reach the memo
-    assert encoder.encode(CAPTIONS[:1]).any() and encoder.encoder_runs == 4
+    assert encoder.encode(CAPTIONS[:1]).any()
+    assert encoder.encoder_runs == 4
 
 
 def test_the_memo_forgets_the_least_recently_used() -> None:
@@ -95,7 +99,8 @@ def test_unknown_words_are_named_with_the_vocabulary() -> None:
 
 def test_the_encoder_is_frozen_and_in_evaluation_mode() -> None:
     encoder = _encoder().encoder
-    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder.training
+    assert not any(p.requires_grad for p in encoder.parameters())
 
 
 def test_an_encoder_on_disk_loads(tmp_path: Path) -> None:
@@ -107,7 +112,8 @@ def test_an_encoder_on_disk_loads(tmp_path: Path) -> None:
     loaded = load_text_encoder(tmp_path, text_len=8, dtype=torch.float32)
     assert torch.equal(loaded.encode([*CAPTIONS[:3], ""]), toy.encode([*CAPTIONS[:3], ""]))
     half = load_text_encoder(tmp_path, text_len=8).encode(CAPTIONS[:1])
-    assert half.dtype == torch.float32 and torch.allclose(half, toy.encode(CAPTIONS[:1]), atol=0.1)
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, toy.encode(CAPTIONS[:1]), atol=0.1)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +129,8 @@ def test_cleaning_is_wans(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     fixer = SimpleNamespace(fix_text=lambda text: (seen.append(text), text.replace("\u2019", "'"))[1], __version__="9")
     monkeypatch.setitem(sys.modules, "ftfy", fixer)
-    assert clean_prompt(" a\n cat\u2019s &amp;lt;hat\u3000 ") == "a cat's <hat" and len(seen) == 1
+    assert clean_prompt(" a\n cat\u2019s &amp;lt;hat\u3000 ") == "a cat's <hat"
+    assert len(seen) == 1
     with_ftfy = text_encoder.cleaning()
     monkeypatch.setitem(sys.modules, "ftfy", None)
     text_encoder._warn_of_ftfy.cache_clear()
@@ -145,8 +152,10 @@ def test_embeddings_are_those_of_diffusers_pipeline(monkeypatch: pytest.MonkeyPa
     prompts = [f"  {CAPTIONS[0]}", "digit\nseven", ""]
     expected = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=512)[0]
     ours = encoder.encode(prompts)
-    assert ours.shape == (3, 512, 32) and torch.allclose(ours, expected, atol=1e-5)
-    assert torch.equal(ours == 0, expected == 0) and ours.any(dim=2).sum(dim=1).tolist() == [6, 3, 1]
+    assert ours.shape == (3, 512, 32)
+    assert torch.allclose(ours, expected, atol=1e-5)
+    assert torch.equal(ours == 0, expected == 0)
+    assert ours.any(dim=2).sum(dim=1).tolist() == [6, 3, 1]
 
 
 def test_encoders_load_from_one_folder_too_and_others_are_refused(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def test_names_and_shapes_are_the_published_ones() -> None:
     with torch.device("meta"):
         net, other = TinyDecoder(), TinyDecoder(48, 2)
     assert {name: tuple(p.shape) for name, p in net.named_parameters()} == layout(*WIDTHS)
-    assert other.decoder[1].weight.shape[1] == 48 and other.decoder[22].weight.shape[0] == 12
+    assert other.decoder[1].weight.shape[1] == 48
+    assert other.decoder[22].weight.shape[0] == 12
 
 
 def test_streams_are_the_reference_and_each_other(state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -74,7 +75,9 @@ def test_streams_are_the_reference_and_each_other(state: dict[str, Tensor], tmp_
     x = torch.randn(2, 3, 16, 2, 3, generator=torch.Generator().manual_seed(1))
     whole = net.stream()(x)
     expected = torch.stack([reference(state, sample) for sample in x])
-    assert whole.shape == expected.shape == (2, 9, 3, 16, 24) and 0.1 < whole.std() and 0 < whole.mean() < 1
+    assert whole.shape == expected.shape == (2, 9, 3, 16, 24)
+    assert whole.std() > 0.1
+    assert 0 < whole.mean() < 1
     assert torch.allclose(whole, expected, atol=1e-5)
     stream = load_tiny_decoder(tmp_path / "taew2_1.safetensors", torch.float32).stream()
     assert torch.equal(torch.cat([stream(x[:, :1]), stream(x[:, 1:])], dim=1), whole)

@@ -46,7 +46,8 @@ def student(base: dict[str, Any] = IMAGES) -> Generator:
 def test_samples_are_given_the_first_frame_of_videos_of_their_own_captions() -> None:
     task, positions = toy_task(), range(3, 9)
     videos, made = task.world.batch(positions, "train"), task.conditions(positions)
-    assert made.initial is not None and torch.equal(made.initial, videos.latents_BFCHW[:, :1])
+    assert made.initial is not None
+    assert torch.equal(made.initial, videos.latents_BFCHW[:, :1])
     assert torch.equal(made.text, task.conditioning(videos.captions).text)
     assert task.prompts(positions) == videos.captions  # what ODE pairs and rewards go by
     assert toy_task(merged(IMAGES, {"data": {"first_frame": None}})).conditions(positions).initial is None
@@ -57,8 +58,10 @@ def test_a_rollout_goes_on_from_the_frame_and_no_loss_judges_it(tmp_path: Path) 
     assert isinstance(run, ScoreDistillationTrainer)
     (micro,) = run.batch("generator")
     made, given = run.rollout(micro, with_gradient=False)
-    assert given.initial is not None and torch.allclose(made.x0[:, :1], given.initial, atol=1e-5)
-    assert made.frame_mask is not None and made.frame_mask.tolist() == [False, True, True, True, True]
+    assert given.initial is not None
+    assert torch.allclose(made.x0[:, :1], given.initial, atol=1e-5)
+    assert made.frame_mask is not None
+    assert made.frame_mask.tolist() == [False, True, True, True, True]
     assert run.train() == 0
 
 
@@ -70,7 +73,9 @@ def test_each_video_has_its_own_frame_whatever_is_made_beside_it() -> None:
     given = task.first_frames(prompts, 4)
     for caption, video in zip(prompts, task.world.real_videos_for(prompts, 4), strict=True):
         digit, direction = task.world.parse(caption)
-        assert video.shape == (FRAMES, 4, 8, 8) and 0 <= digit < 10 and direction
+        assert video.shape == (FRAMES, 4, 8, 8)
+        assert 0 <= digit < 10
+        assert direction
     made = generate_all(generator, prompts, sampling, batch=2)
     assert made.shape == (5, FRAMES, 4, 8, 8)
     # latents -> pixels in [0, 1] -> latents
@@ -94,7 +99,8 @@ def test_validation_gives_frames_that_fit_its_prompts() -> None:
     task = toy_task()
     prompts = task.validation_prompts(4)
     given = task.validation_given(range(4), prompts).initial
-    assert given is not None and torch.equal(given, task.world.real_videos_for(prompts, 0)[:, :1])
+    assert given is not None
+    assert torch.equal(given, task.world.real_videos_for(prompts, 0)[:, :1])
 
 
 def test_runs_that_have_no_frames_to_give_are_one_line(tmp_path: Path) -> None:

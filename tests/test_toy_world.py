@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,8 @@ def test_a_sample_does_not_depend_on_its_batch_or_on_other_random_numbers() -> N
         sample = ToyWorld(ToyWorldConfig()).sample(index, "train")
         assert torch.equal(sample.latents_FCHW, batch.latents_BFCHW[row])
         assert sample.caption == batch.captions[row] == WORLD.caption(sample.digit, sample.direction)
-    assert batch.latents_BFCHW.shape == (4, *WORLD.latent_shape) and batch.latents_BFCHW.dtype == torch.float32
+    assert batch.latents_BFCHW.shape == (4, *WORLD.latent_shape)
+    assert batch.latents_BFCHW.dtype == torch.float32
 
 
 def test_seed_split_and_index_each_change_the_sample() -> None:
@@ -66,7 +69,8 @@ def test_content_is_balanced_and_intensity_is_that_of_the_digits() -> None:
     assert len(set(WORLD.captions)) == 40
     assert ((counts - 100).square() / 100).sum() < 80  # chi-square, 39 degrees of freedom: 62 at one in a hundred
     assert abs(WORLD.decode(batch.latents_BFCHW).mean().item() - 0.0763) < 0.001
-    assert abs(batch.latents_BFCHW.mean().item()) < 0.05 and abs(batch.latents_BFCHW.std().item() - 1) < 0.15
+    assert abs(batch.latents_BFCHW.mean().item()) < 0.05
+    assert abs(batch.latents_BFCHW.std().item() - 1) < 0.15
 
 
 def test_held_out_handwriting_is_never_trained_on() -> None:
@@ -77,14 +81,16 @@ def test_held_out_handwriting_is_never_trained_on() -> None:
         pixels = world.decode(world.real_videos_for(captions, 0, split))[:, 0, 0]  # type: ignore[arg-type]
         assert torch.allclose(pixels.sum(dim=(1, 2)), pixels[:, 4:12, 8:].sum(dim=(1, 2)), atol=1e-3)
         glyphs[split] = {tuple(row) for row in (pixels[:, 4:12, 8:] * 16).round().int().flatten(1).tolist()}
-    assert len(glyphs["test"]) == 397 and 1100 < len(glyphs["train"]) <= 1400
+    assert len(glyphs["test"]) == 397
+    assert 1100 < len(glyphs["train"]) <= 1400
     assert not glyphs["train"] & glyphs["test"]
 
 
 def test_real_videos_fit_their_captions_and_differ_by_seed() -> None:
     captions = ["the digit seven moving left", "the digit zero moving down"] * 2
     a, again, b = (WORLD.real_videos_for(captions, seed) for seed in (0, 0, 1))
-    assert torch.equal(a, again) and not torch.allclose(a, b, atol=0.1)
+    assert torch.equal(a, again)
+    assert not torch.allclose(a, b, atol=0.1)
     assert not torch.allclose(a[0], a[2], atol=0.1)  # one caption, two videos
     for video, caption in zip(WORLD.decode(a)[:, :, 0], captions, strict=True):
         step = torch.tensor(DIRECTIONS[WORLD.parse(caption)[1]]) * 0.75
@@ -97,7 +103,8 @@ def test_encode_inverts_decode_for_grey_and_rgb() -> None:
     assert latents.shape == (2, *WORLD.latent_shape)
     assert torch.allclose(WORLD.decode(latents), pixels.expand(-1, -1, 3, -1, -1), atol=1e-6)
     assert torch.allclose(WORLD.encode(WORLD.decode(latents)), latents, atol=1e-5)
-    assert WORLD.decode(latents + 10).max() == 1 and WORLD.decode(latents + 10, clamp=False).max() > 2
+    assert WORLD.decode(latents + 10).max() == 1
+    assert WORLD.decode(latents + 10, clamp=False).max() > 2
 
 
 def test_captions_parse_back_and_others_are_refused() -> None:
@@ -138,7 +145,7 @@ def test_prompt_stream_is_a_pure_function_of_position() -> None:
     whole = PromptStream(5, seed=0).indices(0, 40)
     assert PromptStream(5, seed=0).indices(33, 7) == whole[33:]
     ranks = [PromptStream(5, seed=0).indices(cursor, 2) for cursor in range(8, 16, 2)]  # 4 ranks of one batch of 8
-    assert sum(ranks, []) == whole[8:16]
+    assert functools.reduce(operator.iadd, ranks, []) == whole[8:16]
     with pytest.raises(ValueError, match="at least one item"):
         PromptStream(0, seed=0)
     with pytest.raises(ValueError, match="must be >= 0"):

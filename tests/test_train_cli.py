@@ -78,15 +78,18 @@ def test_ts_schedule_needs_one_exit_step_for_all_blocks() -> None:
 def test_every_recipe_loads_and_says_how_to_run_it(path: Path) -> None:
     load_run(path)
     header = path.read_text().split("\nname:")[0]
-    assert f"--config_path {path.relative_to(ROOT)}" in header and "Hardware" in header
+    assert f"--config_path {path.relative_to(ROOT)}" in header
+    assert "Hardware" in header
 
 
 def test_a_mistake_exits_with_2_and_no_traceback() -> None:
     command = [sys.executable, "train.py", "--config_path", YAML, "training.max_stepz=5"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.strip().splitlines()) == 1 and "training.max_stepz" in done.stderr
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "training.max_stepz" in done.stderr
 
 
 ABSURD = 999999999999
@@ -131,7 +134,8 @@ def test_an_absurd_size_exits_with_2_and_one_line(plan: list[str], tmp_path: Pat
         1, "train.py", "--config_path", yaml, "--logdir", str(tmp_path), *plan, f"data.wan.frames={ABSURD}"
     )
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "data.wan.frames" in done.stderr and str(ABSURD) in done.stderr
+    assert "data.wan.frames" in done.stderr
+    assert str(ABSURD) in done.stderr
 
 
 def test_what_does_not_fit_into_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,13 +148,17 @@ def test_what_does_not_fit_into_memory_is_one_line(capsys: pytest.CaptureFixture
 
         cli.run_cli(too_long)
     (line,) = capsys.readouterr().err.splitlines()
-    assert left == [2] and "too_long" in line and "lower the sizes" in line
+    assert left == [2]
+    assert "too_long" in line
+    assert "lower the sizes" in line
 
 
 def test_missing_weights_name_the_network_and_the_path(tmp_path: Path) -> None:
     done = forked.run(1, "train.py", "--config_path", YAML, "--logdir", str(tmp_path), "teacher.init=/no/such/run")
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
-    assert "teacher.init" in done.stderr and "/no/such/run" in done.stderr
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "teacher.init" in done.stderr
+    assert "/no/such/run" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -170,7 +178,8 @@ def test_mistakes_that_only_the_task_can_see(override: str, word: str, tmp_path:
     overrides = ["student.init=null", "teacher.init=null", "critic.init=null", override]
     with pytest.raises(ConfigError) as caught:
         build_trainer(load_run(ROOT / YAML, overrides), RunOptions(tmp_path))
-    assert "\n" not in str(caught.value) and word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert word in str(caught.value)
 
 
 def test_print_config_gives_a_yaml_that_loads_to_the_same(tmp_path: Path) -> None:
@@ -178,4 +187,5 @@ def test_print_config_gives_a_yaml_that_loads_to_the_same(tmp_path: Path) -> Non
     assert done.returncode == 0
     (tmp_path / "c.yaml").write_text(done.stdout)
     again = load_run(tmp_path / "c.yaml")
-    assert again == load_run(ROOT / YAML, ["seed=3"]) and again.trainer is TrainerKind.score_distillation
+    assert again == load_run(ROOT / YAML, ["seed=3"])
+    assert again.trainer is TrainerKind.score_distillation

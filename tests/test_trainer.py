@@ -51,7 +51,9 @@ def test_defect_10_resume_is_exact(base: dict[str, Any], tmp_path: Path) -> None
     assert trainer(tmp_path / "parts", base, max_steps=5).train() == 0
     assert trainer(tmp_path / "parts", base).train() == 0
     losses = [entry["student/loss"] for entry in curve(tmp_path / "whole") if "student/loss" in entry]
-    assert len(curve(tmp_path / "whole")) == 10 and len(set(losses)) == len(losses) >= 5 and min(losses) > 0
+    assert len(curve(tmp_path / "whole")) == 10
+    assert len(set(losses)) == len(losses) >= 5
+    assert min(losses) > 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -85,7 +87,8 @@ def test_never_resuming_keeps_the_earlier_run_out_of_the_way(tmp_path: Path) -> 
     trainer(tmp_path, DISTILLATION, max_steps=6).train()
     before = curve(tmp_path)
     trainer(tmp_path, DISTILLATION, max_steps=2, resume="never", seed=1).train()
-    assert curve(tmp_path / "previous_1") == before and len(curve(tmp_path)) == 2
+    assert curve(tmp_path / "previous_1") == before
+    assert len(curve(tmp_path)) == 2
     assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints/step_00000002"
 
 
@@ -153,7 +156,8 @@ def test_average_is_a_copy_until_it_starts_and_swaps_back_bit_for_bit(tmp_path: 
     run = trainer(tmp_path, max_steps=2, ema={"decay": 0.9, "start": 1})
     run.train()
     student = run.networks["student"]
-    assert student.ema is not None and student.optimizer.updates == 1
+    assert student.ema is not None
+    assert student.optimizer.updates == 1
     own = {name: p.detach().clone() for name, p in student.net.named_parameters()}
     assert all(torch.equal(student.ema.shadow[name], value) for name, value in own.items())
     student.ema.shadow["head.head.weight"].add_(1)
@@ -183,7 +187,8 @@ def test_non_finite_step_is_skipped_and_counted(tmp_path: Path) -> None:
     _poison(run, {1})
     before = {name: p.detach().clone() for name, p in run.networks["student"].net.named_parameters()}
     run.train()
-    assert run.skipped == 1 and run.networks["student"].optimizer.updates == 1
+    assert run.skipped == 1
+    assert run.networks["student"].optimizer.updates == 1
     assert all(bool(p.isfinite().all()) for p in run.networks["student"].net.parameters())
     assert not torch.equal(before["head.head.weight"], run.networks["student"].net.head.head.weight)
     assert [entry["skipped_updates"] for entry in curve(tmp_path)] == [0, 1, 1, 1]
@@ -203,7 +208,8 @@ def test_one_bad_network_aborts_though_the_other_is_fine(tmp_path: Path) -> None
     _poison(run, set(range(20)))
     with pytest.raises(UserError, match="3 updates of student in a row"):
         run.train()
-    assert run.networks["critic"].optimizer.updates == 4 and run.networks["student"].optimizer.updates == 0
+    assert run.networks["critic"].optimizer.updates == 4
+    assert run.networks["student"].optimizer.updates == 0
     assert checkpoint.load_state(tmp_path / "checkpoints/step_00000004")["cursor"] == run.cursor
     trainer(tmp_path).train()  # goes on from there
 
@@ -219,7 +225,8 @@ def test_resume_takes_the_rates_and_decay_of_the_config(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2).train()
     changed = {"generator_training": {"optimizer": {"weight_decay": 0.5, "betas": [0.0, 0.9]}}}
     group = trainer(tmp_path, **changed).networks["student"].optimizer.optimizers["adamw"].param_groups[0]
-    assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0.0, 0.9)
+    assert group["weight_decay"] == 0.5
+    assert tuple(group["betas"]) == (0.0, 0.9)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -286,7 +293,8 @@ def test_every_rollout_trains_under_every_objective(kind: str, objective: str, t
     before = {name: p.detach().clone() for name, p in run.networks["student"].net.named_parameters()}
     run.train()
     changed = [name for name, p in run.networks["student"].net.named_parameters() if not torch.equal(p, before[name])]
-    assert "head.head.weight" in changed and run.skipped == 0
+    assert "head.head.weight" in changed
+    assert run.skipped == 0
 
 
 @pytest.mark.parametrize("mode", ["bidirectional", "diffusion_forcing", "teacher_forcing"])
@@ -310,7 +318,8 @@ def test_long_rollouts_judge_only_the_last_window(tmp_path: Path) -> None:
         lengths.add(len(rollout.exit_steps) * 3)
         assert rollout.x0.shape[1] == 9
         if len(rollout.exit_steps) > 3:
-            assert rollout.frame_mask is not None and rollout.frame_mask.tolist() == [False] + [True] * 8
+            assert rollout.frame_mask is not None
+            assert rollout.frame_mask.tolist() == [False] + [True] * 8
     assert lengths == {9, 12, 15}
 
 
@@ -325,7 +334,8 @@ def test_reused_rollout_costs_the_critic_nothing(tmp_path: Path) -> None:
     assert entries[True][0] == entries[False][0]  # critic alone: nothing to reuse
     assert entries[True][1]["student/loss"] == entries[False][1]["student/loss"]
     assert calls[True] < calls[False]
-    assert runs[True].cursor == 8 and runs[False].cursor == 12
+    assert runs[True].cursor == 8
+    assert runs[False].cursor == 12
 
 
 @pytest.mark.parametrize("kind", ["self_forcing", "noised_data", "diffusion_forcing", "teacher_forcing"])

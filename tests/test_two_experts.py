@@ -67,7 +67,8 @@ def test_a_low_noise_expert_alone_is_refused_not_fed_noise(runs: dict[str, Path]
 
 def test_an_expert_of_phased_dmd_is_joined_too() -> None:
     both, boundary = joined(config(DISTILLATION, **HIGH, objective={"kind": "phased_dmd"}), config(DISTILLATION, **LOW))
-    assert boundary == 0.875 and len(both.schedule.sigmas()) == 4
+    assert boundary == 0.875
+    assert len(both.schedule.sigmas()) == 4
 
 
 def test_both_are_exported_into_one_pipeline(runs: dict[str, Path], tmp_path: Path) -> None:

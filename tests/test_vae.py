@@ -38,7 +38,8 @@ def test_streamed_decode_is_diffusers_whole_clip_bit_for_bit(kind: str) -> None:
     vae = WanVAE(small_vae(kind))
     x = latents(vae, frames=3)
     expected = reference_decode(vae.model, x)
-    assert expected.shape == (1, 9, 3, 4 * vae.spatial, 4 * vae.spatial) and expected.std() > 0.01
+    assert expected.shape == (1, 9, 3, 4 * vae.spatial, 4 * vae.spatial)
+    assert expected.std() > 0.01
     for split in ([3], [1, 2]):
         stream = vae.decoding()
         blocks = [stream(block) for block in x.split(split, dim=1)]
@@ -95,7 +96,9 @@ def test_a_saved_vae_loads_alone_from_a_pipeline_and_in_bf16(kind: str, tmp_path
     half = load_vae(VAEConfig(str(tmp_path / "pipeline")))
     assert half.dtype == torch.bfloat16
     out = half.decode(x)
-    assert out.dtype == torch.float32 and torch.allclose(out, expected, atol=0.05) and not torch.equal(out, expected)
+    assert out.dtype == torch.float32
+    assert torch.allclose(out, expected, atol=0.05)
+    assert not torch.equal(out, expected)
     assert half.encode(video(half, 5)).dtype == torch.float32
 
 

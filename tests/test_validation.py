@@ -41,7 +41,8 @@ def test_videos_are_sampled_in_micro_batches_and_are_those_of_one_batch(tmp_path
 
     prompts, seed = run.validation_prompts, run.config.validation.seed
     pixels = sample_pixels(sampler, run.task, prompts, run.config, run.device)
-    assert sizes == [2, 2, 1] and pixels is not None
+    assert sizes == [2, 2, 1]
+    assert pixels is not None
     with torch.no_grad():
         whole = run.sample(run.task.conditioning(prompts), run.task.negative(5), Noise(seed, 0, range(5)))
     assert relative(pixels, run.task.decode(whole)) < 1e-5

@@ -31,10 +31,12 @@ def test_mp4_decodes_to_what_was_written(tmp_path: Path) -> None:
     decoded = read_video(path)
     assert decoded.shape == (9, 3, 64, 96)
     expected = pixels.repeat_interleave(4, -1).repeat_interleave(4, -2)
-    assert (decoded - expected).abs().mean() < 0.01 and (decoded - expected).abs().max() < 0.08
+    assert (decoded - expected).abs().mean() < 0.01
+    assert (decoded - expected).abs().max() < 0.08
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        assert stream.codec_context.name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
         assert stream.average_rate == Fraction(15, 2)
 
 
@@ -83,7 +85,8 @@ def test_a_video_in_parts_is_the_whole_and_an_mp4_holds_one_at_a_time(tmp_path: 
     for name in ("parts", "bits"):
         # the encoder varies in its last bits from call to call
         found, expected = read(tmp_path / f"{name}.{suffix}"), read(tmp_path / f"whole.{suffix}")
-        assert found.shape == expected.shape and (found - expected).abs().mean() < (0.02 if suffix == "mp4" else 1e-6)
+        assert found.shape == expected.shape
+        assert (found - expected).abs().mean() < (0.02 if suffix == "mp4" else 1e-6)
     assert len(alive) == 3
 
 
@@ -98,7 +101,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
     monkeypatch.setattr(video_module, "_write_png", broken)
     with pytest.raises(OSError, match="disk full"):
         write_video(path, torch.ones(1, 1, 4, 4), fps=8)
-    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_bad_calls_are_refused(tmp_path: Path) -> None:
@@ -130,4 +134,5 @@ def test_grid_places_every_video() -> None:
         top, left = (i // 3) * 6 + 2, (i % 3) * 8 + 2
         assert torch.equal(sheet[..., top : top + 4, left : left + 6], video)
     assert (sheet == 0.25).sum() == sheet.numel() - videos.numel()
-    assert grid(videos[:1]).shape == (2, 3, 6, 8) and grid(videos, padding=0).shape == (2, 3, 8, 18)
+    assert grid(videos[:1]).shape == (2, 3, 6, 8)
+    assert grid(videos, padding=0).shape == (2, 3, 8, 18)

@@ -242,7 +242,7 @@ SCORES = {
 def by_hand(scores: Tensor, kept: int) -> Tensor:
     """Sorted by falling score, then by index; kept and put in order."""
     rows = scores.flatten(0, 2).tolist()
-    picked = [sorted(sorted(range(len(row)), key=lambda i: (-row[i], i))[:kept]) for row in rows]  # noqa: B023
+    picked = [sorted(sorted(range(len(row)), key=lambda i: (-row[i], i))[:kept]) for row in rows]
     return torch.tensor(picked).view(*scores.shape[:3], kept)
 
 
@@ -299,7 +299,7 @@ GRIDS: list[tuple[Shape, Shape]] = [
 ]
 
 
-@pytest.mark.parametrize("grid, cube", GRIDS)
+@pytest.mark.parametrize(("grid", "cube"), GRIDS)
 def test_tiles_hold_their_valid_tokens_first_in_raster_order(grid: Shape, cube: Shape) -> None:
     tiling = Tiling(grid, cube)
     expected: dict[tuple[int, ...], list[int]] = {}

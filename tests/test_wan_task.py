@@ -60,7 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--out",
         str(root / "text"),
     ]
-    assert preprocess_text(argv) == 0 and preprocess_text([*argv, "--check"]) == 0
+    assert preprocess_text(argv) == 0
+    assert preprocess_text([*argv, "--check"]) == 0
     return root
 
 
@@ -75,7 +76,7 @@ def base(root: Path, *, encoder: bool = False, cache: bool = True) -> dict[str, 
         **{"wan": {"frames": 3, "height": 4, "width": 4}, "text": {**text, "dtype": "fp32"}},
         "vae": {"path": str(root / "pipeline"), "dtype": "fp32"},
     }
-    networks = {name: NETWORK for name in ("student", "teacher", "critic")}
+    networks = dict.fromkeys(("student", "teacher", "critic"), NETWORK)
     return merged(DISTILLATION, {"data": data, "causal": {"num_frame_per_block": 1}, **networks})
 
 
@@ -140,7 +141,8 @@ def test_the_text_encoder_is_loaded_when_asked_for_and_once(
     cached = build_task(run(folder, encoder=True, cache=True), CPU)
     cached.text.config.encoder = str(folder / "pipeline/vae")  # type: ignore[union-attr]
     cached.load_text_encoder()
-    assert "only prompts of" in caplog.text and cached.conditioning(PROMPTS).batch == 3
+    assert "only prompts of" in caplog.text
+    assert cached.conditioning(PROMPTS).batch == 3
 
 
 def test_a_causal_student_trains_from_the_cache_and_makes_mp4_files(folder: Path, tmp_path: Path) -> None:
@@ -157,13 +159,16 @@ def test_a_causal_student_trains_from_the_cache_and_makes_mp4_files(folder: Path
     latents = generator([PROMPTS[1]], args.sampling, [0])
     decode = generator.task.decoding()
     streamed = torch.cat([decode(block) for block in latents.split(1, dim=1)], dim=1)
-    assert latents.shape == (1, 3, 16, 4, 4) and torch.equal(streamed, generator.task.decode(latents))
+    assert latents.shape == (1, 3, 16, 4, 4)
+    assert torch.equal(streamed, generator.task.decode(latents))
     # and evaluation sees them through the VAE too
     write_video(tmp_path / "real/a.mp4", streamed[0].flip(0), fps=8)
     save_encoder(tmp_path / "clip", "clip")
     asked = FidArgs(str(tmp_path / "clip"), tmp_path / "real", None, 2, "dev", tmp_path, 2)
     rows = evaluate_fid(generator, asked, args.sampling)
-    assert rows["generated"]["frames"] == 18 and rows["real"]["frames"] == 9 and rows["generated"]["fd_frames"] > 0
+    assert rows["generated"]["frames"] == 18
+    assert rows["real"]["frames"] == 9
+    assert rows["generated"]["fd_frames"] > 0
 
 
 def test_given_frames_and_reencoded_ones_go_through_the_vae(folder: Path) -> None:
@@ -184,17 +189,21 @@ def test_given_pixels_become_what_the_networks_take(folder: Path, kind: str) -> 
     overrides |= {"in_dim": 36} if "i2v" in kind.split("_") else {}
     overrides |= {"image_dim": 20} if kind == "i2v_clip" else {}
     network = {"overrides": overrides}
-    networks = {name: network for name in ("student", "teacher", "critic")}
+    networks = dict.fromkeys(("student", "teacher", "critic"), network)
     task = build_task(run(folder, cache=True, data={"image_encoder": str(folder / "clip")}, **networks), CPU)
-    assert isinstance(task, WanTask) and task.pixel_size(3) == Size(9, 32, 32)
+    assert isinstance(task, WanTask)
+    assert task.pixel_size(3) == Size(9, 32, 32)
     pixels = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     made, one = task.given(PROMPTS[:2], pixels), task.given(PROMPTS[:2], pixels[:1], frames=2)
     assert torch.equal(made.text, task.conditioning(PROMPTS[:2]).text)
     if "i2v" not in kind.split("_"):
-        assert torch.equal(made.initial, task.encode(pixels)) and made.channels is None  # type: ignore[arg-type]
+        assert torch.equal(made.initial, task.encode(pixels))
+        assert made.channels is None
         assert torch.equal(one.initial, task.encode(pixels[:1]).expand(2, -1, -1, -1, -1))  # type: ignore[arg-type]
     else:
-        assert made.initial is None and made.channels is not None and one.channels is not None
+        assert made.initial is None
+        assert made.channels is not None
+        assert one.channels is not None
         assert torch.equal(made.channels, image_channels(task.vae, pixels, 3))
         assert torch.equal(one.channels, image_channels(task.vae, pixels[:1], 2).expand(2, -1, -1, -1, -1))
     if kind == "i2v_clip":
@@ -249,7 +258,8 @@ def test_an_encoder_on_the_hub_is_compared_by_what_the_cache_says(
     monkeypatch.setattr(wan_task, "load_text_encoder", None)
     manifest = json.loads((folder / "text/manifest.json").read_text())
     assert manifest["made_with"] == wan_task.made_with(run(folder, encoder=True).data.text, 8)
-    assert manifest["made_with"]["encoder"] == str(folder / "pipeline") and manifest["made_with"]["dtype"] == "fp32"
+    assert manifest["made_with"]["encoder"] == str(folder / "pipeline")
+    assert manifest["made_with"]["dtype"] == "fp32"
 
     def started(name: str | None, dtype: str = "fp32") -> str:
         cache = tmp_path / f"{name}_{dtype}".replace("/", "_")
@@ -309,7 +319,8 @@ def test_a_run_of_stored_clip_tokens_takes_an_image_encoder_for_inference(folder
 
 def test_the_task_is_of_its_kind(folder: Path) -> None:
     task = build_task(run(folder, cache=True), CPU)
-    assert isinstance(task, WanTask) and task.latent_shape == (3, 16, 4, 4)
+    assert isinstance(task, WanTask)
+    assert task.latent_shape == (3, 16, 4, 4)
     assert sorted(task.prompts(range(4))) == sorted([*PROMPTS, PROMPTS[0]])
 
 
@@ -326,7 +337,8 @@ def test_training_on_stored_latents(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(x, by_caption[caption]) for x, caption in zip(found, captions, strict=True))
     assert set(captions[:3]) == set(PROMPTS)
     shorter = task.real(range(5), (2, 16, 4, 4))
-    assert torch.equal(shorter.latents, found[:, :2]) and shorter.captions == captions
+    assert torch.equal(shorter.latents, found[:, :2])
+    assert shorter.captions == captions
     small = {name: value for name, value in base(folder).items() if name not in ("teacher", "critic", "trainer")}
     training = {"max_steps": 2, "critic_warmup_steps": 0}
     made = trainer(
@@ -368,7 +380,8 @@ def test_a_prompt_that_is_missed_later_is_one_line(folder: Path, tmp_path: Path)
     """What cannot be known at the start: a cache that loses a prompt, and an encoder that does not load."""
     made = trainer(tmp_path / "run", base(folder))
     task = made.task
-    assert isinstance(task, WanTask) and task.text.cache is not None
+    assert isinstance(task, WanTask)
+    assert task.text.cache is not None
     task.text.cache._places.clear()
     with pytest.raises(UserError, match="data: prompt '.*' is not in the text cache") as caught:
         made.train()

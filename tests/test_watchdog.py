@@ -130,7 +130,8 @@ def test_waiting_for_slow_work_is_excused_as_long_as_it_lives_and_is_in_time(dog
     for beat in (3, 4):
         dog._held = 11
         says(dog, place(5, "validation", 50, slow=True, beat=beat))
-        assert dog._excused() and dog._held == 0
+        assert dog._excused()
+        assert dog._held == 0
     assert not dog._excused()  # no new sign of life since
     says(dog, place(5, "validation", 101, slow=True, beat=9))
     assert not dog._excused()
@@ -146,7 +147,8 @@ def test_slow_work_has_its_own_limit_and_nobody_waits_long_for_one_that_failed()
     assert dog._limit() == 600
     dog._store.set("failed", "1")
     says(dog, place(5, "validation", 1, slow=True))
-    assert dog._limit() == 30 and not dog._excused()
+    assert dog._limit() == 30
+    assert not dog._excused()
 
 
 def test_without_the_store_a_rank_reports_itself(capfd: pytest.CaptureFixture[str], dog: Watchdog) -> None:
@@ -174,7 +176,8 @@ def test_limits_are_checked_and_process_groups_outlast_them() -> None:
     with pytest.raises(ConfigError, match=r"^watchdog.slow_after_seconds 5.0 is less than stuck_after_seconds 600.0"):
         run_from_plain({"watchdog": {"slow_after_seconds": 5}})
     timeout = WatchdogConfig(stuck_after_seconds=600, slow_after_seconds=3600).group_timeout()
-    assert timeout is not None and timeout.total_seconds() > 3600 + 600
+    assert timeout is not None
+    assert timeout.total_seconds() > 3600 + 600
     assert WatchdogConfig(stuck_after_seconds=None).group_timeout() is None
 
 

@@ -72,7 +72,8 @@ def test_every_key_shape_and_config_is_diffusers(preset: str, tmp_path: Path) ->
         file = tmp_path / f"{number}.json"
         file.write_text(json.dumps(values))
         fields = read_config(file)
-        assert fields is not None and preset in describe(fields | fields_of_shapes(ours)).split()[1::2]
+        assert fields is not None
+        assert preset in describe(fields | fields_of_shapes(ours)).split()[1::2]
 
 
 def test_image_to_video_parameters_have_both_names() -> None:
@@ -171,10 +172,12 @@ def test_gates_of_sparse_attention_are_left_out_with_one_warning(state: State, t
     save_file({to_diffusers_key(key): value for key, value in state.items()} | gates, tmp_path / "x.safetensors")
     weights = LazyWeights(tmp_path)
     gate = "blocks.1.self_attn.to_gate_compress.bias"
-    assert weights.shapes[gate] == (48,) and to_diffusers_key(gate) in gates
+    assert weights.shapes[gate] == (48,)
+    assert to_diffusers_key(gate) in gates
     with pytest.warns(UserWarning, match=r"4 gate tensors of sparse attention \(to_gate_compress\)") as caught:
         fit(weights, shapes_of(state), CONFIG)
-    assert len(caught) == 1 and same(weights, state)
+    assert len(caught) == 1
+    assert same(weights, state)
     sparse = LazyWeights(tmp_path)
     with warnings.catch_warnings():  # a network that has the gates gets them
         warnings.simplefilter("error")
@@ -191,7 +194,8 @@ def test_the_task_is_read_where_each_format_says_it(tmp_path: Path) -> None:
         (part / "config.json").write_text(json.dumps(values | changes))
         (tmp_path / "model_index.json").write_text(json.dumps(pipeline))
         fields = read_config(part / "config.json")
-        assert fields is not None and fields["model_type"] == expected
+        assert fields is not None
+        assert fields["model_type"] == expected
     (part / "config.json").write_text(json.dumps(native_config(CONFIG) | {"model_type": "ti2v"}))
     assert (read_config(part / "config.json") or {})["model_type"] == "ti2v"
     (part / "config.json").write_text(json.dumps({"z_dim": 16}))
@@ -233,7 +237,8 @@ def test_mixed_shards_are_refused(state: State, tmp_path: Path) -> None:
     for folder, parts in ((first, 2), (other, 3)):
         folder.mkdir()
         save_weights(folder, Held(state), Format.NATIVE, Dtype.fp32, size * 2 // (2 * parts - 1))
-    assert same(LazyWeights(first), state) and len(list(first.glob("*.safetensors"))) == 2
+    assert same(LazyWeights(first), state)
+    assert len(list(first.glob("*.safetensors"))) == 2
     stray = next(other.glob("*-of-00003.safetensors"))
     (first / stray.name).write_bytes(stray.read_bytes())
     with pytest.raises(ValueError, match="also holds .*-of-00003.safetensors, .* shards of two models are mixed"):
@@ -252,7 +257,8 @@ def test_what_is_no_wan_dit_is_one_line(state: State, tmp_path: Path) -> None:
     for name, message in cases:
         with pytest.raises(ValueError, match=message) as error:
             LazyWeights(tmp_path / name)
-        assert "\n" not in str(error.value) and name in str(error.value)
+        assert "\n" not in str(error.value)
+        assert name in str(error.value)
     with pytest.raises(ValueError, match="expert 'middle' is unknown"):
         LazyWeights(tmp_path, expert="middle")
 
@@ -334,10 +340,12 @@ def test_round_trips_are_bit_exact(state: State, tmp_path: Path, dtype: Dtype) -
     save_model(tmp_path / "diffusers", first, CONFIG, Format.DIFFUSERS, dtype, shard_bytes=40_000)
     assert len(list((tmp_path / "diffusers").glob("*.safetensors"))) > 1
     second = LazyWeights(tmp_path / "diffusers")
-    assert same(second, state) and second.geometry() == CONFIG
+    assert same(second, state)
+    assert second.geometry() == CONFIG
     save_model(tmp_path / "native", second, CONFIG, Format.NATIVE, dtype)
     third = LazyWeights(tmp_path / "native")
-    assert same(third, state) and third.geometry() == CONFIG
+    assert same(third, state)
+    assert third.geometry() == CONFIG
     assert all(value.dtype is state[name].dtype for name, value in third.read(state))
 
 

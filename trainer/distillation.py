@@ -87,7 +87,8 @@ class ScoreDistillationTrainer(Trainer):
             return None
         on_teacher = gan.features is Features.teacher
         backbone, network = (self.teacher, config.teacher) if on_teacher else (critic, config.critic)
-        assert backbone is not None and network is not None
+        assert backbone is not None
+        assert network is not None
         updates = config.training.critic_updates(config.training.max_steps)
         adversary = Adversary(config, backbone, network.geometry(), self.task, self.device, updates, self.mesh.sequence)
         self.heads = {adversary.heads.name: adversary.heads}

@@ -52,7 +52,7 @@ class Placement:
     sharding: Sharding
 
 
-def build_network(
+def build_network(  # noqa: PLR0913 - each is a part of what a network is
     config: NetworkConfig,
     name: str,
     seed: int,
@@ -243,7 +243,7 @@ def build_for_inference(
     return build_network(network, name, 0, device, dtype or torch.float32, trained=False, place=place).eval()
 
 
-def build_trained(
+def build_trained(  # noqa: PLR0913 - each is a part of what a network is
     config: RunConfig,
     network: NetworkConfig,
     name: str,

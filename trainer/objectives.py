@@ -123,7 +123,8 @@ class Objective:
 
     def _distribution_loss(self, sample: Sample, sigma: Tensor, eps: Tensor, weights: Weights | None) -> LossOutput:
         config, rollout = self.config, sample.rollout
-        assert self.teacher is not None and self.critic is not None
+        assert self.teacher is not None
+        assert self.critic is not None
         if config.reward is not None:
             weights = weights or self.weights([sample])[0]
         query = ScoreQuery(

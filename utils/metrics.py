@@ -56,7 +56,8 @@ class Moments:
 
     def over_ranks(self) -> Moments:
         """Of what all ranks have seen; every rank gets it. All must have seen something."""
-        assert self.mean_D is not None and self.scatter_DD is not None
+        assert self.mean_D is not None
+        assert self.scatter_DD is not None
         total = int(all_reduce_(torch.tensor([self.count], device=self.mean_D.device)).item())
         mean = all_reduce_(self.mean_D * (self.count / total))
         apart = self.mean_D - mean
@@ -89,7 +90,8 @@ def frechet_between(a: Moments, b: Moments) -> float:
     In fp64. Raises ValueError for fewer than two samples, or features of different widths.
     """
     cov_a, cov_b = a.covariance_DD, b.covariance_DD
-    assert a.mean_D is not None and b.mean_D is not None
+    assert a.mean_D is not None
+    assert b.mean_D is not None
     if cov_a.shape != cov_b.shape:
         raise ValueError(f"frechet distance: features of {len(cov_a)} and {len(cov_b)} dimensions: take one encoder")
     values, vectors = torch.linalg.eigh(cov_a)

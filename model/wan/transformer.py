@@ -6,6 +6,7 @@ d model width.  Parameter names are Wan's own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -297,7 +298,7 @@ class WanTransformer(nn.Module):
         features = mode.features
         if features is None:
             return
-        rising = all(a < b for a, b in zip(features, features[1:], strict=False))
+        rising = all(a < b for a, b in itertools.pairwise(features))
         if not features or not rising or features[0] < 0 or features[-1] >= len(self.blocks):
             raise ValueError(f"features must be blocks of 0..{len(self.blocks) - 1}, rising, got {list(features)}")
         if mode.replay is not None or mode.write_cache:

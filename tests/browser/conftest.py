@@ -15,10 +15,16 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 INSTALL_SECONDS = 120
-OPTIONS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()  # no sandbox: it refuses to run as root, and the pages are our own
+OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]  # no sandbox: it refuses to run as root, and the pages are our own
 
 
 def chromium() -> str:

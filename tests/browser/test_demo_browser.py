@@ -95,7 +95,8 @@ def site(
         for visitor in visitors:
             visitor.context.close()
             allowed = re.compile(rf"(http|ws)://{re.escape(address)}/|blob:http://{re.escape(address)}/")
-            assert [url for url in visitor.asked if not allowed.match(url)] == [] and visitor.complaints == []
+            assert [url for url in visitor.asked if not allowed.match(url)] == []
+            assert visitor.complaints == []
             assert visitor.asked
 
 
@@ -104,7 +105,8 @@ def test_page_fits_and_reads_well_without_a_mouse(browser: Browser, size: tuple[
     with site(browser, StandIns()) as visit:
         visitor = visit(size)
         page = visitor.page
-        assert visitor.width() == size[0] and page.title() == "fewstep live"
+        assert visitor.width() == size[0]
+        assert page.title() == "fewstep live"
         assert page.get_by_label("Prompt", exact=True).input_value() == SEVEN
         page.get_by_role("button", name=THREE).click()
         assert page.get_by_label("Prompt", exact=True).input_value() == THREE
@@ -120,7 +122,8 @@ def test_page_fits_and_reads_well_without_a_mouse(browser: Browser, size: tuple[
         assert visitor.width() == size[0]
         for control in page.locator("main button, main textarea, main input").all():
             box = control.bounding_box()
-            assert box is not None and box["height"] >= 34
+            assert box is not None
+            assert box["height"] >= 34
 
 
 def test_a_video_from_prompt_to_mp4(
@@ -152,7 +155,9 @@ def test_a_video_from_prompt_to_mp4(
         assert download.value.suggested_filename == "fewstep.mp4"
         download.value.save_as(tmp_path / "fewstep.mp4")
         video = read_video(tmp_path / "fewstep.mp4")
-        assert video.shape == (frames, 3, 32, 32) and frames >= 20 and (video[0] - video[-1]).abs().mean() > 0.02
+        assert video.shape == (frames, 3, 32, 32)
+        assert frames >= 20
+        assert (video[0] - video[-1]).abs().mean() > 0.02
 
 
 def test_two_at_once_one_in_line_and_one_who_goes(browser: Browser, toy: Callable[[str, int], Video]) -> None:
@@ -236,7 +241,8 @@ def test_markup_in_a_prompt_is_text(browser: Browser) -> None:
         visitor = visit(PHONE)
         visitor.start(nasty)
         visitor.shows("#caption", f"“{nasty}”")
-        assert visitor.page.locator("#caption *").count() == 0 and visitor.page.title() == "fewstep live"
+        assert visitor.page.locator("#caption *").count() == 0
+        assert visitor.page.title() == "fewstep live"
         assert visitor.width() == PHONE[0]
 
 
@@ -272,7 +278,8 @@ def test_a_restart_in_mid_stream_and_the_end_of_the_server(browser: Browser) -> 
         visitor.shows("#frames", MANY)
         before = visitor.pixels()
         visitor.shows("#frames", re.compile(r"^\d{3}$"))
-        assert visitor.pixels() != before and visitor.page.evaluate("document.querySelector('canvas').width") == 256
+        assert visitor.pixels() != before
+        assert visitor.page.evaluate("document.querySelector('canvas').width") == 256
         visitor.says("Streaming.")
     visitor.expect(visitor.page.get_by_role("alert")).to_have_text(
         "Disconnected: the server has ended. Start connects again."

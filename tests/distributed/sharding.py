@@ -33,7 +33,7 @@ OTHERS: dict[str, Case] = {
     "ode": {"trainer": "ode", "critic": None, "ode": {"pairs": 5, "steps": 4, "shift": 3.0, "guidance": 2.0}},
     "sid": {"objective": {"kind": "sid"}, "rollout": {"kind": "backward_simulation", "reuse_rollout": True}},
     # one sharded copy in three roles; the adapters' values do not depend on the ranks, nor do the random weights
-    "lora": {name: ADAPTED for name in ("student", "critic")},
+    "lora": dict.fromkeys(("student", "critic"), ADAPTED),
     "gan": {"objective": {"gan": {"features": "critic", "weight": 0.5, "depths": [0.5], "discriminator_weight": 0.5}}},
     "sparse": {"student": {"sparse": {"sparsity": 0.6, "cube": [1, 2, 2], "backend": "reference"}}},
     "muon": {"generator_training": {"optimizer": {"kind": "muon", "muon_lr": 1e-3, "muon_weight_decay": 0.1}}},

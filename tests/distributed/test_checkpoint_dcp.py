@@ -34,7 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shards_put_together_are_the_whole_and_each_is_written_once(folder: Path) -> None:
     whole = everything(folder / "whole/step_00000003")
     assert {"student", "student_ema", "student_adamw", "critic", "critic_adamw", "critic_sgd"} == whole.keys()
-    assert whole["student_adamw"]["0.weight/step"].item() == 3 and whole["critic"]["table"].tolist() == [0, 1, 2]
+    assert whole["student_adamw"]["0.weight/step"].item() == 3
+    assert whole["critic"]["table"].tolist() == [0, 1, 2]
     for saved in ("four", "hsdp"):
         path = folder / saved / "step_00000003"
         assert_equal(everything(path), whole)
@@ -68,7 +69,8 @@ def test_a_rank_killed_while_it_saves_costs_that_save_only(victim: int, tmp_path
         ["step_00000001"],  # the other rank saw it die, and tidied up
     )
     found = checkpoint.find_resume("auto", root)
-    assert found is not None and found[0] == root / "step_00000001"
+    assert found is not None
+    assert found[0] == root / "step_00000001"
     assert len(everything(found[0])) == 6
     checkpoint.save(root, 3, {}, {})
     assert sorted(path.name for path in root.iterdir()) == ["step_00000001", "step_00000003"]

@@ -61,7 +61,8 @@ def numbers(one: Seen) -> Seen:
 def distance(one: Seen, other: Seen, part: str) -> float:
     """|a - b| / |b| over all tensors of a part."""
     keys = [key for key in other if key.startswith(part)]
-    assert keys and keys == [key for key in one if key.startswith(part)]
+    assert keys
+    assert keys == [key for key in one if key.startswith(part)]
     a, b = (torch.cat([s[key].double().flatten() for key in keys]) for s in (one, other))
     return float((a - b).norm() / b.norm())
 
@@ -94,7 +95,8 @@ def test_ode_pairs_are_shared_out_and_the_same_for_any_number_of_ranks(seen: Map
     """Three micro-batches on two ranks, and on two groups of two: one rank has none in the last turn."""
     one, two, groups = (seen[f"{world}_ode"]["pairs"] for world in (1, 2, 4))
     assert len({tuple(pair.flatten().tolist()) for pair in one}) == len(one) == 5
-    assert distance({"x": two}, {"x": one}, "x") < 2e-6 and distance({"x": groups}, {"x": one}, "x") < 2e-6
+    assert distance({"x": two}, {"x": one}, "x") < 2e-6
+    assert distance({"x": groups}, {"x": one}, "x") < 2e-6
     for world in (1, 2, 4):
         assert int(seen[f"{world}_ode"]["evaluations"]) == 5 * 4 * 2 * 6  # pairs x steps x guidance x frames
 

@@ -78,7 +78,8 @@ def test_a_rank_that_stays_away_is_named_with_what_it_does_and_all_end(tmp_path:
     assert re.fullmatch(rf"watchdog: rank \d has not moved for [45] s; {away}; {waiting}", report)
     stacks = stderr[stderr.index(report) :]
     assert re.search(r"rank 2:\n(  .*\n)*  faulty_train.py:\d+ in misbehave: time.sleep\(600\)\n", stacks)
-    assert codes <= {EXIT_STUCK, -15} and EXIT_STUCK in codes
+    assert codes <= {EXIT_STUCK, -15}
+    assert EXIT_STUCK in codes
     assert [len(lines) for lines in notes] == [2, 2, 2]
 
 
@@ -96,9 +97,12 @@ def test_ranks_that_run_different_configs_do_not_start(tmp_path: Path) -> None:
     stderr, codes, notes = faulty("config", 2, tmp_path)
     [line] = [line for line in stderr.splitlines() if "error: " in line and "ranks" in line]
     assert re.search(r"the ranks do not run the same: config differs: rank 0: \w{12}, rank 1: \w{12}: ", line)
-    assert "code differs" not in line and "torch differs" not in line
-    assert codes <= {2, -15} and 2 in codes
-    assert notes == [[], []] and not (tmp_path / "run").exists()
+    assert "code differs" not in line
+    assert "torch differs" not in line
+    assert codes <= {2, -15}
+    assert 2 in codes
+    assert notes == [[], []]
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_ranks_bad_numbers_are_its_own_and_no_rank_takes_the_update(tmp_path: Path) -> None:
@@ -113,6 +117,8 @@ def test_one_ranks_bad_numbers_are_its_own_and_no_rank_takes_the_update(tmp_path
         assert re.fullmatch(whose, match[2])
     assert notes[0] == notes[1]  # the same weights on both ranks, before and after each update
     kept = [step for step, before, after in map(str.split, notes[0]) if before == after]
-    assert kept == ["1", "3", "5", "6"] and len(notes[0]) == 7
-    assert "2 updates of student in a row were not finite" in stderr and 2 in codes
+    assert kept == ["1", "3", "5", "6"]
+    assert len(notes[0]) == 7
+    assert "2 updates of student in a row were not finite" in stderr
+    assert 2 in codes
     assert checkpoint.latest(tmp_path / "run/checkpoints") == tmp_path / "run/checkpoints/step_00000007"

@@ -114,7 +114,8 @@ def test_forward_bf16_is_close_to_fp32(backend: Backend) -> None:
         rough = ScoreNet(net(1, CUDA, backend), "n", compute_dtype=torch.bfloat16).velocity(x, sigma, text)
         frozen = ScoreNet(net(1, CUDA, backend).bfloat16(), "n", compute_dtype=torch.bfloat16).velocity(x, sigma, text)
     assert rough.dtype is frozen.dtype is torch.float32
-    assert 0 < relative(rough, exact) < 3e-2 and relative(frozen, exact) < 4e-2
+    assert 0 < relative(rough, exact) < 3e-2
+    assert relative(frozen, exact) < 4e-2
 
 
 def rollout(
@@ -144,7 +145,8 @@ def test_rollout_fp32_is_the_cpus_and_bf16_is_close(name: str) -> None:
         assert relative(found[key].cpu(), want) < 1e-3 or float(want.norm()) < 1e-4, key
     rough_x0, rough = rollout(CUDA, CAUSAL[name], torch.bfloat16)
     assert relative(rough_x0.cpu(), expected_x0) < 5e-2
-    assert rough.keys() == expected.keys() and cosine(rough, expected) > 0.99
+    assert rough.keys() == expected.keys()
+    assert cosine(rough, expected) > 0.99
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -218,7 +220,9 @@ def test_losses_in_bf16_are_close_to_fp32(kind: str) -> None:
 
     expected_loss, expected = run(torch.device("cpu"), None)
     loss, found = run(CUDA, None)
-    assert loss == pytest.approx(expected_loss, rel=1e-3) and cosine(found, expected) > 0.9999
+    assert loss == pytest.approx(expected_loss, rel=1e-3)
+    assert cosine(found, expected) > 0.9999
     rough_loss, rough = run(CUDA, torch.bfloat16)
     assert rough_loss == pytest.approx(expected_loss, rel=0.1)
-    assert rough.keys() == expected.keys() and cosine(rough, expected) > 0.95
+    assert rough.keys() == expected.keys()
+    assert cosine(rough, expected) > 0.95

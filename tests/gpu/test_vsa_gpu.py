@@ -29,7 +29,8 @@ BACKENDS = [SparseBackend.REFERENCE, SparseBackend.TRITON, SparseBackend.FLEX]
 def run(inputs: Inputs, name: str, backend: SparseBackend) -> list[Tensor]:
     *_, grid, key_grid, cube, sparsity = CASES[name]
     out = video_sparse_attention(*inputs, Grids(grid, key_grid, cube), sparsity, backend=backend)
-    assert out.dtype is inputs[0].dtype and out.is_cuda
+    assert out.dtype is inputs[0].dtype
+    assert out.is_cuda
     return with_gradients(out, inputs)
 
 

@@ -61,5 +61,7 @@ def test_settle(
         "MAX_RESTARTS": "3",
     }  # fmt: skip
     done = subprocess.run(["bash", "-c", body], cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
-    assert (tmp_path / "asked").exists() == requeued and done.stderr == ""
-    assert done.returncode == (status or 0) and word.replace("code 2: ", "code 2, not requeued: ") in done.stdout
+    assert (tmp_path / "asked").exists() == requeued
+    assert done.stderr == ""
+    assert done.returncode == (status or 0)
+    assert word.replace("code 2: ", "code 2, not requeued: ") in done.stdout

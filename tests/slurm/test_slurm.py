@@ -123,12 +123,15 @@ def test_run_folder_says_what_ran(requeued: tuple[Path, str]) -> None:
     folder, job = requeued
     inside = folder / "run/slurm" / job
     text = (inside / "config.yaml").read_text()
-    assert f"max_steps: {STEPS}" in text and "seed: 7" in text and "name: in quotes" in text
+    assert f"max_steps: {STEPS}" in text
+    assert "seed: 7" in text
+    assert "name: in quotes" in text
     revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for attempt, codes in ((0, {"138"}), (1, {"0"})):
         assert revision in (inside / f"attempt_{attempt}/revision.txt").read_text()
         files = [*(inside / f"attempt_{attempt}/exit_codes").iterdir()]
-        assert len(files) == 2 and {file.read_text().strip() for file in files} == codes
+        assert len(files) == 2
+        assert {file.read_text().strip() for file in files} == codes
     # one log a node, and each node ran one rank
     assert {path.name for path in inside.glob("*.log")} == {"node0.log", "node1.log"}
     assert "resumed from" in (inside / "node0.log").read_text()
@@ -155,8 +158,10 @@ def test_inference_in_a_container(requeued: tuple[Path, str], tmp_path: Path) ->
     )  # fmt: skip
     assert ended(job) == ["COMPLETED"], log(tmp_path)
     options = (tmp_path / "options").read_text()
-    assert options.startswith("exec --nv --bind ") and f"{tmp_path}/videos:{tmp_path}/videos" in options
-    assert len([*(tmp_path / "videos").glob("*.png")]) == 2 and "2 videos" in log(tmp_path)
+    assert options.startswith("exec --nv --bind ")
+    assert f"{tmp_path}/videos:{tmp_path}/videos" in options
+    assert len([*(tmp_path / "videos").glob("*.png")]) == 2
+    assert "2 videos" in log(tmp_path)
 
 
 @pytest.mark.slow
@@ -169,7 +174,8 @@ def test_an_array_preprocesses_every_prompt_exactly_once(tmp_path: Path) -> None
     manifest = json.loads((tmp_path / "text/manifest.json").read_text())
     parts = [(part["first"], part["prompts"]) for part in manifest["shards"].values()]
     assert manifest["count"] == 9 == len(prompts.read_text().splitlines()) + 1  # and the negative prompt
-    assert parts == [(0, 3), (3, 3), (6, 3)] and len([*(tmp_path / "text").glob("shard_*")]) == 3
+    assert parts == [(0, 3), (3, 3), (6, 3)]
+    assert len([*(tmp_path / "text").glob("shard_*")]) == 3
 
 
 @pytest.mark.slow
@@ -179,7 +185,12 @@ def test_a_mistake_is_one_line_before_anything_is_launched(tmp_path: Path) -> No
     absent = submit(tmp_path, "distill_1.3b.slurm", *two, CONFIG="no.yaml", LOGDIR="a")
     wrong = submit(tmp_path, "distill_5b.slurm", *two, "training.max_stepz=5", CONFIG="small.yaml", LOGDIR="b")
     for job, words in ((absent, "CONFIG="), (wrong, "training.max_stepz: unknown key")):
-        assert ended(job) == ["FAILED"] and field(job, "Restarts") == ["0"] and field(job, "ExitCode") == ["2:0"]
+        assert ended(job) == ["FAILED"]
+        assert field(job, "Restarts") == ["0"]
+        assert field(job, "ExitCode") == ["2:0"]
         (said,) = [path.read_text().splitlines() for path in tmp_path.glob(f"slurm-*-{job}.log")]
-        assert len(said) == 1 and said[0].startswith("slurm: error: ") and words in said[0]
-    assert not (tmp_path / "a").exists() and not [*tmp_path.glob("b/slurm/*/node*.log")]
+        assert len(said) == 1
+        assert said[0].startswith("slurm: error: ")
+        assert words in said[0]
+    assert not (tmp_path / "a").exists()
+    assert not [*tmp_path.glob("b/slurm/*/node*.log")]

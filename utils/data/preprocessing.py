@@ -114,7 +114,7 @@ class Files:
         return [number for number in own if not self.path(number).is_file() or _identity_of(self.path(number)) is None]
 
 
-def encode_videos(
+def encode_videos(  # noqa: PLR0913 - options of a command, by name
     clips: VideoClips,
     encode: EncodeVideo,
     out: Path,
@@ -126,7 +126,7 @@ def encode_videos(
     kind: str = "parquet",
     rows: int = 64,
     batch: int = 1,
-    share: Share = Share(),  # noqa: B008 - immutable
+    share: Share = Share(),
     dtype: torch.dtype = torch.float32,
     max_corrupt: float = MAX_CORRUPT,
     show: bool = True,
@@ -179,7 +179,7 @@ def encode_videos(
     return report
 
 
-def write_ode(
+def write_ode(  # noqa: PLR0913 - options of a command, by name
     prompts: Sequence[str],
     make: MakeTrajectories,
     sigmas: Sequence[float],
@@ -188,7 +188,7 @@ def write_ode(
     settings: Mapping[str, Any],
     rows: int = 64,
     batch: int = 1,
-    share: Share = Share(),  # noqa: B008 - immutable
+    share: Share = Share(),
     together: Callable[[int], int] | None = None,
     writes: bool = True,
     given: Callable[[range], Mapping[str, Tensor]] | None = None,

@@ -53,7 +53,7 @@ def tiles_of_a_block(dtype: torch.dtype, slots: int) -> int:
 
 def kernel_options(dtype: torch.dtype, slots: int) -> dict[str, int]:
     """FlexAttention's, for tiles of so many slots. In fp32 shared memory has no room to load a tile ahead."""
-    options = {name: slots for name in BLOCK_OPTIONS}
+    options = dict.fromkeys(BLOCK_OPTIONS, slots)
     return options | {"num_stages": 1} if dtype is torch.float32 else options
 
 

@@ -38,7 +38,7 @@ def select_tiles(scores_BNnm: Tensor, kept: int) -> Tensor:
 
 def fine_attention(q: Tensor, k: Tensor, v: Tensor, chosen_BNnK: Tensor, keys: Tiling) -> Tensor:
     """Softmax attention of queries [B, N, n, T, D] over valid tokens of their tile's kept tiles of [B, N, m, T, D]."""
-    batch, heads, tiles, kept = chosen_BNnK.shape
+    batch, heads, tiles, _kept = chosen_BNnK.shape
     b = torch.arange(batch, device=q.device)[:, None, None, None]
     h = torch.arange(heads, device=q.device)[:, None, None]
     k_kept, v_kept = (t[b, h, chosen_BNnK].flatten(3, 4) for t in (k, v))  # [B, N, n, K * T, D]
