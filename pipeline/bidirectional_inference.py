@@ -124,7 +124,7 @@ def _weights(h: float, places: Sequence[float]) -> list[float]:
 def euler_sample(
     net: ScoreNet, noise: Tensor, condition: Condition, negative: Tensor, sigmas: Sequence[float], guidance: Guided
 ) -> Tensor:
-    """The end of `euler_trajectory`: a sample [B, F, C, H, W]."""
+    """The end of `euler_trajectory`, with its arguments: a sample [B, F, C, H, W]."""
     return deque(euler_trajectory(net, noise, condition, negative, sigmas, guidance), maxlen=1).pop()
 
 
@@ -137,7 +137,7 @@ def unipc_sample(
     guidance: Guided,
     told: Sequence[float] | None = None,
 ) -> Tensor:
-    """The end of `unipc_trajectory`: a sample [B, F, C, H, W]."""
+    """The end of `unipc_trajectory`, with its arguments: a sample [B, F, C, H, W]."""
     return deque(unipc_trajectory(net, noise, condition, negative, sigmas, guidance, told), maxlen=1).pop()
 
 

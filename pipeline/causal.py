@@ -32,10 +32,11 @@ class VideoShape:
 class CausalConfig:
     """Blocks and context of a causal student.
 
-    num_frame_per_block: latent frames denoised together. independent_first_frame: the first block has one frame.
+    num_frame_per_block: latent frames denoised together.
+    independent_first_frame: whether the first block has one frame.
     window_frames: frames that a block sees in all, its own and the sinks included; None is all.
-    sink_frames: first frames of the video that stay in the window. context_noise: timestep 0..1000 to which a
-    finished block is noised before its keys and values are cached.
+    sink_frames: first frames of the video that stay in the window.
+    context_noise: timestep 0..1000 to which a finished block is noised before its keys and values are cached.
     """
 
     num_frame_per_block: int = 3

@@ -271,7 +271,7 @@ def causal_trajectory(
     source: of draws, which clean context has none of.
     """
     if len(branches) != (1 if guidance == 1.0 else 2):
-        raise ValueError(f"guidance {guidance} needs a cache for each of its branches, got {len(branches)}")
+        raise ValueError(f"guidance {guidance} needs {1 if guidance == 1.0 else 2} branches, got {len(branches)}")
     start = branches[0].conditioning.initial_frames
     initial, blocks = causal.split(start, noise.shape[1])
     for branch in branches:

@@ -320,11 +320,9 @@ def test_defect_05_batched_training_rollout_equals_one_by_one() -> None:
     def rollout(noise: Tensor, text: Tensor, source: KeyedNoise) -> tuple[Tensor, dict[str, Tensor]]:
         net.zero_grad(set_to_none=True)
         given = type(conditioning(3, 2))(text)
-        plan = RolloutPlan((1, 0, 2, 1), 8)
+        plan = RolloutPlan(causal, (1.0, 0.8, 0.5), (1, 0, 2, 1), 8)
         cache = new_cache(net, causal, noise)
-        out = self_forcing_rollout(
-            ScoreNet(net, "s"), noise, given, (1.0, 0.8, 0.5), causal, plan, source, cache, with_gradient=True
-        )
+        out = self_forcing_rollout(ScoreNet(net, "s"), noise, given, plan, source, cache, with_gradient=True)
         out.x0[-1].square().sum().backward()  # the last sample only
         return out.x0.detach()[-1], gradients(net)
 

@@ -42,8 +42,11 @@ def attend(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over the keys that the mask allows.
 
-    q [B, L, N, D], k and v [B, M, N, D], keys rotated already. mask: None lets every query see every key, else L and M
-    are whole frames of its table. Returns [B, L, N, D] in q's dtype. Raises ValueError if the backend is not installed.
+    q: [B, L, N, D], rotated already.
+    k, v: [B, M, N, D], keys rotated already.
+    mask: None lets every query see every key, else L and M are whole frames of its table.
+    backend: what computes it.
+    Returns [B, L, N, D] in q's dtype. Raises ValueError if the backend is not installed.
     """
     if mask is None:
         return _dense(q, k, v, backend)

@@ -148,7 +148,13 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # queries, k
 def attend_joined(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, join: Join | Parts | None, run: Attend
 ) -> Tensor:
-    """Attention of tokens [B, L, N, D] to themselves and what precedes them; parts see only themselves and theirs."""
+    """Attention [B, L, N, D] of tokens to themselves and what precedes them; parts see only themselves and theirs.
+
+    q, k, v: [B, L, N, D], rotated.
+    gate: of sparse attention's coarse branch, like q; None without one.
+    join: what puts the preceding keys and values before theirs; None where nothing precedes them; or one a part.
+    run: attention of all queries to all keys.
+    """
     if isinstance(join, list):
         sizes = [size for size, _ in join]
         gates = [None] * len(sizes) if gate is None else gate.split(sizes, 1)
@@ -232,6 +238,7 @@ class Block(nn.Module):
         return self.self_attn.o(out.flatten(2)), (k, v)
 
     def _attend(self, shared: PassContext, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+        """As of `Attend`, under the mask and by the backend of the pass."""
         if self.sparse is None or gate is None:
             return attend(q, k, v, mask=shared.mask, backend=shared.backend)
         return self.sparse.attend(q, k, v, gate, shared.grid[1:], shared.mask)

@@ -29,7 +29,7 @@ class Captured:
     Passes of another kind (a new text's first, a recache, conditioning beside the latents) run as they are. What comes
     back is overwritten by the next pass.
 
-    record: makes of a function of no arguments one that computes the same from the same memory; null: CUDA's graphs.
+    record: makes of a function of no arguments one that computes the same from the same memory; None: CUDA's graphs.
     Ranks that share a sequence are not for this: raises ValueError.
     """
 
@@ -50,7 +50,15 @@ class Captured:
         write_cache: bool = False,
         **beside: Any,
     ) -> Tensor:
-        """Velocity [B, F, C, H, W], as of `WanTransformer`."""
+        """Velocity [B, F, C, H, W], as of `WanTransformer`.
+
+        x: latents [B, F, C, H, W].
+        sigma: noise level [B] or [B, F].
+        text: [B, M, D]; the cache knows its keys and values.
+        cache: the one whose passes are recorded; others run as they are.
+        write_cache: the keys and values of these frames are stored behind the others.
+        beside: what else `WanTransformer.forward` takes; such a pass runs as it is.
+        """
         frames = x.shape[1]
         is_plain = cache is self.cache and not beside and not torch.is_grad_enabled()
         if not is_plain or not self.cache.knows_text or not self.cache.reads_in_place(frames):
@@ -66,7 +74,7 @@ class Captured:
 
 
 class _Pass:
-    """One recording, and the memory of its inputs."""
+    """A recording, and the memory of its inputs."""
 
     def __init__(
         self, net: WanTransformer, cache: KVCache, record: Recorder, x: Tensor, sigma: Tensor, text: Tensor

@@ -18,9 +18,22 @@ MODEL_TYPES = ("t2v", "i2v", "ti2v")
 class WanConfig:
     """Geometry of one Wan DiT (arXiv 2503.20314, section 4.2). All of it is derived from here, none typed elsewhere.
 
+    dim: width of a token.
+    ffn_dim: width of the MLP's hidden layer.
+    num_heads: of self- and of cross-attention.
+    num_layers: blocks.
     in_dim: latent channels and, for "i2v", those of the image conditioning beside them (4 of the mask, 16 of the given
-    frames' latents). image_dim: width of CLIP's image tokens, null for a network that sees none. model_type: as Wan
-    names it: "t2v", "i2v" (Wan2.1 and Wan2.2 A14B), "ti2v" (5B: given frames come clean, at sigma 0).
+    frames' latents).
+    out_dim: latent channels of the velocity.
+    text_dim: width of the text encoder's tokens.
+    text_len: text tokens of each prompt, padding included.
+    freq_dim: width of the sinusoidal embedding of time.
+    patch_size: latent frames, rows and columns that make a token.
+    qk_norm: whether queries and keys are normalised.
+    cross_attn_norm: whether cross-attention's input is.
+    eps: of all norms.
+    model_type: as Wan names it: "t2v", "i2v" (Wan2.1 and Wan2.2 A14B), "ti2v" (5B: given frames are clean).
+    image_dim: width of CLIP's image tokens, None for a network that sees none.
 
     Raises ValueError when the heads do not divide the width or a head cannot carry the 3-D RoPE.
     """
@@ -153,7 +166,8 @@ TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # all of a text-to-video block
 class LoraConfig:
     """An adapter that is trained in place of the weights themselves (LoRA, arXiv 2106.09685).
 
-    rank, alpha: W + alpha / rank * up @ down; null takes alpha = rank. targets: which linear layers of each block.
+    rank, alpha: W + alpha / rank * up @ down; None takes alpha = rank.
+    targets: which linear layers of each block.
     share: the adapter lies on the teacher's own copy of the weights, of which there is then one for all roles; false
     gives it a frozen copy of its own, which `init` may then take from elsewhere.
     """
@@ -181,11 +195,12 @@ class LoraConfig:
 class SparseConfig:
     """Video sparse attention (arXiv 2505.13389) in place of the network's self-attention.
 
-    sparsity: share of key tiles that a tile of queries leaves out. cube: a tile's tokens along frames, height and
-    width, 64 in all where kernels compute it (FastWan: [4, 4, 4]); null for the one that pads a grid least, which may
-    change as a cache grows. backend: 'reference', 'triton' or 'flex', null for Triton on CUDA and the reference
-    elsewhere. ramp_step, ramp_every: sparsity grows from 0 by this each so many iterations (FastVideo: 0.03 and 30),
-    null for none.
+    sparsity: share of key tiles that a tile of queries leaves out.
+    cube: a tile's tokens along frames, height and width, 64 in all where kernels compute it (FastWan: [4, 4, 4]); None
+    for the one that pads a grid least, which may change as a cache grows.
+    backend: 'reference', 'triton' or 'flex', None for Triton on CUDA and the reference elsewhere.
+    ramp_step: sparsity grows from 0 by this (FastVideo: 0.03), None for no growth.
+    ramp_every: each so many iterations (FastVideo: 30).
     """
 
     sparsity: float = 0.8
@@ -224,13 +239,17 @@ class SparseConfig:
 class NetworkConfig:
     """One network of a run.
 
-    preset, overrides: geometry (see PRESETS and WanConfig's fields). init: where its weights come from: a run or
-    checkpoint folder of ours, a file or folder in Wan's, Diffusers' or Self-Forcing's format, a Hub repository
-    (`owner/name`), null for random. init_weights: which weights of what has several, 'ema' (raw where it has none),
-    'raw' or 'critic'. init_lora_scale: by how much a run's adapter counts. expert: 'high' or 'low' of a model with
-    two. loras: added to the weights as they are loaded.
-    lora: an adapter to train, the weights being frozen; null trains the weights. sparse: sparse self-attention, null
-    for dense. attention: backend of dense attention. checkpointing: see Checkpointing.
+    preset, overrides: geometry (see PRESETS and WanConfig's fields).
+    init: where its weights come from: a run or checkpoint folder of ours, a file or folder in Wan's, Diffusers' or
+    Self-Forcing's format, a Hub repository (`owner/name`), None for random.
+    init_weights: which weights of what has several, 'ema' (raw where it has none), 'raw' or 'critic'.
+    init_lora_scale: by how much a run's adapter counts.
+    expert: 'high' or 'low' of a model with two, None for a model of one.
+    loras: added to the weights as they are loaded.
+    lora: an adapter to train, the weights being frozen; None trains the weights.
+    sparse: sparse self-attention, None for dense.
+    attention: backend of dense attention.
+    checkpointing: see Checkpointing.
     """
 
     preset: str = "toy"

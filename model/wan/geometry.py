@@ -134,15 +134,15 @@ def describe(fields: Mapping[str, Any]) -> str:
 
 def differences(config: WanConfig, fields: Mapping[str, Any]) -> list[str]:
     """The fields whose values are not the config's. text_len is left out: it is the text's, not the weights'."""
-    own = dataclasses.asdict(config)
-    return [key for key, value in fields.items() if key not in ("text_len", "model_type") and own[key] != value]
+    ours = dataclasses.asdict(config)
+    return [key for key, value in fields.items() if key not in ("text_len", "model_type") and ours[key] != value]
 
 
 def diffusers_config(config: WanConfig) -> Fields:
     """What `WanTransformer3DModel` is built from, as its config.json."""
-    own = dataclasses.asdict(config)
+    values = dataclasses.asdict(config)
     out: Fields = {"_class_name": "WanTransformer3DModel"}
-    out |= {theirs: own[ours] for ours, theirs in DIFFUSERS.items()}
+    out |= {theirs: values[ours] for ours, theirs in DIFFUSERS.items()}
     out |= {"attention_head_dim": config.head_dim, "patch_size": list(config.patch_size), "rope_max_seq_len": 1024}
     out["qk_norm"] = "rms_norm_across_heads" if config.qk_norm else None
     return out | {"added_kv_proj_dim": None if config.image_dim is None else config.dim, "pos_embed_seq_len": None}
@@ -150,5 +150,5 @@ def diffusers_config(config: WanConfig) -> Fields:
 
 def native_config(config: WanConfig) -> Fields:
     """What Wan's own `WanModel` is built from, as its config.json."""
-    own = dataclasses.asdict(config)
-    return {"_class_name": "WanModel"} | {key: own[key] for key in NATIVE}
+    values = dataclasses.asdict(config)
+    return {"_class_name": "WanModel"} | {key: values[key] for key in NATIVE}

@@ -85,15 +85,15 @@ def image_channels(vae: WanVAE, image: Tensor, frames: int) -> Tensor:
     then latents of the given frames and grey ones after them (Diffusers' WanImageToVideoPipeline.prepare_latents).
     Equal images need one encoding: expand what comes back. Raises ValueError for more frames than the video has.
     """
-    given = image[:, None] if image.ndim == 4 else image
-    total, known = STRIDE_T * (frames - 1) + 1, given.shape[1]
-    if given.ndim != 5 or not 1 <= known <= total:
+    pixels = image[:, None] if image.ndim == 4 else image
+    total, known = STRIDE_T * (frames - 1) + 1, pixels.shape[1]
+    if pixels.ndim != 5 or not 1 <= known <= total:
         raise ValueError(
             f"image {list(image.shape)} must be [B, 3, h, w], or 1 to {total} frames [B, T, 3, h, w] for {frames} "
             "latent frames"
         )
-    grey = given.new_full((1, 1, 1, 1, 1), GREY).expand(given.shape[0], total - known, *given.shape[2:])
-    latents = vae.encode(torch.cat([given, grey], 1))
+    grey = pixels.new_full((1, 1, 1, 1, 1), GREY).expand(pixels.shape[0], total - known, *pixels.shape[2:])
+    latents = vae.encode(torch.cat([pixels, grey], 1))
     mask = (torch.arange(total) < known).float()
     mask = torch.cat([mask[:1].expand(STRIDE_T - 1), mask]).view(1, frames, STRIDE_T, 1, 1).to(latents.device)
     return torch.cat([mask.expand(latents.shape[0], -1, -1, *latents.shape[3:]), latents], 2)

@@ -18,8 +18,14 @@ from model.wan.rope import apply_rope, frame_turn
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Geometry of a cache. context_frames: the most that it holds beside the block being computed; block_frames: room
-    for that block behind them, so that a pass without gradient copies no context."""
+    """Geometry of a cache.
+
+    layers, heads, head_dim: of the network.
+    batch: videos at once.
+    context_frames: the most that it holds beside the block being computed.
+    tokens_per_frame: of a latent frame.
+    block_frames: room for that block behind them, so that a pass without gradient copies no context.
+    """
 
     layers: int
     batch: int
@@ -59,11 +65,14 @@ class KVCache:
     wanted `in_order` of time: sparse attention makes tiles of neighbouring frames. Keys are rotated before they come
     here, to `position` and on; they see each other by differences of positions only.
 
+    shape: its geometry.
+    sinks: see above.
     reach: frames from the first sink to the end of the next block, at most: sinks of a longer video are turned on to
     follow it (`positions`), so that no difference grows beyond what a network was trained with. At least
     `context_frames + block_frames`; None leaves sinks where they were.
     rolling: whether frames may be evicted. Without it overflow is an error, and what `context` returns stays as it is
     until `reset`, so checkpointed blocks may read it again; with it a pass with gradient gets a copy.
+    dtype, device: of keys and values.
     memory: flat and at least as long as it needs to be, in place of its own: for caches of several geometries, of which
     one is in use at a time.
     """

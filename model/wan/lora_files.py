@@ -36,7 +36,12 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass
 class Change:
-    """What a file does to one module. down, up: the factors; diff, bias: added to its weight and bias as they are."""
+    """What a file does to one module.
+
+    down, up: the factors.
+    alpha: of alpha / rank; None for the rank.
+    diff, bias: added to its weight and bias as they are.
+    """
 
     down: Stored | None = None
     up: Stored | None = None
@@ -101,13 +106,13 @@ class StoredLora:
         for name, shape in stored.shapes.items():
             module, part, _ = name.rsplit(".", 2)
             change = self.changes.setdefault(module, Change())
-            setattr(change, "down" if part == "lora_A" else "up", Stored(tuple(shape), partial(_one, stored, name)))
+            setattr(change, "down" if part == "lora_A" else "up", Stored(tuple(shape), partial(_read, stored, name)))
 
     def factor(self, _module: str, _change: Change) -> float:
         return self.config.scale
 
 
-def _one(stored: Weights, name: str) -> Tensor:
+def _read(stored: Weights, name: str) -> Tensor:
     ((_, value),) = stored.read([name])
     return value
 
@@ -155,17 +160,17 @@ class MergedWeights:
 
 
 def _check(lora: Lora, shapes: Shapes) -> None:
-    odd = []
+    misfits = []
     for module, change in lora.changes.items():
         shape, weight, bias = change.shape(), f"{module}.weight", f"{module}.bias"
         if shape is not None and shapes.get(weight) != shape:
-            odd.append(f"{weight} {list(shape)} instead of {list(shapes[weight]) if weight in shapes else 'none'}")
+            misfits.append(f"{weight} {list(shape)} instead of {list(shapes[weight]) if weight in shapes else 'none'}")
         if any(shapes.get(bias) != stored.shape for stored in change.bias):
-            odd.append(f"{bias} {list(change.bias[0].shape)} instead of {list(shapes.get(bias, ()))}")
-    if odd:
+            misfits.append(f"{bias} {list(change.bias[0].shape)} instead of {list(shapes.get(bias, ()))}")
+    if misfits:
         raise ValueError(
-            f"{lora.path}: the LoRA does not fit these weights: {len(odd)} changes ({', '.join(odd[:3])}"
-            f"{', ...' if len(odd) > 3 else ''}): use the base that it was trained on"
+            f"{lora.path}: the LoRA does not fit these weights: {len(misfits)} changes ({', '.join(misfits[:3])}"
+            f"{', ...' if len(misfits) > 3 else ''}): use the base that it was trained on"
         )
 
 
@@ -181,17 +186,17 @@ def _adapter(place: Path) -> Path:
 
 
 def _of_expert(stored: dict[str, Stored], expert: str | None) -> dict[str, Stored]:
-    there = {prefix for prefix in _EXPERTS if any(key.startswith(prefix) for key in stored)}
-    if there == {"transformer_2."} and expert == "high":
+    present = {prefix for prefix in _EXPERTS if any(key.startswith(prefix) for key in stored)}
+    if present == {"transformer_2."} and expert == "high":
         raise ValueError("the LoRA is the low-noise expert's: give it to that one (inference.py: --low_lora)")
-    if len(there) < 2:
+    if len(present) < 2:
         return stored
     if expert is None:
         raise ValueError("the LoRA has changes for two experts: say which, high or low")
     return {
         key: value
         for key, value in stored.items()
-        if not key.startswith(tuple(there)) or _EXPERTS[key.split(".")[0] + "."] == expert
+        if not key.startswith(tuple(present)) or _EXPERTS[key.split(".")[0] + "."] == expert
     }
 
 
@@ -294,7 +299,7 @@ def lora_to_peft(state: Mapping[str, Tensor], alpha: float) -> tuple[State, dict
 
 def _pairs(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     names = {key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for key in state}
-    odd = [n for n in sorted(names) if f"{n}.lora_A.weight" not in state or f"{n}.lora_B.weight" not in state]
-    if odd or not names:
-        raise ValueError(f"no LoRA: {odd[0] if odd else 'it is empty'} lacks lora_A.weight or lora_B.weight")
+    unpaired = [n for n in sorted(names) if f"{n}.lora_A.weight" not in state or f"{n}.lora_B.weight" not in state]
+    if unpaired or not names:
+        raise ValueError(f"no LoRA: {unpaired[0] if unpaired else 'it is empty'} lacks lora_A.weight or lora_B.weight")
     return {name: (state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]) for name in sorted(names)}

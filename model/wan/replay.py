@@ -24,8 +24,14 @@ Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass
 class TracedPass:
-    """x: latents [B, F, C, H, W] that went in, at sigma [B]. rope: table of this rank's tokens. tokens: how many of
-    all ranks. joins: per layer, the context that they saw. outputs: per layer, this rank's tokens after it.
+    """A pass that was made without gradient, for later.
+
+    x: latents [B, F, C, H, W] that went in.
+    sigma: their noise level [B].
+    rope: table of this rank's tokens.
+    tokens: how many of all ranks.
+    joins: per layer, the context that they saw.
+    outputs: per layer, this rank's tokens after it.
     """
 
     x: Tensor
@@ -49,24 +55,24 @@ class Trace:
     @property
     def x(self) -> Tensor:
         """All latents that went in [B, F, C, H, W], along frames."""
-        return torch.cat([one.x for one in self.passes], 1)
+        return torch.cat([traced.x for traced in self.passes], 1)
 
     @property
     def sigma(self) -> Tensor:
         """Their noise levels [B, F]."""
-        return torch.cat([one.sigma[:, None].expand(-1, one.x.shape[1]) for one in self.passes], 1)
+        return torch.cat([traced.sigma[:, None].expand(-1, traced.x.shape[1]) for traced in self.passes], 1)
 
     @property
     def rope(self) -> Tensor:
-        return torch.cat([one.rope for one in self.passes], 1)
+        return torch.cat([traced.rope for traced in self.passes], 1)
 
     def joins(self, layer: int) -> list[tuple[int, Join | None]]:
         """Per pass: its number of tokens on all ranks, and its context at this layer."""
-        return [(one.tokens, one.joins[layer]) for one in self.passes]
+        return [(traced.tokens, traced.joins[layer]) for traced in self.passes]
 
     def output(self, layer: int) -> Tensor:
         """Tokens [B, L, d] after this layer."""
-        return torch.cat([one.outputs[layer] for one in self.passes], 1)
+        return torch.cat([traced.outputs[layer] for traced in self.passes], 1)
 
 
 class _Known(torch.autograd.Function):

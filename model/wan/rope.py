@@ -21,8 +21,12 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 
 
 def rope_table(positions: Sequence[int], height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
-    """cos and sin, [2, F * H * W, D / 2] fp32, for frames at absolute `positions`.
+    """cos and sin, [2, F * H * W, D / 2] fp32.
 
+    positions: absolute, of each frame.
+    height, width: of a frame, in tokens.
+    head_dim: D.
+    device: where the table is wanted.
     Angles are taken in fp64 (a long stream reaches positions where fp32 angles lose digits) and rounded once.
     """
     f, h, w = len(positions), height, width

@@ -77,8 +77,13 @@ def items_of(weights: Weights, names: Format, dtype: Dtype) -> dict[str, Item]:
 def save_weights(
     folder: Path, weights: Weights, names: Format, dtype: Dtype, shard_bytes: int | None = SHARD_BYTES
 ) -> list[Path]:
-    """Writes the weights into `folder`: one file, or shards of at most `shard_bytes` (None: one file) and their index.
+    """Writes weights: one file, or shards and their index.
 
+    folder: where to.
+    weights: what.
+    names: whose names they get.
+    dtype: what they are stored in.
+    shard_bytes: the most that a shard holds, None for one file.
     Raises OSError when they cannot be written, ValueError for weights beyond fp8's range.
     """
     items = items_of(weights, names, dtype)
@@ -151,7 +156,11 @@ def save_model(
     dtype: Dtype,
     shard_bytes: int | None = SHARD_BYTES,
 ) -> None:
-    """A folder that Wan's code, ComfyUI or Diffusers loads: the weights and config.json. Raises as `save_weights`."""
+    """A folder that Wan's code, ComfyUI or Diffusers loads: the weights and config.json. Raises as `save_weights`,
+    which has the other arguments.
+
+    config: geometry of the weights.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder, weights, names, dtype, shard_bytes)
     values = native_config(config) if names is Format.NATIVE else diffusers_config(config)

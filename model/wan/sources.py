@@ -142,13 +142,13 @@ def weight_files(path: str | Path) -> list[Path]:
     return files
 
 
-def _shards(index: Path, there: list[Path]) -> list[Path]:
+def _shards(index: Path, found: list[Path]) -> list[Path]:
     listed = sorted(set(weight_map(index).values()))
     files = [index.parent / name for name in listed]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{index.name} in '{index.parent}' names {missing[0]}, which is not there: fetch all shards")
     of_shards = re.compile(r"-\d+-of-\d+\.")
-    if strangers := [file.name for file in there if of_shards.search(file.name) and file not in files]:
+    if strangers := [file.name for file in found if of_shards.search(file.name) and file not in files]:
         raise ValueError(
             f"'{index.parent}' also holds {strangers[0]}, which {index.name} does not name: shards of two models are "
             "mixed; fetch one of them into a new folder"
@@ -186,10 +186,10 @@ def open_tensors(path: str | Path, which: str = "ema") -> dict[str, Stored]:
 def _check_shard(file: Path, part: Mapping[str, Stored], others: Mapping[str, Stored]) -> None:
     index = next(file.parent.glob("*.index.json"))
     listed = {key for key, name in weight_map(index).items() if name == file.name}
-    if odd := sorted(listed ^ part.keys()) or sorted(part.keys() & others.keys()):
+    if differing := sorted(listed ^ part.keys()) or sorted(part.keys() & others.keys()):
         raise ValueError(
-            f"{file.name} does not hold what {index.name} says ({len(odd)} names differ, first {odd[0]}): shards of "
-            "two models are mixed; fetch them again"
+            f"{file.name} does not hold what {index.name} says ({len(differing)} names differ, first "
+            f"{differing[0]}): shards of two models are mixed; fetch them again"
         )
 
 

@@ -27,9 +27,12 @@ class Sparsity:
         self.level = self.config.at(step)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, size: Size, mask: FrameMask | None) -> Tensor:
-        """Attention of queries [B, Fq h w, N, D] to keys and values [B, Fk h w, N, D], whole frames of `size` tokens.
+        """Attention [B, Fq h w, N, D] of whole frames to whole frames.
 
-        gate: like q. mask: which frames see which: runs of frames that see the same are attended apart.
+        q, gate: [B, Fq h w, N, D].
+        k, v: [B, Fk h w, N, D].
+        size: h and w, tokens of a frame along height and width.
+        mask: which frames see which: runs of frames that see the same are attended apart.
         """
         if mask is None:
             return self._run(q, k, v, gate, size)

@@ -29,7 +29,7 @@ class TextConfig:
 
     encoder: a UMT5EncoderModel and its tokenizer: a folder with text_encoder and tokenizer (a pipeline's), one folder
     of both, or a Hub name. cache: a folder of `preprocess.py text`; the encoder is loaded only where it must be.
-    dtype: 'bf16' or 'fp32', of the encoder. quantization: 'int8' or 'fp8' for its matrices (torchao), null for none.
+    dtype: 'bf16' or 'fp32', of the encoder. quantization: 'int8' or 'fp8' for its matrices (torchao), None for none.
     """
 
     encoder: str | None = None

@@ -126,13 +126,14 @@ def load_tiny_decoder(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> 
         ) from None
     with torch.device("meta"):
         net = TinyDecoder(channels, patch, widths)
-    for name, own in net.named_parameters():
+    for name, parameter in net.named_parameters():
         found = state.get(name)
-        if found is not None and _is_grow(net, name) and found.shape[0] > own.shape[0]:
-            found = state[name] = found[-own.shape[0] :]  # trained to make more frames: the last ones are the clip's
-        if found is None or found.shape != own.shape:
+        if found is not None and _is_grow(net, name) and found.shape[0] > parameter.shape[0]:
+            # trained to make more frames: the last ones are the clip's
+            found = state[name] = found[-parameter.shape[0] :]
+        if found is None or found.shape != parameter.shape:
             has = "lacks" if found is None else f"has {list(found.shape)} as"
-            raise ValueError(f"tiny decoder: {path} {has} {name} {list(own.shape)}: give taehv's file for Wan")
+            raise ValueError(f"tiny decoder: {path} {has} {name} {list(parameter.shape)}: give taehv's file for Wan")
     if unknown := sorted(set(state) - {name for name, _ in net.named_parameters()}):
         raise ValueError(f"tiny decoder: {path} holds {unknown[0]}, which a decoder for Wan has not: give another file")
     net.load_state_dict(state, assign=True)

@@ -32,7 +32,7 @@ TILE, TILE_STRIDE = 256, 192  # pixels; Diffusers' own, so that tiles are where 
 class VAEConfig:
     """path: an AutoencoderKLWan: its folder, a pipeline's with a folder `vae`, or a Hub name.
 
-    tiny_decoder: taehv's file for Wan (taew2_1.pth), which decodes instead, faster and coarser; null for none.
+    tiny_decoder: taehv's file for Wan (taew2_1.pth), which decodes instead, faster and coarser; None for none.
     dtype: 'bf16' or 'fp32', in which it computes. tiled: decode in overlapping tiles of 256 pixels, for less memory.
     """
 

@@ -68,17 +68,17 @@ def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def check_fit(own: Shapes, theirs: Shapes) -> None:
+def check_fit(wanted: Shapes, theirs: Shapes) -> None:
     """Raises ValueError naming missing, unexpected and wrongly shaped keys, and the preset that they are of."""
     problems = [
-        ("missing", [key for key in own if key not in theirs]),
-        ("unexpected", [key for key in theirs if key not in own]),
+        ("missing", [key for key in wanted if key not in theirs]),
+        ("unexpected", [key for key in theirs if key not in wanted]),
         (
             "of another shape",
             [
-                f"{key} {list(theirs[key])} instead of {list(own[key])}"
-                for key in own
-                if key in theirs and theirs[key] != own[key]
+                f"{key} {list(theirs[key])} instead of {list(wanted[key])}"
+                for key in wanted
+                if key in theirs and theirs[key] != wanted[key]
             ],
         ),
     ]
@@ -89,18 +89,18 @@ def check_fit(own: Shapes, theirs: Shapes) -> None:
     ]
     if found:
         remedy = "they are incomplete, or of another kind of network"
-        if (made_for := fields_of_shapes(theirs)) != fields_of_shapes(own):
+        if (made_for := fields_of_shapes(theirs)) != fields_of_shapes(wanted):
             remedy = f"choose the geometry that they were made for ({describe(made_for)})"
         raise ValueError(f"weights do not fit this geometry: {'; '.join(found)}: {remedy}")
 
 
-def fit(weights: Weights, own: Shapes, config: WanConfig) -> None:
+def fit(weights: Weights, wanted: Shapes, config: WanConfig) -> None:
     """Checks weights against the network that is to get them, by headers alone.
 
     Gates of sparse attention that a dense network has no use for are left out, with one warning. Raises ValueError in
     one line: names or shapes that differ, or what shapes do not show, such as the number of heads.
     """
-    if gates := [name for name in weights.shapes if GATE.match(name) and name not in own]:
+    if gates := [name for name in weights.shapes if GATE.match(name) and name not in wanted]:
         weights.shapes = {name: shape for name, shape in weights.shapes.items() if name not in set(gates)}
         if distributed.is_main():
             warnings.warn(
@@ -108,10 +108,10 @@ def fit(weights: Weights, own: Shapes, config: WanConfig) -> None:
                 "attention is dense, and will not be what these weights were trained with",
                 stacklevel=3,
             )
-    check_fit(own, weights.shapes)
+    check_fit(wanted, weights.shapes)
     stated = weights.config
-    if stated is not None and (odd := differences(config, stated)):
-        values = ", ".join(f"{key} {stated[key]} instead of {getattr(config, key)}" for key in odd)
+    if stated is not None and (differing := differences(config, stated)):
+        values = ", ".join(f"{key} {stated[key]} instead of {getattr(config, key)}" for key in differing)
         raise ValueError(
             f"weights do not fit this geometry: their config.json says {values}: choose {describe(stated)}"
         )

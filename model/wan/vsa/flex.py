@@ -17,7 +17,12 @@ from model.wan.vsa.tiles import Tiling, tile_maps, to_tiles, to_tokens
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, queries: Tiling, keys: Tiling, kept: int) -> Tensor:
-    """O_f + gate * O_c for q, gate [B, L, N, D] and k, v [B, M, N, D]; see video_sparse_attention.
+    """O_f + gate * O_c; see video_sparse_attention.
+
+    q, gate: [B, L, N, D].
+    k, v: [B, M, N, D].
+    queries, keys: tilings of the L and of the M tokens.
+    kept: key tiles of each query tile.
 
     Raises ValueError where a gradient is asked for on a CPU.
     """

@@ -26,7 +26,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, queries: Tiling, keys: Tiling, kept: int) -> Tensor:
-    """O_f + gate * O_c for q, gate [B, L, N, D] and k, v [B, M, N, D]; see video_sparse_attention.
+    """O_f + gate * O_c; see video_sparse_attention.
+
+    q, gate: [B, L, N, D].
+    k, v: [B, M, N, D].
+    queries, keys: tilings of the L and of the M tokens.
+    kept: key tiles of each query tile.
 
     Raises ValueError for what the kernels cannot run: a dtype, a width, a tile, or tensors outside CUDA.
     """
@@ -113,8 +118,11 @@ class _FineAndGate(torch.autograd.Function):
         chosen: Tensor,
         tilings: tuple[Tiling, Tiling],
     ) -> Tensor:
-        """q, k, v: tiles [B, N, n or m, T, D]. coarse: fp32 [B, N, n, D]. gate: tokens [B, L, N, D].
+        """O_f + gate * O_c [B, L, N, D].
 
+        q, k, v: tiles [B, N, n or m, T, D].
+        coarse: O_c of each tile, fp32 [B, N, n, D].
+        gate: tokens [B, L, N, D].
         chosen: int32 [B, N, n, K], the key tiles that each query tile keeps.
         tilings: of queries and of keys.
         """

@@ -37,7 +37,13 @@ def select_tiles(scores_BNnm: Tensor, kept: int) -> Tensor:
 
 
 def fine_attention(q: Tensor, k: Tensor, v: Tensor, chosen_BNnK: Tensor, keys: Tiling) -> Tensor:
-    """Softmax attention of queries [B, N, n, T, D] over valid tokens of their tile's kept tiles of [B, N, m, T, D]."""
+    """Softmax attention [B, N, n, T, D] of queries over the valid tokens of their tile's kept key tiles.
+
+    q: [B, N, n, T, D].
+    k, v: [B, N, m, T, D].
+    chosen_BNnK: indices of the kept key tiles.
+    keys: tiling of the keys.
+    """
     batch, heads, tiles, _kept = chosen_BNnK.shape
     b = torch.arange(batch, device=q.device)[:, None, None, None]
     h = torch.arange(heads, device=q.device)[:, None, None]
@@ -48,7 +54,13 @@ def fine_attention(q: Tensor, k: Tensor, v: Tensor, chosen_BNnK: Tensor, keys: T
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, queries: Tiling, keys: Tiling, kept: int) -> Tensor:
-    """O_f + gate * O_c for q, gate [B, L, N, D] and k, v [B, M, N, D]; see video_sparse_attention."""
+    """O_f + gate * O_c; see video_sparse_attention.
+
+    q, gate: [B, L, N, D].
+    k, v: [B, M, N, D].
+    queries, keys: tilings of the L and of the M tokens.
+    kept: key tiles of each query tile.
+    """
     exact = torch.float64 if q.dtype is torch.float64 else torch.float32
     q_tiles = to_tiles(q.to(exact), queries)
     k_tiles, v_tiles = (to_tiles(t.to(exact), keys) for t in (k, v))
