@@ -41,10 +41,18 @@ class Heads(Enum):
 class GANConfig:
     """A discriminator: heads on features of a score network at noised samples, real ones against the student's.
 
-    weight: of the student's term beside another objective. discriminator_weight: of its loss beside the critic's.
-    features, depths: of which network, at which shares of its depth. heads: see Heads. loss: see model.gan.Adversarial.
-    r1, r2: weights of the approximate penalties; penalty_step: by how much the noised sample is moved;
-    penalty_per_step: divide by the square of that. same_draw: judge the student at DMD's own noise level and noise.
+    weight: of the student's term beside another objective.
+    discriminator_weight: of the discriminator's loss beside the critic's.
+    features: which network's features the heads see.
+    depths: at which shares of that network's depth its features are tapped.
+    heads: what makes logits of the features.
+    loss: the adversarial loss.
+    r1: weight of the approximate penalty on real samples.
+    r2: weight of the approximate penalty on generated samples.
+    penalty_step: by how much the penalties move the noised sample.
+    penalty_per_step: whether the penalties are divided by the square of penalty_step.
+    same_draw: judge the student at DMD's own noise level and noise.
+    training: how the heads are updated.
     """
 
     weight: float = 0.003
@@ -74,8 +82,12 @@ class GANConfig:
 
 @dataclass
 class FDistillConfig:
-    """divergence: see model.f_distill.Divergence. bin_momentum: what is kept of the ratio's running mean in each of 10
-    bins of noise levels, null for no such normalisation."""
+    """f-distill: DMD weighted by the discriminator's density ratio.
+
+    divergence: which f-divergence is minimised.
+    bin_momentum: what is kept of the ratio's running mean in each of 10 bins of noise levels, null for no such
+        normalisation.
+    """
 
     divergence: Divergence = Divergence.kl
     bin_momentum: float | None = 0.5
@@ -87,7 +99,11 @@ class FDistillConfig:
 
 @dataclass
 class RewardConfig:
-    """Samples weighted by exp(r / beta). name: of a reward that the task offers (toy: 'prompt_adherence')."""
+    """Samples weighted by exp(r / beta).
+
+    name: of a reward that the task offers (toy: 'prompt_adherence').
+    beta: how little the reward counts: the larger, the more even the weights.
+    """
 
     name: str
     beta: float = 1.0
@@ -99,12 +115,21 @@ class RewardConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """What the student is trained on. Guidance is `uncond + w (cond - uncond)`: 1 is none; guidance_rescale: phi of the
-    real score's norm rescaling, 0 for none. sid_alpha: SiD's alpha. ladd_mean: m of LADD's logit-normal noise levels.
+    """What the student is trained on. Guidance is `uncond + w (cond - uncond)`: 1 is none.
 
-    gan: the discriminator, for the kinds that need one and beside dmd. f_distill, reward: see there.
+    kind: the loss.
+    real_guidance_scale: w of the teacher's score.
+    fake_guidance_scale: w of the critic's score.
+    guidance_rescale: phi of the real score's norm rescaling, 0 for none.
+    sid_alpha: SiD's alpha.
+    ladd_mean: m of LADD's logit-normal noise levels.
+    critic_loss: what the critic regresses on, the velocity or x0.
+    gan: the discriminator, for the kinds that need one and beside dmd.
+    f_distill: what kind f_distill takes beside the discriminator.
+    reward: a reward that weighs the samples, null for none.
     cfg_score_shift: shift of decoupled DMD's noise levels for its guidance term, null for the scores' own.
-    critic_keep: the critic is pulled to (1 - this) towards the student after each of its updates (SenseFlow: 0.97).
+    critic_keep: the critic is pulled to (1 - this) towards the student after each of its updates (SenseFlow: 0.97),
+        null for none.
     """
 
     kind: ObjectiveKind = ObjectiveKind.dmd

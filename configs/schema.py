@@ -31,7 +31,17 @@ from utils.watchdog import WatchdogConfig
 
 @dataclass
 class RunConfig:
-    """One run. student: the network that is trained, in every trainer. teacher: frozen. critic: the fake score."""
+    """One run.
+
+    name: under which the run is shown.
+    trainer: what is trained, and how.
+    seed: of random weights, of every draw and of the order of prompts.
+    student: the network that is trained, in every trainer.
+    teacher: the frozen network whose score is the real one.
+    critic: the network that learns the fake score.
+    generator_training: how the student is updated.
+    critic_training: how the critic is updated.
+    """
 
     name: str = "run"
     trainer: TrainerKind = TrainerKind.score_distillation

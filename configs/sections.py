@@ -71,17 +71,24 @@ class SampleWeights(Enum):
 
 @dataclass
 class DataConfig:
-    """kind: 'toy', the world made on the fly, 'digits', scikit-learn's handwriting as videos of one frame, 'synthetic',
-    random numbers of a real geometry's sizes, or 'wan', Wan's text encoder and VAE.
+    """What a run generates, and what it is trained on.
 
+    kind: 'toy', the world made on the fly, 'digits', scikit-learn's handwriting as videos of one frame of 8x8,
+        'synthetic', random numbers of a real geometry's sizes, or 'wan', Wan's text encoder and VAE.
     real: whether training may look at real videos; false is data-free, from prompts alone.
-    toy, synthetic, wan: the section of the kind that is used gives a video's size; digits has one frame of 8x8.
-    text, vae: of kind wan, where embeddings come from and what decodes. image_encoder: a pipeline's folder or Hub name
-    with CLIP, for networks with an image_dim. latents: its real videos, as a folder of `preprocess.py video`, of
-    FastVideo's parquet files, or of Self-Forcing's LMDB. images: a folder of `preprocess.py images`, whose captions are
-    the prompts: each video is made from an image and its caption.
+    toy: the world of kind toy.
+    digits: the images of kind digits.
+    synthetic, wan: sizes of that kind.
+    text: where text embeddings of kind wan come from.
+    vae: what decodes and encodes pixels of kind wan.
+    image_encoder: a pipeline's folder or Hub name with CLIP, for networks with an image_dim.
+    latents: real videos of kind wan, as a folder of `preprocess.py video`, of FastVideo's parquet files, or of
+        Self-Forcing's LMDB.
+    images: a folder of `preprocess.py images`, whose captions are the prompts: each video is made from an image and its
+        caption.
     first_frame: whether networks are given the first frame of real videos; null gives it to image-to-video ones.
     prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet), null for the kind's own.
+    negative_prompt: what guidance leads away from.
     text_seed: of the tiny frozen text encoder of toy and digits, and of synthetic text embeddings.
     """
 
@@ -163,8 +170,12 @@ class RolloutConfig:
 
 @dataclass
 class ConsistencyConfig:
-    """Causal consistency distillation. steps: of the teacher's Euler grid, shifted by schedule.timestep_shift;
-    guidance: of the teacher; huber: c of the pseudo-Huber distance, null for the squared one."""
+    """Causal consistency distillation.
+
+    steps: of the teacher's Euler grid, shifted by schedule.timestep_shift.
+    guidance: of the teacher.
+    huber: the constant c of the pseudo-Huber distance, null for the squared one.
+    """
 
     steps: int = 48
     guidance: float = 4.0
@@ -211,11 +222,13 @@ class DiffusionConfig:
 class ODEConfig:
     """ODE initialisation (CausVid): trajectories of the teacher, and regression on their clean end.
 
-    path: stored ones (parquet, safetensors, or Self-Forcing's LMDB, which needs its levels as sigmas, the last one 0),
-    read as they are needed. Where it is null, pairs: how many are made before training; steps, shift, guidance: the
-    teacher's Euler sampler.
-    causal_teacher: the teacher generates block by block itself (Causal Forcing): a block's trajectory is its own given
-    the clean ends of those before it, and that is what the student, which looks back at the same ends, learns.
+    path: stored trajectories (parquet, safetensors, or Self-Forcing's LMDB), read as they are needed; null makes them
+        before training.
+    sigmas: noise levels of an LMDB's trajectories, which does not hold them, the last one 0.
+    pairs: how many trajectories are made where path is null.
+    steps, shift, guidance: of the teacher's Euler sampler.
+    causal_teacher: the teacher generates block by block itself (Causal Forcing). A block's trajectory is its own given
+        the clean ends of those before it, and that is what the student, which looks back at the same ends, learns.
     """
 
     path: str | None = None
@@ -236,11 +249,18 @@ class ODEConfig:
 class TrainingConfig:
     """The loop.
 
-    max_steps: iterations. global_batch_size: samples an update, over all ranks and accumulation steps;
-    micro_batch_size: samples a rank runs at once. generator_update_interval: see UpdateSchedule; critic_warmup_steps:
-    first iterations, in which only the critic learns. non_finite_limit: consecutive skipped updates that abort the run.
-    threads: CPU threads of a rank, null for torch's choice. sizes: of videos, of which each update draws one, null for
-    the data's own; scale_shift: whether the schedule's shifts grow with the root of a drawn video's tokens.
+    max_steps: iterations.
+    global_batch_size: samples an update, over all ranks and accumulation steps.
+    micro_batch_size: samples a rank runs at once.
+    update_schedule: which iterations train the critic.
+    generator_update_interval: every how many iterations the student is trained.
+    critic_warmup_steps: first iterations, in which only the critic learns.
+    precision: of the passes through the networks.
+    non_finite_limit: consecutive skipped updates that abort the run.
+    log_every: iterations between two lines of metrics.jsonl.
+    threads: CPU threads of a rank, null for torch's choice.
+    sizes: sizes of videos, of which each update draws one, null for the data's own.
+    scale_shift: whether the schedule's shifts grow with the root of a drawn video's tokens.
     """
 
     max_steps: int = 600
@@ -294,8 +314,11 @@ class TrainingConfig:
 
 @dataclass
 class CheckpointConfig:
-    """every: iterations between saves; keep_last: how many to keep; keep_every: keep multiples of this for good.
+    """When the run is saved.
 
+    every: iterations between saves.
+    keep_last: how many checkpoints to keep.
+    keep_every: checkpoints of multiples of this are kept for good, null for none.
     background: train on while a thread writes; the host then holds a copy of what its ranks write.
     """
 
@@ -314,10 +337,15 @@ class CheckpointConfig:
 
 @dataclass
 class ValidationConfig:
-    """Sample videos on a fixed prompt library and seed.
+    """Videos sampled on a fixed prompt library and seed.
 
-    every: iterations between them, null for none. prompts: a file; null takes the data's own prompts. count: how many,
-    sampled in micro-batches. weights: which to sample with. steps, guidance: of many-step samplers (diffusion trainer).
+    every: iterations between them, null for none.
+    prompts: a file of prompts; null takes the data's own.
+    count: how many videos, sampled in micro-batches.
+    seed: of their noise.
+    steps, guidance: of many-step samplers (diffusion trainer).
+    weights: which weights to sample with.
+    fps: frames a second of the files.
     """
 
     every: int | None = 100
@@ -341,7 +369,9 @@ class GuardConfig:
     """When a student has gone wrong beyond return: bounds of what its samples look like, null for none. A run whose
     samples lie beyond one for `patience` of the student's updates in a row is saved and ended.
 
-    luma, saturation: [least, most], means in [0, 1]. clipped: most, the share of values beyond what pixels can show.
+    luma, saturation: [least, most], means in [0, 1].
+    clipped: most, the share of values beyond what pixels can show.
+    patience: how many of the student's updates in a row may lie beyond a bound.
     """
 
     luma: list[float] | None = None
@@ -360,7 +390,11 @@ class GuardConfig:
 
 @dataclass
 class LoggingConfig:
-    """JSONL is always written. wandb runs offline unless a key is set; neither can stop a run."""
+    """Where numbers go beside metrics.jsonl, which is always written. Neither can stop a run.
+
+    tensorboard: whether TensorBoard events are written.
+    wandb: whether W&B is told; it runs offline unless a key is set.
+    """
 
     tensorboard: bool = True
     wandb: bool = False

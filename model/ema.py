@@ -16,9 +16,11 @@ from utils.parallel.parallelize import reshard
 
 @dataclass
 class EMAConfig:
-    """decay: None for no average. start: the first update that is averaged; until then it is a copy. every: cadence.
+    """The average of the student's weights. All keys count generator updates, not iterations.
 
-    start and every count generator updates, not iterations.
+    decay: what is kept of the average at an update, null for no average.
+    start: the first update that is averaged; until then the average is a copy.
+    every: updates between two steps of the average.
     """
 
     decay: float | None = 0.99

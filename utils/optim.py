@@ -15,10 +15,18 @@ from utils.muon import Muon
 
 @dataclass
 class OptimizerConfig:
-    """kind: adamw, or muon for the hidden matrices with adamw for the rest.
+    """What updates a network's weights, and how gradients are clipped before.
 
-    lr, betas, eps, weight_decay: AdamW's. muon_lr, momentum, muon_weight_decay: Muon's (Jordan et al. 2024).
-    clip_norm: by global norm, clip_value: by element; null for none, not both.
+    kind: 'adamw', or 'muon' for the hidden matrices with AdamW for the rest.
+    lr: AdamW's peak learning rate.
+    betas: AdamW's decay of the first and the second moment; a first of 0 keeps no first moment in memory.
+    eps: AdamW's addend to the root of the second moment.
+    weight_decay: AdamW's decoupled weight decay.
+    muon_lr: Muon's peak learning rate (Jordan et al. 2024).
+    momentum: Muon's momentum.
+    muon_weight_decay: Muon's decoupled weight decay.
+    clip_norm: gradients are scaled down to this global norm, null for none; not together with clip_value.
+    clip_value: gradients are clipped to this by element, null for none; not together with clip_norm.
     """
 
     kind: str = "adamw"
@@ -48,9 +56,12 @@ class OptimizerConfig:
 
 @dataclass
 class LRScheduleConfig:
-    """kind: constant, linear or cosine decay, after `warmup_steps` of linear warm-up; counted in the network's updates.
+    """The learning rate as a share of its peak, counted in the network's updates.
 
-    decay_start: share of the run at which the decay begins. floor: share of the peak where it ends.
+    kind: 'constant', or 'linear' or 'cosine' decay, after the warm-up.
+    warmup_steps: updates of linear warm-up.
+    decay_start: share of the run at which the decay begins.
+    floor: share of the peak where the decay ends.
     """
 
     kind: str = "constant"

@@ -37,8 +37,13 @@ _STREAMS: Final = {"train": 0, "test": 1, "real": 2}
 class ToyWorldConfig:
     """Geometry and randomness of the world. Lengths in pixels, speed in pixels a frame.
 
-    start: the digit begins U(0, start) from the edge it moves away from. across: its offset from the middle,
-    perpendicular to the motion, is U(-across, across); it decides how hard the world is.
+    frames: of a video.
+    seed: of the draws of digit, direction, handwriting and place.
+    canvas: side of the square torus.
+    speed: of the digit.
+    start: the digit begins U(0, start) from the edge it moves away from.
+    across: its offset from the middle, perpendicular to the motion, is U(-across, across); it decides how hard the
+        world is.
     """
 
     frames: int = 9

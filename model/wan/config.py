@@ -153,7 +153,11 @@ class Checkpointing(Enum):
 
 @dataclass
 class LoraWeights:
-    """A LoRA file or folder, local or on the Hub, and by how much it counts."""
+    """A LoRA file or folder, local or on the Hub, and by how much it counts.
+
+    path: of the file or folder, or its Hub name.
+    scale: by how much it counts.
+    """
 
     path: str
     scale: float = 1.0
@@ -166,10 +170,11 @@ TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # all of a text-to-video block
 class LoraConfig:
     """An adapter that is trained in place of the weights themselves (LoRA, arXiv 2106.09685).
 
-    rank, alpha: W + alpha / rank * up @ down; None takes alpha = rank.
-    targets: which linear layers of each block.
+    rank: inner width of the adapter's two matrices: the weight is W + alpha / rank * up @ down.
+    alpha: scale of the adapter, see rank; null takes alpha = rank.
+    targets: which linear layers of each block get one.
     share: the adapter lies on the teacher's own copy of the weights, of which there is then one for all roles; false
-    gives it a frozen copy of its own, which `init` may then take from elsewhere.
+        gives it a frozen copy of its own, which `init` may then take from elsewhere.
     """
 
     rank: int = 64
@@ -196,11 +201,11 @@ class SparseConfig:
     """Video sparse attention (arXiv 2505.13389) in place of the network's self-attention.
 
     sparsity: share of key tiles that a tile of queries leaves out.
-    cube: a tile's tokens along frames, height and width, 64 in all where kernels compute it (FastWan: [4, 4, 4]); None
-    for the one that pads a grid least, which may change as a cache grows.
-    backend: 'reference', 'triton' or 'flex', None for Triton on CUDA and the reference elsewhere.
-    ramp_step: sparsity grows from 0 by this (FastVideo: 0.03), None for no growth.
-    ramp_every: each so many iterations (FastVideo: 30).
+    cube: a tile's tokens along frames, height and width, 64 in all where kernels compute it (FastWan: [4, 4, 4]); null
+        for the one that pads a grid least, which may change as a cache grows.
+    backend: 'reference', 'triton' or 'flex', null for Triton on CUDA and the reference elsewhere.
+    ramp_step: sparsity grows from 0 by this every ramp_every iterations (FastVideo: 0.03), null for no ramp.
+    ramp_every: iterations between two steps of the ramp (FastVideo: 30).
     """
 
     sparsity: float = 0.8
@@ -239,17 +244,18 @@ class SparseConfig:
 class NetworkConfig:
     """One network of a run.
 
-    preset, overrides: geometry (see PRESETS and WanConfig's fields).
+    preset: name of its geometry, one of PRESETS.
+    overrides: fields of WanConfig that differ from the preset's.
     init: where its weights come from: a run or checkpoint folder of ours, a file or folder in Wan's, Diffusers' or
-    Self-Forcing's format, a Hub repository (`owner/name`), None for random.
+        Self-Forcing's format, a Hub repository (`owner/name`), null for random ones.
     init_weights: which weights of what has several, 'ema' (raw where it has none), 'raw' or 'critic'.
-    init_lora_scale: by how much a run's adapter counts.
-    expert: 'high' or 'low' of a model with two, None for a model of one.
-    loras: added to the weights as they are loaded.
-    lora: an adapter to train, the weights being frozen; None trains the weights.
-    sparse: sparse self-attention, None for dense.
-    attention: backend of dense attention.
-    checkpointing: see Checkpointing.
+    init_lora_scale: by how much the adapter of a run that init names counts.
+    expert: 'high' or 'low' (noise) of a model with two experts, null for one without.
+    loras: LoRA files that are added to the weights as they are loaded.
+    lora: an adapter to train while the weights are frozen; null trains the weights.
+    sparse: sparse self-attention, null for dense.
+    attention: backend of dense attention, 'sdpa', 'plain', 'flex' or 'flash'.
+    checkpointing: what a pass with gradient keeps of each block.
     """
 
     preset: str = "toy"

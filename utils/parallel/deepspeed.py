@@ -33,8 +33,13 @@ class Units(Protocol):
 
 @dataclass
 class DeepSpeedConfig:
-    """zero_stage: 2 cuts up optimizer states and gradients, 3 the weights too. offload_optimizer: none, cpu, or nvme
-    (stage 3): where the optimizer's states live; its update is made on the CPU. nvme_path: a folder for nvme."""
+    """What engine deepspeed does beyond fsdp2's keys.
+
+    zero_stage: 2 cuts up optimizer states and gradients, 3 the weights too.
+    offload_optimizer: 'none', 'cpu', or 'nvme' (stage 3): where the optimizer's states live, whose update is made on
+        the CPU.
+    nvme_path: a folder for nvme.
+    """
 
     zero_stage: int = 3
     offload_optimizer: str = "none"
