@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from evaluation.vbench import (
+from evaluation.vbench_protocol import (
     DIMENSIONS,
     FLICKER,
     Prompt,

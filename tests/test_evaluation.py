@@ -17,7 +17,7 @@ from evaluation import fid_suite
 from evaluation.command import main as evaluate
 from evaluation.features import load_features
 from evaluation.fid_suite import VideoSet, compare, video_set
-from evaluation.vbench import DIMENSIONS, FLICKER, Prompt, read_scores, read_suite, totals, wanted_videos
+from evaluation.vbench_protocol import DIMENSIONS, FLICKER, Prompt, read_scores, read_suite, totals, wanted_videos
 from tests.small import NETWORK, config
 from trainer.network_factory import build_network
 from utils import checkpoint, metrics

@@ -409,8 +409,8 @@ def test_what_train_py_would_refuse_is_said_in_the_yaml(
 @pytest.mark.parametrize(
     ("old", "arguments", "new"),
     [
-        ("evaluation.command", ("--help",), "evaluate.py"),
-        ("generation.export", ("--help",), "export.py"),
+        ("trainer.evaluate", ("--help",), "evaluate.py"),
+        ("trainer.export", ("--help",), "export.py"),
         ("utils.data.preprocess", ("text", "--help"), "preprocess.py"),
         ("utils.config", ("import", "--help"), "import_recipe.py"),
     ],
