@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,6 +163,15 @@ def test_each_kind_of_wrong_import_is_found_and_no_right_one(tmp_path: Path) -> 
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert sorted({line.split(":")[0] for line in violations(tmp_path)}) == sorted(BAD)
+
+
+def test_an_installation_has_every_room_and_command() -> None:
+    """`pip install -e .` takes what pyproject.toml lists."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    files = [path for path in project_files(ROOT) if path.parts[0] != "tests"]
+    folders = {module_of(path.parent / "__init__.py") for path in files if len(path.parts) > 1}
+    assert listed["packages"] == sorted(folders)
+    assert listed["py-modules"] == sorted(module_of(path) for path in files if len(path.parts) == 1)
 
 
 def test_each_circle_is_found(tmp_path: Path) -> None:
