@@ -73,7 +73,7 @@ class SafetensorsFolder:
             with safe_open(file, "pt") as opened:
                 if self.is_trajectory:
                     x = finite(opened.get_slice("x")[row].float(), where)
-                    given = {f: finite(opened.get_slice(f)[row].float(), where) for f in _GIVEN if f in opened}
+                    given = {f: finite(opened.get_slice(f)[row].float(), where) for f in _GIVEN if f in opened.keys()}  # noqa: SIM118 - no mapping
                     return Sample(
                         name, header["captions"][row], latents=x[-1], trajectory=x, sigmas=self.sigmas, **given
                     )
