@@ -26,23 +26,27 @@ FULL = {
     "tests/distributed/test_fsdp.py::test_ode_pairs_are_shared_out": "test_any_split_trains_alike[2_ode]",
     "tests/distributed/test_plan.py": "test_plan.py::test_peak_is_that_of_a_real_run, on one rank",
     "tests/slurm/test_slurm.py": "test_settle.py; tests/distributed for kill, resume and signals",
-    "tests/test_attention.py::test_defect_05_flex_agrees_over_shapes": "test_vsa.py::test_flex_agrees_eagerly",
-    "tests/test_benchmarks.py::test_one_configuration_end_to_end": "test_streaming_end_to_end",
-    "tests/test_methods_page.py::test_quick_trains": "test_methods.py, row by row",
-    "tests/test_parallel.py::test_compiled_blocks_are_the_blocks": "test_acceleration.py::test_compiled_blocks",
-    "tests/test_plan.py::test_few_layers_of_a_sparse_student": "test_few_layers_tell_of_many",
-    "tests/test_plan.py::test_few_layers_tell_of_many[parallel1": "parallel0",
-    "tests/test_trainer.py::test_flow_matching_learns_in_every_mode[diffusion_forcing": "teacher_forcing",
-    "tests/test_trainer.py::test_flow_matching_learns_in_every_mode[bidirectional": "teacher_forcing",
-    "tests/test_trainer.py::test_signal_saves_and_the_run_goes_on_exactly[2]": "another signal",
-    "tests/test_trainer.py::test_signal_saves_and_the_run_goes_on_exactly[10]": "another signal",
-    "tests/test_vsa.py::test_flex_agrees_compiled": "test_flex_agrees_eagerly",
-    "tests/test_vsa.py::test_kernels_build_for_hopper": "the kernels in Triton's interpreter",
+    "tests/model/wan/test_attention.py::test_defect_05_flex_agrees_over_shapes": "test_vsa.py::test_flex_agrees_eagerly",
+    "tests/benchmarks/test_benchmarks.py::test_one_configuration_end_to_end": "test_streaming_end_to_end",
+    "tests/scripts/test_methods_page.py::test_quick_trains": "test_methods.py, row by row",
+    "tests/utils/test_parallel.py::test_compiled_blocks_are_the_blocks": "test_acceleration.py::test_compiled_blocks",
+    "tests/planning/test_plan.py::test_few_layers_of_a_sparse_student": "test_few_layers_tell_of_many",
+    "tests/planning/test_plan.py::test_few_layers_tell_of_many[parallel1": "parallel0",
+    "tests/trainer/test_trainer.py::test_flow_matching_learns_in_every_mode[diffusion_forcing": "teacher_forcing",
+    "tests/trainer/test_trainer.py::test_flow_matching_learns_in_every_mode[bidirectional": "teacher_forcing",
+    "tests/trainer/test_trainer.py::test_signal_saves_and_the_run_goes_on_exactly[2]": "another signal",
+    "tests/trainer/test_trainer.py::test_signal_saves_and_the_run_goes_on_exactly[10]": "another signal",
+    "tests/model/wan/test_vsa.py::test_flex_agrees_compiled": "test_flex_agrees_eagerly",
+    "tests/model/wan/test_vsa.py::test_kernels_build_for_hopper": "the kernels in Triton's interpreter",
 }
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of FULL. An entry whose file was collected whole and that names no test is an error."""
+    """Puts tests of several processes, the long ones, first, and marks the tests of FULL.
+
+    An entry of FULL whose file was collected whole and that names no test is an error.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/distributed/", "tests/slurm/")))
     files = {item.nodeid.split("::")[0] for item in items}
     for prefix in FULL:
         found = [item for item in items if item.nodeid.startswith(prefix)]

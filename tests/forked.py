@@ -20,7 +20,8 @@ from unittest import mock
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 CONTEXT = multiprocessing.get_context("forkserver")
 # modules of ours, and what they import where they use it; none may start a thread
 PRELOAD = [

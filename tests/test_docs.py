@@ -22,11 +22,11 @@ from torch.distributed.run import get_args_parser
 from configs.load import load_run, run_from_plain
 from configs.schema import RunConfig
 from scripts import config_reference
+from tests import ROOT
 from tests.small import trainer
 from trainer.command import train_args
 from utils.errors import ConfigError, UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 SITE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", *SITE]
 PEOPLE = [*PAGES, "CHANGELOG.md", "LOG.md", "CITATION.cff", "docs/papers.bib"]
@@ -254,7 +254,7 @@ def test_pages_name_things() -> None:
 @pytest.mark.parametrize(
     "span",
     [
-        "trainer/distil.py", "pipeline/*.yml", "tests/test_dmd.py::test_nothing", "make tests", "--config-file X",
+        "trainer/distil.py", "pipeline/*.yml", "tests/model/test_dmd.py::test_nothing", "make tests", "--config-file X",
         "--no-such", "schedule.ts_sched", "rollout.kinds: self_forcing", "utils.config.lode", "RunConfig.is_casual",
         "denoise_blocks", "python -m trainer.evaluat", "python evaluate.py --runs x", "model/wan2/", "no.jsonl",
     ],

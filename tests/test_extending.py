@@ -16,9 +16,9 @@ import torch
 
 from model.query import Guidance, ScoreQuery
 from model.types import Conditioning, Rollout
+from tests import ROOT
 from tests.forked import CONTEXT, environment, run_program, serve
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "extending.md"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 ROOMS = [path.name for path in ROOT.iterdir() if path.is_dir() and list(path.glob("*.py"))]

@@ -10,7 +10,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 # from the ground up; rooms of one layer do not know each other
 LAYERS = [
     ["utils"],
@@ -172,6 +173,18 @@ def test_an_installation_has_every_room_and_command() -> None:
     folders = {module_of(path.parent / "__init__.py") for path in files if len(path.parts) > 1}
     assert listed["packages"] == sorted(folders)
     assert listed["py-modules"] == sorted(module_of(path) for path in files if len(path.parts) == 1)
+
+
+def test_tests_lie_as_the_rooms_do() -> None:
+    """A test file is in the folder of its room; beside those, what needs processes, Slurm, a GPU or a browser."""
+    beside = {"tests", "tests/distributed", "tests/slurm", "tests/gpu", "tests/serving/browser"}
+    folders = {path.relative_to(ROOT).parent for path in ROOT.glob("tests/**/test_*.py")}
+    missing = [
+        path for path in folders if path.as_posix() not in beside and not (ROOT / path.relative_to("tests")).is_dir()
+    ]
+    assert not missing
+    of_the_whole = {"test_docs.py", "test_extending.py", "test_layers.py"}
+    assert {path.name for path in ROOT.glob("tests/test_*.py")} == of_the_whole
 
 
 def test_each_circle_is_found(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from configs.load import load_run
 from tests import forked
 from tests.small import DIFFUSION, DISTILLATION, ODE, SHORT, config, save_networks, with_weights
-from tests.test_trainer import curve, tensors
+from tests.trainer.test_trainer import curve, tensors
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from utils import checkpoint

@@ -9,8 +9,8 @@ from torch import Tensor
 from model.wan.vsa.attention import SparseBackend, video_sparse_attention
 from model.wan.vsa.reference import select_tiles
 from model.wan.vsa.tiles import Grids, Shape, choose_cube
+from tests.model.wan.sparse import Inputs, dense_masked, inputs_of, with_gradients
 from tests.nets import relative
-from tests.sparse import Inputs, dense_masked, inputs_of, with_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

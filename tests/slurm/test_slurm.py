@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.distributed.test_data_parallel import run
 from tests.small import SHORT, config
-from tests.test_trainer import curve, tensors
+from tests.trainer.test_trainer import curve, tensors
 from utils.checkpoint import list_checkpoints, step_of
 from utils.config import to_yaml
 
-ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 FOLDER = Path(os.environ.get("SLURM_FIX_DIR") or Path(os.environ.get("TMPDIR", "/tmp"), "slurm-fixture"))
 STEPS = 30

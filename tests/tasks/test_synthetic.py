@@ -1,0 +1,111 @@
+"""Synthetic data: any geometry behind the interface of a task, and a run that trains on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.load import load_run
+from configs.sections import DataConfig
+from evaluation.command import main as evaluate
+from model.wan.config import WanConfig, geometry
+from tasks.synthetic import SyntheticTask
+from tests import ROOT
+from tests.small import NETWORK, trainer
+from tests.trainer.test_trainer import curve
+from utils.errors import UserError
+from worlds.synthetic import SyntheticConfig
+
+CPU = torch.device("cpu")
+
+
+def task(shape: WanConfig | None = None, **sizes: int) -> SyntheticTask:
+    data = DataConfig(kind="synthetic", synthetic=SyntheticConfig(**{"frames": 3, "height": 4, "width": 6, **sizes}))
+    return SyntheticTask(data, shape or geometry("tiny"), 0, CPU)
+
+
+def test_a_prompt_has_one_embedding_whatever_is_beside_it() -> None:
+    one = task()
+    both = one.conditioning(["a", "b"]).text
+    assert both.shape == (2, 24, 48)
+    assert torch.equal(both[1:], task().conditioning(["b"]).text)
+    assert not torch.equal(both[0], both[1])
+    assert abs(float(both.std()) - 1) < 0.05
+    assert one.negative(3).shape == (3, 24, 48)
+    assert torch.equal(one.negative(2)[1:], one.conditioning([""]).text)
+
+
+def test_videos_and_prompts_go_by_position() -> None:
+    one = task(prompts=5)
+    some, again = one.real(range(2, 6)), one.real(range(4, 6))
+    assert some.latents.shape == (4, 3, 4, 4, 6)
+    assert torch.equal(some.latents[2:], again.latents)
+    assert some.captions[2:] == again.captions
+    assert sorted(one.prompts(range(5, 10))) == [f"sample {i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 16])
+def test_decode_shows_three_channels_and_encode_undoes_it(channels: int) -> None:
+    shape = geometry("tiny", {"in_dim": channels, "out_dim": channels})
+    one = task(shape)
+    latents = torch.rand(2, 3, channels, 4, 6) * 3 - 1.5
+    pixels = one.decode(latents)
+    assert pixels.shape == (2, 3, 3, 4, 6)
+    assert pixels.min() >= 0
+    assert pixels.max() <= 1
+    torch.testing.assert_close(one.encode(pixels)[:, :, :3], latents[:, :, :3])
+    torch.testing.assert_close(one.reencode(latents)[:, :, :3], latents[:, -1:, :3])
+    with pytest.raises(ValueError, match=r"4, 6\].*got \[1, 1, 3, 8, 8\]"):
+        one.encode(torch.zeros(1, 1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "latents", "tokens", "steps"),
+    [
+        ("wan2.1_1.3b/self_forcing_dmd", (21, 16, 60, 104), 32760, [1, 0.9375, 0.8333, 0.625]),
+        ("wan2.1_14b/self_forcing_dmd", (21, 16, 60, 104), 32760, [1, 0.9375, 0.8333, 0.625]),
+        ("wan2.1_1.3b/dmd_3step", (21, 16, 60, 104), 32760, [1, 0.757, 0.522]),
+        ("wan2.1_14b/dmd_3step", (21, 16, 60, 104), 32760, [1, 0.757, 0.522]),
+        ("wan2.1_1.3b/ode_init", (21, 16, 60, 104), 32760, [1, 0.9375, 0.8333, 0.625]),
+        ("wan2.2_5b/dmd_3step", (31, 48, 44, 80), 27280, [1, 0.757, 0.522]),
+    ],
+)
+def test_the_recipes_have_wans_sizes(recipe: str, latents: tuple[int, ...], tokens: int, steps: list[float]) -> None:
+    config = load_run(ROOT / f"configs/{recipe}.yaml", ["data.prompts=null"])
+    shape = config.student.geometry()
+    one = SyntheticTask(config.data, shape, 0, CPU)
+    assert one.latent_shape == latents
+    assert one.text_shape == (512, 4096)
+    assert shape.tokens_per_frame(*latents[2:]) * latents[0] == tokens
+    assert config.schedule.sigmas() == pytest.approx(steps, abs=1e-4)
+    published = config.training.generator_updates(200)
+    assert "self_forcing" not in recipe or (published == 40 == config.ema.start)
+
+
+def test_a_run_trains_on_it_and_resumes(tmp_path: Path) -> None:
+    network = {
+        **NETWORK,
+        "preset": "tiny",
+        "overrides": {"dim": 24, "num_heads": 2, "ffn_dim": 32, "in_dim": 16, "out_dim": 16},
+    }
+    data = {"kind": "synthetic", "synthetic": {"frames": 3, "height": 4, "width": 6}}
+    changes = {
+        "student": network, "teacher": network, "critic": network, "data": data,
+        "training": {"max_steps": 4}, "checkpoint": {"every": 2}, "validation": {"every": 4, "count": 2},
+    }  # fmt: skip
+    assert trainer(tmp_path / "whole", **changes).train() == 0
+    assert trainer(tmp_path / "parts", max_steps=2, **changes).train() == 0
+    assert trainer(tmp_path / "parts", **changes).train() == 0
+    whole, parts = ([e for e in curve(tmp_path / name) if "critic/loss" in e] for name in ("whole", "parts"))
+    assert whole == parts
+    assert len(whole) == 4
+
+
+def test_only_the_toy_world_has_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {"kind": "synthetic", "synthetic": {"frames": 3, "height": 4, "width": 6}}
+    trainer(tmp_path, data=data, training={"max_steps": 2}).train()
+    monkeypatch.setattr("sys.argv", ["evaluate", "--run", str(tmp_path), "--cache", str(tmp_path)])
+    with pytest.raises(UserError, match="data is synthetic: only the toy worlds have a judge"):
+        evaluate()
