@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from configs.images import check_given
+from configs.images import check_first_frames
 from configs.objective import Features, Heads, ObjectiveKind
 from configs.schema import RunConfig
 from configs.sections import (
@@ -42,7 +42,7 @@ def check_run(config: RunConfig) -> None:
             video = "" if kind in ("toy", "digits") else f" (these are {STRIDE_T * (frames - 1) + 1} frames of video)"
             raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}{video}") from None
     _check_networks(config)
-    check_given(config, real=needs is not None)
+    check_first_frames(config, real=needs is not None)
     check_sizes(config)
     _check_adapters(config)
     if config.parallel.engine == "deepspeed":

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from configs.schema import RunConfig
 
 
-def check_given(config: RunConfig, *, real: bool) -> None:
+def check_first_frames(config: RunConfig, *, real: bool) -> None:
     """Raises ValueError, one line, where a run gives a first frame that is not there, or that a network cannot take.
 
     real: whether the run trains on real videos, whose own first frame it is. An i2v network takes it as channels beside
@@ -17,7 +17,7 @@ def check_given(config: RunConfig, *, real: bool) -> None:
     data, kind = config.data, config.student.geometry().model_type
     if kind == "i2v" and data.first_frame is False:
         raise ValueError("data.first_frame is false, but an i2v network always needs an image: set it null")
-    if not data.gives_frame(kind, real=real):
+    if not data.has_first_frame(kind, real=real):
         return
     if kind == "i2v":
         if config.rollout.num_training_frames not in (None, data.frames):
@@ -44,7 +44,7 @@ def check_images(config: RunConfig, *, real: bool) -> None:
     """Raises ValueError for a run that would train on first frames and has none; inference brings its own."""
     data, stored = config.data, config.trainer.value == "ode" and config.ode.path is not None
     kind = config.student.geometry().model_type
-    if not data.gives_frame(kind, real=real):
+    if not data.has_first_frame(kind, real=real):
         return
     made = config.trainer.value in ("score_distillation", "ode") and not config.rollout.kind.from_data
     if (real and not made) or stored or data.images is not None or data.kind == "synthetic":

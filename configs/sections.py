@@ -120,7 +120,7 @@ class DataConfig:
         if self.images is not None and self.first_frame is False:
             raise ValueError("first_frame is false, but images give the first frame: set one of them null")
 
-    def gives_frame(self, model_type: str, *, real: bool) -> bool:
+    def has_first_frame(self, model_type: str, *, real: bool) -> bool:
         """Whether samples come with a first frame: of real videos, or of images."""
         if self.first_frame is not None:
             return self.first_frame or model_type == "i2v"

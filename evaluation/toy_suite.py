@@ -56,14 +56,14 @@ def eval_prompts(captions: Sequence[str], count: int, split: str) -> list[str]:
 
 @torch.no_grad()
 def generate_all(generator: Generator, prompts: Sequence[str], sampling: Sampling, batch: int = 50) -> Tensor:
-    """Latents [N, F, C, H, W] for all prompts; video i is keyed by i. Those of a run that is given first frames begin
+    """Latents [N, F, C, H, W] for all prompts; video i is keyed by i. Those of a run given first frames begin
     with the first frames of real videos of the prompts, held out from training."""
-    parts, given, task = [], None, generator.task
+    parts, first_frames, task = [], None, generator.task
     if isinstance(task, WorldTask) and task.begins_real:
-        given = task.decode(task.first_frames(prompts, sampling.seed))
+        first_frames = task.decode(task.first_frames(prompts, sampling.seed))
     for start in range(0, len(prompts), batch):
         ids = range(start, min(start + batch, len(prompts)))
-        first = None if given is None else given[ids.start : ids.stop]
+        first = None if first_frames is None else first_frames[ids.start : ids.stop]
         parts.append(generator([prompts[i] for i in ids], sampling, ids, first).float().cpu())
     return torch.cat(parts)
 

@@ -356,7 +356,7 @@ class Generator:
             if first_frames is None:
                 return self.task.conditioning(prompts)
             each = first_frames if first_frames.ndim == 5 else first_frames[None]
-            return self.task.given(prompts, each, sampling.frames)
+            return self.task.image_conditioning(prompts, each, sampling.frames)
         except ValueError as problem:
             raise UserError(str(problem)) from None
 

@@ -68,7 +68,7 @@ def preprocess_ode(argv: Sequence[str]) -> int:
             share=Share(job.index * mesh.dp_size + mesh.dp_rank, job.count * mesh.dp_size),
             together=_most if mesh.world > 1 else None,
             writes=mesh.sequence_rank == 0,
-            given=lambda positions: _stored(task.conditions(positions)),
+            visual=lambda positions: _stored(task.conditions(positions)),
             dtype=PRECISIONS[args.dtype],
             show=distributed.is_main(),
         )

@@ -78,7 +78,7 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class Given:
+class VisualConditioning:
     """What videos are given beside their text: the fields of `Conditioning`. Nothing by default."""
 
     initial: Tensor | None = None

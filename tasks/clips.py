@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.types import Given
+from model.types import VisualConditioning
 from utils.metrics import clipped_share
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ class Clips:
 
     latents: Tensor
     captions: list[str]
-    given: Given = Given()
+    visual: VisualConditioning = VisualConditioning()
 
     def start(self, frames: int, device: torch.device) -> Clips:
         """Their first frames, with the latents on `device`."""
-        channels = self.given.channels if self.given.channels is None else self.given.channels[:, :frames]
+        channels = self.visual.channels if self.visual.channels is None else self.visual.channels[:, :frames]
         latents = self.latents[:, :frames].to(device)
-        return replace(self, latents=latents, given=replace(self.given, channels=channels))
+        return replace(self, latents=latents, visual=replace(self.visual, channels=channels))

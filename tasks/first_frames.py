@@ -10,24 +10,26 @@ import torch
 from torch import Tensor
 
 from configs.sections import DataConfig
-from model.types import Given
+from model.types import VisualConditioning
 from model.wan.config import WanConfig
 from model.wan.vae import STRIDE_T
 from utils.data.stream import Sample, stacked
 
-Gives = Callable[[Sequence[Sample]], Given]
+VisualOf = Callable[[Sequence[Sample]], VisualConditioning]
 
 
-def gives(config: DataConfig, geometry: WanConfig, frames: int, device: torch.device, *, real: bool) -> Gives:
+def visual_reader(
+    config: DataConfig, geometry: WanConfig, frames: int, device: torch.device, *, real: bool
+) -> VisualOf:
     """What is made of a batch's samples: of videos of `frames` latent frames, real ones or images.
 
     What it returns raises ValueError for samples that lack what the network needs.
     """
-    if not config.gives_frame(geometry.model_type, real=real):
-        return lambda samples: Given()
+    if not config.has_first_frame(geometry.model_type, real=real):
+        return lambda samples: VisualConditioning()
     if geometry.model_type == "i2v":
         return lambda samples: _beside(samples, geometry, frames, device)
-    return lambda samples: Given(stacked([_first(s) for s in samples], "latents").float().to(device))
+    return lambda samples: VisualConditioning(stacked([_first(s) for s in samples], "latents").float().to(device))
 
 
 def channels_of(latents: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def _first(sample: Sample) -> Tensor | None:
     return None if sample.latents is None else sample.latents[:1]
 
 
-def _beside(samples: Sequence[Sample], geometry: WanConfig, frames: int, device: torch.device) -> Given:
+def _beside(samples: Sequence[Sample], geometry: WanConfig, frames: int, device: torch.device) -> VisualConditioning:
     short = [s.name for s in samples if s.first_latents is None or len(s.first_latents) < frames]
     if short:
         raise ValueError(
@@ -59,11 +61,13 @@ def _beside(samples: Sequence[Sample], geometry: WanConfig, frames: int, device:
             f"{geometry.in_dim - geometry.out_dim}: preprocess with its VAE"
         )
     if geometry.image_dim is None:
-        return Given(channels=channels)
+        return VisualConditioning(channels=channels)
     bare = [s.name for s in samples if s.clip is None or s.clip.shape[-1] != geometry.image_dim]
     if bare:
         raise ValueError(
             f"{bare[0]} has no clip_feature of width {geometry.image_dim}, which the network needs: preprocess with "
             "--image_encoder"
         )
-    return Given(channels=channels, image=stacked([s.clip for s in samples], "clip_feature").float().to(device))
+    return VisualConditioning(
+        channels=channels, image=stacked([s.clip for s in samples], "clip_feature").float().to(device)
+    )

@@ -65,12 +65,12 @@ def _encoders(args: argparse.Namespace) -> Encoders:
         temporal=STRIDE_T,
         spatial=vae.spatial * PATCH,
         statistics=Statistics(tuple(vae.mean.flatten().tolist()), tuple((1 / vae.scale).flatten().tolist())),
-        given=partial(_given, vae, clip) if args.i2v else None,
+        visual=partial(_visual, vae, clip) if args.i2v else None,
     )
 
 
 @torch.no_grad()
-def _given(vae: WanVAE, clip: ImageEncoder | None, frames: int, first: Tensor) -> dict[str, Tensor]:
+def _visual(vae: WanVAE, clip: ImageEncoder | None, frames: int, first: Tensor) -> dict[str, Tensor]:
     """`first_latents` [B, F, C, H, W] and maybe `clip` [B, Li, Di] of the first frames [B, 3, h, w] of videos."""
     latent_frames = (frames - 1) // STRIDE_T + 1
     found = {"first_latents": image_channels(vae, first.to(vae.device), latent_frames)[:, :, STRIDE_T:]}

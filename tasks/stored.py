@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.types import Given
+from model.types import VisualConditioning
 from tasks.clips import Clips
-from tasks.first_frames import Gives
+from tasks.first_frames import VisualOf
 from utils.data.latents import latent_order, open_latents
 from utils.data.stream import CorruptSample, Sample, Stream, TooManyCorrupt, stacked
 from utils.data.tensors import Statistics
@@ -25,7 +25,7 @@ class Stored:
     """Samples of a folder, in an order that depends on the seed and the position alone.
 
     key: the option that names the folder, for messages. latent_shape: (F, C, H, W) of the run. sigmas: the levels of
-    an LMDB's trajectories, which does not hold them. statistics: of the VAE, for raw latents. gives: what a batch's
+    an LMDB's trajectories, which does not hold them. statistics: of the VAE, for raw latents. visual_of: what a batch's
     samples give networks beside their text.
     Raises ConfigError for a folder of nothing of this shape.
     """
@@ -38,7 +38,7 @@ class Stored:
         seed: int,
         sigmas: Sequence[float] | None = None,
         statistics: Statistics | None = None,
-        gives: Gives = lambda samples: Given(),
+        visual_of: VisualOf = lambda samples: VisualConditioning(),
     ) -> None:
         try:
             source = open_latents(path, sigmas=sigmas, statistics=statistics)
@@ -49,7 +49,7 @@ class Stored:
                 f"{key}: {path} holds latents of {list(odd[0])} and this run makes {list(latent_shape)} "
                 "(F, C, H, W): set the size in data to it"
             )
-        self.key, self.path, self.gives, self.source = key, path, gives, source
+        self.key, self.path, self.visual_of, self.source = key, path, visual_of, source
         self.stream = Stream(source, latent_order(source, 1, seed), seed)
 
     def _fits(self, found: Sequence[int], latent_shape: Sequence[int]) -> bool:
@@ -79,7 +79,7 @@ class StoredLatents(Stored):
         samples = self.samples(positions)
         try:
             latents = stacked([sample.latents for sample in samples], "latents")
-            return Clips(latents, [sample.caption for sample in samples], self.gives(samples))
+            return Clips(latents, [sample.caption for sample in samples], self.visual_of(samples))
         except ValueError as problem:
             raise UserError(f"{self.key}: {problem}") from None
 
@@ -91,21 +91,21 @@ class StoredImages(Stored):
         """The captions at these positions, as far as all images can be read. Raises UserError."""
         return [self.captions[self.stream.order.index(position)] for position in positions]
 
-    def read(self, positions: range) -> tuple[list[str], Given]:
+    def read(self, positions: range) -> tuple[list[str], VisualConditioning]:
         """Captions, and what networks are given. Raises UserError."""
         samples = self.samples(positions)
-        return [sample.caption for sample in samples], self._given(samples)
+        return [sample.caption for sample in samples], self._visual(samples)
 
-    def numbered(self, numbers: Iterable[int]) -> Given:
+    def numbered(self, numbers: Iterable[int]) -> VisualConditioning:
         """What the images of these numbers in the folder give; they begin again after its end. Raises UserError."""
         try:
-            return self._given([self.source.read(number % len(self.captions), 0) for number in numbers])
+            return self._visual([self.source.read(number % len(self.captions), 0) for number in numbers])
         except CorruptSample as problem:
             raise UserError(f"{self.key}: {problem}") from None
 
-    def _given(self, samples: Sequence[Sample]) -> Given:
+    def _visual(self, samples: Sequence[Sample]) -> VisualConditioning:
         try:
-            return self.gives(samples)
+            return self.visual_of(samples)
         except ValueError as problem:
             raise UserError(f"{self.key}: {problem}") from None
 
@@ -120,7 +120,7 @@ class Pairs:
     trajectory: Tensor
     sigmas: Tensor
     captions: list[str]
-    given: Given
+    visual: VisualConditioning
 
 
 class StoredPairs(Stored):
@@ -132,9 +132,9 @@ class StoredPairs(Stored):
         latent_shape: Sequence[int],
         seed: int,
         sigmas: Sequence[float] | None = None,
-        gives: Gives = lambda samples: Given(),
+        visual_of: VisualOf = lambda samples: VisualConditioning(),
     ) -> None:
-        super().__init__("ode.path", path, latent_shape, seed, sigmas, gives=gives)
+        super().__init__("ode.path", path, latent_shape, seed, sigmas, visual_of=visual_of)
         self.sigmas_S = self.read(range(1)).sigmas
 
     def read(self, positions: range) -> Pairs:
@@ -143,9 +143,9 @@ class StoredPairs(Stored):
         try:
             trajectory = stacked([sample.trajectory for sample in samples], "trajectory")
             sigmas = stacked([sample.sigmas for sample in samples], "noise levels")
-            given = self.gives(samples)
+            visual = self.visual_of(samples)
         except ValueError as problem:
             raise UserError(f"ode.path: {problem}") from None
         if not torch.equal(sigmas, sigmas[:1].expand_as(sigmas)):
             raise UserError(f"ode.path: {self.path} holds trajectories of several lists of levels: keep one")
-        return Pairs(trajectory, sigmas[0], [sample.caption for sample in samples], given)
+        return Pairs(trajectory, sigmas[0], [sample.caption for sample in samples], visual)

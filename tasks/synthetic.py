@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.objective import RewardConfig
 from configs.sections import DataConfig
-from model.types import Conditioning, Given
+from model.types import Conditioning, VisualConditioning
 from model.wan.config import WanConfig
 from tasks.clips import Clips, Glimpse
 from tasks.task import Shape, for_each, no_reward, spread
@@ -59,7 +59,7 @@ class SyntheticTask:
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
     def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
-        return self._given(positions, shape).with_text(self.conditioning(self.prompts(positions)).text)
+        return self._visual(positions, shape).with_text(self.conditioning(self.prompts(positions)).text)
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
         """Latents [B, F, C, H, W] of noise at these positions. RuntimeError in a data-free run."""
@@ -67,24 +67,24 @@ class SyntheticTask:
             raise RuntimeError("a data-free run asked for real videos")
         noise = Noise(keyed_seed(self.seed, "synthetic videos"), 0, positions, self.device)
         latents = noise.normal("latents", shape or self.latent_shape)
-        return Clips(latents, self.prompts(positions), self._given(positions, shape))
+        return Clips(latents, self.prompts(positions), self._visual(positions, shape))
 
-    def _given(self, positions: range, shape: Shape | None = None) -> Given:
+    def _visual(self, positions: range, shape: Shape | None = None) -> VisualConditioning:
         """Noise in place of what an i2v network sees of an image; the others see none."""
         net = self.geometry
         if net.model_type != "i2v":
-            return Given()
+            return VisualConditioning()
         noise = Noise(keyed_seed(self.seed, "synthetic images"), 0, positions, self.device)
         frames, _, *size = shape or self.latent_shape
         channels = noise.normal("channels", (frames, net.in_dim - net.out_dim, *size))
         image = None if net.image_dim is None else noise.normal("image", (CLIP_TOKENS, net.image_dim))
-        return Given(channels=channels, image=image)
+        return VisualConditioning(channels=channels, image=image)
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
         keys = [keyed_seed(self.text_seed, prompt) for prompt in prompts]
         return Conditioning(Noise(self.text_seed, 0, keys, self.device).normal("text", self.text_shape), initial)
 
-    def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
+    def image_conditioning(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
         """Conditioning on the latents of the first frames [B or 1, T, C, h, w] in [0, 1]."""
         return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
 
@@ -101,8 +101,8 @@ class SyntheticTask:
     def check_captions(self, stored: Stored) -> None:
         """Every text has an embedding."""
 
-    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
-        return self._given(numbers)
+    def validation_visual(self, numbers: range, prompts: Sequence[str]) -> VisualConditioning:
+        return self._visual(numbers)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, F, 3, H, W] in [0, 1]: the first three channels (the last one again where there are fewer)."""

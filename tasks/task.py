@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from configs.objective import RewardConfig
-from model.types import Conditioning, Given
+from model.types import Conditioning, VisualConditioning
 from tasks.clips import Clips, Glimpse
 from utils.data.buckets import Size
 from utils.data.stream import Stream
@@ -44,7 +44,7 @@ class Task(Protocol):
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning: ...
 
-    def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
+    def image_conditioning(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
         """Conditioning on the first pixel frames of the videos too, as these networks take them.
 
         pixels: [B, T, 1 or 3, h, w] in [0, 1], or [1, ...] that all videos start with. frames: latent frames of the
@@ -58,7 +58,7 @@ class Task(Protocol):
 
     def validation_prompts(self, count: int) -> list[str]: ...
 
-    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
+    def validation_visual(self, numbers: range, prompts: Sequence[str]) -> VisualConditioning:
         """What validation's videos of these numbers are given beside their prompts."""
 
     def check_captions(self, stored: Stored) -> None:

@@ -15,7 +15,7 @@ from utils.cli import Parser
 from utils.data.buckets import Pace, Size, check_sizes
 from utils.data.clips import ImageClips, Start, VideoClips, plan_clips, probe_image
 from utils.data.media import IMAGES, VIDEOS, find_media
-from utils.data.preprocessing import SUFFIXES, EncodeGiven, EncodeText, EncodeVideo, Share, encode_videos
+from utils.data.preprocessing import SUFFIXES, EncodeText, EncodeVideo, EncodeVisual, Share, encode_videos
 from utils.data.stream import MAX_CORRUPT
 from utils.data.tensors import Statistics
 from utils.errors import UserError
@@ -26,7 +26,7 @@ class Encoders:
     """What turns clips into rows. settings: what decides the numbers (which VAE, which text encoder), for the identity.
 
     statistics: of the VAE's raw latents, for `--raw`. temporal, spatial: the sizes that VAE and DiT can take, as
-    in `check_sizes`. text: None to write captions without embeddings. given: None to write nothing for
+    in `check_sizes`. text: None to write captions without embeddings. visual: None to write nothing for
     image-to-video networks.
     """
 
@@ -36,7 +36,7 @@ class Encoders:
     spatial: int
     statistics: Statistics | None = None
     text: EncodeText | None = None
-    given: EncodeGiven | None = None
+    visual: EncodeVisual | None = None
 
 
 def video_command(
@@ -84,7 +84,7 @@ def video_command(
             args.out,
             settings=encoders.settings,
             encode_text=encoders.text,
-            encode_given=encoders.given,
+            encode_visual=encoders.visual,
             raw=encoders.statistics if args.raw else None,
             kind=args.format,
             rows=args.rows,

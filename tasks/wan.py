@@ -15,14 +15,14 @@ from torch import Tensor
 
 from configs.objective import RewardConfig
 from configs.sections import DataConfig
-from model.types import Conditioning, Given
+from model.types import Conditioning, VisualConditioning
 from model.wan.config import WanConfig
 from model.wan.folders import part_folder, read_config
 from model.wan.image_encoder import ImageEncoder, check_image_encoder, image_channels, load_image_encoder
 from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, cleaning, load_text_encoder
 from model.wan.vae import STRIDE_T, VAEConfig, WanVAE, load_vae, vae_channels
 from tasks.clips import Clips, Glimpse
-from tasks.first_frames import gives
+from tasks.first_frames import visual_reader
 from tasks.stored import Stored, StoredImages, StoredLatents
 from tasks.task import Shape, for_each, no_reward, spread
 from tasks.text_cache import TextCache
@@ -162,15 +162,20 @@ class WanTask:
         statistics, frames = statistics_of(config.vae), clip.frames
         self.videos: StoredLatents | None = None
         if config.latents is not None and config.real:
-            given = gives(config, geometry, frames, device, real=True)
+            visual_of = visual_reader(config, geometry, frames, device, real=True)
             self.videos = StoredLatents(
-                "data.latents", Path(config.latents), self.latent_shape, seed, statistics=statistics, gives=given
+                "data.latents",
+                Path(config.latents),
+                self.latent_shape,
+                seed,
+                statistics=statistics,
+                visual_of=visual_of,
             )
         self.images: StoredImages | None = None
         if config.images is not None:
-            given = gives(config, geometry, frames, device, real=False)
+            visual_of = visual_reader(config, geometry, frames, device, real=False)
             self.images = StoredImages(
-                "data.images", Path(config.images), self.latent_shape, seed, statistics=statistics, gives=given
+                "data.images", Path(config.images), self.latent_shape, seed, statistics=statistics, visual_of=visual_of
             )
         self.streams: Sequence[Stream] = [stored.stream for stored in (self.videos, self.images) if stored is not None]
         self._check_first(geometry)
@@ -220,8 +225,8 @@ class WanTask:
         """What samples at these positions are made from. Raises UserError."""
         if self.images is None:
             return self.conditioning(self.prompts(positions))
-        captions, given = self.images.read(positions)
-        return given.with_text(self._embed(captions)).frames(0, (shape or self.latent_shape)[0])
+        captions, visual = self.images.read(positions)
+        return visual.with_text(self._embed(captions)).frames(0, (shape or self.latent_shape)[0])
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
         """Stored videos at these positions; shorter ones are their beginnings, for a VAE looks only back. Raises
@@ -264,7 +269,7 @@ class WanTask:
             raise ConfigError(f"{stored.key}: {problem}") from None
 
     @torch.no_grad()
-    def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
+    def image_conditioning(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
         """Conditioning on the first pixel frames [B or 1, T, 3, h, w] in [0, 1] of videos of `frames` latent frames:
         channels, and CLIP's tokens of the first one where the networks take them, of model_type i2v; else latents.
 
@@ -291,7 +296,7 @@ class WanTask:
         return self._embed([self.negative_prompt])
 
     def validation_prompts(self, count: int) -> list[str]:
-        """Without a library the captions of the images that `validation_given` shows. Raises UserError."""
+        """Without a library the captions of the images that `validation_visual` shows. Raises UserError."""
         if self.images is not None:
             return (self.images.captions * count)[:count]
         if not self.library and self.videos is not None:
@@ -300,11 +305,11 @@ class WanTask:
             raise UserError("data.prompts is null, or not there any more: give a file of prompts")
         return spread(self.library, count)
 
-    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
+    def validation_visual(self, numbers: range, prompts: Sequence[str]) -> VisualConditioning:
         """Of the folder's first images, or of the first real videos. Raises UserError."""
         if self.images is not None:
             return self.images.numbered(numbers)
-        return Given() if self.videos is None else self.videos.read(numbers).given
+        return VisualConditioning() if self.videos is None else self.videos.read(numbers).visual
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.objective import RewardConfig
 from configs.sections import DataConfig
-from model.types import Conditioning, Given
+from model.types import Conditioning, VisualConditioning
 from model.wan.config import WanConfig
 from model.wan.text_encoder import toy_text_encoder
 from tasks.clips import Clips, Glimpse
@@ -67,7 +67,7 @@ class WorldTask:
         self.encoder.to(device)
         self.may_use_data = config.real
         self.streams: Sequence[Stream] = ()
-        self.gives_frame = config.gives_frame(geometry.model_type, real=True) and config.real
+        self.has_first_frame = config.has_first_frame(geometry.model_type, real=True) and config.real
         self.begins_real = config.real and bool(config.first_frame)  # samples too, and not only real videos
         self.negative_prompt = config.negative_prompt
         try:
@@ -90,7 +90,7 @@ class WorldTask:
     def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
         if self.begins_real:
             clips = self.real(positions, shape)
-            return clips.given.with_text(self.conditioning(clips.captions).text)
+            return clips.visual.with_text(self.conditioning(clips.captions).text)
         return self.conditioning(self.prompts(positions))
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
@@ -100,12 +100,16 @@ class WorldTask:
         frames, _, height, _ = shape or self.latent_shape
         batch = self.world.resized(frames, height).batch(positions, "train")
         latents = batch.latents_BFCHW.to(self.device)
-        return Clips(latents, batch.captions, Given(latents[:, :1]) if self.gives_frame else Given())
+        return Clips(
+            latents,
+            batch.captions,
+            VisualConditioning(latents[:, :1]) if self.has_first_frame else VisualConditioning(),
+        )
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
         return Conditioning(self.encoder.encode(prompts).to(self.device), initial)
 
-    def given(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
+    def image_conditioning(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
         """Conditioning on the latents of the first frames [B or 1, T, C, h, w] in [0, 1]."""
         return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
 
@@ -126,8 +130,12 @@ class WorldTask:
         except ValueError as problem:
             raise ConfigError(f"{stored.key}: {problem}") from None
 
-    def validation_given(self, numbers: range, prompts: Sequence[str]) -> Given:
-        return Given(self.first_frames(prompts, numbers.start).to(self.device)) if self.gives_frame else Given()
+    def validation_visual(self, numbers: range, prompts: Sequence[str]) -> VisualConditioning:
+        return (
+            VisualConditioning(self.first_frames(prompts, numbers.start).to(self.device))
+            if self.has_first_frame
+            else VisualConditioning()
+        )
 
     def first_frames(self, prompts: Sequence[str], seed: int) -> Tensor:
         """Latents [B, 1, C, H, W] of held-out videos of these prompts; seed picks the draws."""

@@ -46,7 +46,7 @@ class ConsistencyTrainer(Trainer):
         """A level of the grid for each block."""
         config, student = self.config, self.networks["student"]
         clips = self.task.real(micro.positions, micro.shape)
-        given = clips.given.with_text(self.task.conditioning(clips.captions).text)
+        given = clips.visual.with_text(self.task.conditioning(clips.captions).text)
         clean, frames = clips.latents, clips.latents.shape[1]
         blocks = config.causal.blocks(frames)
         levels = uniform_sigmas(config.consistency.steps, schedule_at(config, micro.shape).timestep_shift)

@@ -43,7 +43,7 @@ class DiffusionTrainer(Trainer):
             self.task.negative_prompt if drop else text
             for text, drop in zip(clips.captions, dropped.tolist(), strict=True)
         ]
-        given = clips.given.with_text(self.task.conditioning(prompts).text)
+        given = clips.visual.with_text(self.task.conditioning(prompts).text)
         noise = micro.noise.normal("noise", tuple(latents.shape[1:]))
         match config.mode:
             case DiffusionMode.bidirectional:

@@ -24,7 +24,7 @@ from pipeline.causal import VideoShape
 from pipeline.causal_inference import Branch, causal_trajectory
 from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from pipeline.sampling import cache_dtype
-from tasks.first_frames import gives
+from tasks.first_frames import visual_reader
 from tasks.stored import StoredPairs
 from tasks.task import Task
 from trainer.base import Trainer
@@ -62,7 +62,7 @@ class ODETrainer(Trainer):
             self.trajectories, self.sigmas_S = self._load_or_make()
             return
         shape = self.task.latent_shape
-        given = gives(config.data, config.student.geometry(), shape[0], self.device, real=False)
+        given = visual_reader(config.data, config.student.geometry(), shape[0], self.device, real=False)
         self.stored = StoredPairs(Path(config.ode.path), shape, config.seed, config.ode.sigmas, given)
         self.sigmas_S = self.stored.sigmas_S
         self.task.check_captions(self.stored)
@@ -111,7 +111,7 @@ class ODETrainer(Trainer):
         if self.stored is not None:
             pairs = self.stored.read(positions)
             trajectory = pairs.trajectory
-            conditioning = pairs.given.with_text(self.task.conditioning(pairs.captions).text)
+            conditioning = pairs.visual.with_text(self.task.conditioning(pairs.captions).text)
         else:
             numbers = [position % self.config.ode.pairs for position in positions]
             trajectory = self.trajectories[numbers]

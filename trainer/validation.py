@@ -53,7 +53,7 @@ def sample_pixels(
         activity.mark(f"validation: videos from {start}")  # each batch has the watchdog's time, not all together
         now = prompts[start : start + size]
         noise = Noise(config.validation.seed, 0, range(start, start + len(now)), device)
-        given = task.validation_given(range(start, start + len(now)), now)
+        given = task.validation_visual(range(start, start + len(now)), now)
         conditioning = given.with_text(task.conditioning(now).text)
         latents = sampler(conditioning, task.negative(len(now)), noise)
         if distributed.is_main():

@@ -172,7 +172,7 @@ def test_and_by_euler_on_diffusers_grid(folders: Callable[[str], Path], kind: st
     folder, image = folders(kind), picture(32, 64)
     generator, _ = opened(folder)
     task, sigmas = generator.task, flow_match_euler_sigmas(STEPS, SHIFT)
-    conditioning = task.given(PROMPTS, image[None, None])
+    conditioning = task.image_conditioning(PROMPTS, image[None, None])
     made = euler_sample(generator.score, noise(generator), conditioning, task.negative(2), sigmas, 3.0)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     cls = diffusers.WanImageToVideoPipeline
@@ -222,7 +222,11 @@ def test_a_few_step_student_of_such_a_network_takes_the_image(folders: Callable[
     student = Generator(config, ScoreNet(net, "student"), CPU, task=task)  # type: ignore[arg-type]
     image = picture(32, 64)[None]
     made = student(PROMPTS, Sampling(), [0, 1], image)
-    given, source, (first, second) = task.given(PROMPTS, image[None]), Noise(0, 0, [0, 1]), config.schedule.sigmas()
+    given, source, (first, second) = (
+        task.image_conditioning(PROMPTS, image[None]),
+        Noise(0, 0, [0, 1]),
+        config.schedule.sigmas(),
+    )
     assert given.channels is not None
     assert (given.image is None) == (kind == "i2v_experts")
 
@@ -269,8 +273,10 @@ def test_the_image_option_makes_a_video(folders: Callable[[str], Path], tmp_path
     assert generate_videos(generator, args) == 0
     assert read_video(out).shape == (9, 3, 64, 128)  # enlarged, for it is small
     seen = []
-    given = generator.task.given
-    generator.task.given = lambda prompts, pixels, frames: seen.append(pixels) or given(prompts, pixels, frames)  # type: ignore[method-assign, func-returns-value]
+    given = generator.task.image_conditioning
+    generator.task.image_conditioning = lambda prompts, pixels, frames: (
+        seen.append(pixels) or given(prompts, pixels, frames)
+    )  # type: ignore[method-assign, func-returns-value]
     generate_videos(generator, args)
     assert torch.equal(seen[0][0, 0], large[:, :, 8:72])
 

@@ -35,7 +35,7 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def given(frames: int, initial: int = 0) -> Conditioning:
+def conditioning_on_image(frames: int, initial: int = 0) -> Conditioning:
     """For 2 samples: text, channels of `frames` frames, an image's tokens, and maybe given frames."""
     first = latents(8, 2, initial) if initial else None
     return Conditioning(texts(3, 2), first, normal(11, 2, frames, 4, 4, 6), normal(12, 2, 5, 10))
@@ -50,7 +50,7 @@ def test_block_by_block_each_block_takes_its_own_channels(initial: int) -> None:
     """Cached velocities are those of one masked pass over the whole video and all its channels."""
     net, causal = random_net(1, I2V), CausalConfig(2, independent_first_frame=bool(initial))
     total = 4 + initial
-    condition, x = given(total), latents(2, 2, total)
+    condition, x = conditioning_on_image(total), latents(2, 2, total)
     score = ScoreNet(net, "n")
     with torch.no_grad():
         times = torch.zeros(2, total)
@@ -78,7 +78,7 @@ def rollout(net: WanTransformer, condition: Conditioning, noise: Tensor, exits: 
 
 
 def test_rollout_with_an_image_is_inference_and_every_checkpointing_has_its_gradients() -> None:
-    noise, condition, weight = latents(2, 2, 4), given(5, 1), latents(6, 2, 5)
+    noise, condition, weight = latents(2, 2, 4), conditioning_on_image(5, 1), latents(6, 2, 5)
     causal = CausalConfig(2, independent_first_frame=True)
     net = random_net(1, I2V)
     sampled = generate(
@@ -100,14 +100,14 @@ def test_a_window_of_a_video_with_channels_cannot_be_judged_alone() -> None:
     net, causal = random_net(1, I2V), CausalConfig(2)
     with pytest.raises(ValueError, match="channels describe a whole video"):
         self_forcing_rollout(
-            ScoreNet(net, "s"), latents(2, 2, 4), given(4), RolloutPlan(causal, SIGMAS, (0, 0), 2), KeyedNoise(5, 2),
+            ScoreNet(net, "s"), latents(2, 2, 4), conditioning_on_image(4), RolloutPlan(causal, SIGMAS, (0, 0), 2), KeyedNoise(5, 2),
             new_cache(net, causal, 4), with_gradient=False,
         )  # fmt: skip
 
 
 def test_teacher_forcing_gives_both_halves_their_frames_channels() -> None:
     """A noisy half that equals the clean one is what a block-causal pass over the clean frames sees of itself."""
-    net, causal, x, condition = random_net(1, I2V), CausalConfig(2), latents(2, 2, 4), given(4)
+    net, causal, x, condition = random_net(1, I2V), CausalConfig(2), latents(2, 2, 4), conditioning_on_image(4)
     zero = torch.zeros(2, 4)
     with torch.no_grad():
         forced = teacher_forced_velocity(ScoreNet(net, "n"), x, zero, CleanContext(x, zero), condition, causal)
@@ -117,7 +117,7 @@ def test_teacher_forcing_gives_both_halves_their_frames_channels() -> None:
 
 @pytest.mark.parametrize("batched", [True, False])
 def test_the_negative_branch_sees_the_same_image(batched: bool) -> None:
-    net, x, condition, negative = random_net(1, I2V), latents(2, 2, 3), given(3), texts(9, 2)
+    net, x, condition, negative = random_net(1, I2V), latents(2, 2, 3), conditioning_on_image(3), texts(9, 2)
     with torch.no_grad():
         cond, uncond = (
             net(x, SIGMA, text, channels=condition.channels, image=condition.image)
@@ -141,7 +141,7 @@ class Spy(nn.Module):
 
 
 def test_losses_and_rollouts_pass_all_conditioning_on() -> None:
-    condition, spies = given(3), [Spy() for _ in range(3)]
+    condition, spies = conditioning_on_image(3), [Spy() for _ in range(3)]
     student, real, fake = (ScoreNet(spy, "n") for spy in spies)
     noise, negative = latents(2, 2, 3), texts(9, 2)
     made = backward_simulation(student, noise, condition, SIGMAS, 1, KeyedNoise(5, 2), with_gradient=True)
@@ -228,7 +228,7 @@ def test_a_clip_is_the_start_of_a_shorter_trajectory() -> None:
 
 def test_each_sample_goes_to_the_expert_of_its_noise_level() -> None:
     high, low = random_net(1, I2V), random_net(2, I2V)
-    experts, condition, x = Experts(high, low, T2V_BOUNDARY), given(3), latents(2, 2, 3)
+    experts, condition, x = Experts(high, low, T2V_BOUNDARY), conditioning_on_image(3), latents(2, 2, 3)
     beside = condition.beside_text
     with torch.no_grad():
         for sigma, nets in (([0.9, 0.2], (high, low)), ([0.874, 0.875], (low, high)), ([0.95, 1.0], (high, high))):

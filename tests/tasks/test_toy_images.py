@@ -98,7 +98,7 @@ def test_the_baseline_is_run_on_the_student_s_videos() -> None:
 def test_validation_gives_frames_that_fit_its_prompts() -> None:
     task = toy_task()
     prompts = task.validation_prompts(4)
-    given = task.validation_given(range(4), prompts).initial
+    given = task.validation_visual(range(4), prompts).initial
     assert given is not None
     assert torch.equal(given, task.world.real_videos_for(prompts, 0)[:, :1])
 
@@ -110,4 +110,4 @@ def test_runs_that_have_no_frames_to_give_are_one_line(tmp_path: Path) -> None:
         trainer(tmp_path, merged(IMAGES, {"data": {"real": False}}))
     with pytest.raises(ValueError, match="set causal.independent_first_frame to true"):
         config(merged(IMAGES, {"causal": {"independent_first_frame": False}, "data": {"toy": {"frames": 6}}}))
-    assert replace(config(IMAGES).data, first_frame=None).gives_frame("t2v", real=True) is False
+    assert replace(config(IMAGES).data, first_frame=None).has_first_frame("t2v", real=True) is False

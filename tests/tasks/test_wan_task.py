@@ -194,7 +194,7 @@ def test_given_pixels_become_what_the_networks_take(folder: Path, kind: str) -> 
     assert isinstance(task, WanTask)
     assert task.pixel_size(3) == Size(9, 32, 32)
     pixels = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    made, one = task.given(PROMPTS[:2], pixels), task.given(PROMPTS[:2], pixels[:1], frames=2)
+    made, one = task.image_conditioning(PROMPTS[:2], pixels), task.image_conditioning(PROMPTS[:2], pixels[:1], frames=2)
     assert torch.equal(made.text, task.conditioning(PROMPTS[:2]).text)
     if "i2v" not in kind.split("_"):
         assert torch.equal(made.initial, task.encode(pixels))
@@ -211,13 +211,13 @@ def test_given_pixels_become_what_the_networks_take(folder: Path, kind: str) -> 
         assert torch.equal(made.image, tokens)  # type: ignore[arg-type]
         task = build_task(run(folder, cache=True, **networks), CPU)
         with pytest.raises(UserError, match="data.image_encoder is null: these networks see CLIP's tokens"):
-            task.given(PROMPTS[:2], pixels)
+            task.image_conditioning(PROMPTS[:2], pixels)
     else:
         assert made.image is None
     with pytest.raises(ValueError, match="2 prompts and 3 images: give one for all, or one for each"):
         for_each(PROMPTS[:2], torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"this run's are \[3, 32, 32\]"):
-        task.given(PROMPTS[:2], pixels[..., :16])
+        task.image_conditioning(PROMPTS[:2], pixels[..., :16])
 
 
 def test_what_does_not_fit_is_one_line_before_training(folder: Path, tmp_path: Path) -> None:

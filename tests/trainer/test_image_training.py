@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from generation.ode_pairs import preprocess_ode
 from model.dmd import critic_loss
-from model.types import Conditioning, Given
+from model.types import Conditioning, VisualConditioning
 from model.wan.text_encoder import toy_text_encoder
 from planning.hardware import GPUS
 from planning.plan import Cluster, make_plan
@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "first_latents": torch.stack([v.first_latents for v in videos if v.first_latents is not None]),
             "clip": torch.stack([v.clip for v in videos if v.clip is not None]),
         }
-        write_trajectories(root / f"pairs{seed}/a.safetensors", x, LEVELS, CAPTIONS, given=given)
+        write_trajectories(root / f"pairs{seed}/a.safetensors", x, LEVELS, CAPTIONS, visual=given)
     return root
 
 
@@ -132,8 +132,8 @@ def spoil(net: nn.Module, *frames: int) -> None:
     net.register_forward_hook(spoilt)
 
 
-def other(given: Given) -> Given:
-    return Given(*(None if t is None else t + 1 for t in (given.initial, given.channels, given.image)))
+def other(given: VisualConditioning) -> VisualConditioning:
+    return VisualConditioning(*(None if t is None else t + 1 for t in (given.initial, given.channels, given.image)))
 
 
 # ---------------------------------------------------------------------------------------------------------- the trainers
@@ -215,10 +215,10 @@ def test_a_diffusion_step_is_given_the_first_frame(folder: Path, mode: str, kind
         before = run.loss(micro).loss
         changed = clips.latents.clone()
         if not is_i2v(kind):
-            assert clips.given.initial is not None
-            assert torch.equal(clips.given.initial, clips.latents[:, :1])
+            assert clips.visual.initial is not None
+            assert torch.equal(clips.visual.initial, clips.latents[:, :1])
             changed[:, :1] += 1  # the frame itself has no loss: what changes is what the others see
-        run.task.real = lambda positions, shape=None: replace(clips, latents=changed, given=other(clips.given))
+        run.task.real = lambda positions, shape=None: replace(clips, latents=changed, visual=other(clips.visual))
         assert abs(run.loss(micro).loss - before) > 1e-4 * before
         run.task.real = real
         spoil(run.networks["student"].net, *((0, F) if mode == "teacher_forcing" else (0,)))
@@ -241,7 +241,7 @@ def test_an_ode_step_is_given_the_first_frame(folder: Path, kind: str, tmp_path:
         before, changed = run.loss(micro).loss, pairs.trajectory.clone()
         if not is_i2v(kind):
             changed[:, -1, :1] += 1
-        run.stored.read = lambda positions: replace(pairs, trajectory=changed, given=other(pairs.given))  # type: ignore[method-assign]
+        run.stored.read = lambda positions: replace(pairs, trajectory=changed, visual=other(pairs.visual))  # type: ignore[method-assign]
         assert abs(run.loss(micro).loss - before) > 1e-4 * before
         run.stored.read = read  # type: ignore[method-assign]
         spoil(run.networks["student"].net, 0)
@@ -313,7 +313,7 @@ def test_images_go_by_position_with_their_captions(folder: Path) -> None:
 def test_validation_shows_images_under_their_captions(folder: Path, kind: str, tmp_path: Path) -> None:
     run = started(tmp_path, options(folder, kind, DISTILLATION, images=str(folder / "images1")))
     assert run.validation_prompts == CAPTIONS[:2]
-    given = run.task.validation_given(range(2), CAPTIONS[:2]).with_text(run.task.conditioning(CAPTIONS[:2]).text)
+    given = run.task.validation_visual(range(2), CAPTIONS[:2]).with_text(run.task.conditioning(CAPTIONS[:2]).text)
     made = run.sample(given, run.task.negative(2), Noise(0, 0, range(2)))
     assert made.shape == (2, F, C, H, W)
     if not is_i2v(kind):
@@ -368,7 +368,7 @@ def test_a_text_to_video_run_of_a_ti2v_network_is_given_nothing(folder: Path, tm
     assert run.train() == 0
     data = {"prompts": prompts, "latents": str(folder / "videos1"), "first_frame": False}
     run = started(tmp_path / "real", options(folder, "ti2v", DIFFUSION, **data))
-    assert run.task.real(range(2)).given == Given()
+    assert run.task.real(range(2)).visual == VisualConditioning()
     assert run.train() == 0
 
 

@@ -15,7 +15,7 @@ from configs.load import run_from_plain
 from configs.schema import RunConfig
 from configs.sizes import drawn_size, schedule_at, sizes_of
 from model.schedule import shift_sigma
-from model.types import Given
+from model.types import VisualConditioning
 from tasks.build import build_task
 from tasks.clips import Clips
 from tests.small import DIFFUSION, DISTILLATION, ODE, config, merged, save_networks, trainer, with_weights
@@ -265,7 +265,7 @@ def test_synthetic_videos_and_images_have_the_size_that_is_asked_for() -> None:
     for shape in ((3, 4, 4, 4), (5, 4, 6, 2)):
         clips, given = task.real(range(2), shape), task.conditions(range(2), shape)
         assert clips.latents.shape == (2, *shape)
-        for channels in (clips.given.channels, given.channels):
+        for channels in (clips.visual.channels, given.channels):
             assert channels is not None
             assert channels.shape == (2, shape[0], 6, *shape[2:])
         assert task.reencode(clips.latents).shape == (2, 1, *shape[1:])
@@ -274,11 +274,11 @@ def test_synthetic_videos_and_images_have_the_size_that_is_asked_for() -> None:
 def test_shorter_stored_videos_are_their_beginnings() -> None:
     latents, channels = torch.randn(2, 5, 4, 2, 2), torch.randn(2, 5, 6, 2, 2)
     image = torch.randn(2, 3, 7)
-    short = Clips(latents, ["a", "b"], Given(latents[:, :1], channels, image)).start(3, CPU)
+    short = Clips(latents, ["a", "b"], VisualConditioning(latents[:, :1], channels, image)).start(3, CPU)
     assert torch.equal(short.latents, latents[:, :3])
-    assert torch.equal(short.given.initial, latents[:, :1])
-    assert torch.equal(short.given.channels, channels[:, :3])
-    assert short.given.image is image
+    assert torch.equal(short.visual.initial, latents[:, :1])
+    assert torch.equal(short.visual.channels, channels[:, :3])
+    assert short.visual.image is image
 
 
 # ----------------------------------------------------------------------------------------------------------- what is said

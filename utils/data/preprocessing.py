@@ -32,7 +32,7 @@ from utils.data.tensors import Statistics
 from utils.logging import Progress
 
 EncodeVideo = Callable[[Tensor], Tensor]  # pixels [B, T, 3, H, W] in [0, 1] -> normalised latents [B, F, C, H, W]
-EncodeGiven = Callable[
+EncodeVisual = Callable[
     [int, Tensor], Mapping[str, Tensor]
 ]  # a video's frames, first ones [B, 3, H, W] -> Sample fields
 EncodeText = Callable[[Sequence[str]], Sequence[Tensor]]  # captions -> embeddings [L, D] without padding
@@ -121,7 +121,7 @@ def encode_videos(  # noqa: PLR0913 - options of a command, by name
     *,
     settings: Mapping[str, Any],
     encode_text: EncodeText | None = None,
-    encode_given: EncodeGiven | None = None,
+    encode_visual: EncodeVisual | None = None,
     raw: Statistics | None = None,
     kind: str = "parquet",
     rows: int = 64,
@@ -133,8 +133,8 @@ def encode_videos(  # noqa: PLR0913 - options of a command, by name
 ) -> Report:
     """Writes the latents (and with `encode_text` the embeddings) of this share's clips; resumes where it stopped.
 
-    encode_given: what image-to-video networks see of the first frame: `first_latents` [B, F, C, H, W], and maybe `clip`
-    [B, L, D].
+    encode_visual: what image-to-video networks see of the first frame: `first_latents` [B, F, C, H, W], and maybe
+    `clip` [B, L, D].
 
     settings: what else decides the numbers, such as the VAE's name: files of other settings are refused. raw: the VAE's
     statistics, to store latents as FastVideo does. batch: clips of one bucket encoded together. Clips that cannot be
@@ -165,8 +165,8 @@ def encode_videos(  # noqa: PLR0913 - options of a command, by name
         own = [items[i] for i in files.items(number)]
         made: dict[int, Sample] = {}
         for group in _batches(own, clips, faults, batch):
-            given = partial(encode_given, clips.video_frames(group[0][0])) if encode_given else None
-            made |= _encoded(group, encode, encode_text, given, raw)
+            visual = partial(encode_visual, clips.video_frames(group[0][0])) if encode_visual else None
+            made |= _encoded(group, encode, encode_text, visual, raw)
             progress.update(seen + len(made), {"file": number, "corrupt": len(faults.reasons)})
         seen += len(own)
         if len(made) < len(own):
@@ -191,7 +191,7 @@ def write_ode(  # noqa: PLR0913 - options of a command, by name
     share: Share = Share(),
     together: Callable[[int], int] | None = None,
     writes: bool = True,
-    given: Callable[[range], Mapping[str, Tensor]] | None = None,
+    visual: Callable[[range], Mapping[str, Tensor]] | None = None,
     dtype: torch.dtype = torch.float32,
     show: bool = True,
 ) -> Report:
@@ -200,7 +200,7 @@ def write_ode(  # noqa: PLR0913 - options of a command, by name
     make: draws by position (a prompt's number), so nothing depends on who makes what. settings: steps, shift, guidance,
     teacher, seed; with the prompts and levels they are the files' identity, and their metadata. together: the most of a
     number over all ranks, where `make` needs all of them (a sharded teacher): a rank that is done goes on making and
-    throws it away. writes: false for the ranks that make the same as another one (a sequence group). given: what
+    throws it away. writes: false for the ranks that make the same as another one (a sequence group). visual: what
     trajectories of positions are made from beside their prompts (see `write_trajectories`).
 
     Raises ValueError for another job's files in `out`, levels that do not fall to 0, and trajectories of another size
@@ -231,7 +231,7 @@ def write_ode(  # noqa: PLR0913 - options of a command, by name
         if writes:
             write_trajectories(
                 files.path(number), torch.cat(rows_made), torch.tensor(levels), captions, metadata=notes, dtype=dtype,
-                given=given(files.items(number)) if given else None,
+                visual=visual(files.items(number)) if visual else None,
             )  # fmt: skip
         report.made, report.rows = report.made + 1, report.rows + len(captions)
     for _ in range(most - calls):
@@ -263,11 +263,11 @@ def _encoded(
     group: Sequence[tuple[int, Sample]],
     encode: EncodeVideo,
     encode_text: EncodeText | None,
-    encode_given: Callable[[Tensor], Mapping[str, Tensor]] | None,
+    encode_visual: Callable[[Tensor], Mapping[str, Tensor]] | None,
     raw: Statistics | None,
 ) -> dict[int, Sample]:
     pixels_BTCHW = torch.stack([sample.pixels for _, sample in group if sample.pixels is not None])
-    fields = {"latents": encode(pixels_BTCHW), **(encode_given(pixels_BTCHW[:, 0]) if encode_given else {})}
+    fields = {"latents": encode(pixels_BTCHW), **(encode_visual(pixels_BTCHW[:, 0]) if encode_visual else {})}
     texts = encode_text([sample.caption for _, sample in group]) if encode_text else [None] * len(group)
     out = {}
     for row, ((item, sample), text) in enumerate(zip(group, texts, strict=True)):

@@ -27,8 +27,8 @@ from utils.data.tensors import Statistics, finite
 
 LATENTS: Final = "fewstep latents 1"
 TRAJECTORIES: Final = "fewstep trajectories 1"
-_GIVEN: Final = ("first_latents", "clip")
-_FIELDS: Final = ("latents", "text", *_GIVEN)
+_VISUAL: Final = ("first_latents", "clip")
+_FIELDS: Final = ("latents", "text", *_VISUAL)
 
 
 class SafetensorsFolder:
@@ -73,9 +73,9 @@ class SafetensorsFolder:
             with safe_open(file, "pt") as opened:
                 if self.is_trajectory:
                     x = finite(opened.get_slice("x")[row].float(), where)
-                    given = {f: finite(opened.get_slice(f)[row].float(), where) for f in _GIVEN if f in opened.keys()}  # noqa: SIM118 - no mapping
+                    visual = {f: finite(opened.get_slice(f)[row].float(), where) for f in _VISUAL if f in opened.keys()}  # noqa: SIM118 - no mapping
                     return Sample(
-                        name, header["captions"][row], latents=x[-1], trajectory=x, sigmas=self.sigmas, **given
+                        name, header["captions"][row], latents=x[-1], trajectory=x, sigmas=self.sigmas, **visual
                     )
                 keys = set(opened.keys())
                 found = {f: opened.get_tensor(f"{row}.{f}") for f in _FIELDS if f"{row}.{f}" in keys}
@@ -170,11 +170,11 @@ def write_trajectories(
     names: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
-    given: Mapping[str, Tensor] | None = None,
+    visual: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes one shard of trajectories; the file appears whole. Raises ValueError where the sizes do not agree.
 
-    given: what they were made from beside their captions: `first_latents` [N, F, C, H, W], `clip` [N, L, D].
+    visual: what they were made from beside their captions: `first_latents` [N, F, C, H, W], `clip` [N, L, D].
     """
     if x_NSFCHW.ndim != 6 or x_NSFCHW.shape[:2] != (len(captions), len(sigmas_S)):
         raise ValueError(
@@ -182,9 +182,9 @@ def write_trajectories(
             f"got {list(x_NSFCHW.shape)}"
         )
     tensors = {"x": x_NSFCHW.detach().to("cpu", dtype).contiguous(), "sigma": sigmas_S.detach().cpu().float()}
-    for name, tensor in (given or {}).items():
-        if name not in _GIVEN or len(tensor) != len(captions):
-            raise ValueError(f"data: {name} {list(tensor.shape)} is not {' or '.join(_GIVEN)} of {len(captions)} rows")
+    for name, tensor in (visual or {}).items():
+        if name not in _VISUAL or len(tensor) != len(captions):
+            raise ValueError(f"data: {name} {list(tensor.shape)} is not {' or '.join(_VISUAL)} of {len(captions)} rows")
         tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
     header = {"format": TRAJECTORIES, **(metadata or {})}
     _write(path, tensors, header, names or [""] * len(captions), captions)
