@@ -23,7 +23,7 @@ from model.wan.formats import Format
 from model.wan.lora_files import ADAPTER_CONFIG, lora_to_diffusers, lora_to_peft
 from model.wan.save import SHARD_BYTES, Dtype, save_model
 from model.wan.weights import Weights
-from trainer.network_factory import open_group
+from trainer.weight_sources import open_group
 from utils import checkpoint
 from utils.checkpoint_folder import read_manifest
 from utils.cli import Parser, refuse_several_ranks

@@ -31,7 +31,7 @@ from pipeline.causal_inference import CausalStream, StreamConfig, block_noise
 from pipeline.sampling import few_step_stream, open_stream
 from tasks.build import build_task, task_to_sample
 from tasks.task import Task
-from trainer.network_factory import build_for_inference, compute_dtype, pins
+from trainer.run_networks import build_for_inference, compute_dtype, pins
 from utils import checkpoint
 from utils.errors import UserError
 from utils.random import Noise

@@ -23,8 +23,8 @@ from model.types import Conditioning, Evaluations
 from model.wan.vae import STRIDE_T
 from tasks.build import build_task
 from tasks.task import Task
-from trainer.network_factory import build_frozen
 from trainer.ode import trajectories
+from trainer.run_networks import RunNetworks
 from utils import distributed
 from utils.cli import Parser
 from utils.config import to_plain
@@ -83,7 +83,7 @@ def making(config: RunConfig, mesh: Mesh, task: Task) -> tuple[MakeTrajectories,
     """What makes trajectories [B, S, F, C, H, W] on the CPU, draws by position; and the stored levels [S]."""
     assert config.teacher is not None
     device = distributed.device()
-    teacher = build_frozen(config, config.teacher, "teacher", Evaluations(), device, mesh)
+    teacher = RunNetworks(config, Evaluations(), device, mesh).teacher(shared=False)
     grid = uniform_sigmas(config.ode.steps, config.ode.shift)
     keep = sorted({*store_levels(grid, config.schedule.sigmas()), len(grid)})
 

@@ -29,7 +29,7 @@ from model.wan.vae import ClipConfig, VAEConfig
 from model.wan.weights import geometry_of
 from pipeline.bidirectional_inference import Solver
 from tasks.wan import WanTask
-from trainer.network_factory import build_for_inference, compute_dtype
+from trainer.run_networks import build_for_inference, compute_dtype
 from utils.errors import UserError
 
 PARTS = (

@@ -85,14 +85,16 @@ def euler(
     score: ScoreNet,
     source: NoiseSource,
     shape: tuple[int, ...],
-    given: Condition,
+    conditioning: Condition,
     negative: Tensor,
     steps: int,
     shift: float,
     guidance: float,
 ) -> Tensor:
     """A many-step network's video [B, F, C, H, W]: Euler over a shifted uniform grid with guidance."""
-    return euler_sample(score, source.normal("noise", shape), given, negative, uniform_sigmas(steps, shift), guidance)
+    return euler_sample(
+        score, source.normal("noise", shape), conditioning, negative, uniform_sigmas(steps, shift), guidance
+    )
 
 
 @dataclass(frozen=True)

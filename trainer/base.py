@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
-from model.types import Conditioning, Evaluations, LossOutput
+from model.types import Conditioning, Evaluations
 from pipeline.sampling import sample
 from tasks.build import build_task
 from trainer.drawn_sizes import DrawnSizes
@@ -24,11 +24,12 @@ from trainer.faults import SharedFaults
 from trainer.micro_batch import MicroBatch, micro_batches
 from trainer.networks import Trained, TrainedNetwork
 from trainer.observer import TrainerObserver
+from trainer.run_networks import RunNetworks
 from trainer.state import load_run, save_run
+from trainer.update import Skips, Update
 from trainer.validation import read_prompts, sample_pixels, shown_weights, way_of
 from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed
-from utils.agreement import FiniteCheck
 from utils.config import diff, save, to_plain
 from utils.data.stream import Stream
 from utils.errors import UserError
@@ -78,12 +79,12 @@ class Trainer(ABC):
         self.evaluations = Evaluations()
         self.task = build_task(config, self.device)
         self.sizes = DrawnSizes(config, self.task.latent_shape)
+        self.make = RunNetworks(config, self.evaluations, self.device, self.mesh)
         self.micro_batches_per_rank = micro_batches(config.training, self.mesh.dp_size)
         self.step = 0
         self.cursor = 0
-        self.skipped = 0
-        self.skipped_in_a_row: dict[str, int] = {}
-        self.abort: str | None = None
+        self.skips = Skips(config.training.non_finite_limit)
+        self.ended: str | None = None  # why the run ends after this iteration
         self.stop_signal: int | None = None
         self.latest: dict[str, float] = {}
         self.validation_prompts = read_prompts(config.validation, self.task)
@@ -146,10 +147,10 @@ class Trainer(ABC):
                     self.logger.scalars(self.step, unlogged)
                     unlogged = {}
                 progress.update(self.step, {k: self.latest[k] for k in self.headline if k in self.latest})
-                if self.abort is not None:
+                if (why := self.skips.ended or self.ended) is not None:
                     self.save_checkpoint()
                     self.finish_saving()
-                    raise UserError(self.abort)
+                    raise UserError(why)
                 if self.step % self.config.checkpoint.every == 0 or self.step == total:
                     self.save_checkpoint()
                 if self.config.validation.every and (
@@ -169,10 +170,10 @@ class Trainer(ABC):
         """Gives sparse networks this iteration's sparsity, and says it. Constant within a step, for backward computes
         passes again."""
         sparse = {name: trained.net.sparse for name, trained in self.networks.items()}
-        found = {name: one for name, one in sparse.items() if one is not None}
-        for one in found.values():
-            one.begin(self.step)
-        return {f"{name}/sparsity": one.level for name, one in found.items()}
+        ramps = {name: ramp for name, ramp in sparse.items() if ramp is not None}
+        for ramp in ramps.values():
+            ramp.begin(self.step)
+        return {f"{name}/sparsity": ramp.level for name, ramp in ramps.items()}
 
     headline: tuple[str, ...] = (
         "student/loss",
@@ -193,7 +194,7 @@ class Trainer(ABC):
             # videos through a network so far, in training, over all ranks: latent frames evaluated / frames of a video
             # of the data's own size. Frames count alike, whatever their height and width
             "network_evaluations": sums["frames"] / self.mesh.sequence / self.task.latent_shape[0],
-            "skipped_updates": float(self.skipped),
+            "skipped_updates": float(self.skips.total),
             **self.sizes.metrics(),
             **self.faults.agree(sums["corrupt"]),
         }
@@ -223,73 +224,9 @@ class Trainer(ABC):
             out.append(MicroBatch(positions, noise, size / training.global_batch_size, shape))
         return self.observer.chosen(out)
 
-    def update(
-        self,
-        trained: Trained,
-        batch: list[MicroBatch],
-        loss_of: Callable[[MicroBatch], LossOutput],
-        beside: Sequence[Trained] = (),
-    ) -> dict[str, float]:
-        """Accumulates a global batch's gradient and takes one optimizer step, unless a number is not finite.
-
-        beside: what else the loss trains; all of them take their step, or none.
-        """
-        group = [trained, *beside]
-        self.observer.update_begins(trained.name)
-        for one in group:
-            one.engine.zero_grad()
-        sums: dict[str, float] = {}
-        own_loss = 0.0
-        for micro in batch:
-            activity.mark(f"{trained.name} loss and backward")
-            self.observer.forward_begins(trained.name)
-            output = loss_of(micro)
-            self.observer.backward_begins(trained.name)
-            last = micro is batch[-1]
-            for one in beside:
-                one.engine.before_backward(last=last)
-            trained.engine.backward(output.loss * micro.weight, last=last)
-            self.observer.backward_ended(trained.name)
-            for one in beside:
-                one.engine.after_backward(last=last)
-            for name, value in output.metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * micro.weight
-            own_loss += float(output.loss.detach())
-        activity.mark(f"{trained.name} update")
-        others = {f"{one.name}.{key}": p for one in beside for key, p in one.optimizer.named.items()}
-        check = FiniteCheck(sums | {"loss": own_loss}, {**trained.optimizer.named, **others})
-        metrics = {f"{trained.name}/{name}": value for name, value in self.summed(sums).items()}
-        norms = {}
-        for one in group:
-            self.observer.step_begins(one.name)
-            norms[one.name] = float(one.engine.clip())
-        metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
-        if self._accepted(trained.name, check.agree(sum(norms.values()))):
-            for one in group:
-                metrics[f"{one.name}/lr"] = one.engine.step()
-                if one.ema is not None:
-                    one.ema.update(one.optimizer.updates)
-        for one in group:
-            one.engine.zero_grad()
-        return metrics
-
-    def _accepted(self, name: str, problem: str | None) -> bool:
-        """Whether the update is taken; counts what is skipped. problem: what is not finite and where, on all ranks."""
-        if problem is None:
-            self.skipped_in_a_row[name] = 0
-            return True
-        self.skipped += 1
-        self.skipped_in_a_row[name] = count = self.skipped_in_a_row.get(name, 0) + 1
-        if distributed.is_main():
-            console.warning("step %d: %s: not finite: %s; update skipped", self.step, name, problem)
-        if count >= self.config.training.non_finite_limit:
-            # the iteration is finished first, so that the checkpoint is of a whole one
-            self.abort = (
-                f"{count} updates of {name} in a row were not finite (last: {problem} at step {self.step}); the "
-                "state is saved: lower the learning rate or look at the data"
-            )
-            self.skipped_in_a_row[name] = 0
-        return False
+    def begin_update(self, trained: Trained, beside: Sequence[Trained] = ()) -> Update:
+        """An update of `trained`, and of what its loss trains beside it; see `Update`."""
+        return Update(trained, beside, self.observer, self.skips, self.mesh.sequence, self.step)
 
     # ---------------------------------------------------------------------------------------------------- validation
 
@@ -313,8 +250,10 @@ class Trainer(ABC):
         path = self.options.logdir / "validation" / f"step_{self.step:06d}_{which}.mp4"
         write_video(path, grid(pixels), self.config.validation.fps, scale=max(1, 96 // pixels.shape[-1]))
         self.logger.video(self.step, f"validation/{which}", path)
-        looks = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
-        self.logger.scalars(self.step, {f"validation/{which}_{name}": float(value) for name, value in looks.items()})
+        statistics = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
+        self.logger.scalars(
+            self.step, {f"validation/{which}_{name}": float(value) for name, value in statistics.items()}
+        )
 
     # --------------------------------------------------------------------------------------------- state and signals
 
@@ -328,8 +267,8 @@ class Trainer(ABC):
         state |= {
             "step": self.step,
             "cursor": self.cursor,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
+            "skipped": self.skips.total,
+            "skipped_in_a_row": self.skips.in_a_row,
             "evaluations": evaluations,
             "config": to_plain(self.config),
             "extras": {name: extra.state() for name, extra in self.extras.items()},
@@ -343,9 +282,9 @@ class Trainer(ABC):
 
     def summed_evaluations(self) -> dict[str, dict[str, int]]:
         """The counts of all networks; a rank that never ran one of them still takes part."""
-        own, names = self.evaluations.state(), [*self.networks, "teacher"]
-        flat = {f"{kind}.{name}": float(counts.get(name, 0)) for kind, counts in own.items() for name in names}
-        out: dict[str, dict[str, int]] = {kind: {} for kind in own}
+        counted, names = self.evaluations.state(), [*self.networks, "teacher"]
+        flat = {f"{kind}.{name}": float(counts.get(name, 0)) for kind, counts in counted.items() for name in names}
+        out: dict[str, dict[str, int]] = {kind: {} for kind in counted}
         for key, value in self.summed(flat).items():
             kind, name = key.split(".", 1)
             out[kind][name] = round(value)
@@ -369,7 +308,7 @@ class Trainer(ABC):
             saved = checkpoint.list_checkpoints(self.checkpoints)
             set_aside(self.options.logdir, [other for other in saved if checkpoint.step_of(other) > state["step"]])
         self.step, self.cursor = state["step"], state["cursor"]
-        self.skipped, self.skipped_in_a_row = state["skipped"], dict(state["skipped_in_a_row"])
+        self.skips.total, self.skips.in_a_row = state["skipped"], dict(state["skipped_in_a_row"])
         # the count is over all batches, and one rank carries it on; what a new start has cost is not in it
         self.evaluations.load(state["evaluations"] if self.mesh.dp_rank == 0 else Evaluations().state())
         console.info("resumed from %s at step %d", path, self.step)

@@ -5,19 +5,15 @@ B batch  F latent frames
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor
 
 from configs.sizes import schedule_at
 from model.consistency import adjacent, consistency_loss
 from model.schedule import uniform_sigmas
 from model.types import LossOutput
-from model.wan.transformer import WanTransformer
 from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from trainer.base import Trainer
 from trainer.micro_batch import MicroBatch
-from trainer.network_factory import build_frozen, build_trained, sharing
 
 
 class ConsistencyTrainer(Trainer):
@@ -27,26 +23,20 @@ class ConsistencyTrainer(Trainer):
     """
 
     def build(self) -> None:
-        config = self.config
-        assert config.teacher is not None
-        shared = sharing(config)
-        self.teacher = build_frozen(config, config.teacher, "teacher", self.evaluations, self.device, self.mesh, shared)
-        base = cast(WanTransformer, self.teacher.net) if "student" in shared else None
-        self.networks = {
-            "student": build_trained(
-                config, config.student, "student", config.generator_training, config.training.max_steps,
-                self.evaluations, self.device, self.mesh, with_ema=True, base=base,
-            )
-        }  # fmt: skip
+        self.teacher = self.make.teacher()
+        self.networks = {"student": self.make.trained("student", self.config.training.max_steps, teacher=self.teacher)}
 
     def training_step(self) -> dict[str, float]:
-        return self.update(self.networks["student"], self.batch("consistency"), self.loss)
+        update = self.begin_update(self.networks["student"])
+        for micro in update.over(self.batch("consistency")):
+            update.backward(self.loss(micro))
+        return update.step()
 
     def loss(self, micro: MicroBatch) -> LossOutput:
         """A level of the grid for each block."""
         config, student = self.config, self.networks["student"]
         clips = self.task.real(micro.positions, micro.shape)
-        given = clips.visual.with_text(self.task.conditioning(clips.captions).text)
+        conditioning = clips.visual.with_text(self.task.conditioning(clips.captions).text)
         clean, frames = clips.latents, clips.latents.shape[1]
         blocks = config.causal.blocks(frames)
         levels = uniform_sigmas(config.consistency.steps, schedule_at(config, micro.shape).timestep_shift)
@@ -54,11 +44,11 @@ class ConsistencyTrainer(Trainer):
         sigma, sigma_next = (per_frame(level, blocks) for level in adjacent(index, levels))
         context = CleanContext(clean, sigma.new_zeros(sigma.shape))
         for level in (sigma, sigma_next):
-            level[:, : given.initial_frames] = 0.0
-        negative = self.task.negative(given.batch)
+            level[:, : conditioning.initial_frames] = 0.0
+        negative = self.task.negative(conditioning.batch)
 
         def student_velocity(x: Tensor, level: Tensor) -> Tensor:
-            return teacher_forced_velocity(student.score, x, level, context, given, config.causal)
+            return teacher_forced_velocity(student.score, x, level, context, conditioning, config.causal)
 
         def average_velocity(x: Tensor, level: Tensor) -> Tensor:
             assert student.ema is not None
@@ -67,7 +57,7 @@ class ConsistencyTrainer(Trainer):
 
         def teacher_velocity(x: Tensor, level: Tensor) -> Tensor:
             return teacher_forced_velocity(
-                self.teacher, x, level, context, given, config.causal,
+                self.teacher, x, level, context, conditioning, config.causal,
                 negative=negative, guidance=config.consistency.guidance,
             )  # fmt: skip
 

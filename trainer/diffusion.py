@@ -15,23 +15,19 @@ from model.types import Conditioning, LossOutput
 from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from trainer.base import Trainer
 from trainer.micro_batch import MicroBatch
-from trainer.network_factory import build_trained
 
 
 class DiffusionTrainer(Trainer):
     """Trains `student` on the task's real data."""
 
     def build(self) -> None:
-        config = self.config
-        self.networks = {
-            "student": build_trained(
-                config, config.student, "student", config.generator_training, config.training.max_steps,
-                self.evaluations, self.device, self.mesh, with_ema=True,
-            )
-        }  # fmt: skip
+        self.networks = {"student": self.make.trained("student", self.config.training.max_steps)}
 
     def training_step(self) -> dict[str, float]:
-        return self.update(self.networks["student"], self.batch("diffusion"), self.loss)
+        update = self.begin_update(self.networks["student"])
+        for micro in update.over(self.batch("diffusion")):
+            update.backward(self.loss(micro))
+        return update.step()
 
     def loss(self, micro: MicroBatch) -> LossOutput:
         """Flow matching at the mode's noise levels."""
@@ -43,60 +39,70 @@ class DiffusionTrainer(Trainer):
             self.task.negative_prompt if drop else text
             for text, drop in zip(clips.captions, dropped.tolist(), strict=True)
         ]
-        given = clips.visual.with_text(self.task.conditioning(prompts).text)
+        conditioning = clips.visual.with_text(self.task.conditioning(prompts).text)
         noise = micro.noise.normal("noise", tuple(latents.shape[1:]))
         match config.mode:
             case DiffusionMode.bidirectional:
-                return self._bidirectional(micro, latents, noise, given)
+                return self._bidirectional(micro, latents, noise, conditioning)
             case DiffusionMode.diffusion_forcing:
-                return self._diffusion_forcing(micro, latents, noise, given)
+                return self._diffusion_forcing(micro, latents, noise, conditioning)
             case DiffusionMode.teacher_forcing:
-                return self._teacher_forcing(micro, latents, noise, given)
+                return self._teacher_forcing(micro, latents, noise, conditioning)
 
-    def _bidirectional(self, micro: MicroBatch, latents: Tensor, noise: Tensor, given: Conditioning) -> LossOutput:
+    def _bidirectional(
+        self, micro: MicroBatch, latents: Tensor, noise: Tensor, conditioning: Conditioning
+    ) -> LossOutput:
         sigma = schedule_at(self.config, micro.shape).training_sigma(micro.noise.uniform("sigma"))
         score = self.networks["student"].score
-        weight = _weight(given, latents)
-        return flow_matching_loss(lambda x, s: score.velocity(x, s, given), latents, noise, sigma, weight=weight)
+        weight = _weight(conditioning, latents)
+        return flow_matching_loss(lambda x, s: score.velocity(x, s, conditioning), latents, noise, sigma, weight=weight)
 
     def _block_sigmas(self, micro: MicroBatch, frames: int) -> Tensor:
         blocks = self.config.causal.blocks(frames)
         u = micro.noise.uniform("sigma", (len(blocks),))
         return per_frame(shift_sigma(u, schedule_at(self.config, micro.shape).timestep_shift), blocks)
 
-    def _diffusion_forcing(self, micro: MicroBatch, latents: Tensor, noise: Tensor, given: Conditioning) -> LossOutput:
+    def _diffusion_forcing(
+        self, micro: MicroBatch, latents: Tensor, noise: Tensor, conditioning: Conditioning
+    ) -> LossOutput:
         frames = latents.shape[1]
         sigma_BF, causal = self._block_sigmas(micro, frames), self.config.causal
         blocks = causal.blocks(frames)
         clean = (
             per_frame(micro.noise.uniform("clean", (len(blocks),)), blocks) < self.config.diffusion.clean_block_share
         )
-        made = clean[:, given.initial_frames :]
+        made = clean[:, conditioning.initial_frames :]
         made &= ~made.all(dim=1, keepdim=True)  # a sample with nothing left to learn from is noised after all
-        clean[:, : given.initial_frames] = True
+        clean[:, : conditioning.initial_frames] = True
         sigma_BF = sigma_BF.masked_fill(clean, 0.0)
         score, mask = self.networks["student"].score, causal.mask(frames)
         return flow_matching_loss(
-            lambda x, s: score.velocity(x, s, given, mask=mask), latents, noise, sigma_BF, weight=(~clean).float()
+            lambda x, s: score.velocity(x, s, conditioning, mask=mask),
+            latents,
+            noise,
+            sigma_BF,
+            weight=(~clean).float(),
         )
 
-    def _teacher_forcing(self, micro: MicroBatch, latents: Tensor, noise: Tensor, given: Conditioning) -> LossOutput:
+    def _teacher_forcing(
+        self, micro: MicroBatch, latents: Tensor, noise: Tensor, conditioning: Conditioning
+    ) -> LossOutput:
         frames, score = latents.shape[1], self.networks["student"].score
         most = self.config.diffusion.clean_noise_max / TIMESTEPS
         clean_sigma_BF = micro.noise.uniform("clean_sigma")[:, None].expand(-1, frames) * most
         sigma_BF = self._block_sigmas(micro, frames)
         for times in (clean_sigma_BF, sigma_BF):
-            times[:, : given.initial_frames] = 0.0
+            times[:, : conditioning.initial_frames] = 0.0
         clean = mix(latents, micro.noise.normal("clean_noise", tuple(latents.shape[1:])), clean_sigma_BF)
 
         def predict(x: Tensor, sigma_BF: Tensor) -> Tensor:
             context = CleanContext(clean, clean_sigma_BF)
-            return teacher_forced_velocity(score, x, sigma_BF, context, given, self.config.causal)
+            return teacher_forced_velocity(score, x, sigma_BF, context, conditioning, self.config.causal)
 
-        return flow_matching_loss(predict, latents, noise, sigma_BF, weight=_weight(given, latents))
+        return flow_matching_loss(predict, latents, noise, sigma_BF, weight=_weight(conditioning, latents))
 
 
-def _weight(given: Conditioning, latents: Tensor) -> Tensor | None:
+def _weight(conditioning: Conditioning, latents: Tensor) -> Tensor | None:
     """[B, F], 0 for the given frames of latents [B, F, C, H, W]; None where there are none."""
-    judged = given.judged(latents.shape[1])
+    judged = conditioning.judged(latents.shape[1])
     return None if judged is None else judged.float().expand(latents.shape[:2])

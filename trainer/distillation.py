@@ -5,10 +5,8 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import cast
 
 import torch
 
@@ -18,14 +16,13 @@ from configs.sizes import schedule_at
 from model.ida import Alignment
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
-from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_training import backward_simulation, diffusion_forcing_input, noised_data
 from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_forcing_rollout
 from trainer.adversary import Adversary
 from trainer.base import Trainer
 from trainer.guard import Guard
 from trainer.micro_batch import MicroBatch
-from trainer.network_factory import build_frozen, build_trained, sharing
+from trainer.networks import Trained
 from trainer.objectives import Objective, Sample, Weights
 from trainer.rollout_cache import RolloutCache
 from utils import distributed
@@ -45,26 +42,12 @@ class ScoreDistillationTrainer(Trainer):
 
     def build(self) -> None:
         config = self.config
-        shared, steps = sharing(config), config.training.max_steps
-        self.teacher: ScoreNet | None = None
-        if config.teacher is not None:
-            self.teacher = build_frozen(
-                config, config.teacher, "teacher", self.evaluations, self.device, self.mesh, shared
-            )
-        base = {name: cast(WanTransformer, cast(ScoreNet, self.teacher).net) for name in shared}
-        self.networks = {
-            "student": build_trained(
-                config, config.student, "student", config.generator_training,
-                config.training.generator_updates(steps), self.evaluations, self.device, self.mesh, with_ema=True,
-                base=base.get("student"),
-            ),
-        }  # fmt: skip
+        training, steps = config.training, config.training.max_steps
+        self.teacher: ScoreNet | None = None if config.teacher is None else self.make.teacher()
+        updates = {"student": training.generator_updates(steps)}
         if config.critic is not None:
-            self.networks["critic"] = build_trained(
-                config, config.critic, "critic", config.critic_training,
-                config.training.critic_updates(steps), self.evaluations, self.device, self.mesh, with_ema=False,
-                base=base.get("critic"),
-            )  # fmt: skip
+            updates["critic"] = training.critic_updates(steps)
+        self.networks = {name: self.make.trained(name, count, teacher=self.teacher) for name, count in updates.items()}
         critic = self.networks["critic"].score if "critic" in self.networks else None
         adversary = self._adversary(critic)
         self.objective = Objective(
@@ -76,7 +59,7 @@ class ScoreDistillationTrainer(Trainer):
         if config.objective.critic_keep is not None:
             pair = self.networks["critic"], self.networks["student"]
             self.alignment = Alignment(
-                pair[0].net, pair[1].net, config.objective.critic_keep, *(one.optimizer.named for one in pair)
+                pair[0].net, pair[1].net, config.objective.critic_keep, *(trained.optimizer.named for trained in pair)
             )
         self.sigmas = config.schedule.sigmas()
         self.cache = RolloutCache(config, self.networks["student"].score, self.device)
@@ -100,44 +83,49 @@ class ScoreDistillationTrainer(Trainer):
     def training_step(self) -> dict[str, float]:
         training = self.config.training
         metrics: dict[str, float] = {}
-        shared: list[Sample] = []
         batch: list[MicroBatch] = []
+        made: list[Sample] = []
         if training.trains_generator(self.step):
             batch = self.batch("generator")
-            metrics |= self._train_generator(batch, shared)
+            metrics, made = self._train_generator(batch)
         if training.trains_critic(self.step):
-            reuse = bool(shared) and self.config.rollout.reuse_rollout
-            metrics |= self._train_critic(batch if reuse else self.batch("critic"), shared if reuse else [])
+            reuse = bool(made) and self.config.rollout.reuse_rollout
+            metrics |= self._train_critic(batch if reuse else self.batch("critic"), made if reuse else [])
         return metrics
 
-    def _train_generator(self, batch: list[MicroBatch], made: list[Sample]) -> dict[str, float]:
-        weights: list[Weights] = []
+    def _train_generator(self, batch: list[MicroBatch]) -> tuple[dict[str, float], list[Sample]]:
+        """One update of the student: what to log, and its samples, detached."""
+        made: list[Sample] = []
+        weights: list[Weights | None] = [None] * len(batch)
         if self.objective.weighs and len(batch) > 1:  # all samples must be seen before the first one's loss
-            weights = self.objective.weights([self.sample_of(micro, with_gradient=False) for micro in batch])
-
-        def loss_of(micro: MicroBatch) -> LossOutput:
-            sample = self.sample_of(micro, with_gradient=True)
-            known = weights[len(made)] if weights else None
-            made.append(replace(sample, rollout=sample.rollout.detach()))
-            return self._with_looks(self.objective.student_loss(sample, known), sample.rollout)
-
+            weights = [*self.objective.weights([self.sample_of(micro, with_gradient=False) for micro in batch])]
         with ExitStack() as others:
-            for other in [*self.heads.values(), *(net for name, net in self.networks.items() if name != "student")]:
+            for other in self._beside_student():
                 others.enter_context(frozen(other.net, other.optimizer.parameters))
-            metrics = self.update(self.networks["student"], batch, loss_of)
-        self.abort = self.abort or self.guard.check(metrics)
+            update = self.begin_update(self.networks["student"])
+            for micro, known in zip(update.over(batch), weights, strict=True):
+                sample = self.sample_of(micro, with_gradient=True)
+                output = self.objective.student_loss(sample, known)
+                update.backward(self._with_appearance(output, sample.rollout))
+                made.append(replace(sample, rollout=sample.rollout.detach()))
+            metrics = update.step()
+        self.ended = self.ended or self.guard.check(metrics)
         if self.alignment is not None:
             self.alignment.update()
-        return metrics
+        return metrics, made
 
     def _train_critic(self, batch: list[MicroBatch], made: list[Sample]) -> dict[str, float]:
-        reused: Iterator[Sample] = iter(made)
+        """One update of the critic and the discriminator, on the student's samples `made`, or on new ones."""
+        trained, *beside = self._beside_student()
+        update = self.begin_update(trained, beside)
+        for number, micro in enumerate(update.over(batch)):
+            sample = made[number] if made else self.sample_of(micro, with_gradient=False)
+            update.backward(self.objective.critic_loss(sample))
+        return update.step()
 
-        def loss_of(micro: MicroBatch) -> LossOutput:
-            return self.objective.critic_loss(next(reused) if made else self.sample_of(micro, with_gradient=False))
-
-        trained = [*(net for name, net in self.networks.items() if name != "student"), *self.heads.values()]
-        return self.update(trained[0], batch, loss_of, trained[1:])
+    def _beside_student(self) -> list[Trained]:
+        """What is trained beside the student: the critic, then the discriminator, those of them that the run has."""
+        return [*(net for name, net in self.networks.items() if name != "student"), *self.heads.values()]
 
     def sample_of(self, micro: MicroBatch, *, with_gradient: bool) -> Sample:
         rollout, conditioning = self.rollout(micro, with_gradient=with_gradient)
@@ -217,7 +205,7 @@ class ScoreDistillationTrainer(Trainer):
         return tuple(micro.noise.shared_randint("exit_step", last + 1, blocks))
 
     @torch.no_grad()
-    def _with_looks(self, output: LossOutput, rollout: Rollout) -> LossOutput:
+    def _with_appearance(self, output: LossOutput, rollout: Rollout) -> LossOutput:
         seen = self.task.glimpse(rollout.x0.detach())
         if seen is not None:
             values = {"luma": luma(seen.pixels), "saturation": saturation(seen.pixels), "clipped": seen.clipped}

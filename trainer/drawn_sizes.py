@@ -10,23 +10,23 @@ from utils.random import Noise, keyed_seed
 
 
 class DrawnSizes:
-    """own: (F, C, H, W) of the data's videos."""
+    """data_shape: (F, C, H, W) of the data's videos."""
 
-    def __init__(self, config: RunConfig, own: tuple[int, ...]) -> None:
-        self.config, self.own = config, own
+    def __init__(self, config: RunConfig, data_shape: tuple[int, ...]) -> None:
+        self.config, self.data_shape = config, data_shape
         self._met: set[Size] = set()
         self._drawn: dict[str, float] = {}
 
     def shape(self, phase: str, step: int) -> tuple[int, ...]:
         """(F, C, H, W) of the videos of a phase's update, by (seed, phase, step) alone: the same on every rank."""
         if self.config.training.sizes is None:
-            return self.own
+            return self.data_shape
         size = drawn_size(self.config, Noise(keyed_seed(self.config.seed, phase), step, ()))
         if size not in self._met:
             activity.begin(step, slow=True)  # an iteration that compiles and allocates
             self._met.add(size)
         self._drawn |= zip((f"{phase}/{name}" for name in ("frames", "height", "width")), map(float, size), strict=True)
-        return (size[0], self.own[1], *size[1:])
+        return (size[0], self.data_shape[1], *size[1:])
 
     def metrics(self) -> dict[str, float]:
         """What was drawn since the last call."""

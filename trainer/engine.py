@@ -1,6 +1,6 @@
 """What turns losses into updates of one network: backward, reduction over the ranks, clipping, the optimizer's step.
 
-`Trainer.update` knows only this interface, so that another engine is another class.
+`trainer.update.Update` knows only this interface, so that another engine is another class.
 """
 
 from __future__ import annotations

@@ -42,4 +42,4 @@ class TrainedNetwork(Trained):
         state = super().state_dict()
         if self.score.adapter is None:
             return state
-        return {name: state[there] for name, there in adapter_names(self.net, self.score.adapter).items()}
+        return {name: state[parameter] for name, parameter in adapter_names(self.net, self.score.adapter).items()}

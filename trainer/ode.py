@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,7 +28,6 @@ from tasks.stored import StoredPairs
 from tasks.task import Task
 from trainer.base import Trainer
 from trainer.micro_batch import MicroBatch
-from trainer.network_factory import build_frozen, build_trained, sharing
 from utils import activity, distributed
 from utils.config import config_hash
 from utils.data.stream import Stream
@@ -43,27 +41,17 @@ class ODETrainer(Trainer):
     run folder."""
 
     def build(self) -> None:
-        config, base = self.config, None
+        config, steps = self.config, self.config.training.max_steps
         self.stored: StoredPairs | None = None
         if config.ode.path is None:
-            assert config.teacher is not None
-            shared = sharing(config)
-            self.teacher = build_frozen(
-                config, config.teacher, "teacher", self.evaluations, self.device, self.mesh, shared
-            )
-            base = cast(WanTransformer, self.teacher.net) if "student" in shared else None
-        self.networks = {
-            "student": build_trained(
-                config, config.student, "student", config.generator_training, config.training.max_steps,
-                self.evaluations, self.device, self.mesh, with_ema=True, base=base,
-            )
-        }  # fmt: skip
-        if config.ode.path is None:
+            self.teacher = self.make.teacher()
+            self.networks = {"student": self.make.trained("student", steps, teacher=self.teacher)}
             self.trajectories, self.sigmas_S = self._load_or_make()
             return
+        self.networks = {"student": self.make.trained("student", steps)}
         shape = self.task.latent_shape
-        given = visual_reader(config.data, config.student.geometry(), shape[0], self.device, real=False)
-        self.stored = StoredPairs(Path(config.ode.path), shape, config.seed, config.ode.sigmas, given)
+        visual_of = visual_reader(config.data, config.student.geometry(), shape[0], self.device, real=False)
+        self.stored = StoredPairs(Path(config.ode.path), shape, config.seed, config.ode.sigmas, visual_of)
         self.sigmas_S = self.stored.sigmas_S
         self.task.check_captions(self.stored)
         self._check_levels()
@@ -71,10 +59,10 @@ class ODETrainer(Trainer):
     def _check_levels(self) -> None:
         """Raises ConfigError unless the student's steps are all stored, as near as the teacher's grid comes to them."""
         config, wanted = self.config.ode, self.config.schedule.sigmas()
-        there = self.sigmas_S.tolist()
-        if lacking := lacking_levels(there, wanted, uniform_sigmas(config.steps, config.shift)):
+        stored = self.sigmas_S.tolist()
+        if lacking := lacking_levels(stored, wanted, uniform_sigmas(config.steps, config.shift)):
             raise ConfigError(
-                f"ode.path: {config.path} stores the noise levels {', '.join(f'{s:.4g}' for s in there)}, and not "
+                f"ode.path: {config.path} stores the noise levels {', '.join(f'{s:.4g}' for s in stored)}, and not "
                 f"{', '.join(f'{s:.4g}' for s in lacking)} of schedule.denoising_step_list: set that list (and "
                 "timestep_shift) to what is stored, or make trajectories with this config"
             )
@@ -83,27 +71,30 @@ class ODETrainer(Trainer):
         return [*self.task.streams, *([] if self.stored is None else [self.stored.stream])]
 
     def training_step(self) -> dict[str, float]:
-        return self.update(self.networks["student"], self.batch("ode"), self.loss)
+        update = self.begin_update(self.networks["student"])
+        for micro in update.over(self.batch("ode")):
+            update.backward(self.loss(micro))
+        return update.step()
 
     def loss(self, micro: MicroBatch) -> LossOutput:
-        trajectory, given = self._pairs(micro.positions)
+        trajectory, conditioning = self._pairs(micro.positions)
         frames, points, after_causal = trajectory.shape[2], len(self.sigmas_S), self.config.ode.causal_teacher
         blocks = self.config.causal.blocks(frames)
         u = micro.noise.uniform("stored_index", (len(blocks),))
-        known, _ = self.config.causal.split(given.initial_frames, frames - given.initial_frames)
+        known, _ = self.config.causal.split(conditioning.initial_frames, frames - conditioning.initial_frames)
         choices = torch.full((len(blocks),), points - int(after_causal), device=u.device)
         # the first block to generate is never given clean: all samples have something to learn from
         choices[len(known)] = points - 1
         index_BF = per_frame((u * choices).long(), blocks)
-        index_BF[:, : given.initial_frames] = points - 1
+        index_BF[:, : conditioning.initial_frames] = points - 1
         x, sigma_BF = pick_stored(trajectory, self.sigmas_S.to(self.device), index_BF)
         student, clean = self.networks["student"].score, trajectory[:, -1]
         if after_causal:  # a block's trajectory is given the clean ends before it, so the student sees those
             velocity = teacher_forced_velocity(
-                student, x, sigma_BF, CleanContext(clean, torch.zeros_like(sigma_BF)), given, self.config.causal
+                student, x, sigma_BF, CleanContext(clean, torch.zeros_like(sigma_BF)), conditioning, self.config.causal
             )
             return ode_regression_loss(velocity_to_x0(x, velocity, sigma_BF), clean, sigma_BF)
-        x0 = student.x0(x, sigma_BF, given, mask=self.config.causal.mask(frames))
+        x0 = student.x0(x, sigma_BF, conditioning, mask=self.config.causal.mask(frames))
         return ode_regression_loss(x0, clean, sigma_BF)
 
     def _pairs(self, positions: range) -> tuple[Tensor, Conditioning]:
@@ -155,12 +146,12 @@ class ODETrainer(Trainer):
             activity.mark(f"ODE pairs from {dealt[0].start}")  # each turn has the watchdog's time, not all together
             before = self.evaluations.state()
             positions = dealt[min(mesh.dp_rank, len(dealt) - 1)]
-            own = trajectories(self.config, self.teacher, self.task, positions, keep, self.device)
+            local = trajectories(self.config, self.teacher, self.task, positions, keep, self.device)
             if mesh.dp_rank >= len(dealt):
                 self.evaluations.load(before)
             rows = [0] * mesh.world
             rows[: len(dealt) * mesh.sequence : mesh.sequence] = map(len, dealt)  # a sequence group's first rank sends
-            made = distributed.gather_rows(own, rows)
+            made = distributed.gather_rows(local, rows)
             if x is not None and made is not None:
                 x[dealt[0].start : dealt[-1].stop] = made
             progress.update(dealt[-1].stop, {})
@@ -174,11 +165,11 @@ def trajectories(
     """The teacher's states [B, S, F, C, H, W] at these of its steps and 0, on the CPU; draws by position."""
     source = Noise(keyed_seed(config.seed, "ode_pairs"), 0, positions, device)
     noise = source.normal("noise", task.latent_shape)
-    given, negative = task.conditions(positions), task.negative(len(positions))
+    conditioning, negative = task.conditions(positions), task.negative(len(positions))
     grid = uniform_sigmas(config.ode.steps, config.ode.shift)
     if config.ode.causal_teacher:
-        return _causal_trajectories(config, teacher, noise, given, negative, source, grid, keep)
-    states = enumerate(euler_trajectory(teacher, noise, given, negative, grid, config.ode.guidance))
+        return _causal_trajectories(config, teacher, noise, conditioning, negative, source, grid, keep)
+    states = enumerate(euler_trajectory(teacher, noise, conditioning, negative, grid, config.ode.guidance))
     points = {index: x.cpu() for index, x in states if index in keep}
     return torch.stack([points[index] for index in keep], dim=1)
 
@@ -187,7 +178,7 @@ def _causal_trajectories(
     config: RunConfig,
     teacher: ScoreNet,
     noise: Tensor,
-    given: Conditioning,
+    conditioning: Conditioning,
     negative: Tensor,
     source: Noise,
     grid: tuple[float, ...],
@@ -196,14 +187,14 @@ def _causal_trajectories(
     """`trajectories` of a causal teacher: given frames are clean at every level."""
     assert isinstance(teacher.net, WanTransformer)
     guidance, dtype = config.ode.guidance, cache_dtype(teacher)
-    conditionings = [given] if guidance == 1.0 else [given, given.with_text(negative)]
+    conditionings = [conditioning] if guidance == 1.0 else [conditioning, conditioning.with_text(negative)]
     branches = [
         Branch(conditioning, config.causal.new_cache(teacher.net, VideoShape.of(noise), dtype, noise.device))
         for conditioning in conditionings
     ]
-    made = noise[:, given.initial_frames :]
+    made = noise[:, conditioning.initial_frames :]
     new = causal_trajectory(teacher, made, branches, grid, guidance, config.causal, source)
     parts = [torch.stack([states[index].cpu() for index in keep], dim=1) for states in new]
-    if given.initial is not None:
-        parts.insert(0, given.initial.float().cpu()[:, None].expand(-1, len(keep), -1, -1, -1, -1))
+    if conditioning.initial is not None:
+        parts.insert(0, conditioning.initial.float().cpu()[:, None].expand(-1, len(keep), -1, -1, -1, -1))
     return torch.cat(parts, dim=2)

@@ -50,8 +50,8 @@ def refuse_other_origin(name: str, mine: dict[str, Any] | None, saved: dict[str,
             f"{path}: {name} was trained as {how[saved is not None]} there, and is {how[mine is not None]} here: use "
             "its config, or --resume never"
         )
-    if odd := [key for key in ("rank", "alpha", "targets") if mine[key] != saved[key]]:
-        values = ", ".join(f"{key} {saved[key]} there, {mine[key]} here" for key in odd)
+    if differing := [key for key in ("rank", "alpha", "targets") if mine[key] != saved[key]]:
+        values = ", ".join(f"{key} {saved[key]} there, {mine[key]} here" for key in differing)
         raise UserError(f"{path}: {name}.lora is another ({values}): use its config, or --resume never")
     if mine["base"] != saved["base"]:
         raise UserError(

@@ -78,10 +78,10 @@ def load_run(
 
 def _refuse_other_geometry(name: str, mine: dict[str, Tensor], saved: dict[str, Entry], path: Path) -> None:
     here = {key: tuple(value.shape) for key, value in mine.items()}
-    there = {key: entry.shape for key, entry in saved.items()}
-    odd = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
-    if odd:
+    stored = {key: entry.shape for key, entry in saved.items()}
+    differing = sorted(key for key in here.keys() | stored.keys() if here.get(key) != stored.get(key))
+    if differing:
         raise UserError(
-            f"{path}: {name} has another geometry ({len(odd)} parameters differ, first {odd[0]}: "
-            f"{there.get(odd[0])} there, {here.get(odd[0])} here): use its config, or --resume never"
+            f"{path}: {name} has another geometry ({len(differing)} parameters differ, first {differing[0]}: "
+            f"{stored.get(differing[0])} there, {here.get(differing[0])} here): use its config, or --resume never"
         )

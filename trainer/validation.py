@@ -53,8 +53,8 @@ def sample_pixels(
         activity.mark(f"validation: videos from {start}")  # each batch has the watchdog's time, not all together
         now = prompts[start : start + size]
         noise = Noise(config.validation.seed, 0, range(start, start + len(now)), device)
-        given = task.validation_visual(range(start, start + len(now)), now)
-        conditioning = given.with_text(task.conditioning(now).text)
+        visual = task.validation_visual(range(start, start + len(now)), now)
+        conditioning = visual.with_text(task.conditioning(now).text)
         latents = sampler(conditioning, task.negative(len(now)), noise)
         if distributed.is_main():
             parts.append(task.decode(latents).cpu())

@@ -10,7 +10,7 @@ import pytest
 
 from configs.load import load_run
 from tests import ROOT
-from trainer.network_factory import sharing
+from trainer.run_networks import sharing
 from utils.parallel.mesh import split
 
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("wan2*/*.yaml"))

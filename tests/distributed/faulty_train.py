@@ -7,17 +7,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.tensor import DTensor
 
 import train
+import trainer.base
 from model.types import LossOutput
-from trainer.base import Trainer
-from trainer.micro_batch import MicroBatch
 from trainer.networks import Trained
+from trainer.update import Update
 from utils.cli import run_cli
 
 FAULT, RANK, WORLD = os.environ["FAULT"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -55,20 +54,22 @@ def note(text: str) -> None:
         file.write(text + "\n")
 
 
-healthy = Trainer.update
+class FaultyUpdate(Update):
+    def __init__(self, trained: Trained, *others: Any) -> None:
+        self.before = digest(trained)
+        super().__init__(trained, *others)
+        misbehave(self.iteration)
+
+    def backward(self, output: LossOutput) -> None:
+        super().backward(spoilt(output, self.iteration, self.trained))
+
+    def step(self) -> dict[str, float]:
+        metrics = super().step()
+        note(f"{self.iteration} {self.before} {digest(self.trained)}")
+        return metrics
 
 
-def update(
-    self: Trainer, trained: Trained, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], LossOutput], *beside: Any
-) -> dict[str, Any]:
-    before = digest(trained)
-    misbehave(self.step)
-    metrics = healthy(self, trained, batch, lambda micro: spoilt(loss_of(micro), self.step, trained), *beside)
-    note(f"{self.step} {before} {digest(trained)}")
-    return metrics
-
-
-Trainer.update = update  # type: ignore[method-assign]
+trainer.base.Update = FaultyUpdate  # type: ignore[misc, attr-defined]
 note(str(os.getpid()))
 if FAULT == "config" and RANK == ODD:
     sys.argv.append("seed=1")

@@ -144,8 +144,8 @@ def test_bf16_shards_and_precision(seen: Mapping[str, Seen]) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_hold_their_part(seen: Mapping[str, Seen]) -> None:
+@pytest.mark.parametrize(("case", "ways"), [("2_sharded", 2), ("4_sharded", 4), ("4_hybrid", 2)])
+def test_ranks_hold_their_part(seen: Mapping[str, Seen], case: str, ways: int) -> None:
     """Half the weights on two ranks, a quarter on four, all in copies; rows that do not divide cost a little more."""
     whole = int(seen["2_replicated"]["held/student"])
-    for case, ways in (("2_sharded", 2), ("4_sharded", 4), ("4_hybrid", 2)):
-        assert whole / ways <= int(seen[case]["held/student"]) < 1.1 * whole / ways, case
+    assert whole / ways <= int(seen[case]["held/student"]) < 1.1 * whole / ways

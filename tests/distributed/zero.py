@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from model.types import LossOutput
 from tests.small import DISTILLATION, NETWORKS, config, merged
 from trainer.base import RunOptions, Trainer
 from trainer.build import build_trainer
-from trainer.micro_batch import MicroBatch
-from trainer.networks import Trained
+from trainer.update import Update
 from trainer.zero import portable
 from utils import distributed
 from utils.parallel.deepspeed import is_partitioned
@@ -90,23 +88,16 @@ def weights(made: Trainer) -> dict[str, Tensor]:
 
 def skipped_step(made: Trainer) -> None:
     """A step that reports a number that is not finite, though its gradients are: no weight moves, nothing is left over."""
-    update = made.update
+    healthy, before = Update.backward, made.skips.total
 
-    def spoiled(
-        trained: Trained, batch: list[MicroBatch], loss_of: Callable[[MicroBatch], LossOutput], *beside: Any
-    ) -> dict[str, float]:
-        def loss(micro: MicroBatch) -> LossOutput:
-            output = loss_of(micro)
-            output.metrics["spoiled"] = torch.tensor(torch.nan)
-            return output
+    def spoiled(self: Update, output: LossOutput) -> None:
+        output.metrics["spoiled"] = torch.tensor(torch.nan)
+        healthy(self, output)
 
-        return update(trained, batch, loss, *beside)
-
-    before = made.skipped
-    made.update = spoiled  # type: ignore[method-assign]
+    Update.backward = spoiled  # type: ignore[method-assign]
     made.training_step()
-    del made.update  # type: ignore[method-assign]
-    assert made.skipped == before + 2
+    Update.backward = healthy  # type: ignore[method-assign]
+    assert made.skips.total == before + 2
 
 
 def video(made: Trainer) -> Tensor:

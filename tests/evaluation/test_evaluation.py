@@ -19,7 +19,7 @@ from evaluation.features import load_features
 from evaluation.fid_suite import VideoSet, compare, video_set
 from evaluation.vbench_protocol import DIMENSIONS, FLICKER, Prompt, read_scores, read_suite, totals, wanted_videos
 from tests.small import NETWORK, config
-from trainer.network_factory import build_network
+from trainer.network_factory import NetworkSpec, build_network
 from utils import checkpoint, metrics
 from utils.config import to_plain
 from utils.errors import UserError
@@ -241,7 +241,7 @@ def test_a_set_of_images_has_a_distance_and_no_motion() -> None:
 
 
 def save_run(folder: Path, cfg: RunConfig) -> Path:
-    weights = build_network(cfg.student, "student", 0, CPU).state_dict()
+    weights = build_network(NetworkSpec(cfg.student, "student", 0), CPU).state_dict()
     checkpoint.save(folder / "checkpoints", 1, {"student": weights}, {"config": to_plain(cfg)})
     return folder
 

@@ -18,7 +18,7 @@ from model.wan.attention import Backend
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights
 from tests.small import DIFFUSION, DISTILLATION, config
-from trainer.network_factory import build_network
+from trainer.network_factory import NetworkSpec, build_network
 from utils import checkpoint
 from utils.config import to_plain
 from utils.errors import UserError
@@ -160,7 +160,7 @@ def test_native_export_is_the_run_bit_for_bit_and_starts_another(run: Path, tmp_
         assert weights.geometry() == settings.student.geometry()
         from dataclasses import replace
 
-        net = build_network(replace(settings.student, init=str(out)), "student", 0, CPU)
+        net = build_network(NetworkSpec(replace(settings.student, init=str(out)), "student", 0), CPU)
         assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     many = exported(run, tmp_path / "many", "--shard_gb", "0.0001", format="native")
     assert len(list(many.glob("*.safetensors"))) > 1

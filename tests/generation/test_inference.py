@@ -20,7 +20,7 @@ from model.wan.kv_cache import KVCache
 from model.wan.transformer import WanTransformer
 from tests import forked
 from tests.small import DIFFUSION, DISTILLATION, trainer
-from trainer.network_factory import build_for_inference
+from trainer.run_networks import build_for_inference
 from utils.errors import ConfigError, UserError
 from utils.video import read_image, read_video, write_video
 

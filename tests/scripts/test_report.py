@@ -17,7 +17,7 @@ from generation.generator import Generator, Sampling
 from scripts import report, report_html, report_samples
 from scripts.report_plots import Panel, curves, held, short, side_by_side, thinned, write_comparison
 from scripts.report_samples import METHODS, RUNS, Method
-from trainer.network_factory import build_network
+from trainer.network_factory import NetworkSpec, build_network
 from utils import checkpoint
 from utils.config import to_plain
 from utils.errors import UserError
@@ -48,7 +48,7 @@ def write_run(root: Path, run: str, seed: int = 0) -> None:
     if run.startswith("self"):
         small += ["teacher.init=null", "critic.init=null"]
     config = load_run(Path("configs/toy") / f"{run}.yaml", small)
-    weights = build_network(config.student, run, seed, CPU).state_dict()
+    weights = build_network(NetworkSpec(config.student, run, seed), CPU).state_dict()
     checkpoint.save(root / run / "checkpoints", 1, {"student": weights}, {"config": to_plain(config)})
     logger = RunLogger(root / run, {})
     for step in (1, 2, 3):

@@ -23,7 +23,8 @@ from model.wan.weights import LazyWeights
 from tests.nets import random_net
 from tests.small import DIFFUSION, DISTILLATION, NETWORKS, ODE, merged, save_networks, trainer, with_weights
 from trainer.base import Trainer
-from trainer.network_factory import build_for_inference, open_run
+from trainer.run_networks import build_for_inference
+from trainer.weight_sources import open_run
 from utils import checkpoint
 from utils.errors import ConfigError, UserError
 from utils.random import Noise

@@ -150,7 +150,7 @@ def test_every_rollout_and_trainer_takes_its_shape_from_the_draw(kind: str, tmp_
         run.training_step()
         both = kind in ("teacher_forcing", "consistency")  # clean frames before the noisy ones
         assert seen == {(2 * frames if both else frames, *rest)}
-        assert run.skipped == 0
+        assert run.skips.total == 0
 
 
 def test_caches_of_all_sizes_lie_in_the_memory_of_the_largest() -> None:

@@ -187,7 +187,7 @@ def test_non_finite_step_is_skipped_and_counted(tmp_path: Path) -> None:
     _poison(run, {1})
     before = {name: p.detach().clone() for name, p in run.networks["student"].net.named_parameters()}
     run.train()
-    assert run.skipped == 1
+    assert run.skips.total == 1
     assert run.networks["student"].optimizer.updates == 1
     assert all(bool(p.isfinite().all()) for p in run.networks["student"].net.parameters())
     assert not torch.equal(before["head.head.weight"], run.networks["student"].net.head.head.weight)
@@ -294,7 +294,7 @@ def test_every_rollout_trains_under_every_objective(kind: str, objective: str, t
     run.train()
     changed = [name for name, p in run.networks["student"].net.named_parameters() if not torch.equal(p, before[name])]
     assert "head.head.weight" in changed
-    assert run.skipped == 0
+    assert run.skips.total == 0
 
 
 @pytest.mark.parametrize("mode", ["bidirectional", "diffusion_forcing", "teacher_forcing"])

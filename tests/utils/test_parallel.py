@@ -17,7 +17,7 @@ from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, check_fit, shapes_of, to_diffusers_key
 from tests.nets import MICRO, gradients, latents, random_net, relative, texts
 from tests.small import config
-from trainer.network_factory import build_network
+from trainer.network_factory import NetworkSpec, build_network
 from utils.errors import ConfigError
 from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh, legal_splits, split
 from utils.parallel.parallelize import Sharding, parallelize
@@ -109,7 +109,7 @@ def test_random_weights_come_one_by_one_and_are_the_constructors() -> None:
 
 def test_a_network_is_drawn_by_seed_and_name() -> None:
     small = config().student
-    one = build_network(small, "student", 1, CPU)
+    one = build_network(NetworkSpec(small, "student", 1), CPU)
     with torch.random.fork_rng():
         torch.manual_seed(keyed_seed(1, "weights", "student"))
         torch.default_generator.manual_seed(keyed_seed(1, "weights", "student"))

@@ -16,7 +16,7 @@ from model.wan.formats import to_diffusers_key
 from model.wan.lora_files import MergedWeights, lora_to_diffusers, lora_to_peft
 from model.wan.weights import LazyWeights
 from tests.nets import MICRO, random_net
-from trainer.network_factory import open_init
+from trainer.weight_sources import open_init
 from utils.errors import ConfigError
 
 ALPHA, SCALE = 6.0, 0.7

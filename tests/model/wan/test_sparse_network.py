@@ -22,7 +22,7 @@ from tests.nets import gradients, latents, random_net, relative, texts
 from tests.pipeline.test_rollout import assert_same_gradients, blocks_of, brute_force, run, setup
 from tests.small import BRIEF, DISTILLATION, NETWORK, config, merged, save_networks, trainer, with_weights
 from tests.trainer.test_trainer import curve
-from trainer.network_factory import build_network
+from trainer.network_factory import NetworkSpec, build_network
 from utils.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def test_only_the_student_is_sparse_and_its_gates_learn(folder: Path, tmp_path: 
 
 def test_gates_begin_at_zero_and_come_back_through_an_export(folder: Path, tmp_path: Path) -> None:
     network = NetworkConfig(**{**NETWORK, "init": str(folder / "student.safetensors"), "sparse": SPARSE})
-    net = build_network(network, "student", 0, CPU)
+    net = build_network(NetworkSpec(network, "student", 0), CPU)
     state = net.state_dict()
     assert all(not value.any() for name, value in state.items() if GATE.match(name))
     dense = load_file(folder / "student.safetensors")
@@ -160,7 +160,7 @@ def test_gates_begin_at_zero_and_come_back_through_an_export(folder: Path, tmp_p
             files = (tmp_path / form).rglob("*.safetensors")
             names = {name for file in files for name in load_file(file)}
             assert {f"blocks.{b}.to_gate_compress.{leaf}" for b in (0, 1) for leaf in ("weight", "bias")} <= names
-        again = build_network(replace(network, init=str(tmp_path / form)), "student", 0, CPU).state_dict()
+        again = build_network(NetworkSpec(replace(network, init=str(tmp_path / form)), "student", 0), CPU).state_dict()
         own = run.networks["student"].net.state_dict()
         assert any(value.any() for name, value in again.items() if GATE.match(name))
         assert all(torch.equal(value, again[name]) for name, value in own.items())
