@@ -71,7 +71,7 @@ class Connection:
         """
         from starlette.websockets import WebSocketDisconnect
 
-        # watched apart: whoever is stuck in sending cannot look at the clock
+        # the watch is a task of its own: one that is stuck in sending cannot look at the clock
         tasks = [asyncio.create_task(part) for part in (self._listen(), self._tell(), self._watch())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -159,7 +159,7 @@ class Connection:
             if session is not None and self._scheduler.shown(session, message.frames):
                 self._active = self._loop.time()
             return
-        if not self._goes_on:  # whoever has a place keeps it by watching alone
+        if not self._goes_on:  # a visitor with a place keeps it only by watching
             self._active = self._loop.time()
         if isinstance(message, Start):
             self._start(message)
@@ -207,7 +207,7 @@ class Connection:
             session, kept, number = self._session, self._kept, self._number
             if session is None:
                 continue
-            view = self._scheduler.view(session)  # before its blocks are taken: who has ended has no later ones
+            view = self._scheduler.view(session)  # before its blocks are taken: an ended session makes no later ones
             while session is self._session and (block := self._scheduler.take(session)) is not None:
                 images = await asyncio.to_thread(encode, block.frames)
                 if session is not self._session:

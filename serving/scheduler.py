@@ -1,4 +1,4 @@
-"""One device for several visitors: a thread makes one block for each in turn, and for nobody who does not watch.
+"""One device for several visitors: a thread makes one block for each in turn, if somebody watches it.
 
 T pixel frames of a block  H W pixel size
 """
@@ -331,7 +331,7 @@ def _told(problem: UserError, prompt: str) -> str:
 
 
 def _ends_the_device(problem: Exception) -> bool:
-    """An error of CUDA's context, after which every call fails; memory that ran out is none."""
+    """Whether it is an error of CUDA's context, after which every call fails; running out of memory is not."""
     return isinstance(problem, torch.AcceleratorError) or (
         isinstance(problem, RuntimeError) and "CUDA error" in str(problem)
     )
