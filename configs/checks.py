@@ -7,11 +7,7 @@ import math
 from configs.images import check_first_frames
 from configs.objective import Features, Heads, ObjectiveKind
 from configs.schema import RunConfig
-from configs.sections import (
-    RolloutKind,
-    TrainerKind,
-    UpdateSchedule,
-)
+from configs.sections import RolloutKind, TrainerKind, UpdateSchedule
 from configs.sizes import check_sizes
 from model.wan.vae import STRIDE_T
 from pipeline.self_forcing_training import rollout_lengths
@@ -50,7 +46,7 @@ def check_run(config: RunConfig) -> None:
 
 
 def _check_deepspeed(config: RunConfig) -> None:
-    """Its optimizers see flat parts of many matrices at a time."""
+    """Raises ValueError for options that DeepSpeed's optimizers lack: they see flat parts of many matrices."""
     for section in ("generator_training", "critic_training"):
         optimizer: OptimizerConfig = getattr(config, section).optimizer
         if optimizer.kind != "adamw":
@@ -78,14 +74,16 @@ def _check_adapters(config: RunConfig) -> None:
         return
     sharing = {name: net for name, net in trained.items() if net.lora and net.lora.share}
     for name, net in sharing.items():
-        if odd := net.other_weights(config.teacher):
-            mine, theirs = (n.preset if odd == "geometry" else getattr(n, odd) for n in (net, config.teacher))
-            raise ValueError(
-                f"{name}.lora.share puts the adapter on the teacher's weights, but {name} has {odd} {mine} and the "
-                f"teacher {theirs}: give both the same, or set {name}.lora.share to false"
+        if key := net.other_weights(config.teacher):
+            trained_value, frozen_value = (
+                network.preset if key == "geometry" else getattr(network, key) for network in (net, config.teacher)
             )
-    looks = {(net.attention, net.checkpointing) for net in sharing.values()}
-    if len(looks) > 1:
+            raise ValueError(
+                f"{name}.lora.share puts the adapter on the teacher's weights, but {name} has {key} {trained_value} "
+                f"and the teacher {frozen_value}: give both the same, or set {name}.lora.share to false"
+            )
+    pass_settings = {(net.attention, net.checkpointing) for net in sharing.values()}
+    if len(pass_settings) > 1:
         raise ValueError("student and critic share one copy of the weights: give them one attention, checkpointing")
 
 
@@ -127,7 +125,10 @@ def _check_distillation(config: RunConfig) -> None:
 
 
 def _check_roles(config: RunConfig) -> None:
-    """Who takes part: scores compare teacher and critic; a discriminator alone needs only what it looks through."""
+    """Raises ValueError for a network that the objective needs and lacks, or has and does not use.
+
+    Score objectives compare teacher and critic. A discriminator alone needs only the network whose features it sees.
+    """
     objective, kind = config.objective, config.objective.kind.value
     alone = objective.kind in (ObjectiveKind.gan, ObjectiveKind.ladd)
     on_critic = objective.gan is not None and objective.gan.features is Features.critic
@@ -151,15 +152,15 @@ def _check_roles(config: RunConfig) -> None:
 
 
 def _check_networks(config: RunConfig) -> None:
-    mine = config.student.geometry()
-    heads = [mine.num_heads]
+    student = config.student.geometry()
+    heads = [student.num_heads]
     for name, network in (("teacher", config.teacher), ("critic", config.critic)):
         if network is None:
             continue
         other = network.geometry()
         heads.append(other.num_heads)
         for field_name in ("in_dim", "out_dim", "text_dim", "text_len", "image_dim"):
-            a, b = getattr(mine, field_name), getattr(other, field_name)
+            a, b = getattr(student, field_name), getattr(other, field_name)
             if a != b:
                 raise ValueError(
                     f"{name} has {field_name} {b} and student {a}: they must see the same latents, text and image"

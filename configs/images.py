@@ -9,10 +9,11 @@ if TYPE_CHECKING:
 
 
 def check_first_frames(config: RunConfig, *, real: bool) -> None:
-    """Raises ValueError, one line, where a run gives a first frame that is not there, or that a network cannot take.
+    """Raises ValueError, one line, if the run gives its networks a first frame that they cannot take, or none to i2v.
 
-    real: whether the run trains on real videos, whose own first frame it is. An i2v network takes it as channels beside
-    the latents, a ti2v or causal one as its clean first frame.
+    An i2v network takes the first frame as channels beside the latents, a ti2v or causal one as its clean first frame.
+
+    real: whether the run trains on real videos, whose first frames are then given.
     """
     data, kind = config.data, config.student.geometry().model_type
     if kind == "i2v" and data.first_frame is False:

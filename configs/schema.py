@@ -1,5 +1,7 @@
-"""What a run's YAML may say. Sections that have an owner are defined beside it, and this file joins them. What they may
-not say together is in configs/checks.py; configs/load.py reads and checks a whole run."""
+"""What a run's YAML may say. Sections that have an owner are defined beside it, and this file joins them.
+
+configs/checks.py refuses sections that cannot work together. configs/load.py reads and checks a whole run.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,7 @@ class RunConfig:
                 return True
 
     def needs_data(self) -> str | None:
-        """What of the run needs real videos, in words; null where nothing does."""
+        """The part of the config that needs real videos, in words; None if no part does."""
         if self.trainer in (TrainerKind.diffusion, TrainerKind.consistency):
             return f"trainer {self.trainer.value}"
         if self.trainer is TrainerKind.score_distillation and self.rollout.kind.from_data:

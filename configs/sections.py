@@ -147,9 +147,10 @@ class DataConfig:
 class RolloutConfig:
     """Where the student's samples come from.
 
-    same_step_across_blocks: one exit step for all blocks, else one a block. last_step_only: always leave at the last
-    step instead of a uniform draw over all steps. num_training_frames: latent frames of the longest rollout, null for
-    the data's own; lengths are drawn in whole blocks and the last `data` frames are judged.
+    same_step_across_blocks: one exit step for all blocks, else one a block.
+    last_step_only: always leave at the last step instead of a uniform draw over all steps.
+    num_training_frames: latent frames of the longest rollout, null for the data's own; lengths are drawn in whole
+        blocks and the last `data` frames are judged.
     self_gradient: later blocks' losses reach the keys and values that they looked back at (self-gradient forcing), for
     one more pass over the finished blocks and the exit steps' inputs.
     reuse_rollout: in iterations that train both networks the critic learns from the generator's sample (made before
@@ -198,8 +199,9 @@ class TrainedConfig:
 
 @dataclass
 class DiffusionConfig:
-    """Flow-matching training. caption_dropout: share of samples trained with the negative prompt.
+    """Flow-matching training.
 
+    caption_dropout: share of samples trained with the negative prompt.
     clean_block_share: diffusion forcing's share of blocks given clean and left out of the loss.
     clean_noise_max: teacher forcing noises its clean half to U(0, this) timesteps.
     """
@@ -366,12 +368,12 @@ class ValidationConfig:
 
 @dataclass
 class GuardConfig:
-    """When a student has gone wrong beyond return: bounds of what its samples look like, null for none. A run whose
-    samples lie beyond one for `patience` of the student's updates in a row is saved and ended.
+    """Bounds of what a student's samples look like, null for none. A run whose samples are outside a bound for
+    `patience` of the student's updates in a row is saved and ended, for its student will not recover.
 
     luma, saturation: [least, most], means in [0, 1].
     clipped: most, the share of values beyond what pixels can show.
-    patience: how many of the student's updates in a row may lie beyond a bound.
+    patience: how many of the student's updates in a row may be outside a bound.
     """
 
     luma: list[float] | None = None

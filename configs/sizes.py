@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
 
 def sizes_of(config: RunConfig) -> list[Size]:
-    """What training may draw, in the order of `training.sizes`; the data's own size where that is null."""
-    own = config.data.size
+    """The sizes that training may draw, in the order of `training.sizes`; the data's own size if that is None."""
+    frames, height, width = config.data.size
     if config.training.sizes is None:
-        return [own]
-    frames, height, width = own
+        return [(frames, height, width)]
     return [(s.frames or frames, s.height or height, s.width or width) for s in config.training.sizes]
 
 
@@ -35,7 +34,7 @@ def largest(config: RunConfig) -> Size:
 
 
 def drawn_size(config: RunConfig, noise: Noise) -> Size:
-    """The size of a step's videos: by the step alone, so all ranks and micro-batches agree."""
+    """The size of a step's videos. It depends on the step alone, so all ranks and micro-batches agree."""
     if config.training.sizes is None:
         return config.data.size
     weights = [size.weight for size in config.training.sizes]
@@ -50,8 +49,8 @@ def drawn_size(config: RunConfig, noise: Noise) -> Size:
 def shift_factor(config: RunConfig, shape: Sequence[int]) -> float:
     """sqrt(tokens / tokens of the data's own size) of videos of `shape` (F, C, H, W) (SD3, arXiv 2403.03206, eq. 23).
 
-    Neighbouring tokens tell of each other: of more of them more noise must hide the same. Patches cancel out. 1 where
-    `training.sizes` is null or `training.scale_shift` false.
+    Neighbouring tokens resemble each other, so more tokens need more noise to hide the same content. The size of
+    patches cancels out. The factor is 1 if `training.sizes` is None or `training.scale_shift` false.
     """
     if config.training.sizes is None or not config.training.scale_shift:
         return 1.0
@@ -70,8 +69,8 @@ def check_sizes(config: RunConfig) -> None:
         return
     if config.trainer.value == "ode":
         raise ValueError("training.sizes: trainer ode learns from trajectories of the data's own size: set it to null")
-    given_image = config.student.geometry().model_type == "i2v"
-    if given_image and config.rollout.num_training_frames is not None:
+    takes_image = config.student.geometry().model_type == "i2v"
+    if takes_image and config.rollout.num_training_frames is not None:
         raise ValueError(
             "rollout.num_training_frames: with training.sizes the channels of an i2v network describe each size's own "
             "frames: set it to null"
@@ -81,7 +80,7 @@ def check_sizes(config: RunConfig) -> None:
             if math.prod(size) > VOLUME:
                 raise ValueError(f"has {math.prod(size)} latent elements, more than {VOLUME}: lower one of its sides")
             _check_size(config, size)
-            _check_data(config, size, given_image)
+            _check_data(config, size, takes_image)
         except ValueError as problem:
             raise ValueError(f"training.sizes[{number}]: {problem}") from None
 
@@ -101,11 +100,11 @@ def _check_size(config: RunConfig, size: Size) -> None:
     longest = config.rollout.num_training_frames
     if longest is not None:
         rollout_lengths(frames, longest, config.causal.num_frame_per_block)
-    ours, scaled = config.schedule, schedule_at(config, (frames, 0, height, width))
-    if _within_bounds(ours) and not _within_bounds(scaled):
+    schedule, scaled = config.schedule, schedule_at(config, (frames, 0, height, width))
+    if _within_bounds(schedule) and not _within_bounds(scaled):
         raise ValueError(
-            f"scales schedule.timestep_shift {ours.timestep_shift:g} to {scaled.timestep_shift:.3g}, and a step leaves "
-            "schedule.min_score_timestep and max_score_timestep: set training.scale_shift to false"
+            f"scales schedule.timestep_shift {schedule.timestep_shift:g} to {scaled.timestep_shift:.3g}, and a step "
+            "leaves schedule.min_score_timestep and max_score_timestep: set training.scale_shift to false"
         )
 
 
@@ -114,10 +113,10 @@ def _within_bounds(schedule: ScheduleConfig) -> bool:
     return all(low < sigma <= high for sigma in schedule.sigmas())
 
 
-def _check_data(config: RunConfig, size: Size, given_image: bool) -> None:
+def _check_data(config: RunConfig, size: Size, takes_image: bool) -> None:
     data, (frames, height, width) = config.data, size
-    own_frames, *own = data.size
-    same = [height, width] == own
+    data_frames, data_height, data_width = data.size
+    same = (height, width) == (data_height, data_width)
     if data.kind == "digits" and size != data.size:
         raise ValueError("data.kind digits has images of one size: set training.sizes to null")
     if data.kind == "toy":
@@ -125,14 +124,17 @@ def _check_data(config: RunConfig, size: Size, given_image: bool) -> None:
             raise ValueError(f"the toy world is square, not {height}x{width}: give one height and width")
         replace(data.toy, frames=frames, canvas=2 * height)
         if config.objective.reward is not None and not same:
-            raise ValueError(f"objective.reward judges {own[0]}x{own[1]}, not {height}x{width}: vary frames alone")
+            raise ValueError(
+                f"objective.reward judges {data_height}x{data_width}, not {height}x{width}: vary frames alone"
+            )
     videos = data.kind == "wan" and data.latents is not None and config.needs_data() is not None
     images = data.kind == "wan" and data.images is not None
     if (videos or images) and not same:
         key = "data.latents" if videos else "data.images"
         raise ValueError(
-            f"{height}x{width} is not the {own[0]}x{own[1]} of data.wan, in which {key} was stored: vary frames alone"
+            f"{height}x{width} is not the {data_height}x{data_width} of data.wan, in which {key} was stored: "
+            "vary frames alone"
         )
-    if (videos or (images and given_image)) and frames > own_frames:
+    if (videos or (images and takes_image)) and frames > data_frames:
         key = "data.latents" if videos else "data.images"
-        raise ValueError(f"{frames} frames of {key}, which gives {own_frames} (data.wan.frames): choose fewer")
+        raise ValueError(f"{frames} frames of {key}, which gives {data_frames} (data.wan.frames): choose fewer")

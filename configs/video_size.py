@@ -8,13 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from utils.limits import FRAMES, SIDE
-
-if TYPE_CHECKING:
-    pass
-
 
 Size = tuple[int, int, int]  # F, H, W
 
@@ -39,11 +34,6 @@ def check_values(sizes: Sequence[VideoSize]) -> None:
             value = getattr(size, name)
             if value is not None and value < 1:
                 raise ValueError(f"sizes[{number}].{name} must be at least 1, or null for the data's own, got {value}")
-            limit = FRAMES if name == "frames" else SIDE
-            if value is not None and value > limit:
-                raise ValueError(
-                    f"sizes[{number}].{name} must be at most {limit} (no real video is larger), got {value}: lower it"
-                )
             limit = FRAMES if name == "frames" else SIDE
             if value is not None and value > limit:
                 raise ValueError(

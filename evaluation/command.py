@@ -34,7 +34,7 @@ __all__ = [  # the toy world's functions too, which scripts take from here
     "COLUMNS", "SPLITS", "Row", "eval_prompts", "evaluate_generator", "evaluate_real", "generate_all", "main", "table",
     "write_rows",
 ]  # fmt: skip
-# options that only these suites read: given to another they are refused, for nothing would come of them
+# options that only these suites read; the other suites refuse them
 _OF_SUITES = {
     ("toy", "fid"): ("count", "split", "cache"),
     ("fid",): ("features", "real"),
@@ -79,8 +79,8 @@ def _parser() -> Parser:
 def main() -> int:
     args = _parser().parse_args()
     for suites, names in _OF_SUITES.items():
-        if args.suite not in suites and (odd := [name for name in names if getattr(args, name) is not None]):
-            raise UserError(f"--{odd[0]} is for --suite {' or '.join(suites)}: leave it out")
+        if args.suite not in suites and (misplaced := [name for name in names if getattr(args, name) is not None]):
+            raise UserError(f"--{misplaced[0]} is for --suite {' or '.join(suites)}: leave it out")
     for name in ("batch", "fps"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: give a number of at least 1")
@@ -112,8 +112,14 @@ def _toy(generator: Generator, args: argparse.Namespace) -> None:
 
 def _fid(generator: Generator, args: argparse.Namespace) -> None:
     asked = fid_suite.FidArgs(
-        args.features, args.real, args.prompts, args.count, args.split, args.cache, args.batch
-    )  # fmt: skip
+        features=args.features,
+        real=args.real,
+        prompts=args.prompts,
+        count=args.count,
+        split=args.split,
+        cache=args.cache,
+        batch=args.batch,
+    )
     rows = fid_suite.evaluate_fid(generator, asked, Sampling(steps=args.steps, guidance=args.guidance))
     print(fid_suite.report(rows))
     _write(args.out, rows)

@@ -20,8 +20,12 @@ _INPUT = "pixel_values"
 class FeatureEncoder:
     """Pooled features of frames, or of clips where the model sees several frames at once.
 
-    model: of transformers. size: (h, w) that it sees; mean, std: of its normalisation, per channel. clip: its frames,
-    None of an image model. pooled: whether its pooling layer was trained; else tokens are averaged.
+    model: of transformers.
+    size: (h, w) of the pixels that it sees.
+    mean: of its normalisation, for each channel.
+    std: of its normalisation, for each channel.
+    clip: frames that it sees at once; None for an image model.
+    pooled: whether its pooling layer was trained; else tokens are averaged.
     """
 
     def __init__(
@@ -32,7 +36,7 @@ class FeatureEncoder:
 
     @torch.no_grad()
     def __call__(self, pixels_BFChw: Tensor) -> Tensor:
-        """[B, F, D] of each frame, or [B, 1, D] of clips, fp32 in CPU memory; pixels in [0, 1], grey or RGB.
+        """Features [B, F, D] of each frame, or [B, 1, D] of clips, fp32 in CPU memory; pixels in [0, 1], grey or RGB.
 
         Frames are resized to the encoder's size without regard to their shape, antialiased; of a clip the encoder sees
         its number of frames at even distances. Raises ValueError for another shape.
@@ -66,7 +70,7 @@ def load_features(folder: str | Path, device: torch.device | str = "cpu") -> Fea
     """The encoder in a folder: config.json, safetensors and preprocessor_config.json. Nothing is fetched, no pickle
     is read and no code of the folder is run.
 
-    Raises ValueError, one line, for what is no whole image or video encoder.
+    Raises ValueError, one line, for a folder that holds no complete image or video encoder.
     """
     from transformers import AutoModel
 

@@ -29,8 +29,13 @@ Features = Callable[[Tensor], Tensor]  # pixels [B, T, C, h, w] -> [B, F, D]
 
 @dataclass
 class VideoSet:
-    """What is kept of a set of videos that go by in batches: moments of the features of frames and of whole videos
-    (the mean over their frames), and a number of each measure for each video."""
+    """Statistics of a set of videos that are taken in batch by batch.
+
+    frames: moments of the features of frames.
+    videos: moments of the features of whole videos, the means over their frames.
+    features: those of whole videos, a batch each.
+    measures: by name, a value for each video, a batch each.
+    """
 
     frames: Moments = field(default_factory=Moments)
     videos: Moments = field(default_factory=Moments)
@@ -68,7 +73,7 @@ class VideoSet:
 
 
 def video_set(batches: Iterable[Tensor], features: Features) -> VideoSet:
-    """Of pixels [B, T, C, h, w] in [0, 1]."""
+    """The statistics of batches of pixels [B, T, C, h, w] in [0, 1]."""
     out = VideoSet()
     for pixels in batches:
         out.add(pixels, features)
@@ -90,8 +95,16 @@ def compare(generated: VideoSet, real: VideoSet) -> dict[str, dict[str, float]]:
 
 @dataclass(frozen=True)
 class FidArgs:
-    """What `--suite fid` was asked. features: 'toy', an encoder's folder, or null for the toy world's own; real: a
-    folder, or null for the toy world's held-out videos; prompts: a file, or null for the run's own."""
+    """What `--suite fid` was asked.
+
+    features: 'toy', an encoder's folder, or None for the toy world's own.
+    real: a folder of real videos, or None for the toy world's held-out ones.
+    prompts: a file, or None for the run's own.
+    count: videos to judge.
+    split: "dev" or "test", which decides seeds and the toy world's prompts.
+    cache: folder of the toy world's judge.
+    batch: videos made at once, or None for 1, or 50 of the toy world.
+    """
 
     features: str | None
     real: Path | None
@@ -135,7 +148,7 @@ def _features(name: str | None, judge: ToyJudge | None, device: torch.device) ->
 
 
 def _prompts(generator: Generator, args: FidArgs, judge: ToyJudge | None) -> list[str]:
-    """`count` prompts: the file's, again from its start where it has fewer; else the task's."""
+    """`count` prompts, of the file (repeated from its start if it has fewer) or of the task."""
     if args.prompts is not None:
         try:
             found = load_prompts(args.prompts)

@@ -42,7 +42,7 @@ class Row:
 
 
 def judge_of(task: Task, cache: Path) -> Judge | None:
-    """The judge of a task whose truth is known, kept in `cache`; None of another task."""
+    """The judge of a toy or digits task, kept in `cache`; None for another task."""
     if isinstance(task, ToyTask):
         return ToyJudge(task.world, cache)
     return DigitsJudge(task.world, cache) if isinstance(task, DigitsTask) else None
@@ -56,8 +56,10 @@ def eval_prompts(captions: Sequence[str], count: int, split: str) -> list[str]:
 
 @torch.no_grad()
 def generate_all(generator: Generator, prompts: Sequence[str], sampling: Sampling, batch: int = 50) -> Tensor:
-    """Latents [N, F, C, H, W] for all prompts; video i is keyed by i. Those of a run given first frames begin
-    with the first frames of real videos of the prompts, held out from training."""
+    """Latents [N, F, C, H, W] for all prompts; video i is keyed by i.
+
+    If the run's videos begin with real first frames, those of held-out real videos of the prompts are used.
+    """
     parts, first_frames, task = [], None, generator.task
     if isinstance(task, WorldTask) and task.begins_real:
         first_frames = task.decode(task.first_frames(prompts, sampling.seed))
@@ -87,7 +89,7 @@ def evaluate_real(judge: Judge, *, count: int, split: str) -> Row:
     return Row("real, held out", judge.evaluate(latents, prompts), 0.0, 0.0)
 
 
-COLUMNS = (  # those of them that a judge gives
+COLUMNS = (  # a table has those that its judge gives
     ("prompt right", "prompt_right", "{:.3f}"),
     ("digit", "digit_right", "{:.3f}"),
     ("direction", "direction_right", "{:.3f}"),

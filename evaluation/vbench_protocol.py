@@ -25,7 +25,12 @@ _VICLIP: Final = ("ViCLIP/ViClip-InternVid-10M-FLT.pth",)
 
 @dataclass(frozen=True)
 class Dimension:
-    """low, high: raw scores that become 0 and 1. files: of the cache, where VBench finds its models (0.1.5)."""
+    """A dimension of VBench.
+
+    low, high: raw scores that become 0 and 1.
+    files: in VBench's cache, where it finds the models of this dimension (0.1.5).
+    weight: in the mean over a group of dimensions.
+    """
 
     low: float
     high: float
@@ -58,7 +63,12 @@ DIMENSIONS: Final = QUALITY | SEMANTIC
 
 @dataclass(frozen=True)
 class Wanted:
-    """One video. name: its file's, as VBench looks for it; text: what it is made from; seed: keys its noise."""
+    """A video that VBench judges.
+
+    name: its file's, as VBench looks for it.
+    text: what it is made from.
+    seed: keys its noise.
+    """
 
     name: str
     text: str
@@ -67,7 +77,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: VBench's own, which files are named by. dimensions: that judge its videos."""
+    """A prompt of VBench.
+
+    text: VBench's own, which files are named by.
+    dimensions: that judge its videos.
+    """
 
     text: str
     dimensions: tuple[str, ...]
@@ -123,7 +137,7 @@ def normalised(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def totals(scores: Mapping[str, float]) -> dict[str, float]:
-    """quality, semantic and total of raw scores, as the leaderboard has them; those whose dimensions are all there.
+    """quality, semantic and total of raw scores, as on the leaderboard, without those that lack a dimension's score.
 
     Quality and semantic are means of the normalised scores (dynamic degree counts half), the total is
     (4 quality + semantic) / 5. Raises ValueError for an unknown dimension.
@@ -133,8 +147,8 @@ def totals(scores: Mapping[str, float]) -> dict[str, float]:
     values, out = normalised(scores), {}
     for group, members in (("quality", QUALITY), ("semantic", SEMANTIC)):
         if members.keys() <= values.keys():
-            weights = sum(one.weight for one in members.values())
-            out[group] = sum(one.weight * values[name] for name, one in members.items()) / weights
+            weights = sum(dimension.weight for dimension in members.values())
+            out[group] = sum(members[name].weight * values[name] for name in members) / weights
     if len(out) == 2:
         both = QUALITY_WEIGHT * out["quality"] + SEMANTIC_WEIGHT * out["semantic"]
         out["total"] = both / (QUALITY_WEIGHT + SEMANTIC_WEIGHT)

@@ -47,9 +47,16 @@ _NEED_DETECTRON = ("object_class", "multiple_objects", "color", "spatial_relatio
 class VBenchArgs:
     """What `--suite vbench` was asked.
 
-    videos: their folder; scores go beside it, to `NAME_scores`. python: an interpreter with vbench. prompts: a
-    VBench_full_info.json, null takes the package's. augmented: texts to make videos from, a line for each line of
-    `originals` (VBench's own prompts in the same order), or .json by prompt.
+    videos: their folder; scores go beside it, to `NAME_scores`.
+    python: an interpreter with vbench.
+    prompts: a VBench_full_info.json; None takes the package's.
+    augmented: texts to make videos from, a line for each line of `originals`, or .json by prompt.
+    originals: VBench's own prompts in the order of `augmented`.
+    dimensions: to score.
+    download: whether VBench may fetch the models that it lacks.
+    only_videos: whether videos are made and nothing is scored.
+    batch: videos made at once.
+    fps: frames a second of the videos.
     """
 
     videos: Path
@@ -65,7 +72,7 @@ class VBenchArgs:
 
 
 def parse_dimensions(text: str | None) -> tuple[str, ...]:
-    """Of a comma-separated list; all of VBench's for none. Raises UserError."""
+    """The dimensions of a comma-separated list; all of VBench's for None. Raises UserError."""
     names = tuple(DIMENSIONS) if text is None else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if unknown := [name for name in names if name not in DIMENSIONS]:
         raise UserError(f"--dimensions: VBench has no {unknown[0]!r}: choose of {', '.join(DIMENSIONS)}")
@@ -88,7 +95,7 @@ def find_package(python: str) -> tuple[Path | None, bool]:
 
 
 def check_scoring(args: VBenchArgs, package: Path | None, detectron: bool) -> None:
-    """Raises UserError, one line, for what scoring lacks: said before hours of sampling."""
+    """Raises UserError, one line, for what scoring lacks. Called before hours of sampling."""
     if package is None:
         raise UserError(
             f"--suite vbench: {args.python} has no vbench: `pip install vbench` in an environment of its own (it pins "
@@ -144,8 +151,11 @@ def load_augmented(args: VBenchArgs) -> dict[str, str] | None:
 
 
 def evaluate_vbench(generator: Generator, args: VBenchArgs, sampling: Sampling, source: str) -> dict[str, float] | None:
-    """Makes the videos that are not there and scores them: raw scores by dimension, None where only videos were asked
-    for, or under a launcher of several processes. source: the weights' name. Raises UserError."""
+    """Makes the missing videos and scores all of them: raw scores by dimension. Raises UserError.
+
+    Nothing is scored, and None returned, if only videos were asked for or if there are several processes. source: the
+    name of the weights.
+    """
     several = distributed.world_size() > 1
     package, detectron = find_package(args.python)
     if not (args.only_videos or several):
@@ -165,11 +175,11 @@ def evaluate_vbench(generator: Generator, args: VBenchArgs, sampling: Sampling, 
 
 
 def make_videos(generator: Generator, wanted: Sequence[Wanted], args: VBenchArgs, sampling: Sampling) -> None:
-    """Writes this rank's share of those that are not there."""
-    mine = wanted[distributed.rank() :: distributed.world_size()]
-    todo = [video for video in mine if not (args.videos / video.name).is_file()]
-    if len(todo) < len(mine):
-        print(f"{len(mine) - len(todo)} of {len(mine)} videos are there already")
+    """Writes this rank's share of the videos, without those that exist."""
+    share = wanted[distributed.rank() :: distributed.world_size()]
+    todo = [video for video in share if not (args.videos / video.name).is_file()]
+    if len(todo) < len(share):
+        print(f"{len(share) - len(todo)} of {len(share)} videos are there already")
     batches = generated_videos(
         generator, [video.text for video in todo], sampling, [video.seed for video in todo], args.batch
     )
@@ -180,14 +190,14 @@ def make_videos(generator: Generator, wanted: Sequence[Wanted], args: VBenchArgs
 
 
 def score(args: VBenchArgs, package: Path, device: str) -> dict[str, float]:
-    """Raw scores by dimension; those that are there are not made again. Raises UserError where VBench fails."""
-    out = args.videos.with_name(f"{args.videos.name}_scores")  # beside: VBench takes all files among videos for videos
+    """Raw scores by dimension; stored ones are not made again. Raises UserError if VBench fails."""
+    out = args.videos.with_name(f"{args.videos.name}_scores")  # beside: VBench takes each file in a folder for a video
     try:
-        there = read_scores(out)
+        stored = read_scores(out)
     except ValueError as problem:
         raise UserError(f"--videos: {problem}") from None
     # flicker last: its static filter may find too few still videos, and the others' scores are kept
-    if todo := sorted((name for name in args.dimensions if name not in there), key=lambda name: name == FLICKER):
+    if todo := sorted((name for name in args.dimensions if name not in stored), key=lambda name: name == FLICKER):
         full_info = str((args.prompts or package / FULL_INFO).resolve())
         asked = {
             "videos": str(args.videos.resolve()), "out": str(out.resolve()), "full_info": full_info,
@@ -222,17 +232,17 @@ def _same_settings(args: VBenchArgs, augmented: dict[str, str] | None, sampling:
         **asdict(sampling),
         "texts": hashlib.sha256(texts.encode()).hexdigest(),
     }
-    settings = json.loads(json.dumps(settings))  # as they come back
+    settings = json.loads(json.dumps(settings))  # as they are read back
     file = args.videos.with_name(f"{args.videos.name}_settings.json")
     try:
-        there = json.loads(file.read_text()) if file.is_file() else None
-        if there is None:
+        stored = json.loads(file.read_text()) if file.is_file() else None
+        if stored is None:
             with atomic(file) as partial:
                 partial.write_text(json.dumps(settings, indent=1))
         args.videos.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as problem:
         raise UserError(f"--videos {args.videos}: {problem}: give a folder that can be written") from None
-    if there is not None and (changed := sorted(key for key in settings if there.get(key) != settings[key])):
+    if stored is not None and (changed := sorted(key for key in settings if stored.get(key) != settings[key])):
         raise UserError(
             f"the videos in {args.videos} were made with other settings ({', '.join(changed)}): give another --videos"
         )

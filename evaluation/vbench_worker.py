@@ -14,8 +14,15 @@ from typing import Any
 
 
 def main(asked: dict[str, Any]) -> None:
-    """videos: their folder. out: where `DIMENSION_eval_results.json` go, a dimension at a time. full_info: VBench's
-    list. dimensions: to score. device: torch's. flicker: its dimension's name, whose videos are filtered first."""
+    """Scores videos, a dimension at a time. Keys of `asked`:
+
+    videos: their folder.
+    out: folder of the results, `DIMENSION_eval_results.json`.
+    full_info: VBench's list of prompts.
+    dimensions: to score.
+    device: torch's name of it.
+    flicker: name of the dimension whose videos are filtered first.
+    """
     import torch
     from vbench import VBench
 

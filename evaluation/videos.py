@@ -37,8 +37,10 @@ def generated_videos(
 
 
 def real_videos(folder: Path, frames: int) -> Iterator[Tensor]:
-    """Pixels [1, T, 3, h, w] in [0, 1] of each video under a folder, at most its first `frames` frames; of its images,
-    T = 1, where it has no video. Raises UserError."""
+    """Pixels [1, T, 3, h, w] in [0, 1] of each video under a folder, at most its first `frames` frames.
+
+    A folder without videos gives its images, with T = 1. Raises UserError.
+    """
     try:
         files = found_files(folder, *VIDEOS, *IMAGES)
         if videos := [file for file in files if file.suffix.lower() in VIDEOS]:

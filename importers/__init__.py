@@ -1,3 +1,3 @@
-"""Recipes of other projects as mappings of our keys. They stand on utils alone: whoever calls them checks the mapping
+"""Recipes of other projects as mappings of our keys. They stand on utils alone: the caller checks the mapping
 against the schema.
 """

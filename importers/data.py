@@ -18,7 +18,7 @@ STRIDE_T = 4  # frames of video to a latent frame, after the first
 
 
 def preset_of(name: str) -> str | None:
-    """The geometry that a model's name or path tells of; null where it tells nothing."""
+    """The geometry that a model's name or path tells; None if it tells none."""
     return next((preset for parts, preset in PRESETS if all(part in name.lower() for part in parts)), None)
 
 
@@ -69,7 +69,7 @@ def _blocks(recipe: Recipe, frames: int) -> int:
 
 
 def _parts(recipe: Recipe) -> None:
-    """Encoder and VAE from the base model, which has to lie in Diffusers' layout for that."""
+    """Encoder and VAE from the base model, which is read in Diffusers' layout."""
     inits = (recipe.get(f"{name}.init") for name in ("critic", "teacher", "student"))
     base = next((path for path in (recipe.values.pop("base", None), *inits) if path), None)
     if base is not None and re.match(r"Wan2\.\d", base.rpartition("/")[2]) and not base.lower().endswith("diffusers"):
@@ -85,7 +85,7 @@ def _parts(recipe: Recipe) -> None:
 
 
 def _tasks(recipe: Recipe) -> None:
-    """What image-to-video and two experts need besides."""
+    """Lists what else image-to-video models and models of two experts need."""
     preset = recipe.get("student.preset")
     if preset in ("i2v-14b", "i2v-a14b"):
         recipe.fill("data.images", "a folder of `python preprocess.py images`, with data.prompts null")

@@ -23,7 +23,7 @@ def rank(recipe: Recipe, value: Any) -> None:
 
 
 def alpha(recipe: Recipe, value: Any) -> None:
-    if value is not None:  # the rank, there as here
+    if value is not None:  # without a value it is the rank, as here
         recipe.set("adapter.alpha", float(value))
 
 
@@ -52,7 +52,7 @@ def no_dropout(recipe: Recipe, value: Any) -> None:
 
 
 def put_adapter(recipe: Recipe, names: tuple[str, ...], adapter: dict[str, Any], targets: list[str]) -> None:
-    """`lora` of these networks. It lies on the teacher's weights where the network starts from them."""
+    """Sets `lora` of these networks. An adapter shares the teacher's weights if its network starts from them."""
     teacher = (recipe.get("teacher.preset"), recipe.get("teacher.init"))
     for name in names:
         share = (recipe.get(f"{name}.preset"), recipe.get(f"{name}.init")) == teacher
@@ -67,7 +67,7 @@ def put_adapter(recipe: Recipe, names: tuple[str, ...], adapter: dict[str, Any],
 
 
 def finish_fastvideo(recipe: Recipe) -> None:
-    """Student and critic are both adapters there; a target is any part of a layer's name."""
+    """In FastVideo student and critic are both adapters; a target is any part of a layer's name."""
     adapter = recipe.values.pop("adapter", {})
     if not adapter.get("on"):
         if adapter:
@@ -80,8 +80,8 @@ def finish_fastvideo(recipe: Recipe) -> None:
     has_image = recipe.get("student.preset") == "i2v-14b"
     known = {other: ours for other, ours in FASTVIDEO_LAYERS.items() if has_image or not ours.endswith("_img")}
     found = [ours for other, ours in known.items() if any(name in other for name in names)]
-    if "names" in adapter and (odd := [name for name in names if not any(name in other for other in known)]):
-        recipe.left.append(f"lora_target_modules: {', '.join(odd)} (no linear layer of a block here)")
+    if "names" in adapter and (unknown := [name for name in names if not any(name in other for other in known)]):
+        recipe.left.append(f"lora_target_modules: {', '.join(unknown)} (no linear layer of a block here)")
     if not found:
         recipe.fill("student.lora.targets, critic.lora.targets", "none was understood: the attention layers were put")
     put_adapter(recipe, ("student", "critic"), adapter, _short(found) or ATTENTION)
@@ -94,7 +94,7 @@ def _short(layers: list[str]) -> list[str]:
 
 
 def finish_simpletuner(recipe: Recipe) -> None:
-    """The student's alone, on the attention layers: its critic trains all weights. A LoRA is its default."""
+    """SimpleTuner's student is a LoRA on the attention layers by default; its critic trains all weights."""
     adapter = recipe.values.pop("adapter", {})
     if not adapter.get("on", True):
         if adapter.keys() - {"on"}:

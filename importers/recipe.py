@@ -15,7 +15,9 @@ class Untranslated(ValueError):
 class Recipe:
     """A run in the making.
 
-    values: our keys, nested. left: options that were not carried over, and why. notes: what differs in meaning.
+    values: our keys, nested.
+    left: options that were not carried over, and why.
+    notes: what differs in meaning.
     missing: our keys that the file cannot tell.
     """
 
@@ -29,7 +31,7 @@ class Recipe:
         self.missing.append(f"{key} ({what})")
 
     def set(self, path: str, value: Any) -> None:
-        """`recipe.set("ema.decay", 0.99)`."""
+        """Sets one of our keys, as in `recipe.set("ema.decay", 0.99)`."""
         *sections, key = path.split(".")
         node = self.values
         for section in sections:
@@ -50,7 +52,12 @@ Rule = str | Callable[[Recipe, Any], None] | None
 
 @dataclass(frozen=True)
 class Dialect:
-    """One project. start: our keys that hold whatever its options say. finish: what needs all options to be known."""
+    """One project's way to write a recipe.
+
+    rules: of its options, by name.
+    start: our keys and values that hold before its options are read.
+    finish: what can be done only after all options are read.
+    """
 
     rules: Mapping[str, Rule]
     start: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Rules that several tables of `foreign_tables.py` share: each makes, or is, what becomes of one option."""
+"""Rules that several tables of `importers/tables.py` share. Each is a rule of one option, or makes one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def network(name: str) -> Callable[[Recipe, Any], None]:
 
 
 def spread_base(recipe: Recipe) -> None:
-    """`base`, the model of all networks, for those of which nothing else is said, whatever the options' order."""
+    """Gives `base`, the model of all networks, to the networks whose model no option names."""
     base = recipe.get("base")
     size = preset_of(base or "")
     if size is None:
@@ -127,7 +127,7 @@ def one_of(path: str, known: dict[str, Any]) -> Callable[[Recipe, Any], None]:
 
 
 def must_be(*accepted: Any) -> Callable[[Recipe, Any], None]:
-    """Right as it is here; another value has no counterpart."""
+    """An option that has a fixed value here; other values have no counterpart."""
 
     def rule(recipe: Recipe, value: Any) -> None:
         if value not in accepted:
@@ -152,9 +152,9 @@ def finish_updates(recipe: Recipe) -> None:
     interval = recipe.get("training.generator_update_interval") or 1
     if (start := recipe.get("ema.start")) is not None:
         recipe.set("ema.start", math.ceil(start / interval))
-    own = recipe.get("generator_training.optimizer") or {}
-    theirs = recipe.get("critic_training.optimizer") or {}
-    recipe.set("critic_training.optimizer", {**own, **theirs})
+    student = recipe.get("generator_training.optimizer") or {}
+    critic = recipe.get("critic_training.optimizer") or {}
+    recipe.set("critic_training.optimizer", {**student, **critic})
     if recipe.get("ema.enabled") is False:
         recipe.set("ema.decay", None)
     recipe.values.get("ema", {}).pop("enabled", None)

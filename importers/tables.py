@@ -1,4 +1,4 @@
-"""What the options of Self-Forcing, SimpleTuner and FastVideo are here. See `foreign.py`.
+"""What the options of Self-Forcing, SimpleTuner and FastVideo are here. See `importers/translate.py`.
 
 Guidance: Self-Forcing and FastVideo write `cond + s (cond - uncond)`, which is `w = s + 1` here; SimpleTuner has ours,
 `uncond + w (cond - uncond)`, but its 0 is no guidance, which is `w = 1`.

@@ -1,7 +1,7 @@
 """Recipes of other projects as ours: `python import_recipe.py self_forcing|simpletuner|fastvideo FILE`.
 
-A table for each project (`foreign_tables.py`) says what becomes of each option. What it does not know is listed,
-with what cannot be carried over: nothing is dropped in silence.
+A table for each project (`importers/tables.py`) says what becomes of each option. Options that it does not
+know, or that cannot be carried over, are listed: nothing is dropped in silence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""uvicorn's protocols with bounds that it has not: on silent connections, on their number, on frames that carry no
+"""uvicorn's protocols with bounds that uvicorn lacks: on silent connections, on their number, on frames that carry no
 message, and on peers that read nothing."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from h11 import Request
     from websockets.frames import Frame
 
-MAX_UNREAD = 4 * 2**20  # bytes on their way to a websocket: a frame, and what may be sent before it is waited for
+MAX_UNREAD = 4 * 2**20  # bytes that a websocket has been sent and not yet read
 
 
 def protocols(limits: Limits) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol]]:
@@ -39,8 +39,11 @@ def _abortable(protocol: H11Protocol | WebSocketsSansIOProtocol) -> Any:
 
 
 class BoundedHttp(H11Protocol):
-    """A connection that makes no request, or no other one, within `send_seconds` is dropped. The longest silent one
-    makes room for a new one when all are taken, so that connections which say nothing keep nobody out."""
+    """Drops a connection that makes no request, or no further one, within `send_seconds`.
+
+    When all connections are taken, the oldest silent one is dropped for a new one, so silent connections keep nobody
+    out.
+    """
 
     limits: ClassVar[Limits]
 
@@ -85,8 +88,10 @@ class BoundedHttp(H11Protocol):
 
 
 class BoundedWebSocket(WebSocketsSansIOProtocol):
-    """Frames that are no message of their own are counted: pings, pongs, and parts of a message, which may be empty. A
-    connection that goes on after its goodbye, or whose peer answers no ping, is dropped, not closed."""
+    """Counts frames that are no message of their own: pings, pongs, and parts of a message, which may be empty.
+
+    A connection that goes on after its goodbye, or whose peer answers no ping, is dropped instead of closed.
+    """
 
     limits: ClassVar[Limits]
 

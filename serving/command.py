@@ -17,8 +17,25 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class DemoArgs:
-    """What demo.py was asked to do. source: a run's folder or a checkpoint's. seed: of videos that ask for none; null
-    draws one for each. allow_host: names, beside addresses and localhost, by which browsers may reach the demo."""
+    """What demo.py was asked to do.
+
+    source: a run's folder or a checkpoint's.
+    weights: "ema" or "raw".
+    steps: denoising steps; None is as trained.
+    window: latent frames that a block sees; None is as trained.
+    sinks: first latent frames that stay in the window; None is as trained.
+    seed: of videos that ask for none; None draws one for each.
+    noisy_context: whether the extra pass over finished blocks is left out.
+    recache: whether a changed prompt acts sooner, at the cost of a pass.
+    host: address to listen on.
+    port: to listen on; 0 takes a free one.
+    allow_host: names, beside addresses and localhost, by which browsers may reach the demo.
+    fps: frames a second, at most on the page, and of the download.
+    scale: whole factor that enlarges the download; None enlarges a small video.
+    tiny_decoder: file of a small decoder; None decodes with the run's own.
+    acceleration: how the networks are sped up.
+    limits: bounds of the server.
+    """
 
     source: Path
     weights: str
@@ -83,16 +100,30 @@ def _parser() -> Parser:
 
 def demo_args(argv: Sequence[str] | None = None) -> DemoArgs:
     """Parses the command line (``sys.argv`` by default). Raises UserError."""
-    a = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     for name, least, most in (("fps", 1, 120), ("scale", 1, 64), ("port", 0, 65535), ("seed", 0, MAX_SEED)):
-        if (value := getattr(a, name)) is not None and not least <= value <= most:
+        if (value := getattr(args, name)) is not None and not least <= value <= most:
             raise UserError(f"--{name} {value}: give a number from {least} to {most}")
-    given = {field.name: getattr(a, field.name) for field in fields(Limits)}
+    bounds = {field.name: getattr(args, field.name) for field in fields(Limits)}
     try:
-        limits = Limits(**{name: value for name, value in given.items() if value is not None})
+        limits = Limits(**{name: value for name, value in bounds.items() if value is not None})
     except ValueError as problem:
         raise UserError(str(problem)) from None
     return DemoArgs(
-        a.run or a.checkpoint, a.weights, a.steps, a.window, a.sinks, a.seed, a.noisy_context, a.recache, a.host,
-        a.port, tuple(a.allow_host), a.fps, a.scale, a.tiny_decoder, acceleration_of(a), limits,
-    )  # fmt: skip
+        source=args.run or args.checkpoint,
+        weights=args.weights,
+        steps=args.steps,
+        window=args.window,
+        sinks=args.sinks,
+        seed=args.seed,
+        noisy_context=args.noisy_context,
+        recache=args.recache,
+        host=args.host,
+        port=args.port,
+        allow_host=tuple(args.allow_host),
+        fps=args.fps,
+        scale=args.scale,
+        tiny_decoder=args.tiny_decoder,
+        acceleration=acceleration_of(args),
+        limits=limits,
+    )

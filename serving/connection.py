@@ -31,8 +31,12 @@ class Leave(Exception):
 
 @dataclass(frozen=True)
 class Format:
-    """How videos are made and kept. scale: whole factor by which the download is enlarged. seed: of videos that ask for
-    none; null draws one for each."""
+    """How videos are made and kept.
+
+    fps: frames a second.
+    scale: whole factor by which the download is enlarged.
+    seed: of videos that ask for none; None draws one for each.
+    """
 
     fps: int
     scale: int
@@ -40,7 +44,14 @@ class Format:
 
 
 class Connection:
-    """A visitor's websocket. `videos` is the server's table of videos that can be fetched, by their tokens."""
+    """A visitor's websocket.
+
+    socket: the visitor's.
+    scheduler: makes the videos.
+    limits: bounds of the server.
+    format: how videos are made and kept.
+    videos: the server's table of videos that can be fetched, by their tokens.
+    """
 
     def __init__(
         self, socket: WebSocket, scheduler: Scheduler, limits: Limits, format: Format, videos: dict[str, Kept]
@@ -54,10 +65,13 @@ class Connection:
         self._active = self._loop.time()  # when somebody was last seen to watch, or could not have watched
 
     async def serve(self) -> Leave | None:
-        """Until the visitor goes, or has to: why, for `part`. Raises what is a defect of ours."""
+        """Serves until the visitor leaves, or until there is a reason to end it, which is returned for `part`.
+
+        Other exceptions are defects of the server and are raised.
+        """
         from starlette.websockets import WebSocketDisconnect
 
-        # watched apart: whoever is stuck in sending cannot look at the clock
+        # the watch is a task of its own: one that is stuck in sending cannot look at the clock
         tasks = [asyncio.create_task(part) for part in (self._listen(), self._tell(), self._watch())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -73,7 +87,7 @@ class Connection:
         return next((end for end in ends if isinstance(end, Leave)), None)
 
     async def part(self, leave: Leave) -> None:
-        """Says goodbye to who may read no more: after everything that the visitor held has been given back."""
+        """Tells the visitor why the connection ends. Called after everything that the visitor held was given back."""
         from starlette.websockets import WebSocketDisconnect
 
         try:
@@ -85,7 +99,7 @@ class Connection:
     # ------------------------------------------------------------------------------------------------- from the visitor
 
     async def _listen(self) -> None:
-        """Raises Leave for who does not keep to the rules, WebSocketDisconnect if the visitor is gone."""
+        """Obeys messages. Raises Leave for a visitor who breaks the rules, WebSocketDisconnect for one who is gone."""
         from starlette.websockets import WebSocketDisconnect
 
         rate = Rate(self._limits.messages_per_second)
@@ -145,7 +159,7 @@ class Connection:
             if session is not None and self._scheduler.shown(session, message.frames):
                 self._active = self._loop.time()
             return
-        if not self._goes_on:  # whoever has a place keeps it by watching alone
+        if not self._goes_on:  # a visitor with a place keeps it only by watching
             self._active = self._loop.time()
         if isinstance(message, Start):
             self._start(message)
@@ -176,7 +190,7 @@ class Connection:
             self._scheduler.leave(self._session)
 
     def _forget(self, kept: Kept) -> None:
-        """Its video can be fetched for a little longer."""
+        """Takes its video out of the table after `grace_seconds`; until then it can be fetched."""
         self._loop.call_later(self._limits.grace_seconds, self._videos.pop, kept.token, None)
 
     # --------------------------------------------------------------------------------------------------- to the visitor
@@ -193,7 +207,7 @@ class Connection:
             session, kept, number = self._session, self._kept, self._number
             if session is None:
                 continue
-            view = self._scheduler.view(session)  # before its blocks are taken: who has ended has no later ones
+            view = self._scheduler.view(session)  # before its blocks are taken: an ended session makes no later ones
             while session is self._session and (block := self._scheduler.take(session)) is not None:
                 images = await asyncio.to_thread(encode, block.frames)
                 if session is not self._session:
@@ -222,7 +236,10 @@ class Connection:
         await self._sent(self._socket.send_json({"type": kind, **values}))
 
     async def _sent(self, sending: Awaitable[None]) -> None:
-        """Raises WebSocketDisconnect for who reads nothing: closing would wait for them to read what is on its way."""
+        """Waits until it is sent. Raises WebSocketDisconnect for a visitor who reads nothing.
+
+        Such a connection is dropped: closing it would wait until the visitor has read everything.
+        """
         from starlette.websockets import WebSocketDisconnect
 
         try:

@@ -26,7 +26,7 @@ class Downloads:
         self.open = 0
 
     def of(self, token: str) -> Response:
-        """The video, or why there is none."""
+        """The video of this token, or a response that says why there is none."""
         kept = self._videos.get(token)
         if kept is None or not kept.images:
             return Response("no such video: it is gone a little after its page\n", 404)
@@ -34,7 +34,7 @@ class Downloads:
 
 
 class _Download(Response):
-    """Holds its turn until the last piece is on its way: what nobody reads would else pile up in memory."""
+    """Counts as open until its last piece is sent, so that unread downloads cannot pile up in memory."""
 
     def __init__(self, downloads: Downloads, kept: Kept) -> None:
         super().__init__(media_type="video/mp4", headers={"Content-Disposition": 'attachment; filename="fewstep.mp4"'})

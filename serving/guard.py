@@ -27,8 +27,11 @@ HEADERS = {
 
 
 class Guard:
-    """ASGI middleware. A host is known by an IP address, as `localhost`, or by one of `names`: any other name may be
-    somebody else's, made to point here (DNS rebinding). A websocket's Origin has to be the host that it asks for."""
+    """ASGI middleware that answers requests for known hosts only.
+
+    A host is known by an IP address, as `localhost`, or by one of `names`. Any other name may be somebody else's that
+    was made to point here (DNS rebinding). A websocket's Origin has to be the host that it asks for.
+    """
 
     def __init__(self, app: App, names: Iterable[str]) -> None:
         self._app, self._names = app, {"localhost", *(name.lower() for name in names)}
@@ -39,14 +42,15 @@ class Guard:
             return await self._app(scope, receive, send)
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
-        own = self._knows(host) and (scope["type"] == "http" or _netloc(headers.get(b"origin", "")) == host.lower())
+        is_same_site = scope["type"] == "http" or _netloc(headers.get(b"origin", "")) == host.lower()
+        is_allowed = self._knows(host) and is_same_site
 
         async def send_guarded(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *self._headers]
             await send(message)
 
-        if own:
+        if is_allowed:
             return await self._app(scope, receive, send_guarded)
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})  # before it is accepted: 403
@@ -68,7 +72,7 @@ class Guard:
 
 
 def _netloc(origin: str) -> str:
-    """Host and port of an Origin; nothing for `null` and for what is none."""
+    """Host and port of an Origin; empty for `null` and for text that is no origin."""
     try:
         parts = urlsplit(origin)
     except ValueError:

@@ -10,18 +10,25 @@ _ESCAPED = 12  # bytes of one character as JSON may write it: two \\uXXXX
 
 @dataclass(frozen=True)
 class Limits:
-    """All bounds of the server, each at least 1. Raises ValueError.
+    """All bounds of the server, each at least 1 unless it says otherwise. Raises ValueError.
 
-    users: videos made at the same time, each with a cache of its own on the device. waiting: visitors in line for a
-    place. connections: open pages in all, those that only look on included. max_frames: pixel frames of one video,
-    which then ends. prompt_chars: characters of a prompt. message_bytes: of one message from a visitor.
-    messages_per_second: on average, twice as many at once. mistakes: wrong messages since the last start that end a
-    connection. ahead: pixel frames that may be made and not yet shown; beyond it a visitor's video waits for its
-    visitor. idle_seconds: without a sign of somebody watching, until who has a place loses it and the connection.
-    rest_seconds: the same for who has none, and may still fetch a video. grace_seconds: that a video can be fetched
-    after its visitor has gone. place_seconds: that a place is kept while others wait in line. send_seconds: that a
-    visitor's machine may take no byte of what is sent to it, or send no request on a connection that it opened.
-    downloads: being made or sent at the same time. download_seconds: that sending one may take.
+    users: videos made at the same time, each with a cache of its own on the device.
+    waiting: visitors in line for a place; at least 0.
+    connections: open pages in all, those that only look on included.
+    max_frames: pixel frames of one video, which then ends.
+    prompt_chars: characters of a prompt.
+    message_bytes: bytes of one message from a visitor.
+    messages_per_second: messages from a visitor on average; twice as many may come at once.
+    mistakes: wrong messages since the last start that end a connection.
+    ahead: pixel frames that may be made and not yet shown; then a video waits for its visitor.
+    idle_seconds: how long a visitor with a place may show no sign of watching before losing place and connection.
+    rest_seconds: the same for a visitor without a place, who may still fetch a video.
+    grace_seconds: how long a video can be fetched after its visitor has gone; at least 0.
+    place_seconds: how long a place is kept while others wait in line.
+    send_seconds: how long a visitor's machine may take no byte of what it is sent, or send no request on a connection
+        that it opened.
+    downloads: downloads that are made or sent at the same time.
+    download_seconds: how long sending a download may take.
     """
 
     users: int = 4

@@ -84,7 +84,7 @@ def one_line(problem: Exception) -> str:
 
 
 def without_prompt(problem: Exception, prompt: str) -> str:
-    """What an error says, in one line, the prompt that it quotes left out."""
+    """What an error says, in one line, without the prompt that it quotes."""
     text = " ".join(str(problem).split())
     for quoted in (repr(prompt), repr(prompt[:60])):
         text = text.replace(quoted, "'…'")
@@ -92,8 +92,10 @@ def without_prompt(problem: Exception, prompt: str) -> str:
 
 
 def without_paths(problem: Exception, prompt: str) -> str | None:
-    """What an error of a prompt says, if a visitor may read it: nothing that looks like a path, the prompt's own words
-    apart, which the visitor knows."""
+    """What an error of a prompt says, in one line; None if the visitor may not read it.
+
+    A visitor may read no path. The prompt's words may look like one, for the visitor knows them.
+    """
     told = without_prompt(problem, prompt)
     return None if isinstance(problem, OSError) or "/" in told or "\\" in told else one_line(problem)
 

@@ -26,8 +26,10 @@ MIN_WIDTH = 256  # pixels to which a small video is enlarged for the download, u
 
 
 def demo(generator: Generator, args: DemoArgs) -> int:
-    """Serves a run's videos until SIGINT or SIGTERM. Raises UserError for what it cannot stream, or listen on, and
-    for a device that fails."""
+    """Serves a run's videos until SIGINT or SIGTERM.
+
+    Raises UserError for a run that cannot be streamed, an address that it cannot listen on, and a device that fails.
+    """
     try:
         import fastapi  # noqa: F401
         import uvicorn
@@ -71,7 +73,7 @@ def demo(generator: Generator, args: DemoArgs) -> int:
 
 
 def examples_of(generator: Generator) -> tuple[str, ...]:
-    """Prompts for the page: some that the run was trained on, where they are at hand."""
+    """Prompts for the page: some of the run's validation prompts, if it has any."""
     try:
         return tuple(dict.fromkeys(generator.task.validation_prompts(4)))
     except UserError:
@@ -79,8 +81,10 @@ def examples_of(generator: Generator) -> tuple[str, ...]:
 
 
 def warm_up(generator: Generator, video: Live) -> tuple[int, int]:
-    """Makes what visitors would wait for else: what cannot be streamed fails here, kernels are chosen, and passes are
-    recorded up to a full window, for the first of them. Returns height and width in pixels. Raises UserError."""
+    """Makes the first blocks of a video, so that no visitor waits for kernels to be chosen and passes to be recorded.
+
+    Returns height and width in pixels. Raises UserError for a run that cannot be streamed.
+    """
     generator.task.load_text_encoder()
     frames = video.next_frames()
     while generator.acceleration.records(generator.device) and not video.is_steady:
@@ -124,7 +128,7 @@ def _url(host: str, listening: socket.socket) -> str:
 
 @contextmanager
 def _signals_end_it() -> Iterator[None]:
-    """uvicorn raises the signal that ended it once more, which is not to end us by force."""
+    """Ignores the signal that ended uvicorn, which uvicorn raises again at its end."""
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(which, lambda *_: None) for which in signals]
     try:

@@ -1,4 +1,4 @@
-"""One device for several visitors: a thread makes one block for each in turn, and for nobody who does not watch.
+"""One device for several visitors: a thread makes one block for each in turn, if somebody watches it.
 
 T pixel frames of a block  H W pixel size
 """
@@ -51,8 +51,12 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Block:
-    """frames: [T, H, W, 3], 8 bits. first: number of its first frame. prompt: that it was made for, as the video says:
-    a block may have been begun before its prompt was changed."""
+    """A block of a video.
+
+    frames: [T, H, W, 3], 8 bits.
+    first: number of its first frame.
+    prompt: the one that it was made for; a block may have been begun before its prompt was changed.
+    """
 
     frames: Frames
     first: int
@@ -61,7 +65,14 @@ class Block:
 
 @dataclass(frozen=True)
 class View:
-    """A session as its visitor sees it. place: in line, from 1; 0 for who is not. error: what ended it."""
+    """A session as its visitor sees it.
+
+    state: of the session.
+    place: in line, from 1; 0 for a session that is not in line.
+    made: frames of it so far.
+    pace: how fast they are made.
+    error: what ended it.
+    """
 
     state: State
     place: int
@@ -78,7 +89,7 @@ class Session:
     """One video of one visitor. Its fields belong to the scheduler: they change under its lock."""
 
     def __init__(self, prompt: str, seed: int, changed: Callable[[], None]) -> None:
-        self.wanted: str | None = prompt  # for the next block; null is the prompt as it is
+        self.wanted: str | None = prompt  # for the next block; None keeps the prompt
         self.seed, self.changed = seed, changed
         self.state, self.error, self.notice = State.waiting, "", ""
         self.made, self.taken, self.shown, self.pace = 0, 0, 0, Pace()  # frames
@@ -91,11 +102,14 @@ class Scheduler:
     """Makes the videos of all sessions on one thread, one block each in turn.
 
     A session is passed over while `limits.ahead` of its frames have not been shown, so its queue is bounded, and a
-    visitor who reads slowly slows nobody else. open_video(prompt, seed): begins a video; it and all that it returns run
-    on that thread alone, and end there: to free a device's memory on another one could spoil a recording.
-    recache: how a prompt is changed, see `Live.switch`. on_break: called on that thread once the device is of no more
-    use, `broken` being why. All methods may be called from any thread and none of them waits for the device, `close`
-    apart.
+    visitor who reads slowly slows nobody else. All methods may be called from any thread, and only `close` waits for
+    the device.
+
+    open_video: begins a video of (prompt, seed). The video is used and freed on that thread alone: freeing a device's
+        memory on another thread could spoil a recording.
+    limits: bounds of the server.
+    recache: how a prompt is changed, see `Live.switch`.
+    on_break: called on that thread when the device has failed; `broken` then says why.
     """
 
     def __init__(
@@ -111,7 +125,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._running: deque[Session] = deque()  # in order of their turns
         self._waiting: deque[Session] = deque()
-        self._over: list[Video] = []  # of ended sessions: the device's thread has them yet to close
+        self._over: list[Video] = []  # of ended sessions, not yet closed by the device's thread
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="device")
 
@@ -119,7 +133,7 @@ class Scheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends all sessions, and the thread after the block that it is at. May be called again, and before `start`."""
+        """Ends all sessions, and the thread after its current block. May be called again, and before `start`."""
         with self._changed:
             self._closed = True
             for session in [*self._running, *self._waiting]:
@@ -145,8 +159,11 @@ class Scheduler:
             self._changed.notify_all()
 
     def shown(self, session: Session, frames: int) -> bool:
-        """So many frames have been shown. Whether that was news. Raises ValueError for frames that nobody has taken:
-        or a visitor could have them made without reading them, and they would pile up."""
+        """Notes that so many frames have been shown. Returns whether that was news.
+
+        Raises ValueError for frames that were not taken: else a visitor could have frames made without reading them,
+        and they would pile up.
+        """
         with self._changed:
             if frames > session.taken:
                 raise ValueError(f"frames: {session.taken} have been sent: more cannot have been shown")
@@ -187,7 +204,7 @@ class Scheduler:
             return View(session.state, place, session.made, session.pace, session.error)
 
     def _admit(self) -> None:
-        """Gives free places to who is first in line."""
+        """Gives free places to the sessions that are first in line."""
         while self._waiting and len(self._running) < self._limits.users:
             session = self._waiting.popleft()
             session.state, session.since = State.running, time.monotonic()
@@ -216,7 +233,7 @@ class Scheduler:
         self._put_away()
 
     def _next(self) -> Callable[[], None] | None:
-        """What is to be done: ended videos first, then whose turn it is; null at the end."""
+        """The next job: closing ended videos, else a block of the session whose turn it is; None at the end."""
         with self._changed:
             while not self._closed:
                 late = self._pass_on()
@@ -237,7 +254,10 @@ class Scheduler:
             video.close()
 
     def _pass_on(self) -> float | None:
-        """Takes places from those who have had them for long, as long as others wait. Seconds until the next one."""
+        """Takes places from those who have had them too long while others wait.
+
+        Returns the seconds until the next place is taken; None if nobody waits.
+        """
         most = self._limits.place_seconds
         while self._waiting and self._running:
             first = min(self._running, key=lambda session: session.since)
@@ -274,7 +294,7 @@ class Scheduler:
             self._made(session, video, frames, notice)
 
     def _break(self, error: str) -> None:
-        """Ends every session: whatever is asked of the device from here on fails."""
+        """Ends every session, since everything that is asked of the device from now on fails."""
         with self._changed:
             self._closed, self.broken = True, error
             for session in [*self._running, *self._waiting]:
@@ -311,7 +331,7 @@ def _told(problem: UserError, prompt: str) -> str:
 
 
 def _ends_the_device(problem: Exception) -> bool:
-    """An error of CUDA's context, after which every call fails; memory that ran out is none."""
+    """Whether it is an error of CUDA's context, after which every call fails; running out of memory is not."""
     return isinstance(problem, torch.AcceleratorError) or (
         isinstance(problem, RuntimeError) and "CUDA error" in str(problem)
     )

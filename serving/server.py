@@ -1,6 +1,6 @@
 """The demo's pages, its websocket and the download, as one ASGI application."""
 
-# without annotations as strings: FastAPI reads those of its handlers, whose types are imported where they are used
+# annotations are no strings here: FastAPI reads those of its handlers, and their types are imported in a function
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
@@ -32,7 +32,14 @@ TRY_LATER = 1013  # websocket close code of IANA's registry
 
 @dataclass(frozen=True)
 class Site:
-    """What the page says of the run. size: height and width of a frame."""
+    """What the page says of the run.
+
+    title: the run's name.
+    examples: prompts to choose from.
+    size: height and width of a frame.
+    steps: denoising steps.
+    format: how videos are made and kept.
+    """
 
     title: str
     examples: tuple[str, ...]
@@ -42,7 +49,7 @@ class Site:
 
 
 def make_app(scheduler: Scheduler, limits: Limits, site: Site, names: Iterable[str] = ()) -> "FastAPI":
-    """The application; the scheduler runs while it does. names: of hosts that it may be asked for by, see `Guard`."""
+    """The application; the scheduler runs while it does. names: host names by which browsers may ask, see `Guard`."""
     from fastapi import FastAPI, Response, WebSocket
 
     from serving.download import Downloads

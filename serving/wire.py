@@ -1,4 +1,4 @@
-"""How the application ends a connection at once: the protocols of `serving/bounded.py` put the way into its scope."""
+"""Ends a connection at once, by a function that the protocols of `serving/bounded.py` put into its scope."""
 
 from __future__ import annotations
 

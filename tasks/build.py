@@ -30,8 +30,10 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
 
 
 def task_to_sample(config: RunConfig, device: torch.device) -> Task:
-    """As `build_task`, of a run whose training data may be gone: sampling reads neither stored videos and images nor
-    prompts, nor a cache of them where there is their encoder."""
+    """As `build_task`, for sampling from a run whose training data may be gone.
+
+    Sampling does not need stored videos, images and prompts. It needs the text cache only if no text encoder is named.
+    """
 
     def if_present(path: str | None) -> str | None:
         return path if path is not None and Path(path).exists() else None

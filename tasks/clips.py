@@ -1,4 +1,4 @@
-"""Real videos as a task hands them out, and a look at samples in passing.
+"""Real videos as a task hands them out, and a quick look at samples.
 
 B batch  F latent frames  C channels  H W latent size
 """
@@ -6,7 +6,6 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,26 +13,27 @@ from torch import Tensor
 from model.types import VisualConditioning
 from utils.metrics import clipped_share
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Glimpse:
-    """pixels: [B, t, 3, h, w] in [0, 1]. clipped: [B], the share of them that a clamp put there."""
+    """How samples look.
+
+    pixels: [B, t, 3, h, w] in [0, 1].
+    clipped: [B], the share of a sample's pixels that a clamp moved into [0, 1].
+    """
 
     pixels: Tensor
     clipped: Tensor
 
     @classmethod
     def of(cls, pixels: Tensor) -> Glimpse:
-        """Of pixels before their clamp."""
+        """A glimpse of pixels that have not been clamped."""
         return cls(pixels.clamp(0, 1), clipped_share(pixels))
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Real videos as latents [B, F, C, H, W], their captions, and what networks are given of them."""
+    """Real videos as latents [B, F, C, H, W], their captions, and the visual conditioning made of them."""
 
     latents: Tensor
     captions: list[str]

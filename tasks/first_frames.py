@@ -21,9 +21,15 @@ VisualOf = Callable[[Sequence[Sample]], VisualConditioning]
 def visual_reader(
     config: DataConfig, geometry: WanConfig, frames: int, device: torch.device, *, real: bool
 ) -> VisualOf:
-    """What is made of a batch's samples: of videos of `frames` latent frames, real ones or images.
+    """A function that makes the visual conditioning of a batch's stored samples.
 
-    What it returns raises ValueError for samples that lack what the network needs.
+    config: says whether networks get a first frame.
+    geometry: of the network; its model_type decides what the network takes of a first frame.
+    frames: latent frames of a video.
+    device: where the conditioning goes.
+    real: whether the samples are real videos; otherwise they are images.
+
+    The function raises ValueError for samples that lack what the network needs.
     """
     if not config.has_first_frame(geometry.model_type, real=real):
         return lambda samples: VisualConditioning()

@@ -39,8 +39,8 @@ def preprocess_text(argv: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only prove that each prompt is there exactly once")
     args = parser.parse_intermixed_args(argv)
     config = load_run(args.config_path, args.overrides)
-    said = made_with(config.data.text, config.student.geometry().text_len) if config.data.kind == "wan" else None
-    source = Source.of(_prompts(config, args.prompts), text_identity(config), said)
+    description = made_with(config.data.text, config.student.geometry().text_len) if config.data.kind == "wan" else None
+    source = Source.of(_prompts(config, args.prompts), text_identity(config), description)
     if args.check:
         check(args.out, source)
         print(f"{args.out}: each of {len(source.prompts)} prompts is there exactly once")
@@ -53,10 +53,10 @@ def preprocess_text(argv: Sequence[str]) -> int:
     return 0
 
 
-def _shards(one: str | None, prompts: int) -> list[Shard]:
-    """The one that is asked for, else all: of several processes started together, each takes its own."""
-    if one is not None:
-        return [Shard.parse(one)]
+def _shards(shard: str | None, prompts: int) -> list[Shard]:
+    """The shard that --shard names; without the option, this process's share of all shards."""
+    if shard is not None:
+        return [Shard.parse(shard)]
     count = -(-prompts // SHARD_PROMPTS)
     return [Shard(i, count) for i in range(distributed.rank(), count, distributed.world_size())]
 
@@ -64,8 +64,8 @@ def _shards(one: str | None, prompts: int) -> list[Shard]:
 def _prompts(config: RunConfig, files: Sequence[Path]) -> list[str]:
     """What training will ask for: the files' prompts, and the run's own."""
     prompts = []
-    own = config.validation.prompts
-    for file in [*files, *([Path(own)] if own else [])]:
+    validation_file = config.validation.prompts
+    for file in [*files, *([Path(validation_file)] if validation_file else [])]:
         try:
             prompts += load_prompts(file)
         except (ValueError, OSError) as problem:
@@ -74,7 +74,7 @@ def _prompts(config: RunConfig, files: Sequence[Path]) -> list[str]:
 
 
 def text_identity(config: RunConfig) -> str:
-    """A hash that differs where a run's embeddings would. Raises UserError."""
+    """A hash of everything that decides a run's text embeddings. Raises UserError."""
     geometry, data = config.student.geometry(), config.data
     if data.kind == "wan":
         if data.text.encoder is None:

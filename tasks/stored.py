@@ -24,10 +24,15 @@ from utils.errors import ConfigError, UserError
 class Stored:
     """Samples of a folder, in an order that depends on the seed and the position alone.
 
-    key: the option that names the folder, for messages. latent_shape: (F, C, H, W) of the run. sigmas: the levels of
-    an LMDB's trajectories, which does not hold them. statistics: of the VAE, for raw latents. visual_of: what a batch's
-    samples give networks beside their text.
-    Raises ConfigError for a folder of nothing of this shape.
+    key: the option that names the folder, for messages.
+    path: the folder.
+    latent_shape: (F, C, H, W) of the run.
+    seed: of the order of the samples.
+    sigmas: noise levels of an LMDB's trajectories, which the LMDB does not hold.
+    statistics: mean and deviation of the VAE's latents, for a folder of raw latents.
+    visual_of: makes the visual conditioning of a batch's samples.
+
+    Raises ConfigError for a folder that cannot be read, or that holds samples of another shape.
     """
 
     def __init__(
@@ -44,9 +49,10 @@ class Stored:
             source = open_latents(path, sigmas=sigmas, statistics=statistics)
         except ValueError as problem:
             raise ConfigError(f"{key}: {problem}") from None
-        if odd := sorted(shape for shape in set(map(tuple, source.shapes())) if not self._fits(shape, latent_shape)):
+        shapes = set(map(tuple, source.shapes()))
+        if mismatched := sorted(shape for shape in shapes if not self._fits(shape, latent_shape)):
             raise ConfigError(
-                f"{key}: {path} holds latents of {list(odd[0])} and this run makes {list(latent_shape)} "
+                f"{key}: {path} holds latents of {list(mismatched[0])} and this run makes {list(latent_shape)} "
                 "(F, C, H, W): set the size in data to it"
             )
         self.key, self.path, self.visual_of, self.source = key, path, visual_of, source
@@ -57,14 +63,14 @@ class Stored:
 
     @cached_property
     def captions(self) -> list[str]:
-        """Of every sample, by its number in the folder, without its tensors. Raises UserError."""
+        """The caption of every sample, by its number in the folder; no tensors are read. Raises UserError."""
         try:
             return self.source.captions()
         except ValueError as problem:
             raise UserError(f"{self.key}: {problem}") from None
 
     def samples(self, positions: range) -> list[Sample]:
-        """Raises UserError where too much cannot be read."""
+        """The samples at these positions. Raises UserError if too many samples cannot be read."""
         try:
             return self.stream.samples(positions)
         except TooManyCorrupt as problem:
@@ -85,19 +91,19 @@ class StoredLatents(Stored):
 
 
 class StoredImages(Stored):
-    """First frames and their captions. Videos are images too: of those the first frame."""
+    """Images and their captions. In a folder of videos the image is a video's first frame."""
 
     def planned(self, positions: range) -> list[str]:
-        """The captions at these positions, as far as all images can be read. Raises UserError."""
+        """The captions at these positions, provided that every image there can be read. Raises UserError."""
         return [self.captions[self.stream.order.index(position)] for position in positions]
 
     def read(self, positions: range) -> tuple[list[str], VisualConditioning]:
-        """Captions, and what networks are given. Raises UserError."""
+        """Captions and visual conditioning at these positions. Raises UserError."""
         samples = self.samples(positions)
         return [sample.caption for sample in samples], self._visual(samples)
 
     def numbered(self, numbers: Iterable[int]) -> VisualConditioning:
-        """What the images of these numbers in the folder give; they begin again after its end. Raises UserError."""
+        """Visual conditioning by the images of these numbers; after the last comes the first. Raises UserError."""
         try:
             return self._visual([self.source.read(number % len(self.captions), 0) for number in numbers])
         except CorruptSample as problem:
@@ -115,7 +121,7 @@ class StoredImages(Stored):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Trajectories [B, S, F, C, H, W], their levels [S], their captions, and what networks are given."""
+    """Trajectories [B, S, F, C, H, W], their noise levels [S], their captions and visual conditioning."""
 
     trajectory: Tensor
     sigmas: Tensor
@@ -124,7 +130,16 @@ class Pairs:
 
 
 class StoredPairs(Stored):
-    """Trajectories, all at the same levels, the last one 0."""
+    """Trajectories, all at the same noise levels, the last one 0.
+
+    path: the folder, or an LMDB.
+    latent_shape: (F, C, H, W) of the run.
+    seed: of the order of the trajectories.
+    sigmas: noise levels of an LMDB's trajectories, which the LMDB does not hold.
+    visual_of: makes the visual conditioning of a batch's samples.
+
+    Raises ConfigError as `Stored` does, and UserError if the first trajectory cannot be read.
+    """
 
     def __init__(
         self,

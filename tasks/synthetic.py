@@ -62,7 +62,7 @@ class SyntheticTask:
         return self._visual(positions, shape).with_text(self.conditioning(self.prompts(positions)).text)
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
-        """Latents [B, F, C, H, W] of noise at these positions. RuntimeError in a data-free run."""
+        """Latents [B, F, C, H, W] of noise at these positions. Raises RuntimeError in a data-free run."""
         if not self.may_use_data:
             raise RuntimeError("a data-free run asked for real videos")
         noise = Noise(keyed_seed(self.seed, "synthetic videos"), 0, positions, self.device)
@@ -70,7 +70,7 @@ class SyntheticTask:
         return Clips(latents, self.prompts(positions), self._visual(positions, shape))
 
     def _visual(self, positions: range, shape: Shape | None = None) -> VisualConditioning:
-        """Noise in place of what an i2v network sees of an image; the others see none."""
+        """Noise in place of an image's conditioning for an i2v network; nothing for other networks."""
         net = self.geometry
         if net.model_type != "i2v":
             return VisualConditioning()
@@ -93,7 +93,7 @@ class SyntheticTask:
         return self.conditioning([self.negative_prompt]).text.expand(batch, -1, -1)
 
     def load_text_encoder(self) -> None:
-        """It is here."""
+        """Does nothing: embeddings are drawn, not encoded."""
 
     def validation_prompts(self, count: int) -> list[str]:
         return spread(self.library, count)

@@ -34,43 +34,48 @@ class Task(Protocol):
     def prompts(self, positions: range) -> list[str]: ...
 
     def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
-        """What training's samples at these positions are made from: a prompt and, where the run has them, an image.
+        """What training's samples at these positions are made from: a prompt and, if the run has images, an image.
 
-        shape: (F, C, H, W) of the samples, null for `latent_shape`; here and in `real` one that the config allows.
+        shape: (F, C, H, W) of the samples, one that the config allows, as in `real`; None is `latent_shape`.
         """
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
-        """Real videos at these positions: in any size the same content."""
+        """Real videos at these positions; another shape shows the same content in another size."""
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning: ...
 
     def image_conditioning(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
-        """Conditioning on the first pixel frames of the videos too, as these networks take them.
+        """Conditioning on prompts and on the first pixel frames of the videos, as these networks take them.
 
-        pixels: [B, T, 1 or 3, h, w] in [0, 1], or [1, ...] that all videos start with. frames: latent frames of the
-        videos; null is `latent_shape`'s. Raises ValueError for pixels of another size.
+        pixels: [B, T, 1 or 3, h, w] in [0, 1], or [1, ...] that all videos start with.
+        frames: latent frames of the videos; None is `latent_shape`'s.
+
+        Raises ValueError for pixels of another size.
         """
 
     def negative(self, batch: int) -> Tensor: ...
 
     def load_text_encoder(self) -> None:
-        """Now, and not at the first prompt that needs it; nothing where prompts need none. Raises UserError."""
+        """Loads the text encoder, if there is one, before the first prompt needs it. Raises UserError."""
 
     def validation_prompts(self, count: int) -> list[str]: ...
 
     def validation_visual(self, numbers: range, prompts: Sequence[str]) -> VisualConditioning:
-        """What validation's videos of these numbers are given beside their prompts."""
+        """Visual conditioning of validation's videos of these numbers."""
 
     def check_captions(self, stored: Stored) -> None:
-        """Raises ConfigError where a stored sample's caption has no embedding, as far as that is known beforehand."""
+        """Raises ConfigError for a stored caption that is known to have no embedding."""
 
     def decode(self, latents: Tensor) -> Tensor: ...
 
     def glimpse(self, latents: Tensor) -> Glimpse | None:
-        """How samples look, by what can be decoded in passing; None where nothing can."""
+        """How samples look, decoded in part; None if this task cannot decode."""
 
     def decoding(self) -> Callable[[Tensor], Tensor]:
-        """A new stream: blocks of latents in, in order, their pixels out; together what `decode` makes of the whole."""
+        """A new decoder of a stream: it takes blocks of latents in order and returns their pixels.
+
+        All blocks together give the pixels that `decode` makes of the whole.
+        """
 
     def encode(self, pixels: Tensor) -> Tensor: ...
 
@@ -80,18 +85,17 @@ class Task(Protocol):
     def reencode(self, latents: Tensor) -> Tensor: ...
 
     def reward(self, config: RewardConfig | None) -> Reward | None:
-        """What the config names, of a sample's latents [B, F, C, H, W] and prompts: [B], higher is better. Raises
-        ConfigError for a reward that this task does not have."""
+        """The reward that the config names. Raises ConfigError for a reward that this task does not have."""
 
 
 def no_reward(config: RewardConfig | None) -> None:
-    """Of a task without rewards. Raises ConfigError."""
+    """For a task without rewards: raises ConfigError if the config names one."""
     if config is not None:
         raise ConfigError(f"objective.reward.name '{config.name}': this data has no rewards: choose data.kind toy")
 
 
 def for_each(prompts: Sequence[str], one_or_each: Tensor) -> Tensor:
-    """[B, ...], of what is there for each prompt or [1, ...] for all. Raises ValueError for another number."""
+    """[B, ...], from a row for each prompt or [1, ...] for all. Raises ValueError for another number of rows."""
     if one_or_each.shape[0] not in (1, len(prompts)):
         raise ValueError(f"{len(prompts)} prompts and {one_or_each.shape[0]} images: give one for all, or one for each")
     return one_or_each.expand(len(prompts), *one_or_each.shape[1:])

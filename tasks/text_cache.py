@@ -1,10 +1,10 @@
-"""Text embeddings of prompts, made once: `preprocess.py text` encodes shard i of n, whoever else works on the others,
-and training reads them in place of an encoder of 11 GB.
+"""Text embeddings of prompts, made once. `preprocess.py text` encodes them in shards, which several processes may
+share, and training reads them instead of loading an encoder of 11 GB.
 
     out/shard_00002_of_00008.safetensors   tokens [T, D] of its prompts in a row, lengths [N], digests [N, 32]
     out/manifest.json                      written when every prompt was found in the shards exactly once
 
-A shard is written under another name and renamed: one that is there is complete, and is not made again.
+A shard is written under a temporary name and then renamed. A shard that exists is complete and is not made again.
 """
 
 # N prompts  L text tokens of a prompt, padded  T tokens of a shard, unpadded  D text channels
@@ -34,7 +34,7 @@ _NAME = re.compile(r"shard_(\d{5})_of_(\d{5})\.safetensors")
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part: number `index` (from 0) of `count` parts of nearly the same size, in the file's order."""
+    """Part number `index` (from 0) of `count` parts of nearly the same size, in the file's order."""
 
     index: int
     count: int
@@ -58,17 +58,22 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """What is encoded, each distinct prompt once, and by what: a hash that differs where embeddings would."""
+    """What is encoded, and by which encoder.
+
+    prompts: each distinct prompt once.
+    encoder: a hash; encoders that give other embeddings have another one.
+    made_with: the encoder's settings in words.
+    """
 
     prompts: Sequence[str]
     encoder: str
-    made_with: Mapping[str, str | int | None] = field(default_factory=dict)  # in words, where a hash cannot be had
+    made_with: Mapping[str, str | int | None] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, prompts: Iterable[str], encoder: str, made_with: Mapping[str, str | int | None] | None = None
     ) -> Source:
-        """Of prompts that may repeat."""
+        """The source of prompts that may repeat."""
         first: dict[bytes, str] = {}
         for prompt in prompts:
             first.setdefault(digest(prompt), prompt)
@@ -86,7 +91,7 @@ def digest(prompt: str) -> bytes:
 
 
 def write_shard(out: Path, shard: Shard, source: Source, encode: Encode) -> bool:
-    """Encodes one shard; False where it was there already. The last one to finish writes the manifest.
+    """Encodes one shard; returns False if it exists already. The last process to finish writes the manifest.
 
     Raises UserError where `out` holds the work of another prompt file, encoder or split, or cannot be written.
     """
@@ -167,11 +172,11 @@ class TextCache:
             self._files.append(file)
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
-        """Those that it does not hold."""
+        """The prompts that the cache does not hold."""
         return [prompt for prompt in prompts if digest(prompt) not in self._places]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Raises ValueError naming a prompt that is not there."""
+        """Embeddings [B, L, D] of prompts. Raises ValueError naming a prompt that is not in the cache."""
         if missing := self.missing(prompts):
             raise ValueError(
                 f"prompt {missing[0][:60]!r} is not in the text cache {self.folder}: add it to the prompts of "
@@ -219,7 +224,7 @@ def _save(path: Path, tensors: dict[str, Tensor], identity: dict[str, str]) -> N
 
 
 def _unpadded(embedding_LD: Tensor) -> Tensor:
-    """Without the zero rows at the end; `read_embeddings` puts them back."""
+    """The embedding without the zero rows at its end; `TextCache.encode` puts them back."""
     used = embedding_LD.ne(0).any(dim=1).nonzero()
     return embedding_LD[: int(used[-1]) + 1 if len(used) else 0]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,9 +15,6 @@ from utils.errors import ConfigError
 from worlds.toy import ToyWorld
 from worlds.toy_judge import ToyJudge
 
-if TYPE_CHECKING:
-    pass
-
 
 class ToyTask(WorldTask):
     """The toy world."""
@@ -29,7 +25,7 @@ class ToyTask(WorldTask):
         super().__init__(ToyWorld(config.toy), config, geometry, seed, device)
 
     def reward(self, config: RewardConfig | None) -> Reward | None:
-        """'prompt_adherence': the judge's. It is trained at first use, and kept."""
+        """The judge's 'prompt_adherence'. The judge is trained at first use and kept on disk."""
         if config is None:
             return None
         if config.name != "prompt_adherence":

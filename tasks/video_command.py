@@ -1,4 +1,4 @@
-"""The options of `preprocess.py video` and `images`, and what they do; VAE and encoders come from who calls them."""
+"""The options of `preprocess.py video` and `images`, and what they do; the caller brings VAE and encoders."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Encoders:
-    """What turns clips into rows. settings: what decides the numbers (which VAE, which text encoder), for the identity.
+    """What turns clips into rows.
 
-    statistics: of the VAE's raw latents, for `--raw`. temporal, spatial: the sizes that VAE and DiT can take, as
-    in `check_sizes`. text: None to write captions without embeddings. visual: None to write nothing for
-    image-to-video networks.
+    video: pixels to latents.
+    settings: what decides the numbers (which VAE, which text encoder), for the identity.
+    temporal: the step of pixel frames that VAE and DiT can take, as in `check_sizes`.
+    spatial: the step of height and width that they can take.
+    statistics: of the VAE's raw latents, for `--raw`.
+    text: captions to embeddings; None writes captions without embeddings.
+    visual: first frames to what image-to-video networks see; None writes nothing for them.
     """
 
     video: EncodeVideo
@@ -46,7 +50,13 @@ def video_command(
     *,
     images: bool = False,
 ) -> int:
-    """The command: `add_options` adds what `build` needs to the parser. images: for those. Raises UserError."""
+    """The command. Raises UserError.
+
+    argv: its arguments.
+    add_options: adds to the parser what `build` needs.
+    build: makes the encoders of the parsed arguments.
+    images: whether it encodes images instead of videos.
+    """
     kind = "images" if images else "videos"
     name = "images" if images else "video"
     parser = Parser(prog=f"preprocess.py {name}", description=f"Latents of {kind}, file by file.")

@@ -43,7 +43,7 @@ def _warn_once(message: str) -> None:
 
 
 def encoder_hash(config: TextConfig, text_len: int) -> str:
-    """What a cache keeps of its encoder: other embeddings have another. Raises ValueError."""
+    """The hash by which a cache knows its encoder and the text length. Raises ValueError."""
     return config_hash([*config.identity(), text_len])
 
 
@@ -56,9 +56,10 @@ def made_with(config: TextConfig, text_len: int) -> dict[str, str | int | None]:
 
 
 class WanText:
-    """Embeddings of prompts: from the cache; from the encoder those that it lacks, which is loaded only then.
+    """Embeddings of prompts, from the cache, or from the encoder if the cache lacks a prompt.
 
-    Raises ValueError or UserError for a cache that does not fit networks and encoder, and where there is neither.
+    The encoder is loaded when it is first needed. Raises ValueError or UserError for a cache that does not fit the
+    networks and the encoder, and if there is neither cache nor encoder.
     """
 
     def __init__(self, config: TextConfig, geometry: WanConfig, device: torch.device) -> None:
@@ -73,13 +74,16 @@ class WanText:
             self._check_encoder(self.cache, config)
 
     def _check_encoder(self, cache: TextCache, config: TextConfig) -> None:
-        """Raises ValueError where cache and encoder would give other embeddings. One on the Hub is not fetched for
-        that: what the cache says in words has to do, and a warning where it says too little."""
-        mine, refused = made_with(config, self.text_len), False
+        """Raises ValueError if the encoder would give other embeddings than the cache holds.
+
+        An encoder on the Hub is not fetched for this check. It is compared with the cache's description of its
+        encoder, and a description that says too little causes a warning.
+        """
+        description, refused = made_with(config, self.text_len), False
         if Path(str(config.encoder)).is_dir():
             refused = cache.encoder != encoder_hash(config, self.text_len)
         elif cache.made_with:
-            refused = any(cache.made_with.get(key) != value for key, value in mine.items() if key != "encoder")
+            refused = any(cache.made_with.get(key) != value for key, value in description.items() if key != "encoder")
         if refused:
             raise ValueError(
                 f"text: {config.cache} was made by another encoder, precision or cleaning than {config.encoder} in "
@@ -109,7 +113,7 @@ class WanText:
         return encoder.to(self.device)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """[B, L, D] in fp32, zero after each prompt's tokens. Raises ValueError for one that cannot be had."""
+        """[B, L, D] in fp32, zero after each prompt's tokens. Raises ValueError for a prompt without an embedding."""
         if self.cache and (not self.config.encoder or not self.cache.missing(prompts)):
             return self.cache.encode(prompts).to(self.device)
         return self.encoder.encode(prompts)
@@ -126,11 +130,17 @@ class WanText:
 
 
 class WanTask:
-    """Wan's prompts, text and pixels, and real videos as stored latents. The VAE is loaded when pixels are first asked
-    for.
+    """Wan's prompts, text and pixels, and real videos as stored latents.
 
-    library: the prompts of a config that names no file; empty for one that only generates.
-    Raises ConfigError, one line, for what of `data` does not fit the networks or is not there.
+    The VAE is loaded when it is first needed.
+
+    config: the run's data section.
+    geometry: of the networks that see the latents and embeddings.
+    seed: of the order of prompts and stored samples.
+    device: where tensors and encoders go.
+    library: the prompts of a config that names no file of prompts; empty for a task that only generates.
+
+    Raises ConfigError, one line, for a part of `data` that is absent or does not fit the networks.
     """
 
     def __init__(
@@ -195,12 +205,12 @@ class WanTask:
 
     @cached_property
     def vae(self) -> WanVAE:
-        """Raises UserError for a VAE that is not whole or not these networks'."""
+        """The VAE. Raises UserError for one that is damaged or does not fit the networks."""
         return fitting_vae(self.vae_config, self.latent_shape[1], self.device)
 
     @cached_property
     def image_encoder(self) -> ImageEncoder:
-        """Raises UserError for one that is not there, not whole or not these networks'."""
+        """CLIP. Raises UserError for one that is absent, damaged or does not fit the networks."""
         path, width = self.image_encoder_path, self.geometry.image_dim
         try:
             if path is None:
@@ -229,15 +239,17 @@ class WanTask:
         return visual.with_text(self._embed(captions)).frames(0, (shape or self.latent_shape)[0])
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
-        """Stored videos at these positions; shorter ones are their beginnings, for a VAE looks only back. Raises
-        UserError."""
+        """Stored videos at these positions. Raises UserError.
+
+        A shape of fewer frames gives the beginnings of the videos: no latent frame depends on later ones.
+        """
         if self.videos is None:
             raise UserError("data.latents is null: this run needs real videos: give a folder of preprocess.py video")
         clips = self.videos.read(positions)
         return clips.start((shape or self.latent_shape)[0], self.device)
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
-        """Raises UserError for a prompt that neither cache nor encoder gives an embedding."""
+        """Conditioning on these prompts. Raises UserError for a prompt without an embedding."""
         return Conditioning(self._embed(prompts), initial)
 
     def _embed(self, prompts: Sequence[str]) -> Tensor:
@@ -247,8 +259,10 @@ class WanTask:
             raise UserError(f"data: {problem}") from None
 
     def load_text_encoder(self) -> None:
-        """UMT5, where the config names it: the first prompt that the cache lacks then waits for nothing. Where it
-        cannot be loaded a cache has to do, with a warning."""
+        """Loads UMT5 now, if the config names it. Raises UserError.
+
+        If UMT5 cannot be loaded but there is a cache, it warns that only the cache's prompts can be used.
+        """
         try:
             if self.text.config.encoder is not None:
                 self.text.encoder  # noqa: B018  (loaded by being asked for)
@@ -258,7 +272,7 @@ class WanTask:
             _warn_once(f"data.text: only prompts of {self.text.config.cache} can be used: {problem}")
 
     def check_captions(self, stored: Stored) -> None:
-        """Raises ConfigError for stored captions that no cache knows, where there is no encoder."""
+        """Raises ConfigError if there is no encoder and the cache lacks a stored caption."""
         if not self.text.from_cache_alone:
             return
         try:
@@ -270,8 +284,10 @@ class WanTask:
 
     @torch.no_grad()
     def image_conditioning(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
-        """Conditioning on the first pixel frames [B or 1, T, 3, h, w] in [0, 1] of videos of `frames` latent frames:
-        channels, and CLIP's tokens of the first one where the networks take them, of model_type i2v; else latents.
+        """Conditioning on the first pixel frames [B or 1, T, 3, h, w] in [0, 1] of videos of `frames` latent frames.
+
+        Networks of model_type i2v get channels and, if they take them, CLIP's tokens of the first pixel frame. Other
+        networks get latents.
 
         Raises ValueError for another size, or more frames than the videos have.
         """
@@ -288,7 +304,7 @@ class WanTask:
         )
 
     def negative(self, batch: int) -> Tensor:
-        """The negative prompt's embedding [B, L, D]: every update asks for it, and it is embedded once."""
+        """The negative prompt's embedding [B, L, D], made once."""
         return self._negative.expand(batch, -1, -1)
 
     @cached_property
@@ -296,7 +312,7 @@ class WanTask:
         return self._embed([self.negative_prompt])
 
     def validation_prompts(self, count: int) -> list[str]:
-        """Without a library the captions of the images that `validation_visual` shows. Raises UserError."""
+        """Prompts of the library, or the captions of what `validation_visual` shows. Raises UserError."""
         if self.images is not None:
             return (self.images.captions * count)[:count]
         if not self.library and self.videos is not None:
@@ -306,19 +322,21 @@ class WanTask:
         return spread(self.library, count)
 
     def validation_visual(self, numbers: range, prompts: Sequence[str]) -> VisualConditioning:
-        """Of the folder's first images, or of the first real videos. Raises UserError."""
+        """Visual conditioning by the images of these numbers, or by the real videos. Raises UserError."""
         if self.images is not None:
             return self.images.numbered(numbers)
         return VisualConditioning() if self.videos is None else self.videos.read(numbers).visual
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, T, 3, h, w] in [0, 1], T = 4 (F - 1) + 1: a video at a time, for a decoder needs room."""
+        """Pixels [B, T, 3, h, w] in [0, 1], T = 4 (F - 1) + 1, decoded one video at a time to save memory."""
         return torch.cat([self.vae.decode(latent) for latent in latents.split(1)])
 
     def glimpse(self, latents: Tensor) -> Glimpse | None:
-        """The last latent frame, where drift shows most, decoded as an image; None without a VAE. Decoders clamp, so
-        what was beyond lies at the limits."""
+        """The last latent frame, where drift shows most, decoded as an image; None without a VAE.
+
+        The decoder clamps its pixels, so pixels at 0 or 1 count as clipped.
+        """
         if self.vae_config.path is None:
             return None
         pixels = self.decode(latents[:, -1:])

@@ -51,7 +51,7 @@ class World(Protocol):
 
 
 class WorldTask:
-    """A world behind the interface of a real task: everything by position, nothing by state."""
+    """A world behind the interface of a task: all that it returns depends on positions, nothing on state."""
 
     def __init__(self, world: World, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
         self.world = world
@@ -81,8 +81,10 @@ class WorldTask:
         self.stream = PromptStream(len(self.library), seed)
 
     def prompts(self, positions: range) -> list[str]:
-        """Training prompts at these positions of the endless shuffled library, or those of the videos whose first
-        frame is given."""
+        """Training prompts at these positions of the endless shuffled library.
+
+        If samples begin with real first frames, the prompts are the captions of those videos.
+        """
         if self.begins_real:
             return self.world.batch(positions, "train").captions
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
@@ -94,7 +96,7 @@ class WorldTask:
         return self.conditioning(self.prompts(positions))
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
-        """Real videos at these positions. RuntimeError in a data-free run."""
+        """Real videos at these positions. Raises RuntimeError in a data-free run."""
         if not self.may_use_data:
             raise RuntimeError("a data-free run asked for real videos")
         frames, _, height, _ = shape or self.latent_shape
@@ -118,7 +120,7 @@ class WorldTask:
         return self.encoder.encode([self.negative_prompt]).to(self.device).expand(batch, -1, -1)
 
     def load_text_encoder(self) -> None:
-        """It is here."""
+        """Does nothing: the encoder was made with the task."""
 
     def validation_prompts(self, count: int) -> list[str]:
         return spread(self.library, count)

@@ -51,7 +51,7 @@ class DigitNet(nn.Module):
 
     @classmethod
     def trained(cls, images_NCHW: Tensor, labels_N: Tensor) -> DigitNet:
-        """One trained to tell these images' labels: CPU seconds, fixed seed, the global random state untouched."""
+        """A network trained to tell these images' labels, in CPU seconds; the global random state is untouched."""
         # the CPU generator alone: torch.manual_seed would reseed the accelerators as well
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.default_generator.manual_seed(_SEED)
@@ -76,7 +76,7 @@ def stored_at(folder: str | Path, name: str, world: DataclassInstance) -> Path:
 
 
 def kept(path: Path, side: int, make: Callable[[], tuple[DigitNet, float]]) -> tuple[DigitNet, float]:
-    """The network at `path` with its accuracy on held-out handwriting; made, and put there whole, where it is not."""
+    """The network at `path` and its accuracy on held-out handwriting; made and written there if it is absent."""
     if path.exists():
         with safe_open(path, framework="pt") as file:
             accuracy = float(file.metadata()["held_out_accuracy"])

@@ -33,7 +33,7 @@ class DigitsConfig:
 
 
 class DigitsWorld:
-    """Each sample is a pure function of (config, split, index), whoever asks and in what batch."""
+    """Each sample is a pure function of (config, split, index) and does not depend on its batch."""
 
     def __init__(self, config: DigitsConfig) -> None:
         self.config = config
@@ -63,9 +63,11 @@ class DigitsWorld:
         return ToyBatch(self._images(digits, u_BK[:, 1], split), [self.caption(digit) for digit in digits])
 
     def real_videos_for(self, captions: Sequence[str], seed: int, split: Split = "test") -> Tensor:
-        """Real latents [B, 1, 1, 8, 8] that fit these captions, drawn with replacement: what a perfect generator could
-        have made. Of held-out handwriting (397 glyphs) unless `split` says "train"; apart from `batch`'s streams;
-        `seed` picks the draws."""
+        """Real latents [B, 1, 1, 8, 8] that fit these captions: what a perfect generator could have made.
+
+        They are drawn with replacement, from held-out handwriting (397 glyphs) unless `split` says "train". `seed`
+        picks the draws, which differ from those of `batch`.
+        """
         check_draws("digits", (), split)
         key = [self.config.seed, _STREAMS["real"], _STREAMS[split], seed]
         u_B = uniform(key, np.arange(len(captions), dtype=np.uint64), draws=1)[:, 0]

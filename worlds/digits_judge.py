@@ -45,8 +45,12 @@ class _Reference:
 
 
 class DigitsJudge:
-    """Judges latents against captions, as `ToyJudge` does. Trains its CNN on all training glyphs on first use (CPU
-    seconds) and keeps it in `cache_dir`. `accuracy`: share of the held-out glyphs whose digit it tells."""
+    """Judges latents against captions, as `ToyJudge` does.
+
+    It trains its CNN on all training glyphs on first use (CPU seconds) and keeps it in `cache_dir`.
+
+    `accuracy`: share of the held-out glyphs whose digit it tells.
+    """
 
     def __init__(self, world: DigitsWorld, cache_dir: str | Path) -> None:
         self.world = world
@@ -108,8 +112,8 @@ class DigitsJudge:
     def _novelty(self, latents_BFCHW: Tensor) -> float:
         train, test = self._glyphs_ND["train"], self._glyphs_ND["test"]
         shown = self.world.encode(self.world.decode(latents_BFCHW)).flatten(1)
-        mine, real = (torch.cdist(images, train).amin(1).mean() for images in (shown, test))
-        return (mine / real).item()
+        generated, real = (torch.cdist(images, train).amin(1).mean() for images in (shown, test))
+        return (generated / real).item()
 
     def _reference(self, captions: Sequence[str]) -> _Reference:
         key = tuple(captions)

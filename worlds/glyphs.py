@@ -1,5 +1,5 @@
-"""scikit-learn's bundled handwriting, 8x8 grey glyphs of the ten digits, and draws that are hashes: what the worlds
-made of them share. No download."""
+"""What the worlds of digits share: scikit-learn's bundled handwriting, 8x8 grey glyphs of the ten digits, and random
+draws that are hashes. Nothing is downloaded."""
 
 # B batch  N glyphs  K uniform draws
 

@@ -89,7 +89,7 @@ class ToyBatch:
 
 
 class ToyWorld:
-    """Makes samples on the fly; each is a pure function of (config, split, index), whoever asks and in what batch."""
+    """Makes samples on the fly; each is a pure function of (config, split, index) and does not depend on its batch."""
 
     def __init__(self, config: ToyWorldConfig) -> None:
         self.config = config
@@ -118,7 +118,7 @@ class ToyWorld:
         return ToySample(batch.latents_BFCHW[0], batch.captions[0], digit, direction)
 
     def resized(self, frames: int, height: int) -> ToyWorld:
-        """The same world with so many frames, on the canvas whose latents are so high: itself where it has both."""
+        """The same world with so many frames, and with latents of this height; itself if it has both already."""
         config = replace(self.config, frames=frames, canvas=2 * height)
         return self if config == self.config else ToyWorld(config)
 
@@ -135,7 +135,7 @@ class ToyWorld:
     def real_videos_for(self, captions: Sequence[str], seed: int, split: Split = "test") -> Tensor:
         """Real latents [B, F, C, H, W] that fit these captions: what a perfect generator could have made.
 
-        Of held-out handwriting unless `split` says "train"; apart from `sample`'s streams; `seed` picks the draws.
+        Handwriting is held-out unless `split` says "train". `seed` picks the draws, which differ from `sample`'s.
         """
         check_draws("toy world", (), split)
         digits, directions = zip(*(self.parse(caption) for caption in captions), strict=True)
@@ -162,7 +162,7 @@ class ToyWorld:
     def _render(
         self, digits: Sequence[int], directions: Sequence[str], u_BK: NDArray[np.float64], split: Split
     ) -> Tensor:
-        """Latents for the given content; u_BK [B, 3] chooses the handwriting, the start and the offset across."""
+        """Latents of this content; u_BK [B, 3] chooses the handwriting, the start and the offset across."""
         pools = [glyph_indices(split)[digit] for digit in digits]
         glyphs_BHW = glyphs()[[pool[int(u * len(pool))] for pool, u in zip(pools, u_BK[:, 0], strict=True)]]
         offset_BFxy = _offsets(self.config, np.array([DIRECTIONS[d] for d in directions]).reshape(-1, 2), u_BK[:, 1:])

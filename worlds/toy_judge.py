@@ -83,15 +83,18 @@ class ToyJudge:
             captions, in percent of the real features' total variance; appearance_fd_floor: the same for as many real
             held-out videos, what a perfect generator would score (mean of several draws, and their deviation *_sd).
             Far below the floor hints at copies of the training digits.
-        motion_error: mean |speed - true speed| in px/frame. jitter: standard deviation, in px, of the frame-to-frame
-            displacement about its mean over the video. Both of the ink's centroid, with standard errors *_se.
+        motion_error: mean |speed - true speed| of the ink's centroid, in px/frame, with its standard error *_se.
+        jitter: standard deviation, in px, of the centroid's frame-to-frame displacement about its mean over the video,
+            with its standard error *_se.
         flicker: mean frame-to-frame |change of total ink|, as a share of real ink, beyond that of real videos.
-        intensity: mean pixel, with *_se; intensity_real: that of real videos. clipped: share of values outside [0, 1].
+        intensity: mean pixel, with *_se; intensity_real: that of real videos.
+        clipped: share of values outside [0, 1].
         diversity: mean feature distance between videos of one caption, relative to real; nan if no caption is repeated.
         appearance_drift: mean distance of a video's features over its last 15 % of frames to those over its first, in
-            percent of the spread of real videos; appearance_drift_real: real videos'. intensity_drift: mean magnitude
-            of the mean pixel's change between the same frames, as a share of real intensity. motion: mean absolute
-            change of a pixel from frame to frame; motion_real: real videos'.
+            percent of the spread of real videos; appearance_drift_real: real videos'.
+        intensity_drift: mean magnitude of the mean pixel's change between the same frames, as a share of real
+            intensity.
+        motion: mean absolute change of a pixel from frame to frame; motion_real: real videos'.
 
         Raises ValueError if sizes disagree, fewer than 2 videos are given, or latents are not finite.
         """
@@ -229,8 +232,8 @@ def displacement(pixels_BFCHW: Tensor) -> Tensor:
 
 
 def centred(pixels_BFCHW: Tensor) -> Tensor:
-    """Every frame rolled by whole pixels so that its centroid is in the middle: place is no part of appearance. One
-    with NaN, which has no place, stays where it is."""
+    """Every frame rolled by whole pixels so that its centroid is in the middle: place is no part of appearance. A
+    frame with NaN has no centroid and stays as it is."""
     phase = centroid_phase(pixels_BFCHW)
     for dim, axis in ((-1, 0), (-2, 1)):
         size = pixels_BFCHW.shape[dim]
