@@ -28,7 +28,7 @@ from trainer.ode import trajectories
 from utils import distributed
 from utils.cli import Parser
 from utils.config import to_plain
-from utils.data.preprocessing import MakeTrajectories, Share, write_ode
+from utils.data.preprocessing import Job, MakeTrajectories, Share, write_ode
 from utils.errors import UserError
 from utils.parallel.mesh import Mesh, build_mesh
 
@@ -49,7 +49,7 @@ def preprocess_ode(argv: Sequence[str]) -> int:
     if config.trainer is not TrainerKind.ode or config.teacher is None:
         raise UserError(f"{args.config_path} is no recipe of ODE initialisation: it needs trainer: ode and a teacher")
     try:
-        job = Share.parse(args.share)
+        share = Share.parse(args.share)
     except ValueError as problem:
         raise UserError(f"--share: {problem}") from None
     distributed.init()
@@ -57,25 +57,28 @@ def preprocess_ode(argv: Sequence[str]) -> int:
     task = build_task(config, distributed.device())
     make, levels = making(config, mesh, task)
     try:
+        job = Job(
+            args.out,
+            {key: to_plain(config)[key] for key in ("ode", "teacher", "data", "schedule", "seed")},
+            rows=args.rows,
+            batch=config.training.micro_batch_size,
+            share=Share(share.index * mesh.dp_size + mesh.dp_rank, share.count * mesh.dp_size),
+            dtype=PRECISIONS[args.dtype],
+            show=distributed.is_main(),
+        )
         report = write_ode(
             task.prompts(range(config.ode.pairs)),
             make,
             levels,
-            args.out,
-            settings={key: to_plain(config)[key] for key in ("ode", "teacher", "data", "schedule", "seed")},
-            rows=args.rows,
-            batch=config.training.micro_batch_size,
-            share=Share(job.index * mesh.dp_size + mesh.dp_rank, job.count * mesh.dp_size),
+            job,
             together=_most if mesh.world > 1 else None,
             writes=mesh.sequence_rank == 0,
             visual=lambda positions: _stored(task.conditions(positions)),
-            dtype=PRECISIONS[args.dtype],
-            show=distributed.is_main(),
         )
     except (ValueError, OSError) as problem:
         raise UserError(str(problem)) from None
     if distributed.is_main():
-        print(f"{args.out}: {report.made} files made, {report.there} were there")
+        print(f"{args.out}: {report.made} files made, {report.present} were there")
     return 0
 
 
@@ -98,10 +101,10 @@ def making(config: RunConfig, mesh: Mesh, task: Task) -> tuple[MakeTrajectories,
     return make, [[*grid, 0.0][index] for index in keep]
 
 
-def _stored(given: Conditioning) -> dict[str, Tensor]:
-    """What a trajectory was made from beside its prompt, and does not hold itself; by Sample's fields."""
-    latents = None if given.channels is None else given.channels[:, :, STRIDE_T:]
-    fields = {"first_latents": latents, "clip": given.image}
+def _stored(conditioning: Conditioning) -> dict[str, Tensor]:
+    """What trajectories were made from beside their prompts, by the name of Sample's field."""
+    latents = None if conditioning.channels is None else conditioning.channels[:, :, STRIDE_T:]
+    fields = {"first_latents": latents, "clip": conditioning.image}
     return {name: value for name, value in fields.items() if value is not None}
 
 
