@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from generation.command import InferenceArgs
 from generation.footage import read_footage
-from generation.generator import Generator, slug
+from generation.generator import Generator
 from model.wan.transformer import WanTransformer
 from utils import distributed
 from utils.config import config_hash
@@ -140,6 +141,11 @@ def _decoded(blocks: Iterable[Tensor], decoder: SideDecoder | None) -> Iterator[
         yield begun()
 
 
+def slug(prompt: str, most: int = 48) -> str:
+    """A file name made of a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:most].rstrip("-") or "empty"
+
+
 def _paths(args: InferenceArgs) -> tuple[list[Path], bool]:
     """Where each prompt's video goes, and whether those that are there are kept. Raises UserError."""
     if not args.from_file and args.out.suffix:
@@ -203,8 +209,8 @@ def _same_settings(args: InferenceArgs, checkpoints: Sequence[str]) -> None:
     file = args.out / "settings.json"
     settings = json.loads(json.dumps(settings))  # as they come back
     if file.is_file():
-        there = json.loads(file.read_text())
-        changed = sorted(key for key in settings if there.get(key) != settings[key])
+        stored = json.loads(file.read_text())
+        changed = sorted(key for key in settings if stored.get(key) != settings[key])
         if changed:
             raise UserError(
                 f"the videos in {args.out} were made with other settings ({', '.join(changed)}): give another --out"

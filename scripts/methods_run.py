@@ -18,7 +18,8 @@ from torch import Tensor
 from configs.load import load_run
 from configs.schema import RunConfig
 from evaluation.toy_suite import evaluate_generator, evaluate_real, generate_all, judge_of
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from scripts.methods_table import BY_KEY, Method
 from scripts.report_samples import end_with_parent
 from tasks.task import spread

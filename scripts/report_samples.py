@@ -26,7 +26,8 @@ from torch import Tensor
 
 from configs.load import run_from_plain
 from configs.schema import RunConfig
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from utils import checkpoint, distributed
 from utils.errors import UserError
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from generation.command import inference_args
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling, StudentChoice
 from generation.videos import generate_videos
 from tests.nets import relative
 from tests.small import DIFFUSION, DISTILLATION, merged, trainer
@@ -45,7 +46,7 @@ def generators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Generator]
             overrides = {"overrides": {"model_type": "ti2v"}}
             changes |= {k: overrides for k in ("student", "teacher", "critic") if base[k] is not None}
         trainer(path, base, max_steps=3, **changes).train()
-        out[name] = Generator.load(path, CPU, weights="raw")
+        out[name] = Generator.load(path, CPU, student=StudentChoice("raw"))
     return out
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from generation.acceleration import Acceleration
 from generation.command import inference_args
-from generation.generator import Generator, Sampling, slug
+from generation.generator import Generator
 from generation.live import Live, Pace
-from generation.videos import Rate, generate_videos
+from generation.sampling import Sampling, StudentChoice
+from generation.videos import Rate, generate_videos, slug
 from model.wan.captured import Captured
 from model.wan.config import NetworkConfig
 from model.wan.kv_cache import KVCache
@@ -43,7 +44,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_average_is_the_default_and_raw_weights_differ(run: Path) -> None:
-    videos = {w: Generator.load(run, CPU, weights=w)(PROMPTS, Sampling(), [0, 1]) for w in ("ema", "raw")}
+    videos = {
+        w: Generator.load(run, CPU, student=StudentChoice(w))(PROMPTS, Sampling(), [0, 1]) for w in ("ema", "raw")
+    }
     assert videos["ema"].shape == (2, 9, 4, 8, 8)
     assert not torch.equal(videos["ema"], videos["raw"])
 
@@ -357,7 +360,7 @@ def test_size_of_a_run(run: Path, tmp_path: Path) -> None:
 
 def test_a_lora_scale_needs_an_adapter(run: Path) -> None:
     with pytest.raises(UserError, match="--lora_scale 0.5: this run trained no adapter"):
-        Generator.load(run, CPU, lora_scale=0.5)
+        Generator.load(run, CPU, student=StudentChoice(lora_scale=0.5))
     with pytest.raises(ValueError, match="init_lora_scale is of an adapter in init, which is null"):
         NetworkConfig(init_lora_scale=0.5)
     with pytest.raises(ConfigError, match="this is no run: leave it 1"):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from generation import generator as generate
 from generation.command import inference_args, open_generator
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from generation.videos import generate_videos
 from model.schedule import flow_match_euler_sigmas
 from model.score import ScoreNet

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from generation.export import scheduler_sigmas
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling, StudentChoice
 from generation.two_experts import joined
 from model.types import Conditioning
 from tests.generation.test_export import exported, make_run, network
@@ -36,7 +37,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_each_expert_makes_the_steps_on_its_side(runs: dict[str, Path]) -> None:
-    high, low = Generator.load(runs["high"], CPU), Generator.load(runs["low"], CPU, weights="raw")
+    high, low = Generator.load(runs["high"], CPU), Generator.load(runs["low"], CPU, student=StudentChoice("raw"))
     both = high.with_low(low)
     prompts, ids = high.task.validation_prompts(2), [0, 1]
     sigmas = both.step_list(None)

@@ -13,7 +13,8 @@ import torch
 
 from configs.load import load_run
 from evaluation.command import SPLITS, Row, eval_prompts
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from scripts import report, report_html, report_samples
 from scripts.report_plots import Panel, curves, held, short, side_by_side, thinned, write_comparison
 from scripts.report_samples import METHODS, RUNS, Method
