@@ -181,7 +181,13 @@ class Workload:
     def generator_step(self, exit_step: int) -> None:
         made = self.rollout(exit_step, True)
         query = ScoreQuery(
-            made, self.teacher, self.critic, self.conditioning, self.guidance, self.sigma, self.score_noise
+            made,
+            real=self.teacher,
+            fake=self.critic,
+            conditioning=self.conditioning,
+            guidance=self.guidance,
+            sigma=self.sigma,
+            noise=self.score_noise,
         )
         dmd_loss(query).loss.backward()
         self.optimizers["student"].zero_grad()
@@ -207,7 +213,14 @@ def measure(
     repeats: int,
     compiled: bool = False,
 ) -> dict[str, Any]:
-    """One configuration, in this process. repeats: calls whose median counts; the others: see `Workload`.
+    """One configuration, in this process.
+
+    size: of the networks and the videos.
+    precision: of the networks.
+    checkpointing: what is recomputed in the backward pass.
+    backend: of attention.
+    repeats: calls whose median counts.
+    compiled: whether blocks are compiled.
 
     Returns seconds of the unit, units of both steps by exit step, peak memory in GB and the machine. `tokens` counts
     forward evaluations, recomputation left out.

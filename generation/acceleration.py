@@ -18,7 +18,7 @@ SHAPES = 64  # of passes that torch.compile may make code for: one for each numb
 
 @dataclass(frozen=True)
 class Acceleration:
-    """graphs: passes of a stream are recorded as CUDA graphs and replayed; null: where there is CUDA.
+    """graphs: passes of a stream are recorded as CUDA graphs and replayed; None: where there is CUDA.
 
     compile: blocks go through torch.compile, which makes one kernel of a norm and its modulation, of a rotation, and
     takes minutes at first. fp8: the blocks' linear layers multiply in fp8, row by row (torchao), on GPUs that can.

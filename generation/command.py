@@ -147,19 +147,7 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     if suffix not in FORMATS:
         raise UserError(f"--out {a.out}: unknown format .{suffix}: use {', '.join(f'.{name}' for name in FORMATS)}")
     source = _model(a) if a.model is not None else a.run or a.checkpoint
-    if a.model is None and (unused := [name for name in ("shift", "negative_prompt") if getattr(a, name)]):
-        raise UserError(f"--{unused[0]} is for --model: a run has its own")
-    if a.model is not None:
-        refused = {
-            "low_run": "a released model has both experts in its folder",
-            "weights": "a model has one set of them",
-        }
-        refused |= {"image_encoder": "a model's folder has its own"}
-        if a.lora_scale is not None and not a.lora + a.low_lora:
-            raise UserError("--lora_scale: --model has no adapter of its own: give --lora too")
-        for name, why in refused.items():
-            if getattr(a, name) is not None:
-                raise UserError(f"--{name} is for runs: {why}")
+    _refuse_for_others(a)
     if a.shift is not None and a.shift <= 0:
         raise UserError(f"--shift {a.shift}: give a positive number, 1 for none")
     footage = footage_args(a)
@@ -202,6 +190,25 @@ def _sampling(a: argparse.Namespace) -> Sampling:
         block_steps=a.block_steps,
         noisy_context=a.noisy_context,
     )
+
+
+def _refuse_for_others(a: argparse.Namespace) -> None:
+    """UserError for options that are for a run beside --model, or the other way round."""
+    if a.model is None:
+        for name in ("shift", "negative_prompt"):
+            if getattr(a, name):
+                raise UserError(f"--{name} is for --model: a run has its own")
+        return
+    if a.lora_scale is not None and not a.lora + a.low_lora:
+        raise UserError("--lora_scale: --model has no adapter of its own: give --lora too")
+    refused = {
+        "low_run": "a released model has both experts in its folder",
+        "weights": "a model has one set of them",
+        "image_encoder": "a model's folder has its own",
+    }
+    for name, why in refused.items():
+        if getattr(a, name) is not None:
+            raise UserError(f"--{name} is for runs: {why}")
 
 
 def _model(a: argparse.Namespace) -> Model:

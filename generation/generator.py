@@ -16,6 +16,7 @@ from torch import Tensor
 from configs.load import run_from_plain
 from configs.schema import RunConfig
 from generation.acceleration import UNCHANGED, Acceleration
+from generation.refusals import refuse_inputs, refuse_unused
 from generation.resize import resize
 from generation.sampling import Sampler, Sampling, StudentChoice
 from generation.two_experts import joined, starts_from_noise
@@ -112,20 +113,11 @@ class Generator:
             raise UserError(f"no run in {path}: give a run's folder, or a checkpoint's")
         state = checkpoint.load_state(folder)
         config = run_from_plain(state["config"])
-        if image_encoder is not None:
-            if config.student.geometry().image_dim is None:
-                raise UserError("--image_encoder: this network sees no CLIP tokens: leave it out")
-            config.data.image_encoder = image_encoder
         if student.lora_scale != 1 and config.student.lora is None:
             raise UserError(
                 f"--lora_scale {student.lora_scale}: this run trained no adapter: give --lora, or leave it out"
             )
-        if size is not None:
-            resize(config.data, *size)
-        if tiny_decoder is not None:
-            if config.data.kind != "wan":
-                raise UserError(f"--tiny_decoder is for Wan's latents: this run's data are of kind {config.data.kind}")
-            config.data.vae.tiny_decoder, config.data.vae.tiled = tiny_decoder, False
+        _change_data(config, image_encoder, size, tiny_decoder)
         network: NetworkConfig = replace(
             config.student,
             init=str(folder),
@@ -200,8 +192,8 @@ class Generator:
 
         Raises UserError for what this network cannot do.
         """
-        self._refuse_unused(sampling)
-        self._refuse_inputs(sampling, first_frames, clip)
+        refuse_unused(self, sampling)
+        refuse_inputs(self, sampling, first_frames, clip)
         conditioning = self._conditioning(prompts, sampling, first_frames, clip)
         source = Noise(sampling.seed, 0, ids, self.device)
         frames = self._frames(sampling, conditioning)
@@ -251,8 +243,8 @@ class Generator:
             raise UserError(f"--frames {sampling.frames}: this video has no end: leave it out")
         if sampling.window is None and self.config.causal.window_frames is None:
             sampling = replace(sampling, window=self.trained_frames)
-        self._refuse_unused(sampling)
-        self._refuse_inputs(sampling, first_frames, None)
+        refuse_unused(self, sampling)
+        refuse_inputs(self, sampling, first_frames, None)
         conditioning = self._conditioning(prompts, sampling, first_frames, None)
         initial, trained = conditioning.initial_frames, self.config.causal
         block = 1 if trained.independent_first_frame and not initial else trained.num_frame_per_block
@@ -315,47 +307,6 @@ class Generator:
                 f"--frames {frames}: {initial} of them are given, nothing is left to generate: ask for more"
             )
         return frames
-
-    def _refuse_unused(self, sampling: Sampling) -> None:
-        """UserError for options that this network would silently ignore."""
-        unused: dict[str, object]
-        if not self.causal:
-            kind, unused = "a bidirectional network", {"window": sampling.window, "sinks": sampling.sinks}
-            unused |= {"block_steps": sampling.block_steps or None, "noisy_context": sampling.noisy_context or None}
-            instead = "use a causal student"
-        else:
-            kind, unused, instead = "a causal student", {"guidance": sampling.guidance}, "leave it out"
-        for name, value in unused.items():
-            if value is not None:
-                raise UserError(f"--{name}: {kind} takes none: {instead}")
-        most = len(self.config.schedule.denoising_step_list)
-        if too_many := [steps for steps in sampling.block_steps if steps > most]:
-            raise UserError(f"--block_steps: {too_many[0]}: this student has {most} steps: choose 1 to {most}")
-        if sampling.block_steps and (sampling.steps is not None or sampling.strength is not None):
-            raise UserError("--block_steps names the steps of every block: leave out --steps and --strength")
-        if self.few_steps:
-            for name in ("guidance", "guidance_2", "solver"):
-                if getattr(sampling, name) is not None:
-                    raise UserError(f"--{name}: a distilled student takes none: leave it out")
-        if sampling.guidance_2 is not None and not isinstance(self.score.net, Experts):
-            raise UserError("--guidance_2 is for models of two experts: this is one network: leave it out")
-        if sampling.sinks is not None and sampling.window is None and self.config.causal.window_frames is None:
-            raise UserError(f"--sinks {sampling.sinks}: without a window nothing is ever dropped: give --window too")
-
-    def _refuse_inputs(self, sampling: Sampling, first_frames: Tensor | None, clip: Tensor | None) -> None:
-        """UserError for an image or a clip that this network cannot take, or lacks."""
-        strength = sampling.strength
-        if (clip is None) != (strength is None) or (strength is not None and not 0 < strength <= 1):
-            raise UserError(f"--strength {strength}: give a clip and a share of the steps in (0, 1], or neither")
-        if clip is not None and first_frames is not None:
-            raise UserError("--strength makes a clip anew, from its own first frame: leave the image out")
-        if first_frames is not None and not self.causal and self.model_type == "t2v":
-            raise UserError(
-                "--image, --extend: a bidirectional network takes none unless it was made for it (model_type ti2v or "
-                "i2v): use such a network, or a causal student"
-            )
-        if first_frames is None and clip is None and self.model_type == "i2v":
-            raise UserError("this network makes videos from an image (model_type i2v): give --image")
 
     def _conditioning(
         self, prompts: Sequence[str], sampling: Sampling, first_frames: Tensor | None, clip: Tensor | None
@@ -421,3 +372,19 @@ class Generator:
 def _geometry(conditioning: Conditioning, frames: int | None, causal: CausalConfig) -> object:
     """What is equal for videos whose passes have the same shapes."""
     return conditioning.batch, frames, causal
+
+
+def _change_data(
+    config: RunConfig, image_encoder: str | None, size: tuple[int, int] | None, tiny_decoder: str | None
+) -> None:
+    """Puts what `Generator.load` was told in place of the run's. Raises UserError."""
+    if image_encoder is not None:
+        if config.student.geometry().image_dim is None:
+            raise UserError("--image_encoder: this network sees no CLIP tokens: leave it out")
+        config.data.image_encoder = image_encoder
+    if size is not None:
+        resize(config.data, *size)
+    if tiny_decoder is not None:
+        if config.data.kind != "wan":
+            raise UserError(f"--tiny_decoder is for Wan's latents: this run's data are of kind {config.data.kind}")
+        config.data.vae.tiny_decoder, config.data.vae.tiled = tiny_decoder, False

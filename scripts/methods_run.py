@@ -60,7 +60,7 @@ class Job:
         return self.folder / "result.json"
 
     def config(self) -> RunConfig | None:
-        """The run's, or null for a row that trains nothing. Raises ConfigError."""
+        """The run's, or None for a row that trains nothing. Raises ConfigError."""
         method = self.method
         if method.recipe is None:
             return None

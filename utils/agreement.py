@@ -61,9 +61,9 @@ class FiniteCheck:
     def __init__(self, losses: Mapping[str, float], named: Mapping[str, torch.nn.Parameter]) -> None:
         self.bad = [name for name, value in losses.items() if not math.isfinite(value)]
         self.named = named
-        own = [p.grad for p in named.values() if p.grad is not None and not isinstance(p.grad, DTensor)]
+        local = [p.grad for p in named.values() if p.grad is not None and not isinstance(p.grad, DTensor)]
         # read only if something is wrong: no waiting for a GPU here
-        self.norm = torch.nn.utils.get_total_norm(own) if own and distributed.world_size() > 1 else None
+        self.norm = torch.nn.utils.get_total_norm(local) if local and distributed.world_size() > 1 else None
 
     def agree(self, grad_norm: float) -> str | None:
         """None if all is finite on all ranks, else what is not, and on which ranks; the same on every rank.

@@ -257,11 +257,11 @@ class LocalLoadPlanner(DefaultLoadPlanner):
     """Plans what to read, and keeps it to itself: as with saving, the exchange would cost more than the reading."""
 
     def create_local_plan(self) -> LoadPlan:
-        self.own = super().create_local_plan()
+        self.rank_plan = super().create_local_plan()
         return LoadPlan([])
 
     def finish_plan(self, new_plan: LoadPlan) -> LoadPlan:
-        return self.own
+        return self.rank_plan
 
 
 def load(folder: Path, table: Table, tensors: Groups, group: dist.ProcessGroup | None) -> None:

@@ -112,8 +112,8 @@ def frechet_distance(features_a_ND: Tensor, features_b_ND: Tensor) -> float:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"frechet distance: needs [N >= 2, D] twice, got {list(a.shape)} and {list(b.shape)}")
     moments = Moments(), Moments()
-    for one, features in zip(moments, (a, b), strict=True):
-        one.add(features)
+    for part, features in zip(moments, (a, b), strict=True):
+        part.add(features)
     return frechet_between(*moments)
 
 

@@ -237,8 +237,7 @@ def write_ode(
     Raises ValueError for another job's files in `out`, levels that do not fall to 0, and trajectories of another size
     or with NaN.
     """
-    levels = list(sigmas)
-    files = _ode_files(prompts, levels, job)
+    files = _ode_files(prompts, list(sigmas), job)
     todo = files.missing(job.share)
     report = Report(present=len(files.numbers(job.share)) - len(todo))
     parts = {number: list(_parts(files.items(number), job.batch)) for number in todo}
@@ -249,29 +248,28 @@ def write_ode(
     for number, ranges in parts.items():
         made = []
         for positions in ranges:
-            x = make(positions, [prompts[i] for i in positions]).detach().cpu()
-            made.append(_checked(x, positions, len(levels)))
+            x = make(positions, [prompts[i] for i in positions])
+            made.append(_checked(x.detach().cpu(), positions, len(sigmas)))
             seen += len(positions)
             progress.update(seen, {"file": number})
         captions = [prompts[i] for i in files.items(number)]
         if writes:
             write_trajectories(
-                files.path(number), torch.cat(made), torch.tensor(levels), captions, metadata=notes, dtype=job.dtype,
-                visual=visual(files.items(number)) if visual else None,
+                files.path(number), torch.cat(made), torch.tensor(list(sigmas)), captions,
+                metadata=notes, dtype=job.dtype, visual=visual(files.items(number)) if visual else None,
             )  # fmt: skip
         report.made, report.rows = report.made + 1, report.rows + len(captions)
     for _ in range(most - calls):
-        positions = range(min(job.batch, len(prompts)))
-        make(positions, [prompts[i] for i in positions])
+        make(range(min(job.batch, len(prompts))), list(prompts[: job.batch]))
     progress.close()
     return report
 
 
-def _ode_files(prompts: Sequence[str], levels: Sequence[float], job: Job) -> Files:
+def _ode_files(prompts: Sequence[str], levels: list[float], job: Job) -> Files:
     """The files of these trajectories. Raises ValueError for levels that do not fall to 0."""
-    if len(levels) < 2 or levels[-1] != 0 or list(levels) != sorted(set(levels), reverse=True):
+    if len(levels) < 2 or levels[-1] != 0 or levels != sorted(set(levels), reverse=True):
         raise ValueError(f"ODE: the stored noise levels must fall, and end at 0; got {levels}")
-    identity = _digest([list(prompts), list(levels), str(job.dtype), dict(job.settings)])
+    identity = _digest([list(prompts), levels, str(job.dtype), dict(job.settings)])
     return Files(job.out, "ode", ".safetensors", len(prompts), job.rows, identity)
 
 

@@ -160,10 +160,10 @@ class Stream:
 
 def stacked(tensors: Sequence[Tensor | None], what: str) -> Tensor:
     """[B, ...] of one field of B samples. Raises ValueError where a sample has none, or another shape."""
-    there = [tensor for tensor in tensors if tensor is not None]
-    if len(there) < len(tensors) or not there:
-        raise ValueError(f"data: {len(tensors) - len(there)} of {len(tensors)} samples have no {what}")
-    shapes = sorted({tuple(tensor.shape) for tensor in there})
+    present = [tensor for tensor in tensors if tensor is not None]
+    if len(present) < len(tensors) or not present:
+        raise ValueError(f"data: {len(tensors) - len(present)} of {len(tensors)} samples have no {what}")
+    shapes = sorted({tuple(tensor.shape) for tensor in present})
     if len(shapes) > 1:
         raise ValueError(f"data: {what} of one batch have several shapes: {shapes}; use buckets, or one size")
-    return torch.stack(there)
+    return torch.stack(present)
