@@ -107,7 +107,7 @@ def measure(run: Run, inputs: tuple[Tensor, ...], repeats: int) -> dict[str, Any
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What backends raise that cannot run; Triton's for kernels that cannot be compiled or do not fit."""
+    """The errors of backends that cannot run, and Triton's for kernels that do not compile or do not fit."""
     if available(SparseBackend.TRITON) is not None:
         return RuntimeError, ValueError
     from triton.errors import TritonError

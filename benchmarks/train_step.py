@@ -80,7 +80,7 @@ PUBLIC: dict[tuple[str, str], dict[str, Any]] = {
 
 
 class KeyedDraws:
-    """A NoiseSource that makes each draw anew from its role."""
+    """A NoiseSource whose draws depend on their role alone."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -93,8 +93,10 @@ class KeyedDraws:
 class Workload:
     """Three networks with random weights, both optimizers' states, and one update's inputs.
 
-    size: presets of the networks, shape of the latents, device. precision: fp32 or bf16.
-    checkpointing: of the student and the critic. backend: of attention.
+    size: presets of the networks, shape of the latents, device.
+    precision: fp32 or bf16.
+    checkpointing: of the student and the critic.
+    backend: of attention.
     layers: of the student and the critic, and of the teacher; None: as many as their presets say.
     compiled: the networks' blocks go through torch.compile; the replayed backward of a rollout does not.
     """

@@ -193,7 +193,7 @@ def _sampling(a: argparse.Namespace) -> Sampling:
 
 
 def _refuse_for_others(a: argparse.Namespace) -> None:
-    """UserError for options that are for a run beside --model, or the other way round."""
+    """Raises UserError for options of a run beside --model, or of --model beside a run."""
     if a.model is None:
         for name in ("shift", "negative_prompt"):
             if getattr(a, name):
@@ -233,7 +233,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
-    """What the command names, loaded. Raises UserError."""
+    """Loads what the command names. Raises UserError."""
     if isinstance(args.source, Model):
         return load_model(
             args.source, args.sampling.frames, device, loras=args.loras, low_loras=args.low_loras,

@@ -79,7 +79,7 @@ class Generator:
 
     @property
     def context_frames(self) -> int:
-        """Latent frames of a video that this network goes on from: a block, or the one of image-to-video networks."""
+        """Latent frames of a video that this network goes on from: a block, or 1 for image-to-video networks."""
         if not self.causal or self.model_type == "i2v":
             return 1
         return self.config.causal.num_frame_per_block + self.config.causal.independent_first_frame
@@ -135,7 +135,7 @@ class Generator:
         return cls(config, score, device, task=task, acceleration=acceleration, checkpoints=(str(folder.resolve()),))
 
     def with_low(self, low: Generator) -> Generator:
-        """This high-noise expert and a low-noise one as one student. Raises UserError for what is no such pair."""
+        """This high-noise expert and a low-noise one as one student. Raises UserError where they are no such pair."""
         config, boundary = joined(self.config, low.config)
         score = ScoreNet(
             Experts(self.score.net, low.score.net, boundary), "student", Evaluations(), self.score.compute_dtype,
@@ -145,7 +145,7 @@ class Generator:
         return Generator(config, score, self.device, task=self.task, checkpoints=both)
 
     def as_causal(self, student: RunConfig) -> Generator:
-        """The same weights run as a causal student's are, its undistilled baseline: same blocks, levels, videos."""
+        """The same weights, sampled as a causal student is: its undistilled baseline, of the same blocks and levels."""
         config = replace(student, student=self.config.student)
         task = self.task if student.data == self.config.data else None
         return Generator(config, self.score, self.device, task=task, sampler=Sampler(causal=True))
@@ -231,8 +231,8 @@ class Generator:
     def endless(
         self, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int], first_frames: Tensor | None = None
     ) -> CausalStream:
-        """A causal student's videos without end, a block at a time: what `stream` yields, for as long as one asks; then
-        `keep` may have it.
+        """A causal student's videos without end, a block at a time. They are those of `stream`, and `keep` takes them
+        once they are no longer wanted.
 
         A student that has no window gets one of as many frames as it was trained on. Raises UserError for what this
         network cannot do.

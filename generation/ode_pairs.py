@@ -1,4 +1,4 @@
-"""`[torchrun] preprocess.py ode --config_path X --out DIR`: a teacher's ODE trajectories, made once and by any number.
+"""`[torchrun] preprocess.py ode --config_path X --out DIR`: a teacher's ODE trajectories, made once by any ranks.
 
 The config is that of the run that learns from them: its `teacher`, `ode` and `data` sections, and the schedule's steps,
 at whose noise levels states are stored. Trajectory i is what that run would make itself, for its own i-th prompt.
@@ -83,7 +83,7 @@ def preprocess_ode(argv: Sequence[str]) -> int:
 
 
 def making(config: RunConfig, mesh: Mesh, task: Task) -> tuple[MakeTrajectories, list[float]]:
-    """What makes trajectories [B, S, F, C, H, W] on the CPU, draws by position; and the stored levels [S]."""
+    """What makes trajectories [B, S, F, C, H, W] on the CPU, drawn by position, and the stored levels [S]."""
     assert config.teacher is not None
     device = distributed.device()
     teacher = build_frozen(config, config.teacher, "teacher", Evaluations(), device, mesh)

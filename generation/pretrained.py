@@ -144,7 +144,7 @@ def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu
 
 
 def boundary_of(folder: Path) -> float | None:
-    """The noise level that parts the two experts, None of one network. Raises ValueError where it is not told."""
+    """The noise level that parts the two experts, None for one network. Raises ValueError where no file names it."""
     if not (folder / "transformer_2").is_dir():
         return None
     boundary = _json(folder / "model_index.json").get("boundary_ratio")
@@ -157,12 +157,12 @@ def boundary_of(folder: Path) -> float | None:
 
 
 def solver_of(folder: Path) -> Solver:
-    """That of the scheduler's file, Euler where it names another one."""
+    """The solver that the scheduler's file names, Euler where it names one that is not here."""
     return SOLVERS.get(str(_json(folder / SCHEDULER).get("_class_name")), Solver.euler)
 
 
 def shift_of(folder: Path) -> float:
-    """What the scheduler's file says. Raises ValueError where it says nothing."""
+    """The shift that the scheduler's file names. Raises ValueError where it names none."""
     values = _json(folder / SCHEDULER)
     for key in ("flow_shift", "shift"):
         if values.get(key):

@@ -1,4 +1,4 @@
-"""What a network cannot be asked for, told before anything is made."""
+"""What a network cannot do is refused before anything is made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def refuse_unused(generator: Generator, sampling: Sampling) -> None:
-    """UserError for options that the network would silently ignore."""
+    """Raises UserError for options that the network would silently ignore."""
     unused: dict[str, object]
     if not generator.causal:
         kind, unused = "a bidirectional network", {"window": sampling.window, "sinks": sampling.sinks}
@@ -42,7 +42,7 @@ def refuse_unused(generator: Generator, sampling: Sampling) -> None:
 
 
 def refuse_inputs(generator: Generator, sampling: Sampling, first_frames: Tensor | None, clip: Tensor | None) -> None:
-    """UserError for an image or a clip that the network cannot take, or lacks."""
+    """Raises UserError for an image or a clip that the network cannot take, or lacks."""
     strength = sampling.strength
     if (clip is None) != (strength is None) or (strength is not None and not 0 < strength <= 1):
         raise UserError(f"--strength {strength}: give a clip and a share of the steps in (0, 1], or neither")

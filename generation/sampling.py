@@ -1,4 +1,4 @@
-"""What one may choose of a run's sampling: how, by which kind of sampler, with which of its weights."""
+"""What is chosen when a run is sampled: steps and guidance, the kind of sampler, the weights."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def _cells(line: Line, columns: Columns, naive: Line | None, measured: Columns) 
 
 
 def verdict(line: Line, naive: Line, measured: Columns) -> str:
-    """Of a student: yes or no; of one training nothing can be said."""
+    """Whether a student beats the naive row, yes or no; of one training nothing can be said."""
     if not line.method.is_student:
         return ""
     if len(line.results) < 2:

@@ -35,7 +35,7 @@ SHOWN = 6  # videos a strip
 
 @dataclass(frozen=True)
 class Options:
-    """Of the whole: where, how many videos are judged, which split, and what shortens every run in a trial."""
+    """Options of all jobs: the folder, how many videos are judged, the split, and what shortens runs in a trial."""
 
     root: Path
     count: int = 400
@@ -76,11 +76,11 @@ class Job:
         return run_folder(self.options.root, row, self.seed, once=BY_KEY[row].once)
 
     def needs(self, other: Job) -> bool:
-        """Whether this one starts from the other."""
+        """Whether this job starts from the other."""
         return other.method.key in self.method.needs() and (other.method.once or other.seed == self.seed)
 
     def starts(self) -> list[Job]:
-        """Those whose runs it starts from, in order."""
+        """The jobs whose runs it starts from, in order."""
         rows = [BY_KEY[row] for row in sorted(self.method.needs())]
         return [Job(row, 0 if row.once else self.seed, self.options) for row in rows]
 
@@ -203,7 +203,7 @@ def _generator(job: Job) -> Generator:
 
 
 def finished(job: Job) -> bool:
-    """Whether its result is there and of this very job. What it needs must be finished."""
+    """Whether the job's result exists and is of its config. The jobs that it needs must be finished."""
     try:
         return bool(json.loads(job.result.read_text())["identity"] == job.judged())
     except (OSError, ValueError, KeyError):

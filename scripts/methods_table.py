@@ -53,7 +53,7 @@ class Method:
 
     @property
     def once(self) -> bool:
-        """Whether there is one of it, and not one a seed."""
+        """Whether there is one run of it, and not one a seed."""
         return self.recipe is None or self.key in (TEACHER, DIGITS)
 
     @property
@@ -62,7 +62,7 @@ class Method:
         return bool(self.start)
 
     def needs(self) -> set[str]:
-        """The rows whose runs must be there first."""
+        """The rows whose runs come first."""
         return {*self.start.values(), *filter(None, (self.run, self.causal_from, self.low))}
 
 

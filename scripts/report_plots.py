@@ -171,7 +171,7 @@ def _sheet(rows: Sequence[Tensor], labels: Sequence[str], heads: Sequence[str], 
 def _written(
     size: tuple[int, int], texts: Sequence[tuple[float, float, str, str]], font: FreeTypeFont | ImageFont
 ) -> Tensor:
-    """What stands still: texts (x, y, what, PIL's anchor) on a dark ground, [1, 3, H, W]."""
+    """The still part: texts (x, y, what, PIL's anchor) on a dark ground, [1, 3, H, W]."""
     import numpy as np
     from PIL import Image, ImageDraw
 

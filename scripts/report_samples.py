@@ -162,7 +162,7 @@ def parts(root: Path, method: Method, name: str, prompts: Sequence[str], seed: i
 
 
 def make(todo: Sequence[Part], workers: int) -> Iterable[Part]:
-    """Makes these parts in `workers` processes of one thread each, the dear ones first; yields each as it is done."""
+    """Makes these parts in `workers` processes of one thread each, the costly ones first; yields each as it is done."""
     order = sorted(todo, key=_cost, reverse=True)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
@@ -195,7 +195,7 @@ def make_part(part: Part) -> None:
 
 
 def is_done(part: Part) -> bool:
-    """Whether the part's file is there, whole, and made of the same weights, prompts and seed."""
+    """Whether the part's file exists, whole, and was made of the same weights, prompts and seed."""
     try:
         with safe_open(part.path, framework="pt") as file:
             return file.metadata().get("key") == _key(part) and len(file.get_tensor("latents")) == len(part.ids)

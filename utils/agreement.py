@@ -53,8 +53,8 @@ def require_agreement(fields: Mapping[str, str]) -> None:
 class FiniteCheck:
     """Whether an update may be taken, agreed by all ranks, and if not whose numbers spoilt it.
 
-    Made before gradients are summed over ranks, from this rank's own numbers: sums lose whose they were. Sharded
-    gradients (DTensor) are summed by then, and a rank answers for its shard; its losses are always its own.
+    Made before gradients are summed over ranks, from this rank's own numbers: a sum does not tell whose they were.
+    Sharded gradients (DTensor) are summed by then, and a rank answers for its shard; its losses are always its own.
     ``agree`` costs one all-reduce of one number.
     """
 

@@ -1,4 +1,4 @@
-"""What is shared over torch.distributed; in a single process every function is a no-op of the same meaning."""
+"""What processes share over torch.distributed. In a single process each function returns its own values."""
 
 from __future__ import annotations
 
@@ -141,22 +141,23 @@ def all_reduce_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def gather_rows(local: Tensor, rows: Sequence[int]) -> Tensor | None:
+def gather_rows(held: Tensor, rows: Sequence[int]) -> Tensor | None:
     """What all processes hold of [sum(rows), ...], by rank, in the CPU memory of rank 0; elsewhere None.
 
-    local: [rows[rank], ...] on the CPU; of a process of 0 rows nothing is taken. rows: by rank, the same for all.
+    held: [rows[rank], ...] on the CPU, what this process holds. Nothing is sent by a process of 0 rows.
+    rows: by rank, the same for all.
     """
     if world_size() == 1:
-        return local
+        return held
     with doing("gather rows of all ranks"):
         if not is_main():
             if rows[rank()]:
-                dist.send(local.contiguous(), 0)
+                dist.send(held.contiguous(), 0)
             return None
-        parts = [local[: rows[0]]]
+        parts = [held[: rows[0]]]
         for source, count in enumerate(rows):
             if source and count:
-                parts.append(local.new_empty(count, *local.shape[1:]))
+                parts.append(held.new_empty(count, *held.shape[1:]))
                 dist.recv(parts[-1], source)
     return torch.cat(parts)
 

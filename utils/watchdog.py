@@ -86,7 +86,7 @@ class Place:
 
 
 class Watchdog:
-    """`with Watchdog(config):` around a run, once the process group exists. One rank, or None seconds: does nothing."""
+    """`with Watchdog(config):` around a run, once the process group exists. One rank, or no limit: does nothing."""
 
     def __init__(self, config: WatchdogConfig) -> None:
         self.config = config

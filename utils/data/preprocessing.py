@@ -42,7 +42,7 @@ IDENTITY: Final = "fewstep.identity"
 
 @dataclass(frozen=True)
 class Share:
-    """Files index, index + count, index + 2 count, ... are this process's."""
+    """The files of this process: index, index + count, index + 2 count, ..."""
 
     index: int = 0
     count: int = 1
@@ -292,7 +292,7 @@ def _batches(items: Sequence[int], clips: VideoClips, faults: Faults, batch: int
 
 
 def _encoded(group: Sequence[tuple[int, Sample]], encoding: Encoding, frames: int) -> dict[int, Sample]:
-    """Rows of clips of one bucket, by item. frames: of the videos that images are the first frames of."""
+    """Rows of clips of one bucket, by item. frames: of a video, for `encoding.visual`."""
     pixels_BTCHW = torch.stack([sample.pixels for _, sample in group if sample.pixels is not None])
     fields = {"latents": encoding.video(pixels_BTCHW)}
     if encoding.visual is not None:
@@ -319,7 +319,15 @@ def _write_latents(
     normalised: bool,
     dtype: torch.dtype,
 ) -> None:
-    """One file of these items. notes: its metadata. normalised: whether latents are, for the reader to know."""
+    """Writes one file.
+
+    path: of the file.
+    rows: items and their samples.
+    clips: say size and rate of each item.
+    notes: the file's metadata.
+    normalised: whether latents are.
+    dtype: of the stored tensors.
+    """
     samples = [sample for _, sample in rows]
     if path.suffix == SUFFIXES["safetensors"]:
         write_latents(path, samples, normalised=normalised, metadata=notes, dtype=dtype)

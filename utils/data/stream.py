@@ -36,10 +36,15 @@ class TooManyCorrupt(ValueError):
 class Sample:
     """One sample of any kind of data; what a kind does not have is None.
 
-    name: what to call it in a message. text: embedding [L, D] without padding. latents: [F, C, H, W], normalised as the
-    network sees them. first_latents: of the given first frame and grey ones after it, [F', C, H, W], normalised too.
-    clip: image embedding [L, D]. pixels: [T, 3, H, W] in [0, 1] (an image has T = 1). trajectory: [S, F, C, H, W], from
-    noise to clean (`latents` is its clean end), and its noise levels sigmas [S].
+    name: what to call it in a message.
+    caption: of the video.
+    text: embedding of the caption, [L, D] without padding.
+    latents: [F, C, H, W], normalised as the network sees them.
+    first_latents: of the first frame and grey ones after it, [F', C, H, W], normalised too.
+    clip: image embedding [L, D].
+    pixels: [T, 3, H, W] in [0, 1]; an image has T = 1.
+    trajectory: [S, F, C, H, W], from noise to clean; `latents` is its clean end.
+    sigmas: noise levels of the trajectory, [S].
     """
 
     name: str
@@ -66,8 +71,8 @@ class Source(Protocol):
 
 
 class Faults:
-    """Which items of a data set of `size` could not be read. Raises TooManyCorrupt beyond the share `limit`, with what
-    can be done about it, the remedy.
+    """Which items of a data set of `size` could not be read. Raises TooManyCorrupt beyond the share `limit`, and tells
+    the remedy.
 
     Each rank counts what it met itself, and `join` adds what others did. An item is named once however often it is met.
     """
@@ -106,7 +111,7 @@ class Faults:
 
 
 class Stream:
-    """An endless stream of samples: `samples(range)` depends on the positions and the files, and on nothing else.
+    """An endless stream of samples: `samples(range)` depends on the positions and the files alone.
 
     A sample that cannot be read is replaced by the next one of its epoch (and bucket), the same on every rank and after
     every resume. caption_dropout: the share of samples whose caption becomes `dropped_caption` (the empty or negative
