@@ -192,8 +192,7 @@ class Generator:
 
         Raises UserError for what this network cannot do.
         """
-        refuse_unused(self, sampling)
-        refuse_inputs(self, sampling, first_frames, clip)
+        self._refuse(sampling, first_frames, clip)
         conditioning = self._conditioning(prompts, sampling, first_frames, clip)
         source = Noise(sampling.seed, 0, ids, self.device)
         frames = self._frames(sampling, conditioning)
@@ -243,8 +242,7 @@ class Generator:
             raise UserError(f"--frames {sampling.frames}: this video has no end: leave it out")
         if sampling.window is None and self.config.causal.window_frames is None:
             sampling = replace(sampling, window=self.trained_frames)
-        refuse_unused(self, sampling)
-        refuse_inputs(self, sampling, first_frames, None)
+        self._refuse(sampling, first_frames, None)
         conditioning = self._conditioning(prompts, sampling, first_frames, None)
         initial, trained = conditioning.initial_frames, self.config.causal
         block = 1 if trained.independent_first_frame and not initial else trained.num_frame_per_block
@@ -307,6 +305,12 @@ class Generator:
                 f"--frames {frames}: {initial} of them are given, nothing is left to generate: ask for more"
             )
         return frames
+
+    def _refuse(self, sampling: Sampling, first_frames: Tensor | None, clip: Tensor | None) -> None:
+        """Raises UserError for what this network cannot do."""
+        has_experts = isinstance(self.score.net, Experts)
+        refuse_unused(sampling, self.config, causal=self.causal, few_steps=self.few_steps, has_experts=has_experts)
+        refuse_inputs(sampling, first_frames, clip, causal=self.causal, model_type=self.model_type)
 
     def _conditioning(
         self, prompts: Sequence[str], sampling: Sampling, first_frames: Tensor | None, clip: Tensor | None
