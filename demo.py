@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from generation.generator import Generator
+from generation.sampling import StudentChoice
 from serving.command import demo_args
 from serving.run import demo
 from utils import distributed
@@ -18,7 +19,7 @@ def main() -> int:
     args = demo_args()
     refuse_several_ranks("demo.py")
     generator = Generator.load(
-        args.source, distributed.device(), weights=args.weights, tiny_decoder=args.tiny_decoder,
+        args.source, distributed.device(), student=StudentChoice(args.weights), tiny_decoder=args.tiny_decoder,
         acceleration=args.acceleration,
     )  # fmt: skip
     return demo(generator, args)

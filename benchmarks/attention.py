@@ -107,7 +107,7 @@ def measure(run: Run, inputs: tuple[Tensor, ...], repeats: int) -> dict[str, Any
 
 
 def refusals() -> tuple[type[Exception], ...]:
-    """What backends raise that cannot run; Triton's for kernels that cannot be compiled or do not fit."""
+    """The errors of backends that cannot run, and Triton's for kernels that do not compile or do not fit."""
     if available(SparseBackend.TRITON) is not None:
         return RuntimeError, ValueError
     from triton.errors import TritonError
@@ -140,11 +140,14 @@ def benchmark(
 ) -> dict[str, Any]:
     """Dense attention and sparse attention by each backend, forward and with backward.
 
-    size: grid of tokens, heads, device and dtype. sparsities: shares of key tiles left out, in [0, 1].
-    cube: a tile's frames, height and width in tokens. repeats: calls whose median counts.
+    size: grid of tokens, heads, device and dtype.
+    sparsities: shares of key tiles left out, in [0, 1].
+    cube: a tile's frames, height and width in tokens.
+    repeats: calls whose median counts.
     only: backends with one of these words in their name; empty for all.
     clock: the time it may take; backends that have not begun when it is over have no numbers. None: as long as needed.
     save: gets what is returned, with the results so far, after each backend.
+
     Returns what main writes: seconds, TFLOP/s, share of the roofline, and speedup over the fastest dense backend.
     """
     clock = clock or Clock(None)
@@ -245,7 +248,7 @@ def main(arguments: list[str]) -> int:
     def save(content: dict[str, Any]) -> None:
         write_json(out, {"size": options.size} | content)
 
-    content = benchmark(size, options.sparsity, cube, repeats, options.only, clock, save)
+    content = benchmark(size, options.sparsity, cube, repeats, options.only, clock=clock, save=save)
     print(report(content))
     print(
         f"{content['tokens']} tokens, cube {cube}, {content['padding']:.1%} padding; {size.heads} heads of {size.width}"

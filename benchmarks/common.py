@@ -96,7 +96,7 @@ class Clock:
 
     @property
     def refusal(self) -> str:
-        """Why something has no numbers that was not done when it was over."""
+        """Why something has no numbers that was not done in time."""
         return f"left out: the {self.limit:g} s of --seconds were over"
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,16 @@ class Row:
 class Part:
     """A program that writes its results into a file or folder while it runs.
 
-    name: of its files. group: what --only selects. what: in words.
-    module, arguments: what `python -m` runs.
-    least: seconds without which it is not begun; most: those after which it is ended.
+    name: of its files.
+    group: what --only selects.
+    what: in words.
+    module: what `python -m` runs.
+    arguments: of the module.
+    least: seconds without which it is not begun.
+    most: seconds after which it is ended.
     rows: the table's lines of the results that are at this path so far.
-    needs: packages beside those that every part needs. environment: variables for it alone.
+    needs: packages beside those that every part needs.
+    environment: variables for it alone.
     """
 
     name: str
@@ -90,38 +95,65 @@ def tests_part(out: Path) -> Part:
     # many processes that compile: each by itself, for pools of compilers would take the cores from each other
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
     arguments += ["--record", str(out / "tests")]
-    return Part("tests", "tests", "tests/gpu", "pytest", tuple(arguments), 20, 160, test_rows, ("pytest",), environment)
+    return Part(
+        name="tests",
+        group="tests",
+        what="tests/gpu",
+        module="pytest",
+        arguments=tuple(arguments),
+        least=20,
+        most=160,
+        rows=test_rows,
+        needs=("pytest",),
+        environment=environment,
+    )
 
 
 def parts(out: Path) -> list[Part]:
     """In the order in which they run. A part's results are in `out`, under its name."""
-    train = ("--size", "1.3b+14b", "--precision", "bf16", "--checkpointing", "full", "--repeats", "1")
-    module = "benchmarks.train_step"
+    options = ("--size", "1.3b+14b", "--precision", "bf16", "--checkpointing", "full", "--repeats", "1")
     size = "1.3B + 14B, 81x480x832"
-    found = [
-        tests_part(out),
-        Part("train", "train", f"iteration, {size}, eager", module, train, 60, 110, train_rows),
+    train = Part(
+        name="train",
+        group="train",
+        what=f"iteration, {size}, eager",
+        module="benchmarks.train_step",
+        arguments=options,
+        least=60,
+        most=110,
+        rows=train_rows,
+    )
+    compiled = replace(
+        train,
+        name="train_compiled",
+        what=f"iteration, {size}, compiled",
+        arguments=(*options, "--compile"),
+        most=130,
+    )
+    streaming = Part(
+        name="streaming",
+        group="streaming",
+        what="streaming",
+        module="benchmarks.streaming",
+        arguments=("--size", "1.3b"),
+        least=30,
+        most=190,
+        rows=stream_rows,
+    )
+    attention = [
         Part(
-            "train_compiled",
-            "train",
-            f"iteration, {size}, compiled",
-            module,
-            (*train, "--compile"),
-            60,
-            130,
-            train_rows,
-        ),
-        Part("streaming", "streaming", "streaming", "benchmarks.streaming", ("--size", "1.3b"), 30, 190, stream_rows),
-    ]
-    for resolution in ("720p", "480p"):
-        arguments = ("--size", resolution, "--repeats", "5")
-        what = f"attention, {resolution}"
-        found.append(
-            Part(
-                f"attention_{resolution}", "attention", what, "benchmarks.attention", arguments, 15, 45, attention_rows
-            )
+            name=f"attention_{resolution}",
+            group="attention",
+            what=f"attention, {resolution}",
+            module="benchmarks.attention",
+            arguments=("--size", resolution, "--repeats", "5"),
+            least=15,
+            most=45,
+            rows=attention_rows,
         )
-    return found
+        for resolution in ("720p", "480p")
+    ]
+    return [tests_part(out), train, compiled, streaming, *attention]
 
 
 def command(part: Part, out: Path, seconds: float) -> list[str]:

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,17 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Option:
-    """window: latent frames that a block sees. decoder: none, tiny or vae. The rest as in inference.py."""
+    """What is timed.
+
+    name: in words.
+    window: latent frames that a block sees.
+    sinks: first latent frames that stay in the window.
+    noisy: whether blocks see the context of the last denoising pass.
+    recorded: whether passes are recorded as CUDA graphs.
+    compiled: whether blocks are compiled.
+    fp8: whether linear layers are in fp8.
+    decoder: none, tiny or vae.
+    """
 
     name: str
     window: int = TRAINED
@@ -79,14 +89,17 @@ CPU_OPTIONS = (
     Option("window 9, compiled", 9, 3, compiled=True),
     Option("window 9, tiny decoder", 9, 3, decoder="tiny"),
 )
+_COMPILED = Option("window 9, compiled", 9, 3, recorded=True, compiled=True)
+_NOISY = replace(_COMPILED, name="window 9, compiled, noisy context", noisy=True)
+_FP8 = replace(_NOISY, name="window 9, compiled, noisy context, fp8", fp8=True)
 GPU_OPTIONS = (  # after the one that all are compared to, what is worth most comes first: time may run out
     EAGER,
-    Option("window 9, compiled", 9, 3, recorded=True, compiled=True),
-    Option("window 9, compiled, VAE", 9, 3, recorded=True, compiled=True, decoder="vae"),
-    Option("window 9, compiled, noisy context, fp8, tiny decoder", 9, 3, True, True, True, True, "tiny"),
-    Option("window 9, compiled, noisy context, fp8, VAE", 9, 3, True, True, True, True, "vae"),
-    Option("window 9, compiled, noisy context, fp8", 9, 3, True, True, True, True),
-    Option("window 9, compiled, noisy context", 9, 3, noisy=True, recorded=True, compiled=True),
+    _COMPILED,
+    replace(_COMPILED, name="window 9, compiled, VAE", decoder="vae"),
+    replace(_FP8, name="window 9, compiled, noisy context, fp8, tiny decoder", decoder="tiny"),
+    replace(_FP8, name="window 9, compiled, noisy context, fp8, VAE", decoder="vae"),
+    _FP8,
+    _NOISY,
     Option("recorded, 21 frames seen", recorded=True),
     Option("window 9, 3 sinks", 9, 3, recorded=True),
     Option("recorded, compiled, 21 frames seen", recorded=True, compiled=True),  # compiles longest

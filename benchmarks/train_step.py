@@ -80,7 +80,7 @@ PUBLIC: dict[tuple[str, str], dict[str, Any]] = {
 
 
 class KeyedDraws:
-    """A NoiseSource that makes each draw anew from its role."""
+    """A NoiseSource whose draws depend on their role alone."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -93,8 +93,10 @@ class KeyedDraws:
 class Workload:
     """Three networks with random weights, both optimizers' states, and one update's inputs.
 
-    size: presets of the networks, shape of the latents, device. precision: fp32 or bf16.
-    checkpointing: of the student and the critic. backend: of attention.
+    size: presets of the networks, shape of the latents, device.
+    precision: fp32 or bf16.
+    checkpointing: of the student and the critic.
+    backend: of attention.
     layers: of the student and the critic, and of the teacher; None: as many as their presets say.
     compiled: the networks' blocks go through torch.compile; the replayed backward of a rollout does not.
     """
@@ -181,7 +183,13 @@ class Workload:
     def generator_step(self, exit_step: int) -> None:
         made = self.rollout(exit_step, True)
         query = ScoreQuery(
-            made, self.teacher, self.critic, self.conditioning, self.guidance, self.sigma, self.score_noise
+            made,
+            real=self.teacher,
+            fake=self.critic,
+            conditioning=self.conditioning,
+            guidance=self.guidance,
+            sigma=self.sigma,
+            noise=self.score_noise,
         )
         dmd_loss(query).loss.backward()
         self.optimizers["student"].zero_grad()
@@ -207,7 +215,14 @@ def measure(
     repeats: int,
     compiled: bool = False,
 ) -> dict[str, Any]:
-    """One configuration, in this process. repeats: calls whose median counts; the others: see `Workload`.
+    """One configuration, in this process.
+
+    size: of the networks and the videos.
+    precision: of the networks.
+    checkpointing: what is recomputed in the backward pass.
+    backend: of attention.
+    repeats: calls whose median counts.
+    compiled: whether blocks are compiled.
 
     Returns seconds of the unit, units of both steps by exit step, peak memory in GB and the machine. `tokens` counts
     forward evaluations, recomputation left out.

@@ -24,7 +24,8 @@ from evaluation.toy_suite import (
     table,
     write_rows,
 )
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling, StudentChoice
 from utils import checkpoint, distributed
 from utils.cli import Parser, refuse_several_ranks
 from utils.data.shard_files import atomic
@@ -90,7 +91,7 @@ def main() -> int:
         args.split, args.cache = args.split or "test", args.cache or Path("logs/cache")
         if args.count < 2:
             raise UserError(f"--count {args.count}: a distance needs at least 2 videos, 400 to be worth reading")
-    generator = Generator.load(args.run, distributed.device(), weights=args.weights)
+    generator = Generator.load(args.run, distributed.device(), student=StudentChoice(args.weights))
     {"toy": _toy, "fid": _fid, "vbench": _vbench}[args.suite](generator, args)
     return 0
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from evaluation.features import load_features
 from evaluation.toy_suite import SPLITS, eval_prompts
 from evaluation.videos import generated_videos, real_videos
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from tasks.toy import ToyTask
 from utils.data.prompts import load_prompts
 from utils.errors import UserError

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from tasks.digits import DigitsTask
 from tasks.task import Task
 from tasks.toy import ToyTask

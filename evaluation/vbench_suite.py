@@ -27,7 +27,8 @@ from evaluation.vbench_protocol import (
     wanted_videos,
 )
 from evaluation.videos import generated_videos
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from utils import distributed
 from utils.data.prompts import load_prompts
 from utils.data.shard_files import atomic

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from utils.data.media import IMAGES, VIDEOS
 from utils.data.shard_files import found_files
 from utils.errors import UserError

@@ -18,7 +18,7 @@ SHAPES = 64  # of passes that torch.compile may make code for: one for each numb
 
 @dataclass(frozen=True)
 class Acceleration:
-    """graphs: passes of a stream are recorded as CUDA graphs and replayed; null: where there is CUDA.
+    """graphs: passes of a stream are recorded as CUDA graphs and replayed; None: where there is CUDA.
 
     compile: blocks go through torch.compile, which makes one kernel of a norm and its modulation, of a rotation, and
     takes minutes at first. fp8: the blocks' linear layers multiply in fp8, row by row (torchao), on GPUs that can.
@@ -51,7 +51,7 @@ UNCHANGED = Acceleration()
 
 
 def compile_blocks(net: WanTransformer, backend: str = "inductor") -> None:
-    """Each block is compiled for each shape apart: where a context grows, dynamic shapes do not compile."""
+    """Compiles each block, once for each shape: dynamic shapes do not compile where a context grows."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     for block in net.blocks:
         block.compile(dynamic=False, backend=backend)
@@ -74,5 +74,5 @@ def fp8_linears(net: WanTransformer, config: Any = None) -> None:
 
 
 def is_multiplied_in_fp8(name: str) -> bool:
-    """Whether the layer of this name is: of attentions q, k, v and o, and both of the MLP."""
+    """Whether the layer of this name multiplies in fp8: q, k, v and o of attentions, and both layers of the MLP."""
     return name.startswith("blocks.") and not name.endswith("to_gate_compress")

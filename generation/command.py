@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 
 from generation.acceleration import Acceleration
 from generation.footage import FootageArgs, footage_args
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
 from generation.pretrained import Model, load_model
+from generation.sampling import Sampling, StudentChoice
 from model.wan.config import LoraWeights
 from pipeline.bidirectional_inference import Solver
 from utils.cli import Parser
@@ -38,12 +39,12 @@ class InferenceArgs:
     weights: str
     suffix: str
     fps: int
-    scale: int | None  # null enlarges small videos
+    scale: int | None  # None enlarges small videos
     batch: int
     footage: FootageArgs
     from_file: bool
-    image_encoder: str | None = None  # null takes the run's own
-    size: tuple[int, int] | None = None  # height and width of a run's videos in pixels, null for as trained
+    image_encoder: str | None = None  # None takes the run's own
+    size: tuple[int, int] | None = None  # height and width of a run's videos in pixels, None for as trained
     loras: tuple[LoraWeights, ...] = ()
     low_loras: tuple[LoraWeights, ...] = ()
     lora_scale: float = 1.0  # of the run's own adapter
@@ -82,9 +83,9 @@ def _parser() -> Parser:
     parser.add_argument("--guidance_2", type=float, help="of the low-noise expert, where a model has two")
     parser.add_argument("--solver", choices=[s.value for s in Solver], help="of a many-step network (default: its own)")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument("--image", type=Path, help="first frame of the video (image-to-video)")
-    given.add_argument("--video", type=Path, help="a clip, with --strength or --extend")
+    footage = parser.add_mutually_exclusive_group()
+    footage.add_argument("--image", type=Path, help="first frame of the video (image-to-video)")
+    footage.add_argument("--video", type=Path, help="a clip, with --strength or --extend")
     parser.add_argument(
         "--image_encoder", metavar="DIR",
         help="a folder with CLIP, for a run that trained on stored tokens of images (its data.image_encoder is null)",
@@ -145,50 +146,69 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     suffix = a.out.suffix.lstrip(".") if a.prompt is not None and a.out.suffix else a.format
     if suffix not in FORMATS:
         raise UserError(f"--out {a.out}: unknown format .{suffix}: use {', '.join(f'.{name}' for name in FORMATS)}")
-    source_of = _model(a) if a.model is not None else a.run or a.checkpoint
-    if a.model is None and (odd := [name for name in ("shift", "negative_prompt") if getattr(a, name)]):
-        raise UserError(f"--{odd[0]} is for --model: a run has its own")
-    if a.model is not None:
-        refused = {
-            "low_run": "a released model has both experts in its folder",
-            "weights": "a model has one set of them",
-        }
-        refused |= {"image_encoder": "a model's folder has its own"}
-        if a.lora_scale is not None and not a.lora + a.low_lora:
-            raise UserError("--lora_scale: --model has no adapter of its own: give --lora too")
-        for name, why in refused.items():
-            if getattr(a, name) is not None:
-                raise UserError(f"--{name} is for runs: {why}")
+    source = _model(a) if a.model is not None else a.run or a.checkpoint
+    _refuse_for_others(a)
     if a.shift is not None and a.shift <= 0:
         raise UserError(f"--shift {a.shift}: give a positive number, 1 for none")
     footage = footage_args(a)
-    sampling = Sampling(
-        a.steps, a.frames, a.window, a.sinks, a.guidance, a.seed, a.guidance_2, a.solver, a.strength, a.block_steps,
-        a.noisy_context,
-    )  # fmt: skip
     scale = 1.0 if a.lora_scale is None else a.lora_scale
     return InferenceArgs(
-        source_of,
-        a.low_run,
-        prompts,
-        a.out,
-        sampling,
-        a.weights or "ema",
-        suffix,
-        a.fps,
-        a.scale,
-        a.batch,
-        footage,
-        a.prompts is not None,
-        a.image_encoder,
-        _size(a),
-        tuple(LoraWeights(path, scale) for path in a.lora),
-        tuple(LoraWeights(path, scale) for path in a.low_lora),
-        1.0 if a.lora or a.low_lora else scale,
-        a.tiny_decoder,
-        acceleration_of(a),
-        a.sequence_parallel,
+        source=source,
+        low_run=a.low_run,
+        prompts=prompts,
+        out=a.out,
+        sampling=_sampling(a),
+        weights=a.weights or "ema",
+        suffix=suffix,
+        fps=a.fps,
+        scale=a.scale,
+        batch=a.batch,
+        footage=footage,
+        from_file=a.prompts is not None,
+        image_encoder=a.image_encoder,
+        size=_size(a),
+        loras=tuple(LoraWeights(path, scale) for path in a.lora),
+        low_loras=tuple(LoraWeights(path, scale) for path in a.low_lora),
+        lora_scale=1.0 if a.lora or a.low_lora else scale,
+        tiny_decoder=a.tiny_decoder,
+        acceleration=acceleration_of(a),
+        sequence=a.sequence_parallel,
     )
+
+
+def _sampling(a: argparse.Namespace) -> Sampling:
+    return Sampling(
+        steps=a.steps,
+        frames=a.frames,
+        window=a.window,
+        sinks=a.sinks,
+        guidance=a.guidance,
+        seed=a.seed,
+        guidance_2=a.guidance_2,
+        solver=a.solver,
+        strength=a.strength,
+        block_steps=a.block_steps,
+        noisy_context=a.noisy_context,
+    )
+
+
+def _refuse_for_others(a: argparse.Namespace) -> None:
+    """Raises UserError for options of a run beside --model, or of --model beside a run."""
+    if a.model is None:
+        for name in ("shift", "negative_prompt"):
+            if getattr(a, name):
+                raise UserError(f"--{name} is for --model: a run has its own")
+        return
+    if a.lora_scale is not None and not a.lora + a.low_lora:
+        raise UserError("--lora_scale: --model has no adapter of its own: give --lora too")
+    refused = {
+        "low_run": "a released model has both experts in its folder",
+        "weights": "a model has one set of them",
+        "image_encoder": "a model's folder has its own",
+    }
+    for name, why in refused.items():
+        if getattr(a, name) is not None:
+            raise UserError(f"--{name} is for runs: {why}")
 
 
 def _model(a: argparse.Namespace) -> Model:
@@ -213,7 +233,7 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
-    """What the command names, loaded. Raises UserError."""
+    """Loads what the command names. Raises UserError."""
     if isinstance(args.source, Model):
         return load_model(
             args.source, args.sampling.frames, device, loras=args.loras, low_loras=args.low_loras,
@@ -222,14 +242,14 @@ def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
     if args.low_loras and args.low_run is None:
         raise UserError("--low_lora is for a low-noise expert: give its --low_run too")
     options: dict[str, Any] = {
-        "weights": args.weights,
         "image_encoder": args.image_encoder,
         "size": args.size,
-        "lora_scale": args.lora_scale,
         "tiny_decoder": args.tiny_decoder,
         "acceleration": args.acceleration,
     }
+    student = StudentChoice(args.weights, args.loras, args.lora_scale)
     if args.low_run is None:
-        return Generator.load(args.source, device, loras=args.loras, **options)
-    high = Generator.load(args.source, device, loras=args.loras, expert="high", **options)
-    return high.with_low(Generator.load(args.low_run, device, loras=args.low_loras, expert="low", **options))
+        return Generator.load(args.source, device, student=student, **options)
+    high = Generator.load(args.source, device, student=replace(student, expert="high"), **options)
+    other = replace(student, loras=args.low_loras, expert="low")
+    return high.with_low(Generator.load(args.low_run, device, student=other, **options))

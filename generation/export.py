@@ -96,7 +96,16 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
     shard = int(a.shard_gb * 1e9) or None
     if a.low_run is not None and a.format != "diffusers":
         raise UserError(f"--low_run is for --format diffusers: export each run alone as {a.format}")
-    return ExportArgs(a.run, a.format, a.out, Dtype(a.dtype), a.weights, a.network, shard, a.low_run)
+    return ExportArgs(
+        run=a.run,
+        format=a.format,
+        out=a.out,
+        dtype=Dtype(a.dtype),
+        weights=a.weights,
+        network=a.network,
+        shard_bytes=shard,
+        low=a.low_run,
+    )
 
 
 def find(run: Path, network: str, weights: str | None) -> Found:
@@ -107,9 +116,9 @@ def find(run: Path, network: str, weights: str | None) -> Found:
     state = checkpoint.load_state(folder)
     config = run_from_plain(state["config"])
     groups = checkpoint.tensor_names(folder)
-    there = [name for name in ("student", "critic") if name in groups]
-    if network not in there:
-        raise UserError(f"--network {network}: {folder} has none of that name: choose {' or '.join(there)}")
+    names = [name for name in ("student", "critic") if name in groups]
+    if network not in names:
+        raise UserError(f"--network {network}: {folder} has none of that name: choose {' or '.join(names)}")
     averaged = f"{network}_ema" in groups if weights is None else weights == "ema"
     if averaged and f"{network}_ema" not in groups:
         raise UserError(f"--weights ema: {folder} has no average of the {network}: use --weights raw")

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from utils.data.clips import decode_end, decode_image
 from utils.data.media import Media, Part
 from utils.errors import UserError

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from utils.errors import UserError
 from utils.overlap import SideDecoder
 
@@ -63,8 +64,8 @@ class Live:
         return self._decoder.start(self._video.make(self._video.noise(self._shape))), self._next_prompt
 
     def switch(self, prompt: str, *, recache: bool = False) -> None:
-        """Another prompt from the next block on that is not begun; recache: see `CausalStream.switch`. Raises
-        UserError, the video going on as it was, for a prompt that has no embedding."""
+        """Takes another prompt, from the next block on that is not begun. recache: see `CausalStream.switch`.
+        Raises UserError for a prompt that has no embedding; the video then goes on as it was."""
         try:
             text = self.generator.task.conditioning([prompt]).text
         except ValueError as problem:
@@ -78,7 +79,7 @@ class Live:
         return self._video.cache.frames >= self._video.cache.shape.context_frames
 
     def close(self) -> None:
-        """After its last block: what is recorded of its passes serves the next video."""
+        """Ends the video: what is recorded of its passes serves the next one."""
         self.generator.keep(self._video)
 
     @property

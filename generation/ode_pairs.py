@@ -1,4 +1,4 @@
-"""`[torchrun] preprocess.py ode --config_path X --out DIR`: a teacher's ODE trajectories, made once and by any number.
+"""`[torchrun] preprocess.py ode --config_path X --out DIR`: a teacher's ODE trajectories, made once by any ranks.
 
 The config is that of the run that learns from them: its `teacher`, `ode` and `data` sections, and the schedule's steps,
 at whose noise levels states are stored. Trajectory i is what that run would make itself, for its own i-th prompt.
@@ -28,7 +28,7 @@ from trainer.run_networks import RunNetworks
 from utils import distributed
 from utils.cli import Parser
 from utils.config import to_plain
-from utils.data.preprocessing import MakeTrajectories, Share, write_ode
+from utils.data.preprocessing import Job, MakeTrajectories, Share, write_ode
 from utils.errors import UserError
 from utils.parallel.mesh import Mesh, build_mesh
 
@@ -49,7 +49,7 @@ def preprocess_ode(argv: Sequence[str]) -> int:
     if config.trainer is not TrainerKind.ode or config.teacher is None:
         raise UserError(f"{args.config_path} is no recipe of ODE initialisation: it needs trainer: ode and a teacher")
     try:
-        job = Share.parse(args.share)
+        share = Share.parse(args.share)
     except ValueError as problem:
         raise UserError(f"--share: {problem}") from None
     distributed.init()
@@ -57,30 +57,33 @@ def preprocess_ode(argv: Sequence[str]) -> int:
     task = build_task(config, distributed.device())
     make, levels = making(config, mesh, task)
     try:
+        job = Job(
+            args.out,
+            {key: to_plain(config)[key] for key in ("ode", "teacher", "data", "schedule", "seed")},
+            rows=args.rows,
+            batch=config.training.micro_batch_size,
+            share=Share(share.index * mesh.dp_size + mesh.dp_rank, share.count * mesh.dp_size),
+            dtype=PRECISIONS[args.dtype],
+            show=distributed.is_main(),
+        )
         report = write_ode(
             task.prompts(range(config.ode.pairs)),
             make,
             levels,
-            args.out,
-            settings={key: to_plain(config)[key] for key in ("ode", "teacher", "data", "schedule", "seed")},
-            rows=args.rows,
-            batch=config.training.micro_batch_size,
-            share=Share(job.index * mesh.dp_size + mesh.dp_rank, job.count * mesh.dp_size),
+            job,
             together=_most if mesh.world > 1 else None,
             writes=mesh.sequence_rank == 0,
             visual=lambda positions: _stored(task.conditions(positions)),
-            dtype=PRECISIONS[args.dtype],
-            show=distributed.is_main(),
         )
     except (ValueError, OSError) as problem:
         raise UserError(str(problem)) from None
     if distributed.is_main():
-        print(f"{args.out}: {report.made} files made, {report.there} were there")
+        print(f"{args.out}: {report.made} files made, {report.present} were there")
     return 0
 
 
 def making(config: RunConfig, mesh: Mesh, task: Task) -> tuple[MakeTrajectories, list[float]]:
-    """What makes trajectories [B, S, F, C, H, W] on the CPU, draws by position; and the stored levels [S]."""
+    """What makes trajectories [B, S, F, C, H, W] on the CPU, drawn by position, and the stored levels [S]."""
     assert config.teacher is not None
     device = distributed.device()
     teacher = RunNetworks(config, Evaluations(), device, mesh).teacher(shared=False)
@@ -98,10 +101,10 @@ def making(config: RunConfig, mesh: Mesh, task: Task) -> tuple[MakeTrajectories,
     return make, [[*grid, 0.0][index] for index in keep]
 
 
-def _stored(given: Conditioning) -> dict[str, Tensor]:
-    """What a trajectory was made from beside its prompt, and does not hold itself; by Sample's fields."""
-    latents = None if given.channels is None else given.channels[:, :, STRIDE_T:]
-    fields = {"first_latents": latents, "clip": given.image}
+def _stored(conditioning: Conditioning) -> dict[str, Tensor]:
+    """What trajectories were made from beside their prompts, by the name of Sample's field."""
+    latents = None if conditioning.channels is None else conditioning.channels[:, :, STRIDE_T:]
+    fields = {"first_latents": latents, "clip": conditioning.image}
     return {name: value for name, value in fields.items() if value is not None}
 
 

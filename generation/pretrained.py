@@ -18,6 +18,7 @@ from configs.sections import DataConfig, Precision, RolloutConfig, RolloutKind, 
 from generation.acceleration import UNCHANGED, Acceleration
 from generation.generator import Generator
 from generation.resize import pixels_a_place
+from generation.sampling import Sampler
 from model.experts import Experts
 from model.schedule import ScheduleConfig
 from model.score import ScoreNet
@@ -45,8 +46,14 @@ SOLVERS = {"UniPCMultistepScheduler": Solver.unipc, "FlowMatchEulerDiscreteSched
 
 @dataclass(frozen=True)
 class Model:
-    """path: a pipeline's folder, or a Hub name. height, width: of the video, in pixels. shift: null takes the
-    scheduler's. negative: the negative prompt."""
+    """A released model, and what it is asked for.
+
+    path: a pipeline's folder, or a Hub name.
+    height: of the video, in pixels.
+    width: of the video, in pixels.
+    shift: of the noise levels, None takes the scheduler's.
+    negative: the negative prompt.
+    """
 
     path: str
     height: int = 480
@@ -65,9 +72,18 @@ def load_model(
     tiny_decoder: str | None = None,
     acceleration: Acceleration = UNCHANGED,
 ) -> Generator:
-    """A generator of `frames` latent frames (null: 21). loras: added to the weights, of two experts to the high-noise
-    one's; low_loras: to the other's. tiny_decoder: decodes in place of the VAE. Raises UserError for what is no model
-    of Wan."""
+    """What samples a released model.
+
+    model: its folder, and what it is asked for.
+    frames: latent frames of a video, None: 21.
+    device: where to load it.
+    loras: added to the weights, of two experts to the high-noise one's.
+    low_loras: added to the low-noise expert's weights.
+    tiny_decoder: taehv's file, which decodes in place of the VAE.
+    acceleration: changes the network in place.
+
+    Raises UserError for what is no model of Wan.
+    """
     try:
         folder = pipeline_folder(model.path, PARTS)
         boundary = boundary_of(folder)
@@ -88,9 +104,8 @@ def load_model(
         net = Experts(net, build_for_inference(other, "model", device, dtype), boundary)
         low = EXPERTS_GUIDANCE.get(kind, (GUIDANCE, GUIDANCE))[1]
     score = ScoreNet(net, "model", Evaluations(), dtype, pins_initial=kind == "ti2v")
-    return Generator(
-        config, score, device, task=task, few_steps=False, solver=solver, guidance_2=low, acceleration=acceleration
-    )
+    sampler = Sampler(few_steps=False, solver=solver, guidance_2=low)
+    return Generator(config, score, device, task=task, sampler=sampler, acceleration=acceleration)
 
 
 def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu: bool) -> RunConfig:
@@ -129,7 +144,7 @@ def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu
 
 
 def boundary_of(folder: Path) -> float | None:
-    """The noise level that parts the two experts, None of one network. Raises ValueError where it is not told."""
+    """The noise level that parts the two experts, None for one network. Raises ValueError where no file names it."""
     if not (folder / "transformer_2").is_dir():
         return None
     boundary = _json(folder / "model_index.json").get("boundary_ratio")
@@ -142,12 +157,12 @@ def boundary_of(folder: Path) -> float | None:
 
 
 def solver_of(folder: Path) -> Solver:
-    """That of the scheduler's file, Euler where it names another one."""
+    """The solver that the scheduler's file names, Euler where it names one that is not here."""
     return SOLVERS.get(str(_json(folder / SCHEDULER).get("_class_name")), Solver.euler)
 
 
 def shift_of(folder: Path) -> float:
-    """What the scheduler's file says. Raises ValueError where it says nothing."""
+    """The shift that the scheduler's file names. Raises ValueError where it names none."""
     values = _json(folder / SCHEDULER)
     for key in ("flow_shift", "shift"):
         if values.get(key):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from generation.command import InferenceArgs
 from generation.footage import read_footage
-from generation.generator import Generator, slug
+from generation.generator import Generator
 from model.wan.transformer import WanTransformer
 from utils import distributed
 from utils.config import config_hash
@@ -80,7 +81,7 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
 
 
 class Rate:
-    """Frames and the time that they took, those of videos' first parts, which wait for text and kernels, apart."""
+    """Frames, and the time that they took. Videos' first parts are counted apart: they wait for text and kernels."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -119,13 +120,13 @@ def _watched(parts: Iterable[Tensor], rate: Rate, bar: tqdm[Any]) -> Iterator[Te
 
 
 def _decoder(generator: Generator, args: InferenceArgs) -> SideDecoder:
-    """Of one video's blocks."""
+    """What decodes one video's blocks."""
     as_they_are = args.suffix == "safetensors"
     return SideDecoder((lambda latents: latents) if as_they_are else generator.task.decoding(), generator.device)
 
 
 def _decoded(blocks: Iterable[Tensor], decoder: SideDecoder | None) -> Iterator[Tensor]:
-    """Each block's pixels, waited for when the next block is on its way; without a decoder the blocks are made only."""
+    """Each block's pixels, waited for once the next block is begun. Without a decoder the blocks are made alone."""
     begun: Callable[[], Tensor] | None = None
     for block in blocks:
         if decoder is None:
@@ -140,8 +141,13 @@ def _decoded(blocks: Iterable[Tensor], decoder: SideDecoder | None) -> Iterator[
         yield begun()
 
 
+def slug(prompt: str, most: int = 48) -> str:
+    """A file name made of a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:most].rstrip("-") or "empty"
+
+
 def _paths(args: InferenceArgs) -> tuple[list[Path], bool]:
-    """Where each prompt's video goes, and whether those that are there are kept. Raises UserError."""
+    """Where each prompt's video goes, and whether existing ones are kept. Raises UserError."""
     if not args.from_file and args.out.suffix:
         return [args.out], False
     if args.out.exists() and not args.out.is_dir():
@@ -174,7 +180,7 @@ def _write(parts: Iterator[Tensor], paths: Sequence[Path], prompts: Sequence[str
 
 
 def _same_checkpoints(generator: Generator) -> None:
-    """Raises UserError, on every rank, where a run had another latest checkpoint when some of them looked."""
+    """Raises UserError on every rank where not all ranks found the same latest checkpoint of a run."""
     loaded = config_hash(list(generator.checkpoints))
     if set(distributed.all_gather_text(loaded)) != {loaded}:
         raise UserError("--run: processes have found different checkpoints, for it is being trained: give --checkpoint")
@@ -203,8 +209,8 @@ def _same_settings(args: InferenceArgs, checkpoints: Sequence[str]) -> None:
     file = args.out / "settings.json"
     settings = json.loads(json.dumps(settings))  # as they come back
     if file.is_file():
-        there = json.loads(file.read_text())
-        changed = sorted(key for key in settings if there.get(key) != settings[key])
+        stored = json.loads(file.read_text())
+        changed = sorted(key for key in settings if stored.get(key) != settings[key])
         if changed:
             raise UserError(
                 f"the videos in {args.out} were made with other settings ({', '.join(changed)}): give another --out"

@@ -19,7 +19,7 @@ from model.wan.kv_cache import KVCache
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_sample
 from pipeline.causal import CausalConfig, VideoShape
-from pipeline.causal_inference import CausalStream, StreamConfig, block_noise, stream
+from pipeline.causal_inference import block_noise, stream
 from pipeline.denoise import ExitPass, denoise_block
 
 
@@ -36,7 +36,15 @@ def few_step_stream(
     causal: CausalConfig | None,
     source: NoiseSource,
 ) -> Iterator[Tensor]:
-    """A student's new frames [B, f, C, H, W]: block by block over a cache, or all at once where `causal` is None."""
+    """A student's new frames [B, f, C, H, W]: block by block over a cache, or all at once where `causal` is None.
+
+    score: the student.
+    noise: [B, F, C, H, W], what the new frames start from.
+    conditioning: text and first frames of B videos.
+    sigmas: noise levels of the steps.
+    causal: blocks and context of a causal student, None of a bidirectional one.
+    source: of noise that is added between steps.
+    """
     with torch.no_grad():
         if causal is None:
             last = len(sigmas) - 1
@@ -46,55 +54,56 @@ def few_step_stream(
         assert isinstance(score.net, WanTransformer)
         videos = VideoShape.of(noise, conditioning.initial_frames)
         cache = causal.new_cache(score.net, videos, cache_dtype(score), noise.device)
-        yield from stream(score, noise, conditioning, sigmas, causal, source, cache)
+        yield from stream(score, noise, conditioning, sigmas, causal, source, cache=cache)
 
 
-def open_stream(  # noqa: PLR0913 - a stream has as many sides
+def student_with_cache(
     score: ScoreNet,
-    conditioning: Conditioning,
-    config: StreamConfig,
     causal: CausalConfig,
-    source: NoiseSource,
-    size: tuple[int, int],
-    frames: int | None,
+    videos: VideoShape,
+    device: torch.device,
     trained_frames: int,
     *,
     recorded: bool = False,
-    kept: tuple[ScoreNet, KVCache] | None = None,
-) -> CausalStream:
-    """A causal student's video of latents of `size` (H, W), of `frames` frames in all or, where null, without end.
+) -> tuple[ScoreNet, KVCache]:
+    """What makes the blocks of a causal student's videos, and the cache that they share.
 
-    recorded: its passes are, as CUDA graphs; not where ranks share a sequence. kept: student and cache of an earlier
-    video of the same geometry, which has ended: nothing is recorded again."""
+    score: the student.
+    causal: its blocks and context.
+    videos: how many, their latent frames (None: without end), and the latents' size.
+    device: of the cache.
+    trained_frames: latent frames of the longest video that the student was trained on.
+    recorded: whether its passes are recorded as CUDA graphs; never where ranks share a sequence.
+    """
     assert isinstance(score.net, WanTransformer)
-    if kept is not None:
-        kept[1].reset()
-        return CausalStream(kept[0], conditioning, config, causal, source, kept[1])
-    cache = causal.new_cache(
-        score.net,
-        VideoShape(conditioning.batch, frames, *size),
-        cache_dtype(score),
-        conditioning.text.device,
-        trained_frames=trained_frames,
-    )
+    cache = causal.new_cache(score.net, videos, cache_dtype(score), device, trained_frames=trained_frames)
     student = score.through(Captured(score.net, cache)) if recorded and score.net.sequence is None else score
-    return CausalStream(student, conditioning, config, causal, source, cache)
+    return student, cache
 
 
 def euler(
     score: ScoreNet,
     source: NoiseSource,
     shape: tuple[int, ...],
-    conditioning: Condition,
+    condition: Condition,
     negative: Tensor,
     steps: int,
     shift: float,
     guidance: float,
 ) -> Tensor:
-    """A many-step network's video [B, F, C, H, W]: Euler over a shifted uniform grid with guidance."""
-    return euler_sample(
-        score, source.normal("noise", shape), conditioning, negative, uniform_sigmas(steps, shift), guidance
-    )
+    """A many-step network's video [B, F, C, H, W]: Euler over a shifted uniform grid with guidance.
+
+    score: the network.
+    source: of the noise.
+    shape: (F, C, H, W) of a video.
+    condition: text and first frames of B videos.
+    negative: [B, L, D], what guidance leads away from.
+    steps: intervals of the grid.
+    shift: of the grid's noise levels.
+    guidance: its scale.
+    """
+    noise = source.normal("noise", shape)
+    return euler_sample(score, noise, condition, negative, uniform_sigmas(steps, shift), guidance)
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,9 @@ def sample(
     source: of the noise.
     """
     if isinstance(way, ManySteps):
-        return euler(score, source, shape, conditioning, negative, way.steps, way.shift, way.guidance)
+        return euler(
+            score, source, shape, conditioning, negative, steps=way.steps, shift=way.shift, guidance=way.guidance
+        )
     causal = way.causal
     initial = 0 if causal is None else conditioning.initial_frames  # the others see first frames pinned in the noise
     frames = shape[0] - initial

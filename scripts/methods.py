@@ -27,7 +27,7 @@ LOADED = ["scripts.methods_run", "trainer.distillation", "trainer.diffusion", "t
 
 
 def jobs(options: Options, seeds: int, only: Sequence[str] | None = None) -> list[Job]:
-    """One a seed of each row, or one; all rows of one seed before the next. Raises UserError for an unknown row."""
+    """The jobs of the rows, one a seed or one in all, seed by seed. Raises UserError for an unknown row."""
     known = {method.key for method in METHODS}
     if unknown := sorted(set(only or ()) - known):
         raise UserError(f"--only {unknown[0]}: choose among {', '.join(sorted(known))}")
@@ -37,7 +37,7 @@ def jobs(options: Options, seeds: int, only: Sequence[str] | None = None) -> lis
 
 
 def run_all(todo: Sequence[Job], workers: int) -> list[Job]:
-    """Runs them, starts first; returns those that failed or whose starts did."""
+    """Runs each job after those that it starts from. Returns those that failed, or start from one that failed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LOADED)
     waiting = list(todo)

@@ -49,7 +49,7 @@ class Line:
         return [result["metrics"][key] for result in self.results]
 
     def training(self, key: str) -> float | None:
-        """Mean over seeds of a cost of training, null for what was not trained."""
+        """Mean over seeds of a cost of training, None for what was not trained."""
         values = [result["training"][key] for result in self.results if key in result["training"]]
         return mean(values) if values else None
 
@@ -150,7 +150,7 @@ def _cells(line: Line, columns: Columns, naive: Line | None, measured: Columns) 
 
 
 def verdict(line: Line, naive: Line, measured: Columns) -> str:
-    """Of a student: yes or no; of one training nothing can be said."""
+    """Whether a student beats the naive row, yes or no; of one training nothing can be said."""
     if not line.method.is_student:
         return ""
     if len(line.results) < 2:
@@ -194,7 +194,7 @@ def _verdicts(lines: Sequence[Line], naive: Line, measured: Columns) -> list[str
 def _how(lines: Sequence[Line]) -> str:
     info = Path("/proc/cpuinfo")
     models = (
-        [one.split(":", 1)[1].strip() for one in info.read_text().splitlines() if one.startswith("model name")]
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         if info.is_file()
         else []
     )
@@ -205,7 +205,7 @@ def _how(lines: Sequence[Line]) -> str:
         if method.recipe is not None:
             folder = "digits" if method.group == "digits" else "methods"
             starts = ", ".join(f"{network} from `{row}`" for network, row in method.start.items())
-            overrides = " ".join(f"`{one}`" for one in method.overrides)
+            overrides = " ".join(f"`{override}`" for override in method.overrides)
             said = f"`configs/{folder}/{method.recipe}.yaml` {overrides}"
             rows.append(f"| `{method.key}` | {said}{': ' + starts if starts else ''} |")
     return f"""## How it was made

@@ -18,7 +18,8 @@ from torch import Tensor
 from configs.load import load_run
 from configs.schema import RunConfig
 from evaluation.toy_suite import evaluate_generator, evaluate_real, generate_all, judge_of
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from scripts.methods_table import BY_KEY, Method
 from scripts.report_samples import end_with_parent
 from tasks.task import spread
@@ -34,7 +35,7 @@ SHOWN = 6  # videos a strip
 
 @dataclass(frozen=True)
 class Options:
-    """Of the whole: where, how many videos are judged, which split, and what shortens every run in a trial."""
+    """Options of all jobs: the folder, how many videos are judged, the split, and what shortens runs in a trial."""
 
     root: Path
     count: int = 400
@@ -59,7 +60,7 @@ class Job:
         return self.folder / "result.json"
 
     def config(self) -> RunConfig | None:
-        """The run's, or null for a row that trains nothing. Raises ConfigError."""
+        """The run's, or None for a row that trains nothing. Raises ConfigError."""
         method = self.method
         if method.recipe is None:
             return None
@@ -75,11 +76,11 @@ class Job:
         return run_folder(self.options.root, row, self.seed, once=BY_KEY[row].once)
 
     def needs(self, other: Job) -> bool:
-        """Whether this one starts from the other."""
+        """Whether this job starts from the other."""
         return other.method.key in self.method.needs() and (other.method.once or other.seed == self.seed)
 
     def starts(self) -> list[Job]:
-        """Those whose runs it starts from, in order."""
+        """The jobs whose runs it starts from, in order."""
         rows = [BY_KEY[row] for row in sorted(self.method.needs())]
         return [Job(row, 0 if row.once else self.seed, self.options) for row in rows]
 
@@ -202,7 +203,7 @@ def _generator(job: Job) -> Generator:
 
 
 def finished(job: Job) -> bool:
-    """Whether its result is there and of this very job. What it needs must be finished."""
+    """Whether the job's result exists and is of its config. The jobs that it needs must be finished."""
     try:
         return bool(json.loads(job.result.read_text())["identity"] == job.judged())
     except (OSError, ValueError, KeyError):

@@ -22,11 +22,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Method:
-    """A row. recipe, overrides: of the run that is trained, null where nothing is. start: networks and the rows whose
-    runs they start from, of the same seed (a teacher has one). run, steps, causal_from: of a row without a run of its
-    own, whose weights are sampled how, see scripts/report_samples.py. low: of two experts, the row of the low one.
-    group: '' for what is trained for others and not shown. published: FID of one step on CIFAR-10, in the method's
-    paper and in FastGen. why: where it does not beat the naive row, the reason."""
+    """A row of the table.
+
+    key: names the row.
+    label: in words.
+    group: key of its group, '' for what is trained for other rows and not shown.
+    recipe: of the run that is trained, None where nothing is.
+    overrides: of the recipe.
+    start: networks, and the rows whose runs they start from, of the same seed (a teacher has one seed).
+    run: of a row that trains nothing: the row whose weights are sampled.
+    steps: of the sampler, see scripts/report_samples.py.
+    causal_from: the row by whose blocks and steps the weights are sampled, see scripts/report_samples.py.
+    low: of two experts, the row of the low-noise one.
+    published: FID of one step on CIFAR-10, in the method's paper and in FastGen.
+    why: the reason, where the row does not beat the naive row.
+    """
 
     key: str
     label: str
@@ -43,7 +53,7 @@ class Method:
 
     @property
     def once(self) -> bool:
-        """Whether there is one of it, and not one a seed."""
+        """Whether there is one run of it, and not one a seed."""
         return self.recipe is None or self.key in (TEACHER, DIGITS)
 
     @property
@@ -52,7 +62,7 @@ class Method:
         return bool(self.start)
 
     def needs(self) -> set[str]:
-        """The rows whose runs must be there first."""
+        """The rows whose runs come first."""
         return {*self.start.values(), *filter(None, (self.run, self.causal_from, self.low))}
 
 
@@ -92,6 +102,9 @@ _GAN_ALONE = (
     *_GAN, "objective.kind=gan", "teacher=null", "objective.gan.features=critic", "objective.gan.loss=relativistic",
     "objective.gan.r1=1.0", "objective.gan.r2=1.0", "objective.gan.penalty_step=0.01",
     "objective.gan.penalty_per_step=true", *_LONGER,
+)  # fmt: skip
+_LADD = (
+    *_GAN, "objective.kind=ladd", "critic=null", "objective.gan.r1=0.1", "objective.ladd_mean=-0.5", *_LONGER,
 )  # fmt: skip
 _FROM_DATA = ("rollout.last_step_only=false", "data.real=true")
 _DATA = ("rollout.kind=noised_data", "data.real=true")
@@ -147,8 +160,7 @@ METHODS: tuple[Method, ...] = (
     _one("f_kl", "f-distill, forward KL", *_GAN, "objective.kind=f_distill", "objective.f_distill.divergence=kl"),
     _one("f_js", "f-distill, Jensen-Shannon", *_GAN, "objective.kind=f_distill", "objective.f_distill.divergence=js"),
     _one("sid", "SiD", "objective.kind=sid"),
-    _one("ladd", "LADD", *_GAN, "objective.kind=ladd", "critic=null", "objective.gan.r1=0.1",
-         "objective.ladd_mean=-0.5", *_LONGER, why=_UNGUIDED),
+    _one("ladd", "LADD", *_LADD, why=_UNGUIDED),
     _one("gan", "GAN on the critic's features", *_GAN_ALONE, why=_UNGUIDED),
     _one("decoupled", "Decoupled DMD", "objective.kind=decoupled_dmd"),
     _one("ida", "DMD, critic aligned with the student", "objective.critic_keep=0.97"),
@@ -192,7 +204,7 @@ BY_KEY = {method.key: method for method in METHODS}
 
 
 def chosen(only: Sequence[str] | None) -> list[Method]:
-    """The named rows with all that they need, in the table's order; all of them for null."""
+    """The named rows with all that they need, in the table's order; all of them for None."""
     wanted = list(BY_KEY if only is None else only)
     for key in wanted:
         wanted += sorted(BY_KEY[key].needs() - set(wanted))

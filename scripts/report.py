@@ -32,7 +32,7 @@ SHOW_SEED = 0  # the seed of inference.sh, whose videos of these prompts are the
 
 
 class Evaluation:
-    """All methods on one set of prompts: which parts there are to make, and what became of them."""
+    """All methods on one set of prompts: the parts to make, and what they gave."""
 
     def __init__(self, root: Path, prompts_file: Path, count: int, split: str) -> None:
         self.root, self.count, self.split = root, count, split
@@ -109,7 +109,7 @@ def _trained(evaluation: Evaluation, run: str) -> bool:
 
 
 def _summary(rows: dict[str, Row]) -> str:
-    """The numbers that the whole thing is about, without a verdict."""
+    """The most important numbers in words, without a verdict."""
     named = (
         ("real", "Real videos"), ("teacher_50", "The teacher at 50 steps"),
         ("dmd_4", "The causal student distilled to 4 steps"), ("dmd_2", "The causal student distilled to 2 steps"),

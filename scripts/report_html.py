@@ -12,7 +12,16 @@ from evaluation.command import Row
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table. scale: what the number is multiplied by; error: key of its standard error."""
+    """A column of the table.
+
+    key: of its number in a row.
+    head: its heading.
+    form: format of the number.
+    good: which numbers are good, a key of GOOD.
+    says: what it measures.
+    scale: what the number is multiplied by.
+    error: key of its standard error.
+    """
 
     key: str
     head: str
@@ -25,22 +34,23 @@ class Column:
 
 COLUMNS = (
     Column("prompt_right", "prompt right, %", "{:.1f}", "high", "Share of videos in which both the digit and the "
-           "direction of motion are what the prompt says.", 100, "prompt_right_se"),
+           "direction of motion are what the prompt says.", scale=100, error="prompt_right_se"),
     Column("digit_right", "digit, %", "{:.1f}", "high", "Share in which a small classifier, trained on real videos "
-           "only, sees the digit that was asked for.", 100, "digit_right_se"),
+           "only, sees the digit that was asked for.", scale=100, error="digit_right_se"),
     Column("direction_right", "direction, %", "{:.1f}", "high", "Share in which the tracked centre of the ink moves "
-           "the way that was asked for, at no less than a third of the true speed.", 100, "direction_right_se"),
+           "the way that was asked for, at no less than a third of the true speed.", scale=100,
+           error="direction_right_se"),
     Column("appearance_fd", "appearance FD, %", "{:.2f}", "low", "Fréchet distance between the classifier's features "
            "of these videos and of real ones, in percent of the real features' variance: how far the digits' looks, "
            "and their variety, are from real ones."),
     Column("motion_error", "speed error, px/frame", "{:.3f}", "low", "How far the speed is from the true one "
-           "(data.toy.speed, 0.75 by default), on average over the videos.", 1, "motion_error_se"),
+           "(data.toy.speed, 0.75 by default), on average over the videos.", error="motion_error_se"),
     Column("jitter", "jitter, px", "{:.3f}", "low", "How much the motion from frame to frame departs from an even "
-           "glide, as a standard deviation.", 1, "jitter_se"),
+           "glide, as a standard deviation.", error="jitter_se"),
     Column("flicker", "flicker", "{:.3f}", "low", "How much the total ink changes from frame to frame, as a share of "
            "the ink, beyond what it does in real videos."),
-    Column("intensity", "intensity", "{:.4f}", "real", "Mean brightness of all pixels, 0 black and 1 white.", 1,
-           "intensity_se"),
+    Column("intensity", "intensity", "{:.4f}", "real", "Mean brightness of all pixels, 0 black and 1 white.",
+           error="intensity_se"),
     Column("diversity", "diversity", "{:.2f}", "real", "How different the videos of one prompt are from each other, "
            "relative to real ones: below 1 the generator repeats itself."),
     Column("evaluations", "network evaluations", "{:.1f}", "low", "Passes of a whole video through the network for "
@@ -97,8 +107,8 @@ class Page:
 
 
 def value(row: Row, column: Column) -> float:
-    own = {"evaluations": row.evaluations, "milliseconds": row.seconds * 1000}
-    return own[column.key] if column.key in own else row.metrics[column.key]
+    costs = {"evaluations": row.evaluations, "milliseconds": row.seconds * 1000}
+    return costs[column.key] if column.key in costs else row.metrics[column.key]
 
 
 def cell(row: Row, column: Column) -> tuple[str, str]:

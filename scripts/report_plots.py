@@ -120,8 +120,15 @@ def side_by_side(videos: Tensor, padding: int = 1, value: float = 0.25) -> Tenso
 
 
 def write_comparison(root: Path, labels: Sequence[str], prompts: Sequence[str], videos: Tensor, fps: int) -> None:
-    """comparison.mp4 and .gif (a row for each method, a column for each prompt) and comparison.png (the same for the
-    first two prompts, frame by frame). videos: [M, P, T, C, H, W] in [0, 1]."""
+    """Writes comparison.mp4 and .gif (a row for each method, a column for each prompt) and comparison.png (the same
+    for the first two prompts, frame by frame).
+
+    root: folder of the files.
+    labels: of M methods.
+    prompts: P of them.
+    videos: [M, P, T, C, H, W] in [0, 1].
+    fps: frames a second.
+    """
     heads = [short(prompt) for prompt in prompts]
     for name, scale, columns, levels in (("comparison.mp4", 4, len(heads), 255), ("comparison.gif", 3, 6, 15)):
         # few grey levels keep the GIF small: noise that nobody sees is most of its bytes
@@ -164,7 +171,7 @@ def _sheet(rows: Sequence[Tensor], labels: Sequence[str], heads: Sequence[str], 
 def _written(
     size: tuple[int, int], texts: Sequence[tuple[float, float, str, str]], font: FreeTypeFont | ImageFont
 ) -> Tensor:
-    """What stands still: texts (x, y, what, PIL's anchor) on a dark ground, [1, 3, H, W]."""
+    """The still part: texts (x, y, what, PIL's anchor) on a dark ground, [1, 3, H, W]."""
     import numpy as np
     from PIL import Image, ImageDraw
 

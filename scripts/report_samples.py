@@ -26,7 +26,8 @@ from torch import Tensor
 
 from configs.load import run_from_plain
 from configs.schema import RunConfig
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from utils import checkpoint, distributed
 from utils.errors import UserError
 
@@ -43,8 +44,16 @@ BATCH_MANY_STEPS, BATCH_FEW_STEPS = 10, 25  # videos at once: measured on CPU, t
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table. run: whose weights, null for real videos; causal_from: a bidirectional run's weights are used
-    block by block with the blocks and the step list of this other run."""
+    """A row of the table.
+
+    key: names the row.
+    label: in words.
+    group: heading of its group.
+    run: whose weights are sampled, None for real videos.
+    steps: of the sampler.
+    causal_from: another run. The weights, of a bidirectional run, are used block by block, with the blocks and the
+        step list of this one.
+    """
 
     key: str
     label: str
@@ -76,7 +85,16 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Part:
-    """Some videos of one method. ids key the noise of each; identity: all that their pixels depend on."""
+    """Some videos of one method.
+
+    root: folder of the runs.
+    method: the row.
+    name: of their file.
+    prompts: one for each video.
+    ids: key the noise of each video.
+    seed: of the noise.
+    identity: all that their pixels depend on.
+    """
 
     root: str
     method: Method
@@ -109,26 +127,42 @@ def run_config(root: Path, run: str) -> RunConfig:
 
 def available(root: Path) -> tuple[list[Method], list[Method]]:
     """(methods whose runs have a checkpoint, the others)."""
-    there = {run for run in RUNS if checkpoint.latest(root / run / "checkpoints") is not None}
+    trained = {run for run in RUNS if checkpoint.latest(root / run / "checkpoints") is not None}
     split: tuple[list[Method], list[Method]] = ([], [])
     for method in METHODS:
-        split[not {method.run, method.causal_from} <= {*there, None}].append(method)
+        split[not {method.run, method.causal_from} <= {*trained, None}].append(method)
     return split
 
 
 def parts(root: Path, method: Method, name: str, prompts: Sequence[str], seed: int, size: int = PART) -> list[Part]:
-    """A method's videos of these prompts, `size` a file; video i is keyed by (seed, i) whatever the size."""
+    """A method's videos of these prompts, file by file.
+
+    root: folder of the runs.
+    method: the row.
+    name: of the files, before their numbers.
+    prompts: one for each video.
+    seed: video i is keyed by (seed, i), whatever the size.
+    size: videos a file.
+    """
     identity = _identity(root, method)
     starts = range(0, len(prompts), size)
     chunks = [range(start, min(start + size, len(prompts))) for start in starts]
     return [
-        Part(str(root), method, f"{name}_{ids[0]:04d}", tuple(prompts[i] for i in ids), tuple(ids), seed, identity)
+        Part(
+            root=str(root),
+            method=method,
+            name=f"{name}_{ids[0]:04d}",
+            prompts=tuple(prompts[i] for i in ids),
+            ids=tuple(ids),
+            seed=seed,
+            identity=identity,
+        )
         for ids in chunks
     ]
 
 
 def make(todo: Sequence[Part], workers: int) -> Iterable[Part]:
-    """Makes these parts in `workers` processes of one thread each, the dear ones first; yields each as it is done."""
+    """Makes these parts in `workers` processes of one thread each, the costly ones first; yields each as it is done."""
     order = sorted(todo, key=_cost, reverse=True)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
@@ -161,7 +195,7 @@ def make_part(part: Part) -> None:
 
 
 def is_done(part: Part) -> bool:
-    """Whether the part's file is there, whole, and made of the same weights, prompts and seed."""
+    """Whether the part's file exists, whole, and was made of the same weights, prompts and seed."""
     try:
         with safe_open(part.path, framework="pt") as file:
             return file.metadata().get("key") == _key(part) and len(file.get_tensor("latents")) == len(part.ids)

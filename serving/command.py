@@ -8,7 +8,7 @@ from pathlib import Path
 
 from generation.acceleration import Acceleration
 from generation.command import acceleration_of, add_speed
-from generation.generator import Sampling
+from generation.sampling import Sampling
 from serving.limits import Limits
 from serving.protocol import MAX_SEED
 from utils.cli import Parser

@@ -15,7 +15,16 @@ from utils.cli import Parser
 from utils.data.buckets import Pace, Size, check_sizes
 from utils.data.clips import ImageClips, Start, VideoClips, plan_clips, probe_image
 from utils.data.media import IMAGES, VIDEOS, find_media
-from utils.data.preprocessing import SUFFIXES, EncodeText, EncodeVideo, EncodeVisual, Share, encode_videos
+from utils.data.preprocessing import (
+    SUFFIXES,
+    EncodeText,
+    EncodeVideo,
+    EncodeVisual,
+    Encoding,
+    Job,
+    Share,
+    encode_videos,
+)
 from utils.data.stream import MAX_CORRUPT
 from utils.data.tensors import Statistics
 from utils.errors import UserError
@@ -71,7 +80,7 @@ def video_command(
     try:
         sizes = [Size.parse(text) for text in args.bucket]
         pace = Pace() if images else Pace(args.fps, args.interval)
-        job = Share.parse(args.share)
+        share = Share.parse(args.share)
         shards = find_media(getattr(args, kind), IMAGES if images else VIDEOS, captions=args.captions)
     except (ValueError, OSError) as problem:
         raise UserError(str(problem)) from None
@@ -88,26 +97,22 @@ def video_command(
         else:
             plan = plan_clips(shards, sizes, pace, **headers)
             clips = VideoClips(shards, plan, sizes, pace, Start(args.start))
-        report = encode_videos(
-            clips,
-            encoders.video,
+        job = Job(
             args.out,
-            settings=encoders.settings,
-            encode_text=encoders.text,
-            encode_visual=encoders.visual,
-            raw=encoders.statistics if args.raw else None,
-            kind=args.format,
+            encoders.settings,
             rows=args.rows,
             batch=args.batch,
-            share=Share(job.index * ranks + rank, job.count * ranks),
+            share=Share(share.index * ranks + rank, share.count * ranks),
             dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32,
-            max_corrupt=args.max_corrupt,
             show=rank == 0,
         )
+        raw = encoders.statistics if args.raw else None
+        encoding = Encoding(encoders.video, encoders.text, encoders.visual, raw)
+        report = encode_videos(clips, encoding, job, kind=args.format, max_corrupt=args.max_corrupt)
     except (ValueError, OSError) as problem:
         raise UserError(str(problem)) from None
     left = f", {len(report.corrupt)} corrupt samples left out" if report.corrupt else ""
-    print(f"{args.out}: {report.made} files made ({report.rows} rows{left}), {report.there} were there")
+    print(f"{args.out}: {report.made} files made ({report.rows} rows{left}), {report.present} were there")
     return 0
 
 

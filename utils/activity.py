@@ -1,4 +1,4 @@
-"""What the main thread is doing, for whoever has to say it when nothing moves: one tuple, replaced as a whole."""
+"""What the main thread is doing, for the report when nothing moves: one tuple, replaced as a whole."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def begin(step: int, *, slow: bool = False) -> None:
 
 
 def mark(what: str) -> None:
-    """From here on it is `what`, until the next mark or the end of the `doing` around it."""
+    """From here on the activity is `what`, until the next mark or the end of the `doing` around it."""
     global _now
     _now = Activity(_now.step, what, _now.slow)
 
 
 @contextmanager
 def doing(what: str, *, slow: bool = False) -> Iterator[None]:
-    """Inside it is `what`, as a part of what it was before. Also a decorator. Other threads than the main one pass.
+    """Inside, the activity is `what`, a part of the one before. Also a decorator. Does nothing in other threads.
 
     An exception leaves the mark where it happened, so that a report can tell.
     """

@@ -53,17 +53,17 @@ def require_agreement(fields: Mapping[str, str]) -> None:
 class FiniteCheck:
     """Whether an update may be taken, agreed by all ranks, and if not whose numbers spoilt it.
 
-    Made before gradients are summed over ranks, from this rank's own numbers: sums lose whose they were. Sharded
-    gradients (DTensor) are summed by then, and a rank answers for its shard; its losses are always its own.
+    Made before gradients are summed over ranks, from this rank's own numbers: a sum does not tell whose they were.
+    Sharded gradients (DTensor) are summed by then, and a rank answers for its shard; its losses are always its own.
     ``agree`` costs one all-reduce of one number.
     """
 
     def __init__(self, losses: Mapping[str, float], named: Mapping[str, torch.nn.Parameter]) -> None:
         self.bad = [name for name, value in losses.items() if not math.isfinite(value)]
         self.named = named
-        own = [p.grad for p in named.values() if p.grad is not None and not isinstance(p.grad, DTensor)]
+        local = [p.grad for p in named.values() if p.grad is not None and not isinstance(p.grad, DTensor)]
         # read only if something is wrong: no waiting for a GPU here
-        self.norm = torch.nn.utils.get_total_norm(own) if own and distributed.world_size() > 1 else None
+        self.norm = torch.nn.utils.get_total_norm(local) if local and distributed.world_size() > 1 else None
 
     def agree(self, grad_norm: float) -> str | None:
         """None if all is finite on all ranks, else what is not, and on which ranks; the same on every rank.

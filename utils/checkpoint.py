@@ -98,7 +98,10 @@ class Saver:
         """Save as ``save`` below does, after the save before is through. Raises what went wrong with that one."""
         self.wait()
         self.step = step
-        job = _Save(self.root, step, tensors, state, self.group, self.keep_last, self.keep_every, copy=self.background)
+        job = _Save(
+            self.root, step, tensors, state,
+            group=self.group, keep_last=self.keep_last, keep_every=self.keep_every, copy=self.background,
+        )  # fmt: skip
         # not a daemon: a run that ends by an error still finishes the write that it began
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save {step}", daemon=False)
         self._thread.start()
@@ -133,7 +136,7 @@ def save(root: Path, step: int, tensors: Groups, state: Mapping[str, Any]) -> Pa
     ``state`` is JSON-able. Raises UserError when it cannot be written (disk full, no permission); what was there before
     is intact then.
     """
-    job = _Save(Path(root), step, tensors, state, None, None, None, copy=False)
+    job = _Save(Path(root), step, tensors, state, group=None, keep_last=None, keep_every=None, copy=False)
     job.run()
     return job.final
 
@@ -147,18 +150,18 @@ class _Save:
         step: int,
         tensors: Groups,
         state: Mapping[str, Any],
+        *,
         group: dist.ProcessGroup | None,
         keep_last: int | None,
         keep_every: int | None,
-        *,
         copy: bool,
     ) -> None:
         from utils.dcp import (
             StagedPlanner,
         )  # torch.distributed.checkpoint: a third of a second that inference can do without
 
-        if odd := [name for name in tensors if not _GROUP.fullmatch(name)]:
-            raise ValueError(f"{odd[0]!r} cannot be a file's name: use letters, digits, _ and .")
+        if unusable := [name for name in tensors if not _GROUP.fullmatch(name)]:
+            raise ValueError(f"{unusable[0]!r} cannot be a file's name: use letters, digits, _ and .")
         self.root, self.step, self.group, self.names = root, step, group, list(tensors)
         self.keep_last, self.keep_every = keep_last, keep_every
         self.final = root / f"step_{step:08d}"

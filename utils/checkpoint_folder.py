@@ -1,4 +1,4 @@
-"""The folder ``checkpoints/`` of a run: what stands in it, whether it is whole, how it gets there and how it goes."""
+"""The folder ``checkpoints/`` of a run: what is in it, whether it is whole, how it is published and pruned."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def checksum(state: Any) -> int:
 
 
 def other_checkpoints(path: Path) -> str:
-    """What an error about checkpoint ``path`` says of the ones beside it."""
+    """What an error about checkpoint ``path`` says of the other checkpoints."""
     others = [other.name for other in list_checkpoints(Path(path).parent) if other.name != Path(path).name]
     return f"resume from another: {', '.join(others)}" if others else "there is no other checkpoint beside it"
 
@@ -101,7 +101,7 @@ def other_checkpoints(path: Path) -> str:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a written, synced folder its name, in place of what had it."""
+    """Give a written, synced folder its name, in place of the folder that had it."""
     replaced = final.with_name(REPLACED + final.name)
     if final.exists():
         os.rename(final, replaced)

@@ -106,7 +106,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def _nearby(path: Path) -> str:
-    """What the folder of a missing file offers instead."""
+    """The files beside a missing file that may have been meant."""
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder {str(folder)!r}"

@@ -1,4 +1,4 @@
-"""What is shared over torch.distributed; in a single process every function is a no-op of the same meaning."""
+"""What processes share over torch.distributed. In a single process each function returns its own values."""
 
 from __future__ import annotations
 
@@ -141,29 +141,30 @@ def all_reduce_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def gather_rows(own: Tensor, rows: Sequence[int]) -> Tensor | None:
+def gather_rows(held: Tensor, rows: Sequence[int]) -> Tensor | None:
     """What all processes hold of [sum(rows), ...], by rank, in the CPU memory of rank 0; elsewhere None.
 
-    own: [rows[rank], ...] on the CPU; of a process of 0 rows nothing is taken. rows: by rank, the same for all.
+    held: [rows[rank], ...] on the CPU, what this process holds. Nothing is sent by a process of 0 rows.
+    rows: by rank, the same for all.
     """
     if world_size() == 1:
-        return own
+        return held
     with doing("gather rows of all ranks"):
         if not is_main():
             if rows[rank()]:
-                dist.send(own.contiguous(), 0)
+                dist.send(held.contiguous(), 0)
             return None
-        parts = [own[: rows[0]]]
+        parts = [held[: rows[0]]]
         for source, count in enumerate(rows):
             if source and count:
-                parts.append(own.new_empty(count, *own.shape[1:]))
+                parts.append(held.new_empty(count, *held.shape[1:]))
                 dist.recv(parts[-1], source)
     return torch.cat(parts)
 
 
-def union(own: Iterable[int]) -> set[int]:
+def union(held: Iterable[int]) -> set[int]:
     """The whole numbers from 0 on that any process holds."""
-    numbers = sorted(set(own))
+    numbers = sorted(set(held))
     if world_size() == 1:
         return set(numbers)
     most = int(all_reduce_scalars({"count": float(len(numbers))}, "max")["count"])
@@ -179,10 +180,10 @@ def all_gather_text(text: str, size: int = 256) -> list[str]:
     if world_size() == 1:
         return [text]
     raw = text.encode()[:size].ljust(size, b"\0")
-    own = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(device())
-    parts = [torch.empty_like(own) for _ in range(world_size())]
+    encoded = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(device())
+    parts = [torch.empty_like(encoded) for _ in range(world_size())]
     with doing("gather texts of all ranks"):
-        dist.all_gather(parts, own)
+        dist.all_gather(parts, encoded)
         raws = [bytes(part.tolist()) for part in parts]
     return [raw.rstrip(b"\0").decode(errors="ignore") for raw in raws]
 

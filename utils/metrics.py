@@ -42,7 +42,7 @@ class Moments:
             self.merge(Moments(len(x), mean, (x - mean).T @ (x - mean)))
 
     def merge(self, other: Moments) -> None:
-        """Takes in what another one, say another rank's, has seen."""
+        """Takes in the samples of other moments, such as another rank's."""
         if other.mean_D is None or other.scatter_DD is None:
             return
         if self.mean_D is None or self.scatter_DD is None:
@@ -55,7 +55,7 @@ class Moments:
         self.count = total
 
     def over_ranks(self) -> Moments:
-        """Of what all ranks have seen; every rank gets it. All must have seen something."""
+        """Moments of the samples of all ranks, on every rank. Every rank must have some."""
         assert self.mean_D is not None
         assert self.scatter_DD is not None
         total = int(all_reduce_(torch.tensor([self.count], device=self.mean_D.device)).item())
@@ -72,7 +72,7 @@ class Moments:
 
     @property
     def variance(self) -> float:
-        """Total: the trace of the covariance."""
+        """The total variance: the trace of the covariance."""
         return self.covariance_DD.trace().item()
 
 
@@ -112,8 +112,8 @@ def frechet_distance(features_a_ND: Tensor, features_b_ND: Tensor) -> float:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"frechet distance: needs [N >= 2, D] twice, got {list(a.shape)} and {list(b.shape)}")
     moments = Moments(), Moments()
-    for one, features in zip(moments, (a, b), strict=True):
-        one.add(features)
+    for part, features in zip(moments, (a, b), strict=True):
+        part.add(features)
     return frechet_between(*moments)
 
 

@@ -123,7 +123,7 @@ def _plain(what: str, value: Any) -> Any:
 
 
 def _like(current: Any, value: Any) -> Any:
-    """``value`` as JSON gave it, in the form that the optimizer had it in."""
+    """``value`` from JSON, in the type that the optimizer had."""
     if isinstance(current, Tensor):
         return torch.tensor(value, dtype=current.dtype, device=current.device)
     return tuple(value) if isinstance(current, tuple) else value

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all of a device's videos: freed memory serves the stream alone that it was taken on."""
+    """The one stream for all videos of a device: freed memory serves only the stream that it was taken on."""
     return torch.cuda.Stream(device)
 
 

@@ -165,7 +165,7 @@ def table_of_files(folder: Path, files: Iterable[str]) -> Table:
 
 
 def merged(parts: Iterable[Table]) -> Table:
-    """One table of what several ranks wrote. Raises ValueError unless each tensor is there whole, and once."""
+    """One table of what several ranks wrote. Raises ValueError unless each tensor is whole, and written once."""
     out: Table = {}
     for part in parts:
         for group, entries in part.items():

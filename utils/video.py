@@ -147,9 +147,9 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def drop_partials(path: Path) -> None:
     """Removes what processes left beside `path` that were killed while they wrote it. Nobody may be writing it."""
-    own = re.compile(rf"\.{re.escape(path.stem)}\.\d+{re.escape(path.suffix)}")
+    partial = re.compile(rf"\.{re.escape(path.stem)}\.\d+{re.escape(path.suffix)}")
     for file in path.parent.glob(".*") if path.parent.is_dir() else ():
-        if own.fullmatch(file.name):
+        if partial.fullmatch(file.name):
             file.unlink(missing_ok=True)
 
 
@@ -161,14 +161,14 @@ def _write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
     if first is None:
         raise ValueError("video: no frames to write")
     height, width = first.shape[:2]
-    odd = ((0, height % 2), (0, width % 2), (0, 0))
+    padding = ((0, height % 2), (0, width % 2), (0, 0))
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "14"}
         for frame in chain([first], rest):
-            padded = np.pad(frame, odd, mode="edge")
+            padded = np.pad(frame, padding, mode="edge")
             container.mux(stream.encode(av.VideoFrame.from_ndarray(padded, format="rgb24")))
         container.mux(stream.encode())
 

@@ -63,8 +63,17 @@ class CollectiveError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is, as it says itself. held: seconds in this activity; beat: a counter that shows it alive;
-    clock: its time of day; ended: why it left, if it did; stack: of its main thread, when asked."""
+    """Where a rank is, as it says itself.
+
+    step: of training.
+    what: the activity.
+    slow: whether it may take as long as slow work.
+    held: seconds in this activity.
+    beat: a counter that shows the rank alive.
+    clock: its time of day.
+    ended: why it left, if it did.
+    stack: of its main thread, when asked.
+    """
 
     step: int
     what: str
@@ -77,7 +86,7 @@ class Place:
 
 
 class Watchdog:
-    """`with Watchdog(config):` around a run, after the process group is there. One rank, or `null`: does nothing."""
+    """`with Watchdog(config):` around a run, once the process group exists. One rank, or no limit: does nothing."""
 
     def __init__(self, config: WatchdogConfig) -> None:
         self.config = config
@@ -148,8 +157,8 @@ class Watchdog:
 
     def _limit(self) -> float:
         assert self._store is not None
-        own = self._own_limit()
-        return min(own, _AFTER_FAILURE) if self._store.check(["failed"]) else own
+        limit = self._own_limit()
+        return min(limit, _AFTER_FAILURE) if self._store.check(["failed"]) else limit
 
     def _excused(self) -> bool:
         """Whether another rank is alive in slow work of its own, for which this one may have to wait."""
@@ -171,7 +180,8 @@ class Watchdog:
         assert self._store is not None
         self._beat += 1
         now = self._seen
-        place = Place(now.step, now.what, now.slow, self._held, self._beat, time.strftime("%H:%M:%S"), ended)
+        clock = time.strftime("%H:%M:%S")
+        place = Place(now.step, now.what, now.slow, held=self._held, beat=self._beat, clock=clock, ended=ended)
         self._store.set(f"at/{self.rank}", json.dumps(asdict(place)))
         if self._store.check(["asked"]):
             answer = asdict(place) | {"stack": self._stack or _main_stack()}
@@ -202,8 +212,8 @@ class Watchdog:
         try:
             text = "the other ranks are not watched" if self._store is None else self._ask()
         except RuntimeError as problem:
-            own = self._stack or _main_stack()
-            text = f"the other ranks cannot be asked ({_one_line(problem)})\nrank {self.rank}:\n{own}"
+            stack = self._stack or _main_stack()
+            text = f"the other ranks cannot be asked ({_one_line(problem)})\nrank {self.rank}:\n{stack}"
         if text is None:
             return
         # not through sys.stderr: the main thread may be stuck in it, with its lock

@@ -171,7 +171,7 @@ class WanTransformer(nn.Module):
             start = 0 if mode.cache is None else mode.cache.position
             positions = range(start, start + grid[0]) if mode.positions is None else mode.positions
             rope = rope_table(positions, *grid[1:], self.config.head_dim, device)
-        return rope if shards is None else shards.own(rope)
+        return rope if shards is None else shards.shard(rope)
 
     def _run_blocks(
         self,

@@ -58,7 +58,18 @@ def program(folder: Path, body: str) -> str:
 
 def part(folder: Path, body: str, *, most: float = 60, needs: tuple[str, ...] = ()) -> Part:
     environment = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-    return Part("some", "train", "some part", program(folder, body), (), 1, most, json_rows, needs, environment)
+    return Part(
+        name="some",
+        group="train",
+        what="some part",
+        module=program(folder, body),
+        arguments=(),
+        least=1,
+        most=most,
+        rows=json_rows,
+        needs=needs,
+        environment=environment,
+    )
 
 
 def ran(made: Part, folder: Path, left: float = 600) -> list[Row]:
@@ -136,7 +147,7 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_part_gets_its_share_or_is_not_begun(tmp_path: Path) -> None:
-    made = Part("a", "train", "", "", (), 30, 100, json_rows)
+    made = Part("a", "train", "", "", (), least=30, most=100, rows=json_rows)
     assert granted(made, 500) == 100
     assert granted(made, 60) == 60 - RESERVE
     assert granted(made, 30 + RESERVE) == 30

@@ -77,7 +77,7 @@ def test_an_illegal_degree_names_the_legal_ones(heads: int, degree: int, legal: 
 def test_each_token_lies_on_one_rank_and_padding_is_zero(size: int, tokens: int) -> None:
     x = torch.arange(1.0, 2 * 5 * tokens * 3 + 1).reshape(2, 5 * tokens, 3)
     group: Any = None  # nothing is sent
-    parts = [SequenceParallel(group, rank, size).frames(tokens).own(x) for rank in range(size)]
+    parts = [SequenceParallel(group, rank, size).frames(tokens).shard(x) for rank in range(size)]
     local = -(-tokens // size)
     assert {part.shape for part in parts} == {(2, 5 * local, 3)}
     frames = torch.cat([part.unflatten(1, (5, local)) for part in parts], 2)

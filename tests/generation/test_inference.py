@@ -11,9 +11,10 @@ from torch import Tensor
 
 from generation.acceleration import Acceleration
 from generation.command import inference_args
-from generation.generator import Generator, Sampling, slug
+from generation.generator import Generator
 from generation.live import Live, Pace
-from generation.videos import Rate, generate_videos
+from generation.sampling import Sampling, StudentChoice
+from generation.videos import Rate, generate_videos, slug
 from model.wan.captured import Captured
 from model.wan.config import NetworkConfig
 from model.wan.kv_cache import KVCache
@@ -43,7 +44,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_average_is_the_default_and_raw_weights_differ(run: Path) -> None:
-    videos = {w: Generator.load(run, CPU, weights=w)(PROMPTS, Sampling(), [0, 1]) for w in ("ema", "raw")}
+    videos = {
+        w: Generator.load(run, CPU, student=StudentChoice(w))(PROMPTS, Sampling(), [0, 1]) for w in ("ema", "raw")
+    }
     assert videos["ema"].shape == (2, 9, 4, 8, 8)
     assert not torch.equal(videos["ema"], videos["raw"])
 
@@ -204,8 +207,8 @@ def test_a_batch_is_written_as_each_video_alone(run: Path, tmp_path: Path) -> No
     for batch in ("1", "2"):
         out = ["--out", str(tmp_path / batch), "--batch", batch, "--format", "png"]
         generate_videos(generator, inference_args(["--run", str(run), "--prompts", str(prompts), *out]))
-    for one, both in zip(*(sorted((tmp_path / batch).glob("*.png")) for batch in ("1", "2")), strict=True):
-        assert (read_image(one) - read_image(both)).abs().max() <= 1.01 / 255
+    for alone, both in zip(*(sorted((tmp_path / batch).glob("*.png")) for batch in ("1", "2")), strict=True):
+        assert (read_image(alone) - read_image(both)).abs().max() <= 1.01 / 255
 
 
 def test_rates_of_first_parts_and_later_ones_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +326,7 @@ def test_a_recorded_video_leaves_its_recordings_to_the_next(run: Path, monkeypat
         made = generator(prompts, Sampling(seed=seed), batch)
         torch.testing.assert_close(made, plain(prompts, Sampling(seed=seed), batch), rtol=1e-4, atol=1e-5)
     assert len(recorded) == 2
-    assert all(len(one.recorded) == 3 for one in recorded)
+    assert all(len(student.recorded) == 3 for student in recorded)
     both = zip(*(generator.stream(PROMPTS, Sampling(seed=s), [0, 1]) for s in (4, 5)), strict=True)
     for seed, parts in zip((4, 5), zip(*both, strict=True), strict=True):
         expected = plain(PROMPTS, Sampling(seed=seed), [0, 1])
@@ -340,11 +343,11 @@ def test_visitors_who_come_later_find_what_earlier_ones_recorded(run: Path, monk
     assert not torch.allclose(*shown, atol=1e-3)
     for live in (first, second):
         live.close()
-    third, expected = (Live(one, PROMPTS[1], Sampling(seed=2)) for one in (generator, plain))
+    third, expected = (Live(source, PROMPTS[1], Sampling(seed=2)) for source in (generator, plain))
     for _ in range(5):
         torch.testing.assert_close(third.next_frames(), expected.next_frames(), rtol=1e-4, atol=1e-5)
     assert len(recorded) == 2
-    assert all(len(one.recorded) == 3 for one in recorded)
+    assert all(len(student.recorded) == 3 for student in recorded)
 
 
 def test_size_of_a_run(run: Path, tmp_path: Path) -> None:
@@ -357,7 +360,7 @@ def test_size_of_a_run(run: Path, tmp_path: Path) -> None:
 
 def test_a_lora_scale_needs_an_adapter(run: Path) -> None:
     with pytest.raises(UserError, match="--lora_scale 0.5: this run trained no adapter"):
-        Generator.load(run, CPU, lora_scale=0.5)
+        Generator.load(run, CPU, student=StudentChoice(lora_scale=0.5))
     with pytest.raises(ValueError, match="init_lora_scale is of an adapter in init, which is null"):
         NetworkConfig(init_lora_scale=0.5)
     with pytest.raises(ConfigError, match="this is no run: leave it 1"):

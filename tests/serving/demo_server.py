@@ -20,8 +20,9 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin
 
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
 from generation.live import Live, Pace
+from generation.sampling import Sampling
 from serving.connection import Format
 from serving.limits import Limits
 from serving.run import listen, server_config

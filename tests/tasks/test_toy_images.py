@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from evaluation.toy_suite import generate_all
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampler, Sampling
 from model.score import ScoreNet
 from tasks.build import build_task
 from tasks.toy import ToyTask
@@ -40,7 +41,7 @@ def toy_task(base: dict[str, Any] = IMAGES) -> ToyTask:
 def student(base: dict[str, Any] = IMAGES) -> Generator:
     """A generator whose network has no zero weights."""
     run = config(base)
-    return Generator(run, ScoreNet(random_net(3, run.student.geometry()), "student"), CPU, causal=True)
+    return Generator(run, ScoreNet(random_net(3, run.student.geometry()), "student"), CPU, sampler=Sampler(causal=True))
 
 
 def test_samples_are_given_the_first_frame_of_videos_of_their_own_captions() -> None:

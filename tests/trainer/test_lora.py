@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from generation.export import export, export_args
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling, StudentChoice
 from model.score import ScoreNet
 from model.wan.config import LoraConfig
 from model.wan.formats import Format
@@ -141,7 +142,7 @@ def test_a_checkpoint_holds_adapters_alone_and_goes_on_exactly(folder: Path, tmp
 
 def test_a_run_generates_and_goes_on_from_its_merged_weights(folder: Path, tmp_path: Path) -> None:
     run = trained(folder, tmp_path / "run")
-    raw = Generator.load(tmp_path / "run", CPU, weights="raw")
+    raw = Generator.load(tmp_path / "run", CPU, student=StudentChoice("raw"))
     prompts = run.task.prompts(range(2))
     frames = raw(prompts, Sampling(seed=3), [0, 1])
     noise = Noise(3, 0, [0, 1], CPU)

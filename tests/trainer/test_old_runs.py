@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from configs.load import load_run
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from tests.nets import relative
 from trainer.base import RunOptions
 from trainer.build import build_trainer

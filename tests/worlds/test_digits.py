@@ -13,7 +13,8 @@ from torch import Tensor
 
 from configs.load import load_run, run_from_plain
 from evaluation.command import evaluate_generator, evaluate_real
-from generation.generator import Generator, Sampling
+from generation.generator import Generator
+from generation.sampling import Sampling
 from model.discriminator import ImageHeads
 from tasks.digits import DigitsTask
 from tests import ROOT

@@ -150,10 +150,17 @@ def plan_clips(
 ) -> Plan:
     """Reads every video's header and chooses its bucket. What suits none is left out, in one line of warning.
 
-    cache: a JSON file of the headers, read where it is there and written whole; then only new files are opened.
-    header: reads one; null is `probe`, of videos. Raises TooManyCorrupt, or ValueError where no video suits a bucket.
+    shards: the videos or images.
+    sizes: of the buckets.
+    pace: at which frames are taken.
+    cache: a JSON file of the headers. It is read where it exists, so that only new files are opened, and written whole.
+    max_corrupt: share of files that may be corrupt.
+    threads: that read headers.
+    header: reads the header of a file, None: `probe`, of videos.
+
+    Raises TooManyCorrupt, or ValueError where no video suits a bucket.
     """
-    media = [one for shard in shards for one in shard]
+    media = [file for shard in shards for file in shard]
     faults = Faults(len(media), max_corrupt, REMEDY_BEFORE)
     plan = Plan({}, {}, {})
     for item, found in enumerate(_headers(media, cache, threads, header or probe)):
@@ -209,10 +216,17 @@ def probe_image(media: Media) -> Info:
 
 
 def decode_clip(media: Media, size: Size, pace: Pace, source_fps: float, begin: float = 0.0) -> Tensor:
-    """Frames [T, 3, H, W] in [0, 1] from `begin` (seconds) on, scaled to cover the size, the middle cropped.
+    """Frames [T, 3, H, W] in [0, 1], scaled to cover the size, the middle cropped.
 
-    Each is the last frame shown at its time, so a variable frame rate is met too. Raises CorruptSample where the video
-    cannot be decoded or ends too early.
+    Each is the last frame shown at its time, so a variable frame rate is met too.
+
+    media: the video.
+    size: of the clip.
+    pace: at which frames are taken.
+    source_fps: frames a second of the video.
+    begin: where the clip begins, in seconds.
+
+    Raises CorruptSample where the video cannot be decoded or ends too early.
     """
     import av
 
@@ -268,7 +282,14 @@ def decode_image(media: Media, size: Size) -> Tensor:
 def _pictures(
     container: Any, stream: Any, times: Sequence[float], slack: float, size: Size
 ) -> Iterator[NDArray[np.uint8]]:
-    """The frame shown at each time; fewer where the video ends before."""
+    """The frame shown at each time; fewer where the video ends before.
+
+    container: the opened file.
+    stream: its video.
+    times: in seconds, rising.
+    slack: half of a frame, in seconds.
+    size: of the frames.
+    """
     zero = float((stream.start_time or 0) * stream.time_base)
     if times[0] > 0:
         container.seek(int((times[0] + zero) / stream.time_base), stream=stream)  # to the key frame before it
@@ -315,16 +336,16 @@ def _seconds(duration: int | None, time_base: Any, container_duration: int | Non
 def _headers(
     media: Sequence[Media], cache: Path | None, threads: int, header: Callable[[Media], Info]
 ) -> Iterator[Info | CorruptSample]:
-    """The header of each video in order, from the cache where the file is the one that was seen."""
+    """The header of each video in order, from the cache where the file has not changed since."""
     known: dict[str, dict[str, Any]] = {}
     if cache is not None and cache.is_file():
         try:
             known = json.loads(cache.read_text())
         except ValueError:
             console.warning("%s cannot be read: the videos' headers are read again", cache)
-    keys = [_identity(one) for one in media]
+    keys = [_identity(file) for file in media]
     with ThreadPoolExecutor(threads) as pool:
-        new = {key: one for key, one in zip(keys, media, strict=True) if key not in known}
+        new = {key: file for key, file in zip(keys, media, strict=True) if key not in known}
         for key, found in zip(new, pool.map(functools.partial(_probed, header), new.values()), strict=True):
             known[key] = {"corrupt": str(found)} if isinstance(found, CorruptSample) else asdict(found)
     if cache is not None and new:
@@ -342,7 +363,7 @@ def _probed(header: Callable[[Media], Info], media: Media) -> Info | CorruptSamp
 
 
 def _identity(media: Media) -> str:
-    """Another key where the file is another one. A file that is not there has one too: reading it says so."""
+    """A key that changes when the file does. An absent file has a key too: reading it raises the error."""
     path = media.part.path
     stat = path.stat() if path.is_file() else None
     facts = [media.name, media.part.offset, media.part.size, stat and stat.st_size, stat and stat.st_mtime_ns]

@@ -29,7 +29,7 @@ class LatentSource(Protocol):
 def open_latents(
     path: str | Path, *, statistics: Statistics | None = None, sigmas: Sequence[float] | None = None
 ) -> LatentSource:
-    """The reader for what lies there: parquet files (ours and FastVideo's), safetensors shards, or LMDB folders.
+    """The reader for the files of a folder: parquet files (ours and FastVideo's), safetensors shards, or LMDB folders.
 
     statistics: of the VAE, for raw latents. sigmas: the noise levels of an LMDB's trajectories. Raises ValueError, in
     one line, for a folder of none of them, of two of them, or that its reader refuses.

@@ -94,10 +94,10 @@ def find_media(
         shards = [_of_folder(path, kinds)]
     if not any(shards):
         raise ValueError(f"data: {path} holds no {', '.join(kinds)} in its tar files")
-    media = [one for shard in shards for one in shard]
-    if all(one.caption is None for one in media):
+    media = [file for shard in shards for file in shard]
+    if all(file.caption is None for file in media):
         console.warning("%s: none of %d files has a caption: all captions are empty", path, len(media))
-        return [[replace(one, caption="") for one in shard] for shard in shards]
+        return [[replace(file, caption="") for file in shard] for shard in shards]
     return shards
 
 

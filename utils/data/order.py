@@ -129,7 +129,7 @@ class BucketOrder:
         return (self.items[bucket][i] for i in self.orders[bucket].candidates(place))
 
     def _placed(self, position: int) -> tuple[int, int]:
-        """(bucket, position in that bucket's own order)."""
+        """(bucket, position in the order of that bucket)."""
         if position < 0:
             raise ValueError(f"data order: positions must be >= 0, got {position}")
         batch, within = divmod(position, self.batch)

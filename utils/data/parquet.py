@@ -126,10 +126,10 @@ class ParquetFolder:
     def _read_group(self, group: int) -> Any:
         file, number = self.groups[group]
         with arrow()[1].ParquetFile(file) as opened:
-            there = opened.schema_arrow.names
-            fields = [*_TENSORS[1:], *_TRAJECTORY] if f"{_TRAJECTORY[0]}_bytes" in there else _TENSORS
+            present = opened.schema_arrow.names
+            fields = [*_TENSORS[1:], *_TRAJECTORY] if f"{_TRAJECTORY[0]}_bytes" in present else _TENSORS
             wanted = [f"{name}_{part}" for name in fields for part in ("bytes", "shape", "dtype")]
-            columns = [name for name in ("id", "caption", "prompt", *wanted) if name in there]
+            columns = [name for name in ("id", "caption", "prompt", *wanted) if name in present]
             return opened.read_row_group(number, columns=columns)
 
     def _sample(self, row: Mapping[str, Any], where: str, raw: bool) -> Sample:
@@ -196,9 +196,13 @@ def write_parquet(
 ) -> None:
     """Writes latents in FastVideo's T2V (or, with `first_latents` or `clip`, I2V) layout; the file appears whole.
 
-    normalised: what the latents are; first frames always are. For FastVideo to read them they must be raw, and `dtype`
-    float32. facts: what else a row says (width, height, num_frames, duration_sec, fps, media_type). A row is a group by
-    default: random reads then bring no other rows.
+    path: of the file.
+    samples: its rows.
+    normalised: whether latents are; first frames always are. FastVideo reads raw ones.
+    metadata: of the file.
+    facts: what else a row says (width, height, num_frames, duration_sec, fps, media_type).
+    dtype: of the stored tensors. FastVideo reads float32.
+    rows_per_group: 1 by default: random reads then bring no other rows.
     """
     pa, pq = arrow()
     rows = []

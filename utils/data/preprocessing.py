@@ -4,7 +4,7 @@
     OUT/ode_00003_of_00064.safetensors
 
 Which samples a file holds depends on its number only, so any number of processes share the files out, and one that
-died is started again: files that are there are whole, and are not made again. The networks come as callables.
+died is started again: a file that exists is whole, and is not made again. The networks come as callables.
 """
 
 # B batch  T frames  F latent frames  C channels  H W size  S stored points  L text tokens  D text channels
@@ -17,7 +17,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,9 +31,8 @@ from utils.data.tensors import Statistics
 from utils.logging import Progress
 
 EncodeVideo = Callable[[Tensor], Tensor]  # pixels [B, T, 3, H, W] in [0, 1] -> normalised latents [B, F, C, H, W]
-EncodeVisual = Callable[
-    [int, Tensor], Mapping[str, Tensor]
-]  # a video's frames, first ones [B, 3, H, W] -> Sample fields
+# a video's number of frames, first frames [B, 3, H, W] -> Sample fields
+EncodeVisual = Callable[[int, Tensor], Mapping[str, Tensor]]
 EncodeText = Callable[[Sequence[str]], Sequence[Tensor]]  # captions -> embeddings [L, D] without padding
 MakeTrajectories = Callable[[range, Sequence[str]], Tensor]  # positions, their prompts -> [B, S, F, C, H, W]
 
@@ -44,7 +42,7 @@ IDENTITY: Final = "fewstep.identity"
 
 @dataclass(frozen=True)
 class Share:
-    """Files index, index + count, index + 2 count, ... are this process's."""
+    """The files of this process: index, index + count, index + 2 count, ..."""
 
     index: int = 0
     count: int = 1
@@ -61,12 +59,57 @@ class Share:
         return cls(int(match[1]), int(match[2]))
 
 
+@dataclass(frozen=True)
+class Job:
+    """Where the files of a command go, and which of them are made.
+
+    out: their folder.
+    settings: what else decides the numbers, such as the VAE's name. Files of other settings are refused.
+    rows: to a file.
+    batch: rows made together.
+    share: the files of this process.
+    dtype: of the stored tensors.
+    show: whether progress is shown.
+
+    Raises ValueError for a batch of nothing.
+    """
+
+    out: Path
+    settings: Mapping[str, Any]
+    rows: int = 64
+    batch: int = 1
+    share: Share = Share()
+    dtype: torch.dtype = torch.float32
+    show: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {self.batch}")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What makes a row of a clip.
+
+    video: its pixels to latents.
+    text: its caption to an embedding, None to store none.
+    visual: what image-to-video networks see of its first frame: `first_latents` [B, F, C, H, W], and maybe `clip`
+        [B, L, D].
+    raw: the VAE's statistics, to store latents as FastVideo does, None to store them normalised.
+    """
+
+    video: EncodeVideo
+    text: EncodeText | None = None
+    visual: EncodeVisual | None = None
+    raw: Statistics | None = None
+
+
 @dataclass
 class Report:
-    """What a call did: files made, files that were there, rows written, and why it left samples out."""
+    """What a call did: files made, files present before, rows written, and why it left samples out."""
 
     made: int = 0
-    there: int = 0
+    present: int = 0
     rows: int = 0
     corrupt: list[str] = field(default_factory=list)
 
@@ -98,8 +141,12 @@ class Files:
     def items(self, number: int) -> range:
         return range(number * self.rows, min((number + 1) * self.rows, self.size))
 
+    def numbers(self, share: Share) -> range:
+        """The files of a share."""
+        return range(share.index, self.count, share.count)
+
     def missing(self, share: Share) -> list[int]:
-        """The files of a share that are not there. Raises ValueError where `out` holds another job's."""
+        """The files of a share that are missing or damaged. Raises ValueError where `out` holds another job's."""
         wanted = {self.path(number).name for number in range(self.count)}
         for path in self.out.glob(f"{self.stem}_*_of_*"):
             if path.name not in wanted:
@@ -110,135 +157,120 @@ class Files:
                 raise ValueError(
                     f"{path} was made from other data or settings: give another --out, or delete this folder"
                 )
-        own = range(share.index, self.count, share.count)
-        return [number for number in own if not self.path(number).is_file() or _identity_of(self.path(number)) is None]
+        paths = {number: self.path(number) for number in self.numbers(share)}
+        return [number for number, path in paths.items() if not path.is_file() or _identity_of(path) is None]
 
 
-def encode_videos(  # noqa: PLR0913 - options of a command, by name
-    clips: VideoClips,
-    encode: EncodeVideo,
-    out: Path,
-    *,
-    settings: Mapping[str, Any],
-    encode_text: EncodeText | None = None,
-    encode_visual: EncodeVisual | None = None,
-    raw: Statistics | None = None,
-    kind: str = "parquet",
-    rows: int = 64,
-    batch: int = 1,
-    share: Share = Share(),
-    dtype: torch.dtype = torch.float32,
-    max_corrupt: float = MAX_CORRUPT,
-    show: bool = True,
+def encode_videos(
+    clips: VideoClips, encoding: Encoding, job: Job, *, kind: str = "parquet", max_corrupt: float = MAX_CORRUPT
 ) -> Report:
-    """Writes the latents (and with `encode_text` the embeddings) of this share's clips; resumes where it stopped.
+    """Writes the latents (and with `encoding.text` the embeddings) of this share's clips; resumes where it stopped.
 
-    encode_visual: what image-to-video networks see of the first frame: `first_latents` [B, F, C, H, W], and maybe
-    `clip` [B, L, D].
-
-    settings: what else decides the numbers, such as the VAE's name: files of other settings are refused. raw: the VAE's
-    statistics, to store latents as FastVideo does. batch: clips of one bucket encoded together. Clips that cannot be
-    decoded are left out, named in the file's metadata, and end it beyond `max_corrupt`.
+    clips: the videos or images, each with its bucket.
+    encoding: what makes a row of a clip.
+    job: where files go and which of them are made; its batches are clips of one bucket.
+    kind: of the files, a key of SUFFIXES.
+    max_corrupt: share of clips that may be corrupt. They are left out, and named in the file's metadata.
 
     Raises TooManyCorrupt, and ValueError for another job's files in `out`, an unknown kind, or latents with NaN.
     """
-    if kind not in SUFFIXES:
-        raise ValueError(f"latents can be written as {' or '.join(SUFFIXES)}, not {kind!r}")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
     items = sorted(clips.plan.bucket_of)
-    source = [(clips.media[item].name, str(clips.media[item].caption), clips.plan.bucket_of[item]) for item in items]
-    facts = [dataclasses.asdict(clips.pace), list(map(str, clips.sizes)), str(clips.start), clips.seed]
-    facts += [clips.lengths] if isinstance(clips, ImageClips) else []
-    stored = [str(dtype), None if raw is None else dataclasses.asdict(raw)]
-    files = Files(out, "latents", SUFFIXES[kind], len(items), rows, _digest([source, facts, stored, dict(settings)]))
-    todo, report = files.missing(share), Report()
-    report.there = len(range(share.index, files.count, share.count)) - len(todo)
-    faults = Faults(
-        max(sum(len(files.items(n)) for n in range(share.index, files.count, share.count)), 1),
-        max_corrupt,
-        REMEDY_BEFORE,
-    )
-    progress = Progress(sum(len(files.items(n)) for n in todo), desc=f"{clips.media_type}s", is_main=show)
+    files = _latent_files(clips, items, encoding.raw, job, kind)
+    todo = files.missing(job.share)
+    numbers = files.numbers(job.share)
+    report = Report(present=len(numbers) - len(todo))
+    faults = Faults(max(sum(len(files.items(n)) for n in numbers), 1), max_corrupt, REMEDY_BEFORE)
+    progress = Progress(sum(len(files.items(n)) for n in todo), desc=f"{clips.media_type}s", is_main=job.show)
     seen = 0
     for number in todo:
-        own = [items[i] for i in files.items(number)]
+        wanted = [items[i] for i in files.items(number)]
         made: dict[int, Sample] = {}
-        for group in _batches(own, clips, faults, batch):
-            visual = partial(encode_visual, clips.video_frames(group[0][0])) if encode_visual else None
-            made |= _encoded(group, encode, encode_text, visual, raw)
+        for group in _batches(wanted, clips, faults, job.batch):
+            made |= _encoded(group, encoding, clips.video_frames(group[0][0]))
             progress.update(seen + len(made), {"file": number, "corrupt": len(faults.reasons)})
-        seen += len(own)
-        if len(made) < len(own):
+        seen += len(wanted)
+        if len(made) < len(wanted):
             progress.update(seen, {"file": number, "corrupt": len(faults.reasons)})
-        left_out = [faults.reasons[item] for item in own if item in faults.reasons]
-        _write_latents(files, number, [(item, made[item]) for item in own if item in made], left_out, clips, raw, dtype)
+        left_out = [faults.reasons[item] for item in wanted if item in faults.reasons]
+        notes = {IDENTITY: files.identity, "left_out": json.dumps(left_out)}
+        rows = [(item, made[item]) for item in wanted if item in made]
+        _write_latents(files.path(number), rows, clips, notes, normalised=encoding.raw is None, dtype=job.dtype)
         report.made, report.rows = report.made + 1, report.rows + len(made)
         report.corrupt += left_out
     progress.close()
     return report
 
 
-def write_ode(  # noqa: PLR0913 - options of a command, by name
+def _latent_files(clips: VideoClips, items: Sequence[int], raw: Statistics | None, job: Job, kind: str) -> Files:
+    """The files of these clips. Raises ValueError for an unknown kind."""
+    if kind not in SUFFIXES:
+        raise ValueError(f"latents can be written as {' or '.join(SUFFIXES)}, not {kind!r}")
+    source = [(clips.media[item].name, str(clips.media[item].caption), clips.plan.bucket_of[item]) for item in items]
+    facts = [dataclasses.asdict(clips.pace), list(map(str, clips.sizes)), str(clips.start), clips.seed]
+    facts += [clips.lengths] if isinstance(clips, ImageClips) else []
+    stored = [str(job.dtype), None if raw is None else dataclasses.asdict(raw)]
+    identity = _digest([source, facts, stored, dict(job.settings)])
+    return Files(job.out, "latents", SUFFIXES[kind], len(items), job.rows, identity)
+
+
+def write_ode(
     prompts: Sequence[str],
     make: MakeTrajectories,
     sigmas: Sequence[float],
-    out: Path,
+    job: Job,
     *,
-    settings: Mapping[str, Any],
-    rows: int = 64,
-    batch: int = 1,
-    share: Share = Share(),
     together: Callable[[int], int] | None = None,
     writes: bool = True,
     visual: Callable[[range], Mapping[str, Tensor]] | None = None,
-    dtype: torch.dtype = torch.float32,
-    show: bool = True,
 ) -> Report:
     """Writes a teacher's trajectories of this share's prompts, at the noise levels `sigmas` [S]; resumes.
 
-    make: draws by position (a prompt's number), so nothing depends on who makes what. settings: steps, shift, guidance,
-    teacher, seed; with the prompts and levels they are the files' identity, and their metadata. together: the most of a
-    number over all ranks, where `make` needs all of them (a sharded teacher): a rank that is done goes on making and
-    throws it away. writes: false for the ranks that make the same as another one (a sequence group). visual: what
-    trajectories of positions are made from beside their prompts (see `write_trajectories`).
+    prompts: of all trajectories; a prompt's number is its position.
+    make: makes trajectories. It draws by position, so nothing depends on who makes what.
+    sigmas: the stored noise levels, falling to 0.
+    job: where files go and which of them are made. Its settings are steps, shift, guidance, teacher and seed.
+    together: returns the largest of a number over all ranks. It is needed where `make` is collective (a sharded
+        teacher): a rank that is done goes on making, and drops the result.
+    writes: False for ranks that make the same trajectories as another rank (a sequence group).
+    visual: what trajectories of positions are made from beside their prompts (see `write_trajectories`).
 
     Raises ValueError for another job's files in `out`, levels that do not fall to 0, and trajectories of another size
     or with NaN.
     """
-    levels = list(sigmas)
-    if len(levels) < 2 or levels[-1] != 0 or levels != sorted(set(levels), reverse=True):
-        raise ValueError(f"ODE: the stored noise levels must fall, and end at 0; got {levels}")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, got {batch}")
-    identity = _digest([list(prompts), levels, str(dtype), dict(settings)])
-    files = Files(out, "ode", ".safetensors", len(prompts), rows, identity)
-    todo = files.missing(share)
-    report = Report(there=len(range(share.index, files.count, share.count)) - len(todo))
-    parts = {number: list(_parts(files.items(number), batch)) for number in todo}
+    files = _ode_files(prompts, list(sigmas), job)
+    todo = files.missing(job.share)
+    report = Report(present=len(files.numbers(job.share)) - len(todo))
+    parts = {number: list(_parts(files.items(number), job.batch)) for number in todo}
     calls = sum(map(len, parts.values()))
-    progress = Progress(sum(len(files.items(n)) for n in todo), desc="ODE trajectories", is_main=show)
+    progress = Progress(sum(len(files.items(n)) for n in todo), desc="ODE trajectories", is_main=job.show)
     most = together(calls) if together else calls
-    seen, notes = 0, {"settings": json.dumps(dict(settings), default=str), IDENTITY: identity}
+    seen, notes = 0, {"settings": json.dumps(dict(job.settings), default=str), IDENTITY: files.identity}
     for number, ranges in parts.items():
-        rows_made = []
+        made = []
         for positions in ranges:
-            x = make(positions, [prompts[i] for i in positions]).detach().cpu()
-            rows_made.append(_checked(x, positions, len(levels)))
+            x = make(positions, [prompts[i] for i in positions])
+            made.append(_checked(x.detach().cpu(), positions, len(sigmas)))
             seen += len(positions)
             progress.update(seen, {"file": number})
         captions = [prompts[i] for i in files.items(number)]
         if writes:
             write_trajectories(
-                files.path(number), torch.cat(rows_made), torch.tensor(levels), captions, metadata=notes, dtype=dtype,
-                visual=visual(files.items(number)) if visual else None,
+                files.path(number), torch.cat(made), torch.tensor(list(sigmas)), captions,
+                metadata=notes, dtype=job.dtype, visual=visual(files.items(number)) if visual else None,
             )  # fmt: skip
         report.made, report.rows = report.made + 1, report.rows + len(captions)
     for _ in range(most - calls):
-        positions = range(min(batch, len(prompts)))
-        make(positions, [prompts[i] for i in positions])
+        make(range(min(job.batch, len(prompts))), list(prompts[: job.batch]))
     progress.close()
     return report
+
+
+def _ode_files(prompts: Sequence[str], levels: list[float], job: Job) -> Files:
+    """The files of these trajectories. Raises ValueError for levels that do not fall to 0."""
+    if len(levels) < 2 or levels[-1] != 0 or levels != sorted(set(levels), reverse=True):
+        raise ValueError(f"ODE: the stored noise levels must fall, and end at 0; got {levels}")
+    identity = _digest([list(prompts), levels, str(job.dtype), dict(job.settings)])
+    return Files(job.out, "ode", ".safetensors", len(prompts), job.rows, identity)
 
 
 def _batches(items: Sequence[int], clips: VideoClips, faults: Faults, batch: int) -> Iterator[list[tuple[int, Sample]]]:
@@ -259,42 +291,46 @@ def _batches(items: Sequence[int], clips: VideoClips, faults: Faults, batch: int
             yield group
 
 
-def _encoded(
-    group: Sequence[tuple[int, Sample]],
-    encode: EncodeVideo,
-    encode_text: EncodeText | None,
-    encode_visual: Callable[[Tensor], Mapping[str, Tensor]] | None,
-    raw: Statistics | None,
-) -> dict[int, Sample]:
+def _encoded(group: Sequence[tuple[int, Sample]], encoding: Encoding, frames: int) -> dict[int, Sample]:
+    """Rows of clips of one bucket, by item. frames: of a video, for `encoding.visual`."""
     pixels_BTCHW = torch.stack([sample.pixels for _, sample in group if sample.pixels is not None])
-    fields = {"latents": encode(pixels_BTCHW), **(encode_visual(pixels_BTCHW[:, 0]) if encode_visual else {})}
-    texts = encode_text([sample.caption for _, sample in group]) if encode_text else [None] * len(group)
+    fields = {"latents": encoding.video(pixels_BTCHW)}
+    if encoding.visual is not None:
+        fields |= encoding.visual(frames, pixels_BTCHW[:, 0])
+    texts = encoding.text([sample.caption for _, sample in group]) if encoding.text else [None] * len(group)
     out = {}
     for row, ((item, sample), text) in enumerate(zip(group, texts, strict=True)):
-        own: dict[str, Any] = {name: value[row].detach().float().cpu() for name, value in fields.items()}
-        for name, value in own.items():
+        tensors: dict[str, Any] = {name: value[row].detach().float().cpu() for name, value in fields.items()}
+        for name, value in tensors.items():
             if not torch.isfinite(value).all():
                 raise ValueError(f"the {name} of {sample.name} hold NaN or infinity: encode in another precision")
-        if raw is not None:
-            own["latents"] = raw.denormalise(own["latents"])
-        out[item] = dataclasses.replace(sample, pixels=None, text=None if text is None else text.cpu(), **own)
+        if encoding.raw is not None:
+            tensors["latents"] = encoding.raw.denormalise(tensors["latents"])
+        out[item] = dataclasses.replace(sample, pixels=None, text=None if text is None else text.cpu(), **tensors)
     return out
 
 
 def _write_latents(
-    files: Files,
-    number: int,
+    path: Path,
     rows: Sequence[tuple[int, Sample]],
-    left_out: Sequence[str],
     clips: VideoClips,
-    raw: Statistics | None,
+    notes: Mapping[str, str],
+    *,
+    normalised: bool,
     dtype: torch.dtype,
 ) -> None:
+    """Writes one file.
+
+    path: of the file.
+    rows: items and their samples.
+    clips: say size and rate of each item.
+    notes: the file's metadata.
+    normalised: whether latents are.
+    dtype: of the stored tensors.
+    """
     samples = [sample for _, sample in rows]
-    notes = {IDENTITY: files.identity, "left_out": json.dumps(list(left_out))}
-    path = files.path(number)
-    if files.suffix == ".safetensors":
-        write_latents(path, samples, normalised=raw is None, metadata=notes, dtype=dtype)
+    if path.suffix == SUFFIXES["safetensors"]:
+        write_latents(path, samples, normalised=normalised, metadata=notes, dtype=dtype)
         return
     facts = []
     for item, _ in rows:
@@ -302,7 +338,7 @@ def _write_latents(
         fps = 1 / clips.pace.step(info.fps)
         facts.append({"media_type": clips.media_type, "width": size.width, "height": size.height,
                       "num_frames": size.frames, "fps": fps, "duration_sec": size.frames / fps})  # fmt: skip
-    write_parquet(path, samples, normalised=raw is None, metadata=notes, facts=facts, dtype=dtype)
+    write_parquet(path, samples, normalised=normalised, metadata=notes, facts=facts, dtype=dtype)
 
 
 def _checked(x: Tensor, positions: range, points: int) -> Tensor:

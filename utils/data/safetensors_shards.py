@@ -148,7 +148,16 @@ def write_latents(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes one shard of latents; the file appears whole. Raises ValueError for a sample without latents."""
+    """Writes one shard of latents; the file appears whole.
+
+    path: of the file.
+    samples: its rows.
+    normalised: whether their latents are.
+    metadata: of the file.
+    dtype: of the stored tensors.
+
+    Raises ValueError for a sample without latents.
+    """
     tensors: dict[str, Tensor] = {}
     for row, sample in enumerate(samples):
         if sample.latents is None:
@@ -172,9 +181,18 @@ def write_trajectories(
     dtype: torch.dtype = torch.float32,
     visual: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes one shard of trajectories; the file appears whole. Raises ValueError where the sizes do not agree.
+    """Writes one shard of trajectories; the file appears whole.
 
+    path: of the file.
+    x_NSFCHW: states of N trajectories at S noise levels.
+    sigmas_S: the noise levels.
+    captions: of the trajectories.
+    names: of the trajectories, None for no names.
+    metadata: of the file.
+    dtype: of the stored tensors.
     visual: what they were made from beside their captions: `first_latents` [N, F, C, H, W], `clip` [N, L, D].
+
+    Raises ValueError where the sizes do not agree.
     """
     if x_NSFCHW.ndim != 6 or x_NSFCHW.shape[:2] != (len(captions), len(sigmas_S)):
         raise ValueError(

@@ -38,8 +38,8 @@ def whole(files: list[Path], path: Path) -> list[Path]:
     for file in files:
         if match := _NUMBERED.fullmatch(file.stem):
             numbers.setdefault((file.parent, match[1], int(match[3])), set()).add(int(match[2]))
-    for (folder, stem, count), there in numbers.items():
-        missing = sorted(set(range(count)) - there)
+    for (folder, stem, count), present in numbers.items():
+        missing = sorted(set(range(count)) - present)
         if missing and path.is_dir():
             shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             raise ValueError(

@@ -36,10 +36,15 @@ class TooManyCorrupt(ValueError):
 class Sample:
     """One sample of any kind of data; what a kind does not have is None.
 
-    name: what to call it in a message. text: embedding [L, D] without padding. latents: [F, C, H, W], normalised as the
-    network sees them. first_latents: of the given first frame and grey ones after it, [F', C, H, W], normalised too.
-    clip: image embedding [L, D]. pixels: [T, 3, H, W] in [0, 1] (an image has T = 1). trajectory: [S, F, C, H, W], from
-    noise to clean (`latents` is its clean end), and its noise levels sigmas [S].
+    name: what to call it in a message.
+    caption: of the video.
+    text: embedding of the caption, [L, D] without padding.
+    latents: [F, C, H, W], normalised as the network sees them.
+    first_latents: of the first frame and grey ones after it, [F', C, H, W], normalised too.
+    clip: image embedding [L, D].
+    pixels: [T, 3, H, W] in [0, 1]; an image has T = 1.
+    trajectory: [S, F, C, H, W], from noise to clean; `latents` is its clean end.
+    sigmas: noise levels of the trajectory, [S].
     """
 
     name: str
@@ -66,8 +71,8 @@ class Source(Protocol):
 
 
 class Faults:
-    """Which items of a data set of `size` could not be read. Raises TooManyCorrupt beyond the share `limit`, with what
-    can be done about it, the remedy.
+    """Which items of a data set of `size` could not be read. Raises TooManyCorrupt beyond the share `limit`, and tells
+    the remedy.
 
     Each rank counts what it met itself, and `join` adds what others did. An item is named once however often it is met.
     """
@@ -106,7 +111,7 @@ class Faults:
 
 
 class Stream:
-    """An endless stream of samples: `samples(range)` depends on the positions and the files, and on nothing else.
+    """An endless stream of samples: `samples(range)` depends on the positions and the files alone.
 
     A sample that cannot be read is replaced by the next one of its epoch (and bucket), the same on every rank and after
     every resume. caption_dropout: the share of samples whose caption becomes `dropped_caption` (the empty or negative
@@ -160,10 +165,10 @@ class Stream:
 
 def stacked(tensors: Sequence[Tensor | None], what: str) -> Tensor:
     """[B, ...] of one field of B samples. Raises ValueError where a sample has none, or another shape."""
-    there = [tensor for tensor in tensors if tensor is not None]
-    if len(there) < len(tensors) or not there:
-        raise ValueError(f"data: {len(tensors) - len(there)} of {len(tensors)} samples have no {what}")
-    shapes = sorted({tuple(tensor.shape) for tensor in there})
+    present = [tensor for tensor in tensors if tensor is not None]
+    if len(present) < len(tensors) or not present:
+        raise ValueError(f"data: {len(tensors) - len(present)} of {len(tensors)} samples have no {what}")
+    shapes = sorted({tuple(tensor.shape) for tensor in present})
     if len(shapes) > 1:
         raise ValueError(f"data: {what} of one batch have several shapes: {shapes}; use buckets, or one size")
-    return torch.stack(there)
+    return torch.stack(present)

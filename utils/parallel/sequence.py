@@ -111,7 +111,7 @@ class FrameShards:
         received: Tensor = _AllToAll.apply(send, self.sequence.group)
         return received.movedim(0, 3).flatten(3, 4).flatten(1, 2)
 
-    def own(self, x: Tensor) -> Tensor:
+    def shard(self, x: Tensor) -> Tensor:
         """`split` without its gradient: a slice, padded."""
         start = self.sequence.rank * self.local
         return _pad(x.unflatten(1, (-1, self.tokens))[:, :, start : start + self.local], self.local).flatten(1, 2)
@@ -136,7 +136,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: FrameShards) -> Tensor:
         ctx.shards = shards
-        return shards.own(x)
+        return shards.shard(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -151,7 +151,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.shards.own(grad), None
+        return ctx.shards.shard(grad), None
 
 
 class _AllToAll(torch.autograd.Function):

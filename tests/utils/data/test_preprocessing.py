@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from utils.data.buckets import Pace
 from utils.data.clips import Start, VideoClips, decode_clip, plan_clips
 from utils.data.latents import latent_order, open_latents
 from utils.data.media import find_media
-from utils.data.preprocessing import Files, Share, encode_videos, write_ode
+from utils.data.preprocessing import Encoding, Files, Job, Report, Share, encode_videos, write_ode
 from utils.data.safetensors_shards import SafetensorsFolder, read_header
 from utils.data.shard_files import found_files
 from utils.data.stream import Stream, TooManyCorrupt, stacked
@@ -60,10 +61,9 @@ def clips_of(root: Path, **how: Any) -> VideoClips:
 def test_latents_of_videos_come_back_from_the_files(
     kind: str, raw: Statistics | None, videos: Path, tmp_path: Path
 ) -> None:
-    report = encode_videos(
-        clips_of(videos), vae, tmp_path, settings={"vae": "test"}, encode_text=text, raw=raw, kind=kind, rows=3, batch=2
-    )  # fmt: skip
-    assert (report.made, report.there, report.rows, report.corrupt) == (3, 0, 7, [])
+    job = Job(tmp_path, {"vae": "test"}, rows=3, batch=2)
+    report = encode_videos(clips_of(videos), Encoding(vae, text, raw=raw), job, kind=kind)
+    assert (report.made, report.present, report.rows, report.corrupt) == (3, 0, 7, [])
     assert [path.name for path in found_files(tmp_path, f".{kind}")] == [
         f"latents_0000{i}_of_00003.{kind}" for i in range(3)
     ]
@@ -100,8 +100,9 @@ def test_any_split_and_any_stop_make_the_same_files(videos: Path, tmp_path: Path
             raise KeyboardInterrupt
         return vae(pixels)
 
-    def run(out: str, **how: Any) -> Any:
-        return encode_videos(clips, counted, tmp_path / out, settings={}, kind="safetensors", rows=2, **how)
+    def run(out: str, share: Share = Share()) -> Report:
+        job = Job(tmp_path / out, {}, rows=2, share=share)
+        return encode_videos(clips, Encoding(counted), job, kind="safetensors")
 
     stop = -1
     run("one")
@@ -114,9 +115,9 @@ def test_any_split_and_any_stop_make_the_same_files(videos: Path, tmp_path: Path
         open_latents(tmp_path / "two")
     before = len(calls)
     first, second = run("two", share=Share(0, 2)), run("two", share=Share(1, 2))
-    assert (first.there, first.made, second.there, second.made) == (1, 1, 0, 2)
+    assert (first.present, first.made, second.present, second.made) == (1, 1, 0, 2)
     assert sum(calls[before:]) == 5  # the two of the first file were not made again
-    assert run("two").there == 4
+    assert run("two").present == 4
     assert sum(calls[before:]) == 5
     for number in range(4):
         name = f"latents_0000{number}_of_00004.safetensors"
@@ -130,20 +131,21 @@ def test_any_split_and_any_stop_make_the_same_files(videos: Path, tmp_path: Path
 
 def test_files_of_another_job_are_refused(videos: Path, tmp_path: Path) -> None:
     clips = clips_of(videos)
-    encode_videos(clips, vae, tmp_path, settings={"vae": "a"}, rows=4)
-    for how, message in [
-        ({"settings": {"vae": "b"}, "rows": 4}, "was made from other data or settings: give another --out"),
-        ({"settings": {"vae": "a"}, "rows": 4, "raw": STATISTICS}, "other data or settings"),
-        ({"settings": {"vae": "a"}, "rows": 3}, "is of another job"),
-        ({"settings": {"vae": "a"}, "rows": 4, "kind": "safetensors"}, "is of another job"),
-        ({"settings": {"vae": "a"}, "kind": "npz"}, "written as parquet or safetensors, not 'npz'"),
-        ({"settings": {"vae": "a"}, "batch": 0}, "batch must be at least 1"),
+    job = Job(tmp_path, {"vae": "a"}, rows=4)
+    encode_videos(clips, Encoding(vae), job)
+    for changes, raw, kind, message in [
+        ({"settings": {"vae": "b"}}, None, "parquet", "was made from other data or settings: give another --out"),
+        ({}, STATISTICS, "parquet", "other data or settings"),
+        ({"rows": 3}, None, "parquet", "is of another job"),
+        ({}, None, "safetensors", "is of another job"),
+        ({}, None, "npz", "written as parquet or safetensors, not 'npz'"),
+        ({"batch": 0}, None, "parquet", "batch must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
-            encode_videos(clips, vae, tmp_path, **how)
+            encode_videos(clips, Encoding(vae, raw=raw), replace(job, **changes), kind=kind)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="NaN or infinity: encode in another precision"):
-        encode_videos(clips, lambda x: vae(x) * torch.inf, tmp_path / "x", settings={})
+        encode_videos(clips, Encoding(lambda x: vae(x) * torch.inf), Job(tmp_path / "x", {}))
     for wrong in ("3/3", "x", "1", "-1/2"):
         with pytest.raises(ValueError, match="i from 0 to n - 1"):
             Share.parse(wrong)
@@ -161,9 +163,10 @@ def test_broken_videos_are_left_out_by_name(videos: Path, tmp_path: Path) -> Non
     (source / "3.mp4").write_bytes((videos / "3.mp4").read_bytes()[:-1500])  # after its header was read
     (source / "4.txt").unlink()
     with pytest.raises(TooManyCorrupt, match="1 of 7 samples are corrupt"):
-        encode_videos(clips, vae, tmp_path / "out", settings={}, kind="safetensors", rows=7)
+        encode_videos(clips, Encoding(vae), Job(tmp_path / "out", {}, rows=7), kind="safetensors")
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").is_dir() else True
-    report = encode_videos(clips, vae, tmp_path / "out", settings={}, kind="safetensors", rows=4, max_corrupt=0.5)
+    job = Job(tmp_path / "out", {}, rows=4)
+    report = encode_videos(clips, Encoding(vae), job, kind="safetensors", max_corrupt=0.5)
     assert report.rows == 5
     assert len(report.corrupt) == 2
     assert "3.mp4" in report.corrupt[0]
@@ -191,10 +194,11 @@ PROMPTS = [f"p{i}" for i in range(7)]
 
 
 def test_trajectories_by_any_number_of_ranks(tmp_path: Path) -> None:
-    how: dict[str, Any] = {"settings": {"steps": 48, "shift": 8.0, "guidance": 6.0}, "rows": 3, "batch": 2}
-    assert write_ode(PROMPTS, trajectories, LEVELS, tmp_path / "one", **how).rows == 7
+    alone = Job(tmp_path / "one", {"steps": 48, "shift": 8.0, "guidance": 6.0}, rows=3, batch=2)
+    shared = replace(alone, out=tmp_path / "two")
+    assert write_ode(PROMPTS, trajectories, LEVELS, alone).rows == 7
     for rank in range(2):
-        write_ode(PROMPTS, trajectories, LEVELS, tmp_path / "two", share=Share(rank, 2), **{**how, "batch": 3})
+        write_ode(PROMPTS, trajectories, LEVELS, replace(shared, share=Share(rank, 2), batch=3))
     folder = SafetensorsFolder(tmp_path / "two")
     assert folder.sigmas.tolist() == list(LEVELS)
     assert folder.shard_sizes == [3, 3, 1]
@@ -206,18 +210,18 @@ def test_trajectories_by_any_number_of_ranks(tmp_path: Path) -> None:
     header = read_header(tmp_path / "two/ode_00001_of_00003.safetensors")
     assert json.loads(header["settings"]) == {"steps": 48, "shift": 8.0, "guidance": 6.0}
     (tmp_path / "two/ode_00001_of_00003.safetensors").unlink()
-    again = write_ode(PROMPTS, trajectories, LEVELS, tmp_path / "two", **how)
-    assert (again.there, again.made, again.rows) == (2, 1, 3)
+    again = write_ode(PROMPTS, trajectories, LEVELS, shared)
+    assert (again.present, again.made, again.rows) == (2, 1, 3)
     with pytest.raises(ValueError, match="other data or settings"):
-        write_ode(PROMPTS, trajectories, LEVELS, tmp_path / "two", **{**how, "settings": {"steps": 50}})
+        write_ode(PROMPTS, trajectories, LEVELS, replace(shared, settings={"steps": 50}))
     with pytest.raises(ValueError, match="other data or settings"):
-        write_ode(PROMPTS, trajectories, (1.0, 0.7, 0.0), tmp_path / "two", **how)
+        write_ode(PROMPTS, trajectories, (1.0, 0.7, 0.0), shared)
 
 
 def test_ranks_of_a_sharded_teacher_call_it_equally_often(tmp_path: Path) -> None:
     """7 prompts in files of 3, one at a time: rank 0 has files 0 and 2 (4 calls), rank 1 file 1 (3)."""
     calls: list[list[range]] = [[], []]
-    own = {0: 4, 1: 3}
+    needed = {0: 4, 1: 3}
     for rank in range(2):
 
         def make(positions: range, prompts: list[str], rank: int = rank) -> Tensor:
@@ -225,22 +229,20 @@ def test_ranks_of_a_sharded_teacher_call_it_equally_often(tmp_path: Path) -> Non
             return trajectories(positions, prompts)
 
         def most(count: int, rank: int = rank) -> int:
-            assert count == own[rank]
-            return max(own.values())
+            assert count == needed[rank]
+            return max(needed.values())
 
-        write_ode(
-            PROMPTS, make, LEVELS, tmp_path, settings={}, rows=3, share=Share(rank, 2), together=most
-        )  # fmt: skip
+        write_ode(PROMPTS, make, LEVELS, Job(tmp_path, {}, rows=3, share=Share(rank, 2)), together=most)
     assert [len(each) for each in calls] == [4, 4]
     assert [SafetensorsFolder(tmp_path).read(i, 0).caption for i in range(7)] == PROMPTS
-    report = write_ode(PROMPTS, trajectories, LEVELS, tmp_path / "silent", settings={}, writes=False)
+    report = write_ode(PROMPTS, trajectories, LEVELS, Job(tmp_path / "silent", {}), writes=False)
     assert report.rows == 7
     assert not (tmp_path / "silent").exists()
 
 
 def test_bad_trajectories_are_refused(tmp_path: Path) -> None:
-    def run(make: Any = trajectories, levels: tuple[float, ...] = LEVELS, **how: Any) -> None:
-        write_ode(PROMPTS, make, levels, tmp_path, settings={}, **how)
+    def run(make: Any = trajectories, levels: tuple[float, ...] = LEVELS, batch: int = 1) -> None:
+        write_ode(PROMPTS, make, levels, Job(tmp_path, {}, batch=batch))
 
     for levels in ((1.0, 0.5), (0.5, 1.0, 0.0), (0.0,), (1.0, 1.0, 0.0)):
         with pytest.raises(ValueError, match="must fall, and end at 0"):
@@ -255,7 +257,7 @@ def test_bad_trajectories_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_read_by_its_kind(tmp_path: Path) -> None:
-    write_ode(PROMPTS, trajectories, LEVELS, tmp_path / "ode", settings={})
+    write_ode(PROMPTS, trajectories, LEVELS, Job(tmp_path / "ode", {}))
     assert isinstance(open_latents(tmp_path / "ode"), SafetensorsFolder)
     (tmp_path / "x.parquet").write_text("")
     for action, message in [

@@ -1,0 +1,71 @@
+"""What is chosen when a run is sampled: steps and guidance, the kind of sampler, the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.wan.config import LoraWeights
+from pipeline.bidirectional_inference import Solver
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample.
+
+    steps: of denoising, None takes the run's.
+    frames: latent frames in all, first frames that are given included; None takes the run's.
+    window: latent frames that a block of a causal student sees, None takes the run's.
+    sinks: first latent frames that stay in the window, None takes the run's.
+    guidance: of a many-step network, None takes the run's.
+    seed: of all noise.
+    guidance_2: of the low-noise expert of two, None takes guidance.
+    solver: of a many-step network, 'euler' or 'unipc'; None takes its own.
+    strength: share of the steps that are made where videos start from a clip.
+    block_steps: steps of a causal student's first block, its second, and so on, the last for all after.
+    noisy_context: see `StreamConfig`.
+    """
+
+    steps: int | None = None
+    frames: int | None = None
+    window: int | None = None
+    sinks: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    guidance_2: float | None = None
+    solver: str | None = None
+    strength: float | None = None
+    block_steps: tuple[int, ...] = ()
+    noisy_context: bool = False
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Which kind of sampling a network was made for.
+
+    causal: block by block over a cache. None takes the run's.
+    few_steps: by the network's own step list, not by a many-step solver. None: every network except a bidirectional
+        one of a diffusion run.
+    solver: of a many-step network, where the sampling names none.
+    guidance_2: of the low-noise expert of two, where the sampling names no guidance.
+    """
+
+    causal: bool | None = None
+    few_steps: bool | None = None
+    solver: Solver = Solver.euler
+    guidance_2: float | None = None
+
+
+@dataclass(frozen=True)
+class StudentChoice:
+    """Which weights of a run's student are loaded.
+
+    weights: 'ema', their average, or 'raw'.
+    loras: added to the weights.
+    lora_scale: by how much the run's own adapter counts.
+    expert: 'high' or 'low', of two that go together.
+    """
+
+    weights: str = "ema"
+    loras: tuple[LoraWeights, ...] = ()
+    lora_scale: float = 1.0
+    expert: str | None = None
