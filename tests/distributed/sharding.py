@@ -149,7 +149,7 @@ def run(folder: Path, name: str, case: Case) -> dict[str, Tensor]:
             metrics = made.training_step()
         for kind in ("gather", "reduce_scatter", "allreduce"):
             if calls is not None:
-                seen[f"calls/{made.step}/{kind}"] = torch.tensor(sum(kind in one for one in calls.names))
+                seen[f"calls/{made.step}/{kind}"] = torch.tensor(sum(kind in call for call in calls.names))
         seen |= {f"metric/{made.step}/{key}": torch.tensor(value) for key, value in metrics.items()}
     for trained in made.networks.values():
         seen |= {f"weight/{trained.name}/{k}": distributed.full(v) for k, v in trained.optimizer.named.items()}

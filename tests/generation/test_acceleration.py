@@ -15,14 +15,14 @@ from tests.pipeline.test_streaming import made, opened
 
 def test_compiled_blocks_are_the_blocks_and_a_full_window_compiles_nothing_more() -> None:
     """Traced, and not made into code, which a GPU's tests do: each number of frames held is a shape of its own."""
-    given, plain, compiled = (
+    condition, plain, compiled = (
         conditioning(3, 1),
         random_net(1, backend=Backend.SDPA),
         random_net(1, backend=Backend.SDPA),
     )
     torch._dynamo.reset()
     compile_blocks(compiled, backend="aot_eager")
-    expected, video = opened(plain, given), opened(compiled, given)
+    expected, video = opened(plain, condition), opened(compiled, condition)
     stats, counts = torch._dynamo.utils.counters["stats"], []
     for a, b in ((made(expected, 1)[0], made(video, 1)[0]) for _ in range(7)):
         assert relative(b, a) < 1e-5

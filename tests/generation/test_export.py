@@ -94,9 +94,9 @@ def test_stock_diffusers_loads_it_and_computes_the_same(
                 "fp8": torch.float8_e4m3fn if big else torch.bfloat16,
             }
             p.copy_(p.to(kind[dtype]).float())
-    own = settings.student.geometry()
-    x = torch.randn(2, 3, own.in_dim, 4, 6)
-    text = torch.randn(2, own.text_len, own.text_dim)
+    geometry = settings.student.geometry()
+    x = torch.randn(2, 3, geometry.in_dim, 4, 6)
+    text = torch.randn(2, geometry.text_len, geometry.text_dim)
     sigma = torch.tensor([0.3, 0.9])
     with torch.no_grad():
         expected = theirs(x.transpose(1, 2), 1000 * sigma, text, return_dict=False)[0].transpose(1, 2)
@@ -109,15 +109,15 @@ def test_the_exported_pipeline_samples_as_the_student_does(run: Path, tmp_path: 
     from functools import partial
 
     settings = config(DISTILLATION, **BIDIRECTIONAL)
-    own, folder = settings.student.geometry(), exported(run, tmp_path / "out")
-    pipe = stock.WanPipeline.from_pretrained(folder, **parts(own.in_dim, own.text_dim))
+    geometry, folder = settings.student.geometry(), exported(run, tmp_path / "out")
+    pipe = stock.WanPipeline.from_pretrained(folder, **parts(geometry.in_dim, geometry.text_dim))
     steps = json.loads((folder / "README.md").read_text().split("steps = ")[1].split("\n")[0])
     assert steps == pytest.approx([1.0, 0.6, 0.3])
     assert "block by block" not in (folder / "README.md").read_text()
     pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=steps)
     pipe.set_progress_bar_config(disable=True)
-    noise = torch.randn(1, own.in_dim, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    text = torch.randn(1, own.text_len, own.text_dim, generator=torch.Generator().manual_seed(2))
+    noise = torch.randn(1, geometry.in_dim, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    text = torch.randn(1, geometry.text_len, geometry.text_dim, generator=torch.Generator().manual_seed(2))
     torch.manual_seed(3)  # the pipeline does not hand its generator to the scheduler
     video = pipe(
         prompt_embeds=text, latents=noise, num_inference_steps=3, guidance_scale=1.0, num_frames=9, height=32, width=32,

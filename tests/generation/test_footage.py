@@ -98,26 +98,26 @@ def test_unipc_of_a_run(generators: dict[str, Generator]) -> None:
 def test_given_frames_are_pinned_and_steer_the_rest(generators: dict[str, Generator], name: str, count: int) -> None:
     generator = generators[name]
     first = clip(generator, count)
-    given = generator.task.encode(first[None]).expand(2, -1, -1, -1, -1)
+    pinned = generator.task.encode(first[None]).expand(2, -1, -1, -1, -1)
     made, other = (generator(PROMPTS, Sampling(), [0, 1], pixels) for pixels in (first, 1 - first))
     assert made.shape[1] == 9
-    assert torch.equal(made[:, :count], given)
+    assert torch.equal(made[:, :count], pinned)
     assert not torch.allclose(made[:, count:], other[:, count:], atol=1e-3)
-    assert not torch.equal(generator(PROMPTS, Sampling(), [0, 1])[:, :count], given)
+    assert not torch.equal(generator(PROMPTS, Sampling(), [0, 1])[:, :count], pinned)
 
 
-@pytest.mark.parametrize(("name", "given"), [("causal", 3), ("causal", 6), ("causal_first", 5)])
-def test_a_causal_student_goes_on_from_whole_blocks(generators: dict[str, Generator], name: str, given: int) -> None:
+@pytest.mark.parametrize(("name", "frames"), [("causal", 3), ("causal", 6), ("causal_first", 5)])
+def test_a_causal_student_goes_on_from_whole_blocks(generators: dict[str, Generator], name: str, frames: int) -> None:
     """Given frames come back bit for bit, and the last of them counts, too."""
     generator = generators[name]
-    first = clip(generator, given)
+    first = clip(generator, frames)
     sampling = Sampling(frames=9 if name == "causal_first" else None)
     made = generator(PROMPTS, sampling, [0, 1], first)
-    assert made.shape[1] == (9 if name == "causal_first" else 9 + given)
-    assert torch.equal(made[:, :given], generator.task.encode(first[None]).expand(2, -1, -1, -1, -1))
+    assert made.shape[1] == (9 if name == "causal_first" else 9 + frames)
+    assert torch.equal(made[:, :frames], generator.task.encode(first[None]).expand(2, -1, -1, -1, -1))
     changed = torch.cat([first[:-1], 1 - first[-1:]])
-    assert not torch.allclose(generator(PROMPTS, sampling, [0, 1], changed)[:, given:], made[:, given:], atol=1e-3)
-    with pytest.raises(UserError, match=f"{given - 1} initial latent frames do not end at a block"):
+    assert not torch.allclose(generator(PROMPTS, sampling, [0, 1], changed)[:, frames:], made[:, frames:], atol=1e-3)
+    with pytest.raises(UserError, match=f"{frames - 1} initial latent frames do not end at a block"):
         generator(PROMPTS, Sampling(frames=9 if name == "causal_first" else 12), [0, 1], first[1:])
 
 

@@ -204,8 +204,8 @@ def test_a_batch_is_written_as_each_video_alone(run: Path, tmp_path: Path) -> No
     for batch in ("1", "2"):
         out = ["--out", str(tmp_path / batch), "--batch", batch, "--format", "png"]
         generate_videos(generator, inference_args(["--run", str(run), "--prompts", str(prompts), *out]))
-    for one, both in zip(*(sorted((tmp_path / batch).glob("*.png")) for batch in ("1", "2")), strict=True):
-        assert (read_image(one) - read_image(both)).abs().max() <= 1.01 / 255
+    for single, batched in zip(*(sorted((tmp_path / batch).glob("*.png")) for batch in ("1", "2")), strict=True):
+        assert (read_image(single) - read_image(batched)).abs().max() <= 1.01 / 255
 
 
 def test_rates_of_first_parts_and_later_ones_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +323,7 @@ def test_a_recorded_video_leaves_its_recordings_to_the_next(run: Path, monkeypat
         made = generator(prompts, Sampling(seed=seed), batch)
         torch.testing.assert_close(made, plain(prompts, Sampling(seed=seed), batch), rtol=1e-4, atol=1e-5)
     assert len(recorded) == 2
-    assert all(len(one.recorded) == 3 for one in recorded)
+    assert all(len(captured.recorded) == 3 for captured in recorded)
     both = zip(*(generator.stream(PROMPTS, Sampling(seed=s), [0, 1]) for s in (4, 5)), strict=True)
     for seed, parts in zip((4, 5), zip(*both, strict=True), strict=True):
         expected = plain(PROMPTS, Sampling(seed=seed), [0, 1])
@@ -340,11 +340,11 @@ def test_visitors_who_come_later_find_what_earlier_ones_recorded(run: Path, monk
     assert not torch.allclose(*shown, atol=1e-3)
     for live in (first, second):
         live.close()
-    third, expected = (Live(one, PROMPTS[1], Sampling(seed=2)) for one in (generator, plain))
+    third, expected = (Live(sampler, PROMPTS[1], Sampling(seed=2)) for sampler in (generator, plain))
     for _ in range(5):
         torch.testing.assert_close(third.next_frames(), expected.next_frames(), rtol=1e-4, atol=1e-5)
     assert len(recorded) == 2
-    assert all(len(one.recorded) == 3 for one in recorded)
+    assert all(len(captured.recorded) == 3 for captured in recorded)
 
 
 def test_size_of_a_run(run: Path, tmp_path: Path) -> None:

@@ -146,10 +146,10 @@ def test_a_released_model_gives_the_pipelines_latents(folders: Callable[[str], P
     options = ["--guidance", str(high), *(["--guidance_2", str(low)] if has_experts else [])]
     generator, args = opened(folder, *options)
     image = picture(32, 64) if takes_image else None
-    given: dict[str, Any] = {"guidance_scale": high}
-    given |= {"guidance_scale_2": low} if has_experts else {}
-    given |= {"image": as_pil(image)} if image is not None else {}
-    expected = theirs(folder, pipeline_class(kind), noise(generator), **given)
+    arguments: dict[str, Any] = {"guidance_scale": high}
+    arguments |= {"guidance_scale_2": low} if has_experts else {}
+    arguments |= {"image": as_pil(image)} if image is not None else {}
+    expected = theirs(folder, pipeline_class(kind), noise(generator), **arguments)
     first = None if image is None else image[None]
     made = generator(PROMPTS, args.sampling, [0, 1], first)
     assert relative(made, expected) < 1e-4
@@ -161,8 +161,8 @@ def test_a_released_model_gives_the_pipelines_latents(folders: Callable[[str], P
         assert relative(generator(PROMPTS, args.sampling, [0, 1]), plain) < 1e-4 < 1e-3 < relative(plain, expected)
     if has_experts:
         other, args = opened(folder, "--guidance", str(high))  # as in Diffusers, one guidance is both experts'
-        given.pop("guidance_scale_2")
-        same = theirs(folder, pipeline_class(kind), noise(generator), **given)
+        arguments.pop("guidance_scale_2")
+        same = theirs(folder, pipeline_class(kind), noise(generator), **arguments)
         assert relative(other(PROMPTS, args.sampling, [0, 1], first), same) < 1e-4 < 1e-3 < relative(same, expected)
 
 
@@ -222,16 +222,17 @@ def test_a_few_step_student_of_such_a_network_takes_the_image(folders: Callable[
     student = Generator(config, ScoreNet(net, "student"), CPU, task=task)  # type: ignore[arg-type]
     image = picture(32, 64)[None]
     made = student(PROMPTS, Sampling(), [0, 1], image)
-    given, source, (first, second) = (
+    condition, source, (first, second) = (
         task.image_conditioning(PROMPTS, image[None]),
         Noise(0, 0, [0, 1]),
         config.schedule.sigmas(),
     )
-    assert given.channels is not None
-    assert (given.image is None) == (kind == "i2v_experts")
+    assert condition.channels is not None
+    assert (condition.image is None) == (kind == "i2v_experts")
 
     def x0(x: Tensor, sigma: float) -> Tensor:
-        return x - sigma * net(x, torch.full((2,), sigma), given.text, channels=given.channels, image=given.image)  # type: ignore[no-any-return, operator]
+        visual = {"channels": condition.channels, "image": condition.image}
+        return x - sigma * net(x, torch.full((2,), sigma), condition.text, **visual)  # type: ignore[no-any-return, operator]
 
     fresh = source.normal("renoise.b0.s0", (3, 16, 4, 8))
     by_hand = x0((1 - second) * x0(noise(student), first) + second * fresh, second)
@@ -273,9 +274,9 @@ def test_the_image_option_makes_a_video(folders: Callable[[str], Path], tmp_path
     assert generate_videos(generator, args) == 0
     assert read_video(out).shape == (9, 3, 64, 128)  # enlarged, for it is small
     seen = []
-    given = generator.task.image_conditioning
+    original = generator.task.image_conditioning
     generator.task.image_conditioning = lambda prompts, pixels, frames: (
-        seen.append(pixels) or given(prompts, pixels, frames)
+        seen.append(pixels) or original(prompts, pixels, frames)
     )  # type: ignore[method-assign, func-returns-value]
     generate_videos(generator, args)
     assert torch.equal(seen[0][0, 0], large[:, :, 8:72])

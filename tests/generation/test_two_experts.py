@@ -32,7 +32,9 @@ SEEDS = {"high": 2, "low": 3}  # of make_run's averaged student, and of its crit
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("experts")
-    return {name: make_run(root / name, config(DISTILLATION, **own)) for name, own in (("high", HIGH), ("low", LOW))}
+    return {
+        name: make_run(root / name, config(DISTILLATION, **changes)) for name, changes in (("high", HIGH), ("low", LOW))
+    }
 
 
 def test_each_expert_makes_the_steps_on_its_side(runs: dict[str, Path]) -> None:
@@ -43,11 +45,11 @@ def test_each_expert_makes_the_steps_on_its_side(runs: dict[str, Path]) -> None:
     assert [round(s, 4) for s in sigmas] == [1.0, 0.9375, 0.8333, 0.625]
     made = both(prompts, Sampling(seed=4), ids)
     source = Noise(4, 0, ids, CPU)
-    x, given = source.normal("noise", high.task.latent_shape), Conditioning(high.task.conditioning(prompts).text)
+    x, conditioning = source.normal("noise", high.task.latent_shape), Conditioning(high.task.conditioning(prompts).text)
     with torch.no_grad():
         for step, sigma in enumerate(sigmas):
             net = (high if sigma >= 0.875 else low).score
-            x0 = net.x0(x, torch.full((2,), sigma), given)
+            x0 = net.x0(x, torch.full((2,), sigma), conditioning)
             if step + 1 < len(sigmas):
                 eps = source.normal(f"renoise.b0.s{step}", tuple(x.shape[1:]))
                 x = (1 - sigmas[step + 1]) * x0 + sigmas[step + 1] * eps

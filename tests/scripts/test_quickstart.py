@@ -40,11 +40,11 @@ class Quickstart:
         self.python.chmod(0o755)
 
     def start(self, *overrides: str, fail: str = "", hang: str = "") -> subprocess.Popen[str]:
-        own = {"RUN_DIR": self.run_dir, "PYTHON": self.python, "CALLS": self.calls, "FAIL": fail, "HANG": hang}
+        variables = {"RUN_DIR": self.run_dir, "PYTHON": self.python, "CALLS": self.calls, "FAIL": fail, "HANG": hang}
         self.calls.write_text("")
         return subprocess.Popen(
             ["bash", str(ROOT / "scripts" / "quickstart.sh"), *overrides],
-            env=os.environ | {name: str(value) for name, value in own.items()},
+            env=os.environ | {name: str(value) for name, value in variables.items()},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
             # a test run in the background ignores SIGINT and hands that down; bash cannot trap what it never gets
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

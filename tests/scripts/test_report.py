@@ -196,8 +196,8 @@ def test_missing_runs_are_said_and_none_at_all_is_an_error(tmp_path: Path) -> No
     with pytest.raises(UserError, match="no run with a checkpoint"):
         evaluation_of(tmp_path)
     write_run(tmp_path, "teacher")
-    there, missing = report_samples.available(tmp_path)
-    assert [m.key for m in there] == ["real", "teacher_50", "teacher_4", "teacher_2", "teacher_1"]
+    present, missing = report_samples.available(tmp_path)
+    assert [m.key for m in present] == ["real", "teacher_50", "teacher_4", "teacher_2", "teacher_1"]
     assert {m.key for m in missing} >= {"causal_teacher_4", "dmd_2"}
     line = report_html.Line("g", "label", "Short <one>", None)
     assert "Short &lt;one&gt;" in report_html._table([line])
@@ -231,9 +231,9 @@ def test_method_labels_are_unique_and_short_ones_within_their_group() -> None:
 
 def test_curves_take_the_pages_colour_and_average() -> None:
     entries = [{"step": step, "loss": float(step)} for step in range(1, 1001)]
-    one = Panel("Title", (("loss", "loss", entries),), log=True, level=("real", 10.0))
+    panel = Panel("Title", (("loss", "loss", entries),), log=True, level=("real", 10.0))
     empty = Panel("Nothing", (("loss", "absent", entries),))
-    svgs = curves([one, empty, one])
+    svgs = curves([panel, empty, panel])
     assert len(svgs) == 2
     assert all("currentColor" in svg and "http" not in svg for svg in svgs)
     first, second = (re.findall(r' id="([^"]*)"', svg) for svg in svgs)

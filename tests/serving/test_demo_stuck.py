@@ -130,12 +130,12 @@ def test_a_scheduler_may_be_closed_twice_and_before_it_starts() -> None:
 def test_a_place_is_passed_on_when_others_wait() -> None:
     scheduler = Scheduler(StandIns(), Limits(users=1, waiting=2, place_seconds=1))
     news = threading.Semaphore(0)
-    one = scheduler.join("one", 0, news.release)  # and never shows a frame
-    two = scheduler.join("two", 0, news.release)
+    first = scheduler.join("one", 0, news.release)  # and never shows a frame
+    second = scheduler.join("two", 0, news.release)
     scheduler.start()
-    while scheduler.view(two).state is State.waiting:
+    while scheduler.view(second).state is State.waiting:
         assert news.acquire(timeout=SECONDS)
-    view = scheduler.view(one)
+    view = scheduler.view(first)
     assert view.state is State.ended
     assert view.error == "others wait in line, and then a place is for 1 s at most"
     scheduler.close()

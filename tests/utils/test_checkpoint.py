@@ -52,18 +52,18 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:
-    root, given = tmp_path / "run" / "checkpoints", tensors()
+    root, saved = tmp_path / "run" / "checkpoints", tensors()
     state = {"step": 100, "cursor": [1, 2], "lr": 1e-5 / 3, "name": "ü", "none": None}
-    path = checkpoint.save(root, 100, given, state)
+    path = checkpoint.save(root, 100, saved, state)
     assert path == root / "step_00000100" == checkpoint.latest(root)
     assert checkpoint.load_state(path) == state
     assert sorted(checkpoint.tensor_names(path)) == ["critic", "student"]
-    for name, group in given.items():
+    for name, group in saved.items():
         assert_same(checkpoint.load_tensors(path, name), group)
         assert_same(load_file(path / f"{name}.safetensors"), group)  # what any other tool sees
-    into = {name: {key: torch.zeros_like(value) for key, value in group.items()} for name, group in given.items()}
+    into = {name: {key: torch.zeros_like(value) for key, value in group.items()} for name, group in saved.items()}
     checkpoint.load_into(path, checkpoint.layout(path), into)
-    for name, group in given.items():
+    for name, group in saved.items():
         assert_same(into[name], group)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
 
@@ -94,8 +94,8 @@ def half_written(error: BaseException) -> Callable[..., None]:
 
 
 def test_a_killed_save_shadows_nothing_and_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = tensors()
-    good = checkpoint.save(tmp_path, 1, given, {"n": 1})
+    saved = tensors()
+    good = checkpoint.save(tmp_path, 1, saved, {"n": 1})
 
     class Killed(BaseException): ...
 
@@ -103,11 +103,11 @@ def test_a_killed_save_shadows_nothing_and_is_cleared(tmp_path: Path, monkeypatc
         patch.setattr(shards, "write_file", half_written(Killed()))
         patch.setattr("utils.checkpoint.shutil.rmtree", lambda *_, **__: None)  # the dead tidy up nothing
         with pytest.raises(Killed):
-            checkpoint.save(tmp_path, 2, given, {"n": 2})
+            checkpoint.save(tmp_path, 2, saved, {"n": 2})
     assert len(list(tmp_path.iterdir())) == 2  # the good one and what the kill left
     assert checkpoint.latest(tmp_path) == checkpoint.resolve_resume("auto", tmp_path) == good
-    assert_same(checkpoint.load_tensors(good, "student"), given["student"])
-    checkpoint.save(tmp_path, 3, given, {})
+    assert_same(checkpoint.load_tensors(good, "student"), saved["student"])
+    checkpoint.save(tmp_path, 3, saved, {})
     assert {path.name for path in tmp_path.iterdir()} == {"step_00000001", "step_00000003"}
 
 
@@ -239,14 +239,14 @@ def test_a_changed_table_or_state_is_found_by_its_checksum(tmp_path: Path) -> No
 
 def test_the_first_format_is_still_read(tmp_path: Path) -> None:
     """One process's files with their sizes, no table."""
-    path, given = tmp_path / "step_00000007", {"a": torch.randn(3).bfloat16(), "b": torch.tensor(2.0)}
+    path, saved = tmp_path / "step_00000007", {"a": torch.randn(3).bfloat16(), "b": torch.tensor(2.0)}
     path.mkdir()
-    save_file(given, path / "net.safetensors")
+    save_file(saved, path / "net.safetensors")
     files = {"net.safetensors": (path / "net.safetensors").stat().st_size}
     (path / "state.json").write_text(json.dumps({"format": 1, "step": 7, "files": files, "state": {"n": 1}}))
     assert checkpoint.load_state(path) == {"n": 1}
     assert checkpoint.tensor_names(path) == ["net"]
-    assert_same(checkpoint.load_tensors(path, "net"), given)
+    assert_same(checkpoint.load_tensors(path, "net"), saved)
     truncate(path / "net.safetensors")
     with pytest.raises(UserError, match="net.safetensors is truncated"):
         checkpoint.load_tensors(path, "net")

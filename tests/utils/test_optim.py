@@ -103,8 +103,8 @@ def test_muon_takes_the_hidden_matrices_and_orthogonalises_their_update() -> Non
     net(torch.randn(16, 8)).square().sum().backward()
     optimizer.step()
     singular = torch.linalg.svdvals((before - net[0].weight.detach()) / 0.1)
-    own = torch.linalg.svdvals(net[0].weight.grad)
-    assert own.max() / own.median() > 2  # the gradient is far from orthogonal, its update is near it
+    of_gradient = torch.linalg.svdvals(net[0].weight.grad)
+    assert of_gradient.max() / of_gradient.median() > 2  # the gradient is far from orthogonal, its update is near it
     assert singular.max() < 1.3
     assert singular.median() > 0.6
 

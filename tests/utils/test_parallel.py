@@ -109,12 +109,12 @@ def test_random_weights_come_one_by_one_and_are_the_constructors() -> None:
 
 def test_a_network_is_drawn_by_seed_and_name() -> None:
     small = config().student
-    one = build_network(small, "student", 1, CPU)
+    built = build_network(small, "student", 1, CPU)
     with torch.random.fork_rng():
         torch.manual_seed(keyed_seed(1, "weights", "student"))
         torch.default_generator.manual_seed(keyed_seed(1, "weights", "student"))
         made = WanTransformer(small.geometry(), Backend.PLAIN)
-    assert all(torch.equal(p, one.get_parameter(name)) for name, p in made.named_parameters())
+    assert all(torch.equal(p, built.get_parameter(name)) for name, p in made.named_parameters())
 
 
 def test_lazy_weights_read_either_format_and_say_what_does_not_fit(tmp_path: Path) -> None:

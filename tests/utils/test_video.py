@@ -71,10 +71,10 @@ def test_a_video_in_parts_is_the_whole_and_an_mp4_holds_one_at_a_time(tmp_path: 
 
     def parts() -> Iterator[Tensor]:
         for part in whole.split(2):
-            one = part.clone()
-            alive.append(weakref.ref(one))
-            yield one
-            del one
+            chunk = part.clone()
+            alive.append(weakref.ref(chunk))
+            yield chunk
+            del chunk
             if suffix == "mp4":
                 assert all(seen() is None for seen in alive[:-1])
 

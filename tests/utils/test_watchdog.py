@@ -71,12 +71,12 @@ def test_the_rank_that_is_elsewhere_comes_first_and_shows_its_stack() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "odd"),
+    ("other", "behind"),
     [(place(7, "b", 1), 1), (place(9, "b", 99), 0), (place(8, "b", 99), 1), (place(8, "b", 1), 0)],
     ids=["earlier step", "later step", "same step, longer there", "same step, came later"],
 )
-def test_of_two_ranks_the_one_behind_is_named_first(other: Place, odd: int) -> None:
-    assert describe({0: place(8, "a", 50), 1: other}, {0, 1}, 2, asker=0).startswith(f"rank {odd} is")
+def test_of_two_ranks_the_one_behind_is_named_first(other: Place, behind: int) -> None:
+    assert describe({0: place(8, "a", 50), 1: other}, {0, 1}, 2, asker=0).startswith(f"rank {behind} is")
 
 
 def test_ranks_that_are_gone_come_before_those_that_are_elsewhere() -> None:
@@ -191,12 +191,12 @@ def test_code_revision_is_of_the_sources_wherever_they_lie(tmp_path: Path) -> No
             (root / name).write_text(f"# {name}\n")
         return root
 
-    one, other = write(tmp_path / "a"), write(tmp_path / "b")
-    same = code_revision(one)
-    assert same == code_revision(other)
-    (other / "logs/snapshot/old.py").write_text("edited")
-    assert code_revision(other) == same
-    (other / "model/wan/rope.py").write_text("edited")
-    assert code_revision(other) != same
-    (one / "model/wan/rope.py").rename(one / "model/wan/ropes.py")
-    assert code_revision(one) != same
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    same = code_revision(first)
+    assert same == code_revision(second)
+    (second / "logs/snapshot/old.py").write_text("edited")
+    assert code_revision(second) == same
+    (second / "model/wan/rope.py").write_text("edited")
+    assert code_revision(second) != same
+    (first / "model/wan/rope.py").rename(first / "model/wan/ropes.py")
+    assert code_revision(first) != same

@@ -71,7 +71,7 @@ def test_teacher_forcing_sees_clean_blocks_sparsely() -> None:
     net, dense = pair(0.0, 0.0)
     x, sigma, text = latents(3, 1, 12), torch.rand(1, 12), texts(4, 1)
     mask, positions = teacher_forcing_mask(BLOCKS), [*range(6), *range(6)]
-    out = [one(x, sigma, text, mask=mask, positions=positions) for one in (net, dense)]
+    out = [network(x, sigma, text, mask=mask, positions=positions) for network in (net, dense)]
     torch.testing.assert_close(*out, rtol=1e-4, atol=1e-5)
 
 
@@ -95,18 +95,18 @@ def test_a_sparse_rollout_is_brute_force_and_its_replay_has_its_gradient(
     """Against whole passes under masks: cached keys are tiles like others, also of frames that lie in a ring, and
     recomputed blocks choose the same again."""
     sparse = SparseConfig(0.6, cube, "reference")  # two tiles a frame or two frames, of four tokens a frame and of two
-    causal, noise, given = setup(name)
+    causal, noise, condition = setup(name)
     exits = [(0, 2, 1, 2, 0)[i] for i in range(len(blocks_of(name)))]
     weight = latents(6, 2, noise.shape[1])
     net = random_net(1, sparse=sparse)
-    expected = torch.cat(brute_force(net, causal, noise, given, exits, context_gradient=through_context), 1)
+    expected = torch.cat(brute_force(net, causal, noise, condition, exits, context_gradient=through_context), 1)
     (expected * weight).sum().backward()
     wanted = gradients(net)
 
     net = random_net(1, checkpointing=Checkpointing.full, sparse=sparse)
-    x0 = run(net, causal, noise, given, exits, context_gradient=through_context).x0
-    assert relative(x0[:, given.initial_frames :], expected) < 5e-6
-    (x0[:, given.initial_frames :] * weight).sum().backward()
+    x0 = run(net, causal, noise, condition, exits, context_gradient=through_context).x0
+    assert relative(x0[:, condition.initial_frames :], expected) < 5e-6
+    (x0[:, condition.initial_frames :] * weight).sum().backward()
     assert_same_gradients(gradients(net), wanted)
 
 
@@ -161,9 +161,9 @@ def test_gates_begin_at_zero_and_come_back_through_an_export(folder: Path, tmp_p
             names = {name for file in files for name in load_file(file)}
             assert {f"blocks.{b}.to_gate_compress.{leaf}" for b in (0, 1) for leaf in ("weight", "bias")} <= names
         again = build_network(replace(network, init=str(tmp_path / form)), "student", 0, CPU).state_dict()
-        own = run.networks["student"].net.state_dict()
+        trained = run.networks["student"].net.state_dict()
         assert any(value.any() for name, value in again.items() if GATE.match(name))
-        assert all(torch.equal(value, again[name]) for name, value in own.items())
+        assert all(torch.equal(value, again[name]) for name, value in trained.items())
 
 
 def test_sparsity_grows_as_told(folder: Path, tmp_path: Path) -> None:

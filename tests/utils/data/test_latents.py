@@ -162,9 +162,9 @@ def test_corrupt_rows_are_named(tmp_path: Path) -> None:
     short = {**good, "id": "short", "vae_latent_bytes": good["vae_latent_bytes"][:-3]}
     nan = fastvideo_row("nan", np.full((C, F, H, W), np.nan, np.float32), np.zeros((1, 6), np.float32))
     empty = {**good, "id": "empty", "vae_latent_bytes": b""}
-    odd = {**good, "id": "odd", "vae_latent_dtype": "complex64"}
+    complex64 = {**good, "id": "odd", "vae_latent_dtype": "complex64"}
     flat = {**good, "id": "flat", "vae_latent_shape": [C * F * H * W]}
-    pq.write_table(pa.Table.from_pylist([good, short, nan, empty, odd, flat]), tmp_path / "a.parquet")
+    pq.write_table(pa.Table.from_pylist([good, short, nan, empty, complex64, flat]), tmp_path / "a.parquet")
     folder = ParquetFolder(tmp_path, STATISTICS)
     assert folder.read(0, 0).latents is not None
     for item, message in enumerate(

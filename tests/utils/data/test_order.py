@@ -154,9 +154,9 @@ def test_a_corrupt_sample_is_read_once_and_no_rank_reads_anothers() -> None:
     stream = Stream(source, ShardedOrder([8], 0), 0, max_corrupt=1)
     stream.samples(range(80))
     assert source.reads.count(3) == 1
-    own = Numbers([8])
-    Stream(own, ShardedOrder([8], 0), 0).samples(range(2, 4))
-    assert len(own.reads) == 2
+    rank_source = Numbers([8])
+    Stream(rank_source, ShardedOrder([8], 0), 0).samples(range(2, 4))
+    assert len(rank_source.reads) == 2
 
 
 def test_caption_dropout_goes_by_position() -> None:

@@ -217,7 +217,7 @@ def test_trajectories_by_any_number_of_ranks(tmp_path: Path) -> None:
 def test_ranks_of_a_sharded_teacher_call_it_equally_often(tmp_path: Path) -> None:
     """7 prompts in files of 3, one at a time: rank 0 has files 0 and 2 (4 calls), rank 1 file 1 (3)."""
     calls: list[list[range]] = [[], []]
-    own = {0: 4, 1: 3}
+    counts = {0: 4, 1: 3}
     for rank in range(2):
 
         def make(positions: range, prompts: list[str], rank: int = rank) -> Tensor:
@@ -225,8 +225,8 @@ def test_ranks_of_a_sharded_teacher_call_it_equally_often(tmp_path: Path) -> Non
             return trajectories(positions, prompts)
 
         def most(count: int, rank: int = rank) -> int:
-            assert count == own[rank]
-            return max(own.values())
+            assert count == counts[rank]
+            return max(counts.values())
 
         write_ode(
             PROMPTS, make, LEVELS, tmp_path, settings={}, rows=3, share=Share(rank, 2), together=most

@@ -184,7 +184,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_is_bucketed_and_streamed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     shards = find_media(folder)
-    assert [Path(one.name).name for one in shards[0]] == [
+    assert [Path(item.name).name for item in shards[0]] == [
         "short.mp4", "t0.mp4", "t1.mp4", "0.mp4", "1.mp4", "2.mp4", "3.mp4"
     ]  # fmt: skip
     plan = plan_clips(shards, SIZES, Pace(fps=16), threads=2)
@@ -227,7 +227,7 @@ def test_headers_are_kept_and_only_new_files_are_opened(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, opened = tmp_path / "headers.json", list[str]()
-    monkeypatch.setattr("utils.data.clips.probe", lambda one: opened.append(one.name) or probe(one))
+    monkeypatch.setattr("utils.data.clips.probe", lambda item: opened.append(item.name) or probe(item))
     plan = plan_clips(find_media(folder), SIZES, Pace(), cache=cache, threads=2)
     assert len(opened) == 7
     assert plan_clips(find_media(folder), SIZES, Pace(), cache=cache) == plan
@@ -294,7 +294,7 @@ def test_tables_of_captions(kind: str, folder: Path, tmp_path: Path) -> None:
         pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         pq.write_table(pa.Table.from_pylist(rows), table)
     (shard,) = find_media(folder, VIDEOS, table)
-    assert [one.text() for one in shard] == ["two, 2", "a tall one"]
+    assert [item.text() for item in shard] == ["two, 2", "a tall one"]
     assert shard[0].part.path == folder / "w/2.mp4"
 
 
@@ -319,7 +319,7 @@ def test_bad_captions(folder: Path, tmp_path: Path) -> None:
         (tmp_path / f"v/{name}.mp4").write_bytes(b"")
         if caption is not None:
             (tmp_path / f"v/{name}.txt").write_bytes(caption if isinstance(caption, bytes) else caption.encode())
-    broken = {Path(one.name).stem: one for one in find_media(tmp_path / "v")[0]}
+    broken = {Path(item.name).stem: item for item in find_media(tmp_path / "v")[0]}
     for name, message in [("none", "has no caption"), ("empty", "is empty"), ("bytes", "cannot be read")]:
         with pytest.raises(CorruptSample, match=message):
             broken[name].text()
