@@ -95,16 +95,16 @@ def test_a_sparse_rollout_is_brute_force_and_its_replay_has_its_gradient(
     """Against whole passes under masks: cached keys are tiles like others, also of frames that lie in a ring, and
     recomputed blocks choose the same again."""
     sparse = SparseConfig(0.6, cube, "reference")  # two tiles a frame or two frames, of four tokens a frame and of two
-    causal, noise, condition = setup(name)
+    _, noise, condition = case = setup(name)
     exits = [(0, 2, 1, 2, 0)[i] for i in range(len(blocks_of(name)))]
     weight = latents(6, 2, noise.shape[1])
     net = random_net(1, sparse=sparse)
-    expected = torch.cat(brute_force(net, causal, noise, condition, exits, context_gradient=through_context), 1)
+    expected = torch.cat(brute_force(net, case, exits, context_gradient=through_context), 1)
     (expected * weight).sum().backward()
     wanted = gradients(net)
 
     net = random_net(1, checkpointing=Checkpointing.full, sparse=sparse)
-    x0 = run(net, causal, noise, condition, exits, context_gradient=through_context).x0
+    x0 = run(net, case, exits, context_gradient=through_context).x0
     assert relative(x0[:, condition.initial_frames :], expected) < 5e-6
     (x0[:, condition.initial_frames :] * weight).sum().backward()
     assert_same_gradients(gradients(net), wanted)
