@@ -127,7 +127,7 @@ def all_options() -> frozenset[str]:
 
 
 def is_key(path: str) -> bool:
-    """Whether the config takes this key: asked of the loader, which names unknown ones, where the schema lists none."""
+    """Whether the config takes this key. Where the schema lists no keys, the loader is asked, which refuses unknown ones."""
     if path in known_keys():
         return True
     nested: object = None

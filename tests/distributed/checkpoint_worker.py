@@ -189,7 +189,7 @@ def errors(root: Path, saver: checkpoint.Saver, run: Run) -> None:
 
 
 def two(folder: Path) -> None:
-    """Load what one process and what replicas saved; go on as the four did; save for one."""
+    """Two ranks load what one process and what replicas saved, train as the four did, and save for one process."""
     for source in ("whole", "hsdp"):
         run = Run(init_device_mesh("cpu", (2,)), seed=2)
         saver = checkpoint.Saver(folder / f"two_{source}")

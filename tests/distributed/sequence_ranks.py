@@ -202,7 +202,7 @@ TRAINED: dict[str, Callable[..., Result]] = {  # some with checkpointing, too: o
     "generator_sid": partial(generator_step, objective=sid_loss),
     "critic": critic_step,
 }
-CHECKPOINTED = {  # of each kind of pass one
+CHECKPOINTED = {  # one pass of each kind
     f"{name}_checkpointed": partial(TRAINED[name], checkpointing=Checkpointing.full)
     for name in ("block_causal", "teacher_forcing", "generator_dmd", "generator_sparse", "critic")
 }

@@ -22,7 +22,7 @@ PARTS = ("grad/0/student", "grad/0/critic", "grad/1/student", "grad/1/critic", "
 
 
 class Runs(Mapping[str, Seen]):
-    """By `world_case` what rank 0 saw. A world size is launched when the first of its cases is asked for."""
+    """What rank 0 saw, by `world_case`. A world size is launched when the first of its cases is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.launched = folder, set[int]()
@@ -53,7 +53,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def numbers(result: Seen) -> Seen:
-    """Losses, gradients, weights: all but how they came about."""
+    """Losses, gradients, weights: all but the counts of collectives and of bytes held."""
     left_out = ("calls", "held")
     return {key: value for key, value in result.items() if not key.startswith(left_out)}
 

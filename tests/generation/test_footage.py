@@ -1,5 +1,4 @@
-"""Runs that are given images and videos: what is given comes back, and where nothing of a clip is kept it is as if
-there were none."""
+"""Runs that are given images and videos: given frames come back, and a clip of which nothing is kept has no effect."""
 
 from __future__ import annotations
 

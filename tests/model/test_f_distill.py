@@ -132,7 +132,7 @@ def test_gan_term_at_the_same_noised_sample_from_one_evaluation() -> None:
 
 
 def test_weights_of_a_larger_batch_come_with_their_ratios() -> None:
-    """Told both, it weighs as `f_weights` did; told one of them alone, it refuses."""
+    """With both the loss weighs as `f_weights` did; with only one of them it refuses."""
     judge, weighting = linear(), RatioWeighting(Divergence.kl, alone)
     query = ScoreQuery(Rollout(normal(1)), score(0.5, 0.7), score(-0.2, 1.3), GIVEN, free(), SIGMA, normal(9))
     logits = NoisedSamples.of(query.rollout, GIVEN, SIGMA, normal(9)).logits(judge)

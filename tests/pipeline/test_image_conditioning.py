@@ -250,7 +250,7 @@ def test_each_sample_goes_to_the_expert_of_its_noise_level() -> None:
 
 @pytest.mark.parametrize("boundary", [T2V_BOUNDARY, I2V_BOUNDARY])
 def test_an_expert_is_trained_within_its_own_noise_levels(boundary: float) -> None:
-    """The schedule's bounds keep every draw on the expert's side, with the shifted density that both halves had."""
+    """The schedule's bounds keep every draw on the expert's side, with the shifted density of the whole range."""
     u = torch.linspace(0, 1, 20001)[:-1]
     whole = ScheduleConfig(min_sigma=0.0, max_sigma=1.0)
     high = replace(whole, min_score_timestep=1000 * boundary)

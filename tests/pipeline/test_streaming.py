@@ -155,7 +155,7 @@ def test_blocks_have_the_steps_of_their_own() -> None:
 
 
 def test_another_prompt_holds_from_the_next_block_on() -> None:
-    """Without a text memory to go stale (a pass with gradient keeps none) blocks are those of the stream."""
+    """The blocks equal those of passes with gradient, which keep no memory of the text that could be the old prompt's."""
     net, first, second = random_net(1), conditioning(3, 2), texts(9, 2)
     video = opened(net, first)
     streamed = made(video, 5)
@@ -344,7 +344,7 @@ def test_nothing_in_a_block_waits_for_the_device(noisy: bool, monkeypatch: pytes
 
 
 def traced(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """As CUDA's graphs do it: the operators alone, on the very memory that they ran on, none of the Python around."""
+    """Runs the operators alone, on the same memory and without the Python code around them, as a CUDA graph does."""
     graph = make_fx(run)()
     return lambda: graph()
 

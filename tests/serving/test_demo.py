@@ -165,7 +165,7 @@ def test_nothing_is_made_for_who_left_when_the_turn_came() -> None:
 
 
 def test_ended_videos_are_closed_on_the_devices_thread_and_failed_ones_never() -> None:
-    """One whose visitor leaves while its first block is made, too; and those that are running when the server ends."""
+    """This includes a video whose visitor leaves while its first block is made, and videos that run when the server ends."""
     begun, gate = threading.Event(), threading.Event()
     made: list[StandIn] = []
 

@@ -1,4 +1,4 @@
-"""Visitors of the demo who read nothing, say nothing, or hold what others wait for: each loses it, and nobody else does."""
+"""Visitors of the demo who read nothing, say nothing, or keep what others wait for: only they lose what they hold."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Noise(StandIn):
 
 @dataclass
 class Deaf:
-    """A websocket whose visitor takes nothing. said: all that it has sent."""
+    """A websocket whose visitor reads nothing. said: the messages that the visitor sends."""
 
     said: list[dict[str, Any]] = field(default_factory=list)
     aborted: int = 0

@@ -141,7 +141,7 @@ def shifted(visual: VisualConditioning) -> VisualConditioning:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_distillation_step_judges_what_was_made(folder: Path, kind: str, tmp_path: Path) -> None:
-    """Channels and tokens for i2v networks, else a clean first frame, of which no loss knows what critic says."""
+    """An i2v network sees channels and tokens, others a clean first frame, where no loss depends on the critic's output."""
     run = started(tmp_path, options(folder, kind, DISTILLATION, images=str(folder / "images1")))
     assert isinstance(run, ScoreDistillationTrainer)
     (micro,) = run.batch("generator")
@@ -399,7 +399,7 @@ class Broken:
 
 
 def test_corrupt_samples_of_all_ranks_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks met one each, which alone is no more than one in a hundred; what both met counts once."""
+    """Each of two ranks met one: alone, that is no more than one in a hundred. A sample that both met counts once."""
 
     def stream(met: int) -> Stream:
         made = Stream(Broken({3, 4}), ShardedOrder([100], 0), 0)

@@ -181,7 +181,7 @@ def build_student(of: RunConfig) -> Any:
 
 
 def test_a_shared_memory_changes_no_rollout(tmp_path: Path) -> None:
-    """After a rollout of another size has left its numbers there: bit for bit that of a cache of its own."""
+    """After a rollout of another size has used the memory, a rollout is bit for bit that of a fresh cache."""
     save_networks(tmp_path / "start")
     run = distiller(tmp_path, with_weights(GAN_RUN, tmp_path / "start"))
     (micro,) = run.batch("generator")

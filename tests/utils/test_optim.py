@@ -111,7 +111,7 @@ def test_muon_takes_the_hidden_matrices_and_orthogonalises_their_update() -> Non
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
 def test_muon_is_torchs(shape: tuple[int, int]) -> None:
-    """Two updates, with momentum and decay: in bf16 torch's own weights, in fp32 they but for the rounding."""
+    """Two updates with momentum and decay give torch's weights: exactly in bf16, up to rounding in fp32."""
     start, gradients = torch.randn(shape), torch.randn(2, *shape)
 
     def moved(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> Tensor:

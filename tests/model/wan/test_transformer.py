@@ -212,7 +212,7 @@ def test_defect_03_checkpointing_changes_no_gradient(causal: CausalConfig, backe
 def test_defect_03_checkpointed_cached_passes_and_replayed_ones_are_exact(backend: Backend) -> None:
     """One cached pass, whose cache has moved on before backward: kept, checkpointed or replayed, bit for bit the same.
 
-    But for what all layers share: a replay adds up a layer's part of that gradient first.
+    Only the gradient of what all layers share may differ: a replay adds up each layer's part of it first.
     """
     frames, text = latents(2, 2, 6), texts(3, 2)
     sigma = torch.tensor([0.4, 0.7])

@@ -267,7 +267,7 @@ def test_triton_keeps_the_same_tiles(name: str) -> None:
 
 @needs_triton
 def test_scores_that_are_no_numbers_still_keep_tiles_that_exist() -> None:
-    """An index out of range would be read from anywhere; the numbers themselves are caught where losses are."""
+    """An index out of range would read foreign memory. That scores are NaN is noticed later, at the loss."""
     from model.wan.vsa.fused import select_tiles as fused_select
 
     nan = torch.full((4,), float("nan"))

@@ -32,7 +32,7 @@ def state() -> State:
 
 
 class Held:
-    """Weights at hand."""
+    """Weights in memory."""
 
     def __init__(self, state: State) -> None:
         self.state, self.shapes, self.config = state, shapes_of(state), None
