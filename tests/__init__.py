@@ -1,4 +1,4 @@
-"""Tests by room, as the project lies; beside them what needs other machines or processes (distributed, slurm, gpu)."""
+"""Tests: a folder for each room of the project; distributed, slurm and gpu need several processes, Slurm or a GPU."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What all tests share: no network, no test that depends on the draws of another, and which run only in `make test-all`."""
+"""What all tests share: no network, a fixed seed, and the list of tests that run only in `make test-all`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-# Tests of `make test-all` alone: expensive ones of a kind of which `make test` has another, named beside it.
+# Expensive tests that only `make test-all` runs. Beside each stands what covers its subject in `make test`.
 FULL = {
     "tests/distributed/test_deepspeed.py::test_zero_trains_as_fsdp2": "rules of engine deepspeed; test_fsdp.py",
     "tests/distributed/test_fsdp.py::test_any_split_trains_alike[4_": "the same on two ranks",

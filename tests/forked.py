@@ -74,8 +74,8 @@ class Running:
             self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             variables = [of_rank(rank, ranks, self._store.port) for rank in range(ranks)]
         self.processes: list[ForkServerProcess] = []
-        for own in variables:
-            work = (program, arguments, cwd, environment() | (env or {}) | own, list(self.files.values()))
+        for rank_env in variables:
+            work = (program, arguments, cwd, environment() | (env or {}) | rank_env, list(self.files.values()))
             self.processes.append(CONTEXT.Process(target=run_program, args=work))
             self.processes[-1].start()
 

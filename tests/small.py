@@ -68,7 +68,7 @@ BRIEF: dict[str, Any] = merged(  # both networks in every one of four iterations
         },
     },
 )  # fmt: skip
-SHORT: dict[str, Any] = {"data": {"toy": {"frames": 6}}}  # two blocks, for what does not care how many there are
+SHORT: dict[str, Any] = {"data": {"toy": {"frames": 6}}}  # two blocks, for tests to which their number is the same
 
 
 def config(base: dict[str, Any] = DISTILLATION, **changes: Any) -> RunConfig:
@@ -85,7 +85,7 @@ def save_networks(folder: Path) -> None:
 
 
 def with_weights(base: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`base`, its networks begun from what `save_networks` wrote; else their heads are zero, and so may a loss be."""
+    """`base` with networks that begin from the files of `save_networks`; fresh heads are zero, and losses may be, too."""
     present = [name for name in NETWORKS if base[name] is not None]
     return merged(base, {name: {"init": str(folder / f"{name}.safetensors")} for name in present})
 

@@ -127,7 +127,7 @@ def all_options() -> frozenset[str]:
 
 
 def is_key(path: str) -> bool:
-    """Whether the config takes this key: asked of the loader, which names unknown ones, where the schema lists none."""
+    """Whether the config takes this key. Where the schema lists no keys, the loader is asked, which refuses unknown ones."""
     if path in known_keys():
         return True
     nested: object = None
@@ -166,8 +166,8 @@ def problem(span: str) -> str | None:
     if span in NEW_IN_AN_EXAMPLE | OF_OTHERS or span.startswith(MADE_BY_RUNS):
         return None
     if test := re.fullmatch(r"(tests/[\w/]+\.py)::(\w+)", span):
-        there = (ROOT / test[1]).is_file() and f"def {test[2]}(" in read(test[1])
-        return None if there else f"there is no test {span}"
+        exists = (ROOT / test[1]).is_file() and f"def {test[2]}(" in read(test[1])
+        return None if exists else f"there is no test {span}"
     if target := re.fullmatch(r"make ([\w-]+)( .*)?", span):
         return None if re.search(rf"^{target[1]}:", read("Makefile"), re.M) else f"no target in the Makefile: {span}"
     unknown = [option for option in re.findall(r"(?<!\S)--[\w-]+", span) if option not in all_options()]
@@ -225,16 +225,16 @@ def launch_problem(tokens: list[str]) -> str | None:
     """Whether torchrun leaves a program its own options: it takes what begins as one of its own does for that."""
     if "torchrun" not in tokens:
         return None
-    given = tokens[tokens.index("torchrun") + 1 :]
-    if "..." in given:
+    arguments = tokens[tokens.index("torchrun") + 1 :]
+    if "..." in arguments:
         return None
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            found = get_args_parser().parse_args(given)
+            found = get_args_parser().parse_args(arguments)
     except SystemExit:
         return "torchrun does not take this: put -- before the program"
-    own = given[given.index(found.training_script) + 1 :]
-    return None if found.training_script_args == own else f"torchrun keeps some of {own} to itself"
+    expected = arguments[arguments.index(found.training_script) + 1 :]
+    return None if found.training_script_args == expected else f"torchrun keeps some of {expected} to itself"
 
 
 # ---------------------------------------------------------------------------------------------------------- the tests

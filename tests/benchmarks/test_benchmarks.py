@@ -192,7 +192,7 @@ def test_a_worker_that_fails_is_told_in_one_line() -> None:
 
 
 def test_what_is_not_done_in_time_is_left_out_and_stops_nothing(tmp_path: Path) -> None:
-    """One that ran out of time before it began, one that is cut off, one that fails: each says so."""
+    """A benchmark that has no time to begin says so, and so does one that is cut off or fails."""
     out = tmp_path / "streaming.json"
     assert streaming.main(["--size", "smoke", "--only", "noisy", "--seconds", "0", "--out", str(out)]) == 1
     (result,) = json.loads(out.read_text())["results"]

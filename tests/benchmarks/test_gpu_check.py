@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_check` where there is no GPU: its budget, what it keeps of what is cut off, its table."""
+"""`python -m benchmarks.gpu_check` where there is no GPU: its budget, what it keeps of a part that is cut off, its table."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def json_rows(path: Path) -> list[Row]:
 
 
 def program(folder: Path, body: str) -> str:
-    """A module of this body, which can write its results with `write([...])`; its name."""
+    """Writes a module with this body, which reports results by `write([...])`, and returns the module's name."""
     (folder / "made_up.py").write_text(
         "import json, subprocess, sys, time\nfrom pathlib import Path\n"
         "def write(results): Path(sys.argv[sys.argv.index('--out') + 1]).write_text(json.dumps({'results': results}))\n"
@@ -77,7 +77,7 @@ def ran(made: Part, folder: Path, left: float = 600) -> list[Row]:
 
 
 def pytest_command(folder: Path, text: str, *options: str) -> list[str]:
-    """Runs a file of these tests with the plugin, which writes folder/record."""
+    """The command that runs these tests with the plugin, which writes folder/record."""
     file = folder / "test_made_up.py"
     file.write_text(text)
     flags = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.failures", "--record", str(folder / "record")]
@@ -85,7 +85,7 @@ def pytest_command(folder: Path, text: str, *options: str) -> list[str]:
 
 
 def record_of(folder: Path, text: str, *options: str) -> Path:
-    """The folder that was written by such a run, which ends."""
+    """Runs `pytest_command` to its end, which must be a failure, and returns the folder that the plugin wrote."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     assert gpu_check.execute(pytest_command(folder, text, *options), 120, folder / "log", environment) not in (0, None)
     return folder / "record"
@@ -371,4 +371,4 @@ def test_all_of_it_with_parts_that_need_no_gpu(tmp_path: Path, monkeypatch: pyte
     body["text"] = "sys.exit('no such file')"
     assert gpu_check.main(arguments) == 1
     assert "failed: no such file" in (tmp_path / "out" / "table.txt").read_text()
-    assert gpu_check.main([*arguments[:1], "--only", "attention", *arguments[3:]]) == 0  # nothing of it there
+    assert gpu_check.main([*arguments[:1], "--only", "attention", *arguments[3:]]) == 0  # this command has no such part

@@ -160,8 +160,8 @@ def errors(root: Path, saver: checkpoint.Saver, run: Run) -> None:
     assert [path.name for path in root.iterdir()] == [good.name]
 
     try:
-        odd = torch.cfloat if rank == 1 else torch.float
-        saver.save(4, {"net": {f"w{i}": torch.ones(2, dtype=odd) for i in range(4)}}, {})  # one for each to write
+        dtype = torch.cfloat if rank == 1 else torch.float
+        saver.save(4, {"net": {f"w{i}": torch.ones(2, dtype=dtype) for i in range(4)}}, {})  # one for each to write
         saver.wait()
         raise AssertionError("a dtype without a name was saved")
     except ValueError as error:
@@ -189,7 +189,7 @@ def errors(root: Path, saver: checkpoint.Saver, run: Run) -> None:
 
 
 def two(folder: Path) -> None:
-    """Load what one process and what replicas saved; go on as the four did; save for one."""
+    """Two ranks load what one process and what replicas saved, train as the four did, and save for one process."""
     for source in ("whole", "hsdp"):
         run = Run(init_device_mesh("cpu", (2,)), seed=2)
         saver = checkpoint.Saver(folder / f"two_{source}")

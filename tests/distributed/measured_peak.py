@@ -58,7 +58,8 @@ def measured(config: RunConfig, folder: Path) -> int:
 
 
 def peak_of(profiler: profile) -> int:
-    """Most bytes allocated at a time. By address: what another thread frees (gloo's) is not reported, but used again."""
+    """Most bytes allocated at a time. A new block at an old block's address replaces it: frees of gloo's thread are not
+    reported."""
     waiting = list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
     events = []
     while waiting:
@@ -96,7 +97,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init()
     for name in ("bf16", "wide"):
-        # what gloo's threads freed late is still counted: that only adds, and by chance, so the least is the truest
+        # what gloo's threads freed late still counts: by chance it adds to a peak, so the smallest is nearest to the truth
         peaks = [measured(config(**CASES[name]), folder / f"{name}{again}") for again in range(2)]
         if max(peaks) > 1.005 * min(peaks):  # chance had a part in it
             peaks.append(measured(config(**CASES[name]), folder / f"{name}2"))

@@ -202,7 +202,7 @@ TRAINED: dict[str, Callable[..., Result]] = {  # some with checkpointing, too: o
     "generator_sid": partial(generator_step, objective=sid_loss),
     "critic": critic_step,
 }
-CHECKPOINTED = {  # of each kind of pass one
+CHECKPOINTED = {  # one pass of each kind
     f"{name}_checkpointed": partial(TRAINED[name], checkpointing=Checkpointing.full)
     for name in ("block_causal", "teacher_forcing", "generator_dmd", "generator_sparse", "critic")
 }
@@ -274,18 +274,18 @@ def main(rank: int, world: int, store: str, report: str) -> None:
     place = {"init_method": f"file://{store}", "rank": rank, "world_size": world}
     dist.init_process_group("gloo", **place, timeout=timedelta(seconds=120))
     pairs = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
-    alone = [dist.new_group([one]) for one in range(world)][rank]
+    alone = [dist.new_group([member]) for member in range(world)][rank]
     assert dist.group.WORLD is not None
     groups = {2: pairs[rank // 2], 4: dist.group.WORLD}
     found: dict[str, Any] = {"refusal": refusal(groups[4]), "alone": network(1, alone).sequence is None}
     found["union"] = [sorted(distributed.union(range(rank))), sorted(distributed.union([]))]
     expected: dict[str, Result] = {}
     for name, case in CASES.items():
-        one = name.removesuffix("_checkpointed")
-        if one not in expected:
-            expected[one] = CASES[one](None)
+        reference = name.removesuffix("_checkpointed")
+        if reference not in expected:
+            expected[reference] = CASES[reference](None)
         for degree, group in groups.items():
-            found[f"{name} {degree}"] = differences(case(group), expected[one], group)
+            found[f"{name} {degree}"] = differences(case(group), expected[reference], group)
     for on in (False, True):
         found[f"collectives{'_checkpointed' * on}"] = collectives(
             groups[2], Checkpointing.full if on else Checkpointing.none

@@ -28,7 +28,7 @@ Case = dict[str, Any]
 # unguided: sharded networks run both halves of the guidance in one call, and bf16 kernels round by the batch
 BF16: Case = {"training": {"micro_batch_size": 2, "precision": "bf16"}, "objective": {"real_guidance_scale": 1.0}}
 ADAPTED = {"lora": {"rank": 4, "targets": ["q", "v", "ffn.0"]}}
-# other losses, each with a whole of its own to agree with
+# other losses: each is compared with its own run on one rank
 OTHERS: dict[str, Case] = {
     "ode": {"trainer": "ode", "critic": None, "ode": {"pairs": 5, "steps": 4, "shift": 3.0, "guidance": 2.0}},
     "sid": {"objective": {"kind": "sid"}, "rollout": {"kind": "backward_simulation", "reuse_rollout": True}},
@@ -149,7 +149,7 @@ def run(folder: Path, name: str, case: Case) -> dict[str, Tensor]:
             metrics = made.training_step()
         for kind in ("gather", "reduce_scatter", "allreduce"):
             if calls is not None:
-                seen[f"calls/{made.step}/{kind}"] = torch.tensor(sum(kind in one for one in calls.names))
+                seen[f"calls/{made.step}/{kind}"] = torch.tensor(sum(kind in call for call in calls.names))
         seen |= {f"metric/{made.step}/{key}": torch.tensor(value) for key, value in metrics.items()}
     for trained in made.networks.values():
         seen |= {f"weight/{trained.name}/{k}": distributed.full(v) for k, v in trained.optimizer.named.items()}

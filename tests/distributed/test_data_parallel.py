@@ -43,9 +43,9 @@ def torchrun(ranks: int, yaml: Path, logdir: Path) -> None:
 
 
 def assert_close(a: Path, b: Path) -> None:
-    one, other = curve(a), curve(b)
-    assert len(one) == len(other) == 6
-    for x, y in zip(one, other, strict=True):
+    curve_a, curve_b = curve(a), curve(b)
+    assert len(curve_a) == len(curve_b) == 6
+    for x, y in zip(curve_a, curve_b, strict=True):
         assert x.keys() == y.keys()
         for key in x:
             # fp32 sums in another order, over six updates of AdamW, which amplifies rounding where a gradient is near zero

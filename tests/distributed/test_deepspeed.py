@@ -35,17 +35,17 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
 def test_zero_trains_as_fsdp2_and_resumes_either_way(seen: dict[str, Seen], name: str) -> None:
     """Losses and gradient norms of five steps, then weights, second moments and averages; clipping is active, one step
     is skipped, and half-way the run is saved and resumed, by the other engine in two cases."""
-    one, whole = seen[name], seen["fsdp2"]
-    assert one.keys() == whole.keys()
+    result, whole = seen[name], seen["fsdp2"]
+    assert result.keys() == whole.keys()
     metrics = [key for key in whole if key.startswith("metric/")]
     norms = [float(whole[key]) for key in metrics if key.endswith("grad_norm")]
     assert len(norms) == 2 * zero.STEPS
     assert min(norms) < zero.CLIP < max(norms)
     for key in metrics:
-        assert float(one[key]) == pytest.approx(float(whole[key]), rel=2e-6, abs=1e-9), key
+        assert float(result[key]) == pytest.approx(float(whole[key]), rel=2e-6, abs=1e-9), key
     for part in PARTS:
         keys = [key for key in whole if key.startswith(part)]
-        a, b = (torch.cat([s[key].double().flatten() for key in keys]) for s in (one, whole))
+        a, b = (torch.cat([s[key].double().flatten() for key in keys]) for s in (result, whole))
         assert float((a - b).norm() / b.norm()) < 2e-6, part
 
 

@@ -22,7 +22,7 @@ PARTS = ("grad/0/student", "grad/0/critic", "grad/1/student", "grad/1/critic", "
 
 
 class Runs(Mapping[str, Seen]):
-    """By `world_case` what rank 0 saw. A world size is launched when the first of its cases is asked for."""
+    """What rank 0 saw, by `world_case`. A world size is launched when the first of its cases is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.launched = folder, set[int]()
@@ -52,18 +52,18 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(folder)
 
 
-def numbers(one: Seen) -> Seen:
-    """Losses, gradients, weights: all but how they came about."""
-    odd = ("calls", "held")
-    return {key: value for key, value in one.items() if not key.startswith(odd)}
+def numbers(result: Seen) -> Seen:
+    """Losses, gradients, weights: all but the counts of collectives and of bytes held."""
+    left_out = ("calls", "held")
+    return {key: value for key, value in result.items() if not key.startswith(left_out)}
 
 
-def distance(one: Seen, other: Seen, part: str) -> float:
+def distance(result: Seen, expected: Seen, part: str) -> float:
     """|a - b| / |b| over all tensors of a part."""
-    keys = [key for key in other if key.startswith(part)]
+    keys = [key for key in expected if key.startswith(part)]
     assert keys
-    assert keys == [key for key in one if key.startswith(part)]
-    a, b = (torch.cat([s[key].double().flatten() for key in keys]) for s in (one, other))
+    assert keys == [key for key in result if key.startswith(part)]
+    a, b = (torch.cat([s[key].double().flatten() for key in keys]) for s in (result, expected))
     return float((a - b).norm() / b.norm())
 
 
@@ -80,23 +80,23 @@ EXACT = [
 def test_any_split_trains_alike(seen: Mapping[str, Seen], case: str) -> None:
     """Ranks, copies, accumulation, resharding, offload, other losses: the numbers of one process, from losses to averages."""
     name = case.split("_", 1)[1]
-    one, whole = seen[case], seen[f"1_{name if name in sharding.OTHERS else 'whole'}"]
+    result, whole = seen[case], seen[f"1_{name if name in sharding.OTHERS else 'whole'}"]
     trained = ("student",) if name == "ode" else ("student", "critic")
     assert all(whole[f"metric/{step}/{network}/loss"] != 0 for step in range(2) for network in trained)
     for key in (key for key in whole if key.startswith("metric/")):
-        assert float(one[key]) == pytest.approx(float(whole[key]), rel=2e-6, abs=1e-9), key
+        assert float(result[key]) == pytest.approx(float(whole[key]), rel=2e-6, abs=1e-9), key
     for part in (part for part in PARTS if "critic" not in part or "critic" in trained):
-        assert distance(one, whole, part) < 2e-6, part
-    assert one["evaluations"] == whole["evaluations"]
+        assert distance(result, whole, part) < 2e-6, part
+    assert result["evaluations"] == whole["evaluations"]
 
 
 @pytest.mark.slow
 def test_ode_pairs_are_shared_out_and_the_same_for_any_number_of_ranks(seen: Mapping[str, Seen]) -> None:
     """Three micro-batches on two ranks, and on two groups of two: one rank has none in the last turn."""
-    one, two, groups = (seen[f"{world}_ode"]["pairs"] for world in (1, 2, 4))
-    assert len({tuple(pair.flatten().tolist()) for pair in one}) == len(one) == 5
-    assert distance({"x": two}, {"x": one}, "x") < 2e-6
-    assert distance({"x": groups}, {"x": one}, "x") < 2e-6
+    pairs_1, pairs_2, pairs_4 = (seen[f"{world}_ode"]["pairs"] for world in (1, 2, 4))
+    assert len({tuple(pair.flatten().tolist()) for pair in pairs_1}) == len(pairs_1) == 5
+    assert distance({"x": pairs_2}, {"x": pairs_1}, "x") < 2e-6
+    assert distance({"x": pairs_4}, {"x": pairs_1}, "x") < 2e-6
     for world in (1, 2, 4):
         assert int(seen[f"{world}_ode"]["evaluations"]) == 5 * 4 * 2 * 6  # pairs x steps x guidance x frames
 
@@ -108,7 +108,7 @@ def test_what_stays_gathered_changes_no_number_but_saves_gathers(seen: Mapping[s
         assert numbers(other).keys() == numbers(sharded).keys()
         assert all(torch.equal(value, other[key]) for key, value in numbers(sharded).items())
     for step in range(2):
-        calls = [int(one[f"calls/{step}/gather"]) for one in (sharded, kept, gathered)]
+        calls = [int(result[f"calls/{step}/gather"]) for result in (sharded, kept, gathered)]
         assert calls[0] > calls[1] > calls[2] > 0, calls
 
 
@@ -132,15 +132,15 @@ def test_hybrid_sharding_sums_its_copies_once(seen: Mapping[str, Seen]) -> None:
 @pytest.mark.slow
 def test_bf16_shards_and_precision(seen: Mapping[str, Seen]) -> None:
     """Frozen shards take two bytes, trained ones four; what the blocks gather in bf16 is what autocast would make."""
-    sharded, one = seen["2_bf16"], seen["1_bf16"]
+    sharded, single = seen["2_bf16"], seen["1_bf16"]
     assert int(sharded["held/student"]) == int(sharded["held/critic"]) == 2 * int(sharded["held/teacher"])
     assert all(value.dtype == torch.float32 for key, value in sharded.items() if key.startswith("grad/"))
     for name in ("student/loss", "student/score_gap"):
         key = f"metric/0/{name}"
-        assert float(sharded[key]) == pytest.approx(float(one[key]), rel=1e-6), key
+        assert float(sharded[key]) == pytest.approx(float(single[key]), rel=1e-6), key
     # gradients of matrices leave the blocks in bf16 (2^-9), as they do under autocast
-    assert distance(sharded, one, "grad/0/student") < 2**-9
-    assert distance(sharded, one, "grad/0/critic") < 2**-9
+    assert distance(sharded, single, "grad/0/student") < 2**-9
+    assert distance(sharded, single, "grad/0/critic") < 2**-9
 
 
 @pytest.mark.slow

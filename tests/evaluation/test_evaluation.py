@@ -344,9 +344,9 @@ def test_vbench_totals_are_the_published_ones(model: str) -> None:
 
 def test_vbench_totals_need_their_dimensions() -> None:
     assert len(DIMENSIONS) == 16
-    top = {name: one.high for name, one in DIMENSIONS.items()}
+    top = {name: dimension.high for name, dimension in DIMENSIONS.items()}
     assert totals(top) == {"quality": pytest.approx(1), "semantic": pytest.approx(1), "total": pytest.approx(1)}
-    low = totals({name: one.low for name, one in DIMENSIONS.items()})
+    low = totals({name: dimension.low for name, dimension in DIMENSIONS.items()})
     assert low == {"quality": pytest.approx(0), "semantic": pytest.approx(0), "total": pytest.approx(0)}
     assert totals({k: v for k, v in top.items() if k != "scene"}).keys() == {"quality"}
     with pytest.raises(ValueError, match="'motion'"):
@@ -469,7 +469,7 @@ def test_vbench_says_what_is_missing(
     argv = ("--run", synthetic_run, "--suite", "vbench", "--videos", tmp_path / "videos")
     short = tmp_path / "short.txt"
     short.write_text("one\n")
-    for odd, message in (
+    for options, message in (
         (("--dimensions", "colour"), "--dimensions: VBench has no 'colour'"),
         (("--dimensions", "color"), "color need detectron2"),
         (("--vbench_python", tmp_path / "none"), "does not run"),
@@ -478,7 +478,7 @@ def test_vbench_says_what_is_missing(
         (("--count", 5), "--count is for --suite toy or fid"),
     ):
         with pytest.raises(UserError, match=message):
-            run(monkeypatch, *argv, *odd)
+            run(monkeypatch, *argv, *options)
     monkeypatch.delenv("PYTHONPATH")
     with pytest.raises(UserError, match=r"has no vbench: `pip install vbench` in an environment of its own"):
         run(monkeypatch, *argv, "--vbench_python", sys.executable)

@@ -151,8 +151,9 @@ def test_rollout_fp32_is_the_cpus_and_bf16_is_close(name: str) -> None:
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_checkpointing_changes_no_gradient(name: str) -> None:
-    """With it the exit passes run without gradient and are replayed all at once: SDPA may take another kernel, and the
-    sums over blocks run in another order. In fp32 that costs 2e-6 (on a CPU, where x0 is the same to the bit)."""
+    """With checkpointing the exit passes run without gradient and are replayed all at once. SDPA may take another
+    kernel, and the sums over blocks run in another order. In fp32 that costs 2e-6 (on a CPU, where x0 is bit for bit
+    the same)."""
     plain_x0, plain = rollout(CUDA, CAUSAL[name], None)
     again_x0, again = rollout(CUDA, CAUSAL[name], None, checkpointing=Checkpointing.full)
     assert relative(again_x0, plain_x0) < 1e-5
@@ -163,8 +164,8 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_checkpointing_rounds_no_more_in_bf16(name: str) -> None:
-    """Gradients of blocks are rounded to bf16 before they are summed up, without checkpointing one by one, with it not:
-    the two differ by bf16's rounding (up to 1.6e-2 on a CPU), so what is held is that both are as near to fp32."""
+    """Without checkpointing the gradient of each block is rounded to bf16 before the sum; with it, only the sum is.
+    The two differ by bf16's rounding (up to 1.6e-2 on a CPU), so both are compared with fp32, and must be as near."""
     exact_x0, exact = rollout(CUDA, CAUSAL[name], None)
     plain_x0, plain = rollout(CUDA, CAUSAL[name], torch.bfloat16)
     again_x0, again = rollout(CUDA, CAUSAL[name], torch.bfloat16, checkpointing=Checkpointing.full)
@@ -176,8 +177,8 @@ def test_checkpointing_rounds_no_more_in_bf16(name: str) -> None:
 
 
 def test_bf16_rollout_to_the_last_step_is_inference() -> None:
-    """As rollouts are trained, their exit passes without gradient, it is the same passes. Passes with gradient may take
-    other kernels: these round as often, so they are as near to inference as twice bf16's distance to fp32."""
+    """With checkpointing the exit passes run without gradient: they are the passes of inference. Passes with gradient
+    may take other kernels, which round as often: they differ from inference by at most twice bf16's distance to fp32."""
     causal, exits = CAUSAL["window_sinks"], (2, 2, 2, 2)
     exact, _ = rollout(CUDA, causal, None, exits=exits)
     kept, _ = rollout(CUDA, causal, torch.bfloat16, exits=exits)

@@ -28,7 +28,7 @@ def warm_up() -> None:
 
 
 def test_peak_is_what_the_allocator_counts(tmp_path: Path) -> None:
-    """Within 10 %: what kernels take within themselves is estimated."""
+    """Within 10 %: the memory that kernels take for their own work is estimated."""
     config = measured_peak.config(
         student=WIDE, teacher=WIDE, critic=WIDE, training={"precision": "bf16"},
         data={"synthetic": {"frames": 6, "height": 32, "width": 32}},

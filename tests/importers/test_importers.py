@@ -182,7 +182,7 @@ def test_simpletuner_guidance_is_ours_and_zero_is_none(scale: float, w: float, t
     text = json.dumps({"distillation_config": {"real_score_guidance_scale": scale, "fake_score_guidance_scale": scale}})
     recipe, run = imported("simpletuner", text, tmp_path / "a.json")
     assert run.objective.real_guidance_scale == run.objective.fake_guidance_scale == w
-    assert "objective.real_guidance_scale" in listed(recipe.notes)  # it acts here also where it does not there
+    assert "objective.real_guidance_scale" in listed(recipe.notes)  # SimpleTuner applies it to some batches, we to all
 
 
 def test_simpletuner_lora(tmp_path: Path) -> None:

@@ -147,11 +147,11 @@ def test_rescaling_acts_on_the_real_score_of_dmd_and_sid_alone() -> None:
 
 
 def test_rescaling_is_the_same_in_one_batched_call_or_two() -> None:
-    one, two = ScoreNet(Stretch(), "one"), ScoreNet(Stretch(), "two", batch_guidance=False)
-    results = [net.guided_x0(normal(1), SIGMA, COND, NEGATIVE, 4.0, 0.7) for net in (one, two)]
+    batched, split = ScoreNet(Stretch(), "one"), ScoreNet(Stretch(), "two", batch_guidance=False)
+    results = [net.guided_x0(normal(1), SIGMA, COND, NEGATIVE, 4.0, 0.7) for net in (batched, split)]
     assert torch.allclose(*results, atol=1e-6)
-    assert one.evaluations.calls == {"one": 1}
-    assert two.evaluations.calls == {"two": 2}
+    assert batched.evaluations.calls == {"one": 1}
+    assert split.evaluations.calls == {"two": 2}
 
 
 # weights of samples

@@ -35,14 +35,14 @@ def rollout(
     causal: CausalConfig,
     exits: tuple[int, ...],
     compute_dtype: torch.dtype | None = None,
-    given: Conditioning | None = None,
+    condition: Conditioning | None = None,
 ) -> Tensor:
     frames = 2 * len(exits)
     noise = latents(2, 2, frames)
     dtype = compute_dtype or torch.float32
     cache = causal.new_cache(net, VideoShape(2, frames, 4, 6), dtype, CPU)
     return self_forcing_rollout(
-        ScoreNet(net, "student", compute_dtype=compute_dtype), noise, given or conditioning(3, 2),
+        ScoreNet(net, "student", compute_dtype=compute_dtype), noise, condition or conditioning(3, 2),
         RolloutPlan(causal, SIGMAS, exits, frames), KeyedNoise(5, 2), cache, with_gradient=True,
     ).x0  # fmt: skip
 

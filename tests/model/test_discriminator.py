@@ -183,14 +183,14 @@ def test_an_odd_width_has_no_patches() -> None:
 
 
 def test_a_trained_backbone_gets_the_classifiers_gradient_a_frozen_one_none() -> None:
-    net, given = random_net(0, DEEP), Conditioning(texts(2, 2))
+    net, condition = random_net(0, DEEP), Conditioning(texts(2, 2))
     judge = Discriminator(ScoreNet(net, "critic"), VideoHeads(48, 2), (1, 2))
-    judge.logits(latents(1, 2, 3), SIGMA, given).sum().backward()
+    judge.logits(latents(1, 2, 3), SIGMA, condition).sum().backward()
     assert "blocks.2.ffn.2.weight" in gradients(net)
     net.zero_grad(set_to_none=True)
     net.requires_grad_(False)
     x = latents(1, 2, 3).requires_grad_()
-    judge.logits(x, SIGMA, given).sum().backward()
+    judge.logits(x, SIGMA, condition).sum().backward()
     assert gradients(net) == {}
     assert x.grad is not None
     assert float(x.grad.norm()) > 0

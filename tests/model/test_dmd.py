@@ -192,9 +192,9 @@ def test_defect_08_normaliser_is_each_samples_own() -> None:
     _, gradient = run_dmd(x0, real, fake, sigma)
     assert torch.allclose(gradient, both / x0.numel(), rtol=1e-4, atol=1e-8)
     for i in range(2):
-        one = kl_gradient(x0[i : i + 1], torch.ones(1, *SHAPE), torch.zeros(1, *SHAPE))
+        single = kl_gradient(x0[i : i + 1], torch.ones(1, *SHAPE), torch.zeros(1, *SHAPE))
         pair = kl_gradient(x0, torch.ones(2, *SHAPE), torch.zeros(2, *SHAPE))
-        assert torch.equal(one[0], pair[i])
+        assert torch.equal(single[0], pair[i])
     assert torch.allclose(kl_gradient(x0, x0 * 0 + 1, x0 * 0).flatten(1)[:, 0], 1 / x0.abs().flatten(1).mean(1))
 
 
@@ -280,9 +280,9 @@ def test_dmd_loss_never_reaches_the_scores() -> None:
 
 def test_critic_learns_only_from_judged_frames() -> None:
     x0, mask = normal(1), torch.tensor([False, True, True])
-    given = Conditioning(prompt(4))
-    masked = critic_loss(Rollout(x0, frame_mask=mask), score(0.1, 0.9), given, SIGMA, normal(2)).loss
-    by_hand = critic_loss(Rollout(x0[:, 1:]), score(0.1, 0.9), given, SIGMA, normal(2)[:, 1:]).loss
+    conditioning = Conditioning(prompt(4))
+    masked = critic_loss(Rollout(x0, frame_mask=mask), score(0.1, 0.9), conditioning, SIGMA, normal(2)).loss
+    by_hand = critic_loss(Rollout(x0[:, 1:]), score(0.1, 0.9), conditioning, SIGMA, normal(2)[:, 1:]).loss
     assert float(masked.detach()) == pytest.approx(float(by_hand.detach()), rel=1e-6)
 
 
@@ -327,10 +327,10 @@ def test_sid_in_closed_form(alpha: float) -> None:
             scale = (x0 - t).abs().flatten(1).mean(1).reshape(-1, 1, 1, 1, 1)
         return ((t - f) * ((t - x0) - alpha * (t - f)) / scale).mean()
 
-    given = x0.float().requires_grad_()
-    out = sid_loss(ScoreQuery(Rollout(given), real, fake, Conditioning(text), free(), SIGMA, noise), alpha=alpha)
+    sample = x0.float().requires_grad_()
+    out = sid_loss(ScoreQuery(Rollout(sample), real, fake, Conditioning(text), free(), SIGMA, noise), alpha=alpha)
     assert float(out.loss.detach()) == pytest.approx(float(formula(x0)), rel=1e-4)
-    gradient = torch.autograd.grad(out.loss, given)[0].double()
+    gradient = torch.autograd.grad(out.loss, sample)[0].double()
     for seed in range(3):
         direction = normal(20 + seed).double()
         slope = (formula(x0 + 1e-5 * direction) - formula(x0 - 1e-5 * direction)) / 2e-5

@@ -132,7 +132,7 @@ def test_gan_term_at_the_same_noised_sample_from_one_evaluation() -> None:
 
 
 def test_weights_of_a_larger_batch_come_with_their_ratios() -> None:
-    """Told both, it weighs as `f_weights` did; told one of them alone, it refuses."""
+    """With both the loss weighs as `f_weights` did; with only one of them it refuses."""
     judge, weighting = linear(), RatioWeighting(Divergence.kl, alone)
     query = ScoreQuery(Rollout(normal(1)), score(0.5, 0.7), score(-0.2, 1.3), GIVEN, free(), SIGMA, normal(9))
     logits = NoisedSamples.of(query.rollout, GIVEN, SIGMA, normal(9)).logits(judge)
@@ -153,8 +153,8 @@ def test_a_linear_discriminators_ratio_is_the_densities_own() -> None:
     offset = torch.tensor([-(centre**2) / (2 * variance) * 96])
     judge = Discriminator(ScoreNet(Eye(), "eye"), Linear(torch.full((1, *SHAPE), slope), offset), (0,))
     x = variance**0.5 * normal(3, 64)
-    given, sigma = Conditioning(prompt(64)), torch.full((64,), a)
-    r = density_ratio(judge.logits(x, sigma, given), RatioClip(10, 1e-4, 1e4))
+    conditioning, sigma = Conditioning(prompt(64)), torch.full((64,), a)
+    r = density_ratio(judge.logits(x, sigma, conditioning), RatioClip(10, 1e-4, 1e4))
     exact = ((x.square() - (x - centre).square()) / (2 * variance)).flatten(1).sum(1).exp()
     assert torch.allclose(r, exact, rtol=1e-3)
     assert not r.requires_grad
@@ -206,22 +206,22 @@ def test_two_ranks_weigh_as_one_with_all_samples() -> None:
     parts, bins = (slice(0, 2), slice(2, 6)), (RatioBins(), RatioBins())
     known: list[Tensor] = []  # the sums of both ranks, collective by collective, found out in rounds
 
-    def of_rank(rank: int, own: list[Tensor]) -> Tensor:
+    def of_rank(rank: int, local: list[Tensor]) -> Tensor:
         def total(x: Tensor) -> Tensor:
-            own.append(x)
-            return known[len(own) - 1] if len(own) <= len(known) else x
+            local.append(x)
+            return known[len(local) - 1] if len(local) <= len(known) else x
 
         bins[rank].load(RatioBins().state())
         weighting = RatioWeighting(Divergence.kl, total, bins[rank])
         return f_weights(logits[parts[rank]], sigma[parts[rank]], weighting)[0]
 
     for _ in range(3):
-        own: tuple[list[Tensor], list[Tensor]] = ([], [])
-        weights = torch.cat([of_rank(rank, own[rank]) for rank in range(2)])
-        known = [a + b for a, b in zip(*own, strict=True)]
+        sums: tuple[list[Tensor], list[Tensor]] = ([], [])
+        weights = torch.cat([of_rank(rank, sums[rank]) for rank in range(2)])
+        known = [a + b for a, b in zip(*sums, strict=True)]
     assert len(known) == 2  # collectives a step
     assert torch.allclose(weights, whole, rtol=1e-5)
-    assert all(torch.allclose(one.means, whole_bins.means) for one in bins)
+    assert all(torch.allclose(rank_bins.means, whole_bins.means) for rank_bins in bins)
 
 
 def test_bins_forget_a_step_that_was_not_finite() -> None:

@@ -197,9 +197,9 @@ def at_optimum(mean_real: float, mean_fake: float, *, scale: float = 1.0, bias: 
     heads = Linear(torch.full((1, *SHAPE), slope), torch.tensor([offset + bias]))
     judge = Discriminator(ScoreNet(Eye(), "eye"), heads, (0,))
     fake, true = normal(60, 4096) + mean_fake, normal(61, 4096) + mean_real
-    given = Conditioning(prompt(4096))
-    data = NoisedSamples(true, given, sigma, normal(62, 4096))
-    loss = discriminator_loss(NoisedSamples.of(Rollout(fake), given, sigma, normal(63, 4096)), data, judge).loss
+    conditioning = Conditioning(prompt(4096))
+    data = NoisedSamples(true, conditioning, sigma, normal(62, 4096))
+    loss = discriminator_loss(NoisedSamples.of(Rollout(fake), conditioning, sigma, normal(63, 4096)), data, judge).loss
     weight, offsets = torch.autograd.grad(loss, list(heads.parameters()))
     return torch.stack([weight.sum() / 96**0.5, offsets.sum()])
 
@@ -259,18 +259,18 @@ def test_a_student_learns_the_datas_mean_from_the_discriminator_alone() -> None:
         return torch.randn(*shape, generator=generator)
 
     mean, judge = torch.tensor(-0.5, requires_grad=True), linear(heads=1, scale=0.0)
-    given, penalty = Conditioning(prompt(32)), Penalty(r1=0.5, per_step=True, step=0.01)
+    conditioning, penalty = Conditioning(prompt(32)), Penalty(r1=0.5, per_step=True, step=0.01)
     heads = torch.optim.SGD(judge.heads.parameters(), lr=0.05)
     for _ in range(250):
         shape = (32, *SHAPE)
         made, sigma, noise = Rollout(mean + draw(*shape)), ladd_sigma(draw(32), mean=0.0), draw(*shape)
-        data = NoisedSamples(0.8 + draw(*shape), given, ladd_sigma(draw(32), mean=0.0), draw(*shape))
+        data = NoisedSamples(0.8 + draw(*shape), conditioning, ladd_sigma(draw(32), mean=0.0), draw(*shape))
         heads.zero_grad()
         discriminator_loss(
-            NoisedSamples.of(made, given, sigma, noise), data, judge, penalty=penalty, real_step=draw(*shape)
+            NoisedSamples.of(made, conditioning, sigma, noise), data, judge, penalty=penalty, real_step=draw(*shape)
         ).loss.backward()
         heads.step()
-        slope = torch.autograd.grad(gan_loss(NoisedSamples.of(made, given, sigma, noise), judge).loss, mean)[0]
+        slope = torch.autograd.grad(gan_loss(NoisedSamples.of(made, conditioning, sigma, noise), judge).loss, mean)[0]
         with torch.no_grad():
             mean -= 0.02 * slope
     assert float(mean.detach()) == pytest.approx(0.8, abs=0.1)

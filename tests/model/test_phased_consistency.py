@@ -205,10 +205,10 @@ def test_consistency_with_a_level_a_frame_leaves_given_frames_out() -> None:
     sigma, after = adjacent(torch.tensor([[0, 1, 2]] * 4), levels)
     assert sigma[0].tolist() == pytest.approx([0.9, 0.6, 0.3])
     assert after[0].tolist() == pytest.approx([0.6, 0.3, 0.0])
-    given = sigma.clone()
-    given[:, 0] = 0
+    pinned = sigma.clone()
+    pinned[:, 0] = 0
     line, teacher = Line(0.1, 0.9), Posterior(0.5, 0.6)
-    part = consistency_loss(line, line, teacher, normal(1), normal(2), given, after.where(given > 0, 0)).loss
+    part = consistency_loss(line, line, teacher, normal(1), normal(2), pinned, after.where(pinned > 0, 0)).loss
     rest = consistency_loss(line, line, teacher, normal(1)[:, 1:], normal(2)[:, 1:], sigma[:, 1:], after[:, 1:]).loss
     assert float(part) == pytest.approx(float(rest), rel=1e-5)
     assert adjacent(torch.tensor([0]), uniform_sigmas(4, 5.0))[0].tolist() == [1.0]
@@ -310,9 +310,11 @@ def test_alignment_refuses_another_geometry_before_it_begins() -> None:
 
 
 def test_guidance_reaches_the_phased_teacher() -> None:
-    given, negative = Conditioning(prompt(4, 1.0)), prompt(4, -0.5)
+    conditioning, negative = Conditioning(prompt(4, 1.0)), prompt(4, -0.5)
     queries = [
-        ScoreQuery(Rollout(normal(1)), score(0.0, 0.7), score(0.3, 0.9), given, Guidance(negative, w), ABOVE, normal(9))
+        ScoreQuery(
+            Rollout(normal(1)), score(0.0, 0.7), score(0.3, 0.9), conditioning, Guidance(negative, w), ABOVE, normal(9)
+        )
         for w in (1.0, 4.0)
     ]
     outs = [phased_dmd_loss(query, normal(1), START).kl_gradient for query in queries]

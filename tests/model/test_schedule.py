@@ -110,8 +110,8 @@ def test_defect_06_scores_and_noising_share_one_exact_sigma() -> None:
     config = ScheduleConfig(timestep_shift=5.0, score_timestep_shift=8.0, min_sigma=0.0, max_sigma=1.0)
     sigma = config.score_sigma(u)
     assert torch.allclose(sigma, shift_sigma(u, 8.0))
-    zero, one = torch.zeros(2, 1, 1), torch.ones(2, 1, 1)
-    assert torch.equal(mix(zero, one, sigma).flatten(), sigma)
+    data, noise = torch.zeros(2, 1, 1), torch.ones(2, 1, 1)
+    assert torch.equal(mix(data, noise, sigma).flatten(), sigma)
 
 
 def test_score_sigma_is_clamped_and_bounded_by_the_exit_step() -> None:

@@ -57,11 +57,11 @@ def test_block_by_block_each_block_takes_its_own_channels(initial: int) -> None:
         expected = score.velocity(x, times, condition, mask=causal.mask(total))
         cache, start, parts = new_cache(net, causal, total), 0, []
         for size in causal.blocks(total):
-            own = condition.frames(start, size)
+            block = condition.frames(start, size)
             part = slice(start, start + size)
-            parts.append(score.velocity(x[:, part], times[:, part], own, cache=cache))
+            parts.append(score.velocity(x[:, part], times[:, part], block, cache=cache))
             if start + size < total:
-                score.velocity(x[:, part], times[:, part], own, cache=cache, write_cache=True)
+                score.velocity(x[:, part], times[:, part], block, cache=cache, write_cache=True)
             start += size
         assert relative(torch.cat(parts, 1), expected) < 2e-6
         late = replace(condition, channels=condition.channels[:, :1].expand(-1, total, -1, -1, -1))  # type: ignore[index]
@@ -250,19 +250,19 @@ def test_each_sample_goes_to_the_expert_of_its_noise_level() -> None:
 
 @pytest.mark.parametrize("boundary", [T2V_BOUNDARY, I2V_BOUNDARY])
 def test_an_expert_is_trained_within_its_own_noise_levels(boundary: float) -> None:
-    """The schedule's bounds keep every draw on the expert's side, with the shifted density that both halves had."""
+    """The schedule's bounds keep every draw on the expert's side, with the shifted density of the whole range."""
     u = torch.linspace(0, 1, 20001)[:-1]
     whole = ScheduleConfig(min_sigma=0.0, max_sigma=1.0)
     high = replace(whole, min_score_timestep=1000 * boundary)
     low = replace(whole, max_score_timestep=1000 * boundary)
     for draw in ("score_sigma", "training_sigma"):
-        everything, above, below = (getattr(one, draw)(u) for one in (whole, high, low))
+        everything, above, below = (getattr(schedule, draw)(u) for schedule in (whole, high, low))
         assert float(above.min()) >= boundary - 1e-6
         assert float(below.max()) <= boundary + 1e-6
         share = float((everything >= boundary).double().mean())
-        for part, own in ((everything[everything >= boundary], above), (everything[everything < boundary], below)):
+        for part, drawn in ((everything[everything >= boundary], above), (everything[everything < boundary], below)):
             for q in (0.1, 0.5, 0.9):
-                assert float(own.quantile(q)) == pytest.approx(float(part.quantile(q)), abs=1e-3)
+                assert float(drawn.quantile(q)) == pytest.approx(float(part.quantile(q)), abs=1e-3)
         assert 0.3 < share < 0.5  # shift 5 puts as much above the boundary
     assert float(high.score_sigma(u, sigma_from=1.0, sigma_to=0.9).min()) >= boundary - 1e-6
     for bad in ({"max_score_timestep": 300.0, "min_score_timestep": 300.0}, {"max_score_timestep": 1001.0}):

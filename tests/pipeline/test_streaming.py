@@ -34,7 +34,7 @@ FRAME = (3, 4, 6)
 
 def opened(
     net: WanTransformer,
-    given: Conditioning,
+    condition: Conditioning,
     causal: CausalConfig = WINDOW,
     config: StreamConfig | None = None,
     *,
@@ -43,11 +43,11 @@ def opened(
     evaluations: Evaluations | None = None,
 ) -> CausalStream:
     cache = causal.new_cache(
-        net, VideoShape(given.batch, frames, 4, 6), torch.float32, given.text.device, trained_frames=trained
+        net, VideoShape(condition.batch, frames, 4, 6), torch.float32, condition.text.device, trained_frames=trained
     )  # fmt: skip
-    source = KeyedNoise(5, given.batch)
+    source = KeyedNoise(5, condition.batch)
     config = StreamConfig([SIGMAS]) if config is None else config
-    return CausalStream(ScoreNet(net, "student", evaluations), given, config, causal, source, cache)
+    return CausalStream(ScoreNet(net, "student", evaluations), condition, config, causal, source, cache)
 
 
 def made(video: CausalStream, blocks: int) -> list[Tensor]:
@@ -56,15 +56,15 @@ def made(video: CausalStream, blocks: int) -> list[Tensor]:
 
 def test_a_longer_video_begins_as_a_shorter_one() -> None:
     """Through an independent first frame and a rolling window; an endless one as those with an end."""
-    net, given = random_net(1), conditioning(3, 2)
+    net, condition = random_net(1), conditioning(3, 2)
     causal = replace(WINDOW, independent_first_frame=True)
-    endless = torch.cat(made(opened(net, given, causal), 6), 1)
+    endless = torch.cat(made(opened(net, condition, causal), 6), 1)
     for blocks in ((1, 2), (1, 2, 2, 2, 2, 2)):
         frames = sum(blocks)
         source = KeyedNoise(5, 2)
         cache = causal.new_cache(net, VideoShape(2, frames, 4, 6), torch.float32, "cpu", trained_frames=9)
         noise = block_noise(source, blocks, FRAME)
-        ended = torch.cat(list(stream(ScoreNet(net, "student"), noise, given, SIGMAS, causal, source, cache)), 1)
+        ended = torch.cat(list(stream(ScoreNet(net, "student"), noise, condition, SIGMAS, causal, source, cache)), 1)
         assert torch.equal(ended, endless[:, :frames])
 
 
@@ -97,9 +97,9 @@ def test_keys_of_sinks_follow_the_video_and_rounding_does_not_add_up() -> None:
 def test_a_late_block_is_one_pass_over_what_it_sees(window: int, sinks: int, trained: int) -> None:
     """In a network of one layer keys depend on nothing but their own frames, so a cached block of a long video is the
     last part of a plain pass over sinks, window and block, sinks no further off than in training."""
-    net, given = random_net(1, replace(MICRO, num_layers=1)), conditioning(3, 2)
+    net, condition = random_net(1, replace(MICRO, num_layers=1)), conditioning(3, 2)
     causal = CausalConfig(2, window_frames=window, sink_frames=sinks)
-    video = opened(net, given, causal, StreamConfig([(0.7,)]), trained=trained)
+    video = opened(net, condition, causal, StreamConfig([(0.7,)]), trained=trained)
     done = torch.cat(made(video, 20), 1)
     x, held = video.noise(FRAME), window - 2
     start = max(42 - max(trained, window), 0)
@@ -107,14 +107,14 @@ def test_a_late_block_is_one_pass_over_what_it_sees(window: int, sinks: int, tra
     seen = torch.cat([done[:, :sinks], done[:, 40 - (held - sinks) :], x], 1)
     sigma = torch.cat([torch.zeros(2, held), torch.full((2, 2), 0.7)], 1)
     with torch.no_grad():
-        expected = (x - 0.7 * net(seen, sigma, given.text, positions=positions)[:, held:]).float()
+        expected = (x - 0.7 * net(seen, sigma, condition.text, positions=positions)[:, held:]).float()
     assert relative(video.make(x), expected) < 2e-6
 
 
 def test_positions_may_be_as_large_as_one_likes() -> None:
     """A day at 60 frames a second is 1.3 million latent frames: only differences of positions count."""
-    net, given = random_net(1), conditioning(3, 1)
-    early, late = opened(net, given), opened(net, given)
+    net, condition = random_net(1), conditioning(3, 1)
+    early, late = opened(net, condition), opened(net, condition)
     late.cache._offset = late.cache._first = 1_300_000
     for a, b in zip(made(early, 8), made(late, 8), strict=True):
         assert relative(b, a) < 1e-5
@@ -122,40 +122,40 @@ def test_positions_may_be_as_large_as_one_likes() -> None:
 
 def test_noisy_context_is_the_last_pass_seen_again() -> None:
     """Keys and values of the last denoising pass are those of its input, at its noise level; no pass is spent on them."""
-    net, given = random_net(1), conditioning(3, 2)
+    net, condition = random_net(1), conditioning(3, 2)
     count = Evaluations()
-    video = opened(net, given, config=StreamConfig([SIGMAS], noisy_context=True), evaluations=count)
+    video = opened(net, condition, config=StreamConfig([SIGMAS], noisy_context=True), evaluations=count)
     student, source = ScoreNet(net, "student"), KeyedNoise(5, 2)
     cache = WINDOW.new_cache(net, VideoShape(2, None, 4, 6), torch.float32, "cpu", trained_frames=9)
     for index in range(7):
         noise, seen = video.noise(FRAME), list[Tensor]()
         x0 = denoise_block(
-            student, noise, given, SIGMAS, ExitPass(2, seen=seen), block=index, source=source, cache=cache
+            student, noise, condition, SIGMAS, ExitPass(2, seen=seen), block=index, source=source, cache=cache
         )
         assert torch.equal(video.make(noise), x0)
         with torch.no_grad():
-            student.velocity(seen[0], per_sample(SIGMAS[-1], x0), given, cache=cache, write_cache=True)
+            student.velocity(seen[0], per_sample(SIGMAS[-1], x0), condition, cache=cache, write_cache=True)
     assert count.frames["student"] == 7 * 3 * 2 * 2
-    cleaner = opened(net, given, evaluations=(clean := Evaluations()))
+    cleaner = opened(net, condition, evaluations=(clean := Evaluations()))
     assert relative(made(cleaner, 7)[-1], x0) > 1e-3
     assert clean.frames["student"] == (7 * 4 - 1) * 2 * 2  # one more a block, but for the last
 
 
 def test_blocks_have_the_steps_of_their_own() -> None:
-    net, given, count = random_net(1), conditioning(3, 1), Evaluations()
-    video = opened(net, given, config=StreamConfig([SIGMAS, SIGMAS[:2], (1.0,)]), evaluations=count)
+    net, condition, count = random_net(1), conditioning(3, 1), Evaluations()
+    video = opened(net, condition, config=StreamConfig([SIGMAS, SIGMAS[:2], (1.0,)]), evaluations=count)
     spent = []
     for _ in range(4):
         before = count.frames.get("student", 0)
         made(video, 1)
         spent.append((count.frames["student"] - before) // 2)
     assert spent == [3, 1 + 2, 1 + 1, 1 + 1]  # the context of the block before, then its own steps
-    alike = opened(net, given)
-    assert torch.equal(made(alike, 1)[0], made(opened(net, given, config=video.config), 1)[0])
+    alike = opened(net, condition)
+    assert torch.equal(made(alike, 1)[0], made(opened(net, condition, config=video.config), 1)[0])
 
 
 def test_another_prompt_holds_from_the_next_block_on() -> None:
-    """Without a text memory to go stale (a pass with gradient keeps none) blocks are those of the stream."""
+    """The blocks equal those of passes with gradient, which keep no memory of the text that could be the old prompt's."""
     net, first, second = random_net(1), conditioning(3, 2), texts(9, 2)
     video = opened(net, first)
     streamed = made(video, 5)
@@ -209,23 +209,23 @@ def test_recache_shows_the_held_frames_under_the_new_prompt(blocks: int, noisy: 
 
 def test_recache_keeps_sinks_at_their_distance() -> None:
     """A recache under the same prompt of a one-layer network changes nothing: sinks, ring, positions are as before."""
-    net, given = random_net(1, replace(MICRO, num_layers=1)), conditioning(3, 2)
-    still, shown = opened(net, given), opened(net, given)
+    net, condition = random_net(1, replace(MICRO, num_layers=1)), conditioning(3, 2)
+    still, shown = opened(net, condition), opened(net, condition)
     for blocks in (3, 5, 9):
         made(still, blocks)
         made(shown, blocks)
-        shown.switch(given.text, recache=True)
-        still.switch(given.text)
+        shown.switch(condition.text, recache=True)
+        still.switch(condition.text)
         assert shown.cache.in_time == still.cache.in_time
         assert relative(made(shown, 1)[0], made(still, 1)[0]) < 2e-6
 
 
 def test_channels_cannot_be_shown_again() -> None:
-    given = replace(conditioning(3, 1), channels=torch.zeros(1, 4, 1, 4, 6))
+    condition = replace(conditioning(3, 1), channels=torch.zeros(1, 4, 1, 4, 6))
     net = random_net(1, replace(MICRO, in_dim=4, model_type="i2v"))
-    video = opened(net, given, frames=4)
+    video = opened(net, condition, frames=4)
     with pytest.raises(ValueError, match="recache: frames with channels beside the latents cannot be shown again"):
-        video.switch(given.text, recache=True)
+        video.switch(condition.text, recache=True)
 
 
 @pytest.fixture
@@ -334,8 +334,8 @@ def test_nothing_in_a_block_waits_for_the_device(noisy: bool, monkeypatch: pytes
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no meta device
     with torch.device("meta"):
         net = WanTransformer(MICRO)
-        given = Conditioning(torch.zeros(1, MICRO.text_len, MICRO.text_dim))
-    video = opened(net, given, config=StreamConfig([SIGMAS], noisy_context=noisy))
+        condition = Conditioning(torch.zeros(1, MICRO.text_len, MICRO.text_dim))
+    video = opened(net, condition, config=StreamConfig([SIGMAS], noisy_context=noisy))
     video.source = OnDevice(5, 1)
     made(video, 6)
     assert waits(lambda: made(video, 3)) == []
@@ -344,7 +344,7 @@ def test_nothing_in_a_block_waits_for_the_device(noisy: bool, monkeypatch: pytes
 
 
 def traced(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """As CUDA's graphs do it: the operators alone, on the very memory that they ran on, none of the Python around."""
+    """Runs the operators alone, on the same memory and without the Python code around them, as a CUDA graph does."""
     graph = make_fx(run)()
     return lambda: graph()
 
@@ -353,12 +353,12 @@ def traced(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_recorded_passes_are_those_that_run(noisy: bool, sinks: int) -> None:
     """Through a window that fills and rolls, another prompt, and a recache; one recording for each number of frames."""
-    net, given, second = random_net(1), conditioning(3, 1), texts(9, 1)
+    net, condition, second = random_net(1), conditioning(3, 1), texts(9, 1)
     causal, config = replace(WINDOW, sink_frames=sinks), StreamConfig([SIGMAS, SIGMAS[:2]], noisy_context=noisy)
-    plain, captured = (opened(net, given, causal, config) for _ in range(2))
+    plain, captured = (opened(net, condition, causal, config) for _ in range(2))
     passes = Captured(net, captured.cache, traced)
     captured.student = captured.student.through(passes)
-    for blocks, text, recache in ((7, second, False), (4, given.text, True), (5, second, True)):
+    for blocks, text, recache in ((7, second, False), (4, condition.text, True), (5, second, True)):
         for expected, block in zip(made(plain, blocks), made(captured, blocks), strict=True):
             assert torch.equal(block, expected)
         for video in (plain, captured):

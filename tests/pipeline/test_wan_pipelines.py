@@ -142,10 +142,10 @@ def given_image(pipe: Any, config: WanConfig, batch: int = 2) -> dict[str, Tenso
     condition = condition.transpose(1, 2)
     if config.model_type == "ti2v":
         return {"initial": condition}
-    given = {"channels": condition}
+    conditions = {"channels": condition}
     if config.image_dim is not None:
-        given["image"] = pipe.encode_image(picture(), cpu).expand(batch, -1, -1)
-    return given
+        conditions["image"] = pipe.encode_image(picture(), cpu).expand(batch, -1, -1)
+    return conditions
 
 
 @pytest.mark.parametrize("config", [I2V, TI2V], ids=["clip_and_channels", "clean_first_frame"])
@@ -159,12 +159,12 @@ def test_image_to_video(parts: dict[str, Any], solver: Solver, config: WanConfig
         tokenizer=None, scheduler=scheduler(solver), transformer=other, expand_timesteps=is_ti2v, **parts
     )
     expected = theirs(pipe, text, negative, guidance_scale=3.0, image=picture())
-    given = given_image(pipe, config)
-    conditioning = Conditioning(text, **given)
+    conditions = given_image(pipe, config)
+    conditioning = Conditioning(text, **conditions)
     made = ours(net, conditioning, negative, solver, 3.0, pins_initial=is_ti2v)
     assert worst(made, expected) < 1e-4
-    for name, value in given.items() if solver is Solver.euler else ():  # each of them counts
-        other_image = Conditioning(text, **(given | {name: value.roll(1, -1)}))
+    for name, value in conditions.items() if solver is Solver.euler else ():  # each of them counts
+        other_image = Conditioning(text, **(conditions | {name: value.roll(1, -1)}))
         assert worst(ours(net, other_image, negative, solver, 3.0, pins_initial=is_ti2v), expected) > 1e-3
     if is_ti2v:
         assert conditioning.initial is not None

@@ -233,9 +233,9 @@ def test_a_discriminator_is_planned() -> None:
     assert guessed.peak == whole.peak
     assert guessed.rest == whole.rest
     assert guessed.rest[Owner("discriminator", "optimizer")] > guessed.rest[Owner("discriminator", "parameters")] > 0
-    for one, other in zip(guessed.iterations, whole.iterations, strict=True):
-        assert one.cost == pytest.approx(other.cost, rel=1e-12)
-        assert one.cost[FLOPS] > 0
+    for guess, exact in zip(guessed.iterations, whole.iterations, strict=True):
+        assert guess.cost == pytest.approx(exact.cost, rel=1e-12)
+        assert guess.cost[FLOPS] > 0
     assert [(item.kind.name, item.kind.count) for item in guessed.iterations] == [
         ("student and discriminator", 2), ("discriminator", 1)
     ]  # fmt: skip

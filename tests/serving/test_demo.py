@@ -76,10 +76,10 @@ def test_each_visitor_gets_a_block_in_turn() -> None:
 def test_who_does_not_watch_gets_no_more_and_slows_nobody() -> None:
     opened = StandIns()
     scheduler = Scheduler(opened, Limits(users=2, max_frames=40, ahead=6))
-    away, there = Visitor(scheduler, "away", watches=False), Visitor(scheduler, "there")
+    away, watching = Visitor(scheduler, "away", watches=False), Visitor(scheduler, "there")
     scheduler.start()
-    there.until(State.ended)
-    assert there.frames == 40
+    watching.until(State.ended)
+    assert watching.frames == 40
     assert opened.turns.count("away") == 3
     assert away.state is State.running
     with pytest.raises(ValueError, match="frames: 0 have been sent"):
@@ -165,7 +165,7 @@ def test_nothing_is_made_for_who_left_when_the_turn_came() -> None:
 
 
 def test_ended_videos_are_closed_on_the_devices_thread_and_failed_ones_never() -> None:
-    """One whose visitor leaves while its first block is made, too; and those that are running when the server ends."""
+    """This includes a video whose visitor leaves while its first block is made, and videos that run when the server ends."""
     begun, gate = threading.Event(), threading.Event()
     made: list[StandIn] = []
 
@@ -312,34 +312,34 @@ def test_a_video_from_start_to_download(tmp_path: Path) -> None:
 def test_stop_keeps_what_was_made_and_frees_the_place() -> None:
     with (
         running(StandIns(), replace(DEFAULT, users=1, waiting=0)) as address,
-        Client(address) as one,
-        Client(address) as two,
+        Client(address) as first,
+        Client(address) as second,
     ):
-        one.say("start", prompt="one")
-        one.status("running", frames=2)
-        two.say("start", prompt="two")
-        assert two.error() == "every place is taken, and the line for one too: try again in a minute"
-        one.say("stop")
-        stopped = one.status("stopped")
+        first.say("start", prompt="one")
+        first.status("running", frames=2)
+        second.say("start", prompt="two")
+        assert second.error() == "every place is taken, and the line for one too: try again in a minute"
+        first.say("stop")
+        stopped = first.status("stopped")
         assert fetch(address, f"/video/{stopped['token']}")[0] == 200
-        one.say("prompt", prompt="two")
-        assert one.error() == "prompt: no video is being made: press Start"
-        two.say("start", prompt="two")
-        two.status("running", frames=2)
+        first.say("prompt", prompt="two")
+        assert first.error() == "prompt: no video is being made: press Start"
+        second.say("start", prompt="two")
+        second.status("running", frames=2)
 
 
 def test_two_clients_at_once_and_a_third_that_follows_who_disconnects() -> None:
     with running(StandIns(), replace(DEFAULT, users=2)) as address:  # noqa: SIM117 - one page within the other
-        with Client(address) as one, Client(address) as two, Client(address) as three:
-            for client, prompt in ((one, "one"), (two, "two")):
+        with Client(address) as first, Client(address) as second, Client(address) as third:
+            for client, prompt in ((first, "one"), (second, "two")):
                 client.say("start", prompt=prompt)
-            for client in (one, two):
+            for client in (first, second):
                 client.status("running", frames=20)
-            three.say("start", prompt="three")
-            assert three.status("waiting")["place"] == 1
-            one.socket.socket.shutdown(2)  # without a word
-            three.status("running", frames=20)
-            two.status("running", frames=40)
+            third.say("start", prompt="three")
+            assert third.status("waiting")["place"] == 1
+            first.socket.socket.shutdown(2)  # without a word
+            third.status("running", frames=20)
+            second.status("running", frames=40)
 
 
 def test_a_video_is_gone_after_its_visitor() -> None:

@@ -1,4 +1,4 @@
-"""Visitors of the demo who read nothing, say nothing, or hold what others wait for: each loses it, and nobody else does."""
+"""Visitors of the demo who read nothing, say nothing, or keep what others wait for: only they lose what they hold."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Noise(StandIn):
 
 @dataclass
 class Deaf:
-    """A websocket whose visitor takes nothing. said: all that it has sent."""
+    """A websocket whose visitor reads nothing. said: the messages that the visitor sends."""
 
     said: list[dict[str, Any]] = field(default_factory=list)
     aborted: int = 0
@@ -130,12 +130,12 @@ def test_a_scheduler_may_be_closed_twice_and_before_it_starts() -> None:
 def test_a_place_is_passed_on_when_others_wait() -> None:
     scheduler = Scheduler(StandIns(), Limits(users=1, waiting=2, place_seconds=1))
     news = threading.Semaphore(0)
-    one = scheduler.join("one", 0, news.release)  # and never shows a frame
-    two = scheduler.join("two", 0, news.release)
+    first = scheduler.join("one", 0, news.release)  # and never shows a frame
+    second = scheduler.join("two", 0, news.release)
     scheduler.start()
-    while scheduler.view(two).state is State.waiting:
+    while scheduler.view(second).state is State.waiting:
         assert news.acquire(timeout=SECONDS)
-    view = scheduler.view(one)
+    view = scheduler.view(first)
     assert view.state is State.ended
     assert view.error == "others wait in line, and then a place is for 1 s at most"
     scheduler.close()

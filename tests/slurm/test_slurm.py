@@ -114,8 +114,8 @@ def test_signalled_requeued_and_resumed_ends_as_an_unbroken_run(requeued: tuple[
     first, last = map(step_of, list_checkpoints(folder / "run/checkpoints"))
     assert 0 < first < last == STEPS  # the first was saved by the signal alone: `checkpoint.every` is beyond the end
     assert curve(folder / "run") == curve(folder / "whole")
-    one, other = tensors(folder / "run"), tensors(folder / "whole")
-    assert all(bool((one[file][key] == other[file][key]).all()) for file in one for key in one[file])
+    resumed, unbroken = tensors(folder / "run"), tensors(folder / "whole")
+    assert all(bool((resumed[file][key] == unbroken[file][key]).all()) for file in resumed for key in resumed[file])
 
 
 @pytest.mark.slow

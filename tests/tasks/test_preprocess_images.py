@@ -101,19 +101,19 @@ def test_videos_have_the_same_columns_and_raw_latents_leave_first_frames_alone(f
     raw = [*plain[:-1], str(tmp_path / "raw"), "--raw"]
     assert preprocess_video(plain) == 0
     assert preprocess_video(raw) == 0
-    one = open_latents(tmp_path / "plain").read(0, 0)
+    sample = open_latents(tmp_path / "plain").read(0, 0)
     vae = WanVAE(small_vae("2.1"))
 
     statistics = Statistics(tuple(vae.model.config.latents_mean), tuple(vae.model.config.latents_std))
-    other = open_latents(tmp_path / "raw", statistics=statistics).read(0, 0)
-    assert one.caption == other.caption == ""
-    assert one.clip is None
+    raw_sample = open_latents(tmp_path / "raw", statistics=statistics).read(0, 0)
+    assert sample.caption == raw_sample.caption == ""
+    assert sample.clip is None
     for name in ("latents", "first_latents"):
-        assert relative(getattr(other, name), getattr(one, name)) < 1e-5
-    assert one.latents is not None
-    assert one.first_latents is not None
-    assert relative(one.first_latents[:1], one.latents[:1]) < 1e-6
-    assert relative(one.first_latents[1:], one.latents[1:]) > 1e-2  # grey, and not the video
+        assert relative(getattr(raw_sample, name), getattr(sample, name)) < 1e-5
+    assert sample.latents is not None
+    assert sample.first_latents is not None
+    assert relative(sample.first_latents[:1], sample.latents[:1]) < 1e-6
+    assert relative(sample.first_latents[1:], sample.latents[1:]) > 1e-2  # grey, and not the video
     tables = {name: pq.read_table(next((tmp_path / name).glob("*.parquet"))) for name in ("plain", "raw")}
     row, plain_row = (tables[name].to_pylist()[0] for name in ("raw", "plain"))
     assert row["first_frame_latent_bytes"] == plain_row["first_frame_latent_bytes"]
@@ -144,7 +144,7 @@ def test_data_without_captions_has_empty_ones(kind: str, tmp_path: Path, caplog:
     elif kind == "jsonl":
         table.write_text("\n".join(map(json.dumps, rows)))
     (shard,) = find_media(tmp_path, IMAGES, None if kind == "folder" else table)
-    assert [one.text() for one in shard] == ["", ""]
+    assert [item.text() for item in shard] == ["", ""]
     if kind == "folder":
         assert "none of 2 files has a caption" in caplog.text
         (tmp_path / "a.txt").write_text("only one")
@@ -161,7 +161,10 @@ def test_data_without_captions_has_empty_ones(kind: str, tmp_path: Path, caplog:
 def test_bad_options_are_one_line(folder: Path, tmp_path: Path) -> None:
     clip = ["--image_encoder", str(folder / "model")]
     for command, message in [
-        ([one for one in arguments(folder, tmp_path, *clip) if one != "--i2v"], "--image_encoder: only i2v networks"),
+        (
+            [word for word in arguments(folder, tmp_path, *clip) if word != "--i2v"],
+            "--image_encoder: only i2v networks",
+        ),
         (arguments(folder, tmp_path, "--image_encoder", str(tmp_path)), "--image_encoder: "),
         (arguments(folder, tmp_path, "--bucket", "6x32x32"), "bucket 6x32x32: frames must be 1"),
         (["--images", str(tmp_path), *arguments(folder, tmp_path)[2:]], "holds no .png"),

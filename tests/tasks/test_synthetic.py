@@ -27,38 +27,38 @@ def task(shape: WanConfig | None = None, **sizes: int) -> SyntheticTask:
 
 
 def test_a_prompt_has_one_embedding_whatever_is_beside_it() -> None:
-    one = task()
-    both = one.conditioning(["a", "b"]).text
+    synthetic = task()
+    both = synthetic.conditioning(["a", "b"]).text
     assert both.shape == (2, 24, 48)
     assert torch.equal(both[1:], task().conditioning(["b"]).text)
     assert not torch.equal(both[0], both[1])
     assert abs(float(both.std()) - 1) < 0.05
-    assert one.negative(3).shape == (3, 24, 48)
-    assert torch.equal(one.negative(2)[1:], one.conditioning([""]).text)
+    assert synthetic.negative(3).shape == (3, 24, 48)
+    assert torch.equal(synthetic.negative(2)[1:], synthetic.conditioning([""]).text)
 
 
 def test_videos_and_prompts_go_by_position() -> None:
-    one = task(prompts=5)
-    some, again = one.real(range(2, 6)), one.real(range(4, 6))
+    synthetic = task(prompts=5)
+    some, again = synthetic.real(range(2, 6)), synthetic.real(range(4, 6))
     assert some.latents.shape == (4, 3, 4, 4, 6)
     assert torch.equal(some.latents[2:], again.latents)
     assert some.captions[2:] == again.captions
-    assert sorted(one.prompts(range(5, 10))) == [f"sample {i}" for i in range(5)]
+    assert sorted(synthetic.prompts(range(5, 10))) == [f"sample {i}" for i in range(5)]
 
 
 @pytest.mark.parametrize("channels", [1, 2, 16])
 def test_decode_shows_three_channels_and_encode_undoes_it(channels: int) -> None:
     shape = geometry("tiny", {"in_dim": channels, "out_dim": channels})
-    one = task(shape)
+    synthetic = task(shape)
     latents = torch.rand(2, 3, channels, 4, 6) * 3 - 1.5
-    pixels = one.decode(latents)
+    pixels = synthetic.decode(latents)
     assert pixels.shape == (2, 3, 3, 4, 6)
     assert pixels.min() >= 0
     assert pixels.max() <= 1
-    torch.testing.assert_close(one.encode(pixels)[:, :, :3], latents[:, :, :3])
-    torch.testing.assert_close(one.reencode(latents)[:, :, :3], latents[:, -1:, :3])
+    torch.testing.assert_close(synthetic.encode(pixels)[:, :, :3], latents[:, :, :3])
+    torch.testing.assert_close(synthetic.reencode(latents)[:, :, :3], latents[:, -1:, :3])
     with pytest.raises(ValueError, match=r"4, 6\].*got \[1, 1, 3, 8, 8\]"):
-        one.encode(torch.zeros(1, 1, 3, 8, 8))
+        synthetic.encode(torch.zeros(1, 1, 3, 8, 8))
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_decode_shows_three_channels_and_encode_undoes_it(channels: int) -> None
 def test_the_recipes_have_wans_sizes(recipe: str, latents: tuple[int, ...], tokens: int, steps: list[float]) -> None:
     config = load_run(ROOT / f"configs/{recipe}.yaml", ["data.prompts=null"])
     shape = config.student.geometry()
-    one = SyntheticTask(config.data, shape, 0, CPU)
-    assert one.latent_shape == latents
-    assert one.text_shape == (512, 4096)
+    synthetic = SyntheticTask(config.data, shape, 0, CPU)
+    assert synthetic.latent_shape == latents
+    assert synthetic.text_shape == (512, 4096)
     assert shape.tokens_per_frame(*latents[2:]) * latents[0] == tokens
     assert config.schedule.sigmas() == pytest.approx(steps, abs=1e-4)
     published = config.training.generator_updates(200)

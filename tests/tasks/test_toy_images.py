@@ -58,9 +58,9 @@ def test_a_rollout_goes_on_from_the_frame_and_no_loss_judges_it(tmp_path: Path) 
     run = trainer(tmp_path, IMAGES, resume="never")
     assert isinstance(run, ScoreDistillationTrainer)
     (micro,) = run.batch("generator")
-    made, given = run.rollout(micro, with_gradient=False)
-    assert given.initial is not None
-    assert torch.allclose(made.x0[:, :1], given.initial, atol=1e-5)
+    made, conditioning = run.rollout(micro, with_gradient=False)
+    assert conditioning.initial is not None
+    assert torch.allclose(made.x0[:, :1], conditioning.initial, atol=1e-5)
     assert made.frame_mask is not None
     assert made.frame_mask.tolist() == [False, True, True, True, True]
     assert run.train() == 0
@@ -71,7 +71,7 @@ def test_each_video_has_its_own_frame_whatever_is_made_beside_it() -> None:
     task, sampling = generator.task, Sampling(seed=4)
     assert isinstance(task, ToyTask)
     prompts = task.world.captions[::9][:5]
-    given = task.first_frames(prompts, 4)
+    first_frames = task.first_frames(prompts, 4)
     for caption, video in zip(prompts, task.world.real_videos_for(prompts, 4), strict=True):
         digit, direction = task.world.parse(caption)
         assert video.shape == (FRAMES, 4, 8, 8)
@@ -80,8 +80,8 @@ def test_each_video_has_its_own_frame_whatever_is_made_beside_it() -> None:
     made = generate_all(generator, prompts, sampling, batch=2)
     assert made.shape == (5, FRAMES, 4, 8, 8)
     # latents -> pixels in [0, 1] -> latents
-    assert torch.allclose(made[:, :1], given, atol=1e-5)
-    pixels = task.decode(given)
+    assert torch.allclose(made[:, :1], first_frames, atol=1e-5)
+    pixels = task.decode(first_frames)
     for i, prompt in enumerate(prompts):
         alone = generator([prompt], sampling, [i], pixels[i])
         assert torch.allclose(alone, made[i : i + 1], atol=1e-4)
@@ -99,9 +99,9 @@ def test_the_baseline_is_run_on_the_student_s_videos() -> None:
 def test_validation_gives_frames_that_fit_its_prompts() -> None:
     task = toy_task()
     prompts = task.validation_prompts(4)
-    given = task.validation_visual(range(4), prompts).initial
-    assert given is not None
-    assert torch.equal(given, task.world.real_videos_for(prompts, 0)[:, :1])
+    first_frames = task.validation_visual(range(4), prompts).initial
+    assert first_frames is not None
+    assert torch.equal(first_frames, task.world.real_videos_for(prompts, 0)[:, :1])
 
 
 def test_runs_that_have_no_frames_to_give_are_one_line(tmp_path: Path) -> None:

@@ -104,11 +104,11 @@ def test_the_cache_is_the_encoder_bit_for_bit_and_the_encoder_is_not_loaded(
 
 def test_what_only_training_reads_may_be_gone_when_a_run_is_sampled(folder: Path, tmp_path: Path) -> None:
     gone = {"prompts": str(tmp_path / "prompts.txt"), "latents": str(tmp_path / "latents")}
-    there, away = run(folder, encoder=True, cache=True), run(tmp_path, encoder=True, cache=True, data=gone)
+    present, away = run(folder, encoder=True, cache=True), run(tmp_path, encoder=True, cache=True, data=gone)
     away.data.text.encoder = away.data.vae.path = str(folder / "pipeline")
     with pytest.raises(ConfigError, match="prompts"):
         build_task(away, CPU)
-    task, whole = task_to_sample(away, CPU), task_to_sample(there, CPU)
+    task, whole = task_to_sample(away, CPU), task_to_sample(present, CPU)
     assert whole.validation_prompts(2) == [PROMPTS[0], PROMPTS[2]]
     assert torch.equal(task.conditioning(PROMPTS).text, whole.conditioning(PROMPTS).text)  # one by the cache
     with pytest.raises(UserError, match="data.prompts is null, or not there any more"):
@@ -124,9 +124,9 @@ def test_the_text_encoder_is_loaded_when_asked_for_and_once(
 ) -> None:
     task, loaded = build_task(run(folder, cache=True, encoder=True), CPU), []
 
-    def load(*given: Any, **more: Any) -> TextEncoder:
-        loaded.append(given[0])
-        return load_text_encoder(*given, **more)
+    def load(*arguments: Any, **more: Any) -> TextEncoder:
+        loaded.append(arguments[0])
+        return load_text_encoder(*arguments, **more)
 
     monkeypatch.setattr(wan_task, "load_text_encoder", load)
     for _ in range(2):
@@ -194,18 +194,19 @@ def test_given_pixels_become_what_the_networks_take(folder: Path, kind: str) -> 
     assert isinstance(task, WanTask)
     assert task.pixel_size(3) == Size(9, 32, 32)
     pixels = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    made, one = task.image_conditioning(PROMPTS[:2], pixels), task.image_conditioning(PROMPTS[:2], pixels[:1], frames=2)
+    made = task.image_conditioning(PROMPTS[:2], pixels)
+    shared = task.image_conditioning(PROMPTS[:2], pixels[:1], frames=2)
     assert torch.equal(made.text, task.conditioning(PROMPTS[:2]).text)
     if "i2v" not in kind.split("_"):
         assert torch.equal(made.initial, task.encode(pixels))
         assert made.channels is None
-        assert torch.equal(one.initial, task.encode(pixels[:1]).expand(2, -1, -1, -1, -1))  # type: ignore[arg-type]
+        assert torch.equal(shared.initial, task.encode(pixels[:1]).expand(2, -1, -1, -1, -1))  # type: ignore[arg-type]
     else:
         assert made.initial is None
         assert made.channels is not None
-        assert one.channels is not None
+        assert shared.channels is not None
         assert torch.equal(made.channels, image_channels(task.vae, pixels, 3))
-        assert torch.equal(one.channels, image_channels(task.vae, pixels[:1], 2).expand(2, -1, -1, -1, -1))
+        assert torch.equal(shared.channels, image_channels(task.vae, pixels[:1], 2).expand(2, -1, -1, -1, -1))
     if kind == "i2v_clip":
         tokens = load_image_encoder(folder / "clip").encode(pixels[:, 0])
         assert torch.equal(made.image, tokens)  # type: ignore[arg-type]

@@ -80,11 +80,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_latents(root / f"videos{seed}/a.safetensors", videos, normalised=True)
         clean = torch.stack([video.latents for video in videos if video.latents is not None])
         x = torch.stack([(1 - s) * clean + s * normal(9, *clean.shape) for s in LEVELS], 1)
-        given = {
+        visual = {
             "first_latents": torch.stack([v.first_latents for v in videos if v.first_latents is not None]),
             "clip": torch.stack([v.clip for v in videos if v.clip is not None]),
         }
-        write_trajectories(root / f"pairs{seed}/a.safetensors", x, LEVELS, CAPTIONS, visual=given)
+        write_trajectories(root / f"pairs{seed}/a.safetensors", x, LEVELS, CAPTIONS, visual=visual)
     return root
 
 
@@ -132,8 +132,8 @@ def spoil(net: nn.Module, *frames: int) -> None:
     net.register_forward_hook(spoilt)
 
 
-def other(given: VisualConditioning) -> VisualConditioning:
-    return VisualConditioning(*(None if t is None else t + 1 for t in (given.initial, given.channels, given.image)))
+def shifted(visual: VisualConditioning) -> VisualConditioning:
+    return VisualConditioning(*(None if t is None else t + 1 for t in (visual.initial, visual.channels, visual.image)))
 
 
 # ---------------------------------------------------------------------------------------------------------- the trainers
@@ -141,37 +141,37 @@ def other(given: VisualConditioning) -> VisualConditioning:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_distillation_step_judges_what_was_made(folder: Path, kind: str, tmp_path: Path) -> None:
-    """Channels and tokens for i2v networks, else a clean first frame, of which no loss knows what critic says."""
+    """An i2v network sees channels and tokens, others a clean first frame, where no loss depends on the critic's output."""
     run = started(tmp_path, options(folder, kind, DISTILLATION, images=str(folder / "images1")))
     assert isinstance(run, ScoreDistillationTrainer)
     (micro,) = run.batch("generator")
     fake, sigma, noise = run.networks["critic"], torch.tensor([0.7, 0.4]), normal(3, 2, F, C, H, W)
     with torch.no_grad():
-        made, given = run.rollout(micro, with_gradient=False)
+        made, conditioning = run.rollout(micro, with_gradient=False)
 
         def losses() -> list[Tensor]:
-            student = run.objective.student_loss(objectives.Sample(made, given, micro.positions, micro.noise))
-            return [student.loss, critic_loss(made, fake.score, given, sigma, noise).loss]
+            student = run.objective.student_loss(objectives.Sample(made, conditioning, micro.positions, micro.noise))
+            return [student.loss, critic_loss(made, fake.score, conditioning, sigma, noise).loss]
 
         before = losses()
         spoil(fake.net, 0)
         after = losses()
         if is_i2v(kind):
-            assert given.initial is None
+            assert conditioning.initial is None
             assert made.frame_mask is None
             assert made.x0.shape == (2, F, C, H, W)
-            assert given.channels is not None
-            assert given.channels.shape == (2, F, 4 + C, H, W)
-            assert given.image is not None
-            assert given.image.shape == (2, *CLIP)
+            assert conditioning.channels is not None
+            assert conditioning.channels.shape == (2, F, 4 + C, H, W)
+            assert conditioning.image is not None
+            assert conditioning.image.shape == (2, *CLIP)
             assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
             return
         assert made.frame_mask is not None
         assert made.frame_mask.tolist() == [False, True, True]
-        assert given.initial is not None
-        assert given.channels is None
+        assert conditioning.initial is not None
+        assert conditioning.channels is None
         assert made.x0.shape == (2, F, C, H, W)
-        assert torch.allclose(made.x0[:, :1], given.initial, atol=1e-5)
+        assert torch.allclose(made.x0[:, :1], conditioning.initial, atol=1e-5)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         spoil(fake.net, 1)
         assert all(not torch.equal(a, b) for a, b in zip(before, losses(), strict=True))
@@ -184,10 +184,10 @@ def test_distillation_sees_the_image_and_resumes_exactly(folder: Path, kind: str
         run = started(tmp_path / images, options(folder, kind, DISTILLATION, images=str(folder / images)))
         assert run.train() == 0
         found[images] = curve(tmp_path / images)
-    for one, two in zip(found["images1"], found["images2"], strict=True):
+    for first, second in zip(found["images1"], found["images2"], strict=True):
         for name in ("student/loss", "critic/loss"):
-            assert one[name] > 0
-            assert one[name] != two[name]
+            assert first[name] > 0
+            assert first[name] != second[name]
     if kind != "causal":
         return
     base = options(folder, kind, DISTILLATION, images=str(folder / "images1"))
@@ -218,7 +218,7 @@ def test_a_diffusion_step_is_given_the_first_frame(folder: Path, mode: str, kind
             assert clips.visual.initial is not None
             assert torch.equal(clips.visual.initial, clips.latents[:, :1])
             changed[:, :1] += 1  # the frame itself has no loss: what changes is what the others see
-        run.task.real = lambda positions, shape=None: replace(clips, latents=changed, visual=other(clips.visual))
+        run.task.real = lambda positions, shape=None: replace(clips, latents=changed, visual=shifted(clips.visual))
         assert abs(run.loss(micro).loss - before) > 1e-4 * before
         run.task.real = real
         spoil(run.networks["student"].net, *((0, F) if mode == "teacher_forcing" else (0,)))
@@ -244,7 +244,7 @@ def test_an_ode_step_is_given_the_first_frame(folder: Path, kind: str, tmp_path:
         before, changed = run.loss(micro).loss, pairs.trajectory.clone()
         if not is_i2v(kind):
             changed[:, -1, :1] += 1
-        run.stored.read = lambda positions: replace(pairs, trajectory=changed, visual=other(pairs.visual))  # type: ignore[method-assign]
+        run.stored.read = lambda positions: replace(pairs, trajectory=changed, visual=shifted(pairs.visual))  # type: ignore[method-assign]
         assert abs(run.loss(micro).loss - before) > 1e-4 * before
         run.stored.read = read  # type: ignore[method-assign]
         spoil(run.networks["student"].net, 0)
@@ -316,8 +316,10 @@ def test_images_go_by_position_with_their_captions(folder: Path) -> None:
 def test_validation_shows_images_under_their_captions(folder: Path, kind: str, tmp_path: Path) -> None:
     run = started(tmp_path, options(folder, kind, DISTILLATION, images=str(folder / "images1")))
     assert run.validation_prompts == CAPTIONS[:2]
-    given = run.task.validation_visual(range(2), CAPTIONS[:2]).with_text(run.task.conditioning(CAPTIONS[:2]).text)
-    made = run.sample(given, run.task.negative(2), Noise(0, 0, range(2)))
+    conditioning = run.task.validation_visual(range(2), CAPTIONS[:2]).with_text(
+        run.task.conditioning(CAPTIONS[:2]).text
+    )
+    made = run.sample(conditioning, run.task.negative(2), Noise(0, 0, range(2)))
     assert made.shape == (2, F, C, H, W)
     if not is_i2v(kind):
         images = torch.stack([s.latents for s in samples(1, 1)[:2] if s.latents is not None])
@@ -400,7 +402,7 @@ class Broken:
 
 
 def test_corrupt_samples_of_all_ranks_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks met one each, which alone is no more than one in a hundred; what both met counts once."""
+    """Each of two ranks met one: alone, that is no more than one in a hundred. A sample that both met counts once."""
 
     def stream(met: int) -> Stream:
         made = Stream(Broken({3, 4}), ShardedOrder([100], 0), 0)
@@ -411,9 +413,9 @@ def test_corrupt_samples_of_all_ranks_count_as_one(monkeypatch: pytest.MonkeyPat
 
     asked: list[set[int]] = []
 
-    def union(own: Any) -> set[int]:
-        asked.append(set(own))
-        return set(own) | others
+    def union(local: Any) -> set[int]:
+        asked.append(set(local))
+        return set(local) | others
 
     monkeypatch.setattr(faults.distributed, "union", union)
     monkeypatch.setattr(faults.distributed, "world_size", lambda: 2)

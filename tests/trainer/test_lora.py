@@ -62,7 +62,9 @@ def made(folder: Path, path: Path, *, share: bool = True, **changes: Any) -> Tra
 
 def adapters(run: Trainer) -> dict[str, Tensor]:
     return {
-        f"{name}.{key}": value.clone() for name, one in run.networks.items() for key, value in one.state_dict().items()
+        f"{name}.{key}": value.clone()
+        for name, network in run.networks.items()
+        for key, value in network.state_dict().items()
     }
 
 
@@ -80,18 +82,18 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_three_roles_on_one_copy_are_three_copies(folder: Path, tmp_path: Path, way: str) -> None:
     """Losses, gradient norms, weights and averages after three iterations, bit for bit."""
-    one, three = (made(folder, tmp_path / str(share), share=share, **WAYS[way]) for share in (True, False))
-    nets = [one.networks["student"].net, one.networks["critic"].net, one.teacher.net]  # type: ignore[attr-defined]
+    shared, separate = (made(folder, tmp_path / str(share), share=share, **WAYS[way]) for share in (True, False))
+    nets = [shared.networks["student"].net, shared.networks["critic"].net, shared.teacher.net]  # type: ignore[attr-defined]
     assert nets[0] is nets[1] is nets[2]
-    assert three.networks["student"].net is not three.networks["critic"].net
+    assert separate.networks["student"].net is not separate.networks["critic"].net
     for _ in range(3):
-        together, apart = one.training_step(), three.training_step()
+        together, apart = shared.training_step(), separate.training_step()
         assert together == apart
         assert together["student/grad_norm"] > 0 < together["critic/grad_norm"]
-    mine, theirs = adapters(one), adapters(three)
+    mine, theirs = adapters(shared), adapters(separate)
     assert mine.keys() == theirs.keys()
     assert all(bool((mine[key] == theirs[key]).all()) for key in mine)
-    averages = [run.networks["student"].ema.shadow for run in (one, three)]  # type: ignore[union-attr]
+    averages = [run.networks["student"].ema.shadow for run in (shared, separate)]  # type: ignore[union-attr]
     assert all(bool((averages[0][key] == averages[1][key]).all()) for key in averages[0])
     roles = [mine[f"{name}.blocks.0.ffn.0.lora_B.weight"] for name in ("student", "critic")]
     assert not torch.equal(*roles)
@@ -172,11 +174,11 @@ def test_an_exported_adapter_is_the_runs_sum(folder: Path, tmp_path: Path) -> No
         export(export_args([*options, "--format", "native", "--out", str(whole)]))
         added = dict(MergedWeights(base, [(alone, 1.0)]).read(base.shapes))
         merged_file = LazyWeights(str(whole))
-        own = dict(open_run(tmp_path / "run", "critic" if network == "critic" else "ema").read(base.shapes))
+        stored = dict(open_run(tmp_path / "run", "critic" if network == "critic" else "ema").read(base.shapes))
         for name, value in merged_file.read(base.shapes):
-            assert torch.equal(value, own[name])
+            assert torch.equal(value, stored[name])
             torch.testing.assert_close(added[name], value, rtol=1e-6, atol=1e-7)
-        assert not torch.equal(own["blocks.0.ffn.0.weight"], dict(base.read(base.shapes))["blocks.0.ffn.0.weight"])
+        assert not torch.equal(stored["blocks.0.ffn.0.weight"], dict(base.read(base.shapes))["blocks.0.ffn.0.weight"])
     assert run.config.critic is not None
     with pytest.raises(UserError, match="--dtype fp8 is for whole weights"):
         export(export_args([*options, "--format", "lora", "--dtype", "fp8", "--out", str(tmp_path / "no")]))
@@ -272,7 +274,7 @@ def test_a_base_that_has_changed_is_refused(folder: Path, tmp_path: Path) -> Non
 def test_only_one_copy_is_in_memory(folder: Path, tmp_path: Path) -> None:
     """Weights held by all networks of the run: the teacher's, and rank * (in + out) an adapted layer and role."""
     run = made(folder, tmp_path)
-    nets = [run.teacher.net, *(one.net for one in run.networks.values())]  # type: ignore[attr-defined]
+    nets = [run.teacher.net, *(network.net for network in run.networks.values())]  # type: ignore[attr-defined]
     held = {id(p): p.numel() for net in nets for p in net.parameters()}
     plain = random_net(0, run.config.student.geometry())
     shapes = [
@@ -280,7 +282,7 @@ def test_only_one_copy_is_in_memory(folder: Path, tmp_path: Path) -> None:
     ]
     expected = sum(p.numel() for p in plain.parameters()) + 2 * LORA["rank"] * sum(sum(shape) for shape in shapes)
     assert sum(held.values()) == expected
-    optimized = sum(p.numel() for one in run.networks.values() for p in one.optimizer.parameters)
+    optimized = sum(p.numel() for network in run.networks.values() for p in network.optimizer.parameters)
     assert optimized == 2 * LORA["rank"] * sum(sum(shape) for shape in shapes)
 
 

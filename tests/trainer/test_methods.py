@@ -58,7 +58,11 @@ def made(folder: Path, path: Path, method: str, **changes: Any) -> Trainer:
 
 def weights(run: Trainer) -> dict[str, Tensor]:
     every = {**run.networks, **run.heads}
-    return {f"{name}.{key}": v.detach().clone() for name, one in every.items() for key, v in one.state_dict().items()}
+    return {
+        f"{name}.{key}": v.detach().clone()
+        for name, network in every.items()
+        for key, v in network.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -167,10 +171,10 @@ def test_consistency_trains_against_its_own_average_and_goes_on_exactly(folder: 
     run = trainer(tmp_path, with_weights(CONSISTENCY, folder))
     student = run.networks["student"]
     assert student.ema is not None
-    own = {name: p.detach().clone() for name, p in student.net.named_parameters()}
+    live = {name: p.detach().clone() for name, p in student.net.named_parameters()}
     (micro,) = run.batch("consistency")
     loss = run.loss(micro).loss  # type: ignore[attr-defined]
-    assert all(torch.equal(p, own[name]) for name, p in student.net.named_parameters())  # its own weights again
+    assert all(torch.equal(p, live[name]) for name, p in student.net.named_parameters())  # its own weights again
     student.ema.shadow["head.head.weight"].add_(0.5)
     assert run.loss(micro).loss != loss  # type: ignore[attr-defined]
     student.ema.shadow["head.head.weight"].sub_(0.5)

@@ -85,8 +85,8 @@ def test_ranks_and_accumulation_make_the_same_losses_bit_for_bit(tmp_path: Path)
         if shape in met:
             continue
         met.add(shape)
-        for one, other in zip(whole, shared, strict=True):
-            a, b = (run.objective.student_loss(run.sample_of(micro, with_gradient=False)) for micro in (one, other))
+        for pair in zip(whole, shared, strict=True):
+            a, b = (run.objective.student_loss(run.sample_of(micro, with_gradient=False)) for micro in pair)
             assert torch.equal(a.loss, b.loss)
             assert a.loss != 0
     assert met == set(SHAPES)
@@ -181,7 +181,7 @@ def build_student(of: RunConfig) -> Any:
 
 
 def test_a_shared_memory_changes_no_rollout(tmp_path: Path) -> None:
-    """After a rollout of another size has left its numbers there: bit for bit that of a cache of its own."""
+    """After a rollout of another size has used the memory, a rollout is bit for bit that of a fresh cache."""
     save_networks(tmp_path / "start")
     run = distiller(tmp_path, with_weights(GAN_RUN, tmp_path / "start"))
     (micro,) = run.batch("generator")
@@ -263,9 +263,9 @@ def test_synthetic_videos_and_images_have_the_size_that_is_asked_for() -> None:
     data = {"kind": "synthetic", "synthetic": {"frames": 3, "height": 4, "width": 4}, "toy": {}}
     task = build_task(config(DIFFUSION, student=student, data=data), CPU)
     for shape in ((3, 4, 4, 4), (5, 4, 6, 2)):
-        clips, given = task.real(range(2), shape), task.conditions(range(2), shape)
+        clips, conditions = task.real(range(2), shape), task.conditions(range(2), shape)
         assert clips.latents.shape == (2, *shape)
-        for channels in (clips.visual.channels, given.channels):
+        for channels in (clips.visual.channels, conditions.channels):
             assert channels is not None
             assert channels.shape == (2, shape[0], 6, *shape[2:])
         assert task.reencode(clips.latents).shape == (2, 1, *shape[1:])

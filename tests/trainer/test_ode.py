@@ -94,11 +94,11 @@ def test_pairs_of_a_causal_teacher_are_each_blocks_own_and_the_student_sees_thei
     net, total = run.networks["student"].net, 0.0
     for block in range(3):  # each alone, after the clean ends before it
         frames, clean = slice(3 * block, 3 * block + 3), x[:, -1, : 3 * block]
-        own = torch.stack([x[b, index[b, block], frames] for b in range(4)])
+        noisy = torch.stack([x[b, index[b, block], frames] for b in range(4)])
         sigma = run.sigmas_S[index[:, block]][:, None].expand(4, 3)
         time = torch.cat([torch.zeros(4, 3 * block), sigma], 1)
-        velocity = net(torch.cat([clean, own], 1), time, text, mask=run.config.causal.mask(3 * block + 3))
-        predicted = own - sigma[..., None, None, None] * velocity[:, 3 * block :]
+        velocity = net(torch.cat([clean, noisy], 1), time, text, mask=run.config.causal.mask(3 * block + 3))
+        predicted = noisy - sigma[..., None, None, None] * velocity[:, 3 * block :]
         total += (predicted - x[:, -1, frames]).square().mean().item() / 3
     assert run.loss(micro).loss.item() == pytest.approx(total, rel=1e-5)
 

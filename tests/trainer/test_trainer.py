@@ -36,10 +36,10 @@ def tensors(path: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def assert_same_run(a: Path, b: Path) -> None:
     assert curve(a) == curve(b)
-    one, other = tensors(a), tensors(b)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert all(torch.equal(value, other[name][key]) for key, value in one[name].items()), name
+    tensors_a, tensors_b = tensors(a), tensors(b)
+    assert tensors_a.keys() == tensors_b.keys()
+    for name in tensors_a:
+        assert all(torch.equal(value, tensors_b[name][key]) for key, value in tensors_a[name].items()), name
 
 
 @pytest.mark.parametrize("base", [DISTILLATION, DIFFUSION, ODE], ids=["distillation", "diffusion", "ode"])
@@ -158,12 +158,12 @@ def test_average_is_a_copy_until_it_starts_and_swaps_back_bit_for_bit(tmp_path: 
     student = run.networks["student"]
     assert student.ema is not None
     assert student.optimizer.updates == 1
-    own = {name: p.detach().clone() for name, p in student.net.named_parameters()}
-    assert all(torch.equal(student.ema.shadow[name], value) for name, value in own.items())
+    weights = {name: p.detach().clone() for name, p in student.net.named_parameters()}
+    assert all(torch.equal(student.ema.shadow[name], value) for name, value in weights.items())
     student.ema.shadow["head.head.weight"].add_(1)
     with student.ema.applied():
-        assert torch.equal(student.net.head.head.weight, own["head.head.weight"] + 1)
-    assert all(torch.equal(p, own[name]) for name, p in student.net.named_parameters())
+        assert torch.equal(student.net.head.head.weight, weights["head.head.weight"] + 1)
+    assert all(torch.equal(p, weights[name]) for name, p in student.net.named_parameters())
 
 
 def test_no_average_trains_and_saves(tmp_path: Path) -> None:
@@ -345,9 +345,9 @@ def test_reused_rollout_keeps_its_own_captions(kind: str, tmp_path: Path) -> Non
     seen: dict[str, list[torch.Tensor]] = {"student": [], "critic": []}
     velocity = run.networks["critic"].score.velocity
 
-    def spy(x: torch.Tensor, sigma: torch.Tensor, given: Conditioning, **mode: Any) -> torch.Tensor:
-        seen["critic" if torch.is_grad_enabled() else "student"].append(given.text)
-        return velocity(x, sigma, given, **mode)
+    def spy(x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, **mode: Any) -> torch.Tensor:
+        seen["critic" if torch.is_grad_enabled() else "student"].append(conditioning.text)
+        return velocity(x, sigma, conditioning, **mode)
 
     run.networks["critic"].score.velocity = spy  # type: ignore[method-assign]
     run.training_step()

@@ -168,7 +168,7 @@ def test_a_recipe_trains_all_that_it_trains(name: str, tmp_path: Path) -> None:
     )
     if distils:
         assert isinstance(run.heads["discriminator"].net, ImageHeads)
-    before = {(n, k): v.detach().clone() for n, one in trained.items() for k, v in one.net.named_parameters()}
+    before = {(n, k): v.detach().clone() for n, network in trained.items() for k, v in network.net.named_parameters()}
     metrics = [run.training_step()]
     run.step += 1
     metrics.append(run.training_step())

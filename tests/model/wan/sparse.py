@@ -58,10 +58,10 @@ def dense_masked(inputs: Inputs, grid: Shape, key_grid: Shape, cube: Shape, spar
     """[out, dq, dk, dv, dgate] in fp64: what the definition says, by autograd of a dense attention under a token mask."""
     exact = tuple(t.detach().double().requires_grad_() for t in inputs)
     q, k, v, gate = (t.transpose(1, 2) for t in exact)  # [B, N, L, D]
-    own, keys = memberships(grid, cube, q), memberships(key_grid, cube, q)
+    queries, keys = memberships(grid, cube, q), memberships(key_grid, cube, q)
     q_mean, k_mean, v_mean = (
         torch.einsum("nl,bhld->bhnd", table / table.sum(1, keepdim=True), t)
-        for table, t in ((own, q), (keys, k), (keys, v))
+        for table, t in ((queries, q), (keys, k), (keys, v))
     )
     scale = q.shape[-1] ** -0.5
     scores = q_mean @ k_mean.transpose(-1, -2) * scale
@@ -69,7 +69,7 @@ def dense_masked(inputs: Inputs, grid: Shape, key_grid: Shape, cube: Shape, spar
     kept = kept_tiles(sparsity, len(keys))
     best = scores.detach().sort(dim=-1, descending=True, stable=True).indices[..., :kept]
     tiles = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
-    seen = (own.T @ tiles.to(q) @ keys) > 0  # [B, N, L, M]
+    seen = (queries.T @ tiles.to(q) @ keys) > 0  # [B, N, L, M]
     fine = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, float("-inf")).softmax(-1) @ v
-    out = fine + gate * torch.einsum("nl,bhnd->bhld", own, coarse)
+    out = fine + gate * torch.einsum("nl,bhnd->bhld", queries, coarse)
     return with_gradients(out.transpose(1, 2), exact)  # type: ignore[arg-type]

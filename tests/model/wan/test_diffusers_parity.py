@@ -189,9 +189,9 @@ def test_conditioning_that_does_not_fit_is_refused_in_one_line() -> None:
         ({"channels": channels}, "needs CLIP's tokens of an image"),
         ({"channels": channels, "image": torch.zeros(1, 6, 3)}, r"image must be \[1, Li, 20\]"),
     ]
-    for given, message in bad:
+    for conditioning, message in bad:
         with pytest.raises(ValueError, match=message) as problem:
-            net(latents, sigma, text, **given)
+            net(latents, sigma, text, **conditioning)
         assert "\n" not in str(problem.value)
     plain, _ = pair(CONFIGS["i2v_without_clip"], seed=3)
     with pytest.raises(ValueError, match="takes no image tokens"):

@@ -58,9 +58,9 @@ def test_rope_closed_form() -> None:
 def test_rope_keeps_precision_at_long_positions() -> None:
     """An hour of video: scores of two nearby frames are what they are at the start."""
     far = 60_000
-    here = rotated(1, 2, 0, 0, 128).double() @ rotated(2, 0, 0, 0, 128).double()
-    there = rotated(1, far + 2, 0, 0, 128).double() @ rotated(2, far, 0, 0, 128).double()
-    assert abs(float(here - there)) < 2e-5
+    early = rotated(1, 2, 0, 0, 128).double() @ rotated(2, 0, 0, 0, 128).double()
+    late = rotated(1, far + 2, 0, 0, 128).double() @ rotated(2, far, 0, 0, 128).double()
+    assert abs(float(early - late)) < 2e-5
 
 
 def test_rope_order_of_tokens_is_frame_row_column() -> None:

@@ -50,14 +50,14 @@ def test_nothing_left_out_and_a_closed_gate_is_dense_attention(mask: Any) -> Non
     torch.testing.assert_close(
         sparse(x, sigma, text, mask=mask), dense(x, sigma, text, mask=mask), rtol=1e-4, atol=1e-5
     )
-    chosen, _ = pair(0.6, 0.0)  # the first block sees two frames: one of them
+    chosen, _ = pair(0.6, 0.0)  # the first block sees two frames and chooses one
     assert float((chosen(x, sigma, text, mask=mask) - dense(x, sigma, text, mask=mask)).abs().max()) > 1e-3
     opened, _ = pair(0.0, 1.0)
     assert float((opened(x, sigma, text, mask=mask) - dense(x, sigma, text, mask=mask)).abs().max()) > 1e-3
 
 
 def test_cached_blocks_are_the_masked_pass() -> None:
-    """Query tiles of a block choose among the tiles of all that they see: the same, whether it comes from a cache."""
+    """The query tiles of a block choose among the tiles of all that they see, whether or not these come from a cache."""
     net, _ = pair(0.5, 1.0)
     x, sigma, text = latents(3, 1, 6), torch.zeros(1), texts(4, 1)
     whole = net(x, sigma, text, mask=block_causal_mask(BLOCKS))
@@ -71,7 +71,7 @@ def test_teacher_forcing_sees_clean_blocks_sparsely() -> None:
     net, dense = pair(0.0, 0.0)
     x, sigma, text = latents(3, 1, 12), torch.rand(1, 12), texts(4, 1)
     mask, positions = teacher_forcing_mask(BLOCKS), [*range(6), *range(6)]
-    out = [one(x, sigma, text, mask=mask, positions=positions) for one in (net, dense)]
+    out = [network(x, sigma, text, mask=mask, positions=positions) for network in (net, dense)]
     torch.testing.assert_close(*out, rtol=1e-4, atol=1e-5)
 
 
@@ -92,21 +92,21 @@ def test_teacher_forcing_sees_clean_blocks_sparsely() -> None:
 def test_a_sparse_rollout_is_brute_force_and_its_replay_has_its_gradient(
     name: str, cube: list[int], through_context: bool
 ) -> None:
-    """Against whole passes under masks: cached keys are tiles like others, also of frames that lie in a ring, and
-    recomputed blocks choose the same again."""
+    """Against masked passes over the whole video: cached keys form tiles like all others, also in a rolling cache, and
+    recomputed blocks choose the same tiles again."""
     sparse = SparseConfig(0.6, cube, "reference")  # two tiles a frame or two frames, of four tokens a frame and of two
-    causal, noise, given = setup(name)
+    _, noise, condition = case = setup(name)
     exits = [(0, 2, 1, 2, 0)[i] for i in range(len(blocks_of(name)))]
     weight = latents(6, 2, noise.shape[1])
     net = random_net(1, sparse=sparse)
-    expected = torch.cat(brute_force(net, causal, noise, given, exits, context_gradient=through_context), 1)
+    expected = torch.cat(brute_force(net, case, exits, context_gradient=through_context), 1)
     (expected * weight).sum().backward()
     wanted = gradients(net)
 
     net = random_net(1, checkpointing=Checkpointing.full, sparse=sparse)
-    x0 = run(net, causal, noise, given, exits, context_gradient=through_context).x0
-    assert relative(x0[:, given.initial_frames :], expected) < 5e-6
-    (x0[:, given.initial_frames :] * weight).sum().backward()
+    x0 = run(net, case, exits, context_gradient=through_context).x0
+    assert relative(x0[:, condition.initial_frames :], expected) < 5e-6
+    (x0[:, condition.initial_frames :] * weight).sum().backward()
     assert_same_gradients(gradients(net), wanted)
 
 
@@ -122,7 +122,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_only_the_student_is_sparse_and_its_gates_learn(folder: Path, tmp_path: Path) -> None:
-    """Whatever is recomputed: losses and gates after two steps are the same with and without checkpointing."""
+    """Losses are the same with and without checkpointing; after two steps no gate's weight is zero any more."""
     runs = []
     for kind in ("none", "full"):
         base = with_weights(merged(BRIEF, {"student": {**student(), "checkpointing": kind}}), folder)
@@ -161,9 +161,9 @@ def test_gates_begin_at_zero_and_come_back_through_an_export(folder: Path, tmp_p
             names = {name for file in files for name in load_file(file)}
             assert {f"blocks.{b}.to_gate_compress.{leaf}" for b in (0, 1) for leaf in ("weight", "bias")} <= names
         again = build_network(NetworkSpec(replace(network, init=str(tmp_path / form)), "student", 0), CPU).state_dict()
-        own = run.networks["student"].net.state_dict()
+        trained = run.networks["student"].net.state_dict()
         assert any(value.any() for name, value in again.items() if GATE.match(name))
-        assert all(torch.equal(value, again[name]) for name, value in own.items())
+        assert all(torch.equal(value, again[name]) for name, value in trained.items())
 
 
 def test_sparsity_grows_as_told(folder: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_run_stopped_on_its_way_up_is_sampled_as_it_was_trained(folder: Path, 
 
 
 def test_roles_on_one_copy_of_the_weights_have_one_sparsity() -> None:
-    """Of one network there is one: else the student's would be the teacher's, too."""
+    """One copy of the weights has one sparsity, so student and teacher must ask for the same."""
     adapted = {"lora": {"rank": 2, "targets": ["q"]}}
     both = {"student": {**student(), **adapted}, "teacher": student(), "critic": NETWORK}
     assert config(merged(DISTILLATION, both)).student.lora is not None

@@ -212,7 +212,7 @@ def test_defect_03_checkpointing_changes_no_gradient(causal: CausalConfig, backe
 def test_defect_03_checkpointed_cached_passes_and_replayed_ones_are_exact(backend: Backend) -> None:
     """One cached pass, whose cache has moved on before backward: kept, checkpointed or replayed, bit for bit the same.
 
-    But for what all layers share: a replay adds up a layer's part of that gradient first.
+    Only the gradient of what all layers share may differ: a replay adds up each layer's part of it first.
     """
     frames, text = latents(2, 2, 6), texts(3, 2)
     sigma = torch.tensor([0.4, 0.7])
@@ -319,18 +319,18 @@ def test_defect_05_batched_training_rollout_equals_one_by_one() -> None:
 
     def rollout(noise: Tensor, text: Tensor, source: KeyedNoise) -> tuple[Tensor, dict[str, Tensor]]:
         net.zero_grad(set_to_none=True)
-        given = type(conditioning(3, 2))(text)
+        condition = type(conditioning(3, 2))(text)
         plan = RolloutPlan(causal, (1.0, 0.8, 0.5), (1, 0, 2, 1), 8)
         cache = new_cache(net, causal, noise)
-        out = self_forcing_rollout(ScoreNet(net, "s"), noise, given, plan, source, cache, with_gradient=True)
+        out = self_forcing_rollout(ScoreNet(net, "s"), noise, condition, plan, source, cache, with_gradient=True)
         out.x0[-1].square().sum().backward()  # the last sample only
         return out.x0.detach()[-1], gradients(net)
 
     both_x0, both = rollout(noise, text.text, source)
-    one_x0, one = rollout(noise[1:], text.text[1:], Row(5, 1))
-    assert relative(both_x0, one_x0) < 2e-6
-    for name in one:
-        assert relative(both[name], one[name]) < 1e-4, name
+    single_x0, single = rollout(noise[1:], text.text[1:], Row(5, 1))
+    assert relative(both_x0, single_x0) < 2e-6
+    for name in single:
+        assert relative(both[name], single[name]) < 1e-4, name
 
 
 def test_bf16_autocast_is_close_to_fp32() -> None:

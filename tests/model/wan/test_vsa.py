@@ -125,8 +125,8 @@ def test_flex_blocks_of_several_tiles_hold_the_same_mask() -> None:
     assert mask.BLOCK_SIZE == (32, 32) and mask.seq_lengths == (48, 48)
     assert mask.full_kv_num_blocks.tolist() == [[[1, 0]]] and mask.kv_num_blocks.tolist() == [[[0, 2]]]
     place = torch.arange(48)
-    one = kept_block_mask(chosen, tiling, tiling)
-    for other in (mask, one):
+    single = kept_block_mask(chosen, tiling, tiling)
+    for other in (mask, single):
         assert torch.equal(
             other.mask_mod(torch.tensor(0), torch.tensor(0), place[:, None], place[None]),
             torch.zeros(3, 3, dtype=torch.bool).scatter_(1, chosen[0, 0], True).repeat_interleave(16, 0).repeat_interleave(16, 1)
@@ -167,10 +167,10 @@ def test_nothing_kept_out_is_dense_attention_plus_the_gated_coarse_branch(backen
     dense = functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
     assert relative(out, dense) < 1e-6
     gated = video_sparse_attention(q, k, v, gate, Grids(grid, cube=(1, 4, 4)), 0.0, backend=backend)
-    one = video_sparse_attention(q, k, v, torch.ones_like(gate), Grids(grid, cube=(1, 4, 4)), 0.0, backend=backend)
-    assert relative(gated - out, gate * (one - out)) < 1e-5
-    coarse = (one - out)[:, [0, 4, 24, 28]]  # one token of each tile: two rows of two tiles
-    assert float((one - out)[:, [7, 11, 25, 29]].sub(coarse).abs().max()) < 1e-5  # another of each
+    opened = video_sparse_attention(q, k, v, torch.ones_like(gate), Grids(grid, cube=(1, 4, 4)), 0.0, backend=backend)
+    assert relative(gated - out, gate * (opened - out)) < 1e-5
+    coarse = (opened - out)[:, [0, 4, 24, 28]]  # one token of each tile: two rows of two tiles
+    assert float((opened - out)[:, [7, 11, 25, 29]].sub(coarse).abs().max()) < 1e-5  # another of each
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.value)
@@ -267,7 +267,7 @@ def test_triton_keeps_the_same_tiles(name: str) -> None:
 
 @needs_triton
 def test_scores_that_are_no_numbers_still_keep_tiles_that_exist() -> None:
-    """An index out of range would be read from anywhere; the numbers themselves are caught where losses are."""
+    """An index out of range would read foreign memory. That scores are NaN is noticed later, at the loss."""
     from model.wan.vsa.fused import select_tiles as fused_select
 
     nan = torch.full((4,), float("nan"))

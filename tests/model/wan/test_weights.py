@@ -32,7 +32,7 @@ def state() -> State:
 
 
 class Held:
-    """Weights at hand."""
+    """Weights in memory."""
 
     def __init__(self, state: State) -> None:
         self.state, self.shapes, self.config = state, shapes_of(state), None
@@ -244,8 +244,8 @@ def test_mixed_shards_are_refused(state: State, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="also holds .*-of-00003.safetensors, .* shards of two models are mixed"):
         LazyWeights(first)
     (first / stray.name).unlink()
-    one, two = sorted(first.glob("*.safetensors"))
-    two.write_bytes(one.read_bytes())
+    first_shard, second_shard = sorted(first.glob("*.safetensors"))
+    second_shard.write_bytes(first_shard.read_bytes())
     with pytest.raises(ValueError, match="does not hold what .*index.json says"):
         LazyWeights(first)
 

@@ -26,8 +26,8 @@ FP32 = {"means", "d_means", "scores", "coarse", "d_coarse", "logsum", "delta"}
 
 def build(name: str, capability: int, precision: str, width: int) -> Any:
     """One kernel, as fused.py launches it on tiles of 64 slots."""
-    dtype, own = DTYPES[precision]
-    fixed = {"D": width, "T": 64, "DOT": own, "ROWS": 2, "BLOCK": 2048}
+    dtype, kernel_dtype = DTYPES[precision]
+    fixed = {"D": width, "T": 64, "DOT": kernel_dtype, "ROWS": 2, "BLOCK": 2048}
     kernel = getattr(kernels, name)
 
     def kind(argument: str) -> str:

@@ -162,19 +162,19 @@ def test_a_video_from_prompt_to_mp4(
 
 def test_two_at_once_one_in_line_and_one_who_goes(browser: Browser, toy: Callable[[str, int], Video]) -> None:
     with site(browser, toy, replace(ENDLESS, users=2, waiting=1)) as visit:
-        one, two, three = (visit(size) for size in (DESKTOP, PHONE, DESKTOP))
-        for visitor in (one, two):
+        first, second, third = (visit(size) for size in (DESKTOP, PHONE, DESKTOP))
+        for visitor in (first, second):
             visitor.start(SEVEN)
-        for visitor in (one, two):
+        for visitor in (first, second):
             visitor.shows("#frames", MANY)
-        three.start(THREE)
-        three.says("You are number 1 in line.")
-        before = two.pixels()
-        one.page.close()  # in the middle of a video
-        three.shows("#frames", MANY)
-        three.shows("#caption", f"“{THREE}”")
-        two.says("Streaming.")
-        assert two.pixels() != before
+        third.start(THREE)
+        third.says("You are number 1 in line.")
+        before = second.pixels()
+        first.page.close()  # in the middle of a video
+        third.shows("#frames", MANY)
+        third.shows("#caption", f"“{THREE}”")
+        second.says("Streaming.")
+        assert second.pixels() != before
 
 
 def test_two_submits_at_once_make_one_connection(browser: Browser) -> None:
