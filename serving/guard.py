@@ -42,8 +42,9 @@ class Guard:
             return await self._app(scope, receive, send)
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
-        is_same_site = scope["type"] == "http" or _netloc(headers.get(b"origin", "")) == host.lower()
-        is_allowed = self._knows(host) and is_same_site
+        is_allowed = self._knows(host) and (
+            scope["type"] == "http" or _netloc(headers.get(b"origin", "")) == host.lower()
+        )
 
         async def send_guarded(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
