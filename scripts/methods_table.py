@@ -110,7 +110,7 @@ _FROM_DATA = ("rollout.last_step_only=false", "data.real=true")
 _DATA = ("rollout.kind=noised_data", "data.real=true")
 
 
-def _single(key: str, label: str, *overrides: str, why: str = "") -> Method:
+def _row(key: str, label: str, *overrides: str, why: str = "") -> Method:
     scores = {name: row for name, row in _SCORES.items() if f"{name}=null" not in overrides}
     return Method(key, label, "one_step", "one_step", overrides, {"student": TEACHER, **scores}, why=why)
 
@@ -127,10 +127,10 @@ def _init(key: str, label: str, recipe: str, *overrides: str, teacher: str | Non
 
 def _causal(key: str, label: str, *overrides: str, init: str = "init_df") -> Method:
     return replace(
-        _single(key, label, *overrides),
+        _row(key, label, *overrides),
         group="causal",
         recipe="causal",
-        start=_single("", "", *overrides).start | {"student": init},
+        start=_row("", "", *overrides).start | {"student": init},
     )
 
 
@@ -153,20 +153,20 @@ METHODS: tuple[Method, ...] = (
     Method("causal_2", "Teacher, block by block, 2 steps", "baselines", run=TEACHER, causal_from="init_df"),
     Method("image_2", "Teacher, block by block from a frame, 2 steps", "image", run=TEACHER, causal_from="sf_image"),
     Method("image_df", "Diffusion forcing, 2 steps", "image", run="init_df", causal_from="sf_image"),
-    _single("dmd", "DMD"),
-    _single("dmd2", "DMD2: with a discriminator on the teacher's features", *_GAN),
-    _single("dmd2_critic", "DMD2: on the critic's features, register tokens", *_GAN,
+    _row("dmd", "DMD"),
+    _row("dmd2", "DMD2: with a discriminator on the teacher's features", *_GAN),
+    _row("dmd2_critic", "DMD2: on the critic's features, register tokens", *_GAN,
          "objective.gan.features=critic", "objective.gan.heads=register"),
-    _single("f_kl", "f-distill, forward KL", *_GAN, "objective.kind=f_distill", "objective.f_distill.divergence=kl"),
-    _single("f_js", "f-distill, Jensen-Shannon", *_GAN, "objective.kind=f_distill", "objective.f_distill.divergence=js"),
-    _single("sid", "SiD", "objective.kind=sid"),
-    _single("ladd", "LADD", *_LADD, why=_UNGUIDED),
-    _single("gan", "GAN on the critic's features", *_GAN_ALONE, why=_UNGUIDED),
-    _single("decoupled", "Decoupled DMD", "objective.kind=decoupled_dmd"),
-    _single("ida", "DMD, critic aligned with the student", "objective.critic_keep=0.97"),
-    _single("reward", "DMD, weighted by reward", "objective.reward={name: prompt_adherence, beta: 0.5}"),
-    _single("rescale", "DMD, guidance rescaled", "objective.guidance_rescale=0.7"),
-    _single("shift", "DMD, scores at shift 3", "schedule.score_timestep_shift=3.0"),
+    _row("f_kl", "f-distill, forward KL", *_GAN, "objective.kind=f_distill", "objective.f_distill.divergence=kl"),
+    _row("f_js", "f-distill, Jensen-Shannon", *_GAN, "objective.kind=f_distill", "objective.f_distill.divergence=js"),
+    _row("sid", "SiD", "objective.kind=sid"),
+    _row("ladd", "LADD", *_LADD, why=_UNGUIDED),
+    _row("gan", "GAN on the critic's features", *_GAN_ALONE, why=_UNGUIDED),
+    _row("decoupled", "Decoupled DMD", "objective.kind=decoupled_dmd"),
+    _row("ida", "DMD, critic aligned with the student", "objective.critic_keep=0.97"),
+    _row("reward", "DMD, weighted by reward", "objective.reward={name: prompt_adherence, beta: 0.5}"),
+    _row("rescale", "DMD, guidance rescaled", "objective.guidance_rescale=0.7"),
+    _row("shift", "DMD, scores at shift 3", "schedule.score_timestep_shift=3.0"),
     _two("simulated", "DMD, backward simulation", _STEPS),
     _two("noised_data", "DMD, noised data", _STEPS, *_DATA),
     _two("phased", "Phased DMD, two experts", *_HIGH, low="phased_low"),
