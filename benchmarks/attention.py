@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import Clock, machine, seconds, table, write_json
-from model.wan.attention import Backend, attend
-from model.wan.vsa.attention import SparseBackend, available, video_sparse_attention
-from model.wan.vsa.tiles import Grids, Shape, Tiling, choose_cube, kept_tiles
+from model.attention.backends import Backend, attend
+from model.attention.vsa.attention import SparseBackend, available, video_sparse_attention
+from model.attention.vsa.tiles import Grids, Shape, Tiling, choose_cube, kept_tiles
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 WITH_BACKWARD = 3.5  # of the forward's products: scores again, then dV, dP, dQ, dK

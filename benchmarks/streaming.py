@@ -23,10 +23,10 @@ from torch import Tensor
 
 from benchmarks.common import Clock, attempt, machine, peak_gb, table, write_json
 from benchmarks.train_step import STEPS, KeyedDraws
+from model.attention.backends import Backend
+from model.attention.captured import Captured
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
-from model.wan.attention import Backend
-from model.wan.captured import Captured
 from model.wan.config import PRESETS
 from model.wan.tiny_decoder import TinyDecoder
 from model.wan.transformer import WanTransformer

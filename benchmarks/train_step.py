@@ -25,13 +25,14 @@ from torch import Tensor
 
 from benchmarks.common import Clock, attempt, machine, peak_gb, seconds, table, write_json
 from generation.acceleration import compile_blocks
+from model.attention.backends import Backend
+from model.attention.checkpointing import Checkpointing
 from model.dmd import critic_loss, dmd_loss
 from model.query import Guidance, ScoreQuery
 from model.schedule import step_sigmas
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations, Rollout
-from model.wan.attention import Backend
-from model.wan.config import PRESETS, Checkpointing, WanConfig
+from model.wan.config import PRESETS, WanConfig
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig, VideoShape
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout

@@ -9,7 +9,6 @@ from configs.objective import Features, Heads, ObjectiveKind
 from configs.schema import RunConfig
 from configs.sections import RolloutKind, TrainerKind, UpdateSchedule
 from configs.sizes import check_sizes
-from model.wan.vae import STRIDE_T
 from pipeline.self_forcing_training import rollout_lengths
 from utils.optim import OptimizerConfig
 
@@ -33,9 +32,9 @@ def check_run(config: RunConfig) -> None:
         try:
             config.causal.blocks(config.data.frames)
         except ValueError as problem:
-            kind, frames = config.data.kind, config.data.frames
+            kind, frames, stride = config.data.kind, config.data.frames, config.student.family.codecs.time_stride
             where = "data.kind digits" if kind == "digits" else f"data.{kind}.frames"
-            video = "" if kind in ("toy", "digits") else f" (these are {STRIDE_T * (frames - 1) + 1} frames of video)"
+            video = "" if kind in ("toy", "digits") else f" (these are {stride * (frames - 1) + 1} frames of video)"
             raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}{video}") from None
     _check_networks(config)
     check_first_frames(config, real=needs is not None)

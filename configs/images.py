@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
+from model.family import FirstFrame
 
 
 def check_first_frames(config: RunConfig, *, real: bool) -> None:
@@ -15,12 +16,12 @@ def check_first_frames(config: RunConfig, *, real: bool) -> None:
 
     real: whether the run trains on real videos, whose first frames are then given.
     """
-    data, kind = config.data, config.student.geometry().model_type
-    if kind == "i2v" and data.first_frame is False:
+    data, takes = config.data, config.student.geometry().first_frame
+    if takes is FirstFrame.channels and data.first_frame is False:
         raise ValueError("data.first_frame is false, but an i2v network always needs an image: set it null")
-    if not data.has_first_frame(kind, real=real):
+    if not data.has_first_frame(takes, real=real):
         return
-    if kind == "i2v":
+    if takes is FirstFrame.channels:
         if config.rollout.num_training_frames not in (None, data.frames):
             raise ValueError(
                 f"rollout.num_training_frames {config.rollout.num_training_frames}: the channels of an i2v network "
@@ -28,8 +29,8 @@ def check_first_frames(config: RunConfig, *, real: bool) -> None:
             )
         return
     made = config.trainer.value == "ode" and config.ode.path is None
-    teacher = "" if config.teacher is None else config.teacher.geometry().model_type
-    if (kind == "t2v" and not config.is_causal) or (made and teacher == "t2v"):
+    teacher = None if config.teacher is None else config.teacher.geometry().first_frame
+    if (takes is FirstFrame.none and not config.is_causal) or (made and teacher is FirstFrame.none):
         raise ValueError(
             f"{'teacher' if made else 'student'}: a bidirectional network of model_type 't2v' cannot be given the "
             "first frame of data.images or data.first_frame: choose a preset of ti2v or i2v, or set them null"
@@ -44,8 +45,8 @@ def check_first_frames(config: RunConfig, *, real: bool) -> None:
 def check_images(config: RunConfig, *, real: bool) -> None:
     """Raises ValueError for a run that would train on first frames and has none; inference brings its own."""
     data, stored = config.data, config.trainer.value == "ode" and config.ode.path is not None
-    kind = config.student.geometry().model_type
-    if not data.has_first_frame(kind, real=real):
+    geometry = config.student.geometry()
+    if not data.has_first_frame(geometry.first_frame, real=real):
         return
     made = config.trainer.value in ("score_distillation", "ode") and not config.rollout.kind.from_data
     if (real and not made) or stored or data.images is not None or data.kind == "synthetic":
@@ -53,10 +54,11 @@ def check_images(config: RunConfig, *, real: bool) -> None:
     if data.kind == "wan":
         raise ValueError(
             "data.images is null, but networks are to be given a first frame: name a folder of preprocess.py images or "
-            "videos, and set data.prompts null" + ("" if kind == "i2v" else ", or set data.first_frame to false")
+            "videos, and set data.prompts null"
+            + ("" if geometry.first_frame is FirstFrame.channels else ", or set data.first_frame to false")
         )
     if not (data.first_frame and data.real):
         raise ValueError(
-            f"data.first_frame {data.first_frame} and data.real {data.real}, but {kind} networks are to be given the "
-            "first frame of real videos: set both to true, or data.first_frame to false"
+            f"data.first_frame {data.first_frame} and data.real {data.real}, but {geometry.model_type} networks are "
+            "to be given the first frame of real videos: set both to true, or data.first_frame to false"
         )

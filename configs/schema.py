@@ -24,8 +24,8 @@ from configs.sections import (
     ValidationConfig,
 )
 from model.ema import EMAConfig
+from model.network import NetworkConfig
 from model.schedule import ScheduleConfig
-from model.wan.config import NetworkConfig
 from pipeline.causal import CausalConfig
 from utils.parallel.mesh import ParallelConfig
 from utils.watchdog import WatchdogConfig

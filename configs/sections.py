@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from configs.video_size import VideoSize, check_values
-from model.wan.text_encoder import TextConfig
-from model.wan.vae import ClipConfig, VAEConfig
+from model.codec import ClipConfig, VAEConfig
+from model.family import FirstFrame
+from model.text_encoder import TextConfig
 from utils.limits import BATCH, FRAMES, check_counts
 from utils.optim import LRScheduleConfig, OptimizerConfig
 from worlds.digits import DigitsConfig
@@ -120,11 +121,12 @@ class DataConfig:
         if self.images is not None and self.first_frame is False:
             raise ValueError("first_frame is false, but images give the first frame: set one of them null")
 
-    def has_first_frame(self, model_type: str, *, real: bool) -> bool:
-        """Whether samples come with a first frame: of real videos, or of images."""
+    def has_first_frame(self, network: FirstFrame, *, real: bool) -> bool:
+        """Whether samples come with a first frame: of real videos, or of images. network: how it takes one."""
         if self.first_frame is not None:
-            return self.first_frame or model_type == "i2v"
-        return self.images is not None or model_type == "i2v" or (real and model_type == "ti2v")
+            return self.first_frame or network is FirstFrame.channels
+        always = network is FirstFrame.channels or (real and network is FirstFrame.clean)
+        return self.images is not None or always
 
     @property
     def frames(self) -> int:

@@ -18,6 +18,7 @@ from utils.random import Noise
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
+from model.family import FirstFrame
 
 
 def sizes_of(config: RunConfig) -> list[Size]:
@@ -69,7 +70,7 @@ def check_sizes(config: RunConfig) -> None:
         return
     if config.trainer.value == "ode":
         raise ValueError("training.sizes: trainer ode learns from trajectories of the data's own size: set it to null")
-    takes_image = config.student.geometry().model_type == "i2v"
+    takes_image = config.student.geometry().first_frame is FirstFrame.channels
     if takes_image and config.rollout.num_training_frames is not None:
         raise ValueError(
             "rollout.num_training_frames: with training.sizes the channels of an i2v network describe each size's own "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from generation.generator import Generator
 from generation.sampling import Sampling
+from model.family import FirstFrame
 from utils.data.media import IMAGES, VIDEOS
 from utils.data.shard_files import found_files
 from utils.errors import UserError
@@ -23,7 +24,7 @@ def generated_videos(
     generator: Generator, prompts: Sequence[str], sampling: Sampling, ids: Sequence[int], batch: int
 ) -> Iterator[Tensor]:
     """Pixels [B, T, 3, h, w] in [0, 1], in CPU memory; video i is keyed by ids[i]. Raises UserError."""
-    if generator.model_type == "i2v":
+    if generator.first_frame is FirstFrame.channels:
         raise UserError("--run: this network makes videos from an image, and evaluation has prompts only")
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)

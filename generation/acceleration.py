@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.wan.transformer import WanTransformer
+from model.family import Network
 from utils.errors import UserError
 
 FP8_CAPABILITY = (8, 9)  # compute capability of the first NVIDIA GPUs that multiply fp8
@@ -38,7 +38,7 @@ class Acceleration:
         if self.fp8 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY):
             raise UserError("--fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper): leave it out")
         for net in nets:
-            assert isinstance(net, WanTransformer)
+            assert isinstance(net, Network)
             if self.fp8:
                 if (stored := net.patch_embedding.weight.dtype) is not torch.bfloat16:
                     raise UserError(f"--fp8 is for a run in bf16, and this one computes in {stored}: leave it out")
@@ -50,14 +50,14 @@ class Acceleration:
 UNCHANGED = Acceleration()
 
 
-def compile_blocks(net: WanTransformer, backend: str = "inductor") -> None:
+def compile_blocks(net: Network, backend: str = "inductor") -> None:
     """Compiles each block, once for each shape: dynamic shapes do not compile where a context grows."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
-    for block in net.blocks:
+    for block in net.fsdp_units():
         block.compile(dynamic=False, backend=backend)
 
 
-def fp8_linears(net: WanTransformer, config: Any = None) -> None:
+def fp8_linears(net: Network, config: Any = None) -> None:
     """The blocks' linear layers in fp8, weights and inputs scaled row by row; embeddings, gates and head stay as they
     are. config: torchao's, in place of that. Raises UserError without torchao."""
     try:

@@ -16,7 +16,7 @@ from generation.footage import FootageArgs, footage_args
 from generation.generator import Generator
 from generation.pretrained import Model, load_model
 from generation.sampling import Sampling, StudentChoice
-from model.wan.config import LoraWeights
+from model.network import LoraWeights
 from pipeline.bidirectional_inference import Solver
 from utils.cli import Parser
 from utils.data.prompts import load_prompts

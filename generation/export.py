@@ -17,12 +17,11 @@ from configs.load import run_from_plain
 from configs.schema import RunConfig
 from configs.sections import TrainerKind
 from generation.two_experts import joined, starts_from_noise
+from model.export import ADAPTER_CONFIG, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
+from model.family import Geometry
+from model.network import NetworkConfig
 from model.schedule import TIMESTEPS, unshift_sigma
-from model.wan.config import NetworkConfig, WanConfig
-from model.wan.formats import Format
-from model.wan.lora_files import ADAPTER_CONFIG, lora_to_diffusers, lora_to_peft
-from model.wan.save import SHARD_BYTES, Dtype, save_model
-from model.wan.weights import Weights
+from model.weights import Weights
 from trainer.weight_sources import open_group
 from utils import checkpoint
 from utils.checkpoint_folder import read_manifest
@@ -31,13 +30,6 @@ from utils.errors import UserError
 from utils.shards import write_file
 
 LIBRARY = "diffusers"
-PIPELINES = {"t2v": "WanPipeline", "ti2v": "WanPipeline", "i2v": "WanImageToVideoPipeline"}
-BASES = {  # by model type, and whether the network sees CLIP's tokens: whose other parts fit
-    ("t2v", False): "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    ("ti2v", False): "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-    ("i2v", True): "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
-    ("i2v", False): "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
-}
 
 
 @dataclass(frozen=True)
@@ -65,8 +57,12 @@ class Found:
     label: str  # e.g. "student, averaged, step 600"
 
     @property
-    def geometry(self) -> WanConfig:
+    def geometry(self) -> Geometry:
         return self.network.geometry()
+
+    @property
+    def exporter(self) -> Exporter:
+        return self.network.family.exporter
 
     def weights(self) -> Weights:
         """All of them: those of an adapter with what it was trained on. Raises UserError."""
@@ -138,7 +134,7 @@ def export(args: ExportArgs) -> Path:
         state, alpha = lora_of(found)
         if args.dtype is Dtype.bf16:
             state = {name: value.bfloat16() for name, value in state.items()}
-        return written(args.out, lambda folder: save_lora(folder, state, alpha))
+        return written(args.out, lambda folder: save_lora(folder, found.exporter, state, alpha))
     names, parts = Format(args.format), {"transformer": found}
     config, boundary = found.config, None
     if args.low is not None:
@@ -153,13 +149,13 @@ def export(args: ExportArgs) -> Path:
 
     def write(folder: Path) -> None:
         if names is Format.NATIVE:
-            save_model(folder, weights["transformer"], found.geometry, names, args.dtype, args.shard_bytes)
+            found.exporter.save(folder, weights["transformer"], found.geometry, names, args.dtype, args.shard_bytes)
             return
         for name, values in weights.items():
-            save_model(folder / name, values, found.geometry, names, args.dtype, args.shard_bytes)
+            found.exporter.save(folder / name, values, found.geometry, names, args.dtype, args.shard_bytes)
         (folder / "scheduler").mkdir()
         _json(folder / "scheduler" / "scheduler_config.json", scheduler_config(config))
-        _json(folder / "model_index.json", model_index(config, found.geometry, boundary))
+        _json(folder / "model_index.json", model_index(config, found.exporter.pipeline(found.geometry, boundary)))
         (folder / "README.md").write_text(card(replace(found, config=config)))
 
     return written(args.out, write)
@@ -228,37 +224,16 @@ def scheduler_sigmas(config: RunConfig) -> list[float]:
     return [unshift_sigma(sigma, shift) for sigma in config.schedule.sigmas()]
 
 
-def model_index(config: RunConfig, geometry: WanConfig, boundary: float | None = None) -> dict[str, Any]:
-    """The pipeline's parts: those that are not exported are passed to `from_pretrained`. boundary: of two experts."""
+def model_index(config: RunConfig, pipeline: Pipeline) -> dict[str, Any]:
+    """The pipeline's parts: those that are not exported are passed to `from_pretrained`."""
     scheduler = scheduler_config(config)["_class_name"]
-    image = geometry.model_type == "i2v"
-    index: dict[str, Any] = {
-        "_class_name": PIPELINES[geometry.model_type],
-        "scheduler": [LIBRARY, scheduler],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": [LIBRARY, "WanTransformer3DModel"],
-        "transformer_2": [None, None] if boundary is None else [LIBRARY, "WanTransformer3DModel"],
-        "boundary_ratio": boundary,
-        "vae": [LIBRARY, "AutoencoderKLWan"],
-        "expand_timesteps": geometry.model_type == "ti2v",
-    }
-    if image:
-        clip = geometry.image_dim is not None
-        index["image_encoder"] = ["transformers", "CLIPVisionModel"] if clip else [None, None]
-        index["image_processor"] = ["transformers", "CLIPImageProcessor"] if clip else [None, None]
-    return index
+    return {"_class_name": pipeline.name, "scheduler": [LIBRARY, scheduler], **pipeline.index}
 
 
 def card(found: Found) -> str:
     """README.md of an exported folder: what it is, and the lines that load and sample it as the run does."""
-    config, geometry = found.config, found.geometry
-    pipeline = PIPELINES[geometry.model_type]
-    base = BASES[geometry.model_type, geometry.image_dim is not None]
-    names = ["vae", "text_encoder", "tokenizer"]
-    if geometry.image_dim is not None:
-        names += ["image_encoder", "image_processor"]
-    image = "image=IMAGE, " if geometry.model_type == "i2v" else ""
+    config, made = found.config, found.exporter.pipeline(found.geometry, None)
+    pipeline, image = made.name, "image=IMAGE, " if made.takes_image else ""
     lines = [
         f"# {config.name}",
         "",
@@ -266,9 +241,9 @@ def card(found: Found) -> str:
         "",
         "```python",
         f"from diffusers import {pipeline}",
-        f'base = "{base}"  # whichever has the text encoder and VAE of this model',
+        f'base = "{made.base}"  # whichever has the text encoder and VAE of this model',
         f"parts = {pipeline}.from_pretrained(base, transformer=None, transformer_2=None)",
-        f"others = dict({', '.join(f'{name}=parts.{name}' for name in names)})",
+        f"others = dict({', '.join(f'{name}=parts.{name}' for name in made.parts)})",
         f"pipe = {pipeline}.from_pretrained(DIR, **others)",
     ]
     if few_steps(config):
@@ -282,8 +257,8 @@ def card(found: Found) -> str:
     else:
         lines += [f"pipe({image}prompt=PROMPT, guidance_scale={config.validation.guidance})"]
     lines += ["```"]
-    if geometry.model_type == "ti2v":
-        lines += ["", "With WanImageToVideoPipeline in its place, and image=IMAGE, it goes on from an image."]
+    if made.note:
+        lines += ["", made.note]
     if config.is_causal:
         lines += ["", "It was trained to generate block by block; this pipeline denoises all frames at once."]
     return "\n".join(lines) + "\n"
@@ -304,12 +279,12 @@ def lora_of(found: Found) -> tuple[dict[str, Tensor], float]:
     return dict(stored.read(stored.shapes)), lora.scale * lora.rank
 
 
-def save_lora(folder: Path, state: Mapping[str, Tensor], alpha: float) -> None:
+def save_lora(folder: Path, exporter: Exporter, state: Mapping[str, Tensor], alpha: float) -> None:
     """An adapter alone: `pytorch_lora_weights.safetensors` for Diffusers, and `peft/` for PEFT. Raises ValueError."""
-    weights = {name: value.contiguous() for name, value in lora_to_diffusers(state, alpha).items()}
+    weights = {name: value.contiguous() for name, value in exporter.lora_to_diffusers(state, alpha).items()}
     write_file(folder / "pytorch_lora_weights.safetensors", weights)
     (folder / "peft").mkdir()
-    adapter, config = lora_to_peft(state, alpha)
+    adapter, config = exporter.lora_to_peft(state, alpha)
     write_file(folder / "peft" / "adapter_model.safetensors", {k: v.contiguous() for k, v in adapter.items()})
     _json(folder / "peft" / ADAPTER_CONFIG, config)
 

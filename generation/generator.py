@@ -20,12 +20,14 @@ from generation.refusals import refuse_inputs, refuse_unused
 from generation.resize import resize
 from generation.sampling import Sampler, Sampling, StudentChoice
 from generation.two_experts import joined, starts_from_noise
+from model.attention.checkpointing import Checkpointing
+from model.attention.kv_cache import KVCache
 from model.experts import Experts
+from model.family import FirstFrame
+from model.network import NetworkConfig
 from model.schedule import step_sigmas
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
-from model.wan.config import Checkpointing, NetworkConfig
-from model.wan.kv_cache import KVCache
 from pipeline.bidirectional_inference import Solver, SolverGrid, from_clip, many_step_sample
 from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import CausalStream, StreamConfig, block_noise
@@ -74,13 +76,13 @@ class Generator:
         acceleration.apply([score.net.high, score.net.low] if isinstance(score.net, Experts) else [score.net], device)
 
     @property
-    def model_type(self) -> str:
-        return self.config.student.geometry().model_type
+    def first_frame(self) -> FirstFrame:
+        return self.config.student.geometry().first_frame
 
     @property
     def context_frames(self) -> int:
         """Latent frames of a video that this network goes on from: a block, or 1 for image-to-video networks."""
-        if not self.causal or self.model_type == "i2v":
+        if not self.causal or self.first_frame is FirstFrame.channels:
             return 1
         return self.config.causal.num_frame_per_block + self.config.causal.independent_first_frame
 
@@ -236,7 +238,7 @@ class Generator:
         A student that has no window gets one of as many frames as it was trained on. Raises UserError for what this
         network cannot do.
         """
-        if not self.causal or self.model_type == "i2v":
+        if not self.causal or self.first_frame is FirstFrame.channels:
             raise UserError("a video without end needs a causal student that takes given frames as latents (not i2v)")
         if sampling.frames is not None:
             raise UserError(f"--frames {sampling.frames}: this video has no end: leave it out")
@@ -310,12 +312,12 @@ class Generator:
         """Raises UserError for what this network cannot do."""
         has_experts = isinstance(self.score.net, Experts)
         refuse_unused(sampling, self.config, causal=self.causal, few_steps=self.few_steps, has_experts=has_experts)
-        refuse_inputs(sampling, first_frames, clip, causal=self.causal, model_type=self.model_type)
+        refuse_inputs(sampling, first_frames, clip, causal=self.causal, takes=self.first_frame)
 
     def _conditioning(
         self, prompts: Sequence[str], sampling: Sampling, first_frames: Tensor | None, clip: Tensor | None
     ) -> Conditioning:
-        if first_frames is None and clip is not None and self.model_type == "i2v":
+        if first_frames is None and clip is not None and self.first_frame is FirstFrame.channels:
             first_frames = clip[:1]
         try:
             if first_frames is None:
@@ -387,7 +389,7 @@ def _change_data(
             raise UserError("--image_encoder: this network sees no CLIP tokens: leave it out")
         config.data.image_encoder = image_encoder
     if size is not None:
-        resize(config.data, *size)
+        resize(config.data, config.student.family, *size)
     if tiny_decoder is not None:
         if config.data.kind != "wan":
             raise UserError(f"--tiny_decoder is for Wan's latents: this run's data are of kind {config.data.kind}")

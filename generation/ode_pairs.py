@@ -20,7 +20,6 @@ from configs.sections import TrainerKind
 from model.ode_regression import store_levels
 from model.schedule import uniform_sigmas
 from model.types import Conditioning, Evaluations
-from model.wan.vae import STRIDE_T
 from tasks.build import build_task
 from tasks.task import Task
 from trainer.ode import trajectories
@@ -73,7 +72,7 @@ def preprocess_ode(argv: Sequence[str]) -> int:
             job,
             together=_most if mesh.world > 1 else None,
             writes=mesh.sequence_rank == 0,
-            visual=lambda positions: _stored(task.conditions(positions)),
+            visual=lambda positions: _stored(config, task.conditions(positions)),
         )
     except (ValueError, OSError) as problem:
         raise UserError(str(problem)) from None
@@ -101,9 +100,10 @@ def making(config: RunConfig, mesh: Mesh, task: Task) -> tuple[MakeTrajectories,
     return make, [[*grid, 0.0][index] for index in keep]
 
 
-def _stored(conditioning: Conditioning) -> dict[str, Tensor]:
+def _stored(config: RunConfig, conditioning: Conditioning) -> dict[str, Tensor]:
     """What trajectories were made from beside their prompts, by the name of Sample's field."""
-    latents = None if conditioning.channels is None else conditioning.channels[:, :, STRIDE_T:]
+    channels = conditioning.channels
+    latents = None if channels is None else config.student.family.codecs.latents_of(channels)
     fields = {"first_latents": latents, "clip": conditioning.image}
     return {name: value for name, value in fields.items() if value is not None}
 

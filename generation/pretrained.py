@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,15 @@ from configs.schema import RunConfig
 from configs.sections import DataConfig, Precision, RolloutConfig, RolloutKind, TrainingConfig, ValidationConfig
 from generation.acceleration import UNCHANGED, Acceleration
 from generation.generator import Generator
-from generation.resize import pixels_a_place
 from generation.sampling import Sampler
+from model.codec import ClipConfig, VAEConfig
 from model.experts import Experts
+from model.folders import pipeline_folder
+from model.network import LoraWeights, network_of
 from model.schedule import ScheduleConfig
 from model.score import ScoreNet
+from model.text_encoder import TextConfig
 from model.types import Evaluations
-from model.wan.config import LoraWeights, NetworkConfig
-from model.wan.folders import pipeline_folder
-from model.wan.text_encoder import TextConfig
-from model.wan.vae import ClipConfig, VAEConfig
-from model.wan.weights import geometry_of
 from pipeline.bidirectional_inference import Solver
 from tasks.wan import WanTask
 from trainer.run_networks import build_for_inference, compute_dtype
@@ -90,7 +88,7 @@ def load_model(
         config = run_of(folder, model, frames or ClipConfig.frames, boundary is not None, on_cpu=device.type == "cpu")
         config.data.vae.tiny_decoder = tiny_decoder
         solver = solver_of(folder)
-        task = WanTask(config.data, config.student.geometry(), config.seed, device, library=[])
+        task = WanTask(config.data, config.student, config.seed, device, library=[])
     except (ValueError, OSError) as problem:
         raise UserError(f"--model {model.path}: {problem}") from None
     if low_loras and boundary is None:
@@ -111,9 +109,9 @@ def load_model(
 def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu: bool) -> RunConfig:
     """The model, or its high-noise expert, as the student of a run that never trains. Raises ValueError in one line."""
     expert = "high" if has_experts else None
-    geometry = geometry_of(folder, expert=expert)
-    network = NetworkConfig("1.3b", overrides=asdict(geometry), init=str(folder), expert=expert)
-    spatial = pixels_a_place(VAEConfig(path=str(folder)))
+    network = network_of(folder, expert)
+    geometry = network.geometry()
+    spatial = network.family.codecs.spatial(str(folder))
     side = spatial * geometry.patch_size[1]
     if model.height % side or model.width % side:
         raise ValueError(f"--size {model.height}x{model.width}: give multiples of {side}")

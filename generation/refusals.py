@@ -6,6 +6,7 @@ from torch import Tensor
 
 from configs.schema import RunConfig
 from generation.sampling import Sampling
+from model.family import FirstFrame
 from utils.errors import UserError
 
 
@@ -46,7 +47,7 @@ def refuse_unused(sampling: Sampling, config: RunConfig, *, causal: bool, few_st
 
 
 def refuse_inputs(
-    sampling: Sampling, first_frames: Tensor | None, clip: Tensor | None, *, causal: bool, model_type: str
+    sampling: Sampling, first_frames: Tensor | None, clip: Tensor | None, *, causal: bool, takes: FirstFrame
 ) -> None:
     """Refuses an image or a clip that the network cannot take, and a lack of one that it needs.
 
@@ -54,7 +55,7 @@ def refuse_inputs(
     first_frames: of the videos.
     clip: that the videos start from.
     causal: whether the network makes videos block by block.
-    model_type: of the network, 't2v', 'i2v' or 'ti2v'.
+    takes: how the network is given first frames.
 
     Raises UserError.
     """
@@ -63,10 +64,10 @@ def refuse_inputs(
         raise UserError(f"--strength {strength}: give a clip and a share of the steps in (0, 1], or neither")
     if clip is not None and first_frames is not None:
         raise UserError("--strength makes a clip anew, from its own first frame: leave the image out")
-    if first_frames is not None and not causal and model_type == "t2v":
+    if first_frames is not None and not causal and takes is FirstFrame.none:
         raise UserError(
             "--image, --extend: a bidirectional network takes none unless it was made for it (model_type ti2v or "
             "i2v): use such a network, or a causal student"
         )
-    if first_frames is None and clip is None and model_type == "i2v":
+    if first_frames is None and clip is None and takes is FirstFrame.channels:
         raise UserError("this network makes videos from an image (model_type i2v): give --image")

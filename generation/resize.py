@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from configs.sections import DataConfig
-from model.wan.folders import part_folder, read_config
-from model.wan.vae import VAEConfig
+from model.family import Family
 from utils.errors import UserError
 
 
-def resize(data: DataConfig, height: int, width: int) -> None:
+def resize(data: DataConfig, family: Family, height: int, width: int) -> None:
     """Sets the size of a config's videos, in pixels. Raises UserError where they cannot have it."""
     try:
         if data.kind == "toy":
@@ -17,7 +16,9 @@ def resize(data: DataConfig, height: int, width: int) -> None:
             data.toy.canvas = height
             data.toy.__post_init__()
         elif data.kind == "wan":
-            side = pixels_a_place(data.vae)
+            if data.vae.path is None:
+                raise ValueError("data.vae.path is null, and only a VAE tells how large a latent is: give it")
+            side = family.codecs.spatial(data.vae.path)
             if height % side or width % side:
                 raise ValueError(f"give multiples of {side}")
             data.wan.height, data.wan.width = height // side, width // side
@@ -29,10 +30,3 @@ def resize(data: DataConfig, height: int, width: int) -> None:
             raise ValueError(f"data of kind {data.kind} has one size")
     except (ValueError, OSError) as problem:
         raise UserError(f"--size {height}x{width}: {problem}") from None
-
-
-def pixels_a_place(vae: VAEConfig) -> int:
-    """Pixels a side of one latent place, by the VAE's config.json. Raises ValueError without a VAE."""
-    if vae.path is None:
-        raise ValueError("data.vae.path is null, and only a VAE tells how large a latent is: give it")
-    return int(read_config(part_folder(vae.path, "vae"), "AutoencoderKLWan").get("scale_factor_spatial", 8))

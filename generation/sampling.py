@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.wan.config import LoraWeights
+from model.network import LoraWeights
 from pipeline.bidirectional_inference import Solver
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from generation.command import InferenceArgs
 from generation.footage import read_footage
 from generation.generator import Generator
-from model.wan.transformer import WanTransformer
+from model.family import Network
 from utils import distributed
 from utils.config import config_hash
 from utils.data.shard_files import atomic
@@ -40,7 +40,7 @@ def team(args: InferenceArgs, generator: Generator) -> Mesh:
         raise UserError(f"--sequence_parallel {size}: {world} processes do not fall into groups of so many") from None
     if mesh.sequence_group is not None:
         net = generator.score.net
-        if not isinstance(net, WanTransformer):
+        if not isinstance(net, Network):
             raise UserError("--sequence_parallel is for one network: two experts run in one process each")
         try:
             check_degree(net.config.num_heads, size)

@@ -35,7 +35,7 @@ class ScoreNet:
     pins_initial: the network is shown given frames clean, each frame with its own time (Wan2.2 TI2V-5B): conditioning's
         initial frames take the place of x's, at sigma 0, and the velocity in them is the one that leads to them, so
         losses and samplers need not know. Other networks see what x holds in those frames.
-    adapter: of a network that plays several roles, the one that makes it this one (model/wan/lora.py).
+    adapter: of a network that plays several roles, the one that makes it this one (model/lora.py).
     """
 
     def __init__(

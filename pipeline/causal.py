@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.wan.kv_cache import CacheSpec, KVCache, context_frames
-from model.wan.masks import FrameMask, block_causal_mask, check_window, frame_blocks, teacher_forcing_mask
-from model.wan.transformer import WanTransformer
+from model.attention.kv_cache import CacheSpec, KVCache, context_frames
+from model.attention.masks import FrameMask, block_causal_mask, check_window, frame_blocks, teacher_forcing_mask
+from model.family import Network
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class CausalConfig:
 
     def new_cache(
         self,
-        net: WanTransformer,
+        net: Network,
         videos: VideoShape,
         dtype: torch.dtype,
         device: torch.device | str,

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.attention.kv_cache import KVCache
+from model.attention.masks import block_causal_mask
 from model.score import ScoreNet
 from model.types import Conditioning, NoiseSource
-from model.wan.kv_cache import KVCache
-from model.wan.masks import block_causal_mask
 from pipeline.causal import CausalConfig
 from pipeline.denoise import ExitPass, context_input, denoise_block, per_sample, write_context
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.attention.kv_cache import KVCache
+from model.attention.replay import Trace
 from model.schedule import mix
 from model.score import Condition, ScoreNet
 from model.types import NoiseSource
-from model.wan.kv_cache import KVCache
-from model.wan.replay import Trace
 
 
 @dataclass(frozen=True)

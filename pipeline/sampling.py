@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.attention.captured import Captured
+from model.attention.kv_cache import KVCache
+from model.family import Network
 from model.schedule import uniform_sigmas
 from model.score import Condition, ScoreNet
 from model.types import Conditioning, NoiseSource
-from model.wan.captured import Captured
-from model.wan.kv_cache import KVCache
-from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_sample
 from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import block_noise, stream
@@ -51,7 +51,7 @@ def few_step_stream(
             x0 = denoise_block(score, noise, conditioning, sigmas, ExitPass(last), block=0, source=source, cache=None)
             yield score.finished(x0, conditioning)
             return
-        assert isinstance(score.net, WanTransformer)
+        assert isinstance(score.net, Network)
         videos = VideoShape.of(noise, conditioning.initial_frames)
         cache = causal.new_cache(score.net, videos, cache_dtype(score), noise.device)
         yield from stream(score, noise, conditioning, sigmas, causal, source, cache=cache)
@@ -75,7 +75,7 @@ def student_with_cache(
     trained_frames: latent frames of the longest video that the student was trained on.
     recorded: whether its passes are recorded as CUDA graphs; never where ranks share a sequence.
     """
-    assert isinstance(score.net, WanTransformer)
+    assert isinstance(score.net, Network)
     cache = causal.new_cache(score.net, videos, cache_dtype(score), device, trained_frames=trained_frames)
     student = score.through(Captured(score.net, cache)) if recorded and score.net.sequence is None else score
     return student, cache

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.attention.checkpointing import Checkpointing
+from model.attention.kv_cache import KVCache
+from model.attention.replay import Trace
+from model.family import Network
 from model.schedule import velocity_to_x0
 from model.score import ScoreNet
 from model.types import Conditioning, NoiseSource, Rollout
-from model.wan.config import Checkpointing
-from model.wan.kv_cache import KVCache
-from model.wan.replay import Trace
-from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig
 from pipeline.causal_inference import cache_initial
 from pipeline.denoise import ExitPass, context_input, denoise_block, write_context
@@ -130,7 +130,7 @@ def _check(plan: RolloutPlan, blocks: int, total: int, conditioning: Conditionin
 def _replays(student: ScoreNet) -> bool:
     """With checkpointing the exit passes run without gradient and get it afterwards, all in one pass."""
     return (
-        isinstance(student.net, WanTransformer)
+        isinstance(student.net, Network)
         and student.net.checkpointing is not Checkpointing.none
         and not is_partitioned(student.net)  # ZeRO-3 gathers weights as blocks are called, and a replay calls none
     )

@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_leaves
 from configs.schema import RunConfig
 from configs.sections import TrainerKind
 from configs.sizes import largest
+from model.attention.kv_cache import KVCache
+from model.attention.vsa.counting import kernels_counted_by
 from model.discriminator import tapped_blocks
-from model.wan.config import NetworkConfig
-from model.wan.kv_cache import KVCache
-from model.wan.vsa.counting import kernels_counted_by
+from model.network import NetworkConfig
 from planning.meter import GRADIENTS, Meter, Owner, Phase
 from tasks.build import build_task
 from trainer.base import RunOptions, Trainer

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from configs.schema import RunConfig
 from configs.sizes import largest
-from model.wan.config import Checkpointing
+from model.attention.checkpointing import Checkpointing
 from planning.hardware import CONTEXT_GB, FRAGMENTS, GB, find_gpu, needed_gb
 from planning.meter import FLOPS, GATHERED, GRADIENTS, WORKSPACE, Traffic
 from planning.plan import Cluster, Plan, make_plan

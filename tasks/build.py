@@ -10,7 +10,7 @@ import torch
 
 from configs.schema import RunConfig
 from configs.sections import DataConfig
-from model.wan.config import WanConfig
+from model.family import Geometry
 from tasks.digits import DigitsTask
 from tasks.synthetic import SyntheticTask
 from tasks.task import Task
@@ -20,11 +20,12 @@ from tasks.wan import WanTask
 
 def build_task(config: RunConfig, device: torch.device) -> Task:
     """What the run generates, by data.kind. Raises ConfigError."""
-    kinds: dict[str, Callable[[DataConfig, WanConfig, int, torch.device], Task]] = {
+    if config.data.kind == "wan":
+        return WanTask(config.data, config.student, config.seed, device)
+    kinds: dict[str, Callable[[DataConfig, Geometry, int, torch.device], Task]] = {
         "toy": ToyTask,
         "digits": DigitsTask,
         "synthetic": SyntheticTask,
-        "wan": WanTask,
     }
     return kinds[config.data.kind](config.data, config.student.geometry(), config.seed, device)
 
@@ -48,5 +49,5 @@ def task_to_sample(config: RunConfig, device: torch.device) -> Task:
         text=text,
     )
     if data.kind == "wan":
-        return WanTask(data, config.student.geometry(), config.seed, device, library=[])
+        return WanTask(data, config.student, config.seed, device, library=[])
     return build_task(replace(config, data=data), device)

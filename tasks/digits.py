@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from configs.sections import DataConfig
-from model.wan.config import WanConfig
+from model.family import Geometry
 from tasks.world import WorldTask
 from worlds.digits import DigitsWorld
 
@@ -15,5 +15,5 @@ class DigitsTask(WorldTask):
 
     world: DigitsWorld
 
-    def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+    def __init__(self, config: DataConfig, geometry: Geometry, seed: int, device: torch.device) -> None:
         super().__init__(DigitsWorld(config.digits), config, geometry, seed, device)

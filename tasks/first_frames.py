@@ -10,49 +10,41 @@ import torch
 from torch import Tensor
 
 from configs.sections import DataConfig
+from model.family import FirstFrame
+from model.network import NetworkConfig
 from model.types import VisualConditioning
-from model.wan.config import WanConfig
-from model.wan.vae import STRIDE_T
 from utils.data.stream import Sample, stacked
 
 VisualOf = Callable[[Sequence[Sample]], VisualConditioning]
 
 
 def visual_reader(
-    config: DataConfig, geometry: WanConfig, frames: int, device: torch.device, *, real: bool
+    config: DataConfig, network: NetworkConfig, frames: int, device: torch.device, *, real: bool
 ) -> VisualOf:
     """A function that makes the visual conditioning of a batch's stored samples.
 
     config: says whether networks get a first frame.
-    geometry: of the network; its model_type decides what the network takes of a first frame.
+    network: whose geometry says what it takes of a first frame.
     frames: latent frames of a video.
     device: where the conditioning goes.
     real: whether the samples are real videos; otherwise they are images.
 
     The function raises ValueError for samples that lack what the network needs.
     """
-    if not config.has_first_frame(geometry.model_type, real=real):
+    geometry = network.geometry()
+    if not config.has_first_frame(geometry.first_frame, real=real):
         return lambda samples: VisualConditioning()
-    if geometry.model_type == "i2v":
-        return lambda samples: _beside(samples, geometry, frames, device)
+    if geometry.first_frame is FirstFrame.channels:
+        return lambda samples: _beside(samples, network, frames, device)
     return lambda samples: VisualConditioning(stacked([_first(s) for s in samples], "latents").float().to(device))
-
-
-def channels_of(latents: Tensor) -> Tensor:
-    """Channels [B, F, 4 + C, H, W] of the latents [B, F, C, H, W] of an image and grey frames after it.
-
-    The mask comes first: 1 for the first latent frame, 0 for the others (as `image_channels` makes both).
-    """
-    mask = torch.zeros_like(latents[:, :, :1]).expand(-1, -1, STRIDE_T, -1, -1).clone()
-    mask[:, 0] = 1
-    return torch.cat([mask, latents], 2)
 
 
 def _first(sample: Sample) -> Tensor | None:
     return None if sample.latents is None else sample.latents[:1]
 
 
-def _beside(samples: Sequence[Sample], geometry: WanConfig, frames: int, device: torch.device) -> VisualConditioning:
+def _beside(samples: Sequence[Sample], network: NetworkConfig, frames: int, device: torch.device) -> VisualConditioning:
+    geometry = network.geometry()
     short = [s.name for s in samples if s.first_latents is None or len(s.first_latents) < frames]
     if short:
         raise ValueError(
@@ -60,7 +52,7 @@ def _beside(samples: Sequence[Sample], geometry: WanConfig, frames: int, device:
             "--i2v and a bucket of so many frames"
         )
     first = stacked([s.first_latents[:frames] for s in samples if s.first_latents is not None], "first_frame_latent")
-    channels = channels_of(first.float().to(device))
+    channels = network.family.codecs.channels_of(first.float().to(device))
     if channels.shape[2] != geometry.in_dim - geometry.out_dim:
         raise ValueError(
             f"{samples[0].name} makes {channels.shape[2]} channels beside the latents, the network takes "

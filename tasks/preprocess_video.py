@@ -12,14 +12,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.wan.image_encoder import ImageEncoder, image_channels, load_image_encoder
-from model.wan.vae import DTYPES, STRIDE_T, VAEConfig, WanVAE, load_vae
+from model.codec import DTYPES, Codec, Codecs, ImageEncoder, VAEConfig
+from model.family import Family, families
 from tasks.video_command import Encoders, video_command
 from utils import distributed
 from utils.data.tensors import Statistics
 from utils.errors import UserError
 
-PATCH = 2  # of every Wan DiT, in latent places a side
+
+def side_tokens(family: Family) -> int:
+    """Latent places a side of a token, in the family's presets."""
+    return max(geometry.patch_size[1] for geometry in family.presets.values())
 
 
 def preprocess_video(argv: Sequence[str]) -> int:
@@ -33,6 +36,8 @@ def preprocess_images(argv: Sequence[str]) -> int:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
+    names = list(families())
+    parser.add_argument("--family", default=names[0], choices=names, help=f"of the networks ({names[0]})")
     parser.add_argument("--vae", required=True, help="an AutoencoderKLWan: its folder, a pipeline's, or a Hub name")
     parser.add_argument(
         "--vae_dtype", "--vae-dtype", default="bf16", choices=tuple(DTYPES), help="it computes in (bf16)"
@@ -45,33 +50,34 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _encoders(args: argparse.Namespace) -> Encoders:
-    device = distributed.device()
+    family, device = families()[args.family], distributed.device()
+    codecs = family.codecs
     if args.image_encoder is not None and not args.i2v:
         raise UserError("--image_encoder: only i2v networks see its tokens: add --i2v, or leave it out")
     try:
-        vae = load_vae(VAEConfig(path=args.vae, dtype=args.vae_dtype), device)
+        vae = codecs.load(VAEConfig(path=args.vae, dtype=args.vae_dtype), device)
     except ValueError as problem:
         raise UserError(f"--vae: {problem}") from None
     try:
         clip = None
         if args.image_encoder is not None:
-            clip = load_image_encoder(args.image_encoder, DTYPES[args.vae_dtype], device)
+            clip = codecs.load_image_encoder(args.image_encoder, DTYPES[args.vae_dtype], device)
     except ValueError as problem:
         raise UserError(f"--image_encoder: {problem}") from None
     settings = {"vae": args.vae, "vae_dtype": args.vae_dtype}
     return Encoders(
         video=lambda pixels: vae.encode(pixels.to(device)).cpu(),
         settings=settings | ({"i2v": True, "image_encoder": args.image_encoder} if args.i2v else {}),
-        temporal=STRIDE_T,
-        spatial=vae.spatial * PATCH,
+        temporal=codecs.time_stride,
+        spatial=vae.spatial * side_tokens(family),
         statistics=Statistics(tuple(vae.mean.flatten().tolist()), tuple((1 / vae.scale).flatten().tolist())),
-        visual=partial(_visual, vae, clip) if args.i2v else None,
+        visual=partial(_visual, codecs, vae, clip) if args.i2v else None,
     )
 
 
 @torch.no_grad()
-def _visual(vae: WanVAE, clip: ImageEncoder | None, frames: int, first: Tensor) -> dict[str, Tensor]:
+def _visual(codecs: Codecs, vae: Codec, clip: ImageEncoder | None, frames: int, first: Tensor) -> dict[str, Tensor]:
     """`first_latents` [B, F, C, H, W] and maybe `clip` [B, Li, Di] of the first frames [B, 3, h, w] of videos."""
-    latent_frames = (frames - 1) // STRIDE_T + 1
-    found = {"first_latents": image_channels(vae, first.to(vae.device), latent_frames)[:, :, STRIDE_T:]}
+    latent_frames = (frames - 1) // codecs.time_stride + 1
+    found = {"first_latents": codecs.latents_of(codecs.image_channels(vae, first.to(vae.device), latent_frames))}
     return found if clip is None else found | {"clip": clip.encode(first)}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from configs.objective import RewardConfig
 from configs.sections import DataConfig
+from model.family import FirstFrame, Geometry
 from model.types import Conditioning, VisualConditioning
-from model.wan.config import WanConfig
 from tasks.clips import Clips, Glimpse
 from tasks.task import Shape, for_each, no_reward, spread
 from utils.data.buckets import Size
@@ -37,10 +37,10 @@ class SyntheticTask:
     Nothing can be learnt from it: it is for benchmarks, smoke tests and plans.
     """
 
-    def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+    def __init__(self, config: DataConfig, geometry: Geometry, seed: int, device: torch.device) -> None:
         sizes, self.device, self.seed, self.geometry = config.synthetic, device, seed, geometry
         self.streams: Sequence[Stream] = ()
-        if geometry.in_dim != geometry.out_dim and geometry.model_type != "i2v":
+        if geometry.in_dim != geometry.out_dim and geometry.first_frame is not FirstFrame.channels:
             raise ConfigError(f"student: in_dim {geometry.in_dim} and out_dim {geometry.out_dim} differ: make them one")
         self.latent_shape: tuple[int, ...] = (sizes.frames, geometry.out_dim, sizes.height, sizes.width)
         self.text_shape = (geometry.text_len, geometry.text_dim)
@@ -72,7 +72,7 @@ class SyntheticTask:
     def _visual(self, positions: range, shape: Shape | None = None) -> VisualConditioning:
         """Noise in place of an image's conditioning for an i2v network; nothing for other networks."""
         net = self.geometry
-        if net.model_type != "i2v":
+        if net.first_frame is not FirstFrame.channels:
             return VisualConditioning()
         noise = Noise(keyed_seed(self.seed, "synthetic images"), 0, positions, self.device)
         frames, _, *size = shape or self.latent_shape

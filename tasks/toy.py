@@ -8,7 +8,7 @@ import torch
 
 from configs.objective import RewardConfig
 from configs.sections import DataConfig
-from model.wan.config import WanConfig
+from model.family import Geometry
 from tasks.task import Reward
 from tasks.world import WorldTask
 from utils.errors import ConfigError
@@ -21,7 +21,7 @@ class ToyTask(WorldTask):
 
     world: ToyWorld
 
-    def __init__(self, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+    def __init__(self, config: DataConfig, geometry: Geometry, seed: int, device: torch.device) -> None:
         super().__init__(ToyWorld(config.toy), config, geometry, seed, device)
 
     def reward(self, config: RewardConfig | None) -> Reward | None:

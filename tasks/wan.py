@@ -15,12 +15,11 @@ from torch import Tensor
 
 from configs.objective import RewardConfig
 from configs.sections import DataConfig
+from model.codec import Codec, Codecs, ImageEncoder, VAEConfig
+from model.family import FirstFrame, Geometry
+from model.network import NetworkConfig
+from model.text_encoder import DTYPES, TextConfig, TextEncoder, cleaning, load_text_encoder
 from model.types import Conditioning, VisualConditioning
-from model.wan.config import WanConfig
-from model.wan.folders import part_folder, read_config
-from model.wan.image_encoder import ImageEncoder, check_image_encoder, image_channels, load_image_encoder
-from model.wan.text_encoder import DTYPES, TextConfig, TextEncoder, cleaning, load_text_encoder
-from model.wan.vae import STRIDE_T, VAEConfig, WanVAE, load_vae, vae_channels
 from tasks.clips import Clips, Glimpse
 from tasks.first_frames import visual_reader
 from tasks.stored import Stored, StoredImages, StoredLatents
@@ -62,7 +61,7 @@ class WanText:
     networks and the encoder, and if there is neither cache nor encoder.
     """
 
-    def __init__(self, config: TextConfig, geometry: WanConfig, device: torch.device) -> None:
+    def __init__(self, config: TextConfig, geometry: Geometry, device: torch.device) -> None:
         self.config, self.device = config, device
         self.text_len, self.text_dim = geometry.text_len, geometry.text_dim
         if config.cache is None and config.encoder is None:
@@ -135,7 +134,7 @@ class WanTask:
     The VAE is loaded when it is first needed.
 
     config: the run's data section.
-    geometry: of the networks that see the latents and embeddings.
+    network: one of those that see the latents and embeddings: its family has the codec.
     seed: of the order of prompts and stored samples.
     device: where tensors and encoders go.
     library: the prompts of a config that names no file of prompts; empty for a task that only generates.
@@ -146,12 +145,13 @@ class WanTask:
     def __init__(
         self,
         config: DataConfig,
-        geometry: WanConfig,
+        network: NetworkConfig,
         seed: int,
         device: torch.device,
         library: Sequence[str] | None = None,
     ) -> None:
         self.device, self.vae_config, clip = device, config.vae, config.wan
+        geometry, self.codecs = network.geometry(), network.family.codecs
         self.geometry, self.image_encoder_path = geometry, config.image_encoder
         self.latent_shape: tuple[int, ...] = (clip.frames, geometry.out_dim, clip.height, clip.width)
         self.negative_prompt = config.negative_prompt
@@ -163,16 +163,18 @@ class WanTask:
             self.text = WanText(config.text, geometry, device)
             self.text.check([*self.library, self.negative_prompt])
             if config.vae.path is not None:
-                _check_channels(config.vae, vae_channels(config.vae), geometry.out_dim)  # now and not hours later
+                _check_channels(
+                    config.vae, self.codecs.channels(config.vae), geometry.out_dim
+                )  # now and not hours later
             if config.image_encoder is not None:
-                check_image_encoder(config.image_encoder)
+                self.codecs.check_image_encoder(config.image_encoder)
         except (ValueError, OSError, UserError) as problem:
             raise ConfigError(f"data: {problem}") from None
         self.stream = PromptStream(max(len(self.library), 1), seed)
-        statistics, frames = statistics_of(config.vae), clip.frames
+        statistics, frames = statistics_of(self.codecs, config.vae), clip.frames
         self.videos: StoredLatents | None = None
         if config.latents is not None and config.real:
-            visual_of = visual_reader(config, geometry, frames, device, real=True)
+            visual_of = visual_reader(config, network, frames, device, real=True)
             self.videos = StoredLatents(
                 "data.latents",
                 Path(config.latents),
@@ -183,30 +185,30 @@ class WanTask:
             )
         self.images: StoredImages | None = None
         if config.images is not None:
-            visual_of = visual_reader(config, geometry, frames, device, real=False)
+            visual_of = visual_reader(config, network, frames, device, real=False)
             self.images = StoredImages(
                 "data.images", Path(config.images), self.latent_shape, seed, statistics=statistics, visual_of=visual_of
             )
         self.streams: Sequence[Stream] = [stored.stream for stored in (self.videos, self.images) if stored is not None]
         self._check_first(geometry)
 
-    def _check_first(self, geometry: WanConfig) -> None:
+    def _check_first(self, geometry: Geometry) -> None:
         """Files that lack what the network needs, and captions that have no embedding, are refused now."""
         try:
             if self.images is not None:
                 self.images.read(range(1))
                 self.check_captions(self.images)
             if self.videos is not None:
-                if geometry.model_type == "i2v":
+                if geometry.first_frame is FirstFrame.channels:
                     self.videos.read(range(1))
                 self.check_captions(self.videos)
         except UserError as problem:
             raise ConfigError(str(problem)) from None
 
     @cached_property
-    def vae(self) -> WanVAE:
+    def vae(self) -> Codec:
         """The VAE. Raises UserError for one that is damaged or does not fit the networks."""
-        return fitting_vae(self.vae_config, self.latent_shape[1], self.device)
+        return fitting_vae(self.codecs, self.vae_config, self.latent_shape[1], self.device)
 
     @cached_property
     def image_encoder(self) -> ImageEncoder:
@@ -218,7 +220,7 @@ class WanTask:
                     "image_encoder is null: these networks see CLIP's tokens: give a pipeline's folder (inference.py: "
                     "--image_encoder)"
                 )
-            encoder = load_image_encoder(path, DTYPES[self.vae_config.dtype], self.device)
+            encoder = self.codecs.load_image_encoder(path, DTYPES[self.vae_config.dtype], self.device)
             if encoder.width != width:
                 raise ValueError(f"image_encoder: {path} has width {encoder.width}, the networks take {width}")
             return encoder
@@ -291,11 +293,11 @@ class WanTask:
 
         Raises ValueError for another size, or more frames than the videos have.
         """
-        if self.geometry.model_type != "i2v":
+        if self.geometry.first_frame is not FirstFrame.channels:
             return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
         self._check_size(pixels)
         seen = pixels.expand(-1, -1, 3, -1, -1)
-        channels = image_channels(self.vae, seen, frames or self.latent_shape[0])
+        channels = self.codecs.image_channels(self.vae, seen, frames or self.latent_shape[0])
         image = None if self.geometry.image_dim is None else self.image_encoder.encode(seen[:, 0])
         return replace(
             self.conditioning(prompts),
@@ -354,7 +356,7 @@ class WanTask:
 
     def pixel_size(self, frames: int) -> Size:
         height, width = (self.vae.spatial * size for size in self.latent_shape[2:])
-        return Size(STRIDE_T * (frames - 1) + 1, height, width)
+        return Size(self.codecs.time_stride * (frames - 1) + 1, height, width)
 
     def _check_size(self, pixels: Tensor) -> None:
         size = self.pixel_size(1)
@@ -376,18 +378,17 @@ class WanTask:
         return self.vae.encode(last)
 
 
-def statistics_of(config: VAEConfig) -> Statistics | None:
+def statistics_of(codecs: Codecs, config: VAEConfig) -> Statistics | None:
     """Mean and deviation of the raw latents of a config's VAE, for files that hold those; None without a VAE."""
     if config.path is None:
         return None
-    found = read_config(part_folder(config.path, "vae"), "AutoencoderKLWan")
-    return Statistics(tuple(found["latents_mean"]), tuple(found["latents_std"]))
+    return Statistics(*codecs.statistics(config.path))
 
 
-def fitting_vae(config: VAEConfig, channels: int, device: torch.device) -> WanVAE:
+def fitting_vae(codecs: Codecs, config: VAEConfig, channels: int, device: torch.device) -> Codec:
     """The VAE of a config, for networks of so many latent channels. Raises UserError."""
     try:
-        vae = load_vae(config, device)
+        vae = codecs.load(config, device)
         _check_channels(config, vae.channels, channels)
         return vae
     except (ValueError, OSError) as problem:

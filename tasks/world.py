@@ -13,9 +13,9 @@ from torch import Tensor
 
 from configs.objective import RewardConfig
 from configs.sections import DataConfig
+from model.family import Geometry
+from model.text_encoder import toy_text_encoder
 from model.types import Conditioning, VisualConditioning
-from model.wan.config import WanConfig
-from model.wan.text_encoder import toy_text_encoder
 from tasks.clips import Clips, Glimpse
 from tasks.task import Reward, Shape, for_each, no_reward, spread
 from utils.data.buckets import Size
@@ -53,7 +53,7 @@ class World(Protocol):
 class WorldTask:
     """A world behind the interface of a task: all that it returns depends on positions, nothing on state."""
 
-    def __init__(self, world: World, config: DataConfig, geometry: WanConfig, seed: int, device: torch.device) -> None:
+    def __init__(self, world: World, config: DataConfig, geometry: Geometry, seed: int, device: torch.device) -> None:
         self.world = world
         self.device = device
         self.latent_shape: tuple[int, ...] = self.world.latent_shape
@@ -67,7 +67,7 @@ class WorldTask:
         self.encoder.to(device)
         self.may_use_data = config.real
         self.streams: Sequence[Stream] = ()
-        self.has_first_frame = config.has_first_frame(geometry.model_type, real=True) and config.real
+        self.has_first_frame = config.has_first_frame(geometry.first_frame, real=True) and config.real
         self.begins_real = config.real and bool(config.first_frame)  # samples too, and not only real videos
         self.negative_prompt = config.negative_prompt
         try:

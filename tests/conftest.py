@@ -31,7 +31,7 @@ FULL = {
     "tests/distributed/test_fsdp.py::test_ode_pairs_are_shared_out": "test_any_split_trains_alike[2_ode]",
     "tests/distributed/test_plan.py": "test_plan.py::test_peak_is_that_of_a_real_run, on one rank",
     "tests/slurm/test_slurm.py": "test_settle.py; tests/distributed for kill, resume and signals",
-    "tests/model/wan/test_attention.py::test_defect_05_flex_agrees_over_shapes": "test_vsa.py::test_flex_agrees_eagerly",
+    "tests/model/attention/test_backends.py::test_defect_05_flex_agrees_over_shapes": "test_vsa.py::test_flex_agrees_eagerly",
     "tests/benchmarks/test_benchmarks.py::test_one_configuration_end_to_end": "test_streaming_end_to_end",
     "tests/benchmarks/test_gpu_check.py::test_results_of_the_benchmarks": "test_streaming_end_to_end",
     "tests/scripts/test_methods_page.py::test_quick_trains": "test_methods.py, row by row",
@@ -42,9 +42,9 @@ FULL = {
     "tests/trainer/test_trainer.py::test_flow_matching_learns_in_every_mode[bidirectional": "teacher_forcing",
     "tests/trainer/test_trainer.py::test_signal_saves_and_the_run_goes_on_exactly[2]": "another signal",
     "tests/trainer/test_trainer.py::test_signal_saves_and_the_run_goes_on_exactly[10]": "another signal",
-    "tests/model/wan/test_vsa.py::test_flex_with_blocks_of_several_tiles_agrees_compiled": "test_flex_agrees_eagerly",
-    "tests/model/wan/test_vsa.py::test_flex_agrees_compiled": "test_flex_agrees_eagerly",
-    "tests/model/wan/test_vsa.py::test_kernels_build_for_hopper": "the kernels in Triton's interpreter",
+    "tests/model/attention/test_vsa.py::test_flex_with_blocks_of_several_tiles_agrees_compiled": "test_flex_agrees_eagerly",
+    "tests/model/attention/test_vsa.py::test_flex_agrees_compiled": "test_flex_agrees_eagerly",
+    "tests/model/attention/test_vsa.py::test_kernels_build_for_hopper": "the kernels in Triton's interpreter",
 }
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.attention.backends import Backend
+from model.attention.checkpointing import Checkpointing
+from model.attention.sparse import SparseConfig
 from model.types import Conditioning
-from model.wan.attention import Backend
-from model.wan.config import Checkpointing, SparseConfig, WanConfig
+from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer
 
 MICRO = WanConfig(

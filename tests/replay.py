@@ -21,13 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.attention.backends import Backend
+from model.attention.checkpointing import Checkpointing
 from model.dmd import critic_loss, dmd_loss
 from model.query import Guidance, ScoreQuery
 from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import Conditioning, LossOutput, Rollout
-from model.wan.attention import Backend
-from model.wan.config import Checkpointing, WanConfig
+from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import generate

@@ -12,11 +12,11 @@ from configs.objective import GANConfig, Heads, ObjectiveKind
 from configs.schema import RunConfig
 from configs.sizes import schedule_at
 from model.discriminator import Discriminator, ImageHeads, RegisterHead, VideoHeads, tapped_blocks
+from model.family import Geometry
 from model.gan import Adversarial, NoisedSamples, discriminator_loss, gan_loss
 from model.ladd import ladd_sigma
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
-from model.wan.config import WanConfig
 from tasks.task import Shape, Task
 from trainer.engine import ReplicatedEngine
 from trainer.networks import Trained
@@ -27,7 +27,7 @@ from utils.random import Noise, keyed_seed
 NAME = "discriminator"
 
 
-def build_heads(config: GANConfig, geometry: WanConfig, blocks: int, size: tuple[int, int]) -> nn.Module:
+def build_heads(config: GANConfig, geometry: Geometry, blocks: int, size: tuple[int, int]) -> nn.Module:
     """Heads for so many tapped blocks of a network, at latents of this height and width. Raises ConfigError."""
     try:
         match config.heads:
@@ -60,7 +60,7 @@ class Adversary:
         self,
         config: RunConfig,
         backbone: ScoreNet,
-        geometry: WanConfig,
+        geometry: Geometry,
         task: Task,
         device: torch.device,
         updates: int,

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
+from torch import Tensor, nn
 
-from model.wan.attention import Backend, available
-from model.wan.config import LoraConfig, NetworkConfig
-from model.wan.init import no_weights, random_weights, zero_gates
-from model.wan.lora import adapter_weights, add_adapter, base_names
-from model.wan.transformer import WanTransformer
-from model.wan.vsa import attention as vsa
-from model.wan.weights import Weights
+from model.attention.backends import Backend, available
+from model.attention.vsa import attention as vsa
+from model.family import Network
+from model.lora import adapter_weights, add_adapter, base_names
+from model.network import LoraConfig, NetworkConfig
+from model.weights import Weights
 from trainer.weight_sources import open_init
 from utils import distributed
 from utils.errors import ConfigError
@@ -55,7 +55,7 @@ class NetworkSpec:
     empty: bool = False
 
 
-def build_network(spec: NetworkSpec, device: torch.device, place: Placement | None = None) -> WanTransformer:
+def build_network(spec: NetworkSpec, device: torch.device, place: Placement | None = None) -> Network:
     """A network with its starting weights; place: sharded, each rank with its part. All ranks call it together.
 
     The network is made without memory and sharded. Then rank 0 reads or draws the weights one by one and sends each
@@ -69,7 +69,7 @@ def build_network(spec: NetworkSpec, device: torch.device, place: Placement | No
     if config.sparse is not None and (problem := vsa.refused(config.sparse.chosen, device, backward=learns)):
         raise ConfigError(f"{spec.name}.sparse: {problem}")
     with torch.device("meta"):
-        net = WanTransformer(config.geometry(), backend, config.checkpointing, config.sparse).to(spec.dtype)
+        net = config.family.network(config.geometry(), backend, config.checkpointing, config.sparse).to(spec.dtype)
     net.requires_grad_(spec.trained)
     source = None if config.init is None or spec.empty else open_init(net, config, spec.name)
     _add_adapters(net, spec, source)
@@ -81,7 +81,7 @@ def build_network(spec: NetworkSpec, device: torch.device, place: Placement | No
     return net
 
 
-def _add_adapters(net: WanTransformer, spec: NetworkSpec, source: Weights | None) -> None:
+def _add_adapters(net: Network, spec: NetworkSpec, source: Weights | None) -> None:
     if spec.adapters and source is not None and _missing_gates(net, source):
         raise ConfigError(
             f"{spec.name}.sparse: {spec.config.init} has no gates of sparse attention, and an adapter would leave them "
@@ -94,23 +94,23 @@ def _add_adapters(net: WanTransformer, spec: NetworkSpec, source: Weights | None
             raise ConfigError(f"{adapter}.{problem}") from None
 
 
-def _missing_gates(net: WanTransformer, source: Weights) -> list[str]:
+def _missing_gates(net: Network, source: Weights) -> list[str]:
     """Weights that `source` lacks, by their names in files: gates of sparse attention, if it is of a dense model."""
     return [key for key in base_names(net) if key not in source.shapes]
 
 
-def _fill(net: WanTransformer, spec: NetworkSpec, source: Weights | None, *, shared: bool) -> None:
+def _fill(net: Network, spec: NetworkSpec, source: Weights | None, *, shared: bool) -> None:
     """Gives the weights and the adapters their starting values. shared: rank 0 has them, the others get parts."""
     reads, parameters = not shared or distributed.is_main(), base_names(net)
     if source is not None:
         bare = _missing_gates(net, source)
         stored = [key for key in parameters if key not in bare]
-        weights = source.read(stored) if reads else no_weights(net, [parameters[key] for key in stored])
+        weights = source.read(stored) if reads else _without_values(net, [parameters[key] for key in stored])
         named = ((parameters.get(key, key), value) for key, value in weights)
-        fill(net, chain(named, zero_gates(net, [parameters[key] for key in bare])), shared=shared)
+        fill(net, chain(named, _zeros(net, [parameters[key] for key in bare])), shared=shared)
     else:
         with _drawn(spec.seed, "weights", spec.name, reads):
-            drawn = random_weights(spec.config.geometry(), spec.config.sparse)
+            drawn = spec.config.family.random_weights(spec.config.geometry(), spec.config.sparse)
             fill(net, ((parameters[key], value) for key, value in drawn), shared=shared)
     for adapter in spec.adapters:
         with _drawn(spec.seed, "adapter", adapter, reads):
@@ -123,3 +123,17 @@ def _drawn(seed: int, kind: str, name: str, reads: bool) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if reads else torch.device("meta"):
         torch.default_generator.manual_seed(keyed_seed(seed, kind, name))
         yield
+
+
+def _zeros(net: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Zeros for these parameters: gates of sparse attention, which the weights of a dense model do not have."""
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in net.named_parameters()}  # whole, under ZeRO-3 too
+    for name in names:
+        yield name, torch.zeros(shapes[name])
+
+
+def _without_values(net: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Names and shapes of these parameters of `net`, in this order: what ranks give that have nothing to send."""
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    for name in names:
+        yield name, torch.empty(shapes[name], device="meta")

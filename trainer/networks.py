@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from model.ema import EMA
+from model.family import Network
+from model.lora import adapter_names
 from model.score import ScoreNet
-from model.wan.lora import adapter_names
-from model.wan.transformer import WanTransformer
 from trainer.engine import Engine
 from utils.optim import NetworkOptimizer
 
@@ -33,9 +33,9 @@ class Trained:
 
 @dataclass
 class TrainedNetwork(Trained):
-    """A DiT. Where the score has an adapter, this is the adapter of that name: then `net` may be others' too."""
+    """A family's network. Where the score has an adapter, this is that adapter, and `net` may be others' too."""
 
-    net: WanTransformer
+    net: Network
     score: ScoreNet
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.schema import RunConfig
+from model.family import Network
 from model.ode_regression import lacking_levels, ode_regression_loss, pick_stored, store_levels
 from model.schedule import uniform_sigmas, velocity_to_x0
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput
-from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_trajectory
 from pipeline.causal import VideoShape
 from pipeline.causal_inference import Branch, causal_trajectory
@@ -50,7 +50,7 @@ class ODETrainer(Trainer):
             return
         self.networks = {"student": self.make.trained("student", steps)}
         shape = self.task.latent_shape
-        visual_of = visual_reader(config.data, config.student.geometry(), shape[0], self.device, real=False)
+        visual_of = visual_reader(config.data, config.student, shape[0], self.device, real=False)
         self.stored = StoredPairs(Path(config.ode.path), shape, config.seed, config.ode.sigmas, visual_of)
         self.sigmas_S = self.stored.sigmas_S
         self.task.check_captions(self.stored)
@@ -185,7 +185,7 @@ def _causal_trajectories(
     keep: Sequence[int],
 ) -> Tensor:
     """`trajectories` of a causal teacher: given frames are clean at every level."""
-    assert isinstance(teacher.net, WanTransformer)
+    assert isinstance(teacher.net, Network)
     guidance, dtype = config.ode.guidance, cache_dtype(teacher)
     conditionings = [conditioning] if guidance == 1.0 else [conditioning, conditioning.with_text(negative)]
     branches = [

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from model.wan.config import LoraConfig
-from model.wan.lora_files import MergedWeights
-from model.wan.weights import Weights
+from model.merged import MergedWeights
+from model.network import LoraConfig
+from model.weights import Weights
 from utils.errors import UserError
 
-# small, of every geometry, and changed by any training of all weights; and one that most adapters change
-TELLING = ("blocks.0.norm3.weight", "head.head.bias", "blocks.0.self_attn.q.weight")
-VALUES = 1 << 16  # of each that are looked at
+VALUES = 1 << 16  # how many values of a tensor count
 
 
 def adapter_origin(lora: LoraConfig, base: str) -> dict[str, Any]:
@@ -23,11 +22,13 @@ def adapter_origin(lora: LoraConfig, base: str) -> dict[str, Any]:
     return {"rank": lora.rank, "alpha": lora.scale * lora.rank, "targets": sorted(set(lora.targets)), "base": base}
 
 
-def base_digest(weights: Weights) -> str:
+def base_digest(weights: Weights, telling: Sequence[str]) -> str:
     """A hash of all names and shapes, and of a few tensors as fp32: not of gigabytes, but other weights have another.
-    Raises what reading them raises."""
+
+    telling: names of those tensors, beside one that each LoRA in the weights changes. Raises what reading raises.
+    """
     digest = hashlib.sha256(repr(sorted(weights.shapes.items())).encode())
-    names = [name for name in dict.fromkeys([*TELLING, *_changed(weights)]) if name in weights.shapes]
+    names = [name for name in dict.fromkeys([*telling, *_changed(weights)]) if name in weights.shapes]
     for name, value in weights.read(names):
         digest.update(name.encode() + value.flatten()[:VALUES].to(torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from configs.schema import RunConfig
 from configs.sizes import sizes_of
+from model.attention.kv_cache import KVCache
+from model.family import Network
 from model.score import ScoreNet
-from model.wan.kv_cache import KVCache
-from model.wan.transformer import WanTransformer
 from pipeline.causal import VideoShape
 from pipeline.sampling import cache_dtype
 
@@ -41,7 +41,7 @@ class RolloutCache:
     def _new(
         self, batch: int, frames: int, height: int, width: int, device: torch.device | str, memory: Tensor | None = None
     ) -> KVCache:
-        net, dtype = cast(WanTransformer, self.student.net), cache_dtype(self.student)
+        net, dtype = cast(Network, self.student.net), cache_dtype(self.student)
         videos = VideoShape(batch, frames, height, width)
         return self.config.causal.new_cache(net, videos, dtype, device, memory=memory)
 

@@ -10,13 +10,13 @@ import torch
 
 from configs.schema import RunConfig
 from configs.sections import Precision
+from model.attention.backends import Backend
 from model.ema import EMA
+from model.family import FirstFrame, Network
+from model.lora import adapter_names
+from model.network import LoraConfig, NetworkConfig
 from model.score import ScoreNet
 from model.types import Evaluations
-from model.wan.attention import Backend
-from model.wan.config import LoraConfig, NetworkConfig
-from model.wan.lora import adapter_names
-from model.wan.transformer import WanTransformer
 from trainer.engine import Engine, FSDPEngine
 from trainer.network_factory import NetworkSpec, Placement, build_network
 from trainer.networks import TrainedNetwork
@@ -35,9 +35,9 @@ def compute_dtype(config: RunConfig) -> torch.dtype | None:
     return torch.bfloat16 if config.training.precision is Precision.bf16 else None
 
 
-def pins(net: WanTransformer) -> bool:
+def pins(net: Network) -> bool:
     """Whether given frames are shown to a bidirectional network clean, each frame with its own time."""
-    return net.config.model_type == "ti2v"
+    return net.config.first_frame is FirstFrame.clean
 
 
 def sharing(config: RunConfig) -> dict[str, LoraConfig]:
@@ -111,7 +111,7 @@ class RunNetworks:
             named = trainable(net)
         else:
             if shares := teacher is not None and name in sharing(config):
-                net = cast(WanTransformer, teacher.net)
+                net = cast(Network, teacher.net)
             else:
                 adapters = {name: network.lora}
                 spec = NetworkSpec(network, name, config.seed, dtype or torch.float32, trained=False, adapters=adapters)
@@ -120,7 +120,8 @@ class RunNetworks:
             named = {key: live[parameter] for key, parameter in adapter_names(net, name).items()}
             base = _base_name(config, network, "teacher" if shares else name)
             adapter, origin = name, adapter_origin(network.lora, base)
-        matrices = [key for key, p in named.items() if key.startswith("blocks.") and p.ndim == 2]
+        inside = {id(p) for p in net.matrices()}
+        matrices = [key for key, p in named.items() if id(p) in inside]
         optimizer = NetworkOptimizer(named, training.optimizer, training.lr_schedule, updates, matrices, dtype)
         ema = None
         if name == "student" and config.ema.decay is not None:
@@ -137,7 +138,7 @@ class RunNetworks:
         sharding = Sharding(compute_dtype(config), reshard, parallel.offload_optimizer, compiled)
         return Placement(self.mesh, parallel, sharding)
 
-    def _engine(self, net: WanTransformer, optimizer: NetworkOptimizer, name: str, updates: int) -> Engine:
+    def _engine(self, net: Network, optimizer: NetworkOptimizer, name: str, updates: int) -> Engine:
         parallel = self.config.parallel
         if parallel.engine != "deepspeed":
             return build_engine(parallel, net, optimizer)
@@ -153,7 +154,7 @@ def build_for_inference(
     device: torch.device,
     dtype: torch.dtype | None,
     place: Placement | None = None,
-) -> WanTransformer:
+) -> Network:
     """A trained network for inference only, stored in the precision in which it runs (None: fp32)."""
     spec = NetworkSpec(network, name, 0, dtype or torch.float32, trained=False)
     return build_network(spec, device, place).eval()
@@ -164,10 +165,10 @@ def _base_name(config: RunConfig, network: NetworkConfig, name: str) -> str:
     are, where they are random."""
     if network.init is None:
         return config_hash(["random", config.seed, name, network.geometry()])
-    return base_digest(stored_weights(network))
+    return base_digest(stored_weights(network), network.family.telling)
 
 
-def build_engine(config: ParallelConfig, net: WanTransformer, optimizer: NetworkOptimizer) -> Engine:
+def build_engine(config: ParallelConfig, net: Network, optimizer: NetworkOptimizer) -> Engine:
     """The engine of a network that FSDP2 shards, or that each rank holds whole."""
     if is_sharded(net):
         return FSDPEngine(

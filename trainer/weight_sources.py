@@ -5,27 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from configs.load import run_from_plain
-from model.wan.config import NetworkConfig
-from model.wan.formats import GATE
-from model.wan.lora_files import MergedWeights, StoredLora
-from model.wan.transformer import WanTransformer
-from model.wan.weights import LazyWeights, Weights, fit
+from model.family import Network
+from model.merged import MergedWeights, StoredLora
+from model.network import NetworkConfig
+from model.weights import Weights
 from trainer.origin import base_digest
 from utils import checkpoint
 from utils.errors import ConfigError
 
 
-def open_init(net: WanTransformer, config: NetworkConfig, name: str) -> Weights:
+def open_init(net: Network, config: NetworkConfig, name: str) -> Weights:
     """The weights that `config.init` names, its loras added, checked against `net` by their headers.
 
     Raises ConfigError naming the network.
     """
     try:
         weights = stored_weights(config)
-        shapes = {key: tuple(p.shape) for key, p in net.named_parameters()}
-        if not any(GATE.match(key) for key in weights.shapes):  # of a dense model: its gates begin at zero
-            shapes = {key: shape for key, shape in shapes.items() if not GATE.match(key)}
-        fit(weights, shapes, net.config)
+        config.family.check_fit(weights, net)
         return weights
     except (ValueError, OSError) as problem:
         raise ConfigError(f"{name}.init: {problem}") from None
@@ -40,10 +36,12 @@ def stored_weights(config: NetworkConfig) -> Weights:
     elif config.init_lora_scale != 1:
         raise ValueError("init_lora_scale is of a run's adapter, and this is no run: leave it 1")
     else:
-        weights = LazyWeights(config.init, config.init_weights, config.expert)
+        weights = config.family.open_weights(config.init, config.init_weights, config.expert)
     if not config.loras:
         return weights
-    return MergedWeights(weights, [(lora.path, lora.scale) for lora in config.loras], config.expert)
+    modules = {name.rpartition(".")[0] for name in weights.shapes}
+    loras = [(config.family.open_lora(lora.path, modules, config.expert), lora.scale) for lora in config.loras]
+    return MergedWeights(weights, loras)
 
 
 def is_run(path: Path) -> bool:
@@ -78,8 +76,8 @@ def open_group(folder: Path, group: str, lora_scale: float = 1.0) -> Weights:
         return stored
     try:
         base = stored_weights(network)
-        if state["networks"][name]["adapter"]["base"] != base_digest(base):
+        if state["networks"][name]["adapter"]["base"] != base_digest(base, network.family.telling):
             raise ValueError("other weights lie there now: put back those that it was trained on")
-        return MergedWeights(base, [(StoredLora(stored, network.lora, folder), lora_scale)])
+        return MergedWeights(base, [(StoredLora(stored, network.lora.scale, folder), lora_scale)])
     except (ValueError, OSError) as problem:
         raise ValueError(f"{folder} is an adapter on {name}.init {network.init}: {problem}") from None

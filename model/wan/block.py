@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from model.wan.attention import Backend, attend
+from model.attention.backends import Backend, attend
+from model.attention.passes import PassContext
+from model.attention.replay import Join, known_output
+from model.attention.rope import apply_rope
+from model.attention.sparse import Sparsity
+from model.lora import use_adapter
 from model.wan.config import WanConfig
-from model.wan.lora import use_adapter
-from model.wan.passes import PassContext
-from model.wan.replay import Join, known_output
-from model.wan.rope import apply_rope
-from model.wan.sparse import Sparsity
 
 KV = tuple[Tensor, Tensor]
 ContextKV = tuple[Tensor, ...]  # keys and values of the text, then of the image where there is one
@@ -173,7 +173,7 @@ class Block(nn.Module):
     def __init__(self, config: WanConfig, layer: int, sparse: Sparsity | None = None) -> None:
         super().__init__()
         self.layer, self.eps = layer, config.eps
-        self.adapted: list[nn.Module] = []  # its layers with adapters: see model/wan/lora.py
+        self.adapted: list[nn.Module] = []  # its layers with adapters: see model/lora.py
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
         self.sparse = sparse
         self.self_attn = Attention(config, gated=sparse is not None)
@@ -203,7 +203,7 @@ class Block(nn.Module):
         context_kv: keys and values of context_BMd, where an earlier pass has kept them.
         join: puts the keys and values that precede these tokens, and are seen by all of them, before their own; or a
         list of them for parts of the tokens, which then see nothing of each other.
-        known: x after this block, from passes already made (model/wan/replay.py): only backward computes.
+        known: x after this block, from passes already made (model/attention/replay.py): only backward computes.
         """
         if known is not None:
             return self._replay(known, x, time_BF6d, context_BMd, shared, join), None, None

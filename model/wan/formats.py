@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from enum import Enum
+
+from model.export import Format
 
 # what trainers' wrappers leave in front of names, and what FSDP, checkpointing and torch.compile leave anywhere
 PREFIXES = ("module.", "model.", "diffusion_model.")
@@ -49,13 +50,6 @@ BLOCK = {
 
 GATE = re.compile(r"blocks\.\d+\.self_attn\.to_gate_compress\.")  # native names; only a sparse network has them
 UNUSED = re.compile(r"norm_added_q\.")  # of the first I2V conversions to Diffusers: no network reads it
-
-
-class Format(Enum):
-    """Whose parameter names a state dict has."""
-
-    NATIVE = "native"
-    DIFFUSERS = "diffusers"
 
 
 def detect_format(keys: Iterable[str]) -> Format:

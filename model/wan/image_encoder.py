@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.wan.folders import load_whole, loading, part_folder, pipeline_folder, read_config
+from model.folders import load_whole, loading, part_folder, pipeline_folder, read_config
 from model.wan.vae import STRIDE_T, WanVAE
 
 PARTS = ("image_encoder", "image_processor")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from model.wan.config import SparseConfig, WanConfig
+from model.attention.sparse import SparseConfig
+from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer, layer_weights
 
 LAYERS = (nn.Linear, nn.Conv3d)
@@ -34,17 +34,3 @@ def random_weights(config: WanConfig, sparse: SparseConfig | None = None) -> Ite
 
 def _without_memory(_parent: nn.Module, _name: str, module: nn.Module) -> nn.Module | None:
     return module.to("meta") if isinstance(module, LAYERS) else None
-
-
-def zero_gates(net: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Zeros for these gates of sparse attention, which the weights of a dense model do not have."""
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in net.named_parameters()}  # whole, under ZeRO-3 too
-    for name in names:
-        yield name, torch.zeros(shapes[name])
-
-
-def no_weights(net: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Names and shapes of these parameters of `net`, in this order: what ranks give that have nothing to send."""
-    shapes = {name: p.shape for name, p in net.named_parameters()}
-    for name in names:
-        yield name, torch.empty(shapes[name], device="meta")

@@ -8,19 +8,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.wan.config import LoraConfig
+from model.export import ADAPTER_CONFIG
+from model.merged import Change, MergedWeights
+from model.sources import located, open_tensors, weight_files
 from model.wan.formats import to_diffusers_key, to_native_key, unwrapped
-from model.wan.sources import Stored, located, open_tensors, weight_files
-from model.wan.weights import Shapes, State, Weights
+from model.weights import State, Stored, Weights
 
 # trainers' names of the same two matrices, an adapter's name perhaps between them and the leaf
 _FACTOR = re.compile(
@@ -31,33 +30,6 @@ _DOWN = ("lora_A", "lora_down", "lora.down")
 _KOHYA = "lora_unet_"
 _PEFT = "base_model.model."
 _EXPERTS = {"transformer.": "high", "transformer_2.": "low"}
-ADAPTER_CONFIG = "adapter_config.json"
-
-
-@dataclass
-class Change:
-    """What a file does to one module.
-
-    down, up: the factors.
-    alpha: of alpha / rank; None for the rank.
-    diff, bias: added to its weight and bias as they are.
-    """
-
-    down: Stored | None = None
-    up: Stored | None = None
-    alpha: Stored | None = None
-    diff: Stored | None = None
-    bias: list[Stored] = field(default_factory=list)
-
-    def shape(self) -> tuple[int, ...] | None:
-        """Of the weight that it fits; None where it only changes the bias. Raises ValueError for half a pair."""
-        if (self.down is None) != (self.up is None):
-            raise ValueError(f"has no {'up' if self.up is None else 'down'} matrix")
-        if self.down is None or self.up is None:
-            return None if self.diff is None else self.diff.shape
-        if self.up.shape[1] != self.down.shape[0]:
-            raise ValueError(f"has ranks {self.down.shape[0]} and {self.up.shape[1]}")
-        return (self.up.shape[0], *self.down.shape[1:])
 
 
 class LoraFile:
@@ -97,81 +69,13 @@ class LoraFile:
         return float(alpha) / (math.sqrt(rank) if self.alphas["rslora"] else rank)
 
 
-class StoredLora:
-    """The changes of an adapter as our own checkpoints keep it: `blocks.0.self_attn.q.lora_A.weight` and so on."""
+def with_loras(base: Weights, loras: Sequence[tuple[str | Path, float]], expert: str | None = None) -> MergedWeights:
+    """`base` with LoRA files added, each times its scale. Raises ValueError in one line.
 
-    def __init__(self, stored: Weights, config: LoraConfig, path: str | Path) -> None:
-        self.path, self.config = path, config
-        self.changes: dict[str, Change] = {}
-        for name, shape in stored.shapes.items():
-            module, part, _ = name.rsplit(".", 2)
-            change = self.changes.setdefault(module, Change())
-            setattr(change, "down" if part == "lora_A" else "up", Stored(tuple(shape), partial(_read, stored, name)))
-
-    def factor(self, _module: str, _change: Change) -> float:
-        return self.config.scale
-
-
-def _read(stored: Weights, name: str) -> Tensor:
-    ((_, value),) = stored.read([name])
-    return value
-
-
-Lora = LoraFile | StoredLora
-
-
-class MergedWeights:
-    """Base weights with LoRAs added, still read one tensor at a time.
-
-    loras: (LoRA, or the path of one, scale). Raises ValueError in one line when a LoRA changes what the base does not
-    have.
+    expert: "high" or "low" where a file has changes for both.
     """
-
-    def __init__(
-        self, base: Weights, loras: Sequence[tuple[Lora | str | Path, float]], expert: str | None = None
-    ) -> None:
-        self.base, self.shapes, self.config = base, base.shapes, base.config
-        modules = {name.rpartition(".")[0] for name in base.shapes}
-        self.loras = [
-            (LoraFile(lora, modules, expert) if isinstance(lora, (str, Path)) else lora, scale) for lora, scale in loras
-        ]
-        for lora, _ in self.loras:
-            _check(lora, base.shapes)
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """(name, value) in this order. The sum is made in fp32 and rounded once, to what the base is stored in."""
-        for name, value in self.base.read(names):
-            yield name, self._merged(name, value)
-
-    def _merged(self, name: str, value: Tensor) -> Tensor:
-        module, _, leaf = name.rpartition(".")
-        out = value
-        for lora, scale in self.loras:
-            change = lora.changes.get(module)
-            if change is None or leaf not in ("weight", "bias"):
-                continue
-            out = out.float()
-            for stored in change.bias if leaf == "bias" else [change.diff] if change.diff is not None else []:
-                out = out + scale * stored.read().float()
-            if leaf == "weight" and change.down is not None and change.up is not None:
-                up, down = change.up.read().float().flatten(1), change.down.read().float().flatten(1)
-                out = out + (scale * lora.factor(module, change)) * (up @ down).view(out.shape)
-        return out.to(value.dtype)
-
-
-def _check(lora: Lora, shapes: Shapes) -> None:
-    misfits = []
-    for module, change in lora.changes.items():
-        shape, weight, bias = change.shape(), f"{module}.weight", f"{module}.bias"
-        if shape is not None and shapes.get(weight) != shape:
-            misfits.append(f"{weight} {list(shape)} instead of {list(shapes[weight]) if weight in shapes else 'none'}")
-        if any(shapes.get(bias) != stored.shape for stored in change.bias):
-            misfits.append(f"{bias} {list(change.bias[0].shape)} instead of {list(shapes.get(bias, ()))}")
-    if misfits:
-        raise ValueError(
-            f"{lora.path}: the LoRA does not fit these weights: {len(misfits)} changes ({', '.join(misfits[:3])}"
-            f"{', ...' if len(misfits) > 3 else ''}): use the base that it was trained on"
-        )
+    modules = {name.rpartition(".")[0] for name in base.shapes}
+    return MergedWeights(base, [(LoraFile(path, modules, expert), scale) for path, scale in loras])
 
 
 # ---------------------------------------------------------------------------------------------------------------- read

@@ -7,33 +7,25 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model.export import SHARD_BYTES, Dtype, Format
 from model.wan.config import WanConfig
-from model.wan.formats import Format, to_diffusers_key
+from model.wan.formats import to_diffusers_key
 from model.wan.geometry import diffusers_config, native_config
-from model.wan.weights import MARKER, SCALES, Weights
+from model.wan.weights import MARKER, SCALES
+from model.weights import Weights
 from utils.shards import write_stream
 
 STEM = "diffusion_pytorch_model"  # the name in Wan's own repositories and in Diffusers'
-SHARD_BYTES = 5_000_000_000
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max  # 448
 BIG = re.compile(r"blocks\.\d+\..*\.weight")  # with two dimensions: norms, modulation and embeddings keep 16 bits
 
 Kind = tuple[torch.dtype, tuple[int, ...]]
-
-
-class Dtype(Enum):
-    """What weights are stored in. fp8: float8_e4m3fn of the blocks' matrices, bf16 of all else."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp8 = "fp8"
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,18 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from model.wan.attention import Backend
+from model.attention.backends import Backend
+from model.attention.checkpointing import Checkpointing, recomputed
+from model.attention.kv_cache import CacheShape, CacheSpec, KVCache
+from model.attention.masks import FrameMask
+from model.attention.passes import Grid, PassContext, PassMode
+from model.attention.replay import Trace, TracedPass
+from model.attention.rope import rope_table
+from model.attention.sparse import SparseConfig, Sparsity
+from model.family import Network
 from model.wan.block import KV, Block, Head, ImageEmbedding, fp32_linear
-from model.wan.checkpointing import recomputed
-from model.wan.config import TIME_SCALE, Checkpointing, SparseConfig, WanConfig
-from model.wan.kv_cache import CacheShape, CacheSpec, KVCache
-from model.wan.masks import FrameMask
-from model.wan.passes import Grid, PassContext, PassMode
-from model.wan.replay import Trace, TracedPass
-from model.wan.rope import rope_table
-from model.wan.sparse import Sparsity
-from utils.parallel.sequence import FrameShards, SequenceParallel
+from model.wan.config import TIME_SCALE, WanConfig
+from utils.parallel.sequence import FrameShards
 
 
 def layer_weights(net: WanTransformer) -> Iterator[tuple[str, Tensor]]:
@@ -49,14 +50,12 @@ def layer_weights(net: WanTransformer) -> Iterator[tuple[str, Tensor]]:
     yield "head.head.weight", torch.zeros(shapes["head.head.weight"])
 
 
-class WanTransformer(nn.Module):
+class WanTransformer(Network):
     """Velocity network. Causal or bidirectional is a mask or a cache, never another class.
 
     backend: attention backend. checkpointing: what is kept of each block for backward. sparse: its self-attention's.
     sequence: the ranks that share the tokens, set from outside (`apply_sequence_parallel`); None where there are none.
     """
-
-    sequence: SequenceParallel | None = None
 
     def __init__(
         self,

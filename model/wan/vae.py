@@ -10,7 +10,6 @@ causal convolution saw last, so that blocks give the very bits of the whole clip
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +17,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model.wan.folders import load_whole, part_folder, read_config
+from model.codec import DTYPES, VAEConfig
+from model.folders import load_whole, part_folder, read_config
 from model.wan.tiny_decoder import TinyDecoder, load_tiny_decoder
-from utils.limits import check_video
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STRIDE_T = 4  # frames of every latent frame but the first
 Z_DIM = 16  # latent channels where a config.json does not say
 TILE, TILE_STRIDE = 256, 192  # pixels; Diffusers' own, so that tiles are where its tiles are
-
-
-@dataclass
-class VAEConfig:
-    """path: an AutoencoderKLWan: its folder, a pipeline's with a folder `vae`, or a Hub name.
-
-    tiny_decoder: taehv's file for Wan (taew2_1.pth), which decodes instead, faster and coarser; None for none.
-    dtype: 'bf16' or 'fp32', in which it computes. tiled: decode in overlapping tiles of 256 pixels, for less memory.
-    """
-
-    path: str | None = None
-    tiny_decoder: str | None = None
-    dtype: str = "bf16"
-    tiled: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype '{self.dtype}' is unknown: choose {' or '.join(DTYPES)}")
-        if self.tiled and self.tiny_decoder:
-            raise ValueError("tiled is for the VAE's own decoder: set it to false, or tiny_decoder to null")
-
-
-@dataclass
-class ClipConfig:
-    """frames, height, width: of a latent video; the defaults are 81 frames of 480x832 pixels through Wan2.1's VAE."""
-
-    frames: int = 21
-    height: int = 60
-    width: int = 104
-
-    def __post_init__(self) -> None:
-        check_video(self)
 
 
 class WanVAE:

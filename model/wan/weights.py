@@ -5,48 +5,28 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from model.export import Format
+from model.sources import config_file, located, open_tensors, weight_files
 from model.wan.config import WanConfig
-from model.wan.formats import (
-    GATE,
-    UNUSED,
-    Format,
-    detect_format,
-    native_names,
-    to_diffusers_key,
-    to_native_key,
-)
-from model.wan.geometry import Fields, describe, differences, fields_of_shapes, geometry_from, read_config
-from model.wan.sources import Stored, config_file, located, open_tensors, weight_files
+from model.wan.formats import GATE, UNUSED, detect_format, native_names, to_diffusers_key, to_native_key
+from model.wan.geometry import describe, differences, fields_of_shapes, geometry_from, read_config
+from model.weights import Shapes, State, Stored, Weights, shapes_of
 from utils import distributed
 
 __all__ = [
-    "Format", "LazyWeights", "Shapes", "State", "Weights", "check_fit", "detect_format", "fit", "geometry_of",
-    "load_native", "load_weights", "native_names", "shapes_of", "to_diffusers_key", "to_native", "to_native_key",
-    "weight_files",
+    "Format", "LazyWeights", "check_fit", "detect_format", "fit", "geometry_of", "load_native", "load_weights",
+    "native_names", "to_diffusers_key", "to_native", "to_native_key", "weight_files",
 ]  # fmt: skip
-
-State = dict[str, Tensor]
-Shapes = dict[str, tuple[int, ...]]
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = ("scale_weight", "weight_scale")  # what an fp8 matrix beside it is to be multiplied by
 NO_WEIGHTS = ("scale_input", "input_scale")  # of quantised activations, which we do not have
 MARKER = "scaled_fp8"  # ComfyUI's sign of such a file
-
-
-class Weights(Protocol):
-    """Stored weights that are read one tensor at a time, under Wan's own names."""
-
-    shapes: Shapes
-    config: Fields | None  # what a config.json beside them says
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def to_native(state: Mapping[str, Tensor]) -> State:
@@ -62,10 +42,6 @@ def load_native(net: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     check_fit(shapes_of(net.state_dict()), shapes_of(state))
     net.load_state_dict(dict(state))
-
-
-def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
-    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def check_fit(wanted: Shapes, theirs: Shapes) -> None:
@@ -92,6 +68,14 @@ def check_fit(wanted: Shapes, theirs: Shapes) -> None:
         if (made_for := fields_of_shapes(theirs)) != fields_of_shapes(wanted):
             remedy = f"choose the geometry that they were made for ({describe(made_for)})"
         raise ValueError(f"weights do not fit this geometry: {'; '.join(found)}: {remedy}")
+
+
+def fit_network(weights: Weights, net: nn.Module, config: WanConfig) -> None:
+    """`fit` for a network as it is. A sparse network takes the weights of a dense one: its gates begin at zero."""
+    shapes = shapes_of(dict(net.named_parameters()))
+    if not any(GATE.match(key) for key in weights.shapes):
+        shapes = {key: shape for key, shape in shapes.items() if not GATE.match(key)}
+    fit(weights, shapes, config)
 
 
 def fit(weights: Weights, wanted: Shapes, config: WanConfig) -> None:

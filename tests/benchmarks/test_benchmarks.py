@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks import attention, common, streaming, train_step
-from model.wan.attention import Backend
-from model.wan.config import Checkpointing
+from model.attention.backends import Backend
+from model.attention.checkpointing import Checkpointing
 from planning.meter import FLOPS, Meter
 
 

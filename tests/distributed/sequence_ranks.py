@@ -16,15 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.attention.backends import Backend
+from model.attention.checkpointing import Checkpointing
+from model.attention.kv_cache import KVCache
+from model.attention.masks import FrameMask
+from model.attention.sparse import SparseConfig
 from model.dmd import critic_loss, dmd_loss
 from model.query import Guidance, ScoreQuery
 from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import LossOutput, Rollout
-from model.wan.attention import Backend
-from model.wan.config import Checkpointing, SparseConfig
-from model.wan.kv_cache import KVCache
-from model.wan.masks import FrameMask
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import generate

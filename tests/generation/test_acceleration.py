@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from generation.acceleration import compile_blocks, fp8_linears
-from model.wan.attention import Backend
-from model.wan.config import SparseConfig
+from model.attention.backends import Backend
+from model.attention.sparse import SparseConfig
 from tests.nets import conditioning, latents, random_net, relative, texts
 from tests.pipeline.test_streaming import made, opened
 

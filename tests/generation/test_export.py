@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs.schema import RunConfig
 from generation import export
-from model.wan.attention import Backend
+from model.attention.backends import Backend
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights
 from tests.small import DIFFUSION, DISTILLATION, config

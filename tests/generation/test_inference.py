@@ -15,9 +15,9 @@ from generation.generator import Generator
 from generation.live import Live, Pace
 from generation.sampling import Sampling, StudentChoice
 from generation.videos import Rate, generate_videos, slug
-from model.wan.captured import Captured
-from model.wan.config import NetworkConfig
-from model.wan.kv_cache import KVCache
+from model.attention.captured import Captured
+from model.attention.kv_cache import KVCache
+from model.network import NetworkConfig
 from model.wan.transformer import WanTransformer
 from tests import forked
 from tests.small import DIFFUSION, DISTILLATION, trainer

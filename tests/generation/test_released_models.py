@@ -23,8 +23,8 @@ from generation.sampling import Sampling
 from generation.videos import generate_videos
 from model.schedule import flow_match_euler_sigmas
 from model.score import ScoreNet
+from model.text_encoder import toy_text_encoder
 from model.wan.config import WanConfig
-from model.wan.text_encoder import toy_text_encoder
 from model.wan.tiny_decoder import TinyDecoder
 from pipeline.bidirectional_inference import euler_sample
 from pipeline.causal import CausalConfig

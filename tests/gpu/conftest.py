@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.wan.attention import Backend
-from model.wan.vsa.attention import SparseBackend
+from model.attention.backends import Backend
+from model.attention.vsa.attention import SparseBackend
 
 
 # of session scope, so that it skips before any other fixture touches the device

@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from model.attention.backends import Backend, attend, available
+from model.attention.checkpointing import Checkpointing
+from model.attention.masks import block_causal_mask, teacher_forcing_mask
 from model.dmd import critic_loss, dmd_loss
 from model.query import Guidance, ScoreQuery
 from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import Conditioning, LossOutput
-from model.wan.attention import Backend, attend, available
-from model.wan.config import Checkpointing, WanConfig
-from model.wan.masks import block_causal_mask, teacher_forcing_mask
+from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import generate

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from generation.acceleration import FP8_CAPABILITY, compile_blocks, fp8_linears
+from model.attention.backends import Backend
+from model.attention.captured import Captured
 from model.score import ScoreNet
 from model.types import Conditioning
-from model.wan.attention import Backend
-from model.wan.captured import Captured
 from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig, VideoShape

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.wan.vsa.attention import SparseBackend, video_sparse_attention
-from model.wan.vsa.reference import select_tiles
-from model.wan.vsa.tiles import Grids, Shape, choose_cube
-from tests.model.wan.sparse import Inputs, dense_masked, inputs_of, with_gradients
+from model.attention.vsa.attention import SparseBackend, video_sparse_attention
+from model.attention.vsa.reference import select_tiles
+from model.attention.vsa.tiles import Grids, Shape, choose_cube
+from tests.model.attention.sparse import Inputs, dense_masked, inputs_of, with_gradients
 from tests.nets import relative
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -54,7 +54,7 @@ def test_two_runs_are_the_same_bits(dtype: torch.dtype) -> None:
 
 
 def test_triton_keeps_the_tiles_that_sorting_keeps() -> None:
-    from model.wan.vsa.fused import select_tiles as fused_select
+    from model.attention.vsa.fused import select_tiles as fused_select
 
     generator = torch.Generator().manual_seed(0)
     for tiles in (7, 64, 1260, 5000):

@@ -18,8 +18,9 @@ from importers.lora import ATTENTION, FASTVIDEO_LAYERS
 from importers.recipe import Recipe
 from importers.tables import DIALECTS
 from importers.translate import read_options, shell_options, to_text, translate
-from model.wan.config import LoraConfig, geometry
-from model.wan.lora import linear_layers
+from model.lora import linear_layers
+from model.network import LoraConfig
+from model.wan.config import geometry
 from model.wan.transformer import WanTransformer
 from tests import forked
 from utils.errors import ConfigError

@@ -15,12 +15,13 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from model.attention.backends import Backend
+from model.attention.checkpointing import Checkpointing
+from model.attention.masks import FrameMask
 from model.dmd import critic_loss
 from model.score import ScoreNet
 from model.types import Conditioning, Rollout
-from model.wan.attention import Backend
-from model.wan.config import PRESETS, Checkpointing
-from model.wan.masks import FrameMask
+from model.wan.config import PRESETS
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig, VideoShape
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout

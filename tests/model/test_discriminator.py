@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model.attention.checkpointing import Checkpointing
+from model.attention.kv_cache import CacheSpec
 from model.discriminator import (
     Discriminator,
     ImageHead,
@@ -19,11 +21,11 @@ from model.discriminator import (
     tapped_blocks,
 )
 from model.experts import Experts
+from model.lora import adapter_names, add_adapter
+from model.network import LoraConfig
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
-from model.wan.config import PRESETS, Checkpointing, LoraConfig
-from model.wan.kv_cache import CacheSpec
-from model.wan.lora import adapter_names, add_adapter
+from model.wan.config import PRESETS
 from tests.nets import MICRO, conditioning, gradients, latents, random_net, relative, texts
 
 DEEP = replace(MICRO, num_layers=4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.wan.attention import Backend
+from model.attention.backends import Backend
 from tests import ROOT
 from tests.replay import TOLERANCE, Folder, digest, main
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model.attention.checkpointing import Checkpointing
 from model.dmd import critic_loss, dmd_loss
 from model.experts import I2V_BOUNDARY, T2V_BOUNDARY, Experts
 from model.query import Guidance, ScoreQuery
@@ -16,7 +17,6 @@ from model.schedule import ScheduleConfig, mix
 from model.score import ScoreNet
 from model.sid import sid_loss
 from model.types import Conditioning, Rollout
-from model.wan.config import Checkpointing
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_inference import euler_sample, euler_trajectory, from_clip
 from pipeline.bidirectional_training import backward_simulation

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.attention.checkpointing import Checkpointing
 from model.schedule import mix
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations, Rollout
 from model.wan.block import Attention
-from model.wan.config import Checkpointing
 from model.wan.transformer import WanTransformer
 from pipeline.bidirectional_training import backward_simulation, diffusion_forcing_input, noised_data
 from pipeline.causal import CausalConfig, VideoShape

@@ -16,11 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.attention.captured import Captured
+from model.attention.kv_cache import CacheShape, KVCache
+from model.attention.rope import apply_rope, rope_table
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
-from model.wan.captured import Captured
-from model.wan.kv_cache import CacheShape, KVCache
-from model.wan.rope import apply_rope, rope_table
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import CausalStream, StreamConfig, block_noise, stream

@@ -15,10 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from configs.load import load_run
 from configs.schema import RunConfig
-from model.wan.config import PRESETS, SparseConfig, WanConfig
+from model.attention.sparse import SparseConfig
+from model.attention.vsa.counting import kernels_counted_by
+from model.attention.vsa.tiles import Tiling, tile_maps
+from model.wan.config import PRESETS, WanConfig
 from model.wan.transformer import WanTransformer
-from model.wan.vsa.counting import kernels_counted_by
-from model.wan.vsa.tiles import Tiling, tile_maps
 from planning.hardware import GPU, GPUS, bound, needed_gb
 from planning.meter import FLOPS, Meter, Owner, Traffic, sent_bytes
 from planning.plan import Cluster, Plan, kinds_of, make_plan, update_cost

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model.text_encoder import toy_text_encoder
 from model.wan.image_encoder import image_channels, load_image_encoder
-from model.wan.text_encoder import toy_text_encoder
 from model.wan.vae import WanVAE
 from tasks.first_frames import channels_of
 from tasks.preprocess_video import preprocess_images, preprocess_video

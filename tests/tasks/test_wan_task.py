@@ -16,9 +16,10 @@ from evaluation.fid_suite import FidArgs, evaluate_fid
 from generation.command import inference_args, open_generator
 from generation.generator import Generator
 from generation.videos import generate_videos
+from model.codec import VAEConfig
+from model.text_encoder import TextEncoder, load_text_encoder, toy_text_encoder
 from model.wan.image_encoder import image_channels, load_image_encoder
-from model.wan.text_encoder import TextEncoder, load_text_encoder, toy_text_encoder
-from model.wan.vae import VAEConfig, load_vae
+from model.wan.vae import load_vae
 from tasks import wan as wan_task
 from tasks.build import build_task, task_to_sample
 from tasks.preprocess_text import preprocess_text

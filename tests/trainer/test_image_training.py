@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from generation.ode_pairs import preprocess_ode
 from model.dmd import critic_loss
+from model.text_encoder import toy_text_encoder
 from model.types import Conditioning, VisualConditioning
-from model.wan.text_encoder import toy_text_encoder
 from planning.hardware import GPUS
 from planning.plan import Cluster, make_plan
 from tasks.build import build_task

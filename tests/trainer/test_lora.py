@@ -14,12 +14,12 @@ from torch import Tensor
 from generation.export import export, export_args
 from generation.generator import Generator
 from generation.sampling import Sampling, StudentChoice
+from model.export import Dtype, Format
+from model.lora import adapter_names, add_adapter, base_names, linear_layers
+from model.network import LoraConfig
 from model.score import ScoreNet
-from model.wan.config import LoraConfig
-from model.wan.formats import Format
-from model.wan.lora import adapter_names, add_adapter, base_names, linear_layers
 from model.wan.lora_files import MergedWeights
-from model.wan.save import Dtype, save_model
+from model.wan.save import save_model
 from model.wan.weights import LazyWeights
 from tests.nets import random_net
 from tests.small import DIFFUSION, DISTILLATION, NETWORKS, ODE, merged, save_networks, trainer, with_weights

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.wan.attention import Backend
-from model.wan.config import Checkpointing
+from model.attention.backends import Backend
+from model.attention.checkpointing import Checkpointing
 from model.wan.init import random_weights
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, check_fit, shapes_of, to_diffusers_key

@@ -186,7 +186,7 @@ def test_limits_are_checked_and_process_groups_outlast_them() -> None:
 
 def test_code_revision_is_of_the_sources_wherever_they_lie(tmp_path: Path) -> None:
     def write(root: Path) -> Path:
-        for name in ("train.py", "model/__init__.py", "model/wan/rope.py", "logs/snapshot/old.py"):
+        for name in ("train.py", "model/__init__.py", "model/attention/rope.py", "logs/snapshot/old.py"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(f"# {name}\n")
         return root
@@ -196,7 +196,7 @@ def test_code_revision_is_of_the_sources_wherever_they_lie(tmp_path: Path) -> No
     assert same == code_revision(other)
     (other / "logs/snapshot/old.py").write_text("edited")
     assert code_revision(other) == same
-    (other / "model/wan/rope.py").write_text("edited")
+    (other / "model/attention/rope.py").write_text("edited")
     assert code_revision(other) != same
-    (first / "model/wan/rope.py").rename(first / "model/wan/ropes.py")
+    (first / "model/attention/rope.py").rename(first / "model/wan/ropes.py")
     assert code_revision(first) != same

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.wan.attention import Backend
+from model.attention.backends import Backend
 from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer
 from model.wan.weights import to_diffusers_key, to_native_key

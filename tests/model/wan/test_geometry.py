@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from model.export import Format
 from model.wan.config import PRESETS, WanConfig, geometry
 from model.wan.transformer import WanTransformer
 from model.wan.weights import (
-    Format,
     detect_format,
     load_native,
     load_weights,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.wan.config import LoraWeights, NetworkConfig
+from model.network import LoraWeights, NetworkConfig
 from model.wan.formats import to_diffusers_key
 from model.wan.lora_files import MergedWeights, lora_to_diffusers, lora_to_peft
 from model.wan.weights import LazyWeights

@@ -1,4 +1,4 @@
-"""Sparse attention inside the network: masks, cache, replay, weights, ramp. The kernels have tests/model/wan/test_vsa.py."""
+"""Sparse attention inside the network: masks, cache, replay, weights, ramp. The kernels have tests/model/attention/test_vsa.py."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 
 from generation.export import export, export_args
 from generation.generator import Generator
-from model.wan.config import Checkpointing, NetworkConfig, SparseConfig
+from model.attention.checkpointing import Checkpointing
+from model.attention.kv_cache import CacheSpec
+from model.attention.masks import block_causal_mask, teacher_forcing_mask
+from model.attention.sparse import SparseConfig
+from model.network import NetworkConfig
 from model.wan.formats import GATE
 from model.wan.init import zero_gates
-from model.wan.kv_cache import CacheSpec
-from model.wan.masks import block_causal_mask, teacher_forcing_mask
 from model.wan.transformer import WanTransformer
 from tests.nets import gradients, latents, random_net, relative, texts
 from tests.pipeline.test_rollout import assert_same_gradients, blocks_of, brute_force, run, setup

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from model.codec import VAEConfig
 from model.wan.tiny_decoder import TinyDecoder, load_tiny_decoder
-from model.wan.vae import VAEConfig, WanVAE, load_vae
+from model.wan.vae import WanVAE, load_vae
 from tests.model.wan.vaes import small_vae
 
 WIDTHS = (256, 128, 64, 64)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.attention.backends import Backend
+from model.attention.checkpointing import Checkpointing
+from model.attention.kv_cache import KVCache
+from model.attention.replay import Trace
 from model.score import ScoreNet
-from model.wan.attention import Backend
-from model.wan.config import Checkpointing
-from model.wan.kv_cache import KVCache
-from model.wan.replay import Trace
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig, VideoShape
 from pipeline.diffusion_forcing import CleanContext, teacher_forced_velocity

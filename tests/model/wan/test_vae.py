@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.codec import VAEConfig
 from model.wan import vae as vae_module
-from model.wan.vae import VAEConfig, WanVAE, load_vae
+from model.wan.vae import WanVAE, load_vae
 from tests.model.wan.vaes import KINDS, small_vae
 
 kinds = pytest.mark.parametrize("kind", list(KINDS))

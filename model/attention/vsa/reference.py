@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.wan.vsa.tiles import Tiling, tile_maps, to_tiles, to_tokens
+from model.attention.vsa.tiles import Tiling, tile_maps, to_tiles, to_tokens
 
 
 def tile_means(x_BNnTD: Tensor, tiling: Tiling) -> Tensor:

@@ -6,17 +6,25 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from model.wan.kv_cache import KVCache
-from model.wan.rope import rope_table
-from model.wan.transformer import WanTransformer
+from model.attention.kv_cache import KVCache
+from model.attention.rope import rope_table
 
 Run = Callable[[], Tensor]
 Recorder = Callable[[Run], Run]
+
+
+class Recordable(Protocol):
+    """What a network must say for its passes to be recorded."""
+
+    config: Any
+    sequence: Any
+
+    def __call__(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Any: ...
 
 
 class Captured:
@@ -33,7 +41,7 @@ class Captured:
     Ranks that share a sequence are not for this: raises ValueError.
     """
 
-    def __init__(self, net: WanTransformer, cache: KVCache, record: Recorder | None = None) -> None:
+    def __init__(self, net: Recordable, cache: KVCache, record: Recorder | None = None) -> None:
         if net.sequence is not None:
             raise ValueError("captured passes are one process's: leave sequence parallelism, or run them as they are")
         self.net, self.cache = net, cache
@@ -50,14 +58,14 @@ class Captured:
         write_cache: bool = False,
         **beside: Any,
     ) -> Tensor:
-        """Velocity [B, F, C, H, W], as of `WanTransformer`.
+        """Velocity [B, F, C, H, W], as the network gives it.
 
         x: latents [B, F, C, H, W].
         sigma: noise level [B] or [B, F].
         text: [B, M, D]; the cache knows its keys and values.
         cache: the one whose passes are recorded; others run as they are.
         write_cache: the keys and values of these frames are stored behind the others.
-        beside: what else `WanTransformer.forward` takes; such a pass runs as it is.
+        beside: what else the network takes; such a pass runs as it is.
         """
         frames = x.shape[1]
         is_plain = cache is self.cache and not beside and not torch.is_grad_enabled()
@@ -77,7 +85,7 @@ class _Pass:
     """A recording, and the memory of its inputs."""
 
     def __init__(
-        self, net: WanTransformer, cache: KVCache, record: Recorder, x: Tensor, sigma: Tensor, text: Tensor
+        self, net: Recordable, cache: KVCache, record: Recorder, x: Tensor, sigma: Tensor, text: Tensor
     ) -> None:
         self.net, self.cache = net, cache
         self.x, self.sigma, self.text = x.clone(), sigma.clone(), text.clone()  # the text is checked, and not read

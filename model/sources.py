@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from model.weights import Stored
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # folders of the experts of Wan2.2 A14B, which split the noise levels: Diffusers' names, Wan's own
@@ -26,13 +28,6 @@ _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.-]+)
 # groups of a Self-Forcing or CausVid checkpoint by `which`, the first that is there
 GROUPS = {"ema": ("generator_ema", "generator"), "raw": ("generator",), "critic": ("critic",)}
 NESTED = ("state_dict", "model", "module", "model_state_dict")
-
-
-class Stored(NamedTuple):
-    """One stored tensor: its shape is known, `read` fetches it."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
 
 
 # --------------------------------------------------------------------------------------------------------------- where

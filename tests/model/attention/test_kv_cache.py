@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.wan.config import Checkpointing
-from model.wan.kv_cache import CacheShape, KVCache
+from model.attention.checkpointing import Checkpointing
+from model.attention.kv_cache import CacheShape, KVCache
 from pipeline.causal import CausalConfig, VideoShape
 from tests.nets import latents, random_net, texts
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.wan.masks import check_window
-from model.wan.rope import apply_rope, frame_turn
+from model.attention.masks import check_window
+from model.attention.rope import apply_rope, frame_turn
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.wan.vsa.reference import coarse_attention, select_tiles, spread, tile_means
-from model.wan.vsa.tiles import Tiling, tile_maps, to_tiles, to_tokens
+from model.attention.vsa.reference import coarse_attention, select_tiles, spread, tile_means
+from model.attention.vsa.tiles import Tiling, tile_maps, to_tiles, to_tokens
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, queries: Tiling, keys: Tiling, kept: int) -> Tensor:

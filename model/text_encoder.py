@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.wan.folders import fingerprint, load_whole, loading, pipeline_folder, read_config
+from model.folders import fingerprint, load_whole, loading, pipeline_folder, read_config
 
 _PAD, _EOS, _UNKNOWN = "<pad>", "</s>", "<unk>"
 _PARTS = ("text_encoder", "tokenizer")

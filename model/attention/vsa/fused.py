@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.wan.vsa import kernels
-from model.wan.vsa.counting import kernel_counter
-from model.wan.vsa.reference import coarse_attention
-from model.wan.vsa.tiles import Tiling, tile_maps
+from model.attention.vsa import kernels
+from model.attention.vsa.counting import kernel_counter
+from model.attention.vsa.reference import coarse_attention
+from model.attention.vsa.tiles import Tiling, tile_maps
 
 WIDTHS = (16, 32, 64, 128)  # of a head
 SLOTS = (16, 32, 64, 128)  # of a tile
@@ -195,7 +195,7 @@ def launch(
 ) -> None:
     """Every kernel starts here, or is counted.
 
-    kernel: of model/wan/vsa/kernels.py.
+    kernel: of model/attention/vsa/kernels.py.
     programs: how many there are of it, along each axis.
     products: of T x T x D, that a pair of tiles takes. Kernels with products are told the type of their operands: q's.
     pairs: how many pairs of tiles there are.

@@ -12,10 +12,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from model.wan.vsa.counting import kernel_counter
-from model.wan.vsa.flex import flex
-from model.wan.vsa.reference import reference
-from model.wan.vsa.tiles import Grids, Tiling, kept_tiles
+from model.attention.vsa.counting import kernel_counter
+from model.attention.vsa.flex import flex
+from model.attention.vsa.reference import reference
+from model.attention.vsa.tiles import Grids, Tiling, kept_tiles
 
 
 class SparseBackend(Enum):
@@ -45,7 +45,7 @@ def refused(backend: SparseBackend | None, device: torch.device, *, backward: bo
     if device.type == "cpu" and backward and chosen is SparseBackend.FLEX:
         return "sparse attention 'flex' has no backward on a CPU: train with 'reference' here"
     if device.type == "cpu" and chosen is SparseBackend.TRITON:
-        from model.wan.vsa.fused import interpreted
+        from model.attention.vsa.fused import interpreted
 
         return None if interpreted() else "sparse attention 'triton' runs on CUDA, not on cpu: use 'reference' there"
     return None
@@ -94,7 +94,7 @@ def video_sparse_attention(
             problem = available(backend)
             if problem is not None:
                 raise ValueError(problem)
-            from model.wan.vsa.fused import fused  # not before: it imports Triton
+            from model.attention.vsa.fused import fused  # not before: it imports Triton
 
             run = fused
     with torch.autocast(q.device.type, enabled=False):  # scores of tiles are fp32: rounded to bf16 they would tie

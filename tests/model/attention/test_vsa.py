@@ -20,12 +20,22 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.wan.vsa.attention import SparseBackend, video_sparse_attention
-from model.wan.vsa.flex import kept_block_mask, kernel_options, tiles_of_a_block
-from model.wan.vsa.reference import select_tiles
-from model.wan.vsa.tiles import CUBES, Grids, Shape, Tiling, choose_cube, kept_tiles, tile_maps, to_tiles, to_tokens
+from model.attention.vsa.attention import SparseBackend, video_sparse_attention
+from model.attention.vsa.flex import kept_block_mask, kernel_options, tiles_of_a_block
+from model.attention.vsa.reference import select_tiles
+from model.attention.vsa.tiles import (
+    CUBES,
+    Grids,
+    Shape,
+    Tiling,
+    choose_cube,
+    kept_tiles,
+    tile_maps,
+    to_tiles,
+    to_tokens,
+)
 from tests import ROOT
-from tests.model.wan.sparse import Inputs, dense_masked, inputs_of, with_gradients
+from tests.model.attention.sparse import Inputs, dense_masked, inputs_of, with_gradients
 from tests.nets import relative
 
 HOPPER_SHARED = 227 * 1024  # bytes that one block may have
@@ -89,7 +99,7 @@ def test_flex_agrees_eagerly(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     """Forward; without its compiler FlexAttention is slow and ignores the blocks, but computes the same mask."""
     from torch.nn.attention import flex_attention as module
 
-    monkeypatch.setattr("model.wan.vsa.flex._compiled_flex", lambda _: module.flex_attention)
+    monkeypatch.setattr("model.attention.vsa.flex._compiled_flex", lambda _: module.flex_attention)
     flex_forward(name, torch.float32, 1e-5)
 
 
@@ -138,7 +148,8 @@ def test_flex_blocks_of_several_tiles_hold_the_same_mask() -> None:
 def test_flex_with_blocks_of_several_tiles_agrees_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Odd numbers of tiles, ragged ones among them: what lies in a block beside the kept tiles takes no part."""
     monkeypatch.setattr(
-        "model.wan.vsa.flex.kept_block_mask", lambda chosen, queries, keys, _: kept_block_mask(chosen, queries, keys, 2)
+        "model.attention.vsa.flex.kept_block_mask",
+        lambda chosen, queries, keys, _: kept_block_mask(chosen, queries, keys, 2),
     )
     flex_forward("cached", torch.float32, 1e-5)
 
@@ -257,7 +268,7 @@ def test_the_highest_scores_are_kept_and_ties_go_to_the_lower_index(name: str) -
 @needs_triton
 @pytest.mark.parametrize("name", SCORES)
 def test_triton_keeps_the_same_tiles(name: str) -> None:
-    from model.wan.vsa.fused import select_tiles as fused_select
+    from model.attention.vsa.fused import select_tiles as fused_select
 
     scores = SCORES[name]
     for kept in {2, scores.shape[-1]}:
@@ -268,7 +279,7 @@ def test_triton_keeps_the_same_tiles(name: str) -> None:
 @needs_triton
 def test_scores_that_are_no_numbers_still_keep_tiles_that_exist() -> None:
     """An index out of range would read foreign memory. That scores are NaN is noticed later, at the loss."""
-    from model.wan.vsa.fused import select_tiles as fused_select
+    from model.attention.vsa.fused import select_tiles as fused_select
 
     nan = torch.full((4,), float("nan"))
     scores = torch.stack([nan, -nan, torch.tensor([1.0, float("nan"), 2.0, 0.0])])[None, None]
@@ -278,7 +289,7 @@ def test_scores_that_are_no_numbers_still_keep_tiles_that_exist() -> None:
 
 @needs_triton
 def test_inverted_map() -> None:
-    from model.wan.vsa.fused import invert
+    from model.attention.vsa.fused import invert
 
     chosen = select_tiles(SCORES["random"], 4)
     readers, offsets = invert(chosen.int(), 37)
@@ -391,7 +402,7 @@ def test_triton_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -
 def test_kernels_build_for_hopper(precision: str, tmp_path: Path) -> None:
     """No GPU needed: Triton compiles them ahead of time. The interpreter would not notice what a GPU cannot hold."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.model.wan.triton_build", "90", precision, "128"]
+    command = [sys.executable, "-m", "tests.model.attention.triton_build", "90", precision, "128"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     built = json.loads(done.stdout.splitlines()[-1])

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.wan.masks import FrameMask
+from model.attention.masks import FrameMask
 
 PLAIN_QUERIES = 192  # rows of scores at a time: they stay in a core's cache between the two matmuls
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from model.wan.config import Checkpointing
+
+class Checkpointing(Enum):
+    """What a pass with gradient keeps of each block. Members are lower case as YAML is."""
+
+    none = "none"  # all activations
+    full = "full"  # the block's input; the rest is computed again in backward
+    selective = "selective"  # also what dense attention put out: in backward all but that is computed again
 
 
 def recomputed(block: Callable[..., Any], kind: Checkpointing) -> Callable[..., Any]:

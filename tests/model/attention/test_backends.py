@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.wan.attention import Backend, attend, available
-from model.wan.masks import FrameMask, block_causal_mask, teacher_forcing_mask
+from model.attention.backends import Backend, attend, available
+from model.attention.masks import FrameMask, block_causal_mask, teacher_forcing_mask
 from tests.nets import relative
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from model.wan.config import LoraConfig
+from model.network import LoraConfig
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])\.(?P<adapter>\w+)\.weight")
 _BASE = ".base_layer."

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from model.wan.attention import Backend
-from model.wan.kv_cache import KVCache
-from model.wan.masks import FrameMask
-from model.wan.replay import Trace
+from model.attention.backends import Backend
+from model.attention.kv_cache import KVCache
+from model.attention.masks import FrameMask
+from model.attention.replay import Trace
 from utils.parallel.sequence import FrameShards
 
 Grid = tuple[int, int, int]  # frames, and the tokens of each along height and width

@@ -1,5 +1,5 @@
 """Triton kernels of video sparse attention. One program works on one tile of one head, in a fixed order and without
-atomics: results are the same bits at every run. Launched by model/wan/vsa/fused.py, which has the shapes.
+atomics: results are the same bits at every run. Launched by model/attention/vsa/fused.py, which has the shapes.
 
 Scores are scaled in fp32 after the product: a key scaled in bf16 would be rounded twice, its gradient too.
 DOT is the dtype of the products' operands: their own, but fp32 in Triton's interpreter, which has no product in bf16;

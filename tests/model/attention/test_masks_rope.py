@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.wan.masks import FrameMask, block_causal_mask, frame_blocks, teacher_forcing_mask
-from model.wan.rope import apply_rope, axis_dims, rope_table
+from model.attention.masks import FrameMask, block_causal_mask, frame_blocks, teacher_forcing_mask
+from model.attention.rope import apply_rope, axis_dims, rope_table
 from pipeline.causal import CausalConfig
 from tests.nets import MICRO
 

@@ -1,4 +1,4 @@
-"""Builds the sparse attention kernels for a GPU that need not be there: `python -m tests.model.wan.triton_build 90 bf16 128`.
+"""Builds the sparse attention kernels for a GPU that need not be there: `python -m tests.model.attention.triton_build 90 bf16 128`.
 
 Prints, as JSON, each kernel's shared memory in bytes and whether it multiplies on tensor cores.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model.wan.vsa import fused, kernels
+from model.attention.vsa import fused, kernels
 
 DTYPES = {"fp32": (torch.float32, tl.float32), "bf16": (torch.bfloat16, tl.bfloat16)}
 STAGES = {"attend_kernel": fused.FORWARD_STAGES}

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from model.wan.vsa.tiles import Shape, kept_tiles
+from model.attention.vsa.tiles import Shape, kept_tiles
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 

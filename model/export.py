@@ -1,0 +1,73 @@
+"""A network as files that other programs load: what the rest of the project asks of a family for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from model.weights import State, Weights
+
+SHARD_BYTES = 5_000_000_000
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+
+
+class Format(Enum):
+    """Whose parameter names a state dict has."""
+
+    NATIVE = "native"
+    DIFFUSERS = "diffusers"
+
+
+class Dtype(Enum):
+    """What weights are stored in. fp8: float8_e4m3fn of the blocks' matrices, bf16 of all else."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp8 = "fp8"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The pipeline of Diffusers that samples a network.
+
+    name: of its class.
+    base: a repository on the Hub whose other parts fit.
+    parts: names of those other parts.
+    index: of model_index.json, all but the scheduler and what a run says.
+    takes_image: whether a call needs an image.
+    note: a sentence for the exported folder's page, or nothing.
+    """
+
+    name: str
+    base: str
+    parts: tuple[str, ...]
+    index: Mapping[str, Any]
+    takes_image: bool
+    note: str = ""
+
+
+class Exporter(Protocol):
+    """How a family writes files."""
+
+    def save(
+        self, folder: Path, weights: Weights, geometry: Any, names: Format, dtype: Dtype, shard_bytes: int | None
+    ) -> None:
+        """Weights and config.json into `folder`, one tensor in memory at a time. Raises ValueError or OSError."""
+        ...
+
+    def pipeline(self, geometry: Any, boundary: float | None) -> Pipeline:
+        """boundary: the noise level that parts two experts, None for one network."""
+        ...
+
+    def lora_to_diffusers(self, state: Mapping[str, Tensor], alpha: float) -> State:
+        """An adapter of ours under Diffusers' names. Raises ValueError."""
+        ...
+
+    def lora_to_peft(self, state: Mapping[str, Tensor], alpha: float) -> tuple[State, dict[str, Any]]:
+        """An adapter of ours under PEFT's names, and its adapter_config.json. Raises ValueError."""
+        ...

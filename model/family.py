@@ -1,0 +1,193 @@
+"""The seam between families of models and everything else.
+
+A family is a folder model/<name>/ whose module family.py has a `FAMILY`. Nothing outside that folder imports it: this
+module finds the folders, and a preset's name says whose network a run is about. `docs/families.md` adds one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model.attention.backends import Backend
+from model.attention.checkpointing import Checkpointing
+from model.attention.kv_cache import CacheSpec, KVCache
+from model.attention.sparse import SparseConfig, Sparsity
+from model.codec import Codecs
+from model.export import Exporter
+from model.merged import Lora
+from model.weights import Weights
+from utils.parallel.sequence import SequenceParallel
+
+
+class Trait(Enum):
+    """What a family's networks can do beyond giving a velocity."""
+
+    cache = "cache"  # generate block by block over a KV cache, and see masks of frames
+    features = "features"  # give what their blocks put out, for discriminators
+    lora = "lora"  # carry adapters beside their matrices
+    sparse = "sparse"  # attend to kept tiles only
+    sequence = "sequence"  # share a video's tokens among ranks
+    replay = "replay"  # give passes their gradient after they were made
+
+
+class FirstFrame(Enum):
+    """How a network is given the first frames of a video."""
+
+    none = "none"  # not at all, but through a cache
+    channels = "channels"  # as channels beside the latents of every frame, and maybe as an image encoder's tokens
+    clean = "clean"  # in the place of its noisy ones, with a time of their own
+
+
+class Geometry(Protocol):
+    """Sizes of a network, read-only. A family's own class has more of them.
+
+    dim: width of the features that its blocks put out.
+    num_layers, num_heads: blocks, and heads of their attention.
+    in_dim, out_dim: channels that go in (image conditioning included), and latent channels that come out.
+    patch_size: latent frames, rows and columns that make a token.
+    text_len, text_dim: tokens of an encoded prompt, and their width.
+    image_dim: width of an image encoder's tokens, None for a network that takes none.
+    first_frame: how it is given first frames.
+    model_type: what the family calls that, for messages.
+    """
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def in_dim(self) -> int: ...
+    @property
+    def out_dim(self) -> int: ...
+    @property
+    def patch_size(self) -> tuple[int, int, int]: ...
+    @property
+    def text_len(self) -> int: ...
+    @property
+    def text_dim(self) -> int: ...
+    @property
+    def image_dim(self) -> int | None: ...
+    @property
+    def first_frame(self) -> FirstFrame: ...
+    @property
+    def model_type(self) -> str: ...
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Tokens of one latent frame. Raises ValueError for a size that patches do not tile."""
+        ...
+
+
+class Network(nn.Module):
+    """A family's network: `(x [B, F, C, H, W], sigma [B] | [B, F], text, **mode)` to its own prediction.
+
+    config: its geometry.
+    sparse: its sparse attention, None for dense.
+    checkpointing: what a pass with gradient keeps of each block.
+    sequence: the ranks that share its tokens, set from outside; None for one rank alone.
+    """
+
+    config: Any
+    sparse: Sparsity | None = None
+    checkpointing: Checkpointing = Checkpointing.none
+    sequence: SequenceParallel | None = None
+
+    def fsdp_units(self) -> list[nn.Module]:
+        """The blocks, all alike: sharded, compiled and adapted one by one. What is left is the root's."""
+        raise NotImplementedError
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The matrices of the blocks, which Muon takes and adapters may go beside."""
+        return [p for unit in self.fsdp_units() for p in unit.parameters() if p.ndim == 2]
+
+    def new_cache(
+        self, spec: CacheSpec, *, dtype: torch.dtype, device: torch.device | str, memory: Tensor | None = None
+    ) -> KVCache:
+        """An empty cache, for families with the trait."""
+        raise NotImplementedError
+
+
+class Family(Protocol):
+    """One family of models.
+
+    traits: what its networks can do.
+    presets: its geometries by name; no two families share a name.
+    telling: small parameters of every geometry that differ between any two trainings, to know weights again.
+    codecs: what makes its latents.
+    exporter: what writes files for other programs.
+    """
+
+    traits: frozenset[Trait]
+    presets: Mapping[str, Any]
+    telling: tuple[str, ...]
+    codecs: Codecs
+    exporter: Exporter
+
+    def geometry(self, preset: str, overrides: Mapping[str, Any]) -> Geometry:
+        """A preset with some fields replaced. Raises ValueError naming the legal fields."""
+        ...
+
+    def network(
+        self, geometry: Geometry, backend: Backend, checkpointing: Checkpointing, sparse: SparseConfig | None
+    ) -> Network:
+        """A network with random weights; under `torch.device("meta")` without any."""
+        ...
+
+    def random_weights(self, geometry: Geometry, sparse: SparseConfig | None) -> Iterator[tuple[str, Tensor]]:
+        """(name, value) of a new network, one layer in memory at a time, by torch's default generator.
+
+        Under `torch.device("meta")` it gives names and shapes in the same order and draws nothing.
+        """
+        ...
+
+    def open_weights(self, path: str, which: str, expert: str | None) -> Weights:
+        """Stored weights: of a file, a folder or a Hub name. Raises ValueError in one line.
+
+        which: "ema", "raw" or "critic", of what holds several.
+        expert: "high" or "low", of a model with two.
+        """
+        ...
+
+    def geometry_of(self, path: str, expert: str | None) -> Geometry:
+        """The geometry of stored weights, by their config.json and shapes. Raises ValueError in one line."""
+        ...
+
+    def check_fit(self, weights: Weights, net: Network) -> None:
+        """Compares weights with the network that is to get them, by headers. Raises ValueError in one line."""
+        ...
+
+    def open_lora(self, path: str, modules: Iterable[str], expert: str | None) -> Lora:
+        """The changes of a LoRA file to these modules of a base. Raises ValueError in one line."""
+        ...
+
+
+@functools.cache
+def families() -> Mapping[str, Family]:
+    """Families by the names of their folders."""
+    folder = str(Path(__file__).parent)
+    names = [module.name for module in pkgutil.iter_modules([folder]) if module.ispkg]
+    with_seam = [name for name in names if Path(folder, name, "family.py").is_file()]
+    return {name: importlib.import_module(f"model.{name}.family").FAMILY for name in with_seam}
+
+
+def presets() -> Sequence[str]:
+    """The names of all families' presets."""
+    return [preset for family in families().values() for preset in family.presets]
+
+
+def family_of(preset: str) -> Family:
+    """The family that a preset is of. Raises ValueError naming the presets."""
+    for family in families().values():
+        if preset in family.presets:
+            return family
+    raise ValueError(f"unknown geometry preset '{preset}': choose one of {', '.join(presets())}")

@@ -1,0 +1,132 @@
+"""What a run says of a network: its geometry, where its weights come from, its adapter, its attention."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model.attention.checkpointing import Checkpointing
+from model.attention.sparse import SparseConfig
+from model.family import Family, Geometry, families, family_of
+
+
+@dataclass
+class LoraWeights:
+    """A LoRA file or folder, local or on the Hub, and by how much it counts.
+
+    path: of the file or folder, or its Hub name.
+    scale: by how much it counts.
+    """
+
+    path: str
+    scale: float = 1.0
+
+
+TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # all of a text-to-video block
+
+
+@dataclass
+class LoraConfig:
+    """An adapter that is trained in place of the weights themselves (LoRA, arXiv 2106.09685).
+
+    rank: inner width of the adapter's two matrices: the weight is W + alpha / rank * up @ down.
+    alpha: scale of the adapter, see rank; null takes alpha = rank.
+    targets: which linear layers of each block get one.
+    share: the adapter lies on the teacher's own copy of the weights, of which there is then one for all roles; false
+        gives it a frozen copy of its own, which `init` may then take from elsewhere.
+    """
+
+    rank: int = 64
+    alpha: float | None = None
+    targets: list[str] = field(default_factory=lambda: list(TARGETS))
+    share: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"alpha must be positive, or null for the rank, got {self.alpha}")
+        if not self.targets:
+            raise ValueError(f"targets is empty: choose among {', '.join(TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass
+class NetworkConfig:
+    """One network of a run.
+
+    preset: name of its geometry, which is of one family.
+    overrides: fields of the geometry that differ from the preset's.
+    init: where its weights come from: a run or checkpoint folder of ours, a file or folder in Wan's, Diffusers' or
+        Self-Forcing's format, a Hub repository (`owner/name`), null for random ones.
+    init_weights: which weights of what has several, 'ema' (raw where it has none), 'raw' or 'critic'.
+    init_lora_scale: by how much the adapter of a run that init names counts.
+    expert: 'high' or 'low' (noise) of a model with two experts, null for one without.
+    loras: LoRA files that are added to the weights as they are loaded.
+    lora: an adapter to train while the weights are frozen; null trains the weights.
+    sparse: sparse self-attention, null for dense.
+    attention: backend of dense attention, 'sdpa', 'plain', 'flex' or 'flash'.
+    checkpointing: what a pass with gradient keeps of each block.
+    """
+
+    preset: str = "toy"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    init: str | None = None
+    init_weights: str = "ema"
+    init_lora_scale: float = 1.0
+    expert: str | None = None
+    loras: list[LoraWeights] = field(default_factory=list)
+    lora: LoraConfig | None = None
+    sparse: SparseConfig | None = None
+    attention: str = "sdpa"
+    checkpointing: Checkpointing = Checkpointing.none
+
+    def __post_init__(self) -> None:
+        self.geometry()
+        backends = ("sdpa", "plain", "flex", "flash")
+        if self.attention not in backends:
+            raise ValueError(f"attention '{self.attention}' is unknown: choose one of {', '.join(backends)}")
+        if self.init_weights not in ("ema", "raw", "critic"):
+            raise ValueError(f"init_weights '{self.init_weights}' is unknown: choose ema, raw or critic")
+        if self.expert not in (None, "high", "low"):
+            raise ValueError(f"expert '{self.expert}' is unknown: choose high or low (noise), or null")
+        if self.loras and self.init is None:
+            raise ValueError("loras are added to the weights of init, which is null: set it")
+        if self.init_lora_scale != 1 and self.init is None:
+            raise ValueError("init_lora_scale is of an adapter in init, which is null: set it")
+
+    def other_weights(self, other: NetworkConfig) -> str | None:
+        """The first of what names the weights that differs, None where both start from the same: by what they say, not
+        by what the files hold."""
+        if self.geometry() != other.geometry():
+            return "geometry"
+        names = ("sparse", "init", "init_weights", "init_lora_scale", "expert", "loras")
+        return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.preset)
+
+    def geometry(self) -> Geometry:
+        return self.family.geometry(self.preset, self.overrides)
+
+
+def network_of(path: str | Path, expert: str | None) -> NetworkConfig:
+    """The network that stored weights are of: a preset of their family, with their geometry over it.
+
+    path, expert: as `Family.open_weights` takes them. Raises ValueError for weights of no family.
+    """
+    problems = []
+    for family in families().values():
+        try:
+            geometry: Any = family.geometry_of(str(path), expert)
+        except ValueError as problem:
+            problems.append(str(problem))
+            continue
+        return NetworkConfig(next(iter(family.presets)), overrides=asdict(geometry), init=str(path), expert=expert)
+    raise ValueError("; ".join(problems))

@@ -1,0 +1,64 @@
+"""Wan as Diffusers' pipelines and other programs load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from model.export import Dtype, Format, Pipeline
+from model.family import FirstFrame
+from model.wan.config import WanConfig
+from model.wan.lora_files import lora_to_diffusers, lora_to_peft
+from model.wan.save import save_model
+from model.weights import State, Weights
+
+LIBRARY = "diffusers"
+PIPELINES = {"t2v": "WanPipeline", "ti2v": "WanPipeline", "i2v": "WanImageToVideoPipeline"}
+BASES = {  # by model type, and whether the network sees CLIP's tokens: whose other parts fit
+    ("t2v", False): "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    ("ti2v", False): "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    ("i2v", True): "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    ("i2v", False): "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+}
+
+
+class WanExporter:
+    """Weights in Wan's own layout or Diffusers', adapters in Diffusers' or PEFT's."""
+
+    def save(
+        self, folder: Path, weights: Weights, geometry: WanConfig, names: Format, dtype: Dtype, shard_bytes: int | None
+    ) -> None:
+        save_model(folder, weights, geometry, names, dtype, shard_bytes)
+
+    def pipeline(self, geometry: WanConfig, boundary: float | None) -> Pipeline:
+        sees_clip, takes_image = geometry.image_dim is not None, geometry.first_frame is FirstFrame.channels
+        index: dict[str, Any] = {
+            "text_encoder": ["transformers", "UMT5EncoderModel"],
+            "tokenizer": ["transformers", "T5TokenizerFast"],
+            "transformer": [LIBRARY, "WanTransformer3DModel"],
+            "transformer_2": [None, None] if boundary is None else [LIBRARY, "WanTransformer3DModel"],
+            "boundary_ratio": boundary,
+            "vae": [LIBRARY, "AutoencoderKLWan"],
+            "expand_timesteps": geometry.first_frame is FirstFrame.clean,
+        }
+        if takes_image:
+            index["image_encoder"] = ["transformers", "CLIPVisionModel"] if sees_clip else [None, None]
+            index["image_processor"] = ["transformers", "CLIPImageProcessor"] if sees_clip else [None, None]
+        note = "With WanImageToVideoPipeline in its place, and image=IMAGE, it goes on from an image."
+        return Pipeline(
+            PIPELINES[geometry.model_type],
+            BASES[geometry.model_type, sees_clip],
+            ("vae", "text_encoder", "tokenizer", *(("image_encoder", "image_processor") if sees_clip else ())),
+            index,
+            takes_image,
+            note if geometry.first_frame is FirstFrame.clean else "",
+        )
+
+    def lora_to_diffusers(self, state: Mapping[str, Tensor], alpha: float) -> State:
+        return lora_to_diffusers(state, alpha)
+
+    def lora_to_peft(self, state: Mapping[str, Tensor], alpha: float) -> tuple[State, dict[str, Any]]:
+        return lora_to_peft(state, alpha)

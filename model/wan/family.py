@@ -1,0 +1,59 @@
+"""Wan2.1 and Wan2.2 behind the seam (model/family.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from model.attention.backends import Backend
+from model.attention.checkpointing import Checkpointing
+from model.attention.sparse import SparseConfig
+from model.family import Network, Trait
+from model.merged import Lora
+from model.wan.codecs import WanCodecs
+from model.wan.config import PRESETS, WanConfig, geometry
+from model.wan.export import WanExporter
+from model.wan.init import random_weights
+from model.wan.lora_files import LoraFile
+from model.wan.transformer import WanTransformer
+from model.wan.weights import LazyWeights, fit_network, geometry_of
+from model.weights import Weights
+
+
+class WanFamily:
+    """The Wan DiT of every size, dense or sparse, bidirectional or causal."""
+
+    traits = frozenset(Trait)
+    presets: Mapping[str, WanConfig] = PRESETS
+    # small, of every geometry, and changed by any training of all weights; and one that most adapters change
+    codecs = WanCodecs()
+    exporter = WanExporter()
+    telling = ("blocks.0.norm3.weight", "head.head.bias", "blocks.0.self_attn.q.weight")
+
+    def geometry(self, preset: str, overrides: Mapping[str, Any]) -> WanConfig:
+        return geometry(preset, dict(overrides))
+
+    def network(
+        self, geometry: WanConfig, backend: Backend, checkpointing: Checkpointing, sparse: SparseConfig | None
+    ) -> WanTransformer:
+        return WanTransformer(geometry, backend, checkpointing, sparse)
+
+    def random_weights(self, geometry: WanConfig, sparse: SparseConfig | None) -> Iterator[tuple[str, Tensor]]:
+        return random_weights(geometry, sparse)
+
+    def open_weights(self, path: str, which: str, expert: str | None) -> LazyWeights:
+        return LazyWeights(path, which, expert)
+
+    def geometry_of(self, path: str, expert: str | None) -> WanConfig:
+        return geometry_of(path, expert=expert)
+
+    def check_fit(self, weights: Weights, net: Network) -> None:
+        fit_network(weights, net, net.config)
+
+    def open_lora(self, path: str, modules: Iterable[str], expert: str | None) -> Lora:
+        return LoraFile(path, modules, expert)
+
+
+FAMILY = WanFamily()
