@@ -1,4 +1,4 @@
-"""ScoreNet: a velocity network seen as an x0 predictor, and the one classifier-free-guidance convention.
+"""ScoreNet: a network seen as a velocity and an x0 predictor, and the one classifier-free-guidance convention.
 
 B batch  F latent frames  C channels  H W latent size
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.path import Flow, Path
 from model.schedule import velocity_to_x0
 from model.types import Conditioning, Evaluations, expand_like
 
@@ -19,12 +20,12 @@ Condition = Conditioning | Tensor
 
 
 class ScoreNet:
-    """x0 prediction of a velocity network, with its evaluations counted and its precision set at the call.
+    """x0 prediction of a network, with its evaluations counted and its precision set at the call.
 
     Every method takes conditioning, or its text alone.
 
-    net: callable `(x_BFCHW, sigma [B] | [B, F], text_BLD, **mode) -> velocity [B, F, C, H, W]`; where the conditioning
-        has them, mode holds `channels` and `image` too.
+    net: callable `(x_BFCHW, time [B] | [B, F], text_BLD, **mode) -> prediction [B, F, C, H, W]`: x, time and prediction
+        of its path, sigma and velocity by default. Where the conditioning has them, mode holds `channels` and `image`.
     name: under which its evaluations are counted.
     evaluations: the count, which several networks may share; None for one of its own.
     compute_dtype: bf16 runs the network under autocast; None leaves it in its own precision. The autocast context
@@ -36,6 +37,7 @@ class ScoreNet:
         initial frames take the place of x's, at sigma 0, and the velocity in them is the one that leads to them, so
         losses and samplers need not know. Other networks see what x holds in those frames.
     adapter: of a network that plays several roles, the one that makes it this one (model/lora.py).
+    path: the process that the network was trained on (model/path.py). Given frames are pinned before it.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class ScoreNet:
         batch_guidance: bool = True,
         pins_initial: bool = False,
         adapter: str | None = None,
+        path: Path = Flow(),
     ) -> None:
         self.net = net
         self.call: Callable[..., Any] = net
@@ -56,6 +59,7 @@ class ScoreNet:
         self.batch_guidance = batch_guidance
         self.pins_initial = pins_initial
         self.adapter = adapter
+        self.path = path
 
     def through(self, call: Callable[..., Any]) -> ScoreNet:
         """The same network, counted alike, its passes made by `call`, which takes and gives what the net does."""
@@ -76,7 +80,7 @@ class ScoreNet:
 
     def _run(self, x: Tensor, sigma: Tensor, condition: Condition, **mode: Any) -> Tensor:
         conditioning = Conditioning.of(condition)
-        velocity: Tensor = self._call(x, sigma, conditioning, **mode).float()
+        velocity = self.path.velocity(self._call(x, sigma, conditioning, **mode), x, sigma).float()
         initial = conditioning.initial if self.pins_initial else None
         return velocity if initial is None else _leading_to(initial, x, sigma, velocity)
 
@@ -85,8 +89,9 @@ class ScoreNet:
             x, sigma = _pinned(x, sigma, conditioning.initial)
         if self.adapter is not None:
             mode["adapter"] = self.adapter
+        x, time = self.path.inputs(x, sigma)
         with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
-            return self.call(x, sigma, conditioning.text, **conditioning.beside_text, **mode)
+            return self.call(x, time, conditioning.text, **conditioning.beside_text, **mode)
 
     def x0(self, x: Tensor, sigma: Tensor, condition: Condition, **mode: Any) -> Tensor:
         """Conditional x0 [B, F, C, H, W], fp32."""
