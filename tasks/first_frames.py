@@ -24,7 +24,7 @@ def visual_reader(
     """A function that makes the visual conditioning of a batch's stored samples.
 
     config: says whether networks get a first frame.
-    geometry: of the network; its model_type decides what the network takes of a first frame.
+    geometry: the network's geometry; its model_type decides what the network takes of a first frame.
     frames: latent frames of a video.
     device: where the conditioning goes.
     real: whether the samples are real videos; otherwise they are images.

@@ -135,8 +135,8 @@ class WanTask:
     The VAE is loaded when it is first needed.
 
     config: the run's data section.
-    geometry: of the networks that see the latents and embeddings.
-    seed: of the order of prompts and stored samples.
+    geometry: the geometry of the networks that see the latents and embeddings.
+    seed: keys the order of prompts and stored samples.
     device: where tensors and encoders go.
     library: the prompts of a config that names no file of prompts; empty for a task that only generates.
 
