@@ -43,13 +43,13 @@ from utils.random import Noise
 class Generator:
     """A trained network with its task, ready to sample.
 
-    config: of its run.
+    config: the config of the network's run.
     score: the network.
     device: where it is.
-    task: what decodes and conditions, None builds the run's.
+    task: the task that decodes and conditions, None builds the run's.
     sampler: which kind of sampling the network was made for.
     acceleration: changes the network in place.
-    checkpoints: folders that its weights are from.
+    checkpoints: folders that the weights are from.
 
     Raises UserError for an acceleration that this machine cannot do.
     """
@@ -100,10 +100,10 @@ class Generator:
     ) -> Generator:
         """The student of a run.
 
-        path: its folder, or one checkpoint's.
+        path: the run's folder, or one checkpoint's.
         device: where to load it.
-        student: which of its weights.
-        image_encoder: in place of its data.image_encoder.
+        student: which of the run's weights.
+        image_encoder: a folder that takes the place of the run's data.image_encoder.
         size: height and width of videos in pixels, None for the run's.
         tiny_decoder: taehv's file, which decodes in place of the VAE.
         acceleration: changes the network in place.

@@ -30,8 +30,8 @@ class Pace:
 class Live:
     """One video without end of a causal student. Not for several threads at once; different videos are independent.
 
-    number: keys the draws beside `sampling.seed`. Raises UserError for what the network cannot do, and for a prompt
-    that has no embedding.
+    number: with `sampling.seed`, selects this video's random numbers.
+    Raises UserError for what the network cannot do, and for a prompt that has no embedding.
     """
 
     def __init__(self, generator: Generator, prompt: str, sampling: Sampling, *, number: int = 0) -> None:
@@ -40,7 +40,8 @@ class Live:
         self._decoder = SideDecoder(generator.task.decoding(), generator.device)
         # a block that is being made while the one before is shown, and its prompt
         self._begun: tuple[Callable[[], Tensor], str] | None = None
-        self._next_prompt = self.prompt = prompt  # of the next block to begin; of the block that came last
+        self._next_prompt = prompt  # of the next block to begin
+        self.prompt = prompt  # of the block that came last
         self._shape = generator.task.latent_shape[1:]
         self._opened, self._first, self._steady = time.perf_counter(), 0.0, 0.0
         self._frames, self._first_frames = 0, 0
@@ -64,7 +65,7 @@ class Live:
         return self._decoder.start(self._video.make(self._video.noise(self._shape))), self._next_prompt
 
     def switch(self, prompt: str, *, recache: bool = False) -> None:
-        """Takes another prompt, from the next block on that is not begun. recache: see `CausalStream.switch`.
+        """Takes another prompt, from the first block not yet started. recache: see `CausalStream.switch`.
         Raises UserError for a prompt that has no embedding; the video then goes on as it was."""
         try:
             text = self.generator.task.conditioning([prompt]).text

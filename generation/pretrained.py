@@ -47,9 +47,9 @@ class Model:
     """A released model, and what it is asked for.
 
     path: a pipeline's folder, or a Hub name.
-    height: of the video, in pixels.
-    width: of the video, in pixels.
-    shift: of the noise levels, None takes the scheduler's.
+    height: the video's height in pixels.
+    width: the video's width in pixels.
+    shift: the shift of the noise levels, None takes the scheduler's.
     negative: the negative prompt.
     """
 
@@ -72,11 +72,11 @@ def load_model(
 ) -> Generator:
     """What samples a released model.
 
-    model: its folder, and what it is asked for.
+    model: the model's folder, and what it is asked for.
     frames: latent frames of a video, None: 21.
     device: where to load it.
-    loras: added to the weights, of two experts to the high-noise one's.
-    low_loras: added to the low-noise expert's weights.
+    loras: LoRA files that are added to the weights, of two experts to the high-noise one's.
+    low_loras: LoRA files that are added to the low-noise expert's weights.
     tiny_decoder: taehv's file, which decodes in place of the VAE.
     acceleration: changes the network in place.
 

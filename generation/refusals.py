@@ -14,7 +14,7 @@ def refuse_unused(sampling: Sampling, config: RunConfig, *, causal: bool, few_st
     """Refuses options that the network would silently ignore.
 
     sampling: the options.
-    config: of the network's run.
+    config: the config of the network's run.
     causal: whether the network makes videos block by block.
     few_steps: whether it is sampled by its own step list.
     has_experts: whether it is a high-noise and a low-noise expert.
@@ -52,8 +52,8 @@ def refuse_inputs(
     """Refuses an image or a clip that the network cannot take, and a lack of one that it needs.
 
     sampling: has the strength that goes with a clip.
-    first_frames: of the videos.
-    clip: that the videos start from.
+    first_frames: the videos' first frames.
+    clip: the clip that the videos start from.
     causal: whether the network makes videos block by block.
     takes: how the network is given first frames.
 

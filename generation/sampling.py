@@ -12,14 +12,14 @@ from pipeline.bidirectional_inference import Solver
 class Sampling:
     """How to sample.
 
-    steps: of denoising, None takes the run's.
+    steps: denoising steps, None takes the run's.
     frames: latent frames in all, first frames that are given included; None takes the run's.
     window: latent frames that a block of a causal student sees, None takes the run's.
     sinks: first latent frames that stay in the window, None takes the run's.
-    guidance: of a many-step network, None takes the run's.
-    seed: of all noise.
-    guidance_2: of the low-noise expert of two, None takes guidance.
-    solver: of a many-step network, 'euler' or 'unipc'; None takes its own.
+    guidance: the scale of a many-step network, None takes the run's.
+    seed: keys all noise.
+    guidance_2: the scale of the low-noise expert of two, None takes guidance.
+    solver: the solver of a many-step network, 'euler' or 'unipc'; None takes its own.
     strength: share of the steps that are made where videos start from a clip.
     block_steps: steps of a causal student's first block, its second, and so on, the last for all after.
     noisy_context: see `StreamConfig`.
@@ -42,11 +42,11 @@ class Sampling:
 class Sampler:
     """Which kind of sampling a network was made for.
 
-    causal: block by block over a cache. None takes the run's.
-    few_steps: by the network's own step list, not by a many-step solver. None: every network except a bidirectional
-        one of a diffusion run.
-    solver: of a many-step network, where the sampling names none.
-    guidance_2: of the low-noise expert of two, where the sampling names no guidance.
+    causal: whether it samples block by block over a cache. None takes the run's.
+    few_steps: whether it samples by the network's own step list, not by a many-step solver. None: every network except
+        a bidirectional one of a diffusion run.
+    solver: the solver of a many-step network, where the sampling names none.
+    guidance_2: the scale of the low-noise expert of two, where the sampling names no guidance.
     """
 
     causal: bool | None = None
@@ -60,8 +60,8 @@ class StudentChoice:
     """Which weights of a run's student are loaded.
 
     weights: 'ema', their average, or 'raw'.
-    loras: added to the weights.
-    lora_scale: by how much the run's own adapter counts.
+    loras: LoRA files that are added to the weights.
+    lora_scale: the factor of the run's own adapter.
     expert: 'high' or 'low', of two that go together.
     """
 

@@ -9,7 +9,7 @@ from configs.schema import RunConfig
 from model.schedule import TIMESTEPS
 from utils.errors import UserError
 
-FROM_NOISE = 0.95  # a first step below this level is no start from pure noise
+FROM_NOISE = 0.95  # a run whose first step is below this level cannot start from pure noise
 
 
 def starts_from_noise(config: RunConfig) -> bool:
@@ -39,7 +39,8 @@ def joined(high: RunConfig, low: RunConfig) -> tuple[RunConfig, float]:
     # bounds of the whole: what is sampled goes through all noise levels
     whole = replace(ours, denoising_step_list=steps, min_score_timestep=theirs.min_score_timestep)
     objective = high.objective
-    if objective.kind is ObjectiveKind.phased_dmd:  # of one interval: it would ask for the bounds that the whole lacks
+    # phased_dmd requires min_score_timestep > 0, which the joined run may lack
+    if objective.kind is ObjectiveKind.phased_dmd:
         objective = replace(objective, kind=ObjectiveKind.dmd)
     return replace(high, schedule=whole, objective=objective), boundary
 

@@ -41,7 +41,7 @@ def consistency_loss(
 
     student: `(x [B, F, C, H, W], sigma) -> velocity`, as are the next two.
     average: the student's EMA.
-    teacher: its velocity is already guided.
+    teacher: the causal teacher, whose velocity is already guided.
     clean: x_0 [B, F, C, H, W].
     noise: standard normal, like clean.
     sigma: s, [B] or [B, F]; frames at sigma 0 are given and count for nothing.

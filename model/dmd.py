@@ -1,7 +1,7 @@
 """Distribution matching distillation: DMD (arXiv 2311.18828), DMD2 (2405.14867); CausVid and Self-Forcing are the same
 objective over other rollouts.
 
-B batch  F latent frames  C channels  H W latent size
+B batch  F latent frames  C channels  H W latent size  x the student's sample  g `kl_gradient`  sg stop-gradient
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from model.types import Conditioning, LossOutput, Rollout
 
 
 def kl_gradient(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
-    """(F - T) / mean|x - T|, the mean over each sample's own elements (DMD, eq. 7 and 8). [B, F, C, H, W], fp32.
+    """(fake_x0 - real_x0) / mean|x0 - real_x0| (DMD, eq. 7 and 8): [B, F, C, H, W], fp32.
 
+    The mean runs over all elements of one sample, masked frames too.
     Non-finite values are left in: the trainer counts them and skips the step.
     """
     scale = (x0.float() - real_x0.float()).abs().flatten(1).mean(1)
@@ -31,9 +32,14 @@ def per_sample_mean(x: Tensor, frame_mask: Tensor | None) -> Tensor:
 
 
 def matching_loss(x: Tensor, gradient: Tensor, frame_mask: Tensor | None, weight: Tensor | None = None) -> Tensor:
-    """1/2 mean (x - sg(x - g))^2, whose gradient in x is g over the number of elements (DMD2, eq. 2).
+    """1/2 mean (x - sg(x - g))^2, where sg is stop-gradient (DMD, arXiv 2311.18828).
 
-    x, gradient: [B, F, ...]. frame_mask: [F], the frames that count. weight: [B], of each sample, detached here.
+    Its gradient in x is g, divided by the number of unmasked elements and times each sample's weight; in masked frames
+    it is 0.
+
+    x, gradient: [B, F, ...].
+    frame_mask: [F], the frames that count; None means all.
+    weight: [B], each sample's weight, detached here; None is 1.
     """
     target = (x.float() - gradient).detach()
     per_sample = per_sample_mean((x.float() - target).square(), frame_mask)
@@ -41,7 +47,7 @@ def matching_loss(x: Tensor, gradient: Tensor, frame_mask: Tensor | None, weight
 
 
 def dmd_loss(query: ScoreQuery) -> LossOutput:
-    """1/2 mean (x - sg(x - g))^2 with g = `kl_gradient`: its gradient in x is g over the number of elements.
+    """1/2 mean (x - sg(x - g))^2 with g = `kl_gradient`: see `matching_loss` for its gradient.
 
     Both scores see the same x_sigma. Nothing is trained here but what made `query.rollout.x0`.
     """

@@ -152,7 +152,7 @@ def f_distill_loss(
         run at once.
     judge: trained with `Adversarial.softplus`, so that its logit is log r.
     weighting: how r becomes a weight, where the query has none.
-    gan_weight: of the GAN term beside DMD.
+    gan_weight: the weight of the GAN term beside DMD.
     ratio: [B], r of the query's weight, for the log; ValueError if only one of the two is told.
     """
     if (ratio is None) != (query.weight is None):

@@ -161,9 +161,9 @@ def discriminator_loss(
     Gradient reaches the heads and, where its weights require it, the backbone; never the student.
 
     student: the student's samples, detached here.
-    real: the data's.
+    real: the data's samples.
     judge: the discriminator D.
-    kind: in place of softplus.
+    kind: which adversarial loss is taken.
     penalty: weights of R1 and R2, and how they are taken; None for none.
     real_step, fake_step: standard normal, like x0, the directions of R1 and of R2; needed where their weight is not 0.
     """

@@ -34,7 +34,7 @@ class ScoreQuery:
     real: the teacher's score.
     fake: the critic's score, of what the student makes.
     conditioning: what the sample is conditioned on.
-    guidance: of both scores, with the negative prompt.
+    guidance: the guidance of both scores, with the negative prompt.
     sigma: [B], one noise level in [0, 1] a sample, at which both scores are taken.
     noise: standard normal, like x0; both scores see the same noised sample.
     weight: [B], of each sample in the mean over them, detached by the loss; None is 1.

@@ -31,8 +31,8 @@ class ScoreNet:
     compute_dtype: bf16 runs the network under autocast; None leaves it in its own precision. The autocast context
         is entered anew at each call: its weight cache, filled without gradient by a rollout's early steps, would
         otherwise cut the exit step off from the weights.
-    batch_guidance: with and without prompt in one call, so that sharded weights are gathered once; apart they need half
-        the activations.
+    batch_guidance: whether one call makes the passes with and without prompt, so that sharded weights are gathered
+        once; two calls need half the activations.
     pins_initial: the network is shown given frames clean, each frame with its own time (Wan2.2 TI2V-5B): conditioning's
         initial frames take the place of x's, at sigma 0, and the velocity in them is the one that leads to them, so
         losses and samplers need not know. Other networks see what x holds in those frames.
@@ -108,7 +108,7 @@ class ScoreNet:
 
         x: [B, F, C, H, W].
         sigma: [B] or [B, F], noise levels in [0, 1].
-        condition: of the branch with the prompt.
+        condition: conditioning of the branch with the prompt.
         negative: text [B, L, D] in place of the prompt's; all other conditioning is both branches'.
         guidance: w; 1 is the plain conditional network and costs one evaluation, not two.
         """
@@ -143,7 +143,7 @@ class ScoreNet:
 
         x: [B, F, C, H, W].
         sigma: [B] or [B, F], noise levels in [0, 1].
-        condition: of the branch with the prompt.
+        condition: conditioning of the branch with the prompt.
         negative: text [B, L, D] in place of the prompt's.
         guidance: w.
         rescale: phi in [0, 1] of `rescaled`, which keeps strong guidance from raising contrast; 0 for none.

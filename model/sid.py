@@ -12,10 +12,11 @@ from model.types import LossOutput
 
 
 def sid_loss(query: ScoreQuery, *, alpha: float = 1.0) -> LossOutput:
-    """mean (T - F) ((T - x) - alpha (T - F)) / sg(mean|x - T|), the mean of each sample its own (arXiv 2404.04057).
+    """mean gap ((real_x0 - x0) - alpha gap) / sg(mean|x0 - real_x0|) with gap = real_x0 - fake_x0 (arXiv 2404.04057).
 
-    Gradient flows through x and through both scores' inputs; their weights must not require gradient, or the critic's
-    would be computed for nothing. Raises ValueError for a query with weights of samples: SiD has none.
+    sg is stop-gradient; its mean runs over all elements of one sample, masked frames too. Gradient flows
+    through x0 and through both scores' inputs; their weights must not require gradient, or the critic's would be
+    computed for nothing. Raises ValueError for a query with weights of samples: SiD has none.
     """
     if query.weight is not None:
         raise ValueError("SiD does not weigh samples: leave the query's weight None")

@@ -38,7 +38,7 @@ def euler_trajectory(
     condition: conditioning, or its text alone.
     negative: text [B, L, D] for guidance.
     sigmas: noise levels of the steps, in [0, 1], falling.
-    guidance: of all steps, or of each.
+    guidance: one scale for all steps, or one for each.
     """
     x = noise.float()
     levels = (*sigmas[1:], 0.0)
@@ -88,7 +88,7 @@ def _unipc_step(
     x: [B, F, C, H, W] at levels[-2].
     past: x0 at the levels before the last, the newest last.
     levels: noise levels, the newest last.
-    order: of the step, 1 or 2.
+    order: the step's order, 1 or 2.
     corrected_by: x0 at the last level, for the corrector.
     """
     sigma_s, sigma_t = levels[-2:]
@@ -184,7 +184,7 @@ def many_step_sample(
     guidance: one, one for each step, or a function of the noise levels that the network is told
     (see `Experts.each_step`).
     clip: [B, F, C, H, W], what the sample starts from instead of noise.
-    strength: by how much it is noised (see `from_clip`).
+    strength: how much the clip is noised (see `from_clip`).
     """
     sigmas: Sequence[float] = grid.sigmas
     if clip is not None:

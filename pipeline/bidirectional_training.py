@@ -30,12 +30,12 @@ def backward_simulation(
 ) -> Rollout:
     """DMD2's simulated input (arXiv 2405.14867, section 4.5): the student's steps from pure noise.
 
-    student: sees the whole video.
+    student: a network that sees the whole video.
     noise: [B, F, C, H, W] at sigmas[0].
-    conditioning: of the videos.
+    conditioning: the videos' conditioning.
     sigmas: noise levels of the steps, in [0, 1], falling.
     exit_step: index of the step that x0 comes from.
-    source: of fresh noise between steps.
+    source: draws fresh noise between steps.
     with_gradient: whether the exit step carries gradient.
     """
     last = ExitPass(exit_step, with_gradient)
@@ -56,12 +56,12 @@ def noised_data(
 ) -> Rollout:
     """DMD's input: real latents noised to a level of the step list, the last step included.
 
-    student: any.
+    student: any few-step network.
     latents: [B, F, C, H, W], clean.
-    conditioning: of the videos.
+    conditioning: the videos' conditioning.
     sigmas: noise levels of the steps, in [0, 1], falling.
     exit_step: index of the step that x0 comes from.
-    source: of the noise.
+    source: draws the noise.
     with_gradient: whether x0 carries gradient.
     """
     sigma = torch.full(latents.shape[:1], sigmas[exit_step], device=latents.device)
@@ -86,12 +86,12 @@ def diffusion_forcing_input(
     """CausVid's input (arXiv 2412.07772, algorithm 1): real latents, each block at a level of its own, through the
     block-causal student. Given frames, which are the latents' own first ones, stay clean.
 
-    student: causal.
+    student: a causal network.
     latents: [B, F, C, H, W], clean.
-    conditioning: of the videos.
+    conditioning: the videos' conditioning.
     sigma_Bb: noise level of each sample and block, in [0, 1].
     causal: blocks and window.
-    source: of the noise.
+    source: draws the noise.
     with_gradient: whether x0 carries gradient.
     clean_context: blocks look back at the clean ones (teacher forcing), as they do at inference, not at the noisy ones.
     """

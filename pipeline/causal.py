@@ -94,10 +94,10 @@ class CausalConfig:
 
         net: whose keys and values it holds.
         videos: what is to be made over it.
-        dtype, device: of keys and values.
+        dtype, device: those of keys and values.
         memory: see `KVCache`.
-        trained_frames: of the longest video that the network was trained on: in longer ones sinks follow, so that no
-        frame is further away than there; None leaves them.
+        trained_frames: frames of the longest video that the network was trained on: in longer ones sinks follow, so
+        that no frame is further away than there; None leaves them.
         """
         frames = videos.frames
         if frames is None:

@@ -38,9 +38,9 @@ def cache_initial(
     """Puts the given clean frames into the cache, block by block, at sigma 0.
 
     student: whose cache it is.
-    conditioning: of the video, with its initial frames.
+    conditioning: the video's conditioning, with its initial frames.
     blocks: how many frames each of their blocks has.
-    source: of draws, which sigma 0 has none of.
+    source: draws nothing, as sigma 0 needs no noise.
     cache: an empty one.
     """
     for index, part, condition in initial_parts(conditioning, blocks):
@@ -106,10 +106,10 @@ class CausalStream:
 
     Memory is the cache's, whatever the length. Draws are keyed by block: those of a block know nothing of later ones.
     student: a few-step network.
-    conditioning: of the video; its initial frames precede the blocks, and fill whole ones.
+    conditioning: the video's conditioning; its initial frames precede the blocks, and fill whole ones.
     config: steps of each block.
     causal: blocks and window.
-    source: of all draws.
+    source: makes all draws.
     cache: an empty one from `causal.new_cache`, rolling where the video is to have no end.
 
     blocks, frames: made so far, given frames among the frames alone.
@@ -228,10 +228,10 @@ def stream(
 
     student: a few-step network.
     noise: [B, F, C, H, W], the frames to generate, after any initial ones of the conditioning.
-    conditioning: of the whole video.
+    conditioning: the whole video's conditioning.
     sigmas: noise levels of the steps, in [0, 1], falling.
     causal: blocks and window.
-    source: of fresh noise between steps, and of context noise.
+    source: draws fresh noise between steps, and context noise.
     cache: an empty one from `causal.new_cache`.
     Raises ValueError unless the frames fill whole blocks.
     """
@@ -264,11 +264,12 @@ def causal_trajectory(
 
     teacher: a causal many-step network.
     noise: [B, F, C, H, W] of the frames to generate.
-    branches: with the prompt and, unless guidance is 1, with the negative text. Raises ValueError for another number.
+    branches: one with the prompt and, unless guidance is 1, one with the negative text.
+        Raises ValueError for another number.
     sigmas: noise levels of the steps, in [0, 1], falling.
     guidance: w of uncond + w (cond - uncond).
     causal: blocks and window.
-    source: of draws, which clean context has none of.
+    source: draws nothing, as clean context needs no noise.
     """
     if len(branches) != (1 if guidance == 1.0 else 2):
         raise ValueError(f"guidance {guidance} needs {1 if guidance == 1.0 else 2} branches, got {len(branches)}")

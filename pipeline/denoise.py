@@ -23,7 +23,7 @@ from model.types import NoiseSource
 class ExitPass:
     """The last step that a block is denoised by, and what its pass leaves behind.
 
-    step: its index in the step list; at inference that of the last one.
+    step: the exit step's index in the step list; at inference that of the last step.
     with_gradient: whether x0 carries the gradient of this step.
     trace: notes the pass for `WanTransformer` to replay; it then carries no gradient.
     seen: gets what the step sees, [B, F, C, H, W] at its sigma.
@@ -57,8 +57,8 @@ def denoise_block(
     condition: conditioning of these frames, or its text alone.
     sigmas: noise levels of the steps, in [0, 1], falling.
     last: the exit step.
-    block: its index in the video, which names its draws.
-    source: of fresh noise between steps.
+    block: the block's index in the video, which names its draws.
+    source: draws fresh noise between steps.
     cache: keys and values of the frames before these; None where there are none.
     """
     x = noise
@@ -100,9 +100,9 @@ def write_context(
     x0: the block [B, F, C, H, W].
     condition: conditioning of its frames, or its text alone.
     sigma: context noise in [0, 1], to which the block is noised, and the network's time input; 0 leaves it clean.
-    block: its index in the video, which names its draw.
-    source: of the context noise.
-    cache: that of the blocks before.
+    block: the block's index in the video, which names its draw.
+    source: draws the context noise.
+    cache: the cache of the blocks before.
     """
     x = context_input(x0.detach(), sigma=sigma, block=block, source=source)
     student.velocity(x, per_sample(sigma, x), condition, cache=cache, write_cache=True)

@@ -26,7 +26,7 @@ def per_frame(values_Bb: Tensor, blocks: Sequence[int]) -> Tensor:
 class CleanContext:
     """The clean half of a teacher-forced pass: what noisy blocks look back at.
 
-    latents: [B, Fc, C, H, W] from the video's first frame on; nobody looks back at the last block: it may lack.
+    latents: [B, Fc, C, H, W] from the video's first frame on. The last block may be missing: no block looks back at it.
     sigma_BF: their own time [B, Fc], 0 unless they are noise-augmented.
     start: the video's frame at which the noisy half starts.
     """
@@ -58,7 +58,8 @@ def teacher_forced_velocity(
     condition: conditioning of the whole video, or its text alone.
     causal: blocks and window.
     negative: text [B, L, D] for guidance.
-    guidance: w of uncond + w (cond - uncond). Raises ValueError for one that needs the negative text, and has none.
+    guidance: w of uncond + w (cond - uncond).
+    Raises ValueError if w != 1 and `negative` is None.
     """
     start, kept, total = context.start, context.latents.shape[1], context.start + x.shape[1]
     condition = Conditioning.of(condition)

@@ -43,7 +43,7 @@ def few_step_stream(
     conditioning: text and first frames of B videos.
     sigmas: noise levels of the steps.
     causal: blocks and context of a causal student, None of a bidirectional one.
-    source: of noise that is added between steps.
+    source: draws the noise that is added between steps.
     """
     with torch.no_grad():
         if causal is None:
@@ -69,9 +69,9 @@ def student_with_cache(
     """What makes the blocks of a causal student's videos, and the cache that they share.
 
     score: the student.
-    causal: its blocks and context.
+    causal: the student's blocks and context.
     videos: how many, their latent frames (None: without end), and the latents' size.
-    device: of the cache.
+    device: where the cache is.
     trained_frames: latent frames of the longest video that the student was trained on.
     recorded: whether its passes are recorded as CUDA graphs; never where ranks share a sequence.
     """
@@ -94,13 +94,13 @@ def euler(
     """A many-step network's video [B, F, C, H, W]: Euler over a shifted uniform grid with guidance.
 
     score: the network.
-    source: of the noise.
+    source: draws the noise.
     shape: (F, C, H, W) of a video.
     condition: text and first frames of B videos.
     negative: [B, L, D], what guidance leads away from.
     steps: intervals of the grid.
-    shift: of the grid's noise levels.
-    guidance: its scale.
+    shift: the shift of the grid's noise levels.
+    guidance: the guidance scale.
     """
     noise = source.normal("noise", shape)
     return euler_sample(score, noise, condition, negative, uniform_sigmas(steps, shift), guidance)
@@ -138,7 +138,7 @@ def sample(
     shape: (F, C, H, W) of a video, frames that `conditioning` gives counted.
     conditioning: text and first frames of B videos.
     negative: [B, L, D], what guidance leads away from.
-    source: of the noise.
+    source: draws the noise.
     """
     if isinstance(way, ManySteps):
         return euler(

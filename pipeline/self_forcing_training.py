@@ -33,7 +33,7 @@ class RolloutPlan:
 
     causal: blocks and window.
     sigmas: noise levels of the steps, in [0, 1], falling.
-    exit_steps: index of the step at which each generated block leaves.
+    exit_steps: index of the step at which each generated block leaves; the trainer draws it (`_exit_steps`).
     score_frames: the last frames of the rollout, which carry gradient and are judged.
     context_gradient: self-gradient forcing, see `self_forcing_rollout`.
     """
@@ -74,14 +74,14 @@ def self_forcing_rollout(
 
     student: a causal few-step network.
     noise: [B, F, C, H, W] of the frames to generate.
-    conditioning: of the whole video; its initial frames come before those.
+    conditioning: the whole video's conditioning; its initial frames come before those.
     plan: steps and exit steps, blocks, what is judged.
-    source: of fresh noise between steps, and of context noise.
+    source: draws fresh noise between steps, and context noise.
     cache: an empty one that holds all frames but the last block; its keys and values are never differentiated.
     with_gradient: whether the judged frames carry gradient.
-    reencode: of all latents before the judged window's second frame, makes the window's first frame as an image latent
-    [B, 1, C, H, W] (a VAE's first frame is coded alone; a frame in mid-video is not); used when the rollout is longer
-    than the window, whose first frame is then left out of the loss.
+    reencode: makes the window's first frame as an image latent [B, 1, C, H, W] from all latents before its second frame
+    (a VAE's first frame is coded alone; a frame in mid-video is not). Used when the rollout is longer than the judged
+    window, whose first frame is then left out of the loss.
     """
     causal, done = plan.causal, conditioning.initial_frames
     initial, blocks = causal.split(done, noise.shape[1])
@@ -140,8 +140,8 @@ def _replay(student: ScoreNet, trace: Trace, conditioning: Conditioning, plan: R
     """The video, to the bit, with gradient in the frames of the traced passes, its last ones.
 
     student: whose passes they are.
-    trace: of the exit steps.
-    conditioning: of the whole video.
+    trace: the notes of the exit steps.
+    conditioning: the whole video's conditioning.
     plan: whose exit steps they are.
     video: [B, F, C, H, W], without gradient.
     """
@@ -165,9 +165,9 @@ def _forced(
 
     student: whose rollout it is.
     exits: what the exit steps of the last blocks saw, [B, f, C, H, W] each.
-    conditioning: of the whole video.
+    conditioning: the whole video's conditioning.
     plan: exit steps and blocks.
-    source: of context noise: the draws that the cache saw.
+    source: draws the context noise that the cache saw.
     video: [B, F, C, H, W], without gradient.
     """
     initial = conditioning.initial_frames

@@ -1,4 +1,4 @@
-"""Videos as files: made one at a time, sent in pieces as they are read, and only so many at once."""
+"""Videos as files: made one at a time, sent in pieces as they are read, with a limit on downloads at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PIECE = 2**16  # bytes
 
 
 class Downloads:
-    """videos: that can be fetched, by their tokens."""
+    """videos: token -> video that can be downloaded."""
 
     def __init__(self, videos: dict[str, Kept], limits: Limits) -> None:
         self._videos, self.limits = videos, limits

@@ -27,7 +27,7 @@ class Stored:
     key: the option that names the folder, for messages.
     path: the folder.
     latent_shape: (F, C, H, W) of the run.
-    seed: of the order of the samples.
+    seed: keys the order of the samples.
     sigmas: noise levels of an LMDB's trajectories, which the LMDB does not hold.
     statistics: mean and deviation of the VAE's latents, for a folder of raw latents.
     visual_of: makes the visual conditioning of a batch's samples.
@@ -134,7 +134,7 @@ class StoredPairs(Stored):
 
     path: the folder, or an LMDB.
     latent_shape: (F, C, H, W) of the run.
-    seed: of the order of the trajectories.
+    seed: keys the order of the trajectories.
     sigmas: noise levels of an LMDB's trajectories, which the LMDB does not hold.
     visual_of: makes the visual conditioning of a batch's samples.
 

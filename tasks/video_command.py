@@ -38,7 +38,7 @@ class Encoders:
     settings: what decides the numbers (which VAE, which text encoder), for the identity.
     temporal: the step of pixel frames that VAE and DiT can take, as in `check_sizes`.
     spatial: the step of height and width that they can take.
-    statistics: of the VAE's raw latents, for `--raw`.
+    statistics: mean and deviation of the VAE's raw latents, for `--raw`.
     text: captions to embeddings; None writes captions without embeddings.
     visual: first frames to what image-to-video networks see; None writes nothing for them.
     """
@@ -61,7 +61,7 @@ def video_command(
 ) -> int:
     """The command. Raises UserError.
 
-    argv: its arguments.
+    argv: the command's arguments.
     add_options: adds to the parser what `build` needs.
     build: makes the encoders of the parsed arguments.
     images: whether it encodes images instead of videos.

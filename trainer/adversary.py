@@ -47,10 +47,10 @@ def build_heads(config: GANConfig, geometry: Geometry, blocks: int, size: tuple[
 class Adversary:
     """Judges the student's samples against the task's real ones, both noised.
 
-    config: of the whole run; its objective has a gan section.
-    backbone: whose features it sees.
-    geometry: of the backbone.
-    task: what real samples come from.
+    config: the whole run's config; its objective has a gan section.
+    backbone: the network whose features it sees.
+    geometry: the backbone's geometry.
+    task: gives the real samples.
     device: where its heads are.
     updates: how often its heads will be trained.
     sequence: ranks that share a sample.
@@ -109,9 +109,9 @@ class Adversary:
     ) -> LossOutput:
         """The student's adversarial loss.
 
-        rollout: its sample x0 [B, F, C, H, W].
+        rollout: the student's sample x0 [B, F, C, H, W].
         conditioning: what the sample is conditioned on.
-        positions: of the real samples that a relativistic loss pairs with it.
+        positions: those of the real samples that a relativistic loss pairs with it.
         noise: where the draws come from.
         draw: noise level [B] and noise, like x0, to judge at in place of its own draw.
         """

@@ -1,4 +1,8 @@
-"""The composition root: from a config to the trainer that it names, with its networks, optimizers and data."""
+"""From a config to the trainer that it names.
+
+The trainer makes the rest: `Trainer.__init__` (trainer/base.py) its task and `RunNetworks`, and its own `build` the
+networks with their optimizers.
+"""
 
 from __future__ import annotations
 

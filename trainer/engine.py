@@ -25,17 +25,19 @@ class Engine:
         self.optimizer.zero_grad()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Adds the gradient of `loss`, this micro-batch's share of the global loss. last: of the update; after it the
-        gradients are those of all ranks, summed."""
+        """Adds the gradient of `loss`, this micro-batch's share of the global loss.
+
+        last: this is the update's last micro-batch. After it the gradients are summed over all ranks.
+        """
         self.before_backward(last=last)
         loss.backward()
         self.after_backward(last=last)
 
     def before_backward(self, *, last: bool) -> None:
-        """To be called before a backward that is another engine's too, and that one runs."""
+        """Call this before a backward that another engine runs but that also fills this network's gradients."""
 
     def after_backward(self, *, last: bool) -> None:
-        """Likewise after it."""
+        """Call this after such a backward."""
 
     def clip(self) -> Tensor:
         """Clips as configured; returns the global norm before that, a scalar that is the same on every rank."""
@@ -51,8 +53,11 @@ class Engine:
 
 
 class FSDPEngine(Engine):
-    """Shards: FSDP2 reduces within backward. Between micro-batches gradients stay unsharded on their rank, unless
-    `sync_each`: then they are scattered each time, and only copies of the weights wait for the last."""
+    """FSDP2 shards, reduced during backward.
+
+    By default gradients stay unsharded between micro-batches. With `sync_each` they are scattered after each one.
+    Either way replicas are summed after the last one only.
+    """
 
     def __init__(
         self, net: nn.Module, optimizer: NetworkOptimizer, *, keep_gathered: bool = False, sync_each: bool = False

@@ -52,7 +52,7 @@ class Weights:
 class Objective:
     """The losses of student, critic and discriminator, with the draws they need.
 
-    config: of the whole run.
+    config: the whole run's config.
     task: prompts, negative prompts and real samples.
     teacher, critic: the scores, None where the kind has none.
     adversary: the discriminator, None without one.

@@ -16,8 +16,8 @@ from utils.logging import console
 class Skips:
     """Updates that were not taken because a number was not finite.
 
-    total: since the run began.
-    in_a_row: for each network, those since its last update that was taken.
+    total: how many since the run began.
+    in_a_row: for each network, how many since its last update that was taken.
     ended: why the run must end: `limit` in a row; None while it may go on.
     """
 
@@ -55,11 +55,11 @@ class Update:
         metrics = update.step()
 
     trained: the network that the loss is logged under.
-    beside: what else the loss trains.
+    beside: the other networks and heads that the loss trains.
     observer: is told where the update is.
     skips: counts the update if it is not taken.
     sequence: ranks that share a sample, and count once in what is logged.
-    iteration: of the run, for messages.
+    iteration: the run's iteration, for messages.
     """
 
     def __init__(

@@ -28,7 +28,10 @@ def open_init(net: Network, config: NetworkConfig, name: str) -> Weights:
 
 
 def stored_weights(config: NetworkConfig) -> Weights:
-    """What `config.init` names, its loras added, without an adapter in training. Raises ValueError or OSError."""
+    """The weights of `config.init` plus its LoRA files; an adapter still in training (`config.lora`) is not included.
+
+    Raises ValueError or OSError.
+    """
     if config.init is None:
         raise ValueError("null: the weights were random, and are kept nowhere")
     if is_run(Path(config.init)):

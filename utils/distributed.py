@@ -45,8 +45,8 @@ def set_timeout(timeout: timedelta | None, groups: Iterable[dist.ProcessGroup]) 
 def leave(code: int, *, together: bool = True) -> NoReturn:
     """End this process with ``code``; together: all ranks are doing so, and the process group ends first.
 
-    One of several ranks ends without the interpreter's own end, in which a thread of gloo that still holds a tensor
-    now and then aborts the process (pytorch/pytorch#190489): a finished run would count as a failed one.
+    With several ranks it exits by os._exit, because a gloo thread can abort the process during interpreter shutdown
+    (pytorch/pytorch#190489): a finished run would count as a failed one.
     """
     if not _joined():
         sys.exit(code)
@@ -130,7 +130,7 @@ def all_reduce_scalars(values: Mapping[str, float], op: Reduction = "sum") -> di
         dist.all_reduce(numbers, op=reduce)
         if op == "mean":
             numbers /= world_size()
-        reduced = dict(zip(names, numbers.tolist(), strict=True))  # on a GPU it is here that one waits
+        reduced = dict(zip(names, numbers.tolist(), strict=True))  # on a GPU this line waits
     return {name: reduced[name] for name in values}
 
 

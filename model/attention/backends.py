@@ -45,7 +45,7 @@ def attend(
     q: [B, L, N, D], rotated already.
     k, v: [B, M, N, D], keys rotated already.
     mask: None lets every query see every key, else L and M are whole frames of its table.
-    backend: what computes it.
+    backend: what computes the attention.
     Returns [B, L, N, D] in q's dtype. Raises ValueError if the backend is not installed.
     """
     if mask is None:

@@ -1,4 +1,7 @@
-"""The key/value cache of a causal rollout: a typed object, written only through its methods, never through autograd.
+"""The key/value cache of a causal rollout: a typed object that no gradient enters.
+
+A pass without gradient puts its keys and values behind the context (`join`), where they fit; `write` keeps them. The
+next pass overwrites what was not kept.
 
 B batch  T tokens of a frame  N heads  D head dim
 """
@@ -20,10 +23,10 @@ from model.attention.rope import apply_rope, frame_turn
 class CacheShape:
     """Geometry of a cache.
 
-    layers, heads, head_dim: of the network.
+    layers, heads, head_dim: the network's.
     batch: videos at once.
     context_frames: the most that it holds beside the block being computed.
-    tokens_per_frame: of a latent frame.
+    tokens_per_frame: tokens of a latent frame.
     block_frames: room for that block behind them, so that a pass without gradient copies no context.
     """
 
@@ -42,7 +45,7 @@ class CacheSpec:
 
     batch: videos at once.
     context_frames: latent frames that it holds beside the block being computed.
-    height, width: of latents.
+    height, width: the latents' size.
     block_frames: latent frames of such a block.
     sinks, rolling, reach: see `KVCache`.
     """
@@ -65,14 +68,14 @@ class KVCache:
     wanted `in_order` of time: sparse attention makes tiles of neighbouring frames. Keys are rotated before they come
     here, to `position` and on; they see each other by differences of positions only.
 
-    shape: its geometry.
+    shape: the cache's geometry.
     sinks: see above.
     reach: frames from the first sink to the end of the next block, at most: sinks of a longer video are turned on to
     follow it (`positions`), so that no difference grows beyond what a network was trained with. At least
     `context_frames + block_frames`; None leaves sinks where they were.
     rolling: whether frames may be evicted. Without it overflow is an error, and what `context` returns stays as it is
     until `reset`, so checkpointed blocks may read it again; with it a pass with gradient gets a copy.
-    dtype, device: of keys and values.
+    dtype, device: those of keys and values.
     memory: flat and at least as long as it needs to be, in place of its own: for caches of several geometries, of which
     one is in use at a time.
     """

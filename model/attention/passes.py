@@ -47,8 +47,8 @@ class PassContext:
     as it was, whatever ran in between. Tensors with gradient stay arguments of the block, where FSDP's hooks find them.
 
     rope: rotation of this rank's tokens [2, L, D / 2].
-    grid: its frames, and the tokens of each along height and width.
-    backend: of attention.
+    grid: the pass's frames, and the tokens of each along height and width.
+    backend: the attention backend.
     mask: which frames see which, None for all.
     shards: how the tokens lie on the ranks that share them, None for one rank alone.
     adapter: the one that the weights have beside them in this pass, None for none.

@@ -23,8 +23,8 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 def rope_table(positions: Sequence[int], height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
     """cos and sin, [2, F * H * W, D / 2] fp32.
 
-    positions: absolute, of each frame.
-    height, width: of a frame, in tokens.
+    positions: each frame's absolute position.
+    height, width: a frame's size in tokens.
     head_dim: D.
     device: where the table is wanted.
     Angles are taken in fp64 (a long stream reaches positions where fp32 angles lose digits) and rounded once.

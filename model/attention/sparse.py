@@ -59,8 +59,11 @@ class SparseConfig:
 
 
 class Sparsity:
-    """A network's sparse attention. level: the share of key tiles left out, which `begin` changes between iterations;
-    passes that backward computes again must find it as it was."""
+    """A network's sparse attention.
+
+    level: share of key tiles left out. `begin` changes it between iterations, never between a forward and its
+    recomputation.
+    """
 
     def __init__(self, config: SparseConfig) -> None:
         self.config, self.level = config, config.sparsity

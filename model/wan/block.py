@@ -151,7 +151,7 @@ def attend_joined(
     """Attention [B, L, N, D] of tokens to themselves and what precedes them; parts see only themselves and theirs.
 
     q, k, v: [B, L, N, D], rotated.
-    gate: of sparse attention's coarse branch, like q; None without one.
+    gate: the gate of sparse attention's coarse branch, like q; None without one.
     join: what puts the preceding keys and values before theirs; None where nothing precedes them; or one a part.
     run: attention of all queries to all keys.
     """

@@ -71,10 +71,10 @@ def save_weights(
 ) -> list[Path]:
     """Writes weights: one file, or shards and their index.
 
-    folder: where to.
-    weights: what.
-    names: whose names they get.
-    dtype: what they are stored in.
+    folder: where the files go.
+    weights: the weights to write.
+    names: the layout whose names they get.
+    dtype: the type they are stored in.
     shard_bytes: the most that a shard holds, None for one file.
     Raises OSError when they cannot be written, ValueError for weights beyond fp8's range.
     """

@@ -60,9 +60,9 @@ def _conv(inner: int, outer: int, *, bias: bool = True) -> nn.Conv2d:
 
 
 class TinyDecoder(nn.Module):
-    """channels: of the latents, 16 for Wan 2.1's and 48 for 2.2's. patch: side of the pixel square that is one place.
-
-    widths: of its stages. The parameters have the names and shapes of the files (`decoder.*` of them).
+    """channels: the latents' channels, 16 for Wan 2.1's and 48 for 2.2's.
+    patch: side of the pixel square that is one place.
+    widths: the widths of its stages. The parameters have the names and shapes of the files (`decoder.*` of them).
     """
 
     def __init__(self, channels: int = 16, patch: int = 1, widths: Sequence[int] = WIDTHS) -> None:

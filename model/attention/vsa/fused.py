@@ -124,7 +124,7 @@ class _FineAndGate(torch.autograd.Function):
         coarse: O_c of each tile, fp32 [B, N, n, D].
         gate: tokens [B, L, N, D].
         chosen: int32 [B, N, n, K], the key tiles that each query tile keeps.
-        tilings: of queries and of keys.
+        tilings: the queries' tiling, then the keys'.
         """
         queries, keys = tilings
         gate, coarse = _dense_rows(gate), coarse.contiguous()
@@ -197,7 +197,7 @@ def launch(
 
     kernel: of model/attention/vsa/kernels.py.
     programs: how many there are of it, along each axis.
-    products: of T x T x D, that a pair of tiles takes. Kernels with products are told the type of their operands: q's.
+    products: matrix products of T x T x D for a pair of tiles. Kernels with products are told q's type.
     pairs: how many pairs of tiles there are.
     stages: tiles loaded ahead, for kernels with products.
     arguments: the kernel's, by name.

@@ -43,12 +43,12 @@ class Tiling:
 
     @property
     def slots(self) -> int:
-        """T, of one tile."""
+        """Token slots in one tile (T)."""
         return math.prod(self.cube)
 
     @property
     def tiles(self) -> int:
-        """n."""
+        """Number of tiles (n)."""
         return math.prod(self._along)
 
     @property
@@ -116,7 +116,7 @@ def tile_maps(tiling: Tiling, device: torch.device) -> TileMaps:
 
 @lru_cache(maxsize=64)
 def choose_cube(grid: Shape, key_grid: Shape | None = None, cubes: tuple[Shape, ...] = CUBES) -> Shape:
-    """The cube that makes the fewest pairs of slots of queries and keys, the first of `cubes` among equals."""
+    """The cube with the smallest padded query slots x key slots. Ties go to the first of `cubes`."""
 
     def pairs(cube: Shape) -> int:
         queries, keys = Tiling(grid, cube), Tiling(key_grid or grid, cube)
@@ -129,7 +129,7 @@ def choose_cube(grid: Shape, key_grid: Shape | None = None, cubes: tuple[Shape, 
 class Grids:
     """The grids (frames, height, width) that tokens lie in, in raster order.
 
-    queries, keys: keys None are the queries' own. With a cache, keys count the cached frames too.
+    queries, keys: keys None means the same grid as queries. With a cache, keys count the cached frames too.
     cube: a tile's tokens along each side, None for the one that pads the two grids least.
     """
 
@@ -145,7 +145,7 @@ class Grids:
 
 
 def kept_tiles(sparsity: float, tiles: int) -> int:
-    """K = clamp(ceil((1 - sparsity) tiles), 1, tiles), of decimals as they are written: 0.7 of 10 keeps 3.
+    """K = clamp(ceil((1 - sparsity) tiles), 1, tiles), with a tolerance, so that 0.7 of 10 keeps 3 despite rounding.
 
     Raises ValueError for a sparsity outside [0, 1].
     """
