@@ -40,7 +40,7 @@ class Acceleration:
         for net in nets:
             assert isinstance(net, Network)
             if self.fp8:
-                if (stored := net.patch_embedding.weight.dtype) is not torch.bfloat16:
+                if (stored := next(net.parameters()).dtype) is not torch.bfloat16:
                     raise UserError(f"--fp8 is for a run in bf16, and this one computes in {stored}: leave it out")
                 fp8_linears(net)
             if self.compile:
@@ -66,13 +66,14 @@ def fp8_linears(net: Network, config: Any = None) -> None:
         raise UserError(
             f"--fp8 needs torchao ({problem}): pip install -r requirements-gpu.txt, or leave it out"
         ) from None
+    multiplied = {
+        module
+        for unit in net.fsdp_units()
+        for name, module in unit.named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith("to_gate_compress")
+    }
     quantize_(
         net,
         Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()) if config is None else config,
-        filter_fn=lambda module, name: isinstance(module, nn.Linear) and is_multiplied_in_fp8(name),
+        filter_fn=lambda module, _name: module in multiplied,
     )
-
-
-def is_multiplied_in_fp8(name: str) -> bool:
-    """Whether the layer of this name multiplies in fp8: q, k, v and o of attentions, and both layers of the MLP."""
-    return name.startswith("blocks.") and not name.endswith("to_gate_compress")

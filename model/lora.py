@@ -26,6 +26,8 @@ class Adaptable(Protocol):
 
     def fsdp_units(self) -> list[nn.Module]: ...
 
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
@@ -42,10 +44,12 @@ def add_adapter(net: Adaptable, adapter: str, config: LoraConfig) -> None:
     legal = linear_layers(net)
     if unknown := [target for target in config.targets if target not in legal]:
         raise ValueError(f"lora.targets: {', '.join(unknown)}: no layer of a block; choose among {', '.join(legal)}")
+    inside = set(net.fsdp_units())
+    units = "|".join(re.escape(name) for name, module in net.named_modules() if module in inside)
     ends = "|".join(re.escape(target) for target in config.targets)
     peft = PeftConfig(
         r=config.rank, lora_alpha=config.scale * config.rank, bias="none",  # type: ignore[arg-type]
-        target_modules=rf"blocks\.\d+\.(\w+\.)?({ends})", init_lora_weights=False,
+        target_modules=rf"({units})\.(\w+\.)?({ends})", init_lora_weights=False,
     )  # fmt: skip
     device = next(p.device for _, p in net.named_parameters())
     with torch.device(device), warnings.catch_warnings():

@@ -45,8 +45,11 @@ class Lora(Protocol):
     path: where it comes from, for messages.
     """
 
-    path: str | Path
-    changes: Mapping[str, Change]
+    @property
+    def path(self) -> str | Path: ...
+
+    @property
+    def changes(self) -> Mapping[str, Change]: ...
 
     def factor(self, module: str, change: Change) -> float:
         """alpha / rank of a module."""

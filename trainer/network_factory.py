@@ -107,7 +107,7 @@ def _fill(net: Network, spec: NetworkSpec, source: Weights | None, *, shared: bo
         stored = [key for key in parameters if key not in bare]
         weights = source.read(stored) if reads else _without_values(net, [parameters[key] for key in stored])
         named = ((parameters.get(key, key), value) for key, value in weights)
-        fill(net, chain(named, _zeros(net, [parameters[key] for key in bare])), shared=shared)
+        fill(net, chain(named, zeros_of(net, [parameters[key] for key in bare])), shared=shared)
     else:
         with _drawn(spec.seed, "weights", spec.name, reads):
             drawn = spec.config.family.random_weights(spec.config.geometry(), spec.config.sparse)
@@ -125,7 +125,7 @@ def _drawn(seed: int, kind: str, name: str, reads: bool) -> Iterator[None]:
         yield
 
 
-def _zeros(net: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def zeros_of(net: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Zeros for these parameters: gates of sparse attention, which the weights of a dense model do not have."""
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in net.named_parameters()}  # whole, under ZeRO-3 too
     for name in names:

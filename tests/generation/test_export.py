@@ -15,6 +15,7 @@ from torch import Tensor
 from configs.schema import RunConfig
 from generation import export
 from model.attention.backends import Backend
+from model.wan.export import WanExporter
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights
 from tests.small import DIFFUSION, DISTILLATION, config
@@ -220,7 +221,7 @@ def test_an_adapter_is_written_for_diffusers_and_peft(tmp_path: Path) -> None:
     state: dict[str, Tensor] = {
         "blocks.0.self_attn.q.lora_A.weight": torch.randn(2, 6), "blocks.0.self_attn.q.lora_B.weight": torch.randn(6, 2),
     }  # fmt: skip
-    folder = export.written(tmp_path / "lora", lambda folder: export.save_lora(folder, state, 4.0))
+    folder = export.written(tmp_path / "lora", lambda folder: export.save_lora(folder, WanExporter(), state, 4.0))
     assert {str(file.relative_to(folder)) for file in folder.rglob("*.*")} == {
         "pytorch_lora_weights.safetensors", "peft/adapter_model.safetensors", "peft/adapter_config.json",
     }  # fmt: skip

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from model.text_encoder import toy_text_encoder
+from model.wan.codecs import WanCodecs
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.vae import WanVAE
-from tasks.first_frames import channels_of
 from tasks.preprocess_video import preprocess_images, preprocess_video
 from tests.model.wan.test_image_encoder import save_image_encoder
 from tests.model.wan.vaes import small_vae
@@ -82,10 +82,10 @@ def test_files_hold_what_networks_are_given(
         assert found.first_latents is not None
         assert found.latents.shape == (1, 16, size.height // 8, size.width // 8)
         assert relative(found.latents, vae.encode(pixels[None])[0]) < 1e-6
-        assert relative(channels_of(found.first_latents[None]), image_channels(vae, pixels, frames)) < 1e-6
+        assert relative(WanCodecs().channels_of(found.first_latents[None]), image_channels(vae, pixels, frames)) < 1e-6
         # what of a longer video is kept is a shorter one's
         longer = image_channels(vae, pixels, frames + 1)[:, :frames]
-        assert relative(channels_of(found.first_latents[None]), longer) < 1e-6
+        assert relative(WanCodecs().channels_of(found.first_latents[None]), longer) < 1e-6
         assert relative(found.first_latents[:1], found.latents) < 1e-6
         assert found.clip is not None
         assert relative(found.clip, encoder.encode(pixels)[0]) < 1e-6

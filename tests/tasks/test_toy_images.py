@@ -12,6 +12,7 @@ import torch
 from evaluation.toy_suite import generate_all
 from generation.generator import Generator
 from generation.sampling import Sampler, Sampling
+from model.family import FirstFrame
 from model.score import ScoreNet
 from tasks.build import build_task
 from tasks.toy import ToyTask
@@ -111,4 +112,4 @@ def test_runs_that_have_no_frames_to_give_are_one_line(tmp_path: Path) -> None:
         trainer(tmp_path, merged(IMAGES, {"data": {"real": False}}))
     with pytest.raises(ValueError, match="set causal.independent_first_frame to true"):
         config(merged(IMAGES, {"causal": {"independent_first_frame": False}, "data": {"toy": {"frames": 6}}}))
-    assert replace(config(IMAGES).data, first_frame=None).has_first_frame("t2v", real=True) is False
+    assert replace(config(IMAGES).data, first_frame=None).has_first_frame(FirstFrame.none, real=True) is False

@@ -18,6 +18,7 @@ from generation.generator import Generator
 from generation.videos import generate_videos
 from model.codec import VAEConfig
 from model.text_encoder import TextEncoder, load_text_encoder, toy_text_encoder
+from model.wan.codecs import WanCodecs
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.vae import load_vae
 from tasks import wan as wan_task
@@ -245,7 +246,7 @@ def test_what_does_not_fit_is_one_line_before_training(folder: Path, tmp_path: P
     with pytest.raises(ConfigError, match="data: vae: .* has 16 channels, the networks 4: give theirs"):
         build_task(run(folder, cache=True, **{n: {"overrides": {"in_dim": 4, "out_dim": 4}} for n in NETWORKS}), CPU)
     with pytest.raises(UserError, match="has 16 channels, the networks 4: give theirs"):
-        wan_task.fitting_vae(VAEConfig(str(folder / "pipeline")), 4, CPU)
+        wan_task.fitting_vae(WanCodecs(), VAEConfig(str(folder / "pipeline")), 4, CPU)
     with pytest.raises(UserError, match="data.text.encoder is null"):
         (tmp_path / "run.yaml").write_text(to_yaml(run(folder, cache=True)))
         preprocess_text(
@@ -348,7 +349,7 @@ def test_training_on_stored_latents(folder: Path, tmp_path: Path) -> None:
         merged(small, {**changes, "trainer": "diffusion", "teacher": None, "critic": None, "training": training}),
     )
     assert made.train() == 0
-    statistics = statistics_of(VAEConfig(path=str(folder / "pipeline")))
+    statistics = statistics_of(WanCodecs(), VAEConfig(path=str(folder / "pipeline")))
     vae = load_vae(VAEConfig(path=str(folder / "pipeline"), dtype="fp32"))
     assert statistics is not None
     normalised = statistics.normalise(latents[0])

@@ -18,7 +18,7 @@ from model.export import Dtype, Format
 from model.lora import adapter_names, add_adapter, base_names, linear_layers
 from model.network import LoraConfig
 from model.score import ScoreNet
-from model.wan.lora_files import MergedWeights
+from model.wan.lora_files import with_loras
 from model.wan.save import save_model
 from model.wan.weights import LazyWeights
 from tests.nets import random_net
@@ -172,7 +172,7 @@ def test_an_exported_adapter_is_the_runs_sum(folder: Path, tmp_path: Path) -> No
         alone, whole = tmp_path / f"{network}_lora", tmp_path / f"{network}_whole"
         export(export_args([*options, "--format", "lora", "--out", str(alone)]))
         export(export_args([*options, "--format", "native", "--out", str(whole)]))
-        added = dict(MergedWeights(base, [(alone, 1.0)]).read(base.shapes))
+        added = dict(with_loras(base, [(alone, 1.0)]).read(base.shapes))
         merged_file = LazyWeights(str(whole))
         stored = dict(open_run(tmp_path / "run", "critic" if network == "critic" else "ema").read(base.shapes))
         for name, value in merged_file.read(base.shapes):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.network import LoraWeights, NetworkConfig
 from model.wan.formats import to_diffusers_key
-from model.wan.lora_files import MergedWeights, lora_to_diffusers, lora_to_peft
+from model.wan.lora_files import lora_to_diffusers, lora_to_peft, with_loras
 from model.wan.weights import LazyWeights
 from tests.nets import MICRO, random_net
 from trainer.weight_sources import open_init
@@ -81,7 +81,7 @@ def renamed(state: State, style: str) -> State:
 def test_any_trainers_names_are_the_same_change(base: Path, tmp_path: Path, style: str) -> None:
     state = adapter()
     save_file(renamed(state, style), tmp_path / "lora.safetensors")
-    merged = MergedWeights(LazyWeights(base), [(tmp_path / "lora.safetensors", SCALE)])
+    merged = with_loras(LazyWeights(base), [(tmp_path / "lora.safetensors", SCALE)])
     want = expected(state, SCALE * (ALPHA / 3 if style in ("kohya", "down up") else 1.0))
     plain = dict(random_net(1).state_dict())
     found = dict(merged.read(want))
@@ -98,7 +98,7 @@ def test_a_peft_folder_says_its_alpha(base: Path, tmp_path: Path, rslora: bool) 
     config |= {"use_rslora": rslora, "alpha_pattern": {"attn1.to_q": 9.0}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     root = 3**0.5 if rslora else 3
-    merged = dict(MergedWeights(LazyWeights(base), [(tmp_path, 1.0)]).read(expected(state, 1)))
+    merged = dict(with_loras(LazyWeights(base), [(tmp_path, 1.0)]).read(expected(state, 1)))
     for name, alpha in (("blocks.0.self_attn.q.weight", 9.0), ("head.head.weight", ALPHA)):
         torch.testing.assert_close(merged[name], expected(state, alpha / root)[name], rtol=1e-5, atol=1e-5)
 
@@ -113,7 +113,7 @@ def test_ours_come_back_from_both_names(base: Path, tmp_path: Path) -> None:
     (peft / "adapter_config.json").write_text(json.dumps(config))
     want = expected(state, 0.5)
     for path in (tmp_path, peft):
-        for name, value in MergedWeights(LazyWeights(base), [(path, 1.0)]).read(want):
+        for name, value in with_loras(LazyWeights(base), [(path, 1.0)]).read(want):
             torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="blocks.0.self_attn.q lacks"):
         lora_to_diffusers({"blocks.0.self_attn.q.lora_A.weight": torch.zeros(1, 1)}, 1.0)
@@ -141,7 +141,7 @@ def test_full_differences_biases_and_several_files_add_up(base: Path, tmp_path: 
     }  # fmt: skip
     save_file(renamed(state, "native") | extra, tmp_path / "a.safetensors")
     save_file({"head.head.diff_b": torch.ones(12)}, tmp_path / "b.safetensors")
-    merged = MergedWeights(LazyWeights(base), [(tmp_path / "a.safetensors", 0.5), (tmp_path / "b.safetensors", 2.0)])
+    merged = with_loras(LazyWeights(base), [(tmp_path / "a.safetensors", 0.5), (tmp_path / "b.safetensors", 2.0)])
     found = dict(merged.read(plain))
     assert torch.allclose(found["blocks.0.norm3.weight"], plain["blocks.0.norm3.weight"] + 0.5 * extra["diffusion_model.blocks.0.norm3.diff"])  # fmt: skip
     assert torch.allclose(found["blocks.0.self_attn.q.bias"], plain["blocks.0.self_attn.q.bias"] + 0.5 * extra["diffusion_model.blocks.0.self_attn.q.diff_b"])  # fmt: skip
@@ -153,7 +153,7 @@ def test_the_sum_is_rounded_once_to_what_the_base_is_stored_in(tmp_path: Path) -
     save_file(plain, tmp_path / "base.safetensors")
     state = adapter()
     save_file(state, tmp_path / "lora.safetensors")
-    merged = MergedWeights(LazyWeights(tmp_path / "base.safetensors"), [(tmp_path / "lora.safetensors", 1.0)])
+    merged = with_loras(LazyWeights(tmp_path / "base.safetensors"), [(tmp_path / "lora.safetensors", 1.0)])
     ((_, value),) = merged.read(["blocks.1.ffn.0.weight"])
     up, down = (state[f"blocks.1.ffn.0.lora_{letter}.weight"] for letter in "BA")
     assert torch.equal(value, (plain["blocks.1.ffn.0.weight"].float() + up @ down).bfloat16())
@@ -165,13 +165,13 @@ def test_two_experts_in_one_file_are_told_apart(base: Path, tmp_path: Path) -> N
     save_file(state | low, tmp_path / "lora.safetensors")
     for expert, factor in (("high", 1.0), ("low", 4.0)):
         want = expected(adapter(), factor)
-        for name, value in MergedWeights(LazyWeights(base), [(tmp_path / "lora.safetensors", 1.0)], expert).read(want):
+        for name, value in with_loras(LazyWeights(base), [(tmp_path / "lora.safetensors", 1.0)], expert).read(want):
             torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="changes for two experts"):
-        MergedWeights(LazyWeights(base), [(tmp_path / "lora.safetensors", 1.0)])
+        with_loras(LazyWeights(base), [(tmp_path / "lora.safetensors", 1.0)])
     save_file(low, tmp_path / "low.safetensors")
     with pytest.raises(ValueError, match="the LoRA is the low-noise expert's"):
-        MergedWeights(LazyWeights(base), [(tmp_path / "low.safetensors", 1.0)], "high")
+        with_loras(LazyWeights(base), [(tmp_path / "low.safetensors", 1.0)], "high")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_two_experts_in_one_file_are_told_apart(base: Path, tmp_path: Path) -> N
 def test_what_does_not_fit_is_one_line(base: Path, tmp_path: Path, change: State, message: str) -> None:
     save_file(adapter() | change, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=message) as error:
-        MergedWeights(LazyWeights(base), [(tmp_path / "lora.safetensors", 1.0)])
+        with_loras(LazyWeights(base), [(tmp_path / "lora.safetensors", 1.0)])
     assert "\n" not in str(error.value)
     assert "lora.safetensors" in str(error.value)
 

@@ -18,13 +18,12 @@ from model.attention.masks import block_causal_mask, teacher_forcing_mask
 from model.attention.sparse import SparseConfig
 from model.network import NetworkConfig
 from model.wan.formats import GATE
-from model.wan.init import zero_gates
 from model.wan.transformer import WanTransformer
 from tests.nets import gradients, latents, random_net, relative, texts
 from tests.pipeline.test_rollout import assert_same_gradients, blocks_of, brute_force, run, setup
 from tests.small import BRIEF, DISTILLATION, NETWORK, config, merged, save_networks, trainer, with_weights
 from tests.trainer.test_trainer import curve
-from trainer.network_factory import NetworkSpec, build_network
+from trainer.network_factory import NetworkSpec, build_network, zeros_of
 from utils.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -223,7 +222,7 @@ def test_gates_of_a_partitioned_network_have_their_whole_shape() -> None:
     net = torch.nn.Linear(3, 3)
     net.weight.ds_shape = net.weight.shape  # type: ignore[attr-defined]
     net.weight.data = torch.empty(0)
-    assert [(name, tuple(value.shape)) for name, value in zero_gates(net, ["weight", "bias"])] == [
+    assert [(name, tuple(value.shape)) for name, value in zeros_of(net, ["weight", "bias"])] == [
         ("weight", (3, 3)), ("bias", (3,))
     ]  # fmt: skip
 
