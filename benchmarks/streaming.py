@@ -173,7 +173,9 @@ class Workload:
         """A new video: each call begins its next block, and gives what waits for its pixels."""
         self.cache.reset()
         config = StreamConfig([STEPS], self.option.noisy)
-        stream = CausalStream(self.score, Conditioning(self.text), config, self.causal, self.source, self.cache)
+        stream = CausalStream(
+            self.score, Conditioning({"text": self.text}), config, self.causal, self.source, self.cache
+        )
         decoder = SideDecoder(self.decoders(), self.device)
         return lambda: decoder.start(stream.make(stream.noise(self.frame)))
 

@@ -134,8 +134,8 @@ class Workload:
         self.noise = self.source.normal("noise", shape)
         self.score_noise = self.source.normal("score", shape)
         self.sigma = torch.full((1,), 0.5, device=self.device)
-        self.conditioning = Conditioning(self.source.normal("text", (c.text_len, c.text_dim)))
-        self.guidance = Guidance(self.source.normal("negative", (c.text_len, c.text_dim)), 4.0)
+        self.conditioning = Conditioning({"text": self.source.normal("text", (c.text_len, c.text_dim))})
+        self.guidance = Guidance({"text": self.source.normal("negative", (c.text_len, c.text_dim))}, 4.0)
         self.causal = CausalConfig(num_frame_per_block=3)
         dtype = self.compute_dtype or torch.float32
         self.cache = self.causal.new_cache(
@@ -170,7 +170,7 @@ class Workload:
     @torch.no_grad()
     def forward(self) -> None:
         """The unit."""
-        self.student.velocity(self.noise, self.sigma, self.conditioning.text)
+        self.student.velocity(self.noise, self.sigma, self.conditioning)
 
     def rollout(self, exit_step: int, with_gradient: bool) -> Rollout:
         self.cache.reset()

@@ -156,9 +156,14 @@ def _check_networks(config: RunConfig) -> None:
     for name, network in (("teacher", config.teacher), ("critic", config.critic)):
         if network is None:
             continue
+        if network.family is not config.student.family:
+            raise ValueError(
+                f"{name}.preset {network.preset} and student.preset {config.student.preset} are of two families: "
+                "choose presets of one"
+            )
         other = network.geometry()
         heads.append(other.num_heads)
-        for field_name in ("in_dim", "out_dim", "text_dim", "text_len", "image_dim"):
+        for field_name in config.student.family.shared:
             a, b = getattr(student, field_name), getattr(other, field_name)
             if a != b:
                 raise ValueError(

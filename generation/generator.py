@@ -284,7 +284,7 @@ class Generator:
         if kept is None:
             videos = VideoShape(conditioning.batch, frames, *self.task.latent_shape[2:])
             student, cache = student_with_cache(
-                self.score, causal, videos, conditioning.text.device, self.trained_frames,
+                self.score, causal, videos, conditioning.device, self.trained_frames,
                 recorded=self.acceleration.records(self.device),
             )  # fmt: skip
         else:

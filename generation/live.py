@@ -68,10 +68,10 @@ class Live:
         """Takes another prompt, from the first block not yet started. recache: see `CausalStream.switch`.
         Raises UserError for a prompt that has no embedding; the video then goes on as it was."""
         try:
-            text = self.generator.task.conditioning([prompt]).text
+            encoded = self.generator.task.conditioning([prompt]).prompt
         except ValueError as problem:
             raise UserError(str(problem)) from None
-        self._video.switch(text, recache=recache)
+        self._video.switch(encoded, recache=recache)
         self._next_prompt = prompt
 
     @property

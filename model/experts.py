@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 T2V_BOUNDARY, I2V_BOUNDARY = 0.875, 0.9  # of Wan2.2's A14B networks
 
-BY_SAMPLE = ("channels", "image")  # what a call's mode has for each sample
+BY_SAMPLE = ("text", "channels", "image")  # what a call's mode has for each sample
 
 
 class Experts(nn.Module):
@@ -35,17 +35,17 @@ class Experts(nn.Module):
             raise ValueError(f"boundary {boundary} must be a noise level in (0, 1): Wan2.2 has 0.875 (T2V), 0.9 (I2V)")
         self.high, self.low, self.boundary = high, low, boundary
 
-    def forward(self, x: Tensor, sigma: Tensor, text: Tensor, **mode: Any) -> Tensor | list[Tensor]:
+    def forward(self, x: Tensor, sigma: Tensor, **mode: Any) -> Tensor | list[Tensor]:
         """Velocity [B, F, C, H, W] at x, sigma [B] or [B, F]; a sample's side is that of its noisiest frame. With
         `features` in mode the list of what those blocks put out."""
         if mode.get("cache") is not None or mode.get("replay") is not None:
             raise ValueError("two experts cannot share a KV cache: sample them bidirectionally")
         is_high = (sigma if sigma.ndim == 1 else sigma.amax(1)) >= self.boundary
         if bool(is_high.all()) or not bool(is_high.any()):
-            return (self.high if bool(is_high.all()) else self.low)(x, sigma, text, **mode)  # type: ignore[no-any-return]
+            return (self.high if bool(is_high.all()) else self.low)(x, sigma, **mode)  # type: ignore[no-any-return]
         rows = [is_high.nonzero().flatten(), (~is_high).nonzero().flatten()]
         parts = [
-            net(x[row], sigma[row], text[row], **{k: v[row] if k in BY_SAMPLE else v for k, v in mode.items()})
+            net(x[row], sigma[row], **{k: v[row] if k in BY_SAMPLE else v for k, v in mode.items()})
             for net, row in zip((self.high, self.low), rows, strict=True)
         ]
         order = torch.cat(rows).argsort()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from model.attention.sparse import SparseConfig, Sparsity
 from model.codec import Codecs
 from model.export import Exporter
 from model.merged import Lora
+from model.types import Prompt
 from model.weights import Weights
 from utils.parallel.sequence import SequenceParallel
 
@@ -54,7 +55,6 @@ class Geometry(Protocol):
     num_layers, num_heads: blocks, and heads of their attention.
     in_dim, out_dim: channels that go in (image conditioning included), and latent channels that come out.
     patch_size: latent frames, rows and columns that make a token.
-    text_len, text_dim: tokens of an encoded prompt, and their width.
     image_dim: width of an image encoder's tokens, None for a network that takes none.
     first_frame: how it is given first frames.
     model_type: what the family calls that, for messages.
@@ -73,10 +73,6 @@ class Geometry(Protocol):
     @property
     def patch_size(self) -> tuple[int, int, int]: ...
     @property
-    def text_len(self) -> int: ...
-    @property
-    def text_dim(self) -> int: ...
-    @property
     def image_dim(self) -> int | None: ...
     @property
     def first_frame(self) -> FirstFrame: ...
@@ -89,7 +85,7 @@ class Geometry(Protocol):
 
 
 class Network(nn.Module):
-    """A family's network: `(x [B, F, C, H, W], sigma [B] | [B, F], text, **mode)` to its own prediction.
+    """A family's network: `(x [B, F, C, H, W], time [B] | [B, F], **conditioning and mode)` to its own prediction.
 
     config: its geometry.
     sparse: its sparse attention, None for dense.
@@ -123,6 +119,7 @@ class Family(Protocol):
     traits: what its networks can do.
     presets: its geometries by name; no two families share a name.
     telling: small parameters of every geometry that differ between any two trainings, to know weights again.
+    shared: fields of the geometry that all networks of a run have alike, for they see the same samples.
     codecs: what makes its latents.
     exporter: what writes files for other programs.
     """
@@ -130,6 +127,7 @@ class Family(Protocol):
     traits: frozenset[Trait]
     presets: Mapping[str, Any]
     telling: tuple[str, ...]
+    shared: tuple[str, ...]
     codecs: Codecs
     exporter: Exporter
 
@@ -147,6 +145,19 @@ class Family(Protocol):
         """(name, value) of a new network, one layer in memory at a time, by torch's default generator.
 
         Under `torch.device("meta")` it gives names and shapes in the same order and draws nothing.
+        """
+        ...
+
+    def prompt_shapes(self, geometry: Geometry) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of an encoded prompt's tensors, without the batch, by the names of the network's arguments."""
+        ...
+
+    def toy_prompts(
+        self, captions: Sequence[str], geometry: Geometry, seed: int, device: torch.device
+    ) -> Callable[[Sequence[str]], Prompt]:
+        """What encodes prompts of a small world, made of the words of these captions; it raises ValueError for others.
+
+        seed: of its random weights, if it has any. Nothing is downloaded.
         """
         ...
 

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from model.score import ScoreNet
-from model.types import Conditioning, Rollout
+from model.types import Conditioning, Prompt, Rollout
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance of the two scores, `uncond + w (cond - uncond)`, and the negative prompt's text [B, L, D].
+    """Guidance of the two scores, `uncond + w (cond - uncond)`, and the encoded negative prompt.
 
     rescale: phi of `model.score.rescaled` for the real score, 0 for none.
     """
 
-    negative: Tensor
+    negative: Prompt
     real: float
     fake: float = 1.0
     rescale: float = 0.0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.path import Flow, Path
 from model.schedule import velocity_to_x0
-from model.types import Conditioning, Evaluations, expand_like
+from model.types import Conditioning, Evaluations, Prompt, expand_like
 
 Condition = Conditioning | Tensor
 
@@ -22,9 +22,9 @@ Condition = Conditioning | Tensor
 class ScoreNet:
     """x0 prediction of a network, with its evaluations counted and its precision set at the call.
 
-    Every method takes conditioning, or its text alone.
+    Every method takes conditioning, or an encoded text [B, L, D] alone.
 
-    net: callable `(x_BFCHW, time [B] | [B, F], text_BLD, **mode) -> prediction [B, F, C, H, W]`: x, time and prediction
+    net: callable `(x_BFCHW, time [B] | [B, F], **mode) -> prediction [B, F, C, H, W]`: x, time and prediction
         of its path, sigma and velocity by default. Where the conditioning has them, mode holds `channels` and `image`.
     name: under which its evaluations are counted.
     evaluations: the count, which several networks may share; None for one of its own.
@@ -91,7 +91,7 @@ class ScoreNet:
             mode["adapter"] = self.adapter
         x, time = self.path.inputs(x, sigma)
         with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
-            return self.call(x, time, conditioning.text, **conditioning.beside_text, **mode)
+            return self.call(x, time, **conditioning.prompt, **conditioning.beside_prompt, **mode)
 
     def x0(self, x: Tensor, sigma: Tensor, condition: Condition, **mode: Any) -> Tensor:
         """Conditional x0 [B, F, C, H, W], fp32."""
@@ -102,14 +102,14 @@ class ScoreNet:
         return velocity_to_x0(x, self._run(x, sigma, condition, **mode), sigma)
 
     def guided_velocity(
-        self, x: Tensor, sigma: Tensor, condition: Condition, negative: Tensor, guidance: float, **mode: Any
+        self, x: Tensor, sigma: Tensor, condition: Condition, negative: Prompt, guidance: float, **mode: Any
     ) -> Tensor:
         """Velocity uncond + w (cond - uncond) (arXiv 2207.12598), fp32, in one batched call, or in two.
 
         x: [B, F, C, H, W].
         sigma: [B] or [B, F], noise levels in [0, 1].
         condition: conditioning of the branch with the prompt.
-        negative: text [B, L, D] in place of the prompt's; all other conditioning is both branches'.
+        negative: the negative prompt, in place of the prompt; all other conditioning is both branches'.
         guidance: w; 1 is the plain conditional network and costs one evaluation, not two.
         """
         if guidance == 1.0:
@@ -118,23 +118,23 @@ class ScoreNet:
         return uncond + guidance * (cond - uncond)
 
     def branches(
-        self, x: Tensor, sigma: Tensor, condition: Condition, negative: Tensor, **mode: Any
+        self, x: Tensor, sigma: Tensor, condition: Condition, negative: Prompt, **mode: Any
     ) -> tuple[Tensor, Tensor]:
-        """Velocities with the prompt and with the negative text [B, L, D] in its place, in one batched call or two."""
+        """Velocities with the prompt and with the negative one in its place, in one batched call or two."""
         conditioning = Conditioning.of(condition)
         if self.batch_guidance:
             both = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), conditioning.and_for(negative), **mode)
             cond, uncond = both.chunk(2)
             return cond, uncond
         cond = self.velocity(x, sigma, conditioning, **mode)
-        return cond, self.velocity(x, sigma, conditioning.with_text(negative), **mode)
+        return cond, self.velocity(x, sigma, conditioning.with_prompt(negative), **mode)
 
     def guided_x0(
         self,
         x: Tensor,
         sigma: Tensor,
         condition: Condition,
-        negative: Tensor,
+        negative: Prompt,
         guidance: float,
         rescale: float = 0.0,
         **mode: Any,
@@ -144,7 +144,7 @@ class ScoreNet:
         x: [B, F, C, H, W].
         sigma: [B] or [B, F], noise levels in [0, 1].
         condition: conditioning of the branch with the prompt.
-        negative: text [B, L, D] in place of the prompt's.
+        negative: the negative prompt, in place of the prompt.
         guidance: w.
         rescale: phi in [0, 1] of `rescaled`, which keeps strong guidance from raising contrast; 0 for none.
         """

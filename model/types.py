@@ -5,13 +5,14 @@ B batch  F latent frames  C channels  H W latent size  L text tokens  D text wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+Prompt = Mapping[str, Tensor]  # an encoded prompt by the names that the network's arguments have, batch first
 Total = Callable[[Tensor], Tensor]  # sums a tensor over the ranks that hold different samples: a collective
 
 
@@ -19,26 +20,34 @@ Total = Callable[[Tensor], Tensor]  # sums a tensor over the ranks that hold dif
 class Conditioning:
     """What a sample is conditioned on.
 
-    text: [B, L, D], encoded, zeros after each prompt's length.
+    prompt: what the prompt became, tensors by the names of the network's arguments, batch first: for Wan `text`
+        [B, L, D], zeros after each prompt's length. A bare tensor is taken for the text.
     initial: [B, Fi, C, H, W] clean latents that the video starts with (image-to-video, continuation), or None.
     channels: [B, F, Cc, H, W] that the network sees beside the latents of every frame of the video, the given ones
     included (Wan's image-to-video networks: 4 of the mask, then the latents of the given frames), or None.
     image: [B, Li, Di] tokens of an image encoder (CLIP in Wan2.1), or None.
     """
 
-    text: Tensor
+    prompt: Prompt
     initial: Tensor | None = None
     channels: Tensor | None = None
     image: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", as_prompt(self.prompt))
+
     @classmethod
     def of(cls, condition: Tensor | Conditioning) -> Conditioning:
         """A bare text [B, L, D] is conditioning on nothing else."""
-        return cls(condition) if isinstance(condition, Tensor) else condition
+        return cls({"text": condition}) if isinstance(condition, Tensor) else condition
 
     @property
     def batch(self) -> int:
-        return self.text.shape[0]
+        return next(iter(self.prompt.values())).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.prompt.values())).device
 
     @property
     def initial_frames(self) -> int:
@@ -51,8 +60,8 @@ class Conditioning:
         return torch.arange(frames, device=self.initial.device) >= self.initial_frames
 
     @property
-    def beside_text(self) -> dict[str, Tensor]:
-        """What a network takes beside the text, by the names of its arguments."""
+    def beside_prompt(self) -> dict[str, Tensor]:
+        """What a network takes beside the prompt, by the names of its arguments."""
         arguments = {"channels": self.channels, "image": self.image}
         return {name: value for name, value in arguments.items() if value is not None}
 
@@ -62,32 +71,38 @@ class Conditioning:
         initial = None if start >= self.initial_frames or self.initial is None else self.initial[:, part]
         return replace(self, initial=initial, channels=None if self.channels is None else self.channels[:, part])
 
-    def with_text(self, text: Tensor) -> Conditioning:
-        """The same but for the text: guidance's negative branch sees the same image."""
-        return replace(self, text=text)
+    def with_prompt(self, prompt: Prompt) -> Conditioning:
+        """The same but for the prompt: guidance's negative branch sees the same image."""
+        return replace(self, prompt=prompt)
 
-    def and_for(self, text: Tensor) -> Conditioning:
-        """Of a batch of twice the size: this, then this with another text."""
-        return Conditioning.joined([self, self.with_text(text)])
+    def and_for(self, prompt: Prompt) -> Conditioning:
+        """Conditioning of twice the batch: this, then this with another prompt."""
+        return Conditioning.joined([self, self.with_prompt(prompt)])
 
     @classmethod
     def joined(cls, parts: Sequence[Conditioning]) -> Conditioning:
         """Of one batch after the other; all of them have the same fields."""
-        text, *columns = ([getattr(part, name) for part in parts] for name in ("text", "initial", "channels", "image"))
-        return cls(torch.cat(text), *(None if column[0] is None else torch.cat(column) for column in columns))
+        prompt = {name: torch.cat([part.prompt[name] for part in parts]) for name in parts[0].prompt}
+        columns = ([getattr(part, name) for part in parts] for name in ("initial", "channels", "image"))
+        return cls(prompt, *(None if column[0] is None else torch.cat(column) for column in columns))
+
+
+def as_prompt(prompt: Prompt | Tensor) -> Prompt:
+    """A bare tensor is the text of a prompt."""
+    return {"text": prompt} if isinstance(prompt, Tensor) else prompt
 
 
 @dataclass(frozen=True)
 class VisualConditioning:
-    """What videos are given beside their text: the fields of `Conditioning`. Nothing by default."""
+    """What videos are given beside their prompts: the fields of `Conditioning`. Nothing by default."""
 
     initial: Tensor | None = None
     channels: Tensor | None = None
     image: Tensor | None = None
 
-    def with_text(self, text: Tensor) -> Conditioning:
-        """Together with the text [B, L, D]."""
-        return Conditioning(text, self.initial, self.channels, self.image)
+    def with_prompt(self, prompt: Prompt) -> Conditioning:
+        """Together with an encoded prompt."""
+        return Conditioning(prompt, self.initial, self.channels, self.image)
 
 
 @dataclass(frozen=True)

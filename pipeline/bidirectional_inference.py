@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.schedule import mix, uniform_sigmas, unipc_sigmas, velocity_to_x0, whole_timesteps
 from model.score import Condition, ScoreNet
+from model.types import Prompt
 
 Guided = float | Sequence[float]  # one guidance, or one for each step (Wan2.2's two experts have one each)
 
@@ -29,14 +30,14 @@ class Solver(Enum):
 
 @torch.no_grad()
 def euler_trajectory(
-    net: ScoreNet, noise: Tensor, condition: Condition, negative: Tensor, sigmas: Sequence[float], guidance: Guided
+    net: ScoreNet, noise: Tensor, condition: Condition, negative: Prompt, sigmas: Sequence[float], guidance: Guided
 ) -> Iterator[Tensor]:
     """Integrates dx/dsigma = v by Euler; yields x [B, F, C, H, W] at each level, then at 0.
 
     net: a many-step network.
     noise: [B, F, C, H, W] at sigmas[0].
-    condition: conditioning, or its text alone.
-    negative: text [B, L, D] for guidance.
+    condition: conditioning, or an encoded text [B, L, D] alone.
+    negative: the encoded negative prompt, for guidance.
     sigmas: noise levels of the steps, in [0, 1], falling.
     guidance: one scale for all steps, or one for each.
     """
@@ -53,7 +54,7 @@ def unipc_trajectory(
     net: ScoreNet,
     noise: Tensor,
     condition: Condition,
-    negative: Tensor,
+    negative: Prompt,
     sigmas: Sequence[float],
     guidance: Guided,
     told: Sequence[float] | None = None,
@@ -122,7 +123,7 @@ def _weights(h: float, places: Sequence[float]) -> list[float]:
 
 
 def euler_sample(
-    net: ScoreNet, noise: Tensor, condition: Condition, negative: Tensor, sigmas: Sequence[float], guidance: Guided
+    net: ScoreNet, noise: Tensor, condition: Condition, negative: Prompt, sigmas: Sequence[float], guidance: Guided
 ) -> Tensor:
     """The end of `euler_trajectory`, with its arguments: a sample [B, F, C, H, W]."""
     return deque(euler_trajectory(net, noise, condition, negative, sigmas, guidance), maxlen=1).pop()
@@ -132,7 +133,7 @@ def unipc_sample(
     net: ScoreNet,
     noise: Tensor,
     condition: Condition,
-    negative: Tensor,
+    negative: Prompt,
     sigmas: Sequence[float],
     guidance: Guided,
     told: Sequence[float] | None = None,
@@ -167,7 +168,7 @@ def many_step_sample(
     net: ScoreNet,
     noise: Tensor,
     condition: Condition,
-    negative: Tensor,
+    negative: Prompt,
     *,
     grid: SolverGrid,
     guidance: Guided | Callable[[Sequence[float]], Guided],
@@ -178,8 +179,8 @@ def many_step_sample(
 
     net: a many-step network.
     noise: [B, F, C, H, W].
-    condition: conditioning, or its text alone.
-    negative: text [B, L, D] for guidance.
+    condition: conditioning, or an encoded text [B, L, D] alone.
+    negative: the encoded negative prompt, for guidance.
     grid: solver and steps.
     guidance: one, one for each step, or a function of the noise levels that the network is told
     (see `Experts.each_step`).

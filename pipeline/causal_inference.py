@@ -16,7 +16,7 @@ from torch import Tensor
 from model.attention.kv_cache import KVCache
 from model.attention.masks import block_causal_mask
 from model.score import ScoreNet
-from model.types import Conditioning, NoiseSource
+from model.types import Conditioning, NoiseSource, Prompt
 from pipeline.causal import CausalConfig
 from pipeline.denoise import ExitPass, context_input, denoise_block, per_sample, write_context
 
@@ -170,14 +170,14 @@ class CausalStream:
         return x0
 
     @torch.no_grad()
-    def switch(self, text: Tensor, *, recache: bool = False) -> None:
-        """Another prompt's text [B, L, D] from the next block on. recache: the frames that it looks back at are shown
-        to the network again, under the new text (KV re-cache, LongLive, arXiv 2509.22622): the new prompt takes hold
+    def switch(self, prompt: Prompt, *, recache: bool = False) -> None:
+        """Another encoded prompt from the next block on. recache: the frames that it looks back at are shown
+        to the network again, under the new prompt (KV re-cache, LongLive, arXiv 2509.22622): the new prompt takes hold
         sooner. Raises ValueError for a recache with channels beside the latents."""
         if recache and self.conditioning.channels is not None:
             raise ValueError("recache: frames with channels beside the latents cannot be shown again: leave it out")
         self._finish()
-        self.conditioning = self.conditioning.with_text(text)
+        self.conditioning = self.conditioning.with_prompt(prompt)
         self.cache.forget_text()
         if recache and self._shown:
             self._show_again()

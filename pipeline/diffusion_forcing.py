@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.score import Condition, ScoreNet
-from model.types import Conditioning
+from model.types import Conditioning, Prompt
 from pipeline.causal import CausalConfig
 
 
@@ -44,7 +44,7 @@ def teacher_forced_velocity(
     condition: Condition,
     causal: CausalConfig,
     *,
-    negative: Tensor | None = None,
+    negative: Prompt | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
     """Velocity [B, F, C, H, W] of noisy frames, each block looking back at the clean ones (CausVid, section 4.1).
@@ -57,7 +57,7 @@ def teacher_forced_velocity(
     context: the clean half, and where x starts.
     condition: conditioning of the whole video, or its text alone.
     causal: blocks and window.
-    negative: text [B, L, D] for guidance.
+    negative: the encoded negative prompt, for guidance.
     guidance: w of uncond + w (cond - uncond).
     Raises ValueError if w != 1 and `negative` is None.
     """
@@ -72,7 +72,7 @@ def teacher_forced_velocity(
         torch.cat([context.latents, x], 1),
         torch.cat([context.sigma_BF, sigma_BF], 1),
         condition,
-        condition.text if negative is None else negative,
+        condition.prompt if negative is None else negative,
         guidance,
         positions=[*range(kept), *range(start, total)],
         mask=causal.teacher_forcing_mask(total).among([*range(kept), *range(total + start, 2 * total)]),

@@ -16,7 +16,7 @@ from model.attention.kv_cache import KVCache
 from model.family import Network
 from model.schedule import uniform_sigmas
 from model.score import Condition, ScoreNet
-from model.types import Conditioning, NoiseSource
+from model.types import Conditioning, NoiseSource, Prompt
 from pipeline.bidirectional_inference import euler_sample
 from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import block_noise, stream
@@ -86,7 +86,7 @@ def euler(
     source: NoiseSource,
     shape: tuple[int, ...],
     condition: Condition,
-    negative: Tensor,
+    negative: Prompt,
     steps: int,
     shift: float,
     guidance: float,
@@ -128,7 +128,7 @@ def sample(
     score: ScoreNet,
     shape: tuple[int, ...],
     conditioning: Conditioning,
-    negative: Tensor,
+    negative: Prompt,
     source: NoiseSource,
 ) -> Tensor:
     """Latents [B, F, C, H, W] of a network.

@@ -10,7 +10,7 @@ import torch
 
 from configs.schema import RunConfig
 from configs.sections import DataConfig
-from model.family import Geometry
+from model.network import NetworkConfig
 from tasks.digits import DigitsTask
 from tasks.synthetic import SyntheticTask
 from tasks.task import Task
@@ -20,14 +20,13 @@ from tasks.wan import WanTask
 
 def build_task(config: RunConfig, device: torch.device) -> Task:
     """What the run generates, by data.kind. Raises ConfigError."""
-    if config.data.kind == "wan":
-        return WanTask(config.data, config.student, config.seed, device)
-    kinds: dict[str, Callable[[DataConfig, Geometry, int, torch.device], Task]] = {
+    kinds: dict[str, Callable[[DataConfig, NetworkConfig, int, torch.device], Task]] = {
         "toy": ToyTask,
         "digits": DigitsTask,
         "synthetic": SyntheticTask,
+        "wan": WanTask,
     }
-    return kinds[config.data.kind](config.data, config.student.geometry(), config.seed, device)
+    return kinds[config.data.kind](config.data, config.student, config.seed, device)
 
 
 def task_to_sample(config: RunConfig, device: torch.device) -> Task:

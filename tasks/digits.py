@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from configs.sections import DataConfig
-from model.family import Geometry
+from model.network import NetworkConfig
 from tasks.world import WorldTask
 from worlds.digits import DigitsWorld
 
@@ -15,5 +15,5 @@ class DigitsTask(WorldTask):
 
     world: DigitsWorld
 
-    def __init__(self, config: DataConfig, geometry: Geometry, seed: int, device: torch.device) -> None:
-        super().__init__(DigitsWorld(config.digits), config, geometry, seed, device)
+    def __init__(self, config: DataConfig, student: NetworkConfig, seed: int, device: torch.device) -> None:
+        super().__init__(DigitsWorld(config.digits), config, student, seed, device)

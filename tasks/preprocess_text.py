@@ -12,7 +12,7 @@ from configs.load import load_run
 from configs.schema import RunConfig
 from tasks.build import build_task
 from tasks.text_cache import Encode, Shard, Source, check, write_shard
-from tasks.wan import WanText, encoder_hash, made_with
+from tasks.wan import WanText, encoder_hash, made_with, text_shape
 from utils import distributed
 from utils.cli import Parser
 from utils.config import config_hash
@@ -39,7 +39,8 @@ def preprocess_text(argv: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only prove that each prompt is there exactly once")
     args = parser.parse_intermixed_args(argv)
     config = load_run(args.config_path, args.overrides)
-    description = made_with(config.data.text, config.student.geometry().text_len) if config.data.kind == "wan" else None
+    text_len, _ = text_shape(config.student)
+    description = made_with(config.data.text, text_len) if config.data.kind == "wan" else None
     source = Source.of(_prompts(config, args.prompts), text_identity(config), description)
     if args.check:
         check(args.out, source)
@@ -75,19 +76,19 @@ def _prompts(config: RunConfig, files: Sequence[Path]) -> list[str]:
 
 def text_identity(config: RunConfig) -> str:
     """A hash of everything that decides a run's text embeddings. Raises UserError."""
-    geometry, data = config.student.geometry(), config.data
+    (text_len, text_dim), data = text_shape(config.student), config.data
     if data.kind == "wan":
         if data.text.encoder is None:
             raise UserError("data.text.encoder is null: give the folder of a UMT5 encoder, as data.text.encoder=DIR")
         try:
-            return encoder_hash(data.text, geometry.text_len)
+            return encoder_hash(data.text, text_len)
         except (ValueError, OSError) as problem:
             raise UserError(f"data.{problem}") from None
-    return config_hash([data.kind, data.text_seed, geometry.text_len, geometry.text_dim, data.toy])
+    return config_hash([data.kind, data.text_seed, text_len, text_dim, data.toy])
 
 
 def _encoding(config: RunConfig, device: torch.device) -> Encode:
     if config.data.kind == "wan":
-        return WanText(replace(config.data.text, cache=None), config.student.geometry(), device).encode
+        return WanText(replace(config.data.text, cache=None), config.student, device).encode
     task = build_task(config, device)
-    return lambda prompts: task.conditioning(prompts).text
+    return lambda prompts: task.conditioning(prompts).prompt["text"]

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from configs.objective import RewardConfig
 from configs.sections import DataConfig
-from model.family import FirstFrame, Geometry
-from model.types import Conditioning, VisualConditioning
+from model.family import FirstFrame
+from model.network import NetworkConfig
+from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
-from tasks.task import Shape, for_each, no_reward, spread
+from tasks.task import Shape, for_each, no_reward, repeated, spread
 from utils.data.buckets import Size
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
@@ -37,13 +38,14 @@ class SyntheticTask:
     Nothing can be learnt from it: it is for benchmarks, smoke tests and plans.
     """
 
-    def __init__(self, config: DataConfig, geometry: Geometry, seed: int, device: torch.device) -> None:
-        sizes, self.device, self.seed, self.geometry = config.synthetic, device, seed, geometry
+    def __init__(self, config: DataConfig, student: NetworkConfig, seed: int, device: torch.device) -> None:
+        sizes, self.device, self.seed = config.synthetic, device, seed
+        geometry = self.geometry = student.geometry()
         self.streams: Sequence[Stream] = ()
         if geometry.in_dim != geometry.out_dim and geometry.first_frame is not FirstFrame.channels:
             raise ConfigError(f"student: in_dim {geometry.in_dim} and out_dim {geometry.out_dim} differ: make them one")
         self.latent_shape: tuple[int, ...] = (sizes.frames, geometry.out_dim, sizes.height, sizes.width)
-        self.text_shape = (geometry.text_len, geometry.text_dim)
+        self.prompt_shapes = student.family.prompt_shapes(geometry)
         self.text_seed = keyed_seed(config.text_seed, "synthetic text")
         self.may_use_data, self.negative_prompt = config.real, config.negative_prompt
         try:
@@ -59,7 +61,7 @@ class SyntheticTask:
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
     def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
-        return self._visual(positions, shape).with_text(self.conditioning(self.prompts(positions)).text)
+        return self._visual(positions, shape).with_prompt(self.conditioning(self.prompts(positions)).prompt)
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
         """Latents [B, F, C, H, W] of noise at these positions. Raises RuntimeError in a data-free run."""
@@ -82,15 +84,16 @@ class SyntheticTask:
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
         keys = [keyed_seed(self.text_seed, prompt) for prompt in prompts]
-        return Conditioning(Noise(self.text_seed, 0, keys, self.device).normal("text", self.text_shape), initial)
+        noise = Noise(self.text_seed, 0, keys, self.device)
+        return Conditioning({name: noise.normal(name, shape) for name, shape in self.prompt_shapes.items()}, initial)
 
     def image_conditioning(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
         """Conditioning on the latents of the first frames [B or 1, T, C, h, w] in [0, 1]."""
         return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
 
-    def negative(self, batch: int) -> Tensor:
-        """The negative prompt's embedding [B, L, D]."""
-        return self.conditioning([self.negative_prompt]).text.expand(batch, -1, -1)
+    def negative(self, batch: int) -> Prompt:
+        """The encoded negative prompt, for each of a batch."""
+        return repeated(self.conditioning([self.negative_prompt]).prompt, batch)
 
     def load_text_encoder(self) -> None:
         """Does nothing: embeddings are drawn, not encoded."""

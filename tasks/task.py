@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from configs.objective import RewardConfig
-from model.types import Conditioning, VisualConditioning
+from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
 from utils.data.buckets import Size
 from utils.data.stream import Stream
@@ -53,7 +53,8 @@ class Task(Protocol):
         Raises ValueError for pixels of another size.
         """
 
-    def negative(self, batch: int) -> Tensor: ...
+    def negative(self, batch: int) -> Prompt:
+        """The encoded negative prompt, for each of a batch."""
 
     def load_text_encoder(self) -> None:
         """Loads the text encoder, if there is one, before the first prompt needs it. Raises UserError."""
@@ -92,6 +93,11 @@ def no_reward(config: RewardConfig | None) -> None:
     """For a task without rewards: raises ConfigError if the config names one."""
     if config is not None:
         raise ConfigError(f"objective.reward.name '{config.name}': this data has no rewards: choose data.kind toy")
+
+
+def repeated(prompt: Prompt, batch: int) -> Prompt:
+    """One encoded prompt for each of a batch."""
+    return {name: value.expand(batch, *value.shape[1:]) for name, value in prompt.items()}
 
 
 def for_each(prompts: Sequence[str], one_or_each: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from configs.objective import RewardConfig
 from configs.sections import DataConfig
-from model.family import Geometry
+from model.network import NetworkConfig
 from tasks.task import Reward
 from tasks.world import WorldTask
 from utils.errors import ConfigError
@@ -21,8 +21,8 @@ class ToyTask(WorldTask):
 
     world: ToyWorld
 
-    def __init__(self, config: DataConfig, geometry: Geometry, seed: int, device: torch.device) -> None:
-        super().__init__(ToyWorld(config.toy), config, geometry, seed, device)
+    def __init__(self, config: DataConfig, student: NetworkConfig, seed: int, device: torch.device) -> None:
+        super().__init__(ToyWorld(config.toy), config, student, seed, device)
 
     def reward(self, config: RewardConfig | None) -> Reward | None:
         """The judge's 'prompt_adherence'. The judge is trained at first use and kept on disk."""

@@ -19,11 +19,11 @@ from model.codec import Codec, Codecs, ImageEncoder, VAEConfig
 from model.family import FirstFrame, Geometry
 from model.network import NetworkConfig
 from model.text_encoder import DTYPES, TextConfig, TextEncoder, cleaning, load_text_encoder
-from model.types import Conditioning, VisualConditioning
+from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
 from tasks.first_frames import visual_reader
 from tasks.stored import Stored, StoredImages, StoredLatents
-from tasks.task import Shape, for_each, no_reward, spread
+from tasks.task import Shape, for_each, no_reward, repeated, spread
 from tasks.text_cache import TextCache
 from utils import distributed
 from utils.config import config_hash
@@ -54,6 +54,17 @@ def made_with(config: TextConfig, text_len: int) -> dict[str, str | int | None]:
     }  # fmt: skip
 
 
+def text_shape(student: NetworkConfig) -> tuple[int, int]:
+    """Tokens of an encoded text, and their width. Raises ConfigError for a network that takes no text."""
+    shapes = student.family.prompt_shapes(student.geometry())
+    if "text" not in shapes:
+        raise ConfigError(
+            f"student.preset: {student.preset} takes {', '.join(shapes)} and no text: choose another preset"
+        )
+    length, width = shapes["text"]
+    return length, width
+
+
 class WanText:
     """Embeddings of prompts, from the cache, or from the encoder if the cache lacks a prompt.
 
@@ -61,9 +72,9 @@ class WanText:
     networks and the encoder, and if there is neither cache nor encoder.
     """
 
-    def __init__(self, config: TextConfig, geometry: Geometry, device: torch.device) -> None:
+    def __init__(self, config: TextConfig, student: NetworkConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.text_len, self.text_dim = geometry.text_len, geometry.text_dim
+        self.text_len, self.text_dim = text_shape(student)
         if config.cache is None and config.encoder is None:
             raise ValueError(
                 "text: cache and encoder are both null: give the folder of preprocess.py text, or of a UMT5 encoder"
@@ -134,7 +145,7 @@ class WanTask:
     The VAE is loaded when it is first needed.
 
     config: the run's data section.
-    network: one of those that see the latents and embeddings: its family has the codec.
+    student: the network that sees the latents and embeddings; its family has the codec.
     seed: of the order of prompts and stored samples.
     device: where tensors and encoders go.
     library: the prompts of a config that names no file of prompts; empty for a task that only generates.
@@ -145,13 +156,13 @@ class WanTask:
     def __init__(
         self,
         config: DataConfig,
-        network: NetworkConfig,
+        student: NetworkConfig,
         seed: int,
         device: torch.device,
         library: Sequence[str] | None = None,
     ) -> None:
         self.device, self.vae_config, clip = device, config.vae, config.wan
-        geometry, self.codecs = network.geometry(), network.family.codecs
+        geometry, self.codecs = student.geometry(), student.family.codecs
         self.geometry, self.image_encoder_path = geometry, config.image_encoder
         self.latent_shape: tuple[int, ...] = (clip.frames, geometry.out_dim, clip.height, clip.width)
         self.negative_prompt = config.negative_prompt
@@ -160,7 +171,7 @@ class WanTask:
             if config.prompts is None and config.images is None and library is None:
                 raise ValueError("prompts is null: kind wan needs a file of prompts, or images")
             self.library = list(library or []) if config.prompts is None else load_prompts(config.prompts)
-            self.text = WanText(config.text, geometry, device)
+            self.text = WanText(config.text, student, device)
             self.text.check([*self.library, self.negative_prompt])
             if config.vae.path is not None:
                 _check_channels(
@@ -174,7 +185,7 @@ class WanTask:
         statistics, frames = statistics_of(self.codecs, config.vae), clip.frames
         self.videos: StoredLatents | None = None
         if config.latents is not None and config.real:
-            visual_of = visual_reader(config, network, frames, device, real=True)
+            visual_of = visual_reader(config, student, frames, device, real=True)
             self.videos = StoredLatents(
                 "data.latents",
                 Path(config.latents),
@@ -185,7 +196,7 @@ class WanTask:
             )
         self.images: StoredImages | None = None
         if config.images is not None:
-            visual_of = visual_reader(config, network, frames, device, real=False)
+            visual_of = visual_reader(config, student, frames, device, real=False)
             self.images = StoredImages(
                 "data.images", Path(config.images), self.latent_shape, seed, statistics=statistics, visual_of=visual_of
             )
@@ -238,7 +249,7 @@ class WanTask:
         if self.images is None:
             return self.conditioning(self.prompts(positions))
         captions, visual = self.images.read(positions)
-        return visual.with_text(self._embed(captions)).frames(0, (shape or self.latent_shape)[0])
+        return visual.with_prompt(self._embed(captions)).frames(0, (shape or self.latent_shape)[0])
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
         """Stored videos at these positions. Raises UserError.
@@ -254,9 +265,9 @@ class WanTask:
         """Conditioning on these prompts. Raises UserError for a prompt without an embedding."""
         return Conditioning(self._embed(prompts), initial)
 
-    def _embed(self, prompts: Sequence[str]) -> Tensor:
+    def _embed(self, prompts: Sequence[str]) -> Prompt:
         try:
-            return self.text.encode(prompts)
+            return {"text": self.text.encode(prompts)}
         except (ValueError, OSError) as problem:
             raise UserError(f"data: {problem}") from None
 
@@ -305,12 +316,12 @@ class WanTask:
             image=None if image is None else for_each(prompts, image),
         )
 
-    def negative(self, batch: int) -> Tensor:
-        """The negative prompt's embedding [B, L, D], made once."""
-        return self._negative.expand(batch, -1, -1)
+    def negative(self, batch: int) -> Prompt:
+        """The encoded negative prompt, for each of a batch; it is encoded once."""
+        return repeated(self._negative, batch)
 
     @cached_property
-    def _negative(self) -> Tensor:
+    def _negative(self) -> Prompt:
         return self._embed([self.negative_prompt])
 
     def validation_prompts(self, count: int) -> list[str]:

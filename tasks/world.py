@@ -13,11 +13,10 @@ from torch import Tensor
 
 from configs.objective import RewardConfig
 from configs.sections import DataConfig
-from model.family import Geometry
-from model.text_encoder import toy_text_encoder
-from model.types import Conditioning, VisualConditioning
+from model.network import NetworkConfig
+from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
-from tasks.task import Reward, Shape, for_each, no_reward, spread
+from tasks.task import Reward, Shape, for_each, no_reward, repeated, spread
 from utils.data.buckets import Size
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
@@ -53,8 +52,10 @@ class World(Protocol):
 class WorldTask:
     """A world behind the interface of a task: all that it returns depends on positions, nothing on state."""
 
-    def __init__(self, world: World, config: DataConfig, geometry: Geometry, seed: int, device: torch.device) -> None:
-        self.world = world
+    def __init__(
+        self, world: World, config: DataConfig, student: NetworkConfig, seed: int, device: torch.device
+    ) -> None:
+        self.world, geometry = world, student.geometry()
         self.device = device
         self.latent_shape: tuple[int, ...] = self.world.latent_shape
         channels = self.latent_shape[1]
@@ -63,8 +64,7 @@ class WorldTask:
                 f"student: in_dim {geometry.in_dim} and out_dim {geometry.out_dim} do not fit data.kind {config.kind}: "
                 f"set both to its {channels} latent channels in student.overrides"
             )
-        self.encoder = toy_text_encoder(self.world.captions, geometry.text_len, geometry.text_dim, config.text_seed)
-        self.encoder.to(device)
+        self.encode_prompts = student.family.toy_prompts(self.world.captions, geometry, config.text_seed, device)
         self.may_use_data = config.real
         self.streams: Sequence[Stream] = ()
         self.has_first_frame = config.has_first_frame(geometry.first_frame, real=True) and config.real
@@ -75,7 +75,7 @@ class WorldTask:
             self.library = load_prompts(config.prompts) if config.prompts else self.world.captions
             for prompt in self.library:
                 self.world.parse(prompt)
-            self.encoder.encode([self.negative_prompt])
+            self.encode_prompts([self.negative_prompt])
         except (ValueError, OSError) as problem:
             raise ConfigError(f"data: {problem}") from None
         self.stream = PromptStream(len(self.library), seed)
@@ -92,7 +92,7 @@ class WorldTask:
     def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
         if self.begins_real:
             clips = self.real(positions, shape)
-            return clips.visual.with_text(self.conditioning(clips.captions).text)
+            return clips.visual.with_prompt(self.conditioning(clips.captions).prompt)
         return self.conditioning(self.prompts(positions))
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
@@ -109,15 +109,15 @@ class WorldTask:
         )
 
     def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
-        return Conditioning(self.encoder.encode(prompts).to(self.device), initial)
+        return Conditioning(self.encode_prompts(prompts), initial)
 
     def image_conditioning(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
         """Conditioning on the latents of the first frames [B or 1, T, C, h, w] in [0, 1]."""
         return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
 
-    def negative(self, batch: int) -> Tensor:
-        """The negative prompt's embedding [B, L, D]."""
-        return self.encoder.encode([self.negative_prompt]).to(self.device).expand(batch, -1, -1)
+    def negative(self, batch: int) -> Prompt:
+        """The encoded negative prompt, for each of a batch."""
+        return repeated(self.encode_prompts([self.negative_prompt]), batch)
 
     def load_text_encoder(self) -> None:
         """Does nothing: the encoder was made with the task."""
@@ -128,7 +128,7 @@ class WorldTask:
     def check_captions(self, stored: Stored) -> None:
         try:
             for caption in sorted(set(stored.captions)):  # the toy world has few
-                self.encoder.encode([caption])
+                self.encode_prompts([caption])
         except ValueError as problem:
             raise ConfigError(f"{stored.key}: {problem}") from None
 

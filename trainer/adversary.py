@@ -90,7 +90,7 @@ class Adversary:
     def real(self, positions: range, noise: Noise, phase: str, shape: Shape) -> NoisedSamples:
         """Real samples of this shape at these positions, with their own noise."""
         clips = self.task.real(positions, shape)
-        conditioning = clips.visual.with_text(self.task.conditioning(clips.captions).text)
+        conditioning = clips.visual.with_prompt(self.task.conditioning(clips.captions).prompt)
         eps = noise.normal(f"{phase}_real_noise", tuple(clips.latents.shape[1:]))
         return NoisedSamples(clips.latents, conditioning, self.sigma(noise, f"{phase}_real_sigma", shape), eps)
 

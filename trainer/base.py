@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
-from model.types import Conditioning, Evaluations
+from model.types import Conditioning, Evaluations, Prompt
 from pipeline.sampling import sample
 from tasks.build import build_task
 from trainer.drawn_sizes import DrawnSizes
@@ -119,7 +119,7 @@ class Trainer(ABC):
     def training_step(self) -> dict[str, float]:
         """One iteration: rollout -> loss -> backward -> update. Returns what to log."""
 
-    def sample(self, conditioning: Conditioning, negative: Tensor, noise: Noise) -> Tensor:
+    def sample(self, conditioning: Conditioning, negative: Prompt, noise: Noise) -> Tensor:
         """Latents [B, F, C, H, W] from the student as it is."""
         way = way_of(self.config)
         return sample(way, self.networks["student"].score, self.task.latent_shape, conditioning, negative, noise)

@@ -137,7 +137,10 @@ class ScoreDistillationTrainer(Trainer):
         shape, sigmas = micro.shape, schedule_at(config, micro.shape).sigmas()
         if config.rollout.kind.from_data:
             clips = self.task.real(micro.positions, shape)
-            latents, conditioning = clips.latents, clips.visual.with_text(self.task.conditioning(clips.captions).text)
+            latents, conditioning = (
+                clips.latents,
+                clips.visual.with_prompt(self.task.conditioning(clips.captions).prompt),
+            )
         else:
             conditioning = self.task.conditions(micro.positions, shape)
         with torch.set_grad_enabled(with_gradient), self.networks["student"].engine.rollout():

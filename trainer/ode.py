@@ -17,7 +17,7 @@ from model.family import Network
 from model.ode_regression import lacking_levels, ode_regression_loss, pick_stored, store_levels
 from model.schedule import uniform_sigmas, velocity_to_x0
 from model.score import ScoreNet
-from model.types import Conditioning, LossOutput
+from model.types import Conditioning, LossOutput, Prompt
 from pipeline.bidirectional_inference import euler_trajectory
 from pipeline.causal import VideoShape
 from pipeline.causal_inference import Branch, causal_trajectory
@@ -102,7 +102,7 @@ class ODETrainer(Trainer):
         if self.stored is not None:
             pairs = self.stored.read(positions)
             trajectory = pairs.trajectory
-            conditioning = pairs.visual.with_text(self.task.conditioning(pairs.captions).text)
+            conditioning = pairs.visual.with_prompt(self.task.conditioning(pairs.captions).prompt)
         else:
             numbers = [position % self.config.ode.pairs for position in positions]
             trajectory = self.trajectories[numbers]
@@ -179,7 +179,7 @@ def _causal_trajectories(
     teacher: ScoreNet,
     noise: Tensor,
     conditioning: Conditioning,
-    negative: Tensor,
+    negative: Prompt,
     source: Noise,
     grid: tuple[float, ...],
     keep: Sequence[int],
@@ -187,7 +187,7 @@ def _causal_trajectories(
     """`trajectories` of a causal teacher: given frames are clean at every level."""
     assert isinstance(teacher.net, Network)
     guidance, dtype = config.ode.guidance, cache_dtype(teacher)
-    conditionings = [conditioning] if guidance == 1.0 else [conditioning, conditioning.with_text(negative)]
+    conditionings = [conditioning] if guidance == 1.0 else [conditioning, conditioning.with_prompt(negative)]
     branches = [
         Branch(conditioning, config.causal.new_cache(teacher.net, VideoShape.of(noise), dtype, noise.device))
         for conditioning in conditionings

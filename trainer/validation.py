@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.schema import RunConfig
 from configs.sections import SampleWeights, TrainerKind, ValidationConfig
-from model.types import Conditioning
+from model.types import Conditioning, Prompt
 from pipeline.sampling import FewSteps, ManySteps
 from tasks.task import Task
 from utils import activity, distributed
@@ -20,7 +20,7 @@ from utils.data.prompts import load_prompts
 from utils.errors import ConfigError
 from utils.random import Noise
 
-Sampler = Callable[[Conditioning, Tensor, Noise], Tensor]  # conditioning, negative, noise -> latents [B, F, C, H, W]
+Sampler = Callable[[Conditioning, Prompt, Noise], Tensor]  # conditioning, negative, noise -> latents [B, F, C, H, W]
 
 
 def read_prompts(config: ValidationConfig, task: Task) -> list[str]:
@@ -54,7 +54,7 @@ def sample_pixels(
         now = prompts[start : start + size]
         noise = Noise(config.validation.seed, 0, range(start, start + len(now)), device)
         visual = task.validation_visual(range(start, start + len(now)), now)
-        conditioning = visual.with_text(task.conditioning(now).text)
+        conditioning = visual.with_prompt(task.conditioning(now).prompt)
         latents = sampler(conditioning, task.negative(len(now)), noise)
         if distributed.is_main():
             parts.append(task.decode(latents).cpu())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from model.attention.backends import Backend
@@ -12,6 +13,8 @@ from model.attention.checkpointing import Checkpointing
 from model.attention.sparse import SparseConfig
 from model.family import Network, Trait
 from model.merged import Lora
+from model.text_encoder import toy_text_encoder
+from model.types import Prompt
 from model.wan.codecs import WanCodecs
 from model.wan.config import PRESETS, WanConfig, geometry
 from model.wan.export import WanExporter
@@ -28,6 +31,7 @@ class WanFamily:
     traits = frozenset(Trait)
     presets: Mapping[str, WanConfig] = PRESETS
     # small, of every geometry, and changed by any training of all weights; and one that most adapters change
+    shared = ("in_dim", "out_dim", "text_dim", "text_len", "image_dim")
     codecs = WanCodecs()
     exporter = WanExporter()
     telling = ("blocks.0.norm3.weight", "head.head.bias", "blocks.0.self_attn.q.weight")
@@ -42,6 +46,15 @@ class WanFamily:
 
     def random_weights(self, geometry: WanConfig, sparse: SparseConfig | None) -> Iterator[tuple[str, Tensor]]:
         return random_weights(geometry, sparse)
+
+    def prompt_shapes(self, geometry: WanConfig) -> dict[str, tuple[int, ...]]:
+        return {"text": (geometry.text_len, geometry.text_dim)}
+
+    def toy_prompts(
+        self, captions: Sequence[str], geometry: WanConfig, seed: int, device: torch.device
+    ) -> Callable[[Sequence[str]], Prompt]:
+        encoder = toy_text_encoder(captions, geometry.text_len, geometry.text_dim, seed).to(device)
+        return lambda prompts: {"text": encoder.encode(prompts).to(device)}
 
     def open_weights(self, path: str, which: str, expert: str | None) -> LazyWeights:
         return LazyWeights(path, which, expert)

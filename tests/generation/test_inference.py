@@ -384,7 +384,7 @@ def test_live_is_what_endless_makes_and_measures_its_pace(run: Path) -> None:
     video = generator.endless(PROMPTS[:1], Sampling(seed=2, window=9), [7])
     frame = generator.task.latent_shape[1:]
     expected = [video.make(video.noise(frame)) for _ in range(2)]
-    video.switch(generator.task.conditioning(PROMPTS[1:]).text)
+    video.switch(generator.task.conditioning(PROMPTS[1:]).prompt["text"])
     expected.append(video.make(video.noise(frame)))
     assert torch.equal(torch.cat(shown), generator.task.decode(torch.cat(expected, 1))[0])
 

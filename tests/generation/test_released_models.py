@@ -233,7 +233,7 @@ def test_a_few_step_student_of_such_a_network_takes_the_image(folders: Callable[
 
     def x0(x: Tensor, sigma: float) -> Tensor:
         return x - sigma * net(
-            x, torch.full((2,), sigma), condition.text, channels=condition.channels, image=condition.image
+            x, torch.full((2,), sigma), condition.prompt["text"], channels=condition.channels, image=condition.image
         )  # type: ignore[no-any-return, operator]
 
     fresh = source.normal("renoise.b0.s0", (3, 16, 4, 8))

@@ -47,7 +47,10 @@ def test_each_expert_makes_the_steps_on_its_side(runs: dict[str, Path]) -> None:
     assert [round(s, 4) for s in sigmas] == [1.0, 0.9375, 0.8333, 0.625]
     made = both(prompts, Sampling(seed=4), ids)
     source = Noise(4, 0, ids, CPU)
-    x, condition = source.normal("noise", high.task.latent_shape), Conditioning(high.task.conditioning(prompts).text)
+    x, condition = (
+        source.normal("noise", high.task.latent_shape),
+        Conditioning(high.task.conditioning(prompts).prompt["text"]),
+    )
     with torch.no_grad():
         for step, sigma in enumerate(sigmas):
             net = (high if sigma >= 0.875 else low).score

@@ -121,7 +121,7 @@ def test_the_negative_branch_sees_the_same_image(batched: bool) -> None:
     with torch.no_grad():
         cond, uncond = (
             net(x, SIGMA, text, channels=condition.channels, image=condition.image)
-            for text in (condition.text, negative)
+            for text in (condition.prompt["text"], negative)
         )
         made = ScoreNet(net, "n", batch_guidance=batched).guided_velocity(x, SIGMA, condition, negative, 3.0)
     assert relative(made, uncond + 3 * (cond - uncond)) < 1e-5
@@ -182,7 +182,9 @@ def test_given_frames_have_no_loss_and_no_gradient_where_they_are_pinned() -> No
     with torch.no_grad():
         spies[0].gain.fill_(0.7)
     real, fake = (ScoreNet(spy, "n", pins_initial=True) for spy in spies)
-    out = dmd_loss(ScoreQuery(Rollout(x0), real, fake, condition, Guidance(condition.text, 1.0), SIGMA, noise))
+    out = dmd_loss(
+        ScoreQuery(Rollout(x0), real, fake, condition, Guidance(condition.prompt["text"], 1.0), SIGMA, noise)
+    )
     assert out.kl_gradient is not None
     assert float(out.kl_gradient[:, :1].abs().max()) < 1e-5 < float(out.kl_gradient[:, 1:].abs().min())
     loss = critic_loss(Rollout(x0), fake, condition, SIGMA, noise).loss
@@ -195,7 +197,7 @@ def test_every_state_of_a_pinned_trajectory_is_the_given_frame_noised() -> None:
     noise, first = latents(2, 2, 3), latents(8, 2, 1)
     condition = Conditioning(texts(3, 2), first)
     score = ScoreNet(Spy(), "n", pins_initial=True)
-    states = list(euler_trajectory(score, noise, condition, condition.text, SIGMAS, 1.0))
+    states = list(euler_trajectory(score, noise, condition, condition.prompt["text"], SIGMAS, 1.0))
     for sigma, x in zip((*SIGMAS, 0.0), states, strict=True):
         assert torch.allclose(x[:, :1], mix(first, noise[:, :1], torch.full((2,), sigma)), atol=1e-5)
     assert torch.equal(states[-1][:, :1], first)
@@ -229,21 +231,21 @@ def test_a_clip_is_the_start_of_a_shorter_trajectory() -> None:
 def test_each_sample_goes_to_the_expert_of_its_noise_level() -> None:
     high, low = random_net(1, I2V), random_net(2, I2V)
     experts, condition, x = Experts(high, low, T2V_BOUNDARY), conditioning_on_image(3), latents(2, 2, 3)
-    beside = condition.beside_text
+    beside = condition.beside_prompt
     with torch.no_grad():
         for sigma, nets in (([0.9, 0.2], (high, low)), ([0.874, 0.875], (low, high)), ([0.95, 1.0], (high, high))):
-            made = experts(x, torch.tensor(sigma), condition.text, **beside)
+            made = experts(x, torch.tensor(sigma), condition.prompt["text"], **beside)
             for row, net in enumerate(nets):
-                alone = net(x, torch.tensor(sigma), condition.text, **beside)[row]
+                alone = net(x, torch.tensor(sigma), condition.prompt["text"], **beside)[row]
                 assert relative(made[row], alone) < 1e-6
         per_frame = torch.tensor([[0.0, 0.9, 0.9], [0.0, 0.5, 0.5]])  # a clean frame does not make a sample clean
-        made = experts(x, per_frame, condition.text, **beside)
-        assert relative(made[0], high(x, per_frame, condition.text, **beside)[0]) < 1e-6
-        assert relative(made[1], low(x, per_frame, condition.text, **beside)[1]) < 1e-6
+        made = experts(x, per_frame, condition.prompt["text"], **beside)
+        assert relative(made[0], high(x, per_frame, condition.prompt["text"], **beside)[0]) < 1e-6
+        assert relative(made[1], low(x, per_frame, condition.prompt["text"], **beside)[1]) < 1e-6
     assert experts.each_step((0.95, 0.875, 0.87), 4.0, 3.0) == [4.0, 4.0, 3.0]
     assert experts.fsdp_units() == [*high.fsdp_units(), *low.fsdp_units()]
     with pytest.raises(ValueError, match="cannot share a KV cache"):
-        experts(x, SIGMA, condition.text, cache=object())
+        experts(x, SIGMA, condition.prompt["text"], cache=object())
     with pytest.raises(ValueError, match=r"boundary 875 must be a noise level in \(0, 1\)"):
         Experts(high, low, 875)
 

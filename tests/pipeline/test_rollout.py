@@ -150,7 +150,7 @@ def brute_force(
         def predict(x: Tensor, sigma: float, start: int = start, size: int = size) -> Tensor:
             video, time = torch.cat([*seen, x], 1), torch.cat([*times, torch.full((batch, size), sigma)], 1)
             with through or context_without_gradient(net, start * 6):
-                velocity = net(video, time, condition.text, mask=causal.mask(start + size))[:, start:]
+                velocity = net(video, time, condition.prompt["text"], mask=causal.mask(start + size))[:, start:]
             return x - sigma * velocity
 
         x = part
@@ -336,7 +336,7 @@ def test_given_frames_come_first_unchanged_and_unjudged(name: str) -> None:
     assert torch.equal(out.x0[:, : condition.initial_frames], condition.initial)
     assert out.frame_mask is not None
     assert out.frame_mask.tolist() == [frame >= condition.initial_frames for frame in range(out.x0.shape[1])]
-    changed = Conditioning(condition.text, condition.initial + 1)
+    changed = Conditioning(condition.prompt["text"], condition.initial + 1)
     other = run(random_net(1), case._replace(condition=changed), exits)
     assert relative(other.x0[:, -2:], out.x0[:, -2:]) > 1e-3
 
@@ -410,10 +410,10 @@ def test_backward_simulation_is_the_students_own_steps_with_gradient_at_the_exit
     net = random_net(1)
     out = backward_simulation(ScoreNet(net, "s"), noise, condition, SIGMAS, 1, KeyedNoise(5, 2), with_gradient=True)
     with torch.no_grad():
-        first = noise - net(noise, torch.ones(2), condition.text)
+        first = noise - net(noise, torch.ones(2), condition.prompt["text"])
         fresh = KeyedNoise(5, 2).normal("renoise.b0.s0", tuple(noise.shape[1:]))
     x = mix(first, fresh, torch.full((2,), SIGMAS[1]))
-    expected = x - SIGMAS[1] * net(x, torch.full((2,), SIGMAS[1]), condition.text)
+    expected = x - SIGMAS[1] * net(x, torch.full((2,), SIGMAS[1]), condition.prompt["text"])
     assert relative(out.x0, expected) < 1e-6
     assert (out.sigma_from, out.sigma_to, out.exit_steps) == (SIGMAS[1], SIGMAS[2], (1,))
     ours, theirs = (torch.autograd.grad(x0.square().sum(), list(net.parameters())) for x0 in (out.x0, expected))
@@ -425,7 +425,7 @@ def test_noised_data_reaches_every_step_the_last_one_included() -> None:
     for exit_step, sigma in enumerate(SIGMAS):
         out = noised_data(ScoreNet(net, "s"), data, condition, SIGMAS, exit_step, KeyedNoise(5, 2), with_gradient=True)
         x = mix(data, KeyedNoise(5, 2).normal("input_noise", tuple(data.shape[1:])), torch.full((2,), sigma))
-        assert relative(out.x0, x - sigma * net(x, torch.full((2,), sigma), condition.text)) < 1e-6
+        assert relative(out.x0, x - sigma * net(x, torch.full((2,), sigma), condition.prompt["text"])) < 1e-6
         assert out.sigma_to == (*SIGMAS, 0.0)[exit_step + 1]
         assert out.x0.requires_grad
 

@@ -43,7 +43,7 @@ def opened(
     evaluations: Evaluations | None = None,
 ) -> CausalStream:
     cache = causal.new_cache(
-        net, VideoShape(condition.batch, frames, 4, 6), torch.float32, condition.text.device, trained_frames=trained
+        net, VideoShape(condition.batch, frames, 4, 6), torch.float32, condition.prompt["text"].device, trained_frames=trained
     )  # fmt: skip
     source = KeyedNoise(5, condition.batch)
     config = StreamConfig([SIGMAS]) if config is None else config
@@ -107,7 +107,7 @@ def test_a_late_block_is_one_pass_over_what_it_sees(window: int, sinks: int, tra
     seen = torch.cat([done[:, :sinks], done[:, 40 - (held - sinks) :], x], 1)
     sigma = torch.cat([torch.zeros(2, held), torch.full((2, 2), 0.7)], 1)
     with torch.no_grad():
-        expected = (x - 0.7 * net(seen, sigma, condition.text, positions=positions)[:, held:]).float()
+        expected = (x - 0.7 * net(seen, sigma, condition.prompt["text"], positions=positions)[:, held:]).float()
     assert relative(video.make(x), expected) < 2e-6
 
 
@@ -165,7 +165,7 @@ def test_another_prompt_holds_from_the_next_block_on() -> None:
     student, source = ScoreNet(net.requires_grad_(True), "student"), KeyedNoise(5, 2)
     cache = WINDOW.new_cache(net, VideoShape(2, None, 4, 6), torch.float32, "cpu", trained_frames=9)
     for index, expected in enumerate(streamed):
-        text = first.text if index < 5 else second
+        text = first.prompt["text"] if index < 5 else second
         x = source.normal(f"noise.b{index}", (2, *FRAME))
         for step, sigma in enumerate(SIGMAS):
             x0 = student.x0(x, per_sample(sigma, x), text, cache=cache).detach()
@@ -214,8 +214,8 @@ def test_recache_keeps_sinks_at_their_distance() -> None:
     for blocks in (3, 5, 9):
         made(still, blocks)
         made(shown, blocks)
-        shown.switch(condition.text, recache=True)
-        still.switch(condition.text)
+        shown.switch(condition.prompt["text"], recache=True)
+        still.switch(condition.prompt["text"])
         assert shown.cache.in_time == still.cache.in_time
         assert relative(made(shown, 1)[0], made(still, 1)[0]) < 2e-6
 
@@ -225,7 +225,7 @@ def test_channels_cannot_be_shown_again() -> None:
     net = random_net(1, replace(MICRO, in_dim=4, model_type="i2v"))
     video = opened(net, condition, frames=4)
     with pytest.raises(ValueError, match="recache: frames with channels beside the latents cannot be shown again"):
-        video.switch(condition.text, recache=True)
+        video.switch(condition.prompt["text"], recache=True)
 
 
 @pytest.fixture
@@ -358,7 +358,7 @@ def test_recorded_passes_are_those_that_run(noisy: bool, sinks: int) -> None:
     plain, captured = (opened(net, condition, causal, config) for _ in range(2))
     passes = Captured(net, captured.cache, traced)
     captured.student = captured.student.through(passes)
-    for blocks, text, recache in ((7, second, False), (4, condition.text, True), (5, second, True)):
+    for blocks, text, recache in ((7, second, False), (4, condition.prompt["text"], True), (5, second, True)):
         for expected, block in zip(made(plain, blocks), made(captured, blocks), strict=True):
             assert torch.equal(block, expected)
         for video in (plain, captured):

@@ -10,7 +10,7 @@ import torch
 from configs.load import load_run
 from configs.sections import DataConfig
 from evaluation.command import main as evaluate
-from model.wan.config import WanConfig, geometry
+from model.network import NetworkConfig
 from tasks.synthetic import SyntheticTask
 from tests import ROOT
 from tests.small import NETWORK, trainer
@@ -21,20 +21,20 @@ from worlds.synthetic import SyntheticConfig
 CPU = torch.device("cpu")
 
 
-def task(shape: WanConfig | None = None, **sizes: int) -> SyntheticTask:
+def task(student: NetworkConfig | None = None, **sizes: int) -> SyntheticTask:
     data = DataConfig(kind="synthetic", synthetic=SyntheticConfig(**{"frames": 3, "height": 4, "width": 6, **sizes}))
-    return SyntheticTask(data, shape or geometry("tiny"), 0, CPU)
+    return SyntheticTask(data, student or NetworkConfig("tiny"), 0, CPU)
 
 
 def test_a_prompt_has_one_embedding_whatever_is_beside_it() -> None:
     synthetic = task()
-    both = synthetic.conditioning(["a", "b"]).text
+    both = synthetic.conditioning(["a", "b"]).prompt["text"]
     assert both.shape == (2, 24, 48)
-    assert torch.equal(both[1:], task().conditioning(["b"]).text)
+    assert torch.equal(both[1:], task().conditioning(["b"]).prompt["text"])
     assert not torch.equal(both[0], both[1])
     assert abs(float(both.std()) - 1) < 0.05
-    assert synthetic.negative(3).shape == (3, 24, 48)
-    assert torch.equal(synthetic.negative(2)[1:], synthetic.conditioning([""]).text)
+    assert synthetic.negative(3)["text"].shape == (3, 24, 48)
+    assert torch.equal(synthetic.negative(2)["text"][1:], synthetic.conditioning([""]).prompt["text"])
 
 
 def test_videos_and_prompts_go_by_position() -> None:
@@ -48,8 +48,7 @@ def test_videos_and_prompts_go_by_position() -> None:
 
 @pytest.mark.parametrize("channels", [1, 2, 16])
 def test_decode_shows_three_channels_and_encode_undoes_it(channels: int) -> None:
-    shape = geometry("tiny", {"in_dim": channels, "out_dim": channels})
-    synthetic = task(shape)
+    synthetic = task(NetworkConfig("tiny", overrides={"in_dim": channels, "out_dim": channels}))
     latents = torch.rand(2, 3, channels, 4, 6) * 3 - 1.5
     pixels = synthetic.decode(latents)
     assert pixels.shape == (2, 3, 3, 4, 6)
@@ -75,9 +74,9 @@ def test_decode_shows_three_channels_and_encode_undoes_it(channels: int) -> None
 def test_the_recipes_have_wans_sizes(recipe: str, latents: tuple[int, ...], tokens: int, steps: list[float]) -> None:
     config = load_run(ROOT / f"configs/{recipe}.yaml", ["data.prompts=null"])
     shape = config.student.geometry()
-    synthetic = SyntheticTask(config.data, shape, 0, CPU)
+    synthetic = SyntheticTask(config.data, config.student, 0, CPU)
     assert synthetic.latent_shape == latents
-    assert synthetic.text_shape == (512, 4096)
+    assert synthetic.prompt_shapes == {"text": (512, 4096)}
     assert shape.tokens_per_frame(*latents[2:]) * latents[0] == tokens
     assert config.schedule.sigmas() == pytest.approx(steps, abs=1e-4)
     published = config.training.generator_updates(200)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from configs.sections import DataConfig
+from model.network import NetworkConfig
 from model.wan.config import geometry
 from tasks import text_cache
 from tasks.text_cache import Encode, Shard, Source, TextCache, check, write_shard
@@ -23,7 +24,7 @@ GEOMETRY = geometry("toy")
 
 @pytest.fixture(scope="module")
 def task() -> ToyTask:
-    return ToyTask(DataConfig(), GEOMETRY, 0, torch.device("cpu"))
+    return ToyTask(DataConfig(), NetworkConfig("toy"), 0, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def write_all(out: Path, count: int, source: Source, task: ToyTask) -> list[bool
 
 
 def encoding(task: ToyTask) -> Encode:
-    return lambda prompts: task.conditioning(prompts).text
+    return lambda prompts: task.conditioning(prompts).prompt["text"]
 
 
 def cache(folder: Path) -> TextCache:
@@ -56,7 +57,7 @@ def test_shards_share_the_prompts_out(size: int, count: int) -> None:
 def test_what_is_read_is_what_the_encoder_gave(count: int, source: Source, task: ToyTask, tmp_path: Path) -> None:
     assert write_all(tmp_path, count, source, task) == [True] * count
     prompts = [source.prompts[7], *source.prompts, f"\t{source.prompts[2]}"]  # any order, and more than once
-    assert torch.equal(cache(tmp_path).encode(prompts), task.conditioning(prompts).text)
+    assert torch.equal(cache(tmp_path).encode(prompts), task.conditioning(prompts).prompt["text"])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["count"] == 10
     assert len(manifest["shards"]) == count
@@ -92,7 +93,9 @@ def test_embeddings_that_bf16_holds_are_stored_in_it(task: ToyTask, tmp_path: Pa
         write_all(tmp_path / folder, 1, source, encoder)
     half, full = (tmp_path / name / Shard(0, 1).name for name in ("half", "full"))
     assert half.stat().st_size < 0.7 * full.stat().st_size
-    assert torch.equal(cache(tmp_path / "half").encode(source.prompts), rounded.conditioning(source.prompts).text)
+    assert torch.equal(
+        cache(tmp_path / "half").encode(source.prompts), rounded.conditioning(source.prompts).prompt["text"]
+    )
 
 
 def test_a_killed_task_leaves_nothing_that_counts(

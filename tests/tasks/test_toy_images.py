@@ -50,7 +50,7 @@ def test_samples_are_given_the_first_frame_of_videos_of_their_own_captions() -> 
     videos, made = task.world.batch(positions, "train"), task.conditions(positions)
     assert made.initial is not None
     assert torch.equal(made.initial, videos.latents_BFCHW[:, :1])
-    assert torch.equal(made.text, task.conditioning(videos.captions).text)
+    assert torch.equal(made.prompt["text"], task.conditioning(videos.captions).prompt["text"])
     assert task.prompts(positions) == videos.captions  # what ODE pairs and rewards go by
     assert toy_task(merged(IMAGES, {"data": {"first_frame": None}})).conditions(positions).initial is None
 

@@ -87,7 +87,7 @@ def test_the_cache_is_the_encoder_bit_for_bit_and_the_encoder_is_not_loaded(
 ) -> None:
     expected = load_text_encoder(folder / "pipeline", 8, dtype=torch.float32).encode([*PROMPTS, NEGATIVE])
     live = build_task(run(folder, encoder=True), CPU)
-    assert torch.equal(live.conditioning(PROMPTS).text, expected[:3])
+    assert torch.equal(live.conditioning(PROMPTS).prompt["text"], expected[:3])
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the encoder was loaded")
@@ -95,7 +95,7 @@ def test_the_cache_is_the_encoder_bit_for_bit_and_the_encoder_is_not_loaded(
     monkeypatch.setattr(wan_task, "load_text_encoder", never)
     for encoder in (False, True):
         task = build_task(run(folder, cache=True, encoder=encoder), CPU)
-        assert torch.equal(task.conditioning(PROMPTS).text, expected[:3])
+        assert torch.equal(task.conditioning(PROMPTS).prompt["text"], expected[:3])
         assert torch.equal(task.negative(2), expected[3:].expand(2, -1, -1))
         with monkeypatch.context() as once:
             once.setattr(task.text, "encode", never)  # type: ignore[union-attr]
@@ -112,7 +112,9 @@ def test_what_only_training_reads_may_be_gone_when_a_run_is_sampled(folder: Path
         build_task(away, CPU)
     task, whole = task_to_sample(away, CPU), task_to_sample(present, CPU)
     assert whole.validation_prompts(2) == [PROMPTS[0], PROMPTS[2]]
-    assert torch.equal(task.conditioning(PROMPTS).text, whole.conditioning(PROMPTS).text)  # one by the cache
+    assert torch.equal(
+        task.conditioning(PROMPTS).prompt["text"], whole.conditioning(PROMPTS).prompt["text"]
+    )  # one by the cache
     with pytest.raises(UserError, match="data.prompts is null, or not there any more"):
         task.validation_prompts(2)
     alone = run(folder, cache=True)
@@ -198,7 +200,7 @@ def test_given_pixels_become_what_the_networks_take(folder: Path, kind: str) -> 
     pixels = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     made = task.image_conditioning(PROMPTS[:2], pixels)
     shared = task.image_conditioning(PROMPTS[:2], pixels[:1], frames=2)
-    assert torch.equal(made.text, task.conditioning(PROMPTS[:2]).text)
+    assert torch.equal(made.prompt["text"], task.conditioning(PROMPTS[:2]).prompt["text"])
     if "i2v" not in kind.split("_"):
         assert torch.equal(made.initial, task.encode(pixels))
         assert made.channels is None

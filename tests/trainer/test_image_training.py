@@ -301,7 +301,7 @@ def test_images_go_by_position_with_their_captions(folder: Path) -> None:
         assert whole.channels is not None
         assert first is not None
         assert torch.equal(whole.channels[row, :, 4:], first)
-        assert torch.equal(whole.text[row], task.conditioning([caption]).text[0])
+        assert torch.equal(whole.text[row], task.conditioning([caption]).prompt[0])
     parts = []
     for ranks, start, stop in ((1, 0, 4), (4, 4, 8), (2, 8, 12)):  # fresh tasks: nothing but the position goes on
         each = (stop - start) // ranks
@@ -316,8 +316,8 @@ def test_images_go_by_position_with_their_captions(folder: Path) -> None:
 def test_validation_shows_images_under_their_captions(folder: Path, kind: str, tmp_path: Path) -> None:
     run = started(tmp_path, options(folder, kind, DISTILLATION, images=str(folder / "images1")))
     assert run.validation_prompts == CAPTIONS[:2]
-    conditioning = run.task.validation_visual(range(2), CAPTIONS[:2]).with_text(
-        run.task.conditioning(CAPTIONS[:2]).text
+    conditioning = run.task.validation_visual(range(2), CAPTIONS[:2]).with_prompt(
+        run.task.conditioning(CAPTIONS[:2]).prompt["text"]
     )
     made = run.sample(conditioning, run.task.negative(2), Noise(0, 0, range(2)))
     assert made.shape == (2, F, C, H, W)

@@ -104,7 +104,7 @@ def test_a_role_is_its_merged_weights_and_the_teacher_none(folder: Path, tmp_pat
     """In fp32, where adding before or after the product rounds differently."""
     run = trained(folder, tmp_path)
     x, sigma = torch.randn(2, *run.task.latent_shape), torch.tensor([0.9, 0.4])
-    text = run.task.conditioning(run.task.prompts(range(2))).text
+    text = run.task.conditioning(run.task.prompts(range(2))).prompt["text"]
     shared: ScoreNet = run.teacher  # type: ignore[attr-defined]
     with torch.no_grad():
         alone = random_net(NETWORKS.index("teacher"), run.config.student.geometry()).eval()
@@ -195,7 +195,7 @@ def test_stock_libraries_load_an_exported_adapter(folder: Path, tmp_path: Path) 
         Format.DIFFUSERS, Dtype.fp32, None,
     )  # fmt: skip
     x, sigma = torch.randn(1, *run.task.latent_shape), torch.tensor([0.7])
-    text = run.task.conditioning(run.task.prompts(range(1))).text
+    text = run.task.conditioning(run.task.prompts(range(1))).prompt["text"]
     with torch.no_grad():
         ours = run.networks["student"].score.velocity(x, sigma, text)
         plain = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "base")

@@ -33,7 +33,7 @@ def by_hand(run: ODETrainer, position: int) -> list[Tensor]:
     """One video by Euler steps of uncond + w (cond - uncond) from its own noise: states [1, F, C, H, W] at each level."""
     levels = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (1 - i / STEPS for i in range(STEPS + 1))]
     noise = Noise(keyed_seed(run.config.seed, "ode_pairs"), 0, [position])
-    text = run.task.conditioning(run.task.prompts(range(position, position + 1))).text
+    text = run.task.conditioning(run.task.prompts(range(position, position + 1))).prompt["text"]
     states = [noise.normal("noise", run.task.latent_shape)]
     for sigma, target in itertools.pairwise(levels):
         cond, uncond = (run.teacher.net(states[-1], torch.tensor([sigma]), t) for t in (text, run.task.negative(1)))
@@ -60,7 +60,7 @@ def causal_by_hand(run: ODETrainer, position: int) -> Tensor:
     state; states [1, S, F, C, H, W] at the levels that are kept."""
     levels = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (1 - i / STEPS for i in range(STEPS + 1))]
     noise = Noise(keyed_seed(run.config.seed, "ode_pairs"), 0, [position]).normal("noise", run.task.latent_shape)
-    text = run.task.conditioning(run.task.prompts(range(position, position + 1))).text
+    text = run.task.conditioning(run.task.prompts(range(position, position + 1))).prompt["text"]
     done, parts = noise[:, :0], []
     for part in noise.split(3, 1):
         states, start = [part], done.shape[1]
@@ -90,7 +90,7 @@ def test_pairs_of_a_causal_teacher_are_each_blocks_own_and_the_student_sees_thei
     (picked,) = {tuple(micro.positions)}
     x = run.trajectories[[p % PAIRS for p in picked]]
     index = (micro.noise.uniform("stored_index", (3,)) * 3).long()  # never the clean end
-    text = run.task.conditioning(run.task.prompts(range(4))).text
+    text = run.task.conditioning(run.task.prompts(range(4))).prompt["text"]
     net, total = run.networks["student"].net, 0.0
     for block in range(3):  # each alone, after the clean ends before it
         frames, clean = slice(3 * block, 3 * block + 3), x[:, -1, : 3 * block]

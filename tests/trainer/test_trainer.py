@@ -346,7 +346,7 @@ def test_reused_rollout_keeps_its_own_captions(kind: str, tmp_path: Path) -> Non
     velocity = run.networks["critic"].score.velocity
 
     def spy(x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, **mode: Any) -> torch.Tensor:
-        seen["critic" if torch.is_grad_enabled() else "student"].append(conditioning.text)
+        seen["critic" if torch.is_grad_enabled() else "student"].append(conditioning.prompt["text"])
         return velocity(x, sigma, conditioning, **mode)
 
     run.networks["critic"].score.velocity = spy  # type: ignore[method-assign]

@@ -34,9 +34,9 @@ def test_videos_are_sampled_in_micro_batches_and_are_those_of_one_batch(tmp_path
     run = trainer(tmp_path / "run", with_weights(DISTILLATION, tmp_path), **changes)
     sizes: list[int] = []
 
-    def sampler(conditioning: Conditioning, negative: Tensor, noise: Noise) -> Tensor:
+    def sampler(conditioning: Conditioning, negative: dict[str, Tensor], noise: Noise) -> Tensor:
         sizes.append(conditioning.batch)
-        assert negative.shape[0] == len(noise.sample_ids) == conditioning.batch
+        assert negative["text"].shape[0] == len(noise.sample_ids) == conditioning.batch
         return run.sample(conditioning, negative, noise)
 
     prompts, seed = run.validation_prompts, run.config.validation.seed
