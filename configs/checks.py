@@ -9,12 +9,15 @@ from configs.objective import Features, Heads, ObjectiveKind
 from configs.schema import RunConfig
 from configs.sections import RolloutKind, TrainerKind, UpdateSchedule
 from configs.sizes import check_sizes
+from model.attention.checkpointing import Checkpointing
+from model.family import Trait
 from pipeline.self_forcing_training import rollout_lengths
 from utils.optim import OptimizerConfig
 
 
 def check_run(config: RunConfig) -> None:
     """Raises ValueError, one line, for a run that cannot work: key, value, remedy."""
+    _check_family(config)
     if config.trainer is TrainerKind.score_distillation:
         _check_distillation(config)
     if config.trainer is TrainerKind.ode and config.teacher is None and config.ode.path is None:
@@ -42,6 +45,29 @@ def check_run(config: RunConfig) -> None:
     _check_adapters(config)
     if config.parallel.engine == "deepspeed":
         _check_deepspeed(config)
+
+
+def _check_family(config: RunConfig) -> None:
+    """What the run asks of its networks, their family must have."""
+    traits, preset = config.student.family.traits, config.student.preset
+    networks = [net for net in (config.student, config.teacher, config.critic) if net is not None]
+    asked = {
+        Trait.cache: ("a causal run", config.is_causal),
+        Trait.features: ("objective.gan", config.objective.gan is not None),
+        Trait.lora: ("lora", any(net.lora is not None or net.loras for net in networks)),
+        Trait.sparse: ("sparse", any(net.sparse is not None for net in networks)),
+        Trait.sequence: ("parallel.sequence", config.parallel.sequence > 1),
+        Trait.replay: ("checkpointing", any(net.checkpointing is not Checkpointing.none for net in networks)),
+    }
+    for trait, (what, is_asked) in asked.items():
+        if is_asked and trait not in traits:
+            raise ValueError(
+                f"student.preset {preset}: its family has no {trait.value}, which {what} needs: leave it out"
+            )
+    try:
+        config.student.path.check_steps(config.schedule.sigmas())
+    except ValueError as problem:
+        raise ValueError(f"schedule.denoising_step_list: {problem}") from None
 
 
 def _check_deepspeed(config: RunConfig) -> None:

@@ -132,7 +132,9 @@ class Generator:
         net = build_for_inference(network, "student", device, compute_dtype(config))
         if net.sparse is not None:
             net.sparse.begin(max(state["step"] - 1, 0))  # as in the last iteration
-        score = ScoreNet(net, "student", Evaluations(), compute_dtype(config), pins_initial=pins(net))
+        score = ScoreNet(
+            net, "student", Evaluations(), compute_dtype(config), pins_initial=pins(net), path=network.path
+        )
         task = task_to_sample(config, device)
         return cls(config, score, device, task=task, acceleration=acceleration, checkpoints=(str(folder.resolve()),))
 
@@ -141,7 +143,7 @@ class Generator:
         config, boundary = joined(self.config, low.config)
         score = ScoreNet(
             Experts(self.score.net, low.score.net, boundary), "student", Evaluations(), self.score.compute_dtype,
-            pins_initial=self.score.pins_initial,
+            pins_initial=self.score.pins_initial, path=self.score.path,
         )  # fmt: skip
         both = self.checkpoints + low.checkpoints
         return Generator(config, score, self.device, task=self.task, checkpoints=both)
@@ -205,6 +207,7 @@ class Generator:
         start = None if clip is None or noise is None else self._start(clip, noise)
         if not self.few_steps:
             assert noise is not None
+            noise = noise if start is not None else self.score.path.start_noise(noise)
             yield self._many_steps(noise, conditioning, sampling, start)
             return
         sigmas = self.step_list(sampling.steps)
@@ -217,6 +220,7 @@ class Generator:
             noise, sigmas = from_clip(start, noise, sigmas, sampling.strength)
         if causal is None:
             assert noise is not None
+            noise = noise if start is not None else self.score.path.start_noise(noise)
             yield from few_step_stream(self.score, noise, conditioning, sigmas, None, source)
             return
         if conditioning.initial is not None:
@@ -353,7 +357,7 @@ class Generator:
             noise,
             conditioning,
             self.task.negative(conditioning.batch),
-            grid=SolverGrid(steps, self.config.schedule.timestep_shift, solver),
+            grid=SolverGrid(steps, self.config.schedule.timestep_shift, solver, self.score.path.start),
             guidance=partial(net.each_step, high=guidance, low=low) if isinstance(net, Experts) else guidance,
             clip=start,
             strength=1.0 if sampling.strength is None else sampling.strength,

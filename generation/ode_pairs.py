@@ -86,7 +86,7 @@ def making(config: RunConfig, mesh: Mesh, task: Task) -> tuple[MakeTrajectories,
     assert config.teacher is not None
     device = distributed.device()
     teacher = RunNetworks(config, Evaluations(), device, mesh).teacher(shared=False)
-    grid = uniform_sigmas(config.ode.steps, config.ode.shift)
+    grid = uniform_sigmas(config.ode.steps, config.ode.shift, teacher.path.start)
     keep = sorted({*store_levels(grid, config.schedule.sigmas()), len(grid)})
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from generation.generator import Generator
 from generation.sampling import Sampler
 from model.codec import ClipConfig, VAEConfig
 from model.experts import Experts
+from model.family import FirstFrame
 from model.folders import pipeline_folder
 from model.network import LoraWeights, network_of
 from model.schedule import ScheduleConfig
@@ -94,14 +95,21 @@ def load_model(
     if low_loras and boundary is None:
         raise UserError(f"--low_lora: {model.path} is one network: give --lora")
     config.student.loras = list(loras)
-    dtype, kind = compute_dtype(config), config.student.geometry().model_type
+    dtype, geometry = compute_dtype(config), config.student.geometry()
     net: nn.Module = build_for_inference(config.student, "model", device, dtype)
     low = None
     if boundary is not None:
         other = replace(config.student, expert="low", loras=list(low_loras))
         net = Experts(net, build_for_inference(other, "model", device, dtype), boundary)
-        low = EXPERTS_GUIDANCE.get(kind, (GUIDANCE, GUIDANCE))[1]
-    score = ScoreNet(net, "model", Evaluations(), dtype, pins_initial=kind == "ti2v")
+        low = EXPERTS_GUIDANCE.get(geometry.model_type, (GUIDANCE, GUIDANCE))[1]
+    score = ScoreNet(
+        net,
+        "model",
+        Evaluations(),
+        dtype,
+        pins_initial=geometry.first_frame is FirstFrame.clean,
+        path=config.student.path,
+    )
     sampler = Sampler(few_steps=False, solver=solver, guidance_2=low)
     return Generator(config, score, device, task=task, sampler=sampler, acceleration=acceleration)
 

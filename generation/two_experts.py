@@ -14,7 +14,7 @@ FROM_NOISE = 0.95  # a run whose first step is below this level cannot start fro
 
 def starts_from_noise(config: RunConfig) -> bool:
     """Whether the run's student can be given pure noise; a low-noise expert cannot."""
-    return config.schedule.sigmas()[0] >= FROM_NOISE
+    return config.schedule.sigmas()[0] >= FROM_NOISE * config.student.path.start
 
 
 def joined(high: RunConfig, low: RunConfig) -> tuple[RunConfig, float]:

@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from model.attention.sparse import SparseConfig, Sparsity
 from model.codec import Codecs
 from model.export import Exporter
 from model.merged import Lora
+from model.path import Path
 from model.types import Prompt
 from model.weights import Weights
 from utils.parallel.sequence import SequenceParallel
@@ -135,6 +136,10 @@ class Family(Protocol):
         """A preset with some fields replaced. Raises ValueError naming the legal fields."""
         ...
 
+    def path(self, geometry: Geometry) -> Path:
+        """The process that its networks were trained on."""
+        ...
+
     def network(
         self, geometry: Geometry, backend: Backend, checkpointing: Checkpointing, sparse: SparseConfig | None
     ) -> Network:
@@ -185,9 +190,9 @@ class Family(Protocol):
 @functools.cache
 def families() -> Mapping[str, Family]:
     """Families by the names of their folders."""
-    folder = str(Path(__file__).parent)
+    folder = str(FilePath(__file__).parent)
     names = [module.name for module in pkgutil.iter_modules([folder]) if module.ispkg]
-    with_seam = [name for name in names if Path(folder, name, "family.py").is_file()]
+    with_seam = [name for name in names if FilePath(folder, name, "family.py").is_file()]
     return {name: importlib.import_module(f"model.{name}.family").FAMILY for name in with_seam}
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
 from model.attention.checkpointing import Checkpointing
 from model.attention.sparse import SparseConfig
 from model.family import Family, Geometry, families, family_of
+from model.path import Path
 
 
 @dataclass
@@ -112,11 +113,15 @@ class NetworkConfig:
     def family(self) -> Family:
         return family_of(self.preset)
 
+    @property
+    def path(self) -> Path:
+        return self.family.path(self.geometry())
+
     def geometry(self) -> Geometry:
         return self.family.geometry(self.preset, self.overrides)
 
 
-def network_of(path: str | Path, expert: str | None) -> NetworkConfig:
+def network_of(path: str | FilePath, expert: str | None) -> NetworkConfig:
     """The network that stored weights are of: a preset of their family, with their geometry over it.
 
     path, expert: as `Family.open_weights` takes them. Raises ValueError for weights of no family.

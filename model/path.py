@@ -60,6 +60,10 @@ class Path(Protocol):
         (1 - start) x0 is left out; samplers of these families leave it out too."""
         return self.start * eps
 
+    def known(self, sigma: Tensor) -> Tensor:
+        """Noise levels of any shape, moved to the nearest that the network knows."""
+        return sigma.clamp(self.least, self.start)
+
     def check_steps(self, sigmas: Sequence[float]) -> None:
         """Raises ValueError for a step list (noise levels, falling) that leaves the levels that the network knows."""
         first, last = sigmas[0], sigmas[-1]
@@ -97,6 +101,9 @@ class Flow(Path):
 
     def start_noise(self, eps: Tensor) -> Tensor:
         return eps
+
+    def known(self, sigma: Tensor) -> Tensor:
+        return sigma
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,9 @@ def step_sigmas(timesteps: Sequence[float], *, warp: bool, shift: float) -> tupl
     return tuple(shift_sigma(t / TIMESTEPS, shift) if warp else t / TIMESTEPS for t in timesteps)
 
 
-def uniform_sigmas(steps: int, shift: float) -> tuple[float, ...]:
-    """`steps` shifted levels from 1 towards 0, without the final 0: the grid of a many-step Euler sampler."""
-    return tuple(shift_sigma(1 - i / steps, shift) for i in range(steps))
+def uniform_sigmas(steps: int, shift: float, start: float = 1.0) -> tuple[float, ...]:
+    """`steps` shifted levels from `start` towards 0, without the final 0: the grid of a many-step Euler sampler."""
+    return tuple(start * shift_sigma(1 - i / steps, shift) for i in range(steps))
 
 
 def unipc_sigmas(steps: int, shift: float) -> tuple[float, ...]:

@@ -149,17 +149,19 @@ class SolverGrid:
     steps: evaluations (with guidance twice as many).
     shift: s of s u / (1 + (s - 1) u).
     solver: each has its usual grid: UniPC's with whole timesteps is that of Wan's pipelines.
+    start: Euler's first noise level.
     """
 
     steps: int
     shift: float
     solver: Solver = Solver.euler
+    start: float = 1.0
 
     @property
     def sigmas(self) -> tuple[float, ...]:
         match self.solver:
             case Solver.euler:
-                return uniform_sigmas(self.steps, self.shift)
+                return uniform_sigmas(self.steps, self.shift, self.start)
             case Solver.unipc:
                 return unipc_sigmas(self.steps, self.shift)
 

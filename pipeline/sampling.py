@@ -102,8 +102,9 @@ def euler(
     shift: the shift of the grid's noise levels.
     guidance: the guidance scale.
     """
-    noise = source.normal("noise", shape)
-    return euler_sample(score, noise, condition, negative, uniform_sigmas(steps, shift), guidance)
+    noise = score.path.start_noise(source.normal("noise", shape))
+    grid = uniform_sigmas(steps, shift, score.path.start)
+    return euler_sample(score, noise, condition, negative, grid, guidance)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def sample(
     initial = 0 if causal is None else conditioning.initial_frames  # the others see first frames pinned in the noise
     frames = shape[0] - initial
     if causal is None:
-        noise = source.normal("noise", (frames, *shape[1:]))
+        noise = score.path.start_noise(source.normal("noise", (frames, *shape[1:])))
     else:
         noise = block_noise(source, causal.split(initial, frames)[1], shape[1:])
     new = list(few_step_stream(score, noise, conditioning, way.sigmas, causal, source))

@@ -84,8 +84,10 @@ class Adversary:
         if self.run.objective.kind is ObjectiveKind.ladd:
             schedule = self.run.schedule
             sigma = ladd_sigma(noise.normal(role, ()), mean=self.run.objective.ladd_mean)
-            return sigma.clamp(schedule.min_sigma, schedule.max_sigma)
-        return schedule_at(self.run, shape).score_sigma(noise.uniform(role), None, None)
+            sigma = sigma.clamp(schedule.min_sigma, schedule.max_sigma)
+        else:
+            sigma = schedule_at(self.run, shape).score_sigma(noise.uniform(role), None, None)
+        return self.run.student.path.known(sigma)
 
     def real(self, positions: range, noise: Noise, phase: str, shape: Shape) -> NoisedSamples:
         """Real samples of this shape at these positions, with their own noise."""

@@ -52,8 +52,8 @@ class DiffusionTrainer(Trainer):
     def _bidirectional(
         self, micro: MicroBatch, latents: Tensor, noise: Tensor, conditioning: Conditioning
     ) -> LossOutput:
-        sigma = schedule_at(self.config, micro.shape).training_sigma(micro.noise.uniform("sigma"))
         score = self.networks["student"].score
+        sigma = score.path.known(schedule_at(self.config, micro.shape).training_sigma(micro.noise.uniform("sigma")))
         weight = _weight(conditioning, latents)
         return flow_matching_loss(lambda x, s: score.velocity(x, s, conditioning), latents, noise, sigma, weight=weight)
 

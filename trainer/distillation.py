@@ -149,7 +149,8 @@ class ScoreDistillationTrainer(Trainer):
                     made = self._self_forcing(micro, conditioning, with_gradient)
                 case RolloutKind.backward_simulation:
                     made = backward_simulation(
-                        student, noise.normal("noise", shape), conditioning, sigmas, self._exit_steps(micro, 1)[0],
+                        student, student.path.start_noise(noise.normal("noise", shape)), conditioning, sigmas,
+                        self._exit_steps(micro, 1)[0],
                         noise, with_gradient=with_gradient,
                     )  # fmt: skip
                 case RolloutKind.noised_data:
@@ -174,7 +175,7 @@ class ScoreDistillationTrainer(Trainer):
         return made, conditioning.frames(made.start, made.x0.shape[1])
 
     def _self_forcing(self, micro: MicroBatch, conditioning: Conditioning, with_gradient: bool) -> Rollout:
-        config, shape = self.config, micro.shape
+        config, shape, student = self.config, micro.shape, self.networks["student"].score
         longest = config.rollout.num_training_frames or shape[0]
         lengths = rollout_lengths(shape[0], longest, config.causal.num_frame_per_block)
         frames = lengths[micro.noise.shared_randint("rollout_length", len(lengths), 1)[0]]
@@ -188,8 +189,8 @@ class ScoreDistillationTrainer(Trainer):
             config.rollout.self_gradient,
         )
         return self_forcing_rollout(
-            self.networks["student"].score,
-            micro.noise.normal("noise", (frames - initial, *shape[1:])),
+            student,
+            student.path.start_noise(micro.noise.normal("noise", (frames - initial, *shape[1:]))),
             conditioning,
             plan,
             micro.noise,

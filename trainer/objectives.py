@@ -188,7 +188,7 @@ class Objective:
         exits = sample.rollout.sigma_from, sample.rollout.sigma_to
         schedule = schedule.scaled(shift_factor(self.run, sample.rollout.x0.shape[1:]))
         sigma = schedule.score_sigma(sample.noise.uniform(f"{role}_sigma"), *exits)
-        return sigma, self._eps(sample, f"{role}_noise")
+        return self.run.student.path.known(sigma), self._eps(sample, f"{role}_noise")
 
     @staticmethod
     def _eps(sample: Sample, role: str) -> Tensor:

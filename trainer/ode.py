@@ -60,7 +60,9 @@ class ODETrainer(Trainer):
         """Raises ConfigError unless the student's steps are all stored, as near as the teacher's grid comes to them."""
         config, wanted = self.config.ode, self.config.schedule.sigmas()
         stored = self.sigmas_S.tolist()
-        if lacking := lacking_levels(stored, wanted, uniform_sigmas(config.steps, config.shift)):
+        if lacking := lacking_levels(
+            stored, wanted, uniform_sigmas(config.steps, config.shift, self.config.student.path.start)
+        ):
             raise ConfigError(
                 f"ode.path: {config.path} stores the noise levels {', '.join(f'{s:.4g}' for s in stored)}, and not "
                 f"{', '.join(f'{s:.4g}' for s in lacking)} of schedule.denoising_step_list: set that list (and "
@@ -135,7 +137,7 @@ class ODETrainer(Trainer):
         needs all ranks; that is not counted.
         """
         config, mesh = self.config.ode, self.mesh
-        grid = uniform_sigmas(config.steps, config.shift)
+        grid = uniform_sigmas(config.steps, config.shift, self.teacher.path.start)
         keep = [*store_levels(grid, self.config.schedule.sigmas()), len(grid)]
         size = self.config.training.micro_batch_size
         batches = [range(start, min(start + size, config.pairs)) for start in range(0, config.pairs, size)]
@@ -164,9 +166,9 @@ def trajectories(
 ) -> Tensor:
     """The teacher's states [B, S, F, C, H, W] at these of its steps and 0, on the CPU; draws by position."""
     source = Noise(keyed_seed(config.seed, "ode_pairs"), 0, positions, device)
-    noise = source.normal("noise", task.latent_shape)
+    noise = teacher.path.start_noise(source.normal("noise", task.latent_shape))
     conditioning, negative = task.conditions(positions), task.negative(len(positions))
-    grid = uniform_sigmas(config.ode.steps, config.ode.shift)
+    grid = uniform_sigmas(config.ode.steps, config.ode.shift, teacher.path.start)
     if config.ode.causal_teacher:
         return _causal_trajectories(config, teacher, noise, conditioning, negative, source, grid, keep)
     states = enumerate(euler_trajectory(teacher, noise, conditioning, negative, grid, config.ode.guidance))

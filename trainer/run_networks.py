@@ -84,7 +84,15 @@ class RunNetworks:
         spec = NetworkSpec(network, "teacher", seed, dtype or torch.float32, trained=False, adapters=adapters)
         net = build_network(spec, self.device, Placement(self.mesh, parallel, sharding)).eval()
         # sharded, one call for both halves of the guidance gathers the weights once; else it would only cost memory
-        return ScoreNet(net, "teacher", self.evaluations, dtype, batch_guidance=is_sharded(net), pins_initial=pins(net))
+        return ScoreNet(
+            net,
+            "teacher",
+            self.evaluations,
+            dtype,
+            batch_guidance=is_sharded(net),
+            pins_initial=pins(net),
+            path=network.path,
+        )
 
     def trained(
         self, name: str, updates: int, *, teacher: ScoreNet | None = None, empty: bool = False
@@ -127,7 +135,7 @@ class RunNetworks:
         if name == "student" and config.ema.decay is not None:
             ema = EMA(net, config.ema.decay, config.ema.start, config.ema.every, named)
         engine = self._engine(net, optimizer, name, updates)
-        score = ScoreNet(net, name, self.evaluations, dtype, pins_initial=pins(net), adapter=adapter)
+        score = ScoreNet(net, name, self.evaluations, dtype, pins_initial=pins(net), adapter=adapter, path=network.path)
         return TrainedNetwork(name, net, optimizer, engine, ema, score, origin=origin)
 
     def _placement(self, name: str) -> Placement:

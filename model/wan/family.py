@@ -13,6 +13,7 @@ from model.attention.checkpointing import Checkpointing
 from model.attention.sparse import SparseConfig
 from model.family import Network, Trait
 from model.merged import Lora
+from model.path import Flow
 from model.text_encoder import toy_text_encoder
 from model.types import Prompt
 from model.wan.codecs import WanCodecs
@@ -38,6 +39,9 @@ class WanFamily:
 
     def geometry(self, preset: str, overrides: Mapping[str, Any]) -> WanConfig:
         return geometry(preset, dict(overrides))
+
+    def path(self, geometry: WanConfig) -> Flow:
+        return Flow()
 
     def network(
         self, geometry: WanConfig, backend: Backend, checkpointing: Checkpointing, sparse: SparseConfig | None
