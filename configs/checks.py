@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 from configs.images import check_first_frames
-from configs.objective import Features, Heads, ObjectiveKind
 from configs.schema import RunConfig
 from configs.sections import RolloutKind, TrainerKind, UpdateSchedule
 from configs.sizes import check_sizes
 from model.attention.checkpointing import Checkpointing
 from model.family import Trait
+from model.gan_config import Features, Heads
+from model.objective import Role, objectives
 from pipeline.self_forcing_training import rollout_lengths
 from utils.optim import OptimizerConfig
 
@@ -154,8 +155,8 @@ def _check_roles(config: RunConfig) -> None:
 
     Score objectives compare teacher and critic. A discriminator alone needs only the network whose features it sees.
     """
-    objective, kind = config.objective, config.objective.kind.value
-    alone = objective.kind in (ObjectiveKind.gan, ObjectiveKind.ladd)
+    objective, kind = config.objective, config.objective.kind
+    alone = Role.critic not in objectives()[kind].roles
     on_critic = objective.gan is not None and objective.gan.features is Features.critic
     needed = {"teacher": not (alone and on_critic), "critic": not alone or on_critic}
     for name, is_needed in needed.items():
@@ -165,8 +166,8 @@ def _check_roles(config: RunConfig) -> None:
             raise ValueError(f"{name} is not used by objective.kind {kind} on these features: set it to null")
     if objective.reward is not None and (config.rollout.kind.from_data or config.data.images is not None):
         raise ValueError("objective.reward judges samples of prompts alone: choose another rollout.kind, or none")
-    if objective.kind is ObjectiveKind.phased_dmd and config.schedule.min_score_timestep <= 0:
-        raise ValueError("objective.kind phased_dmd needs schedule.min_score_timestep, where its interval starts")
+    if objectives()[kind].in_interval and config.schedule.min_score_timestep <= 0:
+        raise ValueError(f"objective.kind {kind} needs schedule.min_score_timestep, where its interval starts")
     if objective.gan is not None and objective.gan.heads is Heads.image and config.data.frames != 1:
         raise ValueError(
             f"objective.gan.heads image judges single images, not videos of {config.data.frames} latent frames: "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from configs.objective import ObjectiveConfig
 from configs.sections import (
     CheckpointConfig,
     ConsistencyConfig,
@@ -18,15 +17,16 @@ from configs.sections import (
     LoggingConfig,
     ODEConfig,
     RolloutConfig,
-    TrainedConfig,
     TrainerKind,
     TrainingConfig,
     ValidationConfig,
 )
 from model.ema import EMAConfig
 from model.network import NetworkConfig
+from model.objective import ObjectiveConfig
 from model.schedule import ScheduleConfig
 from pipeline.causal import CausalConfig
+from utils.optim import TrainedConfig
 from utils.parallel.mesh import ParallelConfig
 from utils.watchdog import WatchdogConfig
 
@@ -55,7 +55,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     causal: CausalConfig = field(default_factory=CausalConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig.variants()["dmd"]())
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     ode: ODEConfig = field(default_factory=ODEConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)

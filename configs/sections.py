@@ -10,7 +10,6 @@ from model.codec import ClipConfig, VAEConfig
 from model.family import FirstFrame
 from model.text_encoder import TextConfig
 from utils.limits import BATCH, FRAMES, check_counts
-from utils.optim import LRScheduleConfig, OptimizerConfig
 from worlds.digits import DigitsConfig
 from worlds.glyphs import GLYPH
 from worlds.synthetic import SyntheticConfig
@@ -189,14 +188,6 @@ class ConsistencyConfig:
             raise ValueError(f"steps must be at least 2, got {self.steps}")
         if self.huber is not None and self.huber <= 0:
             raise ValueError(f"huber must be positive, or null for the squared distance, got {self.huber}")
-
-
-@dataclass
-class TrainedConfig:
-    """How one trained network is updated."""
-
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
 
 
 @dataclass

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from configs.checks import check_run
-from configs.objective import ObjectiveConfig
 from configs.schema import RunConfig
 from configs.sections import DataConfig, Precision, RolloutConfig, RolloutKind, TrainingConfig, ValidationConfig
 from generation.acceleration import UNCHANGED, Acceleration
@@ -131,7 +130,6 @@ def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu
         teacher=network,
         critic=network,  # neither is built
         rollout=RolloutConfig(kind=RolloutKind.backward_simulation),
-        objective=ObjectiveConfig(),
         schedule=ScheduleConfig(timestep_shift=shift_of(folder) if model.shift is None else model.shift),
         training=TrainingConfig(precision=Precision(dtype)),
         validation=ValidationConfig(steps=STEPS, guidance=guidance),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from configs.objective import ObjectiveKind
 from configs.schema import RunConfig
+from model.objective import ObjectiveConfig, objectives
 from model.schedule import TIMESTEPS
 from utils.errors import UserError
 
@@ -39,9 +39,8 @@ def joined(high: RunConfig, low: RunConfig) -> tuple[RunConfig, float]:
     # bounds of the whole: what is sampled goes through all noise levels
     whole = replace(ours, denoising_step_list=steps, min_score_timestep=theirs.min_score_timestep)
     objective = high.objective
-    # phased_dmd requires min_score_timestep > 0, which the joined run may lack
-    if objective.kind is ObjectiveKind.phased_dmd:
-        objective = replace(objective, kind=ObjectiveKind.dmd)
+    if objectives()[objective.kind].in_interval:  # the joined run has no interval, and is only sampled
+        objective = ObjectiveConfig.variants()["dmd"]()
     return replace(high, schedule=whole, objective=objective), boundary
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from model.discriminator import Discriminator
 from model.score import ScoreNet
 from model.types import Conditioning, Prompt, Rollout
 
@@ -38,6 +39,9 @@ class ScoreQuery:
     sigma: [B], one noise level in [0, 1] a sample, at which both scores are taken.
     noise: standard normal, like x0; both scores see the same noised sample.
     weight: [B], of each sample in the mean over them, detached by the loss; None is 1.
+    ratio: [B], f-distill's density ratio that the weight comes from.
+    judge: the discriminator, for objectives that need it.
+    least: the lower bound of the noise levels at which scores are asked.
     """
 
     rollout: Rollout
@@ -48,3 +52,6 @@ class ScoreQuery:
     sigma: Tensor
     noise: Tensor
     weight: Tensor | None = None
+    ratio: Tensor | None = None
+    judge: Discriminator | None = None
+    least: float = 0.0

@@ -54,7 +54,14 @@ def sections(schema: type) -> list[Section]:
 
     def visit(cls: type, path: str) -> None:
         visited.append((path, cls))
-        for key, hint in hints(cls).items():
+        for kind, variant in variants(cls).items():
+            if own_keys(variant):
+                visited.append((f"{path}, kind {kind}", variant))
+                visit_nested(variant, path)
+        visit_nested(cls, path)
+
+    def visit_nested(cls: type, path: str) -> None:
+        for key, hint in own_keys(cls).items():
             for nested in nested_schemas(hint):
                 is_item = any(typing.get_origin(option) is list for option in options(hint))
                 visit(nested, f"{path}.{key}".lstrip(".") + ("[]" if is_item else ""))
@@ -70,6 +77,17 @@ def hints(schema: type) -> dict[str, Any]:
     """Types of a dataclass's fields, by name."""
     resolved = typing.get_type_hints(schema)
     return {item.name: resolved[item.name] for item in dataclasses.fields(schema)}
+
+
+def variants(schema: type) -> dict[str, type]:
+    """A section's variants by their kind, none for most sections; a variant has none of its own."""
+    return dict(schema.variants()) if "variants" in vars(schema) else {}  # type: ignore[attr-defined]
+
+
+def own_keys(schema: type) -> dict[str, Any]:
+    """Types of the keys that a section has; of a variant, those that the section it is a variant of lacks."""
+    shared = [base for base in schema.__mro__[1:] if hasattr(base, "variants")]
+    return {key: hint for key, hint in hints(schema).items() if not shared or key not in hints(shared[-1])}
 
 
 def options(hint: Any) -> tuple[Any, ...]:
@@ -157,8 +175,8 @@ def default_text(item: dataclasses.Field[Any]) -> str:
     return f"`{plain if isinstance(plain, str) and plain else json.dumps(plain)}`"
 
 
-def meaning(key: str, hint: Any, said: dict[str, str]) -> str:
-    """A table cell: the type, the docstring's sentence, and what each value of an enum is."""
+def meaning(key: str, hint: Any, said: dict[str, str], kinds: dict[str, type]) -> str:
+    """A table cell: the type, the docstring's sentence, and what each value of an enum, or each kind, is."""
     parts = [f"*{sentence(type_in_words(hint))}*"]
     nested = next(nested_schemas(hint), None)
     if key in said:
@@ -166,6 +184,8 @@ def meaning(key: str, hint: Any, said: dict[str, str]) -> str:
     elif nested is not None:
         first = meanings(nested)[0].partition(". ")[0]
         parts.append(sentence(first))
+    for kind, variant in kinds.items() if key == "kind" else ():
+        parts.append(f"`{kind}`: {sentence(meanings(variant)[0].partition('. ')[0])}")
     for option in options(hint):
         if isinstance(option, type) and issubclass(option, Enum):
             parts += [f"`{value}`: {note}." for value, note in member_notes(option).items()]
@@ -184,10 +204,14 @@ def section_text(section: Section) -> str:
         lines += [f"{also} {'has' if len(section.paths) == 2 else 'have'} the same keys.", ""]
     lines += [f"Defined by `{section.schema.__name__}` in `{section.schema.__module__.replace('.', '/')}.py`.", ""]
     lines += ["| key | default | meaning |", "|---|---|---|"]
-    resolved = hints(section.schema)
+    resolved, path = own_keys(section.schema), path.partition(",")[0]
     for item in dataclasses.fields(section.schema):
+        if item.name not in resolved:
+            continue
         key = f"{path}.{item.name}" if path and not path.endswith("[]") else item.name
-        lines.append(f"| `{key}` | {default_text(item)} | {meaning(item.name, resolved[item.name], said)} |")
+        lines.append(
+            f"| `{key}` | {default_text(item)} | {meaning(item.name, resolved[item.name], said, variants(section.schema))} |"
+        )
     return "\n".join(lines)
 
 

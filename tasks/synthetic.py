@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from configs.objective import RewardConfig
 from configs.sections import DataConfig
 from model.family import FirstFrame
 from model.network import NetworkConfig
+from model.objective import RewardConfig
 from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
 from tasks.task import Shape, for_each, no_reward, repeated, spread

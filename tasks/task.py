@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from configs.objective import RewardConfig
+from model.objective import RewardConfig
 from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
 from utils.data.buckets import Size

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from configs.objective import RewardConfig
 from configs.sections import DataConfig
 from model.network import NetworkConfig
+from model.objective import RewardConfig
 from tasks.task import Reward
 from tasks.world import WorldTask
 from utils.errors import ConfigError

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.objective import RewardConfig
 from configs.sections import DataConfig
 from model.codec import Codec, Codecs, ImageEncoder, VAEConfig
 from model.family import FirstFrame, Geometry
 from model.network import NetworkConfig
+from model.objective import RewardConfig
 from model.text_encoder import DTYPES, TextConfig, TextEncoder, cleaning, load_text_encoder
 from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse

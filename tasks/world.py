@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from configs.objective import RewardConfig
 from configs.sections import DataConfig
 from model.network import NetworkConfig
+from model.objective import RewardConfig
 from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
 from tasks.task import Reward, Shape, for_each, no_reward, repeated, spread

@@ -33,7 +33,7 @@ PEOPLE = [*PAGES, "CHANGELOG.md", "LOG.md", "CITATION.cff", "docs/papers.bib"]
 SUFFIXES = "py|sh|yaml|yml|toml|md|txt|bib|cff|gif|json|jsonl|safetensors|html|slurm"
 MADE_BY_RUNS = ("logs/", ".venv/", "site/")  # not in the repository
 SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
-NEW_IN_AN_EXAMPLE = {"objective.kind=huber_dmd"}
+NEW_IN_AN_EXAMPLE = {"objective.kind=huber_dmd", "objective.huber_c=0.5"}
 OF_OTHERS = {"owner/name", "VBench_full_info.json"}
 PROGRAMS = {
     "train.py": "trainer/command.py",

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from configs.objective import GANConfig, Heads, ObjectiveKind
 from configs.schema import RunConfig
 from configs.sizes import schedule_at
 from model.discriminator import Discriminator, ImageHeads, RegisterHead, VideoHeads, tapped_blocks
 from model.family import Geometry
 from model.gan import Adversarial, NoisedSamples, discriminator_loss, gan_loss
-from model.ladd import ladd_sigma
+from model.gan_config import GANConfig, Heads
+from model.objective import Objective
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
 from tasks.task import Shape, Task
@@ -53,6 +53,7 @@ class Adversary:
     task: gives the real samples.
     device: where its heads are.
     updates: how often its heads will be trained.
+    objective: says at which noise levels samples are judged.
     sequence: ranks that share a sample.
     """
 
@@ -64,11 +65,12 @@ class Adversary:
         task: Task,
         device: torch.device,
         updates: int,
+        objective: Objective,
         sequence: int,
     ) -> None:
         gan = config.objective.gan
         assert gan is not None
-        self.run, self.config, self.task = config, gan, task
+        self.run, self.config, self.task, self.objective = config, gan, task, objective
         height, width = task.latent_shape[2:]
         blocks = tapped_blocks(geometry.num_layers, gan.depths)
         with torch.random.fork_rng(devices=[]):  # the same on every rank
@@ -81,12 +83,7 @@ class Adversary:
 
     def sigma(self, noise: Noise, role: str, shape: Shape) -> Tensor:
         """Noise levels [B] at which samples of this shape (F, C, H, W) are judged."""
-        if self.run.objective.kind is ObjectiveKind.ladd:
-            schedule = self.run.schedule
-            sigma = ladd_sigma(noise.normal(role, ()), mean=self.run.objective.ladd_mean)
-            sigma = sigma.clamp(schedule.min_sigma, schedule.max_sigma)
-        else:
-            sigma = schedule_at(self.run, shape).score_sigma(noise.uniform(role), None, None)
+        sigma = self.objective.judged_at(noise.uniform(role), noise.normal(role, ()), schedule_at(self.run, shape))
         return self.run.student.path.known(sigma)
 
     def real(self, positions: range, noise: Noise, phase: str, shape: Shape) -> NoisedSamples:

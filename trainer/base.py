@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from configs.load import run_from_plain
 from configs.schema import RunConfig
 from model.types import Conditioning, Evaluations, Prompt
 from pipeline.sampling import sample
@@ -312,7 +313,7 @@ class Trainer(ABC):
         # the count is over all batches, and one rank carries it on; what a new start has cost is not in it
         self.evaluations.load(state["evaluations"] if self.mesh.dp_rank == 0 else Evaluations().state())
         console.info("resumed from %s at step %d", path, self.step)
-        if changed := diff(state["config"], to_plain(self.config)):
+        if changed := diff(to_plain(run_from_plain(state["config"])), to_plain(self.config)):
             console.warning("the config is not that of the checkpoint: %s", ", ".join(changed))
 
     def _stopping(self) -> bool:

@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from configs.objective import Features
 from configs.sections import RolloutKind
 from configs.sizes import schedule_at
+from model.gan_config import Features
 from model.ida import Alignment
+from model.objective import Objective, Weights, objective_of
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
 from pipeline.bidirectional_training import backward_simulation, diffusion_forcing_input, noised_data
@@ -21,9 +22,9 @@ from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_fo
 from trainer.adversary import Adversary
 from trainer.base import Trainer
 from trainer.guard import Guard
+from trainer.losses import Losses, Sample
 from trainer.micro_batch import MicroBatch
 from trainer.networks import Trained
-from trainer.objectives import Objective, Sample, Weights
 from trainer.rollout_cache import RolloutCache
 from utils import distributed
 from utils.metrics import luma, saturation
@@ -49,12 +50,13 @@ class ScoreDistillationTrainer(Trainer):
             updates["critic"] = training.critic_updates(steps)
         self.networks = {name: self.make.trained(name, count, teacher=self.teacher) for name, count in updates.items()}
         critic = self.networks["critic"].score if "critic" in self.networks else None
-        adversary = self._adversary(critic)
-        self.objective = Objective(
-            config, self.task, self.teacher, critic, adversary, self._total, self.task.reward(config.objective.reward)
-        )
+        objective = objective_of(config.objective, self._total)
+        self.losses = Losses(
+            config, self.task, self.teacher, critic, self._adversary(critic, objective), objective, self._total,
+            self.task.reward(config.objective.reward),
+        )  # fmt: skip
         self.guard = Guard(config.guard)
-        self.extras = {"objective": self.objective, "guard": self.guard}
+        self.extras = {"objective": self.losses, "guard": self.guard}
         self.alignment: Alignment | None = None
         if config.objective.critic_keep is not None:
             pair = self.networks["critic"], self.networks["student"]
@@ -64,7 +66,7 @@ class ScoreDistillationTrainer(Trainer):
         self.sigmas = config.schedule.sigmas()
         self.cache = RolloutCache(config, self.networks["student"].score, self.device)
 
-    def _adversary(self, critic: ScoreNet | None) -> Adversary | None:
+    def _adversary(self, critic: ScoreNet | None, objective: Objective) -> Adversary | None:
         config, gan = self.config, self.config.objective.gan
         if gan is None:
             return None
@@ -73,7 +75,9 @@ class ScoreDistillationTrainer(Trainer):
         assert backbone is not None
         assert network is not None
         updates = config.training.critic_updates(config.training.max_steps)
-        adversary = Adversary(config, backbone, network.geometry(), self.task, self.device, updates, self.mesh.sequence)
+        adversary = Adversary(
+            config, backbone, network.geometry(), self.task, self.device, updates, objective, self.mesh.sequence
+        )
         self.heads = {adversary.heads.name: adversary.heads}
         return adversary
 
@@ -97,15 +101,15 @@ class ScoreDistillationTrainer(Trainer):
         """One update of the student: what to log, and its samples, detached."""
         made: list[Sample] = []
         weights: list[Weights | None] = [None] * len(batch)
-        if self.objective.weighs and len(batch) > 1:  # all samples must be seen before the first one's loss
-            weights = [*self.objective.weights([self.sample_of(micro, with_gradient=False) for micro in batch])]
+        if self.losses.weighs and len(batch) > 1:  # all samples must be seen before the first one's loss
+            weights = [*self.losses.weights([self.sample_of(micro, with_gradient=False) for micro in batch])]
         with ExitStack() as others:
             for other in self._beside_student():
                 others.enter_context(frozen(other.net, other.optimizer.parameters))
             update = self.begin_update(self.networks["student"])
             for micro, known in zip(update.over(batch), weights, strict=True):
                 sample = self.sample_of(micro, with_gradient=True)
-                output = self.objective.student_loss(sample, known)
+                output = self.losses.student_loss(sample, known)
                 update.backward(self._with_appearance(output, sample.rollout))
                 made.append(replace(sample, rollout=sample.rollout.detach()))
             metrics = update.step()
@@ -120,7 +124,7 @@ class ScoreDistillationTrainer(Trainer):
         update = self.begin_update(trained, beside)
         for number, micro in enumerate(update.over(batch)):
             sample = made[number] if made else self.sample_of(micro, with_gradient=False)
-            update.backward(self.objective.critic_loss(sample))
+            update.backward(self.losses.critic_loss(sample))
         return update.step()
 
     def _beside_student(self) -> list[Trained]:

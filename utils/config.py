@@ -44,10 +44,20 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 
     Raises ConfigError: missing or malformed file, unknown key, wrong type, illegal value, failed ``__post_init__``.
     """
-    node = _blank(schema)
-    for values in [*_read_chain(Path(path), ()), *map(_parse_override, overrides)]:
-        _apply(node, schema, values, "", schema)
-    return _instantiate(node, schema)
+    values: dict[Any, Any] = {}
+    for layer in [*_read_chain(Path(path), ()), *map(_parse_override, overrides)]:
+        values = _merged(values, layer)
+    return from_plain(schema, values)
+
+
+def _merged(below: Mapping[Any, Any], above: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Mappings merge, everything else is replaced."""
+    both = {key: _merged(below[key], above[key]) for key in above if _are_mappings(below.get(key), above[key])}
+    return {**below, **above, **both}
+
+
+def _are_mappings(*values: Any) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
 
 
 def from_plain(schema: type[T], plain: Mapping[str, Any]) -> T:
@@ -142,11 +152,44 @@ def _apply(node: DictConfig, schema: type, values: Mapping[Any, Any], path: str,
         hint = hints[key]
         section = _section(hint)
         if section is not None and isinstance(value, Mapping):
-            if OmegaConf.is_missing(node, key) or node[key] is None:
+            if hasattr(section, "variants"):
+                section, value = _variant(section, value, where)
+                node[key] = _blank(section)
+            elif OmegaConf.is_missing(node, key) or node[key] is None:
                 OmegaConf.update(node, key, _blank(section))
             _apply(node[key], section, value, where, root)
         else:
             _set_leaf(node, key, _convert(value, hint, where, root), hint, where)
+
+
+def _variant(section: Any, values: Mapping[Any, Any], where: str) -> tuple[type, Mapping[Any, Any]]:
+    """Which of a section's variants `kind` names, and the values without what only other variants have.
+
+    A section has variants where its class has a method `variants`, a mapping of kinds to dataclasses. A key of another
+    variant may stay at its default, as saved runs of earlier versions have it; any other value is refused.
+    """
+    variants: Mapping[str, type] = section.variants()
+    kind = values.get("kind", next(field.default for field in dataclasses.fields(section) if field.name == "kind"))
+    if kind not in variants:
+        near = difflib.get_close_matches(str(kind), list(variants), n=1)
+        hinted = f"did you mean {near[0]!r}? allowed: " if near else "give "
+        raise ConfigError(f"{where}.kind: {_show(kind)} is not allowed: {hinted}one of {', '.join(variants)}")
+    legal, kept = _field_types(variants[kind]), {}
+    for key, value in values.items():
+        owners = {name: variant for name, variant in variants.items() if key in _field_types(variant)}
+        if key in legal or not owners:
+            kept[key] = value
+        elif not all(_is_default(variant, str(key), value) for variant in owners.values()):
+            raise ConfigError(
+                f"{where}.{key}: {key} is not for kind {kind}: leave it out, or choose {', '.join(owners)}"
+            )
+    return variants[kind], kept
+
+
+def _is_default(schema: type, key: str, value: Any) -> bool:
+    field = next(field for field in dataclasses.fields(schema) if field.name == key)
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return bool(to_plain(default) == value)
 
 
 def _set_leaf(node: DictConfig, key: str, value: Any, hint: Any, where: str) -> None:
@@ -218,6 +261,7 @@ def _locate(node: DictConfig, schema: type, path: str, message: str) -> tuple[st
         try:
             OmegaConf.to_object(node[key])
         except ValueError as error:
+            section = OmegaConf.get_type(node[key]) or section  # the variant that was chosen
             return _locate(node[key], section, f"{path}.{key}" if path else key, str(error))
     return path, schema, message
 
@@ -288,7 +332,8 @@ def _key_paths(schema: type, prefix: str = "") -> Iterator[str]:
         yield prefix + key
         section = _section(hint)
         if section is not None and section is not schema:
-            yield from _key_paths(section, f"{prefix}{key}.")
+            for variant in [*section.variants().values()] if hasattr(section, "variants") else [section]:
+                yield from _key_paths(variant, f"{prefix}{key}.")
 
 
 def _short_list(names: Sequence[str], most: int = 12) -> str:

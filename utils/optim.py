@@ -89,6 +89,14 @@ class LRScheduleConfig:
         return warmup * (self.floor + (1 - self.floor) * decay)
 
 
+@dataclass
+class TrainedConfig:
+    """How one trained network is updated."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
+
+
 class MomentumFreeAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101, algorithm 2) at beta1 = 0, as distribution matching is run: the same update, bit for
     bit, without the first moment, which is the gradient itself. One fp32 state a parameter instead of two."""

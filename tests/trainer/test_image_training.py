@@ -22,7 +22,7 @@ from tasks.wan import WanTask
 from tests.nets import random_net
 from tests.small import DIFFUSION, DISTILLATION, ODE, config, merged, trainer
 from tests.trainer.test_trainer import assert_same_run, curve
-from trainer import faults, objectives
+from trainer import faults
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.faults import SharedFaults
@@ -150,7 +150,7 @@ def test_a_distillation_step_judges_what_was_made(folder: Path, kind: str, tmp_p
         made, conditioning = run.rollout(micro, with_gradient=False)
 
         def losses() -> list[Tensor]:
-            student = run.objective.student_loss(objectives.Sample(made, conditioning, micro.positions, micro.noise))
+            student = run.losses.student_loss(losses.Sample(made, conditioning, micro.positions, micro.noise))
             return [student.loss, critic_loss(made, fake.score, conditioning, sigma, noise).loss]
 
         before = losses()

@@ -111,7 +111,7 @@ def test_weights_are_of_the_whole_batch_however_it_is_split(folder: Path, tmp_pa
         assert at_once[name] == pytest.approx(split[name], rel=2e-5), name
     if method == "f_distill":
         assert at_once["student/weight_max"] > split["student/weight_max"] + 1e-4  # a mean of four
-        a, b = (run.objective.bins for run in runs)  # type: ignore[attr-defined]
+        a, b = (run.losses.objective.bins for run in runs)  # type: ignore[attr-defined]
         torch.testing.assert_close(a.means, b.means)
 
 

@@ -86,7 +86,7 @@ def test_ranks_and_accumulation_make_the_same_losses_bit_for_bit(tmp_path: Path)
             continue
         met.add(shape)
         for pair in zip(whole, shared, strict=True):
-            a, b = (run.objective.student_loss(run.sample_of(micro, with_gradient=False)) for micro in pair)
+            a, b = (run.losses.student_loss(run.sample_of(micro, with_gradient=False)) for micro in pair)
             assert torch.equal(a.loss, b.loss)
             assert a.loss != 0
     assert met == set(SHAPES)
@@ -226,7 +226,7 @@ def test_rollout_scores_and_discriminator_use_the_scaled_shift(tmp_path: Path) -
     assert torch.equal(run.objective._score_draw(sample, "score")[0], scaled.score_sigma(u))
     ninefold = scaled.scaled(9 / run.config.schedule.score_timestep_shift)
     torch.testing.assert_close(run.objective._score_draw(sample, "score", 9.0)[0], ninefold.score_sigma(u))
-    adversary = run.objective.adversary
+    adversary = run.losses.adversary
     assert adversary is not None
     real = adversary.real(micro.positions, micro.noise, "gan", SHAPES[1])
     assert real.x0.shape[1:] == SHAPES[1]

@@ -173,13 +173,13 @@ def test_no_average_trains_and_saves(tmp_path: Path) -> None:
 
 
 def _poison(run: Any, steps: set[int]) -> None:
-    healthy = run.objective.student_loss
+    healthy = run.losses.student_loss
 
     def objective(*arguments: Any) -> LossOutput:
         output = healthy(*arguments)
         return LossOutput(output.loss * float("nan"), output.metrics) if run.step in steps else output
 
-    run.objective.student_loss = objective
+    run.losses.student_loss = objective
 
 
 def test_non_finite_step_is_skipped_and_counted(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_recipe_trains_all_that_it_trains(name: str, tmp_path: Path) -> None:
 
 def test_ladd_judges_at_the_noise_levels_that_it_is_told(tmp_path: Path) -> None:
     run = recipe("ladd.yaml", tmp_path)
-    adversary = run.objective.adversary  # type: ignore[attr-defined]
+    adversary = run.losses.adversary  # type: ignore[attr-defined]
     noise = Noise(0, 0, range(4000), torch.device("cpu"))
     for mean in (-0.5, 1.0):
         run.config.objective.ladd_mean = mean
