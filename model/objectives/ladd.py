@@ -15,7 +15,7 @@ from model.schedule import ScheduleConfig
 
 @dataclass
 class LADDConfig(ObjectiveConfig):
-    """A discriminator on the frozen teacher alone, at logit-normal noise levels. ladd_mean: m of the logit-normal noise levels."""
+    """A discriminator on the frozen teacher alone, at logit-normal noise levels. ladd_mean: their m."""
 
     takes: ClassVar[frozenset[str]] = frozenset({"gan"})
     needs_gan: ClassVar[bool] = True
