@@ -209,9 +209,8 @@ def section_text(section: Section) -> str:
         if item.name not in resolved:
             continue
         key = f"{path}.{item.name}" if path and not path.endswith("[]") else item.name
-        lines.append(
-            f"| `{key}` | {default_text(item)} | {meaning(item.name, resolved[item.name], said, variants(section.schema))} |"
-        )
+        cell = meaning(item.name, resolved[item.name], said, variants(section.schema))
+        lines.append(f"| `{key}` | {default_text(item)} | {cell} |")
     return "\n".join(lines)
 
 

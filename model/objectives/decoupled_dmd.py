@@ -13,7 +13,10 @@ from model.types import LossOutput
 
 @dataclass
 class DecoupledDMDConfig(ObjectiveConfig):
-    """DMD in two terms, guidance and distribution matching, at noise levels of their own. cfg_score_shift: shift of the guidance term's noise levels, null for the scores' own."""
+    """DMD in two terms, guidance and distribution matching, at noise levels of their own.
+
+    cfg_score_shift: shift of the guidance term's noise levels, null for the scores' own.
+    """
 
     takes: ClassVar[frozenset[str]] = frozenset({"reward", "critic_keep"})
 
