@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
+from model.attention.backends import Backend
 from model.attention.checkpointing import Checkpointing
 from model.attention.sparse import SparseConfig
 from model.family import Family, Geometry, families, family_of
@@ -89,7 +90,7 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         self.geometry()
-        backends = ("sdpa", "plain", "flex", "flash")
+        backends = [backend.value for backend in Backend]
         if self.attention not in backends:
             raise ValueError(f"attention '{self.attention}' is unknown: choose one of {', '.join(backends)}")
         if self.init_weights not in ("ema", "raw", "critic"):

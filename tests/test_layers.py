@@ -188,7 +188,7 @@ def test_tests_lie_as_the_rooms_do() -> None:
         path for path in folders if path.as_posix() not in beside and not (ROOT / path.relative_to("tests")).is_dir()
     ]
     assert not missing
-    of_the_whole = {"test_docs.py", "test_extending.py", "test_layers.py"}
+    of_the_whole = {"test_api.py", "test_docs.py", "test_extending.py", "test_layers.py"}
     assert {path.name for path in ROOT.glob("tests/test_*.py")} == of_the_whole
 
 

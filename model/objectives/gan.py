@@ -1,4 +1,4 @@
-"""A discriminator alone (arXiv 2406.07549 and others): no scores."""
+"""A discriminator alone: no scores are compared (model/gan.py)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,39 @@
+"""A run from its config to its end: what train.py does after the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from configs.schema import RunConfig
+from trainer.base import RunOptions
+from trainer.build import build_trainer
+from utils import distributed
+from utils.agreement import code_revision, require_agreement
+from utils.config import config_hash
+from utils.logging import setup_console
+from utils.parallel.mesh import split
+from utils.watchdog import Watchdog
+
+ROOT = Path(__file__).parents[1]
+
+
+def train(config: RunConfig, options: RunOptions) -> int:
+    """Trains, or goes on, and returns the exit code: 0, or 128 + n after signal n, whose state was saved first.
+
+    All ranks call it together. Raises UserError, also when they disagree on config, code, torch or mesh.
+    """
+    setup_console(distributed.rank(), distributed.world_size())
+    distributed.init(config.watchdog.group_timeout())
+    with Watchdog(config.watchdog):
+        mesh = split(config.parallel, distributed.world_size())
+        require_agreement(
+            {
+                "config": config_hash(config)[:12],
+                "code": code_revision(ROOT),
+                "torch": torch.__version__,
+                "mesh": "replicate {} x shard {} x sequence {}".format(*mesh),
+            }
+        )
+        return build_trainer(config, options).train()
