@@ -1,4 +1,4 @@
-"""Training on videos of several sizes: which may be drawn, and how the noise schedule follows.
+"""Training on videos of several sizes: which there are, and how the noise schedule follows.
 
 F latent frames  C channels  H W latent size
 """
@@ -11,14 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from configs.video_size import Size
+from model.family import FirstFrame
 from model.schedule import TIMESTEPS, ScheduleConfig
 from pipeline.self_forcing_training import rollout_lengths
 from utils.limits import VOLUME
-from utils.random import Noise
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
-from model.family import FirstFrame
 
 
 def sizes_of(config: RunConfig) -> list[Size]:
@@ -32,19 +31,6 @@ def sizes_of(config: RunConfig) -> list[Size]:
 def largest(config: RunConfig) -> Size:
     """The size of the most tokens."""
     return max(sizes_of(config), key=math.prod)
-
-
-def drawn_size(config: RunConfig, noise: Noise) -> Size:
-    """The size of a step's videos. It depends on the step alone, so all ranks and micro-batches agree."""
-    if config.training.sizes is None:
-        return config.data.size
-    weights = [size.weight for size in config.training.sizes]
-    left = noise.shared_uniform("size", 1)[0] * sum(weights)
-    for size, weight in zip(sizes_of(config), weights, strict=True):
-        left -= weight
-        if left < 0:
-            return size
-    return sizes_of(config)[-1]
 
 
 def shift_factor(config: RunConfig, shape: Sequence[int]) -> float:

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from configs.schema import RunConfig
-from configs.sizes import drawn_size
+from configs.sizes import sizes_of
 from configs.video_size import Size
 from utils import activity
 from utils.random import Noise, keyed_seed
+
+
+def drawn_size(config: RunConfig, noise: Noise) -> Size:
+    """The size of a step's videos. It depends on the step alone, so all ranks and micro-batches agree."""
+    if config.training.sizes is None:
+        return config.data.size
+    weights = [size.weight for size in config.training.sizes]
+    left = noise.shared_uniform("size", 1)[0] * sum(weights)
+    for size, weight in zip(sizes_of(config), weights, strict=True):
+        left -= weight
+        if left < 0:
+            return size
+    return sizes_of(config)[-1]
 
 
 class DrawnSizes:
