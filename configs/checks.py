@@ -8,12 +8,13 @@ from configs.images import check_first_frames
 from configs.schema import RunConfig
 from configs.sections import RolloutKind, TrainerKind, UpdateSchedule
 from configs.sizes import check_sizes
+from model.attention.backends import Backend
 from model.attention.checkpointing import Checkpointing
 from model.family import Trait
 from model.gan_config import Features, Heads
 from model.objective import Role, objectives
 from pipeline.self_forcing_training import rollout_lengths
-from utils.optim import OptimizerConfig
+from utils.optim import OptimizerConfig, OptimizerKind
 
 
 def check_run(config: RunConfig) -> None:
@@ -75,7 +76,7 @@ def _check_deepspeed(config: RunConfig) -> None:
     """Raises ValueError for options that DeepSpeed's optimizers lack: they see flat parts of many matrices."""
     for section in ("generator_training", "critic_training"):
         optimizer: OptimizerConfig = getattr(config, section).optimizer
-        if optimizer.kind != "adamw":
+        if optimizer.kind != OptimizerKind.adamw:
             raise ValueError(
                 f"{section}.optimizer: kind {optimizer.kind} is not for engine deepspeed: choose adamw, or fsdp2"
             )
@@ -197,7 +198,7 @@ def _check_networks(config: RunConfig) -> None:
                     f"{name} has {field_name} {b} and student {a}: they must see the same latents, text and image"
                 )
     networks = {"student": config.student, "teacher": config.teacher, "critic": config.critic}
-    plain = [name for name, net in networks.items() if net is not None and net.attention == "plain"]
+    plain = [name for name, net in networks.items() if net is not None and net.attention == Backend.PLAIN]
     if config.parallel.compile and plain:
         raise ValueError(f"parallel.compile is not for {plain[0]}.attention plain: choose sdpa, flex or flash")
     common = math.gcd(*heads)

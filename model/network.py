@@ -72,7 +72,7 @@ class NetworkConfig:
     loras: LoRA files that are added to the weights as they are loaded.
     lora: an adapter to train while the weights are frozen; null trains the weights.
     sparse: sparse self-attention, null for dense.
-    attention: backend of dense attention, 'sdpa', 'plain', 'flex' or 'flash'.
+    attention: backend of dense attention.
     checkpointing: what a pass with gradient keeps of each block.
     """
 
@@ -85,14 +85,11 @@ class NetworkConfig:
     loras: list[LoraWeights] = field(default_factory=list)
     lora: LoraConfig | None = None
     sparse: SparseConfig | None = None
-    attention: str = "sdpa"
+    attention: Backend = Backend.SDPA
     checkpointing: Checkpointing = Checkpointing.none
 
     def __post_init__(self) -> None:
         self.geometry()
-        backends = [backend.value for backend in Backend]
-        if self.attention not in backends:
-            raise ValueError(f"attention '{self.attention}' is unknown: choose one of {', '.join(backends)}")
         if self.init_weights not in ("ema", "raw", "critic"):
             raise ValueError(f"init_weights '{self.init_weights}' is unknown: choose ema, raw or critic")
         if self.expert not in (None, "high", "low"):

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from configs.schema import RunConfig
 from configs.sections import TrainerKind
 from configs.sizes import largest
+from model.attention.backends import Backend
 from model.attention.kv_cache import KVCache
 from model.attention.vsa.counting import kernels_counted_by
 from model.discriminator import tapped_blocks
@@ -99,7 +100,7 @@ def stripped(config: RunConfig) -> RunConfig:
     config = copy.deepcopy(config)
     for network in networks_of(config).values():
         network.init = None
-        network.attention = "sdpa" if network.attention in ("flash", "flex") else network.attention
+        network.attention = Backend.SDPA if network.attention in (Backend.FLASH, Backend.FLEX) else network.attention
         if network.sparse is not None:
             network.sparse.backend = "triton"  # whose kernels are counted: see `run`
             network.sparse.sparsity = network.sparse.at(0)  # a ramp's first iterations are the most expensive ones

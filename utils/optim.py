@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,22 @@ from utils.distributed import full, local
 from utils.muon import Muon
 
 
+class OptimizerKind(StrEnum):
+    adamw = "adamw"
+    muon = "muon"  # for the blocks' matrices, with AdamW for the rest
+
+
+class LRScheduleKind(StrEnum):
+    constant = "constant"
+    linear = "linear"  # decay to the floor
+    cosine = "cosine"  # likewise
+
+
 @dataclass
 class OptimizerConfig:
     """What updates a network's weights, and how gradients are clipped before.
 
-    kind: 'adamw', or 'muon' for the hidden matrices with AdamW for the rest.
+    kind: the optimizer.
     lr: AdamW's peak learning rate.
     betas: AdamW's decay of the first and the second moment; a first of 0 keeps no first moment in memory.
     eps: AdamW's addend to the root of the second moment.
@@ -29,7 +41,7 @@ class OptimizerConfig:
     clip_value: gradients are clipped to this by element, null for none; not together with clip_norm.
     """
 
-    kind: str = "adamw"
+    kind: OptimizerKind = OptimizerKind.adamw
     lr: float = 2e-6
     betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
     eps: float = 1e-8
@@ -41,8 +53,6 @@ class OptimizerConfig:
     clip_value: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("adamw", "muon"):
-            raise ValueError(f"kind '{self.kind}' is unknown: choose adamw or muon")
         if self.lr <= 0 or self.muon_lr <= 0:
             raise ValueError(f"lr and muon_lr must be positive, got lr {self.lr} and muon_lr {self.muon_lr}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -58,20 +68,18 @@ class OptimizerConfig:
 class LRScheduleConfig:
     """The learning rate as a share of its peak, counted in the network's updates.
 
-    kind: 'constant', or 'linear' or 'cosine' decay, after the warm-up.
+    kind: what the rate does after the warm-up.
     warmup_steps: updates of linear warm-up.
     decay_start: share of the run at which the decay begins.
     floor: share of the peak where the decay ends.
     """
 
-    kind: str = "constant"
+    kind: LRScheduleKind = LRScheduleKind.constant
     warmup_steps: int = 0
     decay_start: float = 0.0
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("constant", "linear", "cosine"):
-            raise ValueError(f"kind '{self.kind}' is unknown: choose constant, linear or cosine")
         if self.warmup_steps < 0 or not 0 <= self.decay_start < 1 or not 0 <= self.floor <= 1:
             raise ValueError(
                 f"warmup_steps must be >= 0, decay_start in [0, 1), floor in [0, 1], got {self.warmup_steps}, "
@@ -81,11 +89,11 @@ class LRScheduleConfig:
     def factor(self, update: int, total: int) -> float:
         """Share of the peak rate at update number `update` (from 0) of `total`. A pure function: nothing to resume."""
         warmup = min(1.0, (update + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        if self.kind == "constant":
+        if self.kind == LRScheduleKind.constant:
             return warmup
         start = max(self.decay_start * total, self.warmup_steps)
         progress = min(max((update - start) / max(total - start, 1), 0.0), 1.0)
-        decay = 1 - progress if self.kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        decay = 1 - progress if self.kind == LRScheduleKind.linear else 0.5 * (1 + math.cos(math.pi * progress))
         return warmup * (self.floor + (1 - self.floor) * decay)
 
 
@@ -159,7 +167,7 @@ class NetworkOptimizer:
     ) -> None:
         self.config, self.schedule, self.total = config, schedule, total_updates
         self.named = dict(named)
-        hidden = set(matrices) if config.kind == "muon" else set()
+        hidden = set(matrices) if config.kind == OptimizerKind.muon else set()
         rest = [p for name, p in self.named.items() if name not in hidden]
         self.optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(rest, config)}
         if hidden:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from functools import cache, lru_cache
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from model.attention.masks import FrameMask
 PLAIN_QUERIES = 192  # rows of scores at a time: they stay in a core's cache between the two matmuls
 
 
-class Backend(Enum):
+class Backend(StrEnum):
     """How attention is computed. All give the same numbers up to rounding; tests hold it."""
 
     SDPA = "sdpa"  # torch's fused kernels
