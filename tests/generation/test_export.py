@@ -180,7 +180,7 @@ def test_out_is_whole_or_not_there(run: Path, tmp_path: Path, monkeypatch: pytes
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_model", full)
+    monkeypatch.setattr("model.wan.export.save_model", full)
     with pytest.raises(UserError, match="No space left on device: free some space"):
         exported(run, tmp_path / "new", format="native")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -94,7 +94,7 @@ def test_a_score_gives_features_of_what_it_would_see_and_counts_them() -> None:
     net, x, evaluations = random_net(0, DEEP), latents(1, 2, 3), Evaluations()
     initial = latents(5, 2, 1)
     plain = ScoreNet(net, "teacher", evaluations).features(x, SIGMA, conditioning(2, 2), (1, 3))
-    assert all(torch.equal(a, b) for a, b in zip(plain, net(x, SIGMA, texts(2, 2), features=(1, 3)), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, net(x, SIGMA, text=texts(2, 2), features=(1, 3)), strict=True))
     pinned = ScoreNet(net, "teacher", evaluations, pins_initial=True).features(
         x, SIGMA, conditioning(2, 2, initial), (1, 3)
     )
@@ -108,7 +108,7 @@ def test_a_score_gives_features_of_what_it_would_see_and_counts_them() -> None:
 
 def test_experts_give_each_samples_features_from_its_own_side() -> None:
     high, low, x = random_net(0, DEEP), random_net(1, DEEP), latents(1, 2, 3)
-    together = Experts(high, low, 0.5)(x, SIGMA, texts(2, 2), features=(1, 3))
+    together = Experts(high, low, 0.5)(x, SIGMA, text=texts(2, 2), features=(1, 3))
     for i, net in enumerate((low, high)):
         alone = net(x[i : i + 1], SIGMA[i : i + 1], texts(2, 2)[i : i + 1], features=(1, 3))
         assert all(torch.allclose(a[i], b[0], atol=1e-6) for a, b in zip(together, alone, strict=True))

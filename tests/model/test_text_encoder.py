@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model import text_encoder
 from model.text_encoder import TextConfig, TextEncoder, clean_prompt, load_text_encoder, toy_text_encoder
-from model.wan import text_encoder
 from worlds.toy import ToyWorld, ToyWorldConfig
 
 CAPTIONS = ToyWorld(ToyWorldConfig()).captions

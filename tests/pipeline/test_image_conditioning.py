@@ -234,18 +234,18 @@ def test_each_sample_goes_to_the_expert_of_its_noise_level() -> None:
     beside = condition.beside_prompt
     with torch.no_grad():
         for sigma, nets in (([0.9, 0.2], (high, low)), ([0.874, 0.875], (low, high)), ([0.95, 1.0], (high, high))):
-            made = experts(x, torch.tensor(sigma), condition.prompt["text"], **beside)
+            made = experts(x, torch.tensor(sigma), **condition.prompt, **beside)
             for row, net in enumerate(nets):
                 alone = net(x, torch.tensor(sigma), condition.prompt["text"], **beside)[row]
                 assert relative(made[row], alone) < 1e-6
         per_frame = torch.tensor([[0.0, 0.9, 0.9], [0.0, 0.5, 0.5]])  # a clean frame does not make a sample clean
-        made = experts(x, per_frame, condition.prompt["text"], **beside)
+        made = experts(x, per_frame, **condition.prompt, **beside)
         assert relative(made[0], high(x, per_frame, condition.prompt["text"], **beside)[0]) < 1e-6
         assert relative(made[1], low(x, per_frame, condition.prompt["text"], **beside)[1]) < 1e-6
     assert experts.each_step((0.95, 0.875, 0.87), 4.0, 3.0) == [4.0, 4.0, 3.0]
     assert experts.fsdp_units() == [*high.fsdp_units(), *low.fsdp_units()]
     with pytest.raises(ValueError, match="cannot share a KV cache"):
-        experts(x, SIGMA, condition.prompt["text"], cache=object())
+        experts(x, SIGMA, **condition.prompt, cache=object())
     with pytest.raises(ValueError, match=r"boundary 875 must be a noise level in \(0, 1\)"):
         Experts(high, low, 875)
 

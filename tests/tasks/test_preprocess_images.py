@@ -149,7 +149,7 @@ def test_data_without_captions_has_empty_ones(kind: str, tmp_path: Path, caplog:
         assert "none of 2 files has a caption" in caplog.text
         (tmp_path / "a.txt").write_text("only one")
         first, second = find_media(tmp_path, IMAGES)[0]
-        assert first.prompt["text"]() == "only one"
+        assert first.text() == "only one"
         with pytest.raises(CorruptSample, match="b.png has no caption"):
             second.text()
     elif kind == "jsonl":

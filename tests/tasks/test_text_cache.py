@@ -85,9 +85,9 @@ def test_embeddings_that_bf16_holds_are_stored_in_it(task: ToyTask, tmp_path: Pa
     class Rounded(ToyTask):
         def conditioning(self, prompts, initial=None):  # type: ignore[no-untyped-def]
             full = super().conditioning(prompts, initial)
-            return type(full)(full.text.bfloat16().float(), full.initial)
+            return type(full)(full.prompt["text"].bfloat16().float(), full.initial)
 
-    rounded = Rounded(DataConfig(), GEOMETRY, 0, torch.device("cpu"))
+    rounded = Rounded(DataConfig(), NetworkConfig("toy"), 0, torch.device("cpu"))
     source = Source(task.world.captions, "encoder")
     for folder, encoder in (("half", rounded), ("full", task)):
         write_all(tmp_path / folder, 1, source, encoder)

@@ -96,10 +96,10 @@ def test_the_cache_is_the_encoder_bit_for_bit_and_the_encoder_is_not_loaded(
     for encoder in (False, True):
         task = build_task(run(folder, cache=True, encoder=encoder), CPU)
         assert torch.equal(task.conditioning(PROMPTS).prompt["text"], expected[:3])
-        assert torch.equal(task.negative(2), expected[3:].expand(2, -1, -1))
+        assert torch.equal(task.negative(2)["text"], expected[3:].expand(2, -1, -1))
         with monkeypatch.context() as once:
             once.setattr(task.text, "encode", never)  # type: ignore[union-attr]
-            assert torch.equal(task.negative(3), expected[3:].expand(3, -1, -1))
+            assert torch.equal(task.negative(3)["text"], expected[3:].expand(3, -1, -1))
     with pytest.raises(AssertionError, match="was loaded"):  # only for what the cache lacks
         task.conditioning(["a mat on a mat"])
 

@@ -301,14 +301,14 @@ def test_images_go_by_position_with_their_captions(folder: Path) -> None:
         assert whole.channels is not None
         assert first is not None
         assert torch.equal(whole.channels[row, :, 4:], first)
-        assert torch.equal(whole.text[row], task.conditioning([caption]).prompt[0])
+        assert torch.equal(whole.prompt["text"][row], task.conditioning([caption]).prompt["text"][0])
     parts = []
     for ranks, start, stop in ((1, 0, 4), (4, 4, 8), (2, 8, 12)):  # fresh tasks: nothing but the position goes on
         each = (stop - start) // ranks
         parts += [build_task(base, CPU).conditions(range(a, a + each)) for a in range(start, stop, each)]
     joined = Conditioning.joined(parts)
     assert torch.equal(joined.channels, whole.channels)
-    assert torch.equal(joined.text, whole.text)
+    assert torch.equal(joined.prompt["text"], whole.prompt["text"])
     assert torch.equal(joined.image, whole.image)  # type: ignore[arg-type]
 
 

@@ -141,7 +141,7 @@ REFUSED = [
         "reward.name 'beauty' is unknown: the toy world has prompt_adherence",
     ),
     ({"objective": {"ladd_mean": 0.0}}, "ladd_mean is not for kind dmd"),
-    ({"objective": {"cfg_score_shift": 2.0}}, "cfg_score_shift is for kind decoupled_dmd"),
+    ({"objective": {"cfg_score_shift": 2.0}}, "cfg_score_shift is not for kind dmd"),
     (
         {"objective": {"kind": "decoupled_dmd", "guidance_rescale": 0.5}},
         "guidance_rescale is not for kind decoupled_dmd",

@@ -24,6 +24,7 @@ from tests.trainer.test_trainer import assert_same_run, curve, tensors
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.drawn_sizes import drawn_size
+from trainer.losses import SampleDraws
 from trainer.rollout_cache import RolloutCache
 from utils.config import to_plain
 from utils.errors import ConfigError
@@ -224,9 +225,9 @@ def test_rollout_scores_and_discriminator_use_the_scaled_shift(tmp_path: Path) -
     sample = run.sample_of(mine, with_gradient=False)
     assert sample.rollout.sigma_from == scaled.sigmas()[-1] != run.config.schedule.sigmas()[-1]
     u = micro.noise.uniform("score_sigma")
-    assert torch.equal(run.objective._score_draw(sample, "score")[0], scaled.score_sigma(u))
+    assert torch.equal(SampleDraws(run.config, sample).score("score")[0], scaled.score_sigma(u))
     ninefold = scaled.scaled(9 / run.config.schedule.score_timestep_shift)
-    torch.testing.assert_close(run.objective._score_draw(sample, "score", 9.0)[0], ninefold.score_sigma(u))
+    torch.testing.assert_close(SampleDraws(run.config, sample).score("score", 9.0)[0], ninefold.score_sigma(u))
     adversary = run.losses.adversary
     assert adversary is not None
     real = adversary.real(micro.positions, micro.noise, "gan", SHAPES[1])

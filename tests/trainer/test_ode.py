@@ -36,7 +36,9 @@ def by_hand(run: ODETrainer, position: int) -> list[Tensor]:
     text = run.task.conditioning(run.task.prompts(range(position, position + 1))).prompt["text"]
     states = [noise.normal("noise", run.task.latent_shape)]
     for sigma, target in itertools.pairwise(levels):
-        cond, uncond = (run.teacher.net(states[-1], torch.tensor([sigma]), t) for t in (text, run.task.negative(1)))
+        cond, uncond = (
+            run.teacher.net(states[-1], torch.tensor([sigma]), t) for t in (text, run.task.negative(1)["text"])
+        )
         states.append(states[-1] + (target - sigma) * (uncond + GUIDANCE * (cond - uncond)))
     return states
 
@@ -68,7 +70,9 @@ def causal_by_hand(run: ODETrainer, position: int) -> Tensor:
         for sigma, target in itertools.pairwise(levels):
             time = torch.cat([torch.zeros(1, start), torch.full((1, 3), sigma)], 1)
             seen = torch.cat([done, states[-1]], 1)
-            cond, uncond = (run.teacher.net(seen, time, t, mask=mask)[:, start:] for t in (text, run.task.negative(1)))
+            cond, uncond = (
+                run.teacher.net(seen, time, t, mask=mask)[:, start:] for t in (text, run.task.negative(1)["text"])
+            )
             states.append(states[-1] + (target - sigma) * (uncond + GUIDANCE * (cond - uncond)))
         done = torch.cat([done, states[-1]], 1)
         parts.append(torch.stack([states[index] for index in (0, 1, 3, STEPS)], 1))

@@ -198,5 +198,5 @@ def test_code_revision_is_of_the_sources_wherever_they_lie(tmp_path: Path) -> No
     assert code_revision(other) == same
     (other / "model/attention/rope.py").write_text("edited")
     assert code_revision(other) != same
-    (first / "model/attention/rope.py").rename(first / "model/wan/ropes.py")
+    (first / "model/attention/rope.py").rename(first / "model/attention/ropes.py")
     assert code_revision(first) != same

@@ -326,8 +326,8 @@ def test_defect_05_batched_training_rollout_equals_one_by_one() -> None:
         out.x0[-1].square().sum().backward()  # the last sample only
         return out.x0.detach()[-1], gradients(net)
 
-    both_x0, both = rollout(noise, text.text, source)
-    single_x0, single = rollout(noise[1:], text.text[1:], Row(5, 1))
+    both_x0, both = rollout(noise, text.prompt["text"], source)
+    single_x0, single = rollout(noise[1:], text.prompt["text"][1:], Row(5, 1))
     assert relative(both_x0, single_x0) < 2e-6
     for name in single:
         assert relative(both[name], single[name]) < 1e-4, name
