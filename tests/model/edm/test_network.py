@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from model.path import EDM
 from model.score import ScoreNet
 from model.types import Conditioning
 from tests.small import DIFFUSION, DISTILLATION, merged
+from trainer.base import RunOptions
+from trainer.build import build_trainer
 from trainer.network_factory import NetworkSpec, build_network
 from utils.errors import ConfigError
 
@@ -205,6 +208,14 @@ def test_an_attention_that_it_does_not_have_is_refused_when_it_is_built() -> Non
     config = run_from_plain(merged(RUN, {"student": {"attention": "plain"}}))
     with pytest.raises(ConfigError, match="student.attention plain: this network has none: leave it out"):
         build_network(NetworkSpec(config.student, "student", 0), torch.device("cpu"))
+
+
+def test_muon_is_refused_where_the_blocks_have_no_matrices(tmp_path: Path) -> None:
+    config = run_from_plain(merged(RUN, {"generator_training": {"optimizer": {"kind": "muon"}}}))
+    with pytest.raises(
+        ConfigError, match="generator_training.optimizer: kind muon updates matrices, and the blocks of"
+    ):
+        build_trainer(config, RunOptions(tmp_path, resume="never", wandb=False, save=False, visualize=False))
 
 
 def test_a_many_step_run_has_no_use_for_the_step_list() -> None:
