@@ -71,7 +71,7 @@ CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that autocast runs
 
 
 def _shard(net: nn.Module, mesh: Mesh, sharding: Sharding) -> None:
-    """fully_shard, root first: the root takes all that must stay exact, the units their matrices alone.
+    """fully_shard, root first: the root takes all that must stay exact, the units their `CAST` layers alone.
 
     Units are gathered in the compute precision, in which autocast would use them anyway. Weights that are used in fp32
     whatever the precision (norms, modulation, time embedding) would be rounded by that, so they are the root's, which
