@@ -37,7 +37,7 @@ def check_run(config: RunConfig) -> None:
         try:
             config.causal.blocks(config.data.frames)
         except ValueError as problem:
-            kind, frames, stride = config.data.kind, config.data.frames, config.student.family.codecs.time_stride
+            kind, frames, stride = config.data.kind, config.data.frames, config.student.codecs.time_stride
             where = "data.kind digits" if kind == "digits" else f"data.{kind}.frames"
             video = "" if kind in ("toy", "digits") else f" (these are {stride * (frames - 1) + 1} frames of video)"
             raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}{video}") from None
@@ -66,6 +66,8 @@ def _check_family(config: RunConfig) -> None:
             raise ValueError(
                 f"student.preset {preset}: its family has no {trait.value}, which {what} needs: leave it out"
             )
+    if not config.few_steps:  # a many-step network has no use for the list, which has a default
+        return
     try:
         config.student.path.check_steps(config.schedule.sigmas())
     except ValueError as problem:

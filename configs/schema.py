@@ -81,6 +81,11 @@ class RunConfig:
             case TrainerKind.ode | TrainerKind.consistency:
                 return True
 
+    @property
+    def few_steps(self) -> bool:
+        """Whether the trained network is sampled by the step list, and not by a many-step solver."""
+        return self.is_causal or self.trainer is not TrainerKind.diffusion
+
     def needs_data(self) -> str | None:
         """The part of the config that needs real videos, in words; None if no part does."""
         if self.trainer in (TrainerKind.diffusion, TrainerKind.consistency):

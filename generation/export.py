@@ -15,7 +15,6 @@ from torch import Tensor
 
 from configs.load import run_from_plain
 from configs.schema import RunConfig
-from configs.sections import TrainerKind
 from generation.two_experts import joined, starts_from_noise
 from model.export import ADAPTER_CONFIG, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
 from model.family import Geometry
@@ -62,7 +61,11 @@ class Found:
 
     @property
     def exporter(self) -> Exporter:
-        return self.network.family.exporter
+        """Raises UserError for a family that has none."""
+        if (exporter := self.network.family.exporter) is None:
+            preset = self.network.preset
+            raise UserError(f"--run {self.folder}: nothing writes the family of preset {preset} for other programs yet")
+        return exporter
 
     def weights(self) -> Weights:
         """All of them: those of an adapter with what it was trained on. Raises UserError."""
@@ -128,19 +131,20 @@ def find(run: Path, network: str, weights: str | None) -> Found:
 def export(args: ExportArgs) -> Path:
     """Writes what was asked for, whole or not at all, and returns the folder. Raises UserError."""
     found = find(args.run, args.network, args.weights)
+    exporter = found.exporter
     if args.format == "lora":
         if args.dtype is Dtype.fp8:
             raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
         state, alpha = lora_of(found)
         if args.dtype is Dtype.bf16:
             state = {name: value.bfloat16() for name, value in state.items()}
-        return written(args.out, lambda folder: save_lora(folder, found.exporter, state, alpha))
+        return written(args.out, lambda folder: save_lora(folder, exporter, state, alpha))
     names, parts = Format(args.format), {"transformer": found}
     config, boundary = found.config, None
     if args.low is not None:
         parts["transformer_2"] = low = find(args.low, args.network, args.weights)
         config, boundary = joined(config, low.config)
-    elif names is Format.DIFFUSERS and few_steps(config) and not starts_from_noise(config):
+    elif names is Format.DIFFUSERS and config.few_steps and not starts_from_noise(config):
         raise UserError(
             f"--run {args.run}: a low-noise expert makes no pipeline alone: give it as --low_run beside the high one's "
             "--run, or use --format native"
@@ -149,13 +153,13 @@ def export(args: ExportArgs) -> Path:
 
     def write(folder: Path) -> None:
         if names is Format.NATIVE:
-            found.exporter.save(folder, weights["transformer"], found.geometry, names, args.dtype, args.shard_bytes)
+            exporter.save(folder, weights["transformer"], found.geometry, names, args.dtype, args.shard_bytes)
             return
         for name, values in weights.items():
-            found.exporter.save(folder / name, values, found.geometry, names, args.dtype, args.shard_bytes)
+            exporter.save(folder / name, values, found.geometry, names, args.dtype, args.shard_bytes)
         (folder / "scheduler").mkdir()
         _json(folder / "scheduler" / "scheduler_config.json", scheduler_config(config))
-        _json(folder / "model_index.json", model_index(config, found.exporter.pipeline(found.geometry, boundary)))
+        _json(folder / "model_index.json", model_index(config, exporter.pipeline(found.geometry, boundary)))
         (folder / "README.md").write_text(card(replace(found, config=config)))
 
     return written(args.out, write)
@@ -198,16 +202,11 @@ def _json(file: Path, values: Mapping[str, Any]) -> None:
 # ----------------------------------------------------------------------------------------------------------- Diffusers
 
 
-def few_steps(config: RunConfig) -> bool:
-    """Whether the run's network is sampled by its own step list, and not by a many-step solver."""
-    return config.is_causal or config.trainer is not TrainerKind.diffusion
-
-
 def scheduler_config(config: RunConfig) -> dict[str, Any]:
     """Diffusers' scheduler of the run: UniPC for a many-step network, as in Wan's own folders; for a student the one
     that predicts x0 and noises it anew at each step, `stochastic_sampling`."""
     shift = config.schedule.timestep_shift
-    if few_steps(config):
+    if config.few_steps:
         return {
             "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": int(TIMESTEPS), "shift": shift,
             "stochastic_sampling": True,
@@ -246,7 +245,7 @@ def card(found: Found) -> str:
         f"others = dict({', '.join(f'{name}=parts.{name}' for name in made.parts)})",
         f"pipe = {pipeline}.from_pretrained(DIR, **others)",
     ]
-    if few_steps(config):
+    if config.few_steps:
         sigmas = scheduler_sigmas(config)
         lines += [
             "from functools import partial",

@@ -67,8 +67,7 @@ class Generator:
     ) -> None:
         self.config, self.score, self.device, self.checkpoints = config, score, device, checkpoints
         self.causal = config.is_causal if sampler.causal is None else sampler.causal
-        few_steps = self.causal or config.trainer.value != "diffusion"
-        self.few_steps = few_steps if sampler.few_steps is None else sampler.few_steps
+        self.few_steps = config.few_steps if sampler.few_steps is None else sampler.few_steps
         self.task = build_task(config, device) if task is None else task
         self.solver, self.guidance_2 = sampler.solver, sampler.guidance_2
         self.acceleration = acceleration
@@ -393,7 +392,7 @@ def _change_data(
             raise UserError("--image_encoder: this network sees no CLIP tokens: leave it out")
         config.data.image_encoder = image_encoder
     if size is not None:
-        resize(config.data, config.student.family, *size)
+        resize(config.data, config.student, *size)
     if tiny_decoder is not None:
         if config.data.kind != "wan":
             raise UserError(f"--tiny_decoder is for Wan's latents: this run's data are of kind {config.data.kind}")

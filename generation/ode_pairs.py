@@ -103,7 +103,7 @@ def making(config: RunConfig, mesh: Mesh, task: Task) -> tuple[MakeTrajectories,
 def _stored(config: RunConfig, conditioning: Conditioning) -> dict[str, Tensor]:
     """What trajectories were made from beside their prompts, by the name of Sample's field."""
     channels = conditioning.channels
-    latents = None if channels is None else config.student.family.codecs.latents_of(channels)
+    latents = None if channels is None else config.student.codecs.latents_of(channels)
     fields = {"first_latents": latents, "clip": conditioning.image}
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -118,7 +118,7 @@ def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu
     expert = "high" if has_experts else None
     network = network_of(folder, expert)
     geometry = network.geometry()
-    spatial = network.family.codecs.spatial(str(folder))
+    spatial = network.codecs.spatial(str(folder))
     side = spatial * geometry.patch_size[1]
     if model.height % side or model.width % side:
         raise ValueError(f"--size {model.height}x{model.width}: give multiples of {side}")

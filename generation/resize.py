@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from configs.sections import DataConfig
-from model.family import Family
+from model.network import NetworkConfig
 from utils.errors import UserError
 
 
-def resize(data: DataConfig, family: Family, height: int, width: int) -> None:
+def resize(data: DataConfig, network: NetworkConfig, height: int, width: int) -> None:
     """Sets the size of a config's videos, in pixels. Raises UserError where they cannot have it."""
     try:
         if data.kind == "toy":
@@ -18,7 +18,7 @@ def resize(data: DataConfig, family: Family, height: int, width: int) -> None:
         elif data.kind == "wan":
             if data.vae.path is None:
                 raise ValueError("data.vae.path is null, and only a VAE tells how large a latent is: give it")
-            side = family.codecs.spatial(data.vae.path)
+            side = network.codecs.spatial(data.vae.path)
             if height % side or width % side:
                 raise ValueError(f"give multiples of {side}")
             data.wan.height, data.wan.width = height // side, width // side

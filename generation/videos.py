@@ -20,7 +20,7 @@ from tqdm import tqdm
 from generation.command import InferenceArgs
 from generation.footage import read_footage
 from generation.generator import Generator
-from model.family import Network
+from model.family import Network, Trait
 from utils import distributed
 from utils.config import config_hash
 from utils.data.shard_files import atomic
@@ -42,6 +42,9 @@ def team(args: InferenceArgs, generator: Generator) -> Mesh:
         net = generator.score.net
         if not isinstance(net, Network):
             raise UserError("--sequence_parallel is for one network: two experts run in one process each")
+        student = generator.config.student
+        if Trait.sequence not in student.family.traits:
+            raise UserError(f"--sequence_parallel: the family of preset {student.preset} has no sequence: leave it out")
         try:
             check_degree(net.config.num_heads, size)
         except ValueError as problem:

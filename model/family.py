@@ -6,13 +6,14 @@ module finds the folders, and a preset's name says whose network a run is about.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path as FilePath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ from model.path import Path
 from model.types import Prompt
 from model.weights import Weights
 from utils.parallel.sequence import SequenceParallel
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+G = TypeVar("G", bound="DataclassInstance")
 
 
 class Trait(Enum):
@@ -53,7 +59,7 @@ class Geometry(Protocol):
     """Sizes of a network, read-only. A family's own class has more of them.
 
     dim: width of the features that its blocks put out.
-    num_layers, num_heads: blocks, and heads of their attention.
+    num_layers, num_heads: blocks, and heads of their attention, 1 where they have none.
     in_dim, out_dim: channels that go in (image conditioning included), and latent channels that come out.
     patch_size: latent frames, rows and columns that make a token.
     image_dim: width of an image encoder's tokens, None for a network that takes none.
@@ -121,16 +127,16 @@ class Family(Protocol):
     presets: its geometries by name; no two families share a name.
     telling: small parameters of every geometry that differ between any two trainings, to know weights again.
     shared: fields of the geometry that all networks of a run have alike, for they see the same samples.
-    codecs: what makes its latents.
-    exporter: what writes files for other programs.
+    codecs: what makes its latents; None for a family that generates pixels.
+    exporter: what writes files for other programs; None if nothing does.
     """
 
     traits: frozenset[Trait]
     presets: Mapping[str, Any]
     telling: tuple[str, ...]
     shared: tuple[str, ...]
-    codecs: Codecs
-    exporter: Exporter
+    codecs: Codecs | None
+    exporter: Exporter | None
 
     def geometry(self, preset: str, overrides: Mapping[str, Any]) -> Geometry:
         """A preset with some fields replaced. Raises ValueError naming the legal fields."""
@@ -143,7 +149,10 @@ class Family(Protocol):
     def network(
         self, geometry: Geometry, backend: Backend, checkpointing: Checkpointing, sparse: SparseConfig | None
     ) -> Network:
-        """A network with random weights; under `torch.device("meta")` without any."""
+        """A network with random weights; under `torch.device("meta")` without any.
+
+        Raises ValueError in one line for an attention backend that it does not have.
+        """
         ...
 
     def random_weights(self, geometry: Geometry, sparse: SparseConfig | None) -> Iterator[tuple[str, Tensor]]:
@@ -174,8 +183,9 @@ class Family(Protocol):
         """
         ...
 
-    def geometry_of(self, path: str, expert: str | None) -> Geometry:
-        """The geometry of stored weights, by their config.json and shapes. Raises ValueError in one line."""
+    def geometry_of(self, path: str, expert: str | None) -> Geometry | None:
+        """The geometry of stored weights, by their config.json and shapes; None for a family that reads no files but
+        its runs' own. Raises ValueError in one line."""
         ...
 
     def check_fit(self, weights: Weights, net: Network) -> None:
@@ -194,6 +204,14 @@ def families() -> Mapping[str, Family]:
     names = [module.name for module in pkgutil.iter_modules([folder]) if module.ispkg]
     with_seam = [name for name in names if FilePath(folder, name, "family.py").is_file()]
     return {name: importlib.import_module(f"model.{name}.family").FAMILY for name in with_seam}
+
+
+def replaced(geometry: G, fields: Mapping[str, Any]) -> G:
+    """A geometry, which is a dataclass, with these fields replaced. Raises ValueError naming the legal ones."""
+    legal = sorted(field.name for field in dataclasses.fields(geometry))
+    if unknown := sorted(set(fields) - set(legal)):
+        raise ValueError(f"unknown geometry field '{unknown[0]}': choose among {', '.join(legal)}")
+    return dataclasses.replace(geometry, **fields)
 
 
 def presets() -> Sequence[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from model.attention.backends import Backend
 from model.attention.checkpointing import Checkpointing
 from model.attention.sparse import SparseConfig
+from model.codec import Codecs
 from model.family import Family, Geometry, families, family_of
 from model.path import Path
 
@@ -115,6 +116,13 @@ class NetworkConfig:
     def path(self) -> Path:
         return self.family.path(self.geometry())
 
+    @property
+    def codecs(self) -> Codecs:
+        """What makes its latents. Raises ValueError for a family that has none."""
+        if (codecs := self.family.codecs) is None:
+            raise ValueError(f"preset {self.preset}: its family generates pixels and has no codec: choose another")
+        return codecs
+
     def geometry(self) -> Geometry:
         return self.family.geometry(self.preset, self.overrides)
 
@@ -131,5 +139,7 @@ def network_of(path: str | FilePath, expert: str | None) -> NetworkConfig:
         except ValueError as problem:
             problems.append(str(problem))
             continue
+        if geometry is None:
+            continue
         return NetworkConfig(next(iter(family.presets)), overrides=asdict(geometry), init=str(path), expert=expert)
-    raise ValueError("; ".join(problems))
+    raise ValueError("; ".join(problems) or f"{path}: no family reads files")

@@ -33,5 +33,22 @@ class Weights(Protocol):
         ...
 
 
+def misfits(wanted: Shapes, theirs: Shapes) -> str:
+    """Missing, unexpected and wrongly shaped names, in words; empty where they fit."""
+    shared = [key for key in wanted if key in theirs]
+    problems = {
+        "missing": [key for key in wanted if key not in theirs],
+        "unexpected": [key for key in theirs if key not in wanted],
+        "of another shape": [
+            f"{key} {list(theirs[key])} instead of {list(wanted[key])}" for key in shared if theirs[key] != wanted[key]
+        ],
+    }
+    return "; ".join(
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in problems.items()
+        if keys
+    )
+
+
 def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(value.shape) for name, value in state.items()}

@@ -62,9 +62,10 @@ def denoise_block(
     cache: keys and values of the frames before these; None where there are none.
     """
     x = noise
+    known: dict[str, Any] = {} if cache is None else {"cache": cache}  # networks without a cache know no such word
     for step, sigma in enumerate(sigmas[: last.step]):
         with torch.no_grad():
-            x0 = student.x0(x, per_sample(sigma, x), condition, cache=cache)
+            x0 = student.x0(x, per_sample(sigma, x), condition, **known)
             fresh = source.normal(f"renoise.b{block}.s{step}", tuple(x.shape[1:]))
             x = mix(x0, fresh, per_sample(sigmas[step + 1], x))
     if last.seen is not None:
@@ -73,7 +74,7 @@ def denoise_block(
     if last.write_cache:
         noted["write_cache"] = True
     with torch.set_grad_enabled(last.with_gradient and last.trace is None and torch.is_grad_enabled()):
-        return student.x0(x, per_sample(sigmas[last.step], x), condition, cache=cache, **noted)
+        return student.x0(x, per_sample(sigmas[last.step], x), condition, **known, **noted)
 
 
 def context_input(x0: Tensor, *, sigma: float, block: int, source: NoiseSource) -> Tensor:

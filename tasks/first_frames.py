@@ -52,7 +52,7 @@ def _beside(samples: Sequence[Sample], network: NetworkConfig, frames: int, devi
             "--i2v and a bucket of so many frames"
         )
     first = stacked([s.first_latents[:frames] for s in samples if s.first_latents is not None], "first_frame_latent")
-    channels = network.family.codecs.channels_of(first.float().to(device))
+    channels = network.codecs.channels_of(first.float().to(device))
     if channels.shape[2] != geometry.in_dim - geometry.out_dim:
         raise ValueError(
             f"{samples[0].name} makes {channels.shape[2]} channels beside the latents, the network takes "

@@ -162,11 +162,12 @@ class WanTask:
         library: Sequence[str] | None = None,
     ) -> None:
         self.device, self.vae_config, clip = device, config.vae, config.wan
-        geometry, self.codecs = student.geometry(), student.family.codecs
+        geometry = student.geometry()
         self.geometry, self.image_encoder_path = geometry, config.image_encoder
         self.latent_shape: tuple[int, ...] = (clip.frames, geometry.out_dim, clip.height, clip.width)
         self.negative_prompt = config.negative_prompt
         try:
+            self.codecs = student.codecs
             geometry.tokens_per_frame(clip.height, clip.width)
             if config.prompts is None and config.images is None and library is None:
                 raise ValueError("prompts is null: kind wan needs a file of prompts, or images")

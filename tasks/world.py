@@ -64,13 +64,13 @@ class WorldTask:
                 f"student: in_dim {geometry.in_dim} and out_dim {geometry.out_dim} do not fit data.kind {config.kind}: "
                 f"set both to its {channels} latent channels in student.overrides"
             )
-        self.encode_prompts = student.family.toy_prompts(self.world.captions, geometry, config.text_seed, device)
         self.may_use_data = config.real
         self.streams: Sequence[Stream] = ()
         self.has_first_frame = config.has_first_frame(geometry.first_frame, real=True) and config.real
         self.begins_real = config.real and bool(config.first_frame)  # samples too, and not only real videos
         self.negative_prompt = config.negative_prompt
         try:
+            self.encode_prompts = student.family.toy_prompts(self.world.captions, geometry, config.text_seed, device)
             geometry.tokens_per_frame(*self.latent_shape[2:])
             self.library = load_prompts(config.prompts) if config.prompts else self.world.captions
             for prompt in self.library:

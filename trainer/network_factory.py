@@ -68,8 +68,11 @@ def build_network(spec: NetworkSpec, device: torch.device, place: Placement | No
     learns = spec.trained or bool(spec.adapters)
     if config.sparse is not None and (problem := vsa.refused(config.sparse.chosen, device, backward=learns)):
         raise ConfigError(f"{spec.name}.sparse: {problem}")
-    with torch.device("meta"):
-        net = config.family.network(config.geometry(), backend, config.checkpointing, config.sparse).to(spec.dtype)
+    try:
+        with torch.device("meta"):
+            net = config.family.network(config.geometry(), backend, config.checkpointing, config.sparse).to(spec.dtype)
+    except ValueError as problem:
+        raise ConfigError(f"{spec.name}.{problem}") from None
     net.requires_grad_(spec.trained)
     source = None if config.init is None or spec.empty else open_init(net, config, spec.name)
     _add_adapters(net, spec, source)

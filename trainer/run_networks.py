@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from configs.schema import RunConfig
-from configs.sections import Precision
+from configs.sections import Precision, TrainedConfig
 from model.attention.backends import Backend
 from model.ema import EMA
 from model.family import FirstFrame, Network
@@ -108,7 +108,8 @@ class RunNetworks:
         """
         config, device = self.config, self.device
         network = config.student if name == "student" else config.critic
-        training = config.generator_training if name == "student" else config.critic_training
+        section = "generator_training" if name == "student" else "critic_training"
+        training: TrainedConfig = getattr(config, section)
         assert network is not None
         if device.type == "cpu" and Backend(network.attention) is Backend.FLEX:
             raise ConfigError(f"{name}.attention: flex has no backward on a CPU: use sdpa or plain")
@@ -130,6 +131,11 @@ class RunNetworks:
             adapter, origin = name, adapter_origin(network.lora, base)
         inside = {id(p) for p in net.matrices()}
         matrices = [key for key, p in named.items() if id(p) in inside]
+        if training.optimizer.kind == "muon" and not matrices:
+            raise ConfigError(
+                f"{section}.optimizer: kind muon updates matrices, and the blocks of {network.preset} have none: "
+                "choose adamw"
+            )
         optimizer = NetworkOptimizer(named, training.optimizer, training.lr_schedule, updates, matrices, dtype)
         ema = None
         if name == "student" and config.ema.decay is not None:

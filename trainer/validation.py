@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
-from configs.sections import SampleWeights, TrainerKind, ValidationConfig
+from configs.sections import SampleWeights, ValidationConfig
 from model.types import Conditioning, Prompt
 from pipeline.sampling import FewSteps, ManySteps
 from tasks.task import Task
@@ -63,7 +63,7 @@ def sample_pixels(
 
 def way_of(config: RunConfig) -> ManySteps | FewSteps:
     """How the run's network is meant to be sampled."""
-    if config.trainer is TrainerKind.diffusion and not config.is_causal:
+    if not config.few_steps:
         validation = config.validation
         return ManySteps(validation.steps, config.schedule.timestep_shift, validation.guidance)
     return FewSteps(config.schedule.sigmas(), config.causal if config.is_causal else None)

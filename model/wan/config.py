@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from model.family import FirstFrame
+from model.family import FirstFrame, replaced
 
 TIME_SCALE = 1000.0  # Wan embeds its noise level as a timestep in 0..1000
 MODEL_TYPES = ("t2v", "i2v", "ti2v")
@@ -139,8 +138,4 @@ def geometry(preset: str, overrides: dict[str, Any] | None = None) -> WanConfig:
     """A preset with some fields replaced. Raises ValueError naming the legal presets or fields."""
     if preset not in PRESETS:
         raise ValueError(f"unknown geometry preset '{preset}': choose one of {', '.join(PRESETS)}")
-    fields = {field.name for field in dataclasses.fields(WanConfig)}
-    unknown = sorted(set(overrides or {}) - fields)
-    if unknown:
-        raise ValueError(f"unknown geometry field '{unknown[0]}': choose among {', '.join(sorted(fields))}")
-    return dataclasses.replace(PRESETS[preset], **(overrides or {}))
+    return replaced(PRESETS[preset], overrides or {})

@@ -15,7 +15,7 @@ from model.sources import config_file, located, open_tensors, weight_files
 from model.wan.config import WanConfig
 from model.wan.formats import GATE, UNUSED, detect_format, native_names, to_diffusers_key, to_native_key
 from model.wan.geometry import describe, differences, fields_of_shapes, geometry_from, read_config
-from model.weights import Shapes, State, Stored, Weights, shapes_of
+from model.weights import Shapes, State, Stored, Weights, misfits, shapes_of
 from utils import distributed
 
 __all__ = [
@@ -46,28 +46,11 @@ def load_native(net: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def check_fit(wanted: Shapes, theirs: Shapes) -> None:
     """Raises ValueError naming missing, unexpected and wrongly shaped keys, and the preset that they are of."""
-    problems = [
-        ("missing", [key for key in wanted if key not in theirs]),
-        ("unexpected", [key for key in theirs if key not in wanted]),
-        (
-            "of another shape",
-            [
-                f"{key} {list(theirs[key])} instead of {list(wanted[key])}"
-                for key in wanted
-                if key in theirs and theirs[key] != wanted[key]
-            ],
-        ),
-    ]
-    found = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in problems
-        if keys
-    ]
-    if found:
+    if found := misfits(wanted, theirs):
         remedy = "they are incomplete, or of another kind of network"
         if (made_for := fields_of_shapes(theirs)) != fields_of_shapes(wanted):
             remedy = f"choose the geometry that they were made for ({describe(made_for)})"
-        raise ValueError(f"weights do not fit this geometry: {'; '.join(found)}: {remedy}")
+        raise ValueError(f"weights do not fit this geometry: {found}: {remedy}")
 
 
 def fit_network(weights: Weights, net: nn.Module, config: WanConfig) -> None:

@@ -67,8 +67,11 @@ def parallelize(net: nn.Module, mesh: Mesh, config: ParallelConfig, sharding: Sh
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
+CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers that autocast runs in the compute precision
+
+
 def _shard(net: nn.Module, mesh: Mesh, sharding: Sharding) -> None:
-    """fully_shard, root first: the root takes all that must stay exact, the units their matrices alone.
+    """fully_shard, root first: the root takes all that must stay exact, the units their `CAST` layers alone.
 
     Units are gathered in the compute precision, in which autocast would use them anyway. Weights that are used in fp32
     whatever the precision (norms, modulation, time embedding) would be rounded by that, so they are the root's, which
@@ -77,8 +80,8 @@ def _shard(net: nn.Module, mesh: Mesh, sharding: Sharding) -> None:
     units = cast(Shardable, net).fsdp_units()
     dtype = sharding.compute_dtype
     casts = dtype is not None and any(p.dtype != dtype for p in net.parameters())
-    linear = {p for unit in units for m in unit.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
-    of_units = linear if casts else {p for unit in units for p in unit.parameters()}
+    cast_anyway = {p for unit in units for m in unit.modules() if isinstance(m, CAST) for p in m.parameters()}
+    of_units = cast_anyway if casts else {p for unit in units for p in unit.parameters()}
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if sharding.offload else OffloadPolicy()
     options: dict[str, Any] = {"mesh": mesh.fsdp, "offload_policy": offload}
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -1,0 +1,94 @@
+"""Class-conditional EDM networks behind the seam (model/family.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.attention.backends import Backend
+from model.attention.checkpointing import Checkpointing
+from model.attention.sparse import SparseConfig
+from model.edm.config import PRESETS, EDMConfig
+from model.edm.network import EDMNetwork
+from model.family import Network, Trait, replaced
+from model.merged import Lora
+from model.path import EDM
+from model.types import Prompt
+from model.weights import Weights, misfits, shapes_of
+
+
+class EDMFamily:
+    """Networks of images with class labels.
+
+    Of the traits it has one: without attention there is no cache, no tile and no head to share among ranks, its
+    matrices are few beside its convolutions (no adapters), and it is too small to be computed twice.
+    """
+
+    traits = frozenset({Trait.features})
+    presets: Mapping[str, EDMConfig] = PRESETS
+    telling = ("blocks.0.norm1.weight", "conv_out.bias")
+    shared = ("in_dim", "out_dim", "labels", "sigma_data")
+    codecs = None
+    exporter = None
+
+    def geometry(self, preset: str, overrides: Mapping[str, Any]) -> EDMConfig:
+        return replaced(PRESETS[preset], overrides)
+
+    def path(self, geometry: EDMConfig) -> EDM:
+        return EDM(geometry.sigma_data)
+
+    def network(
+        self, geometry: EDMConfig, backend: Backend, checkpointing: Checkpointing, sparse: SparseConfig | None
+    ) -> EDMNetwork:
+        if backend is not Backend.SDPA:
+            raise ValueError(f"attention {backend.value}: this network has none: leave it out")
+        assert checkpointing is Checkpointing.none  # configs/checks.py refuses what is of traits that it does not have
+        assert sparse is None
+        return EDMNetwork(geometry)
+
+    def random_weights(self, geometry: EDMConfig, sparse: SparseConfig | None) -> Iterator[tuple[str, Tensor]]:
+        """In the order in which the network's modules are made, which is that of their draws."""
+        for name, value in EDMNetwork(geometry).named_parameters():
+            yield name, value.detach()
+
+    def prompt_shapes(self, geometry: EDMConfig) -> dict[str, tuple[int, ...]]:
+        return {"label": (geometry.labels,)}
+
+    def toy_prompts(
+        self, captions: Sequence[str], geometry: EDMConfig, seed: int, device: torch.device
+    ) -> Callable[[Sequence[str]], Prompt]:
+        """Each distinct caption is a class, in the order of the alphabet; the empty prompt is no label."""
+        known = sorted(set(captions))
+        if len(known) != geometry.labels:
+            raise ValueError(
+                f"these are {len(known)} different captions, and the network has {geometry.labels} labels: set "
+                f"overrides.labels to {len(known)}"
+            )
+        rows = dict(zip(known, torch.eye(len(known)), strict=True)) | {"": torch.zeros(len(known))}
+
+        def encode(prompts: Sequence[str]) -> Prompt:
+            plain = [" ".join(prompt.lower().split()) for prompt in prompts]
+            if unknown := [prompt for prompt, key in zip(prompts, plain, strict=True) if key not in rows]:
+                raise ValueError(f"prompt {unknown[0]!r} is no class of this network, which knows: {', '.join(known)}")
+            return {"label": torch.stack([rows[key] for key in plain]).to(device)}
+
+        return encode
+
+    def open_weights(self, path: str, which: str, expert: str | None) -> Weights:
+        raise ValueError(f"{path} is no run's folder, and this family reads no other files yet")
+
+    def geometry_of(self, path: str, expert: str | None) -> None:
+        return None
+
+    def check_fit(self, weights: Weights, net: Network) -> None:
+        if found := misfits(shapes_of(dict(net.named_parameters())), weights.shapes):
+            raise ValueError(f"weights do not fit this geometry: {found}: choose the geometry that they were made for")
+
+    def open_lora(self, path: str, modules: Iterable[str], expert: str | None) -> Lora:
+        raise ValueError(f"{path}: this family reads no LoRA files")
+
+
+FAMILY = EDMFamily()
