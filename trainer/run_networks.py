@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 from configs.schema import RunConfig
-from configs.sections import Precision, TrainedConfig
+from configs.sections import Precision
 from model.attention.backends import Backend
 from model.ema import EMA
 from model.family import FirstFrame, Network
@@ -25,7 +25,7 @@ from trainer.weight_sources import stored_weights
 from trainer.zero import DeepSpeedEngine
 from utils.config import config_hash
 from utils.errors import ConfigError
-from utils.optim import NetworkOptimizer, trainable
+from utils.optim import NetworkOptimizer, TrainedConfig, trainable
 from utils.parallel.mesh import Mesh, ParallelConfig
 from utils.parallel.parallelize import Sharding, is_sharded
 
