@@ -26,6 +26,7 @@ from trainer import faults
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.faults import SharedFaults
+from trainer.losses import Sample as StudentSample
 from trainer.ode import ODETrainer
 from utils.config import save
 from utils.data.latents import open_latents
@@ -150,7 +151,7 @@ def test_a_distillation_step_judges_what_was_made(folder: Path, kind: str, tmp_p
         made, conditioning = run.rollout(micro, with_gradient=False)
 
         def losses() -> list[Tensor]:
-            student = run.losses.student_loss(losses.Sample(made, conditioning, micro.positions, micro.noise))
+            student = run.losses.student_loss(StudentSample(made, conditioning, micro.positions, micro.noise))
             return [student.loss, critic_loss(made, fake.score, conditioning, sigma, noise).loss]
 
         before = losses()
