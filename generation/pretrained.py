@@ -27,7 +27,7 @@ from model.score import ScoreNet
 from model.text_encoder import TextConfig
 from model.types import Evaluations
 from pipeline.bidirectional_inference import Solver
-from tasks.wan import WanTask
+from tasks.encoded import EncodedTask
 from trainer.run_networks import build_for_inference, compute_dtype
 from utils.errors import UserError
 
@@ -88,7 +88,7 @@ def load_model(
         config = run_of(folder, model, frames or ClipConfig.frames, boundary is not None, on_cpu=device.type == "cpu")
         config.data.vae.tiny_decoder = tiny_decoder
         solver = solver_of(folder)
-        task = WanTask(config.data, config.student, config.seed, device, library=[])
+        task = EncodedTask(config.data, config.student, config.seed, device, library=[])
     except (ValueError, OSError) as problem:
         raise UserError(f"--model {model.path}: {problem}") from None
     if low_loras and boundary is None:

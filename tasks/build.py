@@ -12,10 +12,10 @@ from configs.schema import RunConfig
 from configs.sections import DataConfig
 from model.network import NetworkConfig
 from tasks.digits import DigitsTask
+from tasks.encoded import EncodedTask
 from tasks.synthetic import SyntheticTask
 from tasks.task import Task
 from tasks.toy import ToyTask
-from tasks.wan import WanTask
 
 
 def build_task(config: RunConfig, device: torch.device) -> Task:
@@ -24,7 +24,7 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
         "toy": ToyTask,
         "digits": DigitsTask,
         "synthetic": SyntheticTask,
-        "wan": WanTask,
+        "wan": EncodedTask,
     }
     return kinds[config.data.kind](config.data, config.student, config.seed, device)
 
@@ -48,5 +48,5 @@ def task_to_sample(config: RunConfig, device: torch.device) -> Task:
         text=text,
     )
     if data.kind == "wan":
-        return WanTask(data, config.student, config.seed, device, library=[])
+        return EncodedTask(data, config.student, config.seed, device, library=[])
     return build_task(replace(config, data=data), device)

@@ -11,8 +11,8 @@ import torch
 from configs.load import load_run
 from configs.schema import RunConfig
 from tasks.build import build_task
+from tasks.text import TextEmbeddings, encoder_hash, made_with, text_shape
 from tasks.text_cache import Encode, Shard, Source, check, write_shard
-from tasks.wan import WanText, encoder_hash, made_with, text_shape
 from utils import distributed
 from utils.cli import Parser
 from utils.config import config_hash
@@ -89,6 +89,6 @@ def text_identity(config: RunConfig) -> str:
 
 def _encoding(config: RunConfig, device: torch.device) -> Encode:
     if config.data.kind == "wan":
-        return WanText(replace(config.data.text, cache=None), config.student, device).encode
+        return TextEmbeddings(replace(config.data.text, cache=None), config.student, device).encode
     task = build_task(config, device)
     return lambda prompts: task.conditioning(prompts).prompt["text"]

@@ -18,7 +18,7 @@ from model.types import Conditioning, VisualConditioning
 from planning.hardware import GPUS
 from planning.plan import Cluster, make_plan
 from tasks.build import build_task
-from tasks.wan import WanTask
+from tasks.encoded import EncodedTask
 from tests.nets import random_net
 from tests.small import DIFFUSION, DISTILLATION, ODE, config, merged, trainer
 from tests.trainer.test_trainer import assert_same_run, curve
@@ -92,7 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_vae(monkeypatch: pytest.MonkeyPatch) -> None:
     """Distillation logs how bright its videos are: here latents are pixels."""
-    monkeypatch.setattr(WanTask, "decode", lambda _task, latents: latents[:, :, :3].sigmoid())
+    monkeypatch.setattr(EncodedTask, "decode", lambda _task, latents: latents[:, :, :3].sigmoid())
 
 
 def is_i2v(kind: str) -> bool:

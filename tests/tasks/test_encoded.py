@@ -21,11 +21,11 @@ from model.text_encoder import TextEncoder, load_text_encoder, toy_text_encoder
 from model.wan.codecs import WanCodecs
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.vae import load_vae
-from tasks import wan as wan_task
+from tasks import encoded, text
 from tasks.build import build_task, task_to_sample
+from tasks.encoded import EncodedTask, statistics_of
 from tasks.preprocess_text import preprocess_text
 from tasks.task import for_each
-from tasks.wan import WanTask, statistics_of
 from tests.evaluation.test_evaluation import save_encoder
 from tests.model.wan.test_image_encoder import save_image_encoder
 from tests.model.wan.vaes import small_vae
@@ -92,7 +92,7 @@ def test_the_cache_is_the_encoder_bit_for_bit_and_the_encoder_is_not_loaded(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the encoder was loaded")
 
-    monkeypatch.setattr(wan_task, "load_text_encoder", never)
+    monkeypatch.setattr(text, "load_text_encoder", never)
     for encoder in (False, True):
         task = build_task(run(folder, cache=True, encoder=encoder), CPU)
         assert torch.equal(task.conditioning(PROMPTS).prompt["text"], expected[:3])
@@ -132,7 +132,7 @@ def test_the_text_encoder_is_loaded_when_asked_for_and_once(
         loaded.append(arguments[0])
         return load_text_encoder(*arguments, **more)
 
-    monkeypatch.setattr(wan_task, "load_text_encoder", load)
+    monkeypatch.setattr(text, "load_text_encoder", load)
     for _ in range(2):
         task.load_text_encoder()
     task.conditioning(["a mat on a mat"])
@@ -195,7 +195,7 @@ def test_given_pixels_become_what_the_networks_take(folder: Path, kind: str) -> 
     network = {"overrides": overrides}
     networks = dict.fromkeys(("student", "teacher", "critic"), network)
     task = build_task(run(folder, cache=True, data={"image_encoder": str(folder / "clip")}, **networks), CPU)
-    assert isinstance(task, WanTask)
+    assert isinstance(task, EncodedTask)
     assert task.pixel_size(3) == Size(9, 32, 32)
     pixels = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     made = task.image_conditioning(PROMPTS[:2], pixels)
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_one_line_before_training(folder: Path, tmp_path: P
     with pytest.raises(ConfigError, match="data: vae: .* has 16 channels, the networks 4: give theirs"):
         build_task(run(folder, cache=True, **{n: {"overrides": {"in_dim": 4, "out_dim": 4}} for n in NETWORKS}), CPU)
     with pytest.raises(UserError, match="has 16 channels, the networks 4: give theirs"):
-        wan_task.fitting_vae(WanCodecs(), VAEConfig(str(folder / "pipeline")), 4, CPU)
+        encoded.fitting_vae(WanCodecs(), VAEConfig(str(folder / "pipeline")), 4, CPU)
     with pytest.raises(UserError, match="data.text.encoder is null"):
         (tmp_path / "run.yaml").write_text(to_yaml(run(folder, cache=True)))
         preprocess_text(
@@ -260,9 +260,9 @@ def test_an_encoder_on_the_hub_is_compared_by_what_the_cache_says(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without fetching it: by name and precision; where the name is another, or none, one warning for all."""
-    monkeypatch.setattr(wan_task, "load_text_encoder", None)
+    monkeypatch.setattr(text, "load_text_encoder", None)
     manifest = json.loads((folder / "text/manifest.json").read_text())
-    assert manifest["made_with"] == wan_task.made_with(run(folder, encoder=True).data.text, 8)
+    assert manifest["made_with"] == text.made_with(run(folder, encoder=True).data.text, 8)
     assert manifest["made_with"]["encoder"] == str(folder / "pipeline")
     assert manifest["made_with"]["dtype"] == "fp32"
 
@@ -324,7 +324,7 @@ def test_a_run_of_stored_clip_tokens_takes_an_image_encoder_for_inference(folder
 
 def test_the_task_is_of_its_kind(folder: Path) -> None:
     task = build_task(run(folder, cache=True), CPU)
-    assert isinstance(task, WanTask)
+    assert isinstance(task, EncodedTask)
     assert task.latent_shape == (3, 16, 4, 4)
     assert sorted(task.prompts(range(4))) == sorted([*PROMPTS, PROMPTS[0]])
 
@@ -385,7 +385,7 @@ def test_a_prompt_that_is_missed_later_is_one_line(folder: Path, tmp_path: Path)
     """What cannot be known at the start: a cache that loses a prompt, and an encoder that does not load."""
     made = trainer(tmp_path / "run", base(folder))
     task = made.task
-    assert isinstance(task, WanTask)
+    assert isinstance(task, EncodedTask)
     assert task.text.cache is not None
     task.text.cache._places.clear()
     with pytest.raises(UserError, match="data: prompt '.*' is not in the text cache") as caught:
