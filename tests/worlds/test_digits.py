@@ -1,4 +1,4 @@
-"""scikit-learn's digits as images of one frame: the world, its judge, and every recipe of configs/digits."""
+"""scikit-learn's digits as images of one frame: the world, its judge, and every recipe, of both families."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.load import load_run, run_from_plain
+from configs.schema import RunConfig
 from evaluation.command import evaluate_generator, evaluate_real
 from generation.generator import Generator
 from generation.sampling import Sampling
@@ -21,13 +22,19 @@ from tests import ROOT
 from tests.small import DIFFUSION, DISTILLATION, NETWORK, merged
 from trainer.base import RunOptions, Trainer
 from trainer.build import build_trainer
+from trainer.state import save_run
 from utils.errors import ConfigError
 from utils.random import Noise
 from worlds import digit_net
 from worlds.digits import DigitsConfig, DigitsWorld
 from worlds.digits_judge import METRICS, DigitsJudge
 
-RECIPES = sorted(path.name for path in (ROOT / "configs/digits").glob("*.yaml"))
+# overrides that make the networks of each folder's recipes small
+SMALL: dict[str, dict[str, Any]] = {
+    "digits": {"dim": 32, "ffn_dim": 64, "num_layers": 2, "in_dim": 1, "out_dim": 1, "text_len": 4},
+    "digits_edm": {"dim": 32, "num_layers": 2},
+}
+RECIPES = sorted(f"{path.parent.name}/{path.name}" for path in (ROOT / "configs").glob("digits*/*.yaml"))
 WORLD = DigitsWorld(DigitsConfig())
 CAPTIONS = WORLD.captions * 40
 
@@ -143,27 +150,31 @@ def test_a_judge_is_kept_and_says_what_it_cannot_judge(judge: DigitsJudge) -> No
 
 # ----------------------------------------------------------------------------------------------------------- training
 
-SMALL = {"dim": 32, "ffn_dim": 64, "num_layers": 2, "in_dim": 1, "out_dim": 1, "text_len": 4}
 
-
-def recipe(name: str, path: Path) -> Trainer:
-    """A recipe's trainer, of small random networks, from the first update on."""
-    config = load_run(ROOT / "configs/digits" / name)
+def small_recipe(name: str) -> RunConfig:
+    """A recipe of small random networks, from the first update on."""
+    config = load_run(ROOT / "configs" / name)
     for network in (config.student, config.teacher, config.critic):
         if network is not None:
-            network.init, network.overrides = None, dict(SMALL)
+            network.init, network.overrides = None, dict(SMALL[name.split("/")[0]])
     config.training.critic_warmup_steps = 0
     config.training.global_batch_size = config.training.micro_batch_size = 4
     config.validation.every = None
-    return build_trainer(config, RunOptions(path, resume="never", wandb=False, save=False, visualize=False))
+    return config
+
+
+def recipe(name: str, path: Path) -> Trainer:
+    """A small recipe's trainer, which keeps no files."""
+    return build_trainer(small_recipe(name), RunOptions(path, resume="never", wandb=False, save=False, visualize=False))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_all_that_it_trains(name: str, tmp_path: Path) -> None:
     run = recipe(name, tmp_path)
     trained = {**run.networks, **run.heads}
-    distils = name != "teacher.yaml"
-    assert set(trained) == {"student"} | ({"critic"} if name not in ("teacher.yaml", "ladd.yaml") else set()) | (
+    method = name.split("/")[1]
+    distils = method != "teacher.yaml"
+    assert set(trained) == {"student"} | ({"critic"} if method not in ("teacher.yaml", "ladd.yaml") else set()) | (
         {"discriminator"} if distils else set()
     )
     if distils:
@@ -177,8 +188,36 @@ def test_a_recipe_trains_all_that_it_trains(name: str, tmp_path: Path) -> None:
     assert moved == set(trained)
 
 
+def state(run: Trainer) -> dict[str, Tensor]:
+    """All weights, averages and moments of a run."""
+    tensors, _ = save_run({**run.networks, **run.heads})
+    return {f"{group}.{name}": value.clone() for group, some in tensors.items() for name, value in some.items()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_resumes_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_now: list[int] = []
+
+    def run(folder: str, steps: int) -> Trainer:
+        config = small_recipe(name)
+        config.checkpoint.every = 2
+        config.training.max_steps = 4  # the schedule of the learning rate ends there
+        made = build_trainer(config, RunOptions(tmp_path / folder, "auto", steps, wandb=False, visualize=False))
+        step = made.training_step
+        monkeypatch.setattr(made, "training_step", lambda: (made_now.append(made.step), step())[1])
+        made.train()
+        return made
+
+    whole, _ = run("whole", 4), run("halves", 2)
+    resumed = run("halves", 4)
+    assert made_now == [0, 1, 2, 3, 0, 1, 2, 3]
+    expected, found = state(whole), state(resumed)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
 def test_ladd_judges_at_the_noise_levels_that_it_is_told(tmp_path: Path) -> None:
-    run = recipe("ladd.yaml", tmp_path)
+    run = recipe("digits/ladd.yaml", tmp_path)
     adversary = run.losses.adversary  # type: ignore[attr-defined]
     noise = Noise(0, 0, range(4000), torch.device("cpu"))
     for mean in (-0.5, 1.0):
@@ -188,19 +227,22 @@ def test_ladd_judges_at_the_noise_levels_that_it_is_told(tmp_path: Path) -> None
         assert 0.02 <= sigma.min() < sigma.max() <= 0.98
 
 
-def test_recipes_are_one_geometry_and_one_step() -> None:
-    configs = {name: load_run(ROOT / "configs/digits" / name) for name in RECIPES}
+@pytest.mark.parametrize("folder", SMALL)
+def test_recipes_are_one_geometry_and_one_step_from_the_start_of_their_path(folder: str) -> None:
+    configs = {path.name: load_run(path) for path in (ROOT / "configs" / folder).glob("*.yaml")}
     teacher = configs.pop("teacher.yaml")
     assert set(configs) == {"dmd2.yaml", "f_distill.yaml", "ladd.yaml"}
     for config in configs.values():
-        assert config.schedule.sigmas() == (1.0,)
+        (sigma,) = config.schedule.sigmas()
+        assert abs(sigma - config.student.path.start) < 1e-5
         assert config.data == teacher.data
         for network in (config.student, config.teacher, config.critic):
             assert network is None or (network.geometry() == teacher.student.geometry() and network.init is not None)
 
 
-def test_the_usual_evaluation_takes_this_judge(judge: DigitsJudge, tmp_path: Path) -> None:
-    run = recipe("teacher.yaml", tmp_path)
+@pytest.mark.parametrize("folder", SMALL)
+def test_the_usual_evaluation_takes_this_judge(folder: str, judge: DigitsJudge, tmp_path: Path) -> None:
+    run = recipe(f"{folder}/teacher.yaml", tmp_path)
     generator = Generator(run.config, run.networks["student"].score, torch.device("cpu"), task=run.task)
     assert isinstance(run.task, DigitsTask)
     row, latents = evaluate_generator("x", generator, judge, count=6, split="dev", sampling=Sampling(steps=2))  # type: ignore[arg-type]
@@ -217,7 +259,7 @@ DIGITS: dict[str, Any] = {
     "data": {"kind": "digits"},
     "rollout": {"kind": "backward_simulation"},
     "objective": {"gan": {"heads": "image"}},
-    **{name: {**NETWORK, "overrides": SMALL} for name in ("student", "teacher", "critic")},
+    **{name: {**NETWORK, "overrides": SMALL["digits"]} for name in ("student", "teacher", "critic")},
 }
 MANY = {"data": {"kind": "toy"}, **dict.fromkeys(("student", "teacher", "critic"), NETWORK)}
 SYNTHETIC = {"kind": "synthetic", "synthetic": {"frames": 1, "height": 8, "width": 4}}
