@@ -25,17 +25,19 @@ class Runs(Mapping[str, Seen]):
     """What rank 0 saw, by `world_case`. A world size is launched when the first of its cases is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.launched = folder, set[int]()
+        self.folder, self.launched = folder, set[tuple[int, bool]]()
 
     def __getitem__(self, case: str) -> Seen:
-        world = int(case.split("_")[0])
-        if world not in self.launched:
+        world, name = int(case.split("_")[0]), case.split("_", 1)[1]
+        more = name in sharding.MORE
+        if (world, more) not in self.launched:
             if world == 1:
-                sharding.main(self.folder)
+                sharding.main(self.folder, more)
             else:
-                done = forked.run(world, "tests.distributed.sharding", str(self.folder))
+                arguments = [str(self.folder), "more" if more else "core"]
+                done = forked.run(world, "tests.distributed.sharding", *arguments)
                 assert done.returncode == 0, done.stderr[-4000:]
-            self.launched.add(world)
+            self.launched.add((world, more))
         return load_file(self.folder / f"{case}.safetensors")
 
     def __iter__(self) -> Iterator[str]:
