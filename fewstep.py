@@ -68,6 +68,8 @@ def load(source: str | Path, *, weights: str = "ema", device: str | torch.device
     """
     place = distributed.device() if device is None else torch.device(device)
     if (Path(source) / "model_index.json").is_file():
+        if weights != "ema":
+            raise UserError(f"load: weights {weights!r} are a run's, and {source} is a released model: leave them out")
         return Student(load_model(Model(str(source)), None, place))
     return Student(Generator.load(Path(source), place, student=StudentChoice(weights)))
 

@@ -19,6 +19,12 @@ from utils.optim import OptimizerConfig, OptimizerKind
 
 def check_run(config: RunConfig) -> None:
     """Raises ValueError, one line, for a run that cannot work: key, value, remedy."""
+    objective_type = objectives().get(config.objective.kind)
+    if objective_type is None or not isinstance(config.objective, objective_type.config_type):
+        raise ValueError(
+            f"objective: a {type(config.objective).__name__} is no config of kind {config.objective.kind}: make one of "
+            "ObjectiveConfig.variants()"
+        )
     _check_family(config)
     if config.trainer is TrainerKind.score_distillation:
         _check_distillation(config)

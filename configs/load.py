@@ -18,8 +18,20 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def run_from_plain(values: Mapping[str, Any]) -> RunConfig:
-    """The run that nested mappings describe, as a checkpoint's state holds them. Raises ConfigError."""
+    """The run that nested mappings describe. Raises ConfigError."""
     return checked(from_plain(RunConfig, values))
+
+
+def run_from_state(values: Mapping[str, Any]) -> RunConfig:
+    """The run of a checkpoint, which an earlier version may have saved. Raises ConfigError.
+
+    Version 0.1 let keys of one kind of objective stand beside another kind, where they did nothing: they are left out.
+    """
+    objective = dict(values.get("objective") or {})
+    for key, kind in (("sid_alpha", "sid"), ("f_distill", "f_distill")):
+        if objective.get("kind", "dmd") != kind:
+            objective.pop(key, None)
+    return run_from_plain({**values, "objective": objective})
 
 
 def checked(config: RunConfig) -> RunConfig:

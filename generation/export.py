@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.load import run_from_plain
+from configs.load import run_from_state
 from configs.schema import RunConfig
 from generation.two_experts import joined, starts_from_noise
 from model.export import ADAPTER_CONFIG, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
@@ -113,7 +113,7 @@ def find(run: Path, network: str, weights: str | None) -> Found:
     if folder is None:
         raise UserError(f"--run {run}: no run there: give a run's folder, or a checkpoint's")
     state = checkpoint.load_state(folder)
-    config = run_from_plain(state["config"])
+    config = run_from_state(state["config"])
     groups = checkpoint.tensor_names(folder)
     names = [name for name in ("student", "critic") if name in groups]
     if network not in names:

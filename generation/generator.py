@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.load import run_from_plain
+from configs.load import run_from_state
 from configs.schema import RunConfig
 from generation.acceleration import UNCHANGED, Acceleration
 from generation.refusals import refuse_inputs, refuse_unused
@@ -113,7 +113,7 @@ class Generator:
         if folder is None:
             raise UserError(f"no run in {path}: give a run's folder, or a checkpoint's")
         state = checkpoint.load_state(folder)
-        config = run_from_plain(state["config"])
+        config = run_from_state(state["config"])
         if student.lora_scale != 1 and config.student.lora is None:
             raise UserError(
                 f"--lora_scale {student.lora_scale}: this run trained no adapter: give --lora, or leave it out"
@@ -351,6 +351,8 @@ class Generator:
         if steps < 1:
             raise UserError(f"--steps {steps}: give at least 1")
         solver = self.solver if sampling.solver is None else Solver(sampling.solver)
+        if solver is Solver.unipc and self.score.path.start != 1:
+            raise UserError("--solver unipc begins at pure noise, which this family's networks do not know: use euler")
         return many_step_sample(
             self.score,
             noise,

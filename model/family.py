@@ -151,7 +151,7 @@ class Family(Protocol):
     ) -> Network:
         """A network with random weights; under `torch.device("meta")` without any.
 
-        Raises ValueError in one line for an attention backend that it does not have.
+        Raises ValueError for what its networks cannot be. The message begins with the name of the config's key.
         """
         ...
 

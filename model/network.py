@@ -91,6 +91,8 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         self.geometry()
+        if self.attention not in list(Backend):
+            raise ValueError(f"attention '{self.attention}' is unknown: choose {', '.join(Backend)}")
         if self.init_weights not in ("ema", "raw", "critic"):
             raise ValueError(f"init_weights '{self.init_weights}' is unknown: choose ema, raw or critic")
         if self.expert not in (None, "high", "low"):

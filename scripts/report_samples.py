@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configs.load import run_from_plain
+from configs.load import run_from_state
 from configs.schema import RunConfig
 from generation.generator import Generator
 from generation.sampling import Sampling
@@ -122,7 +122,7 @@ def run_config(root: Path, run: str) -> RunConfig:
     """The config that a run was trained with. Raises UserError."""
     folder = checkpoint.resolve_resume(str(root / run), root / run)
     assert folder is not None
-    return run_from_plain(checkpoint.load_state(folder)["config"])
+    return run_from_state(checkpoint.load_state(folder)["config"])
 
 
 def available(root: Path) -> tuple[list[Method], list[Method]]:

@@ -6,6 +6,7 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,7 +94,11 @@ class SyntheticTask:
 
     def negative(self, batch: int) -> Prompt:
         """The encoded negative prompt, for each of a batch."""
-        return repeated(self.conditioning([self.negative_prompt]).prompt, batch)
+        return repeated(self._negative, batch)
+
+    @cached_property
+    def _negative(self) -> Prompt:
+        return self.conditioning([self.negative_prompt]).prompt
 
     def load_text_encoder(self) -> None:
         """Does nothing: embeddings are drawn, not encoded."""

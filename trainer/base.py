@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from configs.load import run_from_plain
+from configs.load import run_from_state
 from configs.schema import RunConfig
 from model.types import Conditioning, Evaluations, Prompt
 from pipeline.sampling import sample
@@ -33,7 +33,7 @@ from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed
 from utils.config import diff, save, to_plain
 from utils.data.stream import Stream
-from utils.errors import UserError
+from utils.errors import ConfigError, UserError
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
 from utils.parallel.mesh import Mesh, build_mesh
@@ -313,7 +313,11 @@ class Trainer(ABC):
         # the count is over all batches, and one rank carries it on; what a new start has cost is not in it
         self.evaluations.load(state["evaluations"] if self.mesh.dp_rank == 0 else Evaluations().state())
         console.info("resumed from %s at step %d", path, self.step)
-        if changed := diff(to_plain(run_from_plain(state["config"])), to_plain(self.config)):
+        try:
+            saved = to_plain(run_from_state(state["config"]))
+        except ConfigError:  # of a version with other keys
+            saved = state["config"]
+        if changed := diff(saved, to_plain(self.config)):
             console.warning("the config is not that of the checkpoint: %s", ", ".join(changed))
 
     def _stopping(self) -> bool:

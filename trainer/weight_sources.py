@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs.load import run_from_plain
+from configs.load import run_from_state
 from model.family import Network
 from model.merged import MergedWeights, StoredLora
 from model.network import NetworkConfig
@@ -72,7 +72,7 @@ def open_group(folder: Path, group: str, lora_scale: float = 1.0) -> Weights:
     """
     stored = checkpoint.StoredGroup(folder, group)
     name, state = group.removesuffix("_ema"), checkpoint.load_state(folder)
-    network = getattr(run_from_plain(state["config"]), name)
+    network = getattr(run_from_state(state["config"]), name)
     if network.lora is None:
         if lora_scale != 1:
             raise ValueError(f"init_lora_scale {lora_scale}: {folder} has no adapter: leave it 1")

@@ -170,7 +170,9 @@ def _variant(section: Any, values: Mapping[Any, Any], where: str) -> tuple[type,
     """
     variants: Mapping[str, type] = section.variants()
     kind = values.get("kind", next(field.default for field in dataclasses.fields(section) if field.name == "kind"))
-    if kind not in variants:
+    if isinstance(kind, str) and "${" in kind:
+        raise ConfigError(f"{where}.kind: {_show(kind)}: the kind decides which keys there are: write it out")
+    if not isinstance(kind, str) or kind not in variants:
         near = difflib.get_close_matches(str(kind), list(variants), n=1)
         hinted = f"did you mean {near[0]!r}? allowed: " if near else "give "
         raise ConfigError(f"{where}.kind: {_show(kind)} is not allowed: {hinted}one of {', '.join(variants)}")
@@ -189,7 +191,10 @@ def _variant(section: Any, values: Mapping[Any, Any], where: str) -> tuple[type,
 def _is_default(schema: type, key: str, value: Any) -> bool:
     field = next(field for field in dataclasses.fields(schema) if field.name == key)
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return bool(to_plain(default) == value)
+    plain = to_plain(default)
+    if isinstance(plain, dict):  # null takes a section away, and what a section does not say is at its default
+        return value is None or (isinstance(value, Mapping) and _merged(plain, value) == plain)
+    return bool(plain == value)
 
 
 def _set_leaf(node: DictConfig, key: str, value: Any, hint: Any, where: str) -> None:

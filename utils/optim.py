@@ -53,6 +53,8 @@ class OptimizerConfig:
     clip_value: float | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in list(OptimizerKind):
+            raise ValueError(f"kind '{self.kind}' is unknown: choose {', '.join(OptimizerKind)}")
         if self.lr <= 0 or self.muon_lr <= 0:
             raise ValueError(f"lr and muon_lr must be positive, got lr {self.lr} and muon_lr {self.muon_lr}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -80,6 +82,8 @@ class LRScheduleConfig:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.kind not in list(LRScheduleKind):
+            raise ValueError(f"kind '{self.kind}' is unknown: choose {', '.join(LRScheduleKind)}")
         if self.warmup_steps < 0 or not 0 <= self.decay_start < 1 or not 0 <= self.floor <= 1:
             raise ValueError(
                 f"warmup_steps must be >= 0, decay_start in [0, 1), floor in [0, 1], got {self.warmup_steps}, "
