@@ -34,7 +34,7 @@ from pipeline.causal_inference import CausalStream, StreamConfig, block_noise
 from pipeline.sampling import few_step_stream, student_with_cache
 from tasks.build import build_task, task_to_sample
 from tasks.task import Task
-from trainer.run_networks import build_for_inference, compute_dtype, pins
+from trainer.run_networks import build_for_inference, compute_dtype
 from utils import checkpoint
 from utils.errors import UserError
 from utils.random import Noise
@@ -132,7 +132,7 @@ class Generator:
         if net.sparse is not None:
             net.sparse.begin(max(state["step"] - 1, 0))  # as in the last iteration
         score = ScoreNet(
-            net, "student", Evaluations(), compute_dtype(config), pins_initial=pins(net), path=network.path
+            net, "student", Evaluations(), compute_dtype(config), pins_initial=network.pins_initial, path=network.path
         )
         task = task_to_sample(config, device)
         return cls(config, score, device, task=task, acceleration=acceleration, checkpoints=(str(folder.resolve()),))

@@ -19,7 +19,6 @@ from generation.generator import Generator
 from generation.sampling import Sampler
 from model.codec import ClipConfig, VAEConfig
 from model.experts import Experts
-from model.family import FirstFrame
 from model.folders import pipeline_folder
 from model.network import LoraWeights, network_of
 from model.schedule import ScheduleConfig
@@ -106,7 +105,7 @@ def load_model(
         "model",
         Evaluations(),
         dtype,
-        pins_initial=geometry.first_frame is FirstFrame.clean,
+        pins_initial=config.student.pins_initial,
         path=config.student.path,
     )
     sampler = Sampler(few_steps=False, solver=solver, guidance_2=low)

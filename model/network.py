@@ -10,7 +10,7 @@ from model.attention.backends import Backend
 from model.attention.checkpointing import Checkpointing
 from model.attention.sparse import SparseConfig
 from model.codec import Codecs
-from model.family import Family, Geometry, families, family_of
+from model.family import Family, FirstFrame, Geometry, families, family_of
 from model.path import Path
 
 
@@ -113,6 +113,11 @@ class NetworkConfig:
     @property
     def family(self) -> Family:
         return family_of(self.preset)
+
+    @property
+    def pins_initial(self) -> bool:
+        """Whether given frames are shown to the network clean, each frame with its own time (see `ScoreNet`)."""
+        return self.geometry().first_frame is FirstFrame.clean
 
     @property
     def path(self) -> Path:

@@ -155,9 +155,9 @@ class EncodedTask:
         clips = self.videos.read(positions)
         return clips.start((shape or self.latent_shape)[0], self.device)
 
-    def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
+    def conditioning(self, prompts: Sequence[str], visual: VisualConditioning = VisualConditioning()) -> Conditioning:
         """Conditioning on these prompts. Raises UserError for a prompt without an embedding."""
-        return Conditioning(self._embed(prompts), initial)
+        return visual.with_prompt(self._embed(prompts))
 
     def _embed(self, prompts: Sequence[str]) -> Prompt:
         try:
@@ -199,7 +199,7 @@ class EncodedTask:
         Raises ValueError for another size, or more frames than the videos have.
         """
         if self.geometry.first_frame is not FirstFrame.channels:
-            return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
+            return self.conditioning(prompts, VisualConditioning(for_each(prompts, self.encode(pixels))))
         self._check_size(pixels)
         seen = pixels.expand(-1, -1, 3, -1, -1)
         channels = self.codecs.image_channels(self.vae, seen, frames or self.latent_shape[0])

@@ -62,7 +62,7 @@ class SyntheticTask:
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]
 
     def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
-        return self._visual(positions, shape).with_prompt(self.conditioning(self.prompts(positions)).prompt)
+        return self.conditioning(self.prompts(positions), self._visual(positions, shape))
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
         """Latents [B, F, C, H, W] of noise at these positions. Raises RuntimeError in a data-free run."""
@@ -83,14 +83,14 @@ class SyntheticTask:
         image = None if net.image_dim is None else noise.normal("image", (CLIP_TOKENS, net.image_dim))
         return VisualConditioning(channels=channels, image=image)
 
-    def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
+    def conditioning(self, prompts: Sequence[str], visual: VisualConditioning = VisualConditioning()) -> Conditioning:
         keys = [keyed_seed(self.text_seed, prompt) for prompt in prompts]
         noise = Noise(self.text_seed, 0, keys, self.device)
-        return Conditioning({name: noise.normal(name, shape) for name, shape in self.prompt_shapes.items()}, initial)
+        return visual.with_prompt({name: noise.normal(name, shape) for name, shape in self.prompt_shapes.items()})
 
     def image_conditioning(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
         """Conditioning on the latents of the first frames [B or 1, T, C, h, w] in [0, 1]."""
-        return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
+        return self.conditioning(prompts, VisualConditioning(for_each(prompts, self.encode(pixels))))
 
     def negative(self, batch: int) -> Prompt:
         """The encoded negative prompt, for each of a batch."""

@@ -42,7 +42,8 @@ class Task(Protocol):
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
         """Real videos at these positions; another shape shows the same content in another size."""
 
-    def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning: ...
+    def conditioning(self, prompts: Sequence[str], visual: VisualConditioning = VisualConditioning()) -> Conditioning:
+        """Conditioning on these prompts, and on what the videos are given beside them."""
 
     def image_conditioning(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
         """Conditioning on prompts and on the first pixel frames of the videos, as these networks take them.

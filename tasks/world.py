@@ -92,7 +92,7 @@ class WorldTask:
     def conditions(self, positions: range, shape: Shape | None = None) -> Conditioning:
         if self.begins_real:
             clips = self.real(positions, shape)
-            return clips.visual.with_prompt(self.conditioning(clips.captions).prompt)
+            return self.conditioning(clips.captions, clips.visual)
         return self.conditioning(self.prompts(positions))
 
     def real(self, positions: range, shape: Shape | None = None) -> Clips:
@@ -108,12 +108,12 @@ class WorldTask:
             VisualConditioning(latents[:, :1]) if self.has_first_frame else VisualConditioning(),
         )
 
-    def conditioning(self, prompts: Sequence[str], initial: Tensor | None = None) -> Conditioning:
-        return Conditioning(self.encode_prompts(prompts), initial)
+    def conditioning(self, prompts: Sequence[str], visual: VisualConditioning = VisualConditioning()) -> Conditioning:
+        return visual.with_prompt(self.encode_prompts(prompts))
 
     def image_conditioning(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:
         """Conditioning on the latents of the first frames [B or 1, T, C, h, w] in [0, 1]."""
-        return self.conditioning(prompts, for_each(prompts, self.encode(pixels)))
+        return self.conditioning(prompts, VisualConditioning(for_each(prompts, self.encode(pixels))))
 
     def negative(self, batch: int) -> Prompt:
         """The encoded negative prompt, for each of a batch."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from model.attention.backends import Backend
 from model.attention.checkpointing import Checkpointing
 from model.attention.sparse import SparseConfig
+from model.merged import MergedWeights
 from model.types import Conditioning
 from model.wan.config import WanConfig
+from model.wan.lora_files import LoraFile
 from model.wan.transformer import WanTransformer
+from model.weights import Weights
 
 MICRO = WanConfig(
     dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=3, out_dim=3, text_dim=12, text_len=5, freq_dim=16
@@ -79,3 +85,12 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 def gradients(net: WanTransformer) -> dict[str, Tensor]:
     """The gradient of every parameter that has one, detached copies."""
     return {name: p.grad.detach().clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def with_loras(base: Weights, loras: Sequence[tuple[str | Path, float]], expert: str | None = None) -> MergedWeights:
+    """`base` with LoRA files added, each times its scale. Raises ValueError in one line.
+
+    expert: "high" or "low" where a file has changes for both.
+    """
+    modules = {name.rpartition(".")[0] for name in base.shapes}
+    return MergedWeights(base, [(LoraFile(path, modules, expert), scale) for path, scale in loras])

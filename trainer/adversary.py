@@ -84,12 +84,12 @@ class Adversary:
     def sigma(self, noise: Noise, role: str, shape: Shape) -> Tensor:
         """Noise levels [B] at which samples of this shape (F, C, H, W) are judged."""
         sigma = self.objective.judged_at(noise.uniform(role), noise.normal(role, ()), schedule_at(self.run, shape))
-        return self.run.student.path.known(sigma)
+        return self.judge.backbone.path.known(sigma)
 
     def real(self, positions: range, noise: Noise, phase: str, shape: Shape) -> NoisedSamples:
         """Real samples of this shape at these positions, with their own noise."""
         clips = self.task.real(positions, shape)
-        conditioning = clips.visual.with_prompt(self.task.conditioning(clips.captions).prompt)
+        conditioning = self.task.conditioning(clips.captions, clips.visual)
         eps = noise.normal(f"{phase}_real_noise", tuple(clips.latents.shape[1:]))
         return NoisedSamples(clips.latents, conditioning, self.sigma(noise, f"{phase}_real_sigma", shape), eps)
 

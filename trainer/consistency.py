@@ -36,7 +36,7 @@ class ConsistencyTrainer(Trainer):
         """A level of the grid for each block."""
         config, student = self.config, self.networks["student"]
         clips = self.task.real(micro.positions, micro.shape)
-        conditioning = clips.visual.with_prompt(self.task.conditioning(clips.captions).prompt)
+        conditioning = self.task.conditioning(clips.captions, clips.visual)
         clean, frames = clips.latents, clips.latents.shape[1]
         blocks = config.causal.blocks(frames)
         levels = uniform_sigmas(config.consistency.steps, schedule_at(config, micro.shape).timestep_shift)

@@ -39,7 +39,7 @@ class DiffusionTrainer(Trainer):
             self.task.negative_prompt if drop else text
             for text, drop in zip(clips.captions, dropped.tolist(), strict=True)
         ]
-        conditioning = clips.visual.with_prompt(self.task.conditioning(prompts).prompt)
+        conditioning = self.task.conditioning(prompts, clips.visual)
         noise = micro.noise.normal("noise", tuple(latents.shape[1:]))
         match config.mode:
             case DiffusionMode.bidirectional:

@@ -143,7 +143,7 @@ class ScoreDistillationTrainer(Trainer):
             clips = self.task.real(micro.positions, shape)
             latents, conditioning = (
                 clips.latents,
-                clips.visual.with_prompt(self.task.conditioning(clips.captions).prompt),
+                self.task.conditioning(clips.captions, clips.visual),
             )
         else:
             conditioning = self.task.conditions(micro.positions, shape)

@@ -15,6 +15,7 @@ from configs.schema import RunConfig
 from configs.sizes import shift_factor
 from model.gan import with_term
 from model.objective import Objective, Role, Weights
+from model.path import Path
 from model.query import Guidance, ScoreQuery
 from model.reward import reward_weights
 from model.schedule import TIMESTEPS
@@ -38,15 +39,15 @@ class Sample:
 class SampleDraws:
     """The draws of a sample's losses, keyed by name (see `model.objective.Draws`)."""
 
-    def __init__(self, run: RunConfig, sample: Sample) -> None:
-        self.run, self.sample = run, sample
+    def __init__(self, run: RunConfig, path: Path, sample: Sample) -> None:
+        self.run, self.path, self.sample = run, path, sample
 
     def score(self, name: str, shift: float | None = None) -> tuple[Tensor, Tensor]:
         schedule = self.run.schedule if shift is None else replace(self.run.schedule, score_timestep_shift=shift)
         rollout = self.sample.rollout
         schedule = schedule.scaled(shift_factor(self.run, rollout.x0.shape[1:]))
         sigma = schedule.score_sigma(self.sample.noise.uniform(f"{name}_sigma"), rollout.sigma_from, rollout.sigma_to)
-        return self.run.student.path.known(sigma), self.normal(f"{name}_noise")
+        return self.path.known(sigma), self.normal(f"{name}_noise")
 
     def normal(self, name: str) -> Tensor:
         return self.sample.noise.normal(name, tuple(self.sample.rollout.x0.shape[1:]))
@@ -78,6 +79,7 @@ class Losses:
         self.run, self.config, self.task = config, config.objective, task
         self.teacher, self.critic, self.adversary, self.total, self.reward = teacher, critic, adversary, total, reward
         self.objective = objective
+        self.path = config.student.path
         self.asks_scores = Role.critic in self.objective.roles
 
     # -------------------------------------------------------------------------------------------------------- student
@@ -110,7 +112,7 @@ class Losses:
         query = self._query(sample, "score")
         if weights is not None:
             query = replace(query, weight=weights.weight, ratio=weights.ratio)
-        output = self.objective.student_loss(query, SampleDraws(self.run, sample))
+        output = self.objective.student_loss(query, self._draws(sample))
         if self.adversary is None or Role.discriminator in self.objective.roles:  # then the term is in the loss
             return output
         at = (query.sigma, query.noise) if self.adversary.config.same_draw else None
@@ -121,11 +123,14 @@ class Losses:
         assert self.adversary is not None
         return self.adversary.term(sample.rollout, sample.conditioning, sample.positions, sample.noise, at)
 
+    def _draws(self, sample: Sample) -> SampleDraws:
+        return SampleDraws(self.run, self.path, sample)
+
     def _query(self, sample: Sample, draw: str) -> ScoreQuery:
         """What the scores are asked about a sample, at the draw of this name."""
         assert self.teacher is not None
         assert self.critic is not None
-        sigma, eps = SampleDraws(self.run, sample).score(draw)
+        sigma, eps = self._draws(sample).score(draw)
         return ScoreQuery(
             sample.rollout, self.teacher, self.critic, sample.conditioning, self._guidance(sample), sigma, eps,
             judge=None if self.adversary is None else self.adversary.judge,
@@ -142,7 +147,7 @@ class Losses:
         """What the critic, and the discriminator beside it, are trained on: the student's sample, detached."""
         output: LossOutput | None = None
         if self.asks_scores:
-            output = self.objective.critic_loss(self._query(sample, "critic"), SampleDraws(self.run, sample))
+            output = self.objective.critic_loss(self._query(sample, "critic"), self._draws(sample))
         if self.adversary is None:
             assert output is not None
             return output

@@ -104,7 +104,7 @@ class ODETrainer(Trainer):
         if self.stored is not None:
             pairs = self.stored.read(positions)
             trajectory = pairs.trajectory
-            conditioning = pairs.visual.with_prompt(self.task.conditioning(pairs.captions).prompt)
+            conditioning = self.task.conditioning(pairs.captions, pairs.visual)
         else:
             numbers = [position % self.config.ode.pairs for position in positions]
             trajectory = self.trajectories[numbers]

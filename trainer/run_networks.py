@@ -12,7 +12,7 @@ from configs.schema import RunConfig
 from configs.sections import Precision
 from model.attention.backends import Backend
 from model.ema import EMA
-from model.family import FirstFrame, Network
+from model.family import Network
 from model.lora import adapter_names
 from model.network import LoraConfig, NetworkConfig
 from model.score import ScoreNet
@@ -33,11 +33,6 @@ from utils.parallel.parallelize import Sharding, is_sharded
 def compute_dtype(config: RunConfig) -> torch.dtype | None:
     """The autocast precision of every network of the run."""
     return torch.bfloat16 if config.training.precision is Precision.bf16 else None
-
-
-def pins(net: Network) -> bool:
-    """Whether given frames are shown to a bidirectional network clean, each frame with its own time."""
-    return net.config.first_frame is FirstFrame.clean
 
 
 def sharing(config: RunConfig) -> dict[str, LoraConfig]:
@@ -90,7 +85,7 @@ class RunNetworks:
             self.evaluations,
             dtype,
             batch_guidance=is_sharded(net),
-            pins_initial=pins(net),
+            pins_initial=network.pins_initial,
             path=network.path,
         )
 
@@ -141,7 +136,9 @@ class RunNetworks:
         if name == "student" and config.ema.decay is not None:
             ema = EMA(net, config.ema.decay, config.ema.start, config.ema.every, named)
         engine = self._engine(net, optimizer, name, updates)
-        score = ScoreNet(net, name, self.evaluations, dtype, pins_initial=pins(net), adapter=adapter, path=network.path)
+        score = ScoreNet(
+            net, name, self.evaluations, dtype, pins_initial=network.pins_initial, adapter=adapter, path=network.path
+        )
         return TrainedNetwork(name, net, optimizer, engine, ema, score, origin=origin)
 
     def _placement(self, name: str) -> Placement:

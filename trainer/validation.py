@@ -54,7 +54,7 @@ def sample_pixels(
         now = prompts[start : start + size]
         noise = Noise(config.validation.seed, 0, range(start, start + len(now)), device)
         visual = task.validation_visual(range(start, start + len(now)), now)
-        conditioning = visual.with_prompt(task.conditioning(now).prompt)
+        conditioning = task.conditioning(now, visual)
         latents = sampler(conditioning, task.negative(len(now)), noise)
         if distributed.is_main():
             parts.append(task.decode(latents).cpu())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.export import ADAPTER_CONFIG
-from model.merged import Change, MergedWeights
+from model.merged import Change
 from model.sources import located, open_tensors, weight_files
 from model.wan.formats import to_diffusers_key, to_native_key, unwrapped
-from model.weights import State, Stored, Weights
+from model.weights import State, Stored
 
 # trainers' names of the same two matrices, an adapter's name perhaps between them and the leaf
 _FACTOR = re.compile(
@@ -67,15 +67,6 @@ class LoraFile:
             self.alphas["alpha"],
         )
         return float(alpha) / (math.sqrt(rank) if self.alphas["rslora"] else rank)
-
-
-def with_loras(base: Weights, loras: Sequence[tuple[str | Path, float]], expert: str | None = None) -> MergedWeights:
-    """`base` with LoRA files added, each times its scale. Raises ValueError in one line.
-
-    expert: "high" or "low" where a file has changes for both.
-    """
-    modules = {name.rpartition(".")[0] for name in base.shapes}
-    return MergedWeights(base, [(LoraFile(path, modules, expert), scale) for path, scale in loras])
 
 
 # ---------------------------------------------------------------------------------------------------------------- read

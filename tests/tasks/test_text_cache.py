@@ -83,8 +83,8 @@ def test_a_cache_that_does_not_serve_is_refused(source: Source, task: ToyTask, t
 
 def test_embeddings_that_bf16_holds_are_stored_in_it(task: ToyTask, tmp_path: Path) -> None:
     class Rounded(ToyTask):
-        def conditioning(self, prompts, initial=None):  # type: ignore[no-untyped-def]
-            full = super().conditioning(prompts, initial)
+        def conditioning(self, prompts, *visual):  # type: ignore[no-untyped-def]
+            full = super().conditioning(prompts, *visual)
             return type(full)(full.prompt["text"].bfloat16().float(), full.initial)
 
     rounded = Rounded(DataConfig(), NetworkConfig("toy"), 0, torch.device("cpu"))

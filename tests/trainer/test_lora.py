@@ -18,10 +18,9 @@ from model.export import Dtype, Format
 from model.lora import adapter_names, add_adapter, base_names, linear_layers
 from model.network import LoraConfig
 from model.score import ScoreNet
-from model.wan.lora_files import with_loras
 from model.wan.save import save_model
 from model.wan.weights import LazyWeights
-from tests.nets import random_net
+from tests.nets import random_net, with_loras
 from tests.small import DIFFUSION, DISTILLATION, NETWORKS, ODE, merged, save_networks, trainer, with_weights
 from trainer.base import Trainer
 from trainer.run_networks import build_for_inference

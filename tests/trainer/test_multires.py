@@ -225,9 +225,13 @@ def test_rollout_scores_and_discriminator_use_the_scaled_shift(tmp_path: Path) -
     sample = run.sample_of(mine, with_gradient=False)
     assert sample.rollout.sigma_from == scaled.sigmas()[-1] != run.config.schedule.sigmas()[-1]
     u = micro.noise.uniform("score_sigma")
-    assert torch.equal(SampleDraws(run.config, sample).score("score")[0], scaled.score_sigma(u))
+    assert torch.equal(
+        SampleDraws(run.config, run.config.student.path, sample).score("score")[0], scaled.score_sigma(u)
+    )
     ninefold = scaled.scaled(9 / run.config.schedule.score_timestep_shift)
-    torch.testing.assert_close(SampleDraws(run.config, sample).score("score", 9.0)[0], ninefold.score_sigma(u))
+    torch.testing.assert_close(
+        SampleDraws(run.config, run.config.student.path, sample).score("score", 9.0)[0], ninefold.score_sigma(u)
+    )
     adversary = run.losses.adversary
     assert adversary is not None
     real = adversary.real(micro.positions, micro.noise, "gan", SHAPES[1])

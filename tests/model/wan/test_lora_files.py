@@ -13,9 +13,9 @@ from torch import Tensor
 
 from model.network import LoraWeights, NetworkConfig
 from model.wan.formats import to_diffusers_key
-from model.wan.lora_files import lora_to_diffusers, lora_to_peft, with_loras
+from model.wan.lora_files import lora_to_diffusers, lora_to_peft
 from model.wan.weights import LazyWeights
-from tests.nets import MICRO, random_net
+from tests.nets import MICRO, random_net, with_loras
 from trainer.weight_sources import open_init
 from utils.errors import ConfigError
 
