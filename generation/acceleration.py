@@ -66,12 +66,7 @@ def fp8_linears(net: Network, config: Any = None) -> None:
         raise UserError(
             f"--fp8 needs torchao ({problem}): pip install -r requirements-gpu.txt, or leave it out"
         ) from None
-    multiplied = {
-        module
-        for unit in net.fsdp_units()
-        for name, module in unit.named_modules()
-        if isinstance(module, nn.Linear) and not name.endswith("to_gate_compress")
-    }
+    multiplied = set(net.low_bit_layers())
     quantize_(
         net,
         Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()) if config is None else config,

@@ -113,6 +113,10 @@ class Network(nn.Module):
         """The matrices of the blocks, which Muon takes and adapters may go beside."""
         return [p for unit in self.fsdp_units() for p in unit.parameters() if p.ndim == 2]
 
+    def low_bit_layers(self) -> list[nn.Module]:
+        """The layers that may multiply in low precision: the blocks' linear ones, unless a family knows better."""
+        return [module for unit in self.fsdp_units() for module in unit.modules() if isinstance(module, nn.Linear)]
+
     def new_cache(
         self, spec: CacheSpec, *, dtype: torch.dtype, device: torch.device | str, memory: Tensor | None = None
     ) -> KVCache:

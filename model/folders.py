@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from model.sources import snapshot
+from model.hub import snapshot
 
 WHOLE, PIECES, PIECE = 1 << 20, 64, 1 << 14  # bytes of a small file; how many pieces of a large one, their bytes
 

@@ -71,7 +71,8 @@ def linear_layers(net: Adaptable) -> list[str]:
     """What targets may be: the linear layers of a block by the ends of their names, `q` for both attentions'."""
     names = [name for name, module in net.fsdp_units()[0].named_modules() if isinstance(module, nn.Linear)]
     names = [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
-    short = [name.rpartition(".")[2] for name in names if not name.startswith("ffn")]
+    ends = [name.rpartition(".")[2] for name in names]
+    short = [end for end in ends if not end.isdigit()]  # a number in a Sequential says nothing alone
     return list(dict.fromkeys([*short, *names]))
 
 

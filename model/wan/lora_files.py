@@ -17,8 +17,8 @@ from torch import Tensor
 
 from model.export import ADAPTER_CONFIG
 from model.merged import Change
-from model.sources import located, open_tensors, weight_files
 from model.wan.formats import to_diffusers_key, to_native_key, unwrapped
+from model.wan.sources import located, open_tensors, weight_files
 from model.weights import State, Stored
 
 # trainers' names of the same two matrices, an adapter's name perhaps between them and the leaf

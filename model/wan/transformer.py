@@ -94,6 +94,11 @@ class WanTransformer(Network):
         """The modules to shard one by one; what is left is the root's."""
         return list(self.blocks)
 
+    def low_bit_layers(self) -> list[nn.Module]:
+        """The blocks' linear layers; the gates of sparse attention stay as they are."""
+        gates = {module for name, module in self.named_modules() if name.endswith(".to_gate_compress")}
+        return [layer for layer in super().low_bit_layers() if layer not in gates]
+
     def new_cache(
         self, spec: CacheSpec, *, dtype: torch.dtype, device: torch.device | str, memory: Tensor | None = None
     ) -> KVCache:

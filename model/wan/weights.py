@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model.export import Format
-from model.sources import config_file, located, open_tensors, weight_files
 from model.wan.config import WanConfig
 from model.wan.formats import GATE, UNUSED, detect_format, native_names, to_diffusers_key, to_native_key
 from model.wan.geometry import describe, differences, fields_of_shapes, geometry_from, read_config
+from model.wan.sources import config_file, located, open_tensors, weight_files
 from model.weights import Shapes, State, Stored, Weights, misfits, shapes_of
 from utils import distributed
 

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.export import Dtype, Format
-from model.sources import located
 from model.wan.config import PRESETS, WanConfig
 from model.wan.formats import to_diffusers_key, to_native_key
 from model.wan.geometry import describe, diffusers_config, fields_of_shapes, native_config, read_config
 from model.wan.save import fp8_scale, save_model, save_weights
+from model.wan.sources import located
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, fit, geometry_of, load_weights, shapes_of
 from tests.nets import random_net

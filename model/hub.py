@@ -1,0 +1,28 @@
+"""Repositories of the Hub as local folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    """The local folder of a Hub repository, with the files of these patterns; what is there is not fetched again.
+
+    Raises ValueError in one line, also where HF_HUB_OFFLINE forbids to ask.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except Exception as problem:  # many kinds, of three packages: none of them is ours
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            include = " ".join(f"'{pattern}'" for pattern in patterns)
+            raise ValueError(
+                f"'{repo}' is no local path, and HF_HUB_OFFLINE is set and the cache lacks it: fetch it where there is "
+                f"a network (hf download {repo} --include {include}), or give a local folder"
+            ) from problem
+        reason = (str(problem).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"'{repo}' is no local path, and cannot be had from the Hub ({type(problem).__name__}: {reason}): correct "
+            "the path, or check the name, the network and your access"
+        ) from problem
