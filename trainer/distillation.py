@@ -141,10 +141,7 @@ class ScoreDistillationTrainer(Trainer):
         shape, sigmas = micro.shape, schedule_at(config, micro.shape).sigmas()
         if config.rollout.kind.from_data:
             clips = self.task.real(micro.positions, shape)
-            latents, conditioning = (
-                clips.latents,
-                self.task.conditioning(clips.captions, clips.visual),
-            )
+            latents, conditioning = clips.latents, self.task.conditioning(clips.captions, clips.visual)
         else:
             conditioning = self.task.conditions(micro.positions, shape)
         with torch.set_grad_enabled(with_gradient), self.networks["student"].engine.rollout():
