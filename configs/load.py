@@ -25,13 +25,9 @@ def run_from_plain(values: Mapping[str, Any]) -> RunConfig:
 def run_from_state(values: Mapping[str, Any]) -> RunConfig:
     """The run of a checkpoint, which an earlier version may have saved. Raises ConfigError.
 
-    Version 0.1 let keys of one kind of objective stand beside another kind, where they did nothing: they are left out.
+    Sections of version 0.1 had the keys of all their kinds: those that did nothing are left out.
     """
-    objective = dict(values.get("objective") or {})
-    for key, kind in (("sid_alpha", "sid"), ("f_distill", "f_distill")):
-        if objective.get("kind", "dmd") != kind:
-            objective.pop(key, None)
-    return run_from_plain({**values, "objective": objective})
+    return checked(from_plain(RunConfig, values, other_kinds="dropped"))
 
 
 def checked(config: RunConfig) -> RunConfig:

@@ -9,12 +9,9 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
-from pathlib import Path
 from typing import ClassVar, Protocol
 
 import torch
@@ -25,6 +22,7 @@ from model.gan_config import GANConfig
 from model.query import ScoreQuery
 from model.schedule import ScheduleConfig
 from model.types import LossOutput, Total
+from utils.found import classes_in
 
 
 class CriticLoss(Enum):
@@ -179,15 +177,8 @@ class Objective:
 @functools.cache
 def objectives() -> Mapping[str, type[Objective]]:
     """All objectives by kind, DMD first, for it is the default."""
-    folder = str(Path(__file__).with_name("objectives"))
-    names = sorted(module.name for module in pkgutil.iter_modules([folder]))
-    found: dict[str, type[Objective]] = {}
-    for name in names:
-        module = importlib.import_module(f"model.objectives.{name}")
-        for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, Objective) and value.__module__ == module.__name__:
-                found[value.kind] = value
-    return {kind: found[kind] for kind in sorted(found, key=lambda kind: kind != "dmd")}
+    found = sorted(classes_in("model.objectives", Objective), key=lambda objective: objective.kind != "dmd")
+    return {objective.kind: objective for objective in found}
 
 
 def objective_of(config: ObjectiveConfig, total: Total) -> Objective:

@@ -13,23 +13,21 @@ import functools
 import hashlib
 import json
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from utils.errors import ConfigError
+from utils.fields import describe, field_types, hint_at, options_of, section_type, short_list, show, suggest
+from utils.variants import has_variants, kind_in, laid, merged, without_other_kinds
 
 T = TypeVar("T")
-
-_SHOWN = 60  # characters of an offending value that are worth showing in an error
-_WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- load
@@ -39,29 +37,27 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read ``path`` (YAML), lay ``overrides`` (``a.b=value``) over it, return a checked instance of ``schema``.
 
     A YAML file may have a top-level ``base: other.yaml`` (relative to the file): it is merged under the file.
-    Mappings merge, lists are replaced. An enum is written by its value (or name). ``__post_init__`` may raise
-    ``ValueError``: when the message begins with a field's name, the path of the section is put before it.
+    Mappings merge, lists are replaced. All overrides are one layer. A layer that changes a section's ``kind`` drops what
+    the layers below it say for the other kind alone (see utils/variants.py). An enum is written by its value (or name).
+    ``__post_init__`` may raise ``ValueError``: when the message begins with a field's name, the path of the section is put
+    before it.
 
     Raises ConfigError: missing or malformed file, unknown key, wrong type, illegal value, failed ``__post_init__``.
     """
-    values: dict[Any, Any] = {}
-    for layer in [*_read_chain(Path(path), ()), *map(_parse_override, overrides)]:
-        values = _merged(values, layer)
-    return from_plain(schema, values)
+    given: dict[Any, Any] = functools.reduce(merged, map(_parse_override, overrides), {})
+    return from_plain(schema, functools.reduce(functools.partial(laid, schema), [*_read_chain(Path(path), ()), given]))
 
 
-def _merged(below: Mapping[Any, Any], above: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Mappings merge, everything else is replaced."""
-    both = {key: _merged(below[key], above[key]) for key in above if _are_mappings(below.get(key), above[key])}
-    return {**below, **above, **both}
+def from_plain(
+    schema: type[T], plain: Mapping[str, Any], *, other_kinds: Literal["refused", "dropped"] = "refused"
+) -> T:
+    """The inverse of ``to_plain``: a checked instance of ``schema``. Raises ConfigError as ``load`` does.
 
-
-def _are_mappings(*values: Any) -> bool:
-    return all(isinstance(value, Mapping) for value in values)
-
-
-def from_plain(schema: type[T], plain: Mapping[str, Any]) -> T:
-    """The inverse of ``to_plain``: a checked instance of ``schema``. Raises ConfigError as ``load`` does."""
+    other_kinds: what becomes of keys that a section has in another kind alone; "dropped" is for what earlier versions
+        saved, whose sections had the keys of all kinds.
+    """
+    if other_kinds == "dropped":
+        plain = without_other_kinds(schema, plain)
     node = _blank(schema)
     _apply(node, schema, plain, "", schema)
     return _instantiate(node, schema)
@@ -87,7 +83,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict[Any, Any]]:
     if base is None:
         return [values]
     if not isinstance(base, str):
-        raise ConfigError(f"base: {_show(base)} in {path} is not a path: give one YAML file relative to this one")
+        raise ConfigError(f"base: {show(base)} in {path} is not a path: give one YAML file relative to this one")
     target = path.parent / base
     if not target.is_file():
         raise ConfigError(f"base: {base!r} in {path} does not exist (looked for {target}): {_nearby(target)}")
@@ -124,7 +120,7 @@ def _nearby(path: Path) -> str:
     near = difflib.get_close_matches(path.name, names, n=1)
     if near:
         return f"did you mean {str(folder / near[0])!r}?"
-    return f"{str(folder)!r} has {_short_list(names)}" if names else f"{str(folder)!r} has no YAML file"
+    return f"{str(folder)!r} has {short_list(names)}" if names else f"{str(folder)!r} has no YAML file"
 
 
 def _parse_override(text: str) -> dict[Any, Any]:
@@ -134,7 +130,7 @@ def _parse_override(text: str) -> dict[Any, Any]:
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException):
-        raise ConfigError(f"{key}: {_show(value)} is not a valid YAML value: close its brackets or quote it") from None
+        raise ConfigError(f"{key}: {show(value)} is not a valid YAML value: close its brackets or quote it") from None
     assert isinstance(values, dict)
     return values
 
@@ -144,15 +140,15 @@ def _parse_override(text: str) -> dict[Any, Any]:
 
 def _apply(node: DictConfig, schema: type, values: Mapping[Any, Any], path: str, root: type) -> None:
     """Write user ``values`` into the structured ``node``, leaf by leaf, so that each error has its path."""
-    hints = _field_types(schema)
+    hints = field_types(schema)
     for key, value in values.items():
         where = f"{path}.{key}" if path else str(key)
         if key not in hints:
-            raise ConfigError(f"{where}: unknown key (value {_show(value)}): {_suggest(str(key), schema, path, root)}")
+            raise ConfigError(f"{where}: unknown key (value {show(value)}): {suggest(str(key), schema, path, root)}")
         hint = hints[key]
-        section = _section(hint)
+        section = section_type(hint)
         if section is not None and isinstance(value, Mapping):
-            if hasattr(section, "variants"):
+            if has_variants(section):
                 section, value = _variant(section, value, where)
                 node[key] = _blank(section)
             elif OmegaConf.is_missing(node, key) or node[key] is None:
@@ -165,25 +161,25 @@ def _apply(node: DictConfig, schema: type, values: Mapping[Any, Any], path: str,
 def _variant(section: Any, values: Mapping[Any, Any], where: str) -> tuple[type, Mapping[Any, Any]]:
     """Which of a section's variants `kind` names, and the values without what only other variants have.
 
-    A section has variants where its class has a method `variants`, a mapping of kinds to dataclasses. A key of another
-    variant may stay at its default, as saved runs of earlier versions have it; any other value is refused.
+    A key of another variant may stay at its default, as saved runs of earlier versions have it; any other value is
+    refused.
     """
     variants: Mapping[str, type] = section.variants()
-    kind = values.get("kind", next(field.default for field in dataclasses.fields(section) if field.name == "kind"))
+    kind = kind_in(section, values)
     if isinstance(kind, str) and "${" in kind:
-        raise ConfigError(f"{where}.kind: {_show(kind)}: the kind decides which keys there are: write it out")
+        raise ConfigError(f"{where}.kind: {show(kind)}: the kind decides which keys there are: write it out")
     if not isinstance(kind, str) or kind not in variants:
         near = difflib.get_close_matches(str(kind), list(variants), n=1)
         hinted = f"did you mean {near[0]!r}? allowed: " if near else "give "
-        raise ConfigError(f"{where}.kind: {_show(kind)} is not allowed: {hinted}one of {', '.join(variants)}")
-    legal, kept = _field_types(variants[kind]), {}
+        raise ConfigError(f"{where}.kind: {show(kind)} is not allowed: {hinted}one of {', '.join(variants)}")
+    legal, kept = field_types(variants[kind]), {}
     for key, value in values.items():
-        owners = {name: variant for name, variant in variants.items() if key in _field_types(variant)}
+        owners = {name: variant for name, variant in variants.items() if key in field_types(variant)}
         if key in legal or not owners:
             kept[key] = value
         elif not all(_is_default(variant, str(key), value) for variant in owners.values()):
             raise ConfigError(
-                f"{where}.{key}: {key} is not for kind {kind}: leave it out, or choose {', '.join(owners)}"
+                f"{where}.{key}={show(value)}: {key} is not for kind {kind}: leave it out, or choose {', '.join(owners)}"
             )
     return variants[kind], kept
 
@@ -193,7 +189,7 @@ def _is_default(schema: type, key: str, value: Any) -> bool:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     plain = to_plain(default)
     if isinstance(plain, dict):  # null takes a section away, and what a section does not say is at its default
-        return value is None or (isinstance(value, Mapping) and _merged(plain, value) == plain)
+        return value is None or (isinstance(value, Mapping) and merged(plain, value) == plain)
     return bool(plain == value)
 
 
@@ -201,12 +197,12 @@ def _set_leaf(node: DictConfig, key: str, value: Any, hint: Any, where: str) -> 
     try:
         OmegaConf.update(node, key, value, merge=not isinstance(value, (list, ListConfig)))
     except (OmegaConfBaseException, ValueError):
-        raise ConfigError(f"{where}: {_show(value)} is not allowed: give {_describe(hint)}") from None
+        raise ConfigError(f"{where}: {show(value)} is not allowed: give {describe(hint)}") from None
 
 
 def _convert(value: Any, hint: Any, where: str, root: type) -> Any:
     """Enum values to members and mappings in lists to sections; everything else is OmegaConf's to check."""
-    options = _options(hint)
+    options = options_of(hint)
     if value is None:
         return value
     for option in options:
@@ -219,7 +215,7 @@ def _convert(value: Any, hint: Any, where: str, root: type) -> Any:
 
 
 def _convert_item(value: Any, hint: Any, where: str, root: type) -> Any:
-    section = _section(hint)
+    section = section_type(hint)
     if section is None or not isinstance(value, Mapping):
         return _convert(value, hint, where, root)
     node = _blank(section)
@@ -236,7 +232,7 @@ def _enum_member(enum: type[Enum], value: Any, hint: Any, where: str) -> Any:
     quote = " (in quotes: bare yes, no, on and off are booleans in YAML)" if isinstance(value, bool) else ""
     near = difflib.get_close_matches(str(value), [str(member.value) for member in enum], n=1)
     hinted = f"did you mean {near[0]!r}? allowed: " if near else "give "
-    raise ConfigError(f"{where}: {_show(value)} is not allowed: {hinted}{_describe(hint)}{quote}")
+    raise ConfigError(f"{where}: {show(value)} is not allowed: {hinted}{describe(hint)}{quote}")
 
 
 # ------------------------------------------------------------------------------------------- typed node -> dataclass
@@ -246,21 +242,21 @@ def _instantiate(node: DictConfig, schema: type[T]) -> T:
     try:
         return typing.cast(T, OmegaConf.to_object(node))
     except MissingMandatoryValue as error:
-        hint = _hint_at(schema, str(error.full_key))
-        raise ConfigError(f"{error.full_key}: has no value and no default: give {_describe(hint)}") from None
+        hint = hint_at(schema, str(error.full_key))
+        raise ConfigError(f"{error.full_key}: has no value and no default: give {describe(hint)}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {error.msg}: name an existing key in ${{...}}") from None
     except ValueError as error:
         path, owner, message = _locate(node, schema, "", str(error))
         first = re.match(r"\w*", message)
-        glue = "" if not path else "." if first and first[0] in _field_types(owner) else ": "
+        glue = "" if not path else "." if first and first[0] in field_types(owner) else ": "
         raise ConfigError(path + glue + message) from None
 
 
 def _locate(node: DictConfig, schema: type, path: str, message: str) -> tuple[str, type, str]:
     """(path, class, message) of the innermost section whose ``__post_init__`` refuses."""
-    for key, hint in _field_types(schema).items():
-        section = _section(hint)
+    for key, hint in field_types(schema).items():
+        section = section_type(hint)
         if section is None or OmegaConf.is_missing(node, key) or node[key] is None:
             continue
         try:
@@ -269,85 +265,6 @@ def _locate(node: DictConfig, schema: type, path: str, message: str) -> tuple[st
             section = OmegaConf.get_type(node[key]) or section  # the variant that was chosen
             return _locate(node[key], section, f"{path}.{key}" if path else key, str(error))
     return path, schema, message
-
-
-# --------------------------------------------------------------------------------------------------- types into words
-
-
-def _field_types(schema: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(schema)
-    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    """Members of a union, or the one type."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def _section(hint: Any) -> type | None:
-    """The dataclass of a nested section, when ``hint`` is one (or an optional one)."""
-    return next((o for o in _options(hint) if isinstance(o, type) and dataclasses.is_dataclass(o)), None)
-
-
-def _describe(hint: Any) -> str:
-    """What is allowed, in words: ``a number or null``."""
-    return " or ".join(_describe_one(option) for option in _options(hint))
-
-
-def _describe_one(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin is tuple and args[-1] is not Ellipsis:
-        return f"a list of {len(args)} values ({', '.join(map(_describe, args))})"
-    if origin in (list, tuple):
-        return f"a list, each item {_describe(args[0])}"
-    if origin is dict:
-        return f"key: value lines, each value {_describe(args[1])}"
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(str(member.value) for member in hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return f"a section with keys {_short_list(list(_field_types(hint)))}"
-    return _WORDS.get(hint, str(hint))
-
-
-def _hint_at(schema: type, path: str) -> Any:
-    hint: Any = schema
-    for key in path.split("."):
-        owner = _section(hint)
-        if owner is None or key not in _field_types(owner):
-            return hint
-        hint = _field_types(owner)[key]
-    return hint
-
-
-def _suggest(key: str, schema: type, path: str, root: type) -> str:
-    legal = list(_field_types(schema))
-    near = difflib.get_close_matches(key, legal, n=1)
-    if near:
-        return f"did you mean {path + '.' + near[0] if path else near[0]!r}?"
-    elsewhere = [other for other in _key_paths(root) if other.split(".")[-1] == key]
-    if elsewhere:
-        return f"did you mean {_short_list(elsewhere, 3)}?"
-    return f"allowed in {path or 'the top level'}: {_short_list(legal, 40)}"
-
-
-def _key_paths(schema: type, prefix: str = "") -> Iterator[str]:
-    for key, hint in _field_types(schema).items():
-        yield prefix + key
-        section = _section(hint)
-        if section is not None and section is not schema:
-            for variant in [*section.variants().values()] if hasattr(section, "variants") else [section]:
-                yield from _key_paths(variant, f"{prefix}{key}.")
-
-
-def _short_list(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _show(value: Any) -> str:
-    text = str(value) if isinstance(value, Enum) else repr(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 # ------------------------------------------------------------------------------------------------- dataclass -> text
