@@ -38,7 +38,7 @@ from pipeline.causal import CausalConfig, VideoShape
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
 from planning.hardware import GPUS
 from planning.meter import FLOPS, Meter
-from utils.optim import OptimizerConfig, adamw
+from utils.optimizers.adamw import AdamWConfig, adamw
 
 CRITIC_STEPS = 5  # critic updates for each of the generator
 STEPS = step_sigmas([1000, 750, 500, 250], warp=True, shift=5.0)
@@ -162,7 +162,7 @@ class Workload:
 
     def _optimizer(self, score: ScoreNet) -> torch.optim.Optimizer:
         """The published recipe's AdamW (beta1 = 0) with its state resident, as after a first update."""
-        optimizer = adamw(list(score.net.parameters()), OptimizerConfig())
+        optimizer = adamw(list(score.net.parameters()), AdamWConfig())
         for p in score.net.parameters():
             optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg_sq": torch.empty_like(p).fill_(0)}
         return optimizer

@@ -14,17 +14,13 @@ from model.family import Trait
 from model.gan_config import Features, Heads
 from model.objective import Role, objectives
 from pipeline.self_forcing_training import rollout_lengths
-from utils.optim import OptimizerConfig, OptimizerKind
+from utils.optim import OptimizerConfig
+from utils.variants import check_kinds
 
 
 def check_run(config: RunConfig) -> None:
     """Raises ValueError, one line, for a run that cannot work: key, value, remedy."""
-    objective_type = objectives().get(config.objective.kind)
-    if objective_type is None or not isinstance(config.objective, objective_type.config_type):
-        raise ValueError(
-            f"objective: a {type(config.objective).__name__} is no config of kind {config.objective.kind}: make one of "
-            "ObjectiveConfig.variants()"
-        )
+    check_kinds(config)
     _check_family(config)
     if config.trainer is TrainerKind.score_distillation:
         _check_distillation(config)
@@ -84,7 +80,7 @@ def _check_deepspeed(config: RunConfig) -> None:
     """Raises ValueError for options that DeepSpeed's optimizers lack: they see flat parts of many matrices."""
     for section in ("generator_training", "critic_training"):
         optimizer: OptimizerConfig = getattr(config, section).optimizer
-        if optimizer.kind != OptimizerKind.adamw:
+        if optimizer.kind != "adamw":
             raise ValueError(
                 f"{section}.optimizer: kind {optimizer.kind} is not for engine deepspeed: choose adamw, or fsdp2"
             )

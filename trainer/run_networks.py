@@ -25,7 +25,7 @@ from trainer.weight_sources import stored_weights
 from trainer.zero import DeepSpeedEngine
 from utils.config import config_hash
 from utils.errors import ConfigError
-from utils.optim import NetworkOptimizer, OptimizerKind, TrainedConfig, trainable
+from utils.optim import NetworkOptimizer, TrainedConfig, trainable
 from utils.parallel.mesh import Mesh, ParallelConfig
 from utils.parallel.parallelize import Sharding, is_sharded
 
@@ -126,9 +126,9 @@ class RunNetworks:
             adapter, origin = name, adapter_origin(network.lora, base)
         inside = {id(p) for p in net.matrices()}
         matrices = [key for key, p in named.items() if id(p) in inside]
-        if training.optimizer.kind == OptimizerKind.muon and not matrices:
+        if training.optimizer.takes_matrices and not matrices:
             raise ConfigError(
-                f"{section}.optimizer: kind muon updates matrices, and the blocks of {network.preset} have none: "
+                f"{section}.optimizer: kind {training.optimizer.kind} updates matrices, and the blocks of {network.preset} have none: "
                 "choose adamw"
             )
         optimizer = NetworkOptimizer(named, training.optimizer, training.lr_schedule, updates, matrices, dtype)

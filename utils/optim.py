@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from utils.distributed import full, local
-from utils.muon import Muon
+from utils.distributed import full
+from utils.fields import check_modes
+from utils.found import classes_in
+from utils.variants import check_kind
 
 
-class OptimizerKind(StrEnum):
-    adamw = "adamw"
-    muon = "muon"  # for the blocks' matrices, with AdamW for the rest
+Params = Sequence[nn.Parameter]
 
 
 class LRScheduleKind(StrEnum):
@@ -29,41 +31,57 @@ class LRScheduleKind(StrEnum):
 class OptimizerConfig:
     """What updates a network's weights, and how gradients are clipped before.
 
+    A kind of optimizer is one file in utils/optimizers/, a class derived from this one. Nothing else names it: `variants`
+    finds it by its file, and `kind` in a YAML chooses it. docs/extending.md adds one.
+
     kind: the optimizer.
-    lr: AdamW's peak learning rate.
-    betas: AdamW's decay of the first and the second moment; a first of 0 keeps no first moment in memory.
-    eps: AdamW's addend to the root of the second moment.
-    weight_decay: AdamW's decoupled weight decay.
-    muon_lr: Muon's peak learning rate (Jordan et al. 2024).
-    momentum: Muon's momentum.
-    muon_weight_decay: Muon's decoupled weight decay.
+    lr: its peak learning rate.
     clip_norm: gradients are scaled down to this global norm, null for none; not together with clip_value.
     clip_value: gradients are clipped to this by element, null for none; not together with clip_norm.
     """
 
-    kind: OptimizerKind = OptimizerKind.adamw
+    # whether it updates matrices as a whole, and is nothing for a network that has none
+    takes_matrices: ClassVar[bool] = False
+
+    kind: str = "adamw"
     lr: float = 2e-6
-    betas: list[float] = field(default_factory=lambda: [0.0, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    muon_lr: float = 0.02
-    momentum: float = 0.95
-    muon_weight_decay: float = 0.0
     clip_norm: float | None = 10.0
     clip_value: float | None = None
 
+    @classmethod
+    def variants(cls) -> Mapping[str, type[OptimizerConfig]]:
+        """The config of each kind."""
+        return optimizers()
+
     def __post_init__(self) -> None:
-        if self.kind not in list(OptimizerKind):
-            raise ValueError(f"kind '{self.kind}' is unknown: choose {', '.join(OptimizerKind)}")
-        if self.lr <= 0 or self.muon_lr <= 0:
-            raise ValueError(f"lr and muon_lr must be positive, got lr {self.lr} and muon_lr {self.muon_lr}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        check_kind(self)
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
         if self.clip_norm is not None and self.clip_value is not None:
             raise ValueError("clip_norm and clip_value are both set: set one of them to null")
         for name, clip in (("clip_norm", self.clip_norm), ("clip_value", self.clip_value)):
             if clip is not None and clip <= 0:
                 raise ValueError(f"{name} must be positive, or null for none, got {clip}")
+
+    def make(self, params: Params, matrices: Params, precision: torch.dtype) -> dict[str, torch.optim.Optimizer]:
+        """What updates a network, by the names under which checkpoints keep its state.
+
+        params: all that is not in `matrices`.
+        matrices: what an optimizer that takes matrices may update as a whole; empty for others.
+        precision: of products of matrices.
+        """
+        raise NotImplementedError
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Of each optimizer that `make` may give, by its name: "lr", its peak rate, and what else the config says."""
+        raise NotImplementedError
+
+
+@functools.cache
+def optimizers() -> Mapping[str, type[OptimizerConfig]]:
+    """The configs of all optimizers by kind, AdamW first, for it is the default."""
+    found = sorted(classes_in("utils.optimizers", OptimizerConfig), key=lambda config: config.kind != "adamw")
+    return {config.kind: config for config in found}
 
 
 @dataclass
@@ -82,8 +100,7 @@ class LRScheduleConfig:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in list(LRScheduleKind):
-            raise ValueError(f"kind '{self.kind}' is unknown: choose {', '.join(LRScheduleKind)}")
+        check_modes(self)
         if self.warmup_steps < 0 or not 0 <= self.decay_start < 1 or not 0 <= self.floor <= 1:
             raise ValueError(
                 f"warmup_steps must be >= 0, decay_start in [0, 1), floor in [0, 1], got {self.warmup_steps}, "
@@ -105,47 +122,8 @@ class LRScheduleConfig:
 class TrainedConfig:
     """How one trained network is updated."""
 
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig.variants()["adamw"]())
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
-
-
-class MomentumFreeAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101, algorithm 2) at beta1 = 0, as distribution matching is run: the same update, bit for
-    bit, without the first moment, which is the gradient itself. One fp32 state a parameter instead of two."""
-
-    def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, beta2: float, eps: float, weight_decay: float
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": (0.0, beta2), "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            lr, (_, beta2) = group["lr"], group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"], state["exp_avg_sq"] = torch.tensor(0.0), torch.zeros_like(p)
-                state["step"] += 1
-                # all of it is by element: of a sharded parameter each rank updates its own part
-                weight, gradient, square = local(p), local(p.grad), local(state["exp_avg_sq"])
-                square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                correction = (1 - beta2 ** state["step"].item()) ** 0.5
-                weight.mul_(1 - lr * group["weight_decay"])
-                weight.addcdiv_(gradient, (square.sqrt() / correction).add_(group["eps"]), value=-lr)
-
-
-def adamw(params: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW as configured; without first moments where beta1 = 0 makes them superfluous."""
-    beta1, beta2 = config.betas
-    if beta1 == 0:
-        return MomentumFreeAdamW(params, config.lr, beta2, config.eps, config.weight_decay)
-    return torch.optim.AdamW(
-        params, lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay
-    )
 
 
 def trainable(net: nn.Module) -> dict[str, nn.Parameter]:
@@ -156,8 +134,9 @@ def trainable(net: nn.Module) -> dict[str, nn.Parameter]:
 class NetworkOptimizer:
     """All that updates one network: its optimizers, its schedule, its clipping.
 
-    named: what it updates, by the names under which it is kept. matrices: names of those that Muon may take; the others
-    are AdamW's. precision: of Muon's products (fp32: None).
+    named: what it updates, by the names under which it is kept.
+    matrices: names of those that an optimizer may update as a whole.
+    precision: of products of matrices (fp32: None).
     """
 
     def __init__(
@@ -171,18 +150,10 @@ class NetworkOptimizer:
     ) -> None:
         self.config, self.schedule, self.total = config, schedule, total_updates
         self.named = dict(named)
-        hidden = set(matrices) if config.kind == OptimizerKind.muon else set()
-        rest = [p for name, p in self.named.items() if name not in hidden]
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(rest, config)}
-        if hidden:
-            self.optimizers["muon"] = Muon(
-                [p for name, p in self.named.items() if name in hidden],
-                lr=config.muon_lr,
-                momentum=config.momentum,
-                weight_decay=config.muon_weight_decay,
-                precision=precision or torch.float32,
-            )
-        self.peak = {"adamw": config.lr, "muon": config.muon_lr}
+        whole = set(matrices) if config.takes_matrices else set()
+        inside = [p for name, p in self.named.items() if name in whole]
+        rest = [p for name, p in self.named.items() if name not in whole]
+        self.optimizers = config.make(rest, inside, precision or torch.float32)
         self.updates = 0
 
     @property
@@ -212,7 +183,7 @@ class NetworkOptimizer:
         return norm
 
     def step(self) -> float:
-        """One update at the scheduled rate; returns the AdamW rate used."""
+        """One update; returns the scheduled rate of the config's `lr`."""
         rate = self.set_rates()
         for optimizer in self.optimizers.values():
             optimizer.step()
@@ -220,24 +191,20 @@ class NetworkOptimizer:
         return rate
 
     def set_rates(self) -> float:
-        """Gives the optimizers the rates of the coming update; returns AdamW's."""
-        factor = self.schedule.factor(self.updates, self.total)
+        """Gives the optimizers the rates of the coming update; returns that of the config's `lr`."""
+        factor, options = self.schedule.factor(self.updates, self.total), self.config.options()
         for kind, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = self.peak[kind] * factor
-        return self.peak["adamw"] * factor
+                group["lr"] = options[kind]["lr"] * factor
+        return self.config.lr * factor
 
     def apply_config(self) -> None:
-        """Puts the config's betas, eps, decay and momentum back, after a checkpoint brought its own: as with the rate,
+        """Puts what the config says of the optimizers back, after a checkpoint brought its own: as with the rate,
         what the config says holds."""
-        c = self.config
-        options: dict[str, dict[str, object]] = {
-            "adamw": {"betas": (c.betas[0], c.betas[1]), "eps": c.eps, "weight_decay": c.weight_decay},
-            "muon": {"momentum": c.momentum, "weight_decay": c.muon_weight_decay},
-        }
+        options = self.config.options()
         for kind, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group.update(options[kind])
+                group.update({key: value for key, value in options[kind].items() if key != "lr"})
 
     def zero_grad(self) -> None:
         for p in self.parameters:

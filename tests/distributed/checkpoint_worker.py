@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils import checkpoint, distributed, shards
 from utils.errors import UserError
-from utils.optim import MomentumFreeAdamW
+from utils.optimizers.adamw import MomentumFreeAdamW
 from utils.optim_state import flatten_optimizer, restore_optimizer
 
 Everything = dict[str, dict[str, Tensor]]

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from utils.agreement import FiniteCheck
-from utils.optim import LRScheduleConfig, NetworkOptimizer, OptimizerConfig, trainable
+from utils.optim import LRScheduleConfig, NetworkOptimizer, trainable
+from utils.optimizers.adamw import AdamWConfig
 
 
 def net(gradient_of_second: float) -> nn.Sequential:
@@ -23,7 +24,7 @@ def net(gradient_of_second: float) -> nn.Sequential:
 
 
 def checked(layers: nn.Module, losses: dict[str, float], **clip: float | None) -> str | None:
-    optimizer = NetworkOptimizer(trainable(layers), OptimizerConfig(**clip), LRScheduleConfig(), 10)  # type: ignore[arg-type]
+    optimizer = NetworkOptimizer(trainable(layers), AdamWConfig(**clip), LRScheduleConfig(), 10)  # type: ignore[arg-type]
     check = FiniteCheck(losses, optimizer.named)
     return check.agree(float(optimizer.clip()))
 

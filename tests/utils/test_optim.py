@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.muon import Muon
-from utils.optim import LRScheduleConfig, MomentumFreeAdamW, NetworkOptimizer, OptimizerConfig, trainable
+from utils.optim import LRScheduleConfig, NetworkOptimizer, trainable
+from utils.optimizers.adamw import AdamWConfig, MomentumFreeAdamW
+from utils.optimizers.muon import Muon, MuonConfig
 
 
 def linear() -> nn.Linear:
@@ -41,7 +42,7 @@ def test_first_adamw_update_has_its_closed_form() -> None:
     """With beta1 = 0 the step is -lr sign(g) (eps aside), after decoupled decay."""
     net = linear()
     optimizer = NetworkOptimizer(
-        trainable(net), OptimizerConfig(lr=0.1, weight_decay=0.5, clip_norm=None), LRScheduleConfig(), 10
+        trainable(net), AdamWConfig(lr=0.1, weight_decay=0.5, clip_norm=None), LRScheduleConfig(), 10
     )
     net.weight.grad = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])
     net.bias.grad = torch.ones(2)
@@ -71,9 +72,9 @@ def test_adamw_without_first_moments_is_adamw_at_beta1_zero_bit_for_bit() -> Non
 def test_clipping_by_norm_and_by_value() -> None:
     gradient = torch.tensor([[3.0, 0.0, 0.0], [0.0, -4.0, 0.0]])
     for config, expected in (
-        (OptimizerConfig(clip_norm=1.0), gradient / 5),
-        (OptimizerConfig(clip_norm=9.0), gradient),
-        (OptimizerConfig(clip_norm=None, clip_value=2.0), gradient.clamp(-2, 2)),
+        (AdamWConfig(clip_norm=1.0), gradient / 5),
+        (AdamWConfig(clip_norm=9.0), gradient),
+        (AdamWConfig(clip_norm=None, clip_value=2.0), gradient.clamp(-2, 2)),
     ):
         net = linear()
         net.weight.grad, net.bias.grad = gradient.clone(), torch.zeros(2)
@@ -85,7 +86,7 @@ def test_clipping_by_norm_and_by_value() -> None:
 def test_defect_10_clipping_never_turns_itself_off() -> None:
     """A non-finite norm is reported as one, and the next finite gradient is clipped as ever."""
     net = linear()
-    optimizer = NetworkOptimizer(trainable(net), OptimizerConfig(clip_norm=1.0), LRScheduleConfig(), 1)
+    optimizer = NetworkOptimizer(trainable(net), AdamWConfig(clip_norm=1.0), LRScheduleConfig(), 1)
     net.weight.grad, net.bias.grad = torch.full((2, 3), float("inf")), torch.zeros(2)
     assert not math.isfinite(optimizer.clip())
     net.weight.grad = torch.full((2, 3), 100.0)
@@ -95,7 +96,7 @@ def test_defect_10_clipping_never_turns_itself_off() -> None:
 
 def test_muon_takes_the_hidden_matrices_and_orthogonalises_their_update() -> None:
     net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8))
-    config = OptimizerConfig("muon", lr=1e-3, muon_lr=0.1, momentum=0.0, clip_norm=None)
+    config = MuonConfig(lr=1e-3, muon_lr=0.1, momentum=0.0, clip_norm=None)
     optimizer = NetworkOptimizer(trainable(net), config, LRScheduleConfig(), 1, matrices=["0.weight"])
     assert set(optimizer.names_of("muon")) == {"0.weight"}
     assert set(optimizer.names_of("adamw")) == {"1.weight", "1.bias"}
@@ -130,4 +131,4 @@ def test_muon_is_torchs(shape: tuple[int, int]) -> None:
 
 def test_a_loss_that_reaches_no_parameter_is_an_error() -> None:
     with pytest.raises(ValueError, match="no parameter has a gradient"):
-        NetworkOptimizer(trainable(linear()), OptimizerConfig(), LRScheduleConfig(), 1).clip()
+        NetworkOptimizer(trainable(linear()), AdamWConfig(), LRScheduleConfig(), 1).clip()

@@ -1,8 +1,10 @@
-"""Muon for whole and for sharded matrices."""
+"""Muon (Jordan et al. 2024) for whole and for sharded matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -11,10 +13,44 @@ from torch.distributed.tensor import DTensor
 
 from utils import distributed
 from utils.distributed import full, like, local
+from utils.optim import Params
+from utils.optimizers.adamw import AdamWConfig, adamw
 
 # a x + b x^3 + c x^5, five times over, takes every singular value from (0, 1] near 1 (Jordan et al. 2024)
 COEFFICIENTS, STEPS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
 AT_ONCE = 8  # whole matrices in memory at a time, at most
+
+
+@dataclass
+class MuonConfig(AdamWConfig):
+    """Muon for the blocks' matrices, and AdamW, whose `lr` is, for the rest.
+
+    muon_lr: Muon's peak learning rate (Jordan et al. 2024).
+    momentum: Muon's momentum.
+    muon_weight_decay: Muon's decoupled weight decay.
+    """
+
+    takes_matrices: ClassVar[bool] = True
+
+    kind: str = "muon"
+    muon_lr: float = 0.02
+    momentum: float = 0.95
+    muon_weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.muon_lr <= 0:
+            raise ValueError(f"muon_lr must be positive, got {self.muon_lr}")
+
+    def make(self, params: Params, matrices: Params, precision: torch.dtype) -> dict[str, torch.optim.Optimizer]:
+        made: dict[str, torch.optim.Optimizer] = {"adamw": adamw(params, self)}
+        if matrices:
+            made["muon"] = Muon(matrices, self.muon_lr, self.momentum, self.muon_weight_decay, precision)
+        return made
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        muon = {"lr": self.muon_lr, "momentum": self.momentum, "weight_decay": self.muon_weight_decay}
+        return {**super().options(), "muon": muon}
 
 
 class Muon(torch.optim.Muon):
