@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from configs.images import check_first_frames
+from configs.rollout import SelfForcingConfig
 from configs.schema import RunConfig
-from configs.sections import RolloutKind, TrainerKind, UpdateSchedule
+from configs.sections import TrainerKind, UpdateSchedule
 from configs.sizes import check_sizes
 from model.attention.backends import Backend
 from model.attention.checkpointing import Checkpointing
@@ -15,6 +16,7 @@ from model.gan_config import Features, Heads
 from model.objective import Role, objectives
 from pipeline.self_forcing_training import rollout_lengths
 from utils.optim import OptimizerConfig
+from utils.parallel.mesh import EngineKind
 from utils.variants import check_kinds
 
 
@@ -47,7 +49,7 @@ def check_run(config: RunConfig) -> None:
     check_first_frames(config, real=needs is not None)
     check_sizes(config)
     _check_adapters(config)
-    if config.parallel.engine == "deepspeed":
+    if config.parallel.engine is EngineKind.deepspeed:
         _check_deepspeed(config)
 
 
@@ -98,7 +100,7 @@ def _check_adapters(config: RunConfig) -> None:
     if config.trainer is not TrainerKind.score_distillation and config.critic is not None and config.critic.lora:
         raise ValueError(f"critic.lora: trainer {config.trainer.value} has no critic: set it null")
     trained = {name: net for name, net in (("student", config.student), ("critic", config.critic)) if net and net.lora}
-    if trained and config.parallel.engine == "deepspeed":
+    if trained and config.parallel.engine is EngineKind.deepspeed:
         raise ValueError(f"{next(iter(trained))}.lora is not for engine deepspeed: choose fsdp2")
     has_teacher = config.trainer is not TrainerKind.diffusion and config.ode.path is None
     if config.teacher is None or not has_teacher:
@@ -122,28 +124,22 @@ def _check_distillation(config: RunConfig) -> None:
     _check_roles(config)
     rollout, schedule = config.rollout, config.schedule
     by_exit = schedule.ts_schedule or schedule.ts_schedule_max
-    if by_exit and not rollout.same_step_across_blocks and not rollout.last_step_only:
+    self_forcing = rollout if isinstance(rollout, SelfForcingConfig) else None
+    if by_exit and self_forcing and not self_forcing.same_step_across_blocks and not self_forcing.last_step_only:
         raise ValueError(
             "schedule.ts_schedule needs one exit step for all blocks: set rollout.same_step_across_blocks to true"
         )
-    if rollout.kind.by_block and (by_exit or rollout.last_step_only):
+    if by_exit and rollout.by_block:
         raise ValueError(
-            f"rollout.kind {rollout.kind.value} has no exit step: set schedule.ts_schedule, ts_schedule_max and "
-            "rollout.last_step_only to false"
+            f"rollout.kind {rollout.kind} has no exit step: set schedule.ts_schedule and ts_schedule_max to false"
         )
     if schedule.ts_schedule_max and schedule.min_score_timestep / 1000 >= min(schedule.sigmas()):
         raise ValueError(
             f"schedule.min_score_timestep {schedule.min_score_timestep} is above the last step's level, which "
             "schedule.ts_schedule_max takes as the upper bound: lower it"
         )
-    if rollout.num_training_frames is not None:
-        if rollout.kind is not RolloutKind.self_forcing:
-            raise ValueError(
-                f"rollout.num_training_frames needs kind self_forcing, not {rollout.kind.value}: set it null"
-            )
-        rollout_lengths(config.data.frames, rollout.num_training_frames, config.causal.num_frame_per_block)
-    if rollout.self_gradient and rollout.kind is not RolloutKind.self_forcing:
-        raise ValueError(f"rollout.self_gradient needs kind self_forcing, not {rollout.kind.value}: set it to false")
+    if self_forcing and self_forcing.num_training_frames is not None:
+        rollout_lengths(config.data.frames, self_forcing.num_training_frames, config.causal.num_frame_per_block)
     if rollout.reuse_rollout and config.training.update_schedule is UpdateSchedule.alternating:
         raise ValueError(
             "rollout.reuse_rollout needs iterations that train both networks: set training.update_schedule to joint"
@@ -169,7 +165,7 @@ def _check_roles(config: RunConfig) -> None:
             raise ValueError(f"{name} is null, but objective.kind {kind} needs it: give it a preset and an init")
         if not is_needed and getattr(config, name) is not None:
             raise ValueError(f"{name} is not used by objective.kind {kind} on these features: set it to null")
-    if objective.reward is not None and (config.rollout.kind.from_data or config.data.images is not None):
+    if objective.reward is not None and (config.rollout.from_data or config.data.images is not None):
         raise ValueError("objective.reward judges samples of prompts alone: choose another rollout.kind, or none")
     if objectives()[kind].in_interval and config.schedule.min_score_timestep <= 0:
         raise ValueError(f"objective.kind {kind} needs schedule.min_score_timestep, where its interval starts")
@@ -178,7 +174,7 @@ def _check_roles(config: RunConfig) -> None:
             f"objective.gan.heads image judges single images, not videos of {config.data.frames} latent frames: "
             "choose video or register"
         )
-    if config.parallel.engine == "deepspeed" and (objective.gan or objective.critic_keep is not None):
+    if config.parallel.engine is EngineKind.deepspeed and (objective.gan or objective.critic_keep is not None):
         raise ValueError("objective.gan and critic_keep are not for engine deepspeed: choose fsdp2")
 
 

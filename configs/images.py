@@ -22,9 +22,10 @@ def check_first_frames(config: RunConfig, *, real: bool) -> None:
     if not data.has_first_frame(takes, real=real):
         return
     if takes is FirstFrame.channels:
-        if config.rollout.num_training_frames not in (None, data.frames):
+        longest = config.rollout.longest(data.frames)
+        if longest != data.frames:
             raise ValueError(
-                f"rollout.num_training_frames {config.rollout.num_training_frames}: the channels of an i2v network "
+                f"rollout.num_training_frames {longest}: the channels of an i2v network "
                 f"describe {data.frames} frames: set it null"
             )
         return
@@ -48,7 +49,7 @@ def check_images(config: RunConfig, *, real: bool) -> None:
     geometry = config.student.geometry()
     if not data.has_first_frame(geometry.first_frame, real=real):
         return
-    made = config.trainer.value in ("score_distillation", "ode") and not config.rollout.kind.from_data
+    made = config.trainer.value in ("score_distillation", "ode") and not config.rollout.from_data
     if (real and not made) or stored or data.images is not None or data.kind == "synthetic":
         return
     if data.kind == "wan":

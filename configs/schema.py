@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from configs.rollout import RolloutConfig
 from configs.sections import (
     CheckpointConfig,
     ConsistencyConfig,
@@ -16,7 +17,6 @@ from configs.sections import (
     GuardConfig,
     LoggingConfig,
     ODEConfig,
-    RolloutConfig,
     TrainerKind,
     TrainingConfig,
     ValidationConfig,
@@ -54,7 +54,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     causal: CausalConfig = field(default_factory=CausalConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig.variants()["self_forcing"]())
     objective: ObjectiveConfig = field(default_factory=lambda: ObjectiveConfig.variants()["dmd"]())
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     ode: ODEConfig = field(default_factory=ODEConfig)
@@ -75,7 +75,7 @@ class RunConfig:
         """Whether the trained network generates block by block."""
         match self.trainer:
             case TrainerKind.score_distillation:
-                return self.rollout.kind.causal
+                return self.rollout.causal
             case TrainerKind.diffusion:
                 return self.diffusion.mode is not DiffusionMode.bidirectional
             case TrainerKind.ode | TrainerKind.consistency:
@@ -90,8 +90,8 @@ class RunConfig:
         """The part of the config that needs real videos, in words; None if no part does."""
         if self.trainer in (TrainerKind.diffusion, TrainerKind.consistency):
             return f"trainer {self.trainer.value}"
-        if self.trainer is TrainerKind.score_distillation and self.rollout.kind.from_data:
-            return f"rollout.kind {self.rollout.kind.value}"
+        if self.trainer is TrainerKind.score_distillation and self.rollout.from_data:
+            return f"rollout.kind {self.rollout.kind}"
         if self.trainer is TrainerKind.score_distillation and self.objective.gan is not None:
             return "objective.gan"
         return None

@@ -9,7 +9,7 @@ from configs.video_size import VideoSize, check_values
 from model.codec import ClipConfig, VAEConfig
 from model.family import FirstFrame
 from model.text_encoder import TextConfig
-from utils.limits import BATCH, FRAMES, check_counts
+from utils.limits import BATCH, check_counts
 from worlds.digits import DigitsConfig
 from worlds.glyphs import GLYPH
 from worlds.synthetic import SyntheticConfig
@@ -23,28 +23,6 @@ class TrainerKind(Enum):
     diffusion = "diffusion"  # a teacher, or a causal initialisation, by flow matching
     ode = "ode"  # a causal initialisation by regression on a teacher's trajectories
     consistency = "consistency"  # the same from a causal teacher's single steps, without trajectories
-
-
-class RolloutKind(Enum):
-    self_forcing = "self_forcing"  # causal, block by block over the KV cache
-    backward_simulation = "backward_simulation"  # bidirectional, from noise
-    noised_data = "noised_data"  # bidirectional, from real data
-    diffusion_forcing = "diffusion_forcing"  # causal, from real data (CausVid)
-    teacher_forcing = "teacher_forcing"  # the same, noisy blocks looking back at clean ones
-
-    @property
-    def from_data(self) -> bool:
-        """Whether its inputs are real videos."""
-        return self not in (RolloutKind.self_forcing, RolloutKind.backward_simulation)
-
-    @property
-    def causal(self) -> bool:
-        return self in (RolloutKind.self_forcing, RolloutKind.diffusion_forcing, RolloutKind.teacher_forcing)
-
-    @property
-    def by_block(self) -> bool:
-        """Whether each block has a noise level of its own, and there is no exit step."""
-        return self in (RolloutKind.diffusion_forcing, RolloutKind.teacher_forcing)
 
 
 class DiffusionMode(Enum):
@@ -142,32 +120,6 @@ class DataConfig:
             "synthetic": (self.synthetic.frames, self.synthetic.height, self.synthetic.width),
             "wan": (self.wan.frames, self.wan.height, self.wan.width),
         }[self.kind]
-
-
-@dataclass
-class RolloutConfig:
-    """Where the student's samples come from.
-
-    same_step_across_blocks: one exit step for all blocks, else one a block.
-    last_step_only: always leave at the last step instead of a uniform draw over all steps.
-    num_training_frames: latent frames of the longest rollout, null for the data's own; lengths are drawn in whole
-        blocks and the last `data` frames are judged.
-    self_gradient: later blocks' losses reach the keys and values that they looked back at (self-gradient forcing), for
-    one more pass over the finished blocks and the exit steps' inputs.
-    reuse_rollout: in iterations that train both networks the critic learns from the generator's sample (made before
-    its update, for the same prompts) instead of making its own: the critic then sees the student of one update ago and
-    the batch that the student was just judged on, and an iteration costs one rollout less.
-    """
-
-    kind: RolloutKind = RolloutKind.self_forcing
-    same_step_across_blocks: bool = True
-    last_step_only: bool = False
-    num_training_frames: int | None = None
-    self_gradient: bool = False
-    reuse_rollout: bool = False
-
-    def __post_init__(self) -> None:
-        check_counts(self, {"num_training_frames": FRAMES})
 
 
 @dataclass

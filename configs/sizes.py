@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from configs.rollout import SelfForcingConfig
 from configs.video_size import Size
 from model.family import FirstFrame
 from model.schedule import TIMESTEPS, ScheduleConfig
@@ -57,7 +58,8 @@ def check_sizes(config: RunConfig) -> None:
     if config.trainer.value == "ode":
         raise ValueError("training.sizes: trainer ode learns from trajectories of the data's own size: set it to null")
     takes_image = config.student.geometry().first_frame is FirstFrame.channels
-    if takes_image and config.rollout.num_training_frames is not None:
+    rollout = config.rollout
+    if takes_image and isinstance(rollout, SelfForcingConfig) and rollout.num_training_frames is not None:
         raise ValueError(
             "rollout.num_training_frames: with training.sizes the channels of an i2v network describe each size's own "
             "frames: set it to null"
@@ -84,9 +86,8 @@ def _check_size(config: RunConfig, size: Size) -> None:
             raise ValueError(f"its frames and causal.num_frame_per_block disagree: {problem}") from None
     if config.trainer.value != "score_distillation":
         return
-    longest = config.rollout.num_training_frames
-    if longest is not None:
-        rollout_lengths(frames, longest, config.causal.num_frame_per_block)
+    if config.rollout.longest(frames) != frames:
+        rollout_lengths(frames, config.rollout.longest(frames), config.causal.num_frame_per_block)
     schedule, scaled = config.schedule, schedule_at(config, (frames, 0, height, width))
     if _within_bounds(schedule) and not _within_bounds(scaled):
         raise ValueError(

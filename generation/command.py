@@ -16,7 +16,7 @@ from generation.footage import FootageArgs, footage_args
 from generation.generator import Generator
 from generation.pretrained import Model, load_model
 from generation.sampling import Sampling, StudentChoice
-from model.network import LoraWeights
+from model.network import Expert, LoraWeights
 from pipeline.bidirectional_inference import Solver
 from utils.cli import Parser
 from utils.data.prompts import load_prompts
@@ -250,6 +250,6 @@ def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
     student = StudentChoice(args.weights, args.loras, args.lora_scale)
     if args.low_run is None:
         return Generator.load(args.source, device, student=student, **options)
-    high = Generator.load(args.source, device, student=replace(student, expert="high"), **options)
-    other = replace(student, loras=args.low_loras, expert="low")
+    high = Generator.load(args.source, device, student=replace(student, expert=Expert.high), **options)
+    other = replace(student, loras=args.low_loras, expert=Expert.low)
     return high.with_low(Generator.load(args.low_run, device, student=other, **options))

@@ -24,7 +24,7 @@ from model.attention.checkpointing import Checkpointing
 from model.attention.kv_cache import KVCache
 from model.experts import Experts
 from model.family import FirstFrame
-from model.network import NetworkConfig
+from model.network import InitWeights, NetworkConfig
 from model.schedule import step_sigmas
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
@@ -37,6 +37,7 @@ from tasks.task import Task
 from trainer.run_networks import build_for_inference, compute_dtype
 from utils import checkpoint
 from utils.errors import UserError
+from utils.fields import member_of
 from utils.random import Noise
 
 
@@ -122,7 +123,7 @@ class Generator:
         network: NetworkConfig = replace(
             config.student,
             init=str(folder),
-            init_weights=student.weights,
+            init_weights=member_of(InitWeights, student.weights, "weights"),
             init_lora_scale=student.lora_scale,
             expert=student.expert,
             loras=list(student.loras),
@@ -269,7 +270,7 @@ class Generator:
     @property
     def trained_frames(self) -> int:
         """Latent frames of the longest video that this network was trained on."""
-        return self.config.rollout.num_training_frames or self.task.latent_shape[0]
+        return self.config.rollout.longest(self.task.latent_shape[0])
 
     def _open(
         self,

@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 from configs.checks import check_run
+from configs.rollout import BackwardSimulationConfig
 from configs.schema import RunConfig
-from configs.sections import DataConfig, Precision, RolloutConfig, RolloutKind, TrainingConfig, ValidationConfig
+from configs.sections import DataConfig, Precision, TrainingConfig, ValidationConfig
 from generation.acceleration import UNCHANGED, Acceleration
 from generation.generator import Generator
 from generation.sampling import Sampler
 from model.codec import ClipConfig, VAEConfig
 from model.experts import Experts
 from model.folders import pipeline_folder
-from model.network import LoraWeights, network_of
+from model.network import Expert, LoraWeights, network_of
 from model.schedule import ScheduleConfig
 from model.score import ScoreNet
 from model.text_encoder import TextConfig
@@ -29,6 +30,7 @@ from pipeline.bidirectional_inference import Solver
 from tasks.encoded import EncodedTask
 from trainer.run_networks import build_for_inference, compute_dtype
 from utils.errors import UserError
+from utils.precision import Dtype
 
 PARTS = (
     "model_index.json", "transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler",
@@ -97,7 +99,7 @@ def load_model(
     net: nn.Module = build_for_inference(config.student, "model", device, dtype)
     low = None
     if boundary is not None:
-        other = replace(config.student, expert="low", loras=list(low_loras))
+        other = replace(config.student, expert=Expert.low, loras=list(low_loras))
         net = Experts(net, build_for_inference(other, "model", device, dtype), boundary)
         low = EXPERTS_GUIDANCE.get(geometry.model_type, (GUIDANCE, GUIDANCE))[1]
     score = ScoreNet(
@@ -114,21 +116,21 @@ def load_model(
 
 def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu: bool) -> RunConfig:
     """The model, or its high-noise expert, as the student of a run that never trains. Raises ValueError in one line."""
-    expert = "high" if has_experts else None
+    expert = Expert.high if has_experts else None
     network = network_of(folder, expert)
     geometry = network.geometry()
     spatial = network.codecs.spatial(str(folder))
     side = spatial * geometry.patch_size[1]
     if model.height % side or model.width % side:
         raise ValueError(f"--size {model.height}x{model.width}: give multiples of {side}")
-    dtype = "fp32" if on_cpu else "bf16"
+    dtype = Dtype.fp32 if on_cpu else Dtype.bf16
     guidance = EXPERTS_GUIDANCE.get(geometry.model_type, (GUIDANCE,))[0] if has_experts else GUIDANCE
     config = RunConfig(
         name=folder.name,
         student=network,
         teacher=network,
         critic=network,  # neither is built
-        rollout=RolloutConfig(kind=RolloutKind.backward_simulation),
+        rollout=BackwardSimulationConfig(),
         schedule=ScheduleConfig(timestep_shift=shift_of(folder) if model.shift is None else model.shift),
         training=TrainingConfig(precision=Precision(dtype)),
         validation=ValidationConfig(steps=STEPS, guidance=guidance),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.network import LoraWeights
+from model.network import Expert, LoraWeights
 from pipeline.bidirectional_inference import Solver
 
 
@@ -62,10 +62,10 @@ class StudentChoice:
     weights: 'ema', their average, or 'raw'.
     loras: LoRA files that are added to the weights.
     lora_scale: the factor of the run's own adapter.
-    expert: 'high' or 'low', of two that go together.
+    expert: which of two that go together.
     """
 
     weights: str = "ema"
     loras: tuple[LoraWeights, ...] = ()
     lora_scale: float = 1.0
-    expert: str | None = None
+    expert: Expert | None = None

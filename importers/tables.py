@@ -284,6 +284,8 @@ def fastvideo_inputs(recipe: Recipe) -> None:
     """What the student starts from: its own samples, or noised videos where it is not told to simulate them."""
     causal, simulated = recipe.values.pop("self_forcing", False), recipe.values.pop("simulated", False)
     stored = recipe.values.pop("stored", None)
+    if not causal:
+        recipe.values["rollout"].pop("same_step_across_blocks", None)  # all frames are one block
     if causal or simulated or stored is None:
         recipe.set("rollout.kind", "self_forcing" if causal else "backward_simulation")
     else:

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from utils.fields import check_modes
 from utils.limits import check_video
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from utils.precision import Dtype
 
 
 @dataclass
@@ -22,17 +22,16 @@ class VAEConfig:
     """path: an AutoencoderKLWan: its folder, a pipeline's with a folder `vae`, or a Hub name.
 
     tiny_decoder: taehv's file for Wan (taew2_1.pth), which decodes instead, faster and coarser; None for none.
-    dtype: 'bf16' or 'fp32', in which it computes. tiled: decode in overlapping tiles of 256 pixels, for less memory.
+    dtype: in which it computes. tiled: decode in overlapping tiles of 256 pixels, for less memory.
     """
 
     path: str | None = None
     tiny_decoder: str | None = None
-    dtype: str = "bf16"
+    dtype: Dtype = Dtype.bf16
     tiled: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype '{self.dtype}' is unknown: choose {' or '.join(DTYPES)}")
+        check_modes(self)
         if self.tiled and self.tiny_decoder:
             raise ValueError("tiled is for the VAE's own decoder: set it to false, or tiny_decoder to null")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -12,6 +13,7 @@ from model.attention.sparse import SparseConfig
 from model.codec import Codecs
 from model.family import Family, FirstFrame, Geometry, families, family_of
 from model.path import Path
+from utils.fields import check_modes
 
 
 @dataclass
@@ -24,6 +26,17 @@ class LoraWeights:
 
     path: str
     scale: float = 1.0
+
+
+class InitWeights(StrEnum):
+    ema = "ema"  # raw where it has none
+    raw = "raw"
+    critic = "critic"
+
+
+class Expert(StrEnum):
+    high = "high"  # for the high noise levels
+    low = "low"
 
 
 TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # all of a text-to-video block
@@ -67,9 +80,9 @@ class NetworkConfig:
     overrides: fields of the geometry that differ from the preset's.
     init: where its weights come from: a run or checkpoint folder of ours, a file or folder in Wan's, Diffusers' or
         Self-Forcing's format, a Hub repository (`owner/name`), null for random ones.
-    init_weights: which weights of what has several, 'ema' (raw where it has none), 'raw' or 'critic'.
+    init_weights: which weights of what has several.
     init_lora_scale: by how much the adapter of a run that init names counts.
-    expert: 'high' or 'low' (noise) of a model with two experts, null for one without.
+    expert: of a model that has two, null for one without.
     loras: LoRA files that are added to the weights as they are loaded.
     lora: an adapter to train while the weights are frozen; null trains the weights.
     sparse: sparse self-attention, null for dense.
@@ -80,9 +93,9 @@ class NetworkConfig:
     preset: str = "toy"
     overrides: dict[str, Any] = field(default_factory=dict)
     init: str | None = None
-    init_weights: str = "ema"
+    init_weights: InitWeights = InitWeights.ema
     init_lora_scale: float = 1.0
-    expert: str | None = None
+    expert: Expert | None = None
     loras: list[LoraWeights] = field(default_factory=list)
     lora: LoraConfig | None = None
     sparse: SparseConfig | None = None
@@ -91,12 +104,7 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         self.geometry()
-        if self.attention not in list(Backend):
-            raise ValueError(f"attention '{self.attention}' is unknown: choose {', '.join(Backend)}")
-        if self.init_weights not in ("ema", "raw", "critic"):
-            raise ValueError(f"init_weights '{self.init_weights}' is unknown: choose ema, raw or critic")
-        if self.expert not in (None, "high", "low"):
-            raise ValueError(f"expert '{self.expert}' is unknown: choose high or low (noise), or null")
+        check_modes(self)
         if self.loras and self.init is None:
             raise ValueError("loras are added to the weights of init, which is null: set it")
         if self.init_lora_scale != 1 and self.init is None:
@@ -134,7 +142,7 @@ class NetworkConfig:
         return self.family.geometry(self.preset, self.overrides)
 
 
-def network_of(path: str | FilePath, expert: str | None) -> NetworkConfig:
+def network_of(path: str | FilePath, expert: Expert | None) -> NetworkConfig:
     """The network that stored weights are of: a preset of their family, with their geometry over it.
 
     path, expert: as `Family.open_weights` takes them. Raises ValueError for weights of no family.

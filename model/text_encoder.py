@@ -9,6 +9,7 @@ import html
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,21 @@ import torch
 from torch import Tensor
 
 from model.folders import fingerprint, load_whole, loading, pipeline_folder, read_config
+from utils.fields import check_modes
+from utils.precision import Dtype
 
 _PAD, _EOS, _UNKNOWN = "<pad>", "</s>", "<unk>"
 _PARTS = ("text_encoder", "tokenizer")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-QUANTIZATIONS = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}  # torchao's names
+
+
+class Quantization(StrEnum):
+    int8 = "int8"
+    fp8 = "fp8"
+
+    @property
+    def torchao(self) -> str:
+        """The name of its config there."""
+        return {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig"}[self.value]
 
 
 @dataclass
@@ -29,25 +40,27 @@ class TextConfig:
 
     encoder: a UMT5EncoderModel and its tokenizer: a folder with text_encoder and tokenizer (a pipeline's), one folder
     of both, or a Hub name. cache: a folder of `preprocess.py text`; the encoder is loaded only where it must be.
-    dtype: 'bf16' or 'fp32', of the encoder. quantization: 'int8' or 'fp8' for its matrices (torchao), None for none.
+    dtype: of the encoder. quantization: of its matrices (torchao), null for none.
     """
 
     encoder: str | None = None
     cache: str | None = None
-    dtype: str = "bf16"
-    quantization: str | None = None
+    dtype: Dtype = Dtype.bf16
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype '{self.dtype}' is unknown: choose {' or '.join(DTYPES)}")
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise ValueError(f"quantization '{self.quantization}' is unknown: choose {' or '.join(QUANTIZATIONS)}")
+        check_modes(self)
 
     def identity(self) -> list[str | None]:
         """What the embeddings depend on: weights and tokenizer, precision, cleaning. Raises ValueError."""
         assert self.encoder is not None
         folders = sorted({str(folder) for folder in encoder_folders(self.encoder)})
-        return [*(fingerprint(folder) for folder in folders), self.dtype, self.quantization, cleaning()]
+        return [
+            *(fingerprint(folder) for folder in folders),
+            self.dtype.value,
+            self.quantization and self.quantization.value,
+            cleaning(),
+        ]
 
 
 class TextEncoder:
@@ -144,9 +157,9 @@ def encoder_folders(path: str | Path) -> tuple[Path, Path]:
 
 
 def load_text_encoder(
-    path: str | Path, text_len: int, *, dtype: torch.dtype = torch.bfloat16, quantization: str | None = None
+    path: str | Path, text_len: int, *, dtype: torch.dtype = torch.bfloat16, quantization: Quantization | None = None
 ) -> TextEncoder:
-    """Wan's UMT5 encoder: see TextConfig.encoder. quantization: 'int8' or 'fp8' for its matrices.
+    """Wan's UMT5 encoder: see TextConfig.encoder. quantization: of its matrices.
 
     Raises ValueError, one line, if a part is missing or no UMT5EncoderModel, or torchao is not installed.
     """
@@ -163,14 +176,14 @@ def load_text_encoder(
     return TextEncoder(encoder, tokenizer, text_len)
 
 
-def _quantizer(kind: str) -> Callable[[torch.nn.Module], None]:
+def _quantizer(kind: Quantization) -> Callable[[torch.nn.Module], None]:
     try:
         from torchao import quantization
     except ImportError:
         raise ValueError(
             f"text encoder: quantization {kind} needs torchao: install it (pip install torchao), or set it to null"
         ) from None
-    config = getattr(quantization, QUANTIZATIONS[kind])()
+    config = getattr(quantization, kind.torchao)()
     return functools.partial(quantization.quantize_, config=config)
 
 

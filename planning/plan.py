@@ -181,8 +181,7 @@ def added(a: Cost, b: Cost) -> Cost:
 
 def mean_exit(config: RunConfig) -> float:
     """Of rollouts: the last step, or any of them with the same probability."""
-    last = len(config.schedule.sigmas()) - 1
-    return last if config.rollout.last_step_only else last / 2
+    return config.rollout.mean_step(len(config.schedule.sigmas()))
 
 
 def update_cost(record: Record, first: int, update: str, exit_step: float) -> Cost:

@@ -24,11 +24,13 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
+from configs.rollout import ExitStepConfig
 from configs.schema import RunConfig
 from configs.sections import TrainerKind
 from configs.sizes import largest
 from model.attention.backends import Backend
 from model.attention.kv_cache import KVCache
+from model.attention.vsa.attention import SparseBackend
 from model.attention.vsa.counting import kernels_counted_by
 from model.discriminator import tapped_blocks
 from model.network import NetworkConfig
@@ -40,7 +42,7 @@ from trainer.micro_batch import MicroBatch
 from trainer.networks import Trained
 from trainer.observer import TrainerObserver
 from utils.errors import UserError
-from utils.parallel.mesh import build_mesh
+from utils.parallel.mesh import EngineKind, build_mesh
 from utils.random import Noise
 
 ALLOCATION = 512  # bytes: the CUDA allocator's unit
@@ -95,14 +97,14 @@ def stripped(config: RunConfig) -> RunConfig:
         raise UserError(
             f"--plan does not cover trainer {config.trainer.value}: plan its student with trainer diffusion"
         )
-    if config.parallel.engine != "fsdp2":
+    if config.parallel.engine is not EngineKind.fsdp2:
         raise UserError(f"--plan does not cover parallel.engine {config.parallel.engine}: plan it as fsdp2")
     config = copy.deepcopy(config)
     for network in networks_of(config).values():
         network.init = None
         network.attention = Backend.SDPA if network.attention in (Backend.FLASH, Backend.FLEX) else network.attention
         if network.sparse is not None:
-            network.sparse.backend = "triton"  # whose kernels are counted: see `run`
+            network.sparse.backend = SparseBackend.TRITON  # whose kernels are counted: see `run`
             network.sparse.sparsity = network.sparse.at(0)  # a ramp's first iterations are the most expensive ones
             network.sparse.ramp_step = None
     sizes, clip = config.data.synthetic, config.data.wan
@@ -114,7 +116,9 @@ def stripped(config: RunConfig) -> RunConfig:
         sizes.frames, _, sizes.height, sizes.width = build_task(config, torch.device("cpu")).latent_shape
     config.data.kind, config.training.sizes = "synthetic", None
     config.data.prompts = config.validation.prompts = config.validation.every = config.training.threads = None
-    config.rollout.last_step_only = config.parallel.compile = False
+    if isinstance(config.rollout, ExitStepConfig):
+        config.rollout.last_step_only = False
+    config.parallel.compile = False
     config.logging.tensorboard = config.logging.wandb = False
     config.objective.reward = None  # a number a sample; what makes it is the task's own, and looks at real samples
     config.watchdog.stuck_after_seconds = None

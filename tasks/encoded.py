@@ -18,7 +18,6 @@ from model.codec import Codec, Codecs, ImageEncoder, VAEConfig
 from model.family import FirstFrame, Geometry
 from model.network import NetworkConfig
 from model.objective import RewardConfig
-from model.text_encoder import DTYPES
 from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
 from tasks.first_frames import visual_reader
@@ -125,7 +124,7 @@ class EncodedTask:
                     "image_encoder is null: these networks see CLIP's tokens: give a pipeline's folder (inference.py: "
                     "--image_encoder)"
                 )
-            encoder = self.codecs.load_image_encoder(path, DTYPES[self.vae_config.dtype], self.device)
+            encoder = self.codecs.load_image_encoder(path, self.vae_config.dtype.torch, self.device)
             if encoder.width != width:
                 raise ValueError(f"image_encoder: {path} has width {encoder.width}, the networks take {width}")
             return encoder

@@ -12,12 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.codec import DTYPES, Codec, Codecs, ImageEncoder, VAEConfig
+from model.codec import Codec, Codecs, ImageEncoder, VAEConfig
 from model.family import Family, families
 from tasks.video_command import Encoders, video_command
 from utils import distributed
 from utils.data.tensors import Statistics
 from utils.errors import UserError
+from utils.precision import Dtype
 
 
 def side_tokens(family: Family) -> int:
@@ -40,7 +41,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", default=names[0], choices=names, help=f"of the networks ({names[0]})")
     parser.add_argument("--vae", required=True, help="an AutoencoderKLWan: its folder, a pipeline's, or a Hub name")
     parser.add_argument(
-        "--vae_dtype", "--vae-dtype", default="bf16", choices=tuple(DTYPES), help="it computes in (bf16)"
+        "--vae_dtype",
+        "--vae-dtype",
+        default="bf16",
+        choices=[dtype.value for dtype in Dtype],
+        help="it computes in (bf16)",
     )
     parser.add_argument("--i2v", action="store_true", help="store what i2v networks see of the first frame too")
     parser.add_argument(
@@ -62,7 +67,7 @@ def _encoders(args: argparse.Namespace) -> Encoders:
     try:
         clip = None
         if args.image_encoder is not None:
-            clip = codecs.load_image_encoder(args.image_encoder, DTYPES[args.vae_dtype], device)
+            clip = codecs.load_image_encoder(args.image_encoder, Dtype(args.vae_dtype).torch, device)
     except ValueError as problem:
         raise UserError(f"--image_encoder: {problem}") from None
     settings = {"vae": args.vae, "vae_dtype": args.vae_dtype}

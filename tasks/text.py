@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.codec import DTYPES
 from model.network import NetworkConfig
 from model.text_encoder import TextConfig, TextEncoder, cleaning, load_text_encoder
 from tasks.text_cache import TextCache
@@ -96,7 +95,7 @@ class TextEmbeddings:
         encoder = load_text_encoder(
             self.config.encoder,
             self.text_len,
-            dtype=DTYPES[self.config.dtype],
+            dtype=self.config.dtype.torch,
             quantization=self.config.quantization,
         )
         if encoder.text_dim != self.text_dim:

@@ -19,6 +19,7 @@ from trainer.ode import ODETrainer
 from utils import distributed
 from utils.errors import ConfigError
 from utils.parallel import deepspeed
+from utils.parallel.mesh import EngineKind
 
 
 def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:
@@ -31,7 +32,7 @@ def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:
     except ValueError as problem:
         raise ConfigError(str(problem)) from None
     distributed.init()
-    if config.parallel.engine == "deepspeed":
+    if config.parallel.engine is EngineKind.deepspeed:
         deepspeed.start()
     match config.trainer:
         case TrainerKind.score_distillation:

@@ -10,7 +10,14 @@ from dataclasses import replace
 
 import torch
 
-from configs.sections import RolloutKind
+from configs.rollout import (
+    BackwardSimulationConfig,
+    DiffusionForcingConfig,
+    ExitStepConfig,
+    NoisedDataConfig,
+    SelfForcingConfig,
+    TeacherForcingConfig,
+)
 from configs.sizes import schedule_at
 from model.gan_config import Features
 from model.ida import Alignment
@@ -139,27 +146,27 @@ class ScoreDistillationTrainer(Trainer):
         """The student's sample for a micro-batch, with what it is conditioned on."""
         config, student, noise = self.config, self.networks["student"].score, micro.noise
         shape, sigmas = micro.shape, schedule_at(config, micro.shape).sigmas()
-        if config.rollout.kind.from_data:
+        if config.rollout.from_data:
             clips = self.task.real(micro.positions, shape)
             latents, conditioning = clips.latents, self.task.conditioning(clips.captions, clips.visual)
         else:
             conditioning = self.task.conditions(micro.positions, shape)
         with torch.set_grad_enabled(with_gradient), self.networks["student"].engine.rollout():
-            match config.rollout.kind:
-                case RolloutKind.self_forcing:
-                    made = self._self_forcing(micro, conditioning, with_gradient)
-                case RolloutKind.backward_simulation:
+            match config.rollout:
+                case SelfForcingConfig() as own:
+                    made = self._self_forcing(own, micro, conditioning, with_gradient)
+                case BackwardSimulationConfig() as own:
                     made = backward_simulation(
                         student, student.path.start_noise(noise.normal("noise", shape)), conditioning, sigmas,
-                        self._exit_steps(micro, 1)[0],
+                        self._exit_steps(own, micro, 1)[0],
                         noise, with_gradient=with_gradient,
                     )  # fmt: skip
-                case RolloutKind.noised_data:
+                case NoisedDataConfig() as own:
                     made = noised_data(
-                        student, latents, conditioning, sigmas, self._exit_steps(micro, 1)[0], noise,
+                        student, latents, conditioning, sigmas, self._exit_steps(own, micro, 1)[0], noise,
                         with_gradient=with_gradient,
                     )  # fmt: skip
-                case RolloutKind.diffusion_forcing | RolloutKind.teacher_forcing:
+                case DiffusionForcingConfig() | TeacherForcingConfig():
                     blocks = len(config.causal.blocks(shape[0]))
                     steps = (noise.uniform("input_step", (blocks,)) * len(self.sigmas)).long()
                     levels = torch.tensor(sigmas, device=latents.device)[steps]
@@ -171,13 +178,17 @@ class ScoreDistillationTrainer(Trainer):
                         config.causal,
                         noise,
                         with_gradient=with_gradient,
-                        clean_context=config.rollout.kind is RolloutKind.teacher_forcing,
+                        clean_context=isinstance(config.rollout, TeacherForcingConfig),
                     )
+                case other:
+                    raise NotImplementedError(f"rollout.kind {other.kind}: ScoreDistillationTrainer makes none")
         return made, conditioning.frames(made.start, made.x0.shape[1])
 
-    def _self_forcing(self, micro: MicroBatch, conditioning: Conditioning, with_gradient: bool) -> Rollout:
+    def _self_forcing(
+        self, own: SelfForcingConfig, micro: MicroBatch, conditioning: Conditioning, with_gradient: bool
+    ) -> Rollout:
         config, shape, student = self.config, micro.shape, self.networks["student"].score
-        longest = config.rollout.num_training_frames or shape[0]
+        longest = own.longest(shape[0])
         lengths = rollout_lengths(shape[0], longest, config.causal.num_frame_per_block)
         frames = lengths[micro.noise.shared_randint("rollout_length", len(lengths), 1)[0]]
         initial = conditioning.initial_frames
@@ -185,9 +196,9 @@ class ScoreDistillationTrainer(Trainer):
         plan = RolloutPlan(
             config.causal,
             schedule_at(config, shape).sigmas(),
-            self._exit_steps(micro, len(blocks)),
+            self._exit_steps(own, micro, len(blocks)),
             shape[0],
-            config.rollout.self_gradient,
+            own.self_gradient,
         )
         return self_forcing_rollout(
             student,
@@ -200,14 +211,14 @@ class ScoreDistillationTrainer(Trainer):
             reencode=self.task.reencode,
         )
 
-    def _exit_steps(self, micro: MicroBatch, blocks: int) -> tuple[int, ...]:
+    def _exit_steps(self, own: ExitStepConfig, micro: MicroBatch, blocks: int) -> tuple[int, ...]:
         # The same on every rank: ranks leaving at different steps would deadlock sharded networks.
         last = len(self.sigmas) - 1
-        if self.config.rollout.last_step_only:
+        if own.last_step_only:
             return (last,) * blocks
-        if self.config.rollout.same_step_across_blocks:
-            return tuple(micro.noise.shared_randint("exit_step", last + 1, 1)) * blocks
-        return tuple(micro.noise.shared_randint("exit_step", last + 1, blocks))
+        if isinstance(own, SelfForcingConfig) and not own.same_step_across_blocks:
+            return tuple(micro.noise.shared_randint("exit_step", last + 1, blocks))
+        return tuple(micro.noise.shared_randint("exit_step", last + 1, 1)) * blocks
 
     @torch.no_grad()
     def _with_appearance(self, output: LossOutput, rollout: Rollout) -> LossOutput:

@@ -66,7 +66,7 @@ def build_network(spec: NetworkSpec, device: torch.device, place: Placement | No
     if problem := available(backend):
         raise ConfigError(f"{spec.name}.attention: {problem}")
     learns = spec.trained or bool(spec.adapters)
-    if config.sparse is not None and (problem := vsa.refused(config.sparse.chosen, device, backward=learns)):
+    if config.sparse is not None and (problem := vsa.refused(config.sparse.backend, device, backward=learns)):
         raise ConfigError(f"{spec.name}.sparse: {problem}")
     try:
         with torch.device("meta"):

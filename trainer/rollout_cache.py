@@ -50,8 +50,8 @@ class RolloutCache:
         sizes = sizes_of(self.config)
         if len(sizes) == 1:
             return None
-        dtype, longest = cache_dtype(self.student), self.config.rollout.num_training_frames
-        caches = [self._new(batch, longest or frames, height, width, "meta") for frames, height, width in sizes]
+        dtype, longest = cache_dtype(self.student), self.config.rollout.longest
+        caches = [self._new(batch, longest(frames), height, width, "meta") for frames, height, width in sizes]
         count = max(cache.nbytes for cache in caches) // dtype.itemsize
         if self._memory is None or self._memory.numel() != count:
             self._memory = None  # before the next one is made

@@ -26,7 +26,7 @@ from trainer.zero import DeepSpeedEngine
 from utils.config import config_hash
 from utils.errors import ConfigError
 from utils.optim import NetworkOptimizer, TrainedConfig, trainable
-from utils.parallel.mesh import Mesh, ParallelConfig
+from utils.parallel.mesh import EngineKind, Mesh, ParallelConfig
 from utils.parallel.parallelize import Sharding, is_sharded
 
 
@@ -128,8 +128,8 @@ class RunNetworks:
         matrices = [key for key, p in named.items() if id(p) in inside]
         if training.optimizer.takes_matrices and not matrices:
             raise ConfigError(
-                f"{section}.optimizer: kind {training.optimizer.kind} updates matrices, and the blocks of {network.preset} have none: "
-                "choose adamw"
+                f"{section}.optimizer: kind {training.optimizer.kind} updates matrices, and the blocks of "
+                f"{network.preset} have none: choose adamw"
             )
         optimizer = NetworkOptimizer(named, training.optimizer, training.lr_schedule, updates, matrices, dtype)
         ema = None
@@ -151,10 +151,10 @@ class RunNetworks:
 
     def _engine(self, net: Network, optimizer: NetworkOptimizer, name: str, updates: int) -> Engine:
         parallel = self.config.parallel
-        if parallel.engine != "deepspeed":
+        if parallel.engine is not EngineKind.deepspeed:
             return build_engine(parallel, net, optimizer)
         # in CPU memory, and sharded as FSDP2 does it: one format of checkpoint for all
-        usual = replace(self.config, parallel=replace(parallel, engine="fsdp2", offload_optimizer=True))
+        usual = replace(self.config, parallel=replace(parallel, engine=EngineKind.fsdp2, offload_optimizer=True))
         twin = partial(replace(self, config=usual, evaluations=Evaluations()).trained, name, updates, empty=True)
         return DeepSpeedEngine(net, optimizer, parallel.deepspeed, twin)
 

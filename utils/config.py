@@ -37,10 +37,10 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read ``path`` (YAML), lay ``overrides`` (``a.b=value``) over it, return a checked instance of ``schema``.
 
     A YAML file may have a top-level ``base: other.yaml`` (relative to the file): it is merged under the file.
-    Mappings merge, lists are replaced. All overrides are one layer. A layer that changes a section's ``kind`` drops what
-    the layers below it say for the other kind alone (see utils/variants.py). An enum is written by its value (or name).
-    ``__post_init__`` may raise ``ValueError``: when the message begins with a field's name, the path of the section is put
-    before it.
+    Mappings merge, lists are replaced. All overrides are one layer. A layer that changes a section's ``kind`` drops
+    what the layers below it say for the other kind alone (see utils/variants.py). An enum is written by its value (or
+    name). ``__post_init__`` may raise ``ValueError``: when the message begins with a field's name, the path of the
+    section is put before it.
 
     Raises ConfigError: missing or malformed file, unknown key, wrong type, illegal value, failed ``__post_init__``.
     """
@@ -178,8 +178,9 @@ def _variant(section: Any, values: Mapping[Any, Any], where: str) -> tuple[type,
         if key in legal or not owners:
             kept[key] = value
         elif not all(_is_default(variant, str(key), value) for variant in owners.values()):
+            others = ", ".join(owners)
             raise ConfigError(
-                f"{where}.{key}={show(value)}: {key} is not for kind {kind}: leave it out, or choose {', '.join(owners)}"
+                f"{where}.{key}={show(value)}: {key} is not for kind {kind}: leave it out, or choose {others}"
             )
     return variants[kind], kept
 

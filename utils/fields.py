@@ -9,7 +9,9 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
+
+E = TypeVar("E", bound=Enum)
 
 SHOWN = 60  # characters of an offending value that are worth showing in an error
 WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false", type(None): "null"}
@@ -97,20 +99,24 @@ def show(value: Any) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
-def check_modes(config: Any) -> None:
+def check_modes(config: object) -> None:
     """For `__post_init__`: makes the texts of fields that hold an enum its members, as the loader has done already.
 
     Raises ValueError in one line for a text that is none of them.
     """
-    for name, hint in field_types(type(config)).items():
-        enum = next(
-            (option for option in options_of(hint) if isinstance(option, type) and issubclass(option, Enum)), None
-        )
-        value, nullable = getattr(config, name), type(None) in options_of(hint)
-        if enum is None or isinstance(value, enum) or (value is None and nullable):
-            continue
-        values = [member.value for member in enum]
-        if value not in values:
-            choices = (" or " if len(values) == 2 else ", ").join(values) + (", or null" if nullable else "")
-            raise ValueError(f"{name} '{value}' is unknown: choose {choices}")
-        setattr(config, name, enum(value))
+    schema: type = type(config)
+    for name, hint in field_types(schema).items():
+        options, value = options_of(hint), getattr(config, name)
+        enum = next((option for option in options if isinstance(option, type) and issubclass(option, Enum)), None)
+        if enum is not None and not (value is None and type(None) in options):
+            setattr(config, name, member_of(enum, value, name, nullable=type(None) in options))
+
+
+def member_of(enum: type[E], value: object, name: str, *, nullable: bool = False) -> E:
+    """The member of this value. Raises ValueError in one line, which calls the value `name`, where there is none."""
+    for member in enum:
+        if value is member or value == member.value:
+            return member
+    values = [str(member.value) for member in enum]
+    choices = (" or " if len(values) == 2 else ", ").join(values) + (", or null" if nullable else "")
+    raise ValueError(f"{name} '{value}' is unknown: choose {choices}")

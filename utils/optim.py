@@ -1,4 +1,8 @@
-"""Optimizers, learning-rate schedules, clipping."""
+"""Optimizers, learning-rate schedules, clipping.
+
+A kind of optimizer is one file in utils/optimizers/ with a class derived from `OptimizerConfig`. Nothing else names it:
+`optimizers` finds it by its file, and `optimizer.kind` in a YAML chooses it. docs/extending.md adds one.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,6 @@ from utils.fields import check_modes
 from utils.found import classes_in
 from utils.variants import check_kind
 
-
 Params = Sequence[nn.Parameter]
 
 
@@ -30,9 +33,6 @@ class LRScheduleKind(StrEnum):
 @dataclass
 class OptimizerConfig:
     """What updates a network's weights, and how gradients are clipped before.
-
-    A kind of optimizer is one file in utils/optimizers/, a class derived from this one. Nothing else names it: `variants`
-    finds it by its file, and `kind` in a YAML chooses it. docs/extending.md adds one.
 
     kind: the optimizer.
     lr: its peak learning rate.

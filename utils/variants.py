@@ -1,7 +1,8 @@
 """Sections whose `kind` decides which keys they have.
 
-Such a section is a dataclass with a field `kind` and a class method `variants`, a mapping of kinds to dataclasses derived
-from it. It may have a static method `switched(values, kind)`: what earlier layers said of another kind, in `kind`'s keys.
+Such a section is a dataclass with a field `kind` and a class method `variants`, a mapping of kinds to dataclasses
+derived from it. It may have a static method `switched(values, kind)`: what lower layers said of another kind, in the
+keys of `kind`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import Tensor
 from model.attention.masks import FrameMask
 from model.attention.vsa.attention import SparseBackend, video_sparse_attention
 from model.attention.vsa.tiles import CUBES, Grids, Shape
+from utils.fields import check_modes
 
 Size = tuple[int, int]  # tokens of a frame along height and width
 
@@ -21,35 +22,35 @@ class SparseConfig:
     sparsity: share of key tiles that a tile of queries leaves out.
     cube: a tile's tokens along frames, height and width, 64 in all where kernels compute it (FastWan: [4, 4, 4]); null
         for the one that pads a grid least, which may change as a cache grows.
-    backend: 'reference', 'triton' or 'flex', null for Triton on CUDA and the reference elsewhere.
+    backend: what computes it, null for Triton on CUDA and the reference elsewhere.
     ramp_step: sparsity grows from 0 by this every ramp_every iterations (FastVideo: 0.03), null for no ramp.
     ramp_every: iterations between two steps of the ramp (FastVideo: 30).
     """
 
     sparsity: float = 0.8
     cube: list[int] | None = None
-    backend: str | None = None
+    backend: SparseBackend | None = None
     ramp_step: float | None = None
     ramp_every: int = 30
 
     def __post_init__(self) -> None:
+        check_modes(self)
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        exact = self.backend == "reference" and self.cube is not None and len(self.cube) == 3 and min(self.cube) > 0
+        exact = (
+            self.backend is SparseBackend.REFERENCE
+            and self.cube is not None
+            and len(self.cube) == 3
+            and min(self.cube) > 0
+        )
         if self.cube is not None and tuple(self.cube) not in CUBES and not exact:
             choices = ", ".join(map(str, CUBES))
             raise ValueError(
                 f"cube {self.cube} is not supported: choose among {choices}, or null; any three sides of at least 1 "
                 "with backend reference"
             )
-        if self.backend not in (None, "reference", "triton", "flex"):
-            raise ValueError(f"backend '{self.backend}' is unknown: choose reference, triton or flex, or null")
         if (self.ramp_step is not None and self.ramp_step <= 0) or self.ramp_every < 1:
             raise ValueError(f"ramp_step must be positive, ramp_every >= 1, got {self.ramp_step}, {self.ramp_every}")
-
-    @property
-    def chosen(self) -> SparseBackend | None:
-        return None if self.backend is None else SparseBackend(self.backend)
 
     def at(self, step: int) -> float:
         """The sparsity of iteration `step`, counted from 0."""
@@ -68,7 +69,7 @@ class Sparsity:
     def __init__(self, config: SparseConfig) -> None:
         self.config, self.level = config, config.sparsity
         self.cube: Shape | None = None if config.cube is None else (config.cube[0], config.cube[1], config.cube[2])
-        self.backend = config.chosen
+        self.backend = config.backend
 
     def begin(self, step: int) -> None:
         """From here on as in iteration `step`, counted from 0."""

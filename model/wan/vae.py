@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model.codec import DTYPES, VAEConfig
+from model.codec import VAEConfig
 from model.folders import load_whole, part_folder, read_config
 from model.wan.tiny_decoder import TinyDecoder, load_tiny_decoder
 
@@ -224,8 +224,8 @@ def vae_channels(config: VAEConfig) -> int:
 def load_vae(config: VAEConfig, device: torch.device | str = "cpu") -> WanVAE:
     """The VAE that a config names. Raises ValueError, one line, for what is no whole AutoencoderKLWan."""
     folder = check_vae(config)
-    tiny = load_tiny_decoder(config.tiny_decoder, DTYPES[config.dtype]) if config.tiny_decoder else None
-    return WanVAE(_load(folder, DTYPES[config.dtype]), tiled=config.tiled, tiny=tiny).to(device)
+    tiny = load_tiny_decoder(config.tiny_decoder, config.dtype.torch) if config.tiny_decoder else None
+    return WanVAE(_load(folder, config.dtype.torch), tiled=config.tiled, tiny=tiny).to(device)
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:

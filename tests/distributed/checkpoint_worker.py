@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils import checkpoint, distributed, shards
 from utils.errors import UserError
-from utils.optimizers.adamw import MomentumFreeAdamW
 from utils.optim_state import flatten_optimizer, restore_optimizer
+from utils.optimizers.adamw import MomentumFreeAdamW
 
 Everything = dict[str, dict[str, Tensor]]
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol, cast
 
 import torch
@@ -21,8 +22,13 @@ from torch import Tensor, nn
 
 from utils import distributed
 from utils.errors import ConfigError
+from utils.fields import check_modes
 
-OFFLOAD = ("none", "cpu", "nvme")
+
+class Offload(StrEnum):
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"  # with stage 3
 
 
 class Units(Protocol):
@@ -36,23 +42,21 @@ class DeepSpeedConfig:
     """What engine deepspeed does beyond fsdp2's keys.
 
     zero_stage: 2 cuts up optimizer states and gradients, 3 the weights too.
-    offload_optimizer: 'none', 'cpu', or 'nvme' (stage 3): where the optimizer's states live, whose update is made on
-        the CPU.
+    offload_optimizer: where the optimizer's states live, whose update is then made on the CPU.
     nvme_path: a folder for nvme.
     """
 
     zero_stage: int = 3
-    offload_optimizer: str = "none"
+    offload_optimizer: Offload = Offload.none
     nvme_path: str | None = None
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (2, 3):
             raise ValueError(f"zero_stage must be 2 or 3, got {self.zero_stage}")
-        if self.offload_optimizer not in OFFLOAD:
-            raise ValueError(f"offload_optimizer '{self.offload_optimizer}' is unknown: choose {', '.join(OFFLOAD)}")
-        if (self.offload_optimizer == "nvme") != (self.nvme_path is not None):
+        check_modes(self)
+        if (self.offload_optimizer is Offload.nvme) != (self.nvme_path is not None):
             raise ValueError("offload_optimizer nvme and nvme_path go together: set both, or neither")
-        if self.offload_optimizer == "nvme" and self.zero_stage != 3:
+        if self.offload_optimizer is Offload.nvme and self.zero_stage != 3:
             raise ValueError("offload_optimizer nvme needs zero_stage 3: with stage 2 choose cpu or none")
 
     def settings(self, clip_norm: float | None) -> dict[str, Any]:
@@ -66,9 +70,9 @@ class DeepSpeedConfig:
             "memory_efficient_linear": False,
             "override_module_apply": False,
         }
-        if self.offload_optimizer != "none":
+        if self.offload_optimizer is not Offload.none:
             pin = torch.cuda.is_available()
-            zero["offload_optimizer"] = {"device": self.offload_optimizer, "pin_memory": pin}
+            zero["offload_optimizer"] = {"device": self.offload_optimizer.value, "pin_memory": pin}
         if self.nvme_path is not None:
             zero["offload_optimizer"]["nvme_path"] = self.nvme_path
         return {

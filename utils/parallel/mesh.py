@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import torch
 import torch.distributed as dist
@@ -10,9 +11,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from utils import distributed
 from utils.errors import ConfigError
+from utils.fields import check_modes
 from utils.parallel.deepspeed import DeepSpeedConfig
 
-ENGINES = ("fsdp2", "deepspeed")
+
+class EngineKind(StrEnum):
+    fsdp2 = "fsdp2"  # PyTorch's own sharding
+    deepspeed = "deepspeed"  # ZeRO
 
 
 @dataclass
@@ -29,18 +34,24 @@ class ReshardConfig:
 class ParallelConfig:
     """How one run is spread over its processes: world = replicate x shard x sequence.
 
-    engine: fsdp2, or deepspeed. replicate: copies of the weights (hybrid sharding). shard: processes that share one
-    copy, null for what is left of the world. sequence: processes that share the tokens of one sample (Ulysses).
-    reshard_after_forward: see ReshardConfig. keep_gathered_in_rollout: the student's weights stay gathered from the
-    first to the last pass of a rollout instead of being gathered for each. sync_each_micro_batch: gradients are reduced
-    after each micro-batch and not once an update, which saves holding them unsharded between (only with accumulation).
+    engine: what spreads a trained network; a frozen one is sharded the same way under both.
+    replicate: copies of the weights (hybrid sharding).
+    shard: processes that share one copy, null for what is left of the world.
+    sequence: processes that share the tokens of one sample (Ulysses).
+    reshard_after_forward: see ReshardConfig.
+    keep_gathered_in_rollout: the student's weights stay gathered from the first to the last pass of a rollout instead
+        of being gathered for each.
+    sync_each_micro_batch: gradients are reduced after each micro-batch and not once an update, which saves holding them
+        unsharded between (only with accumulation).
     offload_optimizer: trained shards, their gradients and optimizer states live in CPU memory, and the update is made
-    there. offload_teacher: the frozen network's shards live in CPU memory. compile: torch.compile of each block of
-    networks that run without a KV cache: critic, teacher, a bidirectional student.
-    deepspeed: for that engine, which spreads what is trained; what is frozen is sharded the same way under both.
+        there.
+    offload_teacher: the frozen network's shards live in CPU memory.
+    compile: torch.compile of each block of networks that run without a KV cache: critic, teacher, a bidirectional
+        student.
+    deepspeed: for that engine.
     """
 
-    engine: str = "fsdp2"
+    engine: EngineKind = EngineKind.fsdp2
     replicate: int = 1
     shard: int | None = None
     sequence: int = 1
@@ -53,13 +64,12 @@ class ParallelConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine '{self.engine}' is unknown: choose {' or '.join(ENGINES)}")
+        check_modes(self)
         for name in ("replicate", "shard", "sequence"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.engine == "deepspeed":
+        if self.engine is EngineKind.deepspeed:
             self._refuse_what_zero_lacks()
 
     def _refuse_what_zero_lacks(self) -> None:

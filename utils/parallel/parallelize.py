@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from utils import distributed
 from utils.parallel import deepspeed
-from utils.parallel.mesh import Mesh, ParallelConfig
+from utils.parallel.mesh import EngineKind, Mesh, ParallelConfig
 from utils.parallel.sequence import Splittable, apply_sequence_parallel
 
 
@@ -56,7 +56,7 @@ def parallelize(net: nn.Module, mesh: Mesh, config: ParallelConfig, sharding: Sh
         for unit in cast(Shardable, net).fsdp_units():
             # inside the hooks of sharding, outside those of recomputation: names and state dicts stay as they are
             unit.forward = torch.compile(unit.forward)
-    if config.engine == "deepspeed" and any(p.requires_grad for p in net.parameters()):
+    if config.engine is EngineKind.deepspeed and any(p.requires_grad for p in net.parameters()):
         if config.deepspeed.zero_stage == 3:
             deepspeed.partition(net, config.deepspeed)
     elif mesh.world > 1:

@@ -7,7 +7,7 @@ B batch  L query tokens  M key tokens  N heads  D head dim
 from __future__ import annotations
 
 import importlib.util
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from model.attention.vsa.reference import reference
 from model.attention.vsa.tiles import Grids, Tiling, kept_tiles
 
 
-class SparseBackend(Enum):
+class SparseBackend(StrEnum):
     """How sparse attention is computed. All give the same numbers up to rounding; tests hold it."""
 
     REFERENCE = "reference"  # plain PyTorch, exact, anywhere: its memory grows with the kept keys of every query
