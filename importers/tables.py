@@ -284,8 +284,11 @@ def fastvideo_inputs(recipe: Recipe) -> None:
     """What the student starts from: its own samples, or noised videos where it is not told to simulate them."""
     causal, simulated = recipe.values.pop("self_forcing", False), recipe.values.pop("simulated", False)
     stored = recipe.values.pop("stored", None)
-    if not causal:
-        recipe.values["rollout"].pop("same_step_across_blocks", None)  # all frames are one block
+    same_step = recipe.values.pop("same_step", None)
+    if causal:
+        recipe.set("rollout.same_step_across_blocks", bool(same_step))
+    elif same_step is not None:
+        recipe.left.append(f"same_step_across_blocks: {same_step} (a bidirectional student has one block)")
     if causal or simulated or stored is None:
         recipe.set("rollout.kind", "self_forcing" if causal else "backward_simulation")
     else:
@@ -328,7 +331,7 @@ FASTVIDEO_RULES: dict[str, Rule] = {
     "simulate_generator_forward": flag("simulated"),
     "num_frame_per_block": block,
     "independent_first_frame": flag("causal.independent_first_frame"),
-    "same_step_across_blocks": flag("rollout.same_step_across_blocks"),
+    "same_step_across_blocks": flag("same_step"),
     "last_step_only": flag("rollout.last_step_only"),
     "context_noise": number("causal.context_noise"),
     "pretrained_model_name_or_path": text("base"),
@@ -376,7 +379,6 @@ FASTVIDEO = Dialect(
         "trainer": "score_distillation",
         **{name: {} for name in NETWORKS},
         "data": {"kind": "wan", "real": False},
-        "rollout.same_step_across_blocks": False,
         "schedule": {"denoising_step_list": [1000, 757, 522], "warp_denoising_step": False},
         "objective": {"kind": "dmd", "real_guidance_scale": 4.5},
         "training.generator_update_interval": 5,

@@ -94,7 +94,8 @@ def check_kind(config: Any) -> None:
     if kind not in kinds:
         raise ValueError(f"kind '{kind}' is unknown: choose {', '.join(kinds)}")
     if type(config) is not kinds[kind]:
-        raise ValueError(f"a {type(config).__name__} is no config of kind {kind}: make a {kinds[kind].__name__}")
+        name, right = type(config).__name__, kinds[kind].__name__
+        raise ValueError(f"{'an' if name[0] in 'AEIO' else 'a'} {name} is no config of kind {kind}: choose {right}")
 
 
 def check_kinds(config: Any, path: str = "") -> None:

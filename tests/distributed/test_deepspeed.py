@@ -53,7 +53,10 @@ def test_zero_trains_as_fsdp2_and_resumes_either_way(seen: dict[str, Seen], name
     ("parallel", "message"),
     [
         ({"deepspeed": {"zero_stage": 1}}, "parallel.deepspeed.zero_stage must be 2 or 3, got 1"),
-        ({"deepspeed": {"offload_optimizer": "disk"}}, "offload_optimizer 'disk' is unknown: choose none, cpu, nvme"),
+        (
+            {"deepspeed": {"offload_optimizer": "disk"}},
+            "offload_optimizer: 'disk' is not allowed: give one of none, cpu, nvme",
+        ),
         ({"deepspeed": {"offload_optimizer": "nvme"}}, "nvme_path go together"),
         ({"deepspeed": {"nvme_path": "x"}}, "nvme_path go together"),
         ({"deepspeed": {"zero_stage": 2, "offload_optimizer": "nvme", "nvme_path": "x"}}, "needs zero_stage 3"),

@@ -155,7 +155,7 @@ def test_fastvideo(tmp_path: Path) -> None:
     assert run.data.text.encoder == run.data.vae.path == run.student.init == base
     assert listed(recipe.missing) == ["data.prompts", "data.text.cache", "data.negative_prompt"]
     assert run.generator_training.optimizer.lr == run.critic_training.optimizer.lr == 1e-5
-    assert run.rollout.kind.value == "backward_simulation"
+    assert run.rollout.kind == "backward_simulation"
     assert run.student.checkpointing.value == "full"
     assert listed(recipe.left) == ["log_validation", "VSA_sparsity"]
     assert run.student.lora is None
@@ -299,13 +299,13 @@ def test_fastvideo_inputs(tmp_path: Path) -> None:
     """Noised videos, unless it is told to simulate the student's own inputs."""
     options = {"data_path": "data/parquet", "pretrained_model_name_or_path": "Wan2.1-T2V-1.3B-Diffusers"}
     _, run = imported("fastvideo", json.dumps(options), tmp_path / "a.json")
-    assert run.rollout.kind.value == "noised_data"
+    assert run.rollout.kind == "noised_data"
     assert run.data.real
     assert run.data.latents == "data/parquet"
     recipe, run = imported(
         "fastvideo", json.dumps({**options, "simulate_generator_forward": True}), tmp_path / "b.json"
     )
-    assert run.rollout.kind.value == "backward_simulation"
+    assert run.rollout.kind == "backward_simulation"
     assert not run.data.real
     assert run.data.latents is None
     assert listed(recipe.left) == ["data_path"]

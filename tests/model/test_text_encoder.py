@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import text_encoder
-from model.text_encoder import TextConfig, TextEncoder, clean_prompt, load_text_encoder, toy_text_encoder
+from model.text_encoder import Quantization, TextConfig, TextEncoder, clean_prompt, load_text_encoder, toy_text_encoder
 from worlds.toy import ToyWorld, ToyWorldConfig
 
 CAPTIONS = ToyWorld(ToyWorldConfig()).captions
@@ -193,12 +193,12 @@ def test_quantization_is_torchaos(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     toy.tokenizer.save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ValueError, match="quantization int8 needs torchao: install it"):
-        load_text_encoder(tmp_path, 8, quantization="int8")
+        load_text_encoder(tmp_path, 8, quantization=Quantization.int8)
     asked = []
     stand_in = SimpleNamespace(
         quantize_=lambda module, config: asked.append((type(module).__name__, config)),
         Float8WeightOnlyConfig=lambda: "fp8",
     )
     monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=stand_in))
-    load_text_encoder(tmp_path, 8, quantization="fp8")
+    load_text_encoder(tmp_path, 8, quantization=Quantization.fp8)
     assert asked == [("UMT5EncoderModel", "fp8")]

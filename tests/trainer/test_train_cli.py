@@ -48,7 +48,14 @@ MISTAKES = [
     ("training.threads=0", ["training.threads", "0"]),
     ("training.update_schedule=alternating training.generator_update_interval=1", ["generator_update_interval"]),
     ("schedule.min_score_timestep=990", ["schedule.min_score_timestep", "990"]),
-    ("rollout.kind=diffusion_forcing data.real=true", ["diffusion_forcing", "no exit step", "last_step_only"]),
+    (
+        "rollout.kind=diffusion_forcing data.real=true schedule.ts_schedule=true",
+        ["diffusion_forcing", "no exit step", "schedule.ts_schedule"],
+    ),
+    (
+        "rollout.kind=diffusion_forcing rollout.last_step_only=true",
+        ["rollout.last_step_only=True", "not for kind diffusion_forcing", "self_forcing"],
+    ),
     ("data.kind=moon", ["data.kind", "moon", "choose toy, digits, synthetic or wan"]),
     ("data.kind=wan", ["data.vae.path", "null", "validation.every"]),
     ("data.kind=synthetic data.synthetic.frames=7", ["data.synthetic.frames", "7 latent frames", "6 or 8"]),

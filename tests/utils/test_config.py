@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from trainer import command
 from utils import cli, config
 from utils.errors import ConfigError, UserError
+from utils.fields import check_modes
+from utils.variants import check_kinds
 
 
 class Kind(Enum):
@@ -230,6 +232,137 @@ def test_diff_names_what_differs() -> None:
     assert config.diff(ODD, other) == ["gan.lr", "seed", "student.steps"]
     assert config.diff(ODD, config.to_plain(ODD)) == []
     assert config.diff(Schema("x"), Schema("x", gan=Optimizer())) == ["gan", "gan.betas", "gan.fused", "gan.lr"]
+
+
+# ---------------------------------------------------------------------------------------------- sections with kinds
+
+
+@dataclass
+class Shape:
+    kind: str = "circle"
+    colour: str = "red"
+
+    @classmethod
+    def variants(cls) -> Mapping[str, type[Shape]]:
+        return {"circle": Circle, "square": Square}
+
+
+@dataclass
+class Circle(Shape):
+    radius: float = 1.0
+
+
+@dataclass
+class Square(Shape):
+    kind: str = "square"
+    side: float = 1.0
+    border: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass
+class Sized:
+    """What was a circle becomes a square around it."""
+
+    kind: str = "circle"
+    colour: str = "red"
+
+    @classmethod
+    def variants(cls) -> Mapping[str, type[Sized]]:
+        return {"circle": SizedCircle, "square": SizedSquare}
+
+    @staticmethod
+    def switched(values: Mapping[Any, Any], kind: str) -> dict[Any, Any]:
+        return {**values, "side": 2 * values["radius"]} if kind == "square" and "radius" in values else {**values}
+
+
+@dataclass
+class SizedCircle(Sized):
+    radius: float = 1.0
+
+
+@dataclass
+class SizedSquare(Sized):
+    kind: str = "square"
+    side: float = 1.0
+
+
+@dataclass
+class Drawing:
+    first: Shape = field(default_factory=Circle)
+    second: Sized = field(default_factory=SizedCircle)
+    kind: Kind | None = None
+
+
+def draw(tmp_path: Path, layers: list[str], *overrides: str) -> Drawing:
+    for number, text in enumerate(layers):
+        below = f"base: {number - 1}.yaml\n" if number else ""
+        (tmp_path / f"{number}.yaml").write_text(below + text)
+    return config.load(Drawing, tmp_path / f"{len(layers) - 1}.yaml", overrides)
+
+
+CIRCLE = "first: {kind: circle, radius: 3, colour: blue}"
+
+
+def test_a_layer_that_changes_the_kind_drops_what_was_the_other_kinds(tmp_path: Path) -> None:
+    assert draw(tmp_path, [CIRCLE]).first == Circle(colour="blue", radius=3.0)
+    assert draw(tmp_path, [CIRCLE, "first: {kind: square, side: 2}"]).first == Square(colour="blue", side=2.0)
+    assert draw(tmp_path, [CIRCLE], "first.kind=square").first == Square(colour="blue")
+    assert draw(tmp_path, ["first: {radius: 3}", "first: {kind: square}"]).first == Square()  # a circle by default
+    again = draw(tmp_path, [CIRCLE, "first: {kind: square, border: {lr: 2}}", "first: {border: {fused: true}}"])
+    assert again.first == Square(colour="blue", border=Optimizer(lr=2.0, fused=True))
+    back = draw(tmp_path, [CIRCLE, "first: {kind: square}", "first: {kind: circle}"])
+    assert back.first == Circle(colour="blue")  # what was dropped stays so
+
+
+@pytest.mark.parametrize(
+    ("layers", "overrides", "key"),
+    [
+        ([CIRCLE, "first: {kind: square, radius: 4}"], [], "first.radius=4: radius is not for kind square"),
+        ([CIRCLE], ["first.radius=4", "first.kind=square"], "first.radius=4: radius is not for kind square"),
+        ([CIRCLE, "first: {kind: square}"], ["first.radius=4"], "first.radius=4: radius is not for kind square"),
+        (["first: {kind: circle, side: 4}", "first: {colour: red}"], [], "leave it out, or choose square"),
+        (["first: {radios: 4}", "first: {kind: square}"], [], "first.radios: unknown key"),
+        ([CIRCLE, "first: {kind: squire}"], [], "did you mean 'square'?"),
+        ([CIRCLE, "first: {kind: [square]}"], [], "first.kind: ['square'] is not allowed"),
+    ],
+)
+def test_what_a_layer_says_beside_its_kind_is_kept_and_refused(
+    tmp_path: Path, layers: list[str], overrides: list[str], key: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        draw(tmp_path, layers, *overrides)
+    assert key in str(caught.value)
+
+
+def test_a_section_may_translate_what_was_the_other_kinds(tmp_path: Path) -> None:
+    below = "second: {radius: 3, colour: blue}"
+    assert draw(tmp_path, [below, "second: {kind: square}"]).second == SizedSquare(colour="blue", side=6.0)
+    assert draw(tmp_path, [below, "second: {kind: square, side: 5}"]).second == SizedSquare(colour="blue", side=5.0)
+
+
+def test_what_was_saved_with_the_keys_of_all_kinds_is_read() -> None:
+    saved = {"first": {"kind": "circle", "radius": 3.0, "side": 4.0, "border": {"lr": 9.0}}}
+    assert config.from_plain(Drawing, saved, other_kinds="dropped").first == Circle(radius=3.0)
+    with pytest.raises(ConfigError, match="^first.side=4.0: side is not for kind circle: leave it out, or choose sq"):
+        config.from_plain(Drawing, saved)
+    with pytest.raises(ConfigError, match="^first.sight: unknown key"):
+        config.from_plain(Drawing, {"first": {"sight": 4.0}}, other_kinds="dropped")
+
+
+def test_sections_and_modes_made_in_python_are_refused_too() -> None:
+    check_kinds(Drawing(Square()))
+    for drawing, message in (
+        (Drawing(Shape()), "first: a Shape is no config of kind circle: choose Circle"),
+        (Drawing(replace(Square(), kind="circle")), "first: a Square is no config of kind circle: choose Circle"),
+        (Drawing(Circle(kind="squire")), "first: kind 'squire' is unknown: choose circle, square"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            check_kinds(drawing)
+    drawing = Drawing(kind="sid")  # type: ignore[arg-type]
+    check_modes(drawing)
+    assert drawing.kind is Kind.SID
+    with pytest.raises(ValueError, match="^kind 'did' is unknown: choose dmd or sid, or null$"):
+        check_modes(Drawing(kind="did"))  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------- command line
