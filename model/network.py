@@ -36,7 +36,7 @@ class InitWeights(StrEnum):
 
 class Expert(StrEnum):
     high = "high"  # for the high noise levels
-    low = "low"
+    low = "low"  # for the low ones
 
 
 TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # all of a text-to-video block
@@ -82,7 +82,7 @@ class NetworkConfig:
         Self-Forcing's format, a Hub repository (`owner/name`), null for random ones.
     init_weights: which weights of what has several.
     init_lora_scale: by how much the adapter of a run that init names counts.
-    expert: of a model that has two, null for one without.
+    expert: which network of a model that has two, null for a model of one.
     loras: LoRA files that are added to the weights as they are loaded.
     lora: an adapter to train while the weights are frozen; null trains the weights.
     sparse: sparse self-attention, null for dense.

@@ -128,13 +128,16 @@ def plural(words: str) -> str:
 
 
 def meanings(schema: type) -> tuple[str, dict[str, str]]:
-    """(what the docstring says of the section, what it says of each key after `key:`)."""
+    """(what the docstring says of the section, what it or that of a class above says of each key after `key:`)."""
+    found: dict[str, str] = {}
+    for base in schema.__mro__[-1:0:-1]:
+        if dataclasses.is_dataclass(base):
+            found |= meanings(base)[1]
     names = "|".join(sorted(hints(schema), key=len, reverse=True))
     text = " ".join(inspect.cleandoc(schema.__doc__ or "").split())
     if text.startswith(f"{schema.__name__}("):  # a dataclass without a docstring gets its signature for one
-        return "", {}
+        return "", found
     parts = re.split(rf"(?:(?<=^)|(?<=[.;:] ))((?:{names})(?:, (?:{names}))*): ", text)
-    found: dict[str, str] = {}
     for keys, said in zip(parts[1::2], parts[2::2], strict=True):
         for key in keys.split(", "):
             found[key] = sentence(said)

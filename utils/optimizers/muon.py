@@ -23,7 +23,7 @@ AT_ONCE = 8  # whole matrices in memory at a time, at most
 
 @dataclass
 class MuonConfig(AdamWConfig):
-    """Muon for the blocks' matrices, and AdamW, whose `lr` is, for the rest.
+    """Muon for the blocks' matrices, and AdamW, with `lr`, for the rest.
 
     muon_lr: Muon's peak learning rate (Jordan et al. 2024).
     momentum: Muon's momentum.

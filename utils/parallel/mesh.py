@@ -48,7 +48,7 @@ class ParallelConfig:
     offload_teacher: the frozen network's shards live in CPU memory.
     compile: torch.compile of each block of networks that run without a KV cache: critic, teacher, a bidirectional
         student.
-    deepspeed: for that engine.
+    deepspeed: what engine deepspeed takes beside these.
     """
 
     engine: EngineKind = EngineKind.fsdp2
