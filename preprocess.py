@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from collections.abc import Callable, Sequence
 
 from generation.ode_pairs import preprocess_ode
-from tasks.preprocess_text import preprocess_text
+from generation.preprocess_text import preprocess_text
 from tasks.preprocess_video import preprocess_images, preprocess_video
 from utils.cli import run_cli
 from utils.errors import UserError

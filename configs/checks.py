@@ -31,20 +31,18 @@ def check_run(config: RunConfig) -> None:
     if config.trainer is TrainerKind.consistency and (config.teacher is None or config.ema.decay is None):
         raise ValueError("trainer consistency needs a causal teacher, and an average: set teacher and ema.decay")
     needs = config.needs_data()
-    if needs and not config.data.real:
-        raise ValueError(f"data.real is false, but {needs} needs real videos: set it to true")
-    if needs and config.data.kind == "wan" and config.data.latents is None:
-        raise ValueError(f"data.latents is null, but {needs} needs real videos: give a folder of preprocess.py video")
-    if config.data.kind == "wan" and config.data.vae.path is None and config.validation.every is not None:
-        raise ValueError("data.vae.path is null: give the VAE's folder, or set validation.every to null")
+    config.data.check_use(needs, validates=config.validation.every is not None)
     if config.is_causal:
         try:
             config.causal.blocks(config.data.frames)
         except ValueError as problem:
-            kind, frames, stride = config.data.kind, config.data.frames, config.student.codecs.time_stride
-            where = "data.kind digits" if kind == "digits" else f"data.{kind}.frames"
-            video = "" if kind in ("toy", "digits") else f" (these are {stride * (frames - 1) + 1} frames of video)"
-            raise ValueError(f"{where} and causal.num_frame_per_block disagree: {problem}{video}") from None
+            video = ""
+            if config.data.through_codec:
+                pixel_frames = config.student.codecs.time_stride * (config.data.frames - 1) + 1
+                video = f" (these are {pixel_frames} frames of video)"
+            raise ValueError(
+                f"{config.data.frames_key} and causal.num_frame_per_block disagree: {problem}{video}"
+            ) from None
     _check_networks(config)
     check_first_frames(config, real=needs is not None)
     check_sizes(config)

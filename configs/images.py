@@ -50,16 +50,6 @@ def check_images(config: RunConfig, *, real: bool) -> None:
     if not data.has_first_frame(geometry.first_frame, real=real):
         return
     made = config.trainer.value in ("score_distillation", "ode") and not config.rollout.from_data
-    if (real and not made) or stored or data.images is not None or data.kind == "synthetic":
+    if (real and not made) or stored or data.draws_images:
         return
-    if data.kind == "wan":
-        raise ValueError(
-            "data.images is null, but networks are to be given a first frame: name a folder of preprocess.py images or "
-            "videos, and set data.prompts null"
-            + ("" if geometry.first_frame is FirstFrame.channels else ", or set data.first_frame to false")
-        )
-    if not (data.first_frame and data.real):
-        raise ValueError(
-            f"data.first_frame {data.first_frame} and data.real {data.real}, but {geometry.model_type} networks are "
-            "to be given the first frame of real videos: set both to true, or data.first_frame to false"
-        )
+    data.check_first_frames(geometry.first_frame, geometry.model_type)

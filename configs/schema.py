@@ -11,7 +11,6 @@ from configs.rollout import RolloutConfig
 from configs.sections import (
     CheckpointConfig,
     ConsistencyConfig,
-    DataConfig,
     DiffusionConfig,
     DiffusionMode,
     GuardConfig,
@@ -26,6 +25,7 @@ from model.network import NetworkConfig
 from model.objective import ObjectiveConfig
 from model.schedule import ScheduleConfig
 from pipeline.causal import CausalConfig
+from tasks.data import DataConfig
 from utils.optim import TrainedConfig
 from utils.parallel.mesh import ParallelConfig
 from utils.watchdog import WatchdogConfig
@@ -51,7 +51,7 @@ class RunConfig:
     student: NetworkConfig = field(default_factory=NetworkConfig)
     teacher: NetworkConfig | None = None
     critic: NetworkConfig | None = None
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig.variants()["toy"]())
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     causal: CausalConfig = field(default_factory=CausalConfig)
     rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig.variants()["self_forcing"]())

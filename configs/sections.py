@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from configs.video_size import VideoSize, check_values
-from model.codec import ClipConfig, VAEConfig
-from model.family import FirstFrame
-from model.text_encoder import TextConfig
 from utils.limits import BATCH, check_counts
-from worlds.digits import DigitsConfig
-from worlds.glyphs import GLYPH
-from worlds.synthetic import SyntheticConfig
-from worlds.toy import ToyWorldConfig
 
 # Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
 
@@ -48,78 +41,6 @@ class SampleWeights(Enum):
 
 
 @dataclass
-class DataConfig:
-    """What a run generates, and what it is trained on.
-
-    kind: 'toy', the world made on the fly, 'digits', scikit-learn's handwriting as videos of one frame of 8x8,
-        'synthetic', random numbers of a real geometry's sizes, or 'wan', Wan's text encoder and VAE.
-    real: whether training may look at real videos; false is data-free, from prompts alone.
-    toy: the world of kind toy.
-    digits: the images of kind digits.
-    synthetic, wan: sizes of that kind.
-    text: where text embeddings of kind wan come from.
-    vae: what decodes and encodes pixels of kind wan.
-    image_encoder: a pipeline's folder or Hub name with CLIP, for networks with an image_dim.
-    latents: real videos of kind wan, as a folder of `preprocess.py video`, of FastVideo's parquet files, or of
-        Self-Forcing's LMDB.
-    images: a folder of `preprocess.py images`, whose captions are the prompts: each video is made from an image and its
-        caption.
-    first_frame: whether networks are given the first frame of real videos; null gives it to image-to-video ones.
-    prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet), null for the kind's own.
-    negative_prompt: what guidance leads away from.
-    text_seed: of the tiny frozen text encoder of toy and digits, and of synthetic text embeddings.
-    """
-
-    kind: str = "toy"
-    real: bool = True
-    toy: ToyWorldConfig = field(default_factory=ToyWorldConfig)
-    digits: DigitsConfig = field(default_factory=DigitsConfig)
-    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
-    wan: ClipConfig = field(default_factory=ClipConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-    vae: VAEConfig = field(default_factory=VAEConfig)
-    image_encoder: str | None = None
-    latents: str | None = None
-    images: str | None = None
-    first_frame: bool | None = None
-    prompts: str | None = None
-    negative_prompt: str = ""
-    text_seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("toy", "digits", "synthetic", "wan"):
-            raise ValueError(f"kind '{self.kind}' is unknown: choose toy, digits, synthetic or wan")
-        if self.latents is not None and self.kind != "wan":
-            raise ValueError(f"latents '{self.latents}' are for kind wan, not {self.kind}: set them null")
-        if self.images is not None and self.kind != "wan":
-            raise ValueError(f"images '{self.images}' are for kind wan, not {self.kind}: set them null")
-        if self.images is not None and self.prompts is not None:
-            raise ValueError("images and prompts are both given, and images have captions of their own: set one null")
-        if self.images is not None and self.first_frame is False:
-            raise ValueError("first_frame is false, but images give the first frame: set one of them null")
-
-    def has_first_frame(self, network: FirstFrame, *, real: bool) -> bool:
-        """Whether samples come with a first frame: of real videos, or of images. network: how it takes one."""
-        if self.first_frame is not None:
-            return self.first_frame or network is FirstFrame.channels
-        always = network is FirstFrame.channels or (real and network is FirstFrame.clean)
-        return self.images is not None or always
-
-    @property
-    def frames(self) -> int:
-        """Latent frames of a video."""
-        return self.size[0]
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Latent frames, height and width of a video."""
-        side = self.toy.canvas // 2
-        return {
-            "toy": (self.toy.frames, side, side),
-            "digits": (1, GLYPH, GLYPH),
-            "synthetic": (self.synthetic.frames, self.synthetic.height, self.synthetic.width),
-            "wan": (self.wan.frames, self.wan.height, self.wan.width),
-        }[self.kind]
 
 
 @dataclass

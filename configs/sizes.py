@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from configs.rollout import SelfForcingConfig
@@ -102,27 +101,7 @@ def _within_bounds(schedule: ScheduleConfig) -> bool:
 
 
 def _check_data(config: RunConfig, size: Size, takes_image: bool) -> None:
-    data, (frames, height, width) = config.data, size
-    data_frames, data_height, data_width = data.size
-    same = (height, width) == (data_height, data_width)
-    if data.kind == "digits" and size != data.size:
-        raise ValueError("data.kind digits has images of one size: set training.sizes to null")
-    if data.kind == "toy":
-        if height != width:
-            raise ValueError(f"the toy world is square, not {height}x{width}: give one height and width")
-        replace(data.toy, frames=frames, canvas=2 * height)
-        if config.objective.reward is not None and not same:
-            raise ValueError(
-                f"objective.reward judges {data_height}x{data_width}, not {height}x{width}: vary frames alone"
-            )
-    videos = data.kind == "wan" and data.latents is not None and config.needs_data() is not None
-    images = data.kind == "wan" and data.images is not None
-    if (videos or images) and not same:
-        key = "data.latents" if videos else "data.images"
-        raise ValueError(
-            f"{height}x{width} is not the {data_height}x{data_width} of data.wan, in which {key} was stored: "
-            "vary frames alone"
-        )
-    if (videos or (images and takes_image)) and frames > data_frames:
-        key = "data.latents" if videos else "data.images"
-        raise ValueError(f"{frames} frames of {key}, which gives {data_frames} (data.wan.frames): choose fewer")
+    (_, height, width), (_, data_height, data_width) = size, config.data.size
+    config.data.check_size(size, stored=config.needs_data() is not None, with_image=takes_image)
+    if config.objective.reward is not None and (height, width) != (data_height, data_width):
+        raise ValueError(f"objective.reward judges {data_height}x{data_width}, not {height}x{width}: vary frames alone")

@@ -19,7 +19,7 @@ from evaluation.toy_suite import SPLITS, eval_prompts
 from evaluation.videos import generated_videos, real_videos
 from generation.generator import Generator
 from generation.sampling import Sampling
-from tasks.toy import ToyTask
+from tasks.kinds.toy import ToyTask
 from utils.data.prompts import load_prompts
 from utils.errors import UserError
 from utils.metrics import Moments, diversity, drift, frame_luma, frechet_between, motion

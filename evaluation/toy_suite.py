@@ -19,9 +19,9 @@ from torch import Tensor
 
 from generation.generator import Generator
 from generation.sampling import Sampling
-from tasks.digits import DigitsTask
+from tasks.kinds.digits import DigitsTask
+from tasks.kinds.toy import ToyTask
 from tasks.task import Task
-from tasks.toy import ToyTask
 from tasks.world import WorldTask
 from utils.random import keyed_seed
 from worlds.digits_judge import DigitsJudge

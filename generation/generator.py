@@ -17,7 +17,6 @@ from configs.load import run_from_state
 from configs.schema import RunConfig
 from generation.acceleration import UNCHANGED, Acceleration
 from generation.refusals import refuse_inputs, refuse_unused
-from generation.resize import resize
 from generation.sampling import Sampler, Sampling, StudentChoice
 from generation.two_experts import joined, starts_from_noise
 from model.attention.checkpointing import Checkpointing
@@ -33,6 +32,8 @@ from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import CausalStream, StreamConfig, block_noise
 from pipeline.sampling import few_step_stream, student_with_cache
 from tasks.build import build_task, task_to_sample
+from tasks.data import DataConfig
+from tasks.kinds.encoded import EncodedData
 from tasks.task import Task
 from trainer.run_networks import build_for_inference, compute_dtype
 from utils import checkpoint
@@ -393,10 +394,19 @@ def _change_data(
     if image_encoder is not None:
         if config.student.geometry().image_dim is None:
             raise UserError("--image_encoder: this network sees no CLIP tokens: leave it out")
-        config.data.image_encoder = image_encoder
+        config.data = replace(_encoded(config.data, "--image_encoder"), image_encoder=image_encoder)
     if size is not None:
-        resize(config.data, config.student, *size)
+        try:
+            config.data = config.data.resized(*size, config.student)
+        except (ValueError, OSError) as problem:
+            raise UserError(f"--size {size[0]}x{size[1]}: {problem}") from None
     if tiny_decoder is not None:
-        if config.data.kind != "wan":
-            raise UserError(f"--tiny_decoder is for Wan's latents: this run's data are of kind {config.data.kind}")
-        config.data.vae.tiny_decoder, config.data.vae.tiled = tiny_decoder, False
+        data = _encoded(config.data, "--tiny_decoder")
+        config.data = replace(data, vae=replace(data.vae, tiny_decoder=tiny_decoder, tiled=False))
+
+
+def _encoded(data: DataConfig, option: str) -> EncodedData:
+    """Data that a codec makes. Raises UserError."""
+    if not isinstance(data, EncodedData):
+        raise UserError(f"{option} is for the latents of a codec: this run's data are of kind {data.kind}")
+    return data

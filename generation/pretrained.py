@@ -14,7 +14,7 @@ from torch import nn
 from configs.checks import check_run
 from configs.rollout import BackwardSimulationConfig
 from configs.schema import RunConfig
-from configs.sections import DataConfig, Precision, TrainingConfig, ValidationConfig
+from configs.sections import Precision, TrainingConfig, ValidationConfig
 from generation.acceleration import UNCHANGED, Acceleration
 from generation.generator import Generator
 from generation.sampling import Sampler
@@ -27,7 +27,7 @@ from model.score import ScoreNet
 from model.text_encoder import TextConfig
 from model.types import Evaluations
 from pipeline.bidirectional_inference import Solver
-from tasks.encoded import EncodedTask
+from tasks.kinds.encoded import EncodedData
 from trainer.run_networks import build_for_inference, compute_dtype
 from utils.errors import UserError
 from utils.precision import Dtype
@@ -87,9 +87,10 @@ def load_model(
         folder = pipeline_folder(model.path, PARTS)
         boundary = boundary_of(folder)
         config = run_of(folder, model, frames or ClipConfig.frames, boundary is not None, on_cpu=device.type == "cpu")
+        assert isinstance(config.data, EncodedData)
         config.data.vae.tiny_decoder = tiny_decoder
         solver = solver_of(folder)
-        task = EncodedTask(config.data, config.student, config.seed, device, library=[])
+        task = config.data.task_to_sample(config.student, config.seed, device)
     except (ValueError, OSError) as problem:
         raise UserError(f"--model {model.path}: {problem}") from None
     if low_loras and boundary is None:
@@ -134,8 +135,7 @@ def run_of(folder: Path, model: Model, frames: int, has_experts: bool, *, on_cpu
         schedule=ScheduleConfig(timestep_shift=shift_of(folder) if model.shift is None else model.shift),
         training=TrainingConfig(precision=Precision(dtype)),
         validation=ValidationConfig(steps=STEPS, guidance=guidance),
-        data=DataConfig(
-            kind="wan",
+        data=EncodedData(
             real=False,
             wan=ClipConfig(frames, model.height // spatial, model.width // spatial),
             text=TextConfig(encoder=str(folder), dtype=dtype),

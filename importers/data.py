@@ -23,7 +23,7 @@ def preset_of(name: str) -> str | None:
 
 
 def finish_data(recipe: Recipe) -> None:
-    """Kind wan, in the recipe's sizes, with the base model's encoder and VAE; the same sizes for smoke tests.
+    """Kind wan, in the recipe's sizes, with the base model's encoder and VAE.
 
     What rules left for it: `size`, of latents; `pixels`, of videos; `base`, the model that all networks came from.
     """
@@ -52,8 +52,7 @@ def _sizes(recipe: Recipe, usual: dict[str, int], ratio: int) -> None:
     whole = {**usual, **size}
     if recipe.get("rollout.kind") == "self_forcing":
         whole["frames"] = _blocks(recipe, whole["frames"])
-    for kind in ("wan", "synthetic"):
-        recipe.set(f"data.{kind}", dict(whole))
+    recipe.set("data.wan", dict(whole))
 
 
 def _blocks(recipe: Recipe, frames: int) -> int:

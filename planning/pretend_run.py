@@ -35,7 +35,7 @@ from model.attention.vsa.counting import kernels_counted_by
 from model.discriminator import tapped_blocks
 from model.network import NetworkConfig
 from planning.meter import GRADIENTS, Meter, Owner, Phase
-from tasks.build import build_task
+from tasks.kinds.synthetic import SyntheticData
 from trainer.base import RunOptions, Trainer
 from trainer.build import build_trainer
 from trainer.micro_batch import MicroBatch
@@ -107,15 +107,8 @@ def stripped(config: RunConfig) -> RunConfig:
             network.sparse.backend = SparseBackend.TRITON  # whose kernels are counted: see `run`
             network.sparse.sparsity = network.sparse.at(0)  # a ramp's first iterations are the most expensive ones
             network.sparse.ramp_step = None
-    sizes, clip = config.data.synthetic, config.data.wan
-    if config.training.sizes is not None:
-        sizes.frames, sizes.height, sizes.width = largest(config)
-    elif config.data.kind == "wan":
-        sizes.frames, sizes.height, sizes.width = clip.frames, clip.height, clip.width
-    else:
-        sizes.frames, _, sizes.height, sizes.width = build_task(config, torch.device("cpu")).latent_shape
-    config.data.kind, config.training.sizes = "synthetic", None
-    config.data.prompts = config.validation.prompts = config.validation.every = config.training.threads = None
+    config.data, config.training.sizes = SyntheticData.in_place_of(config.data, largest(config)), None
+    config.validation.prompts = config.validation.every = config.training.threads = None
     if isinstance(config.rollout, ExitStepConfig):
         config.rollout.last_step_only = False
     config.parallel.compile = False

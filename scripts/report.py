@@ -20,6 +20,7 @@ from scripts.report_plots import Panel, curves, held, short, side_by_side, write
 from scripts.report_samples import CAUSAL_INIT, DMD, DMD_2STEP, RUNS, TEACHER, Method, Part
 from utils.cli import Parser, run_cli
 from utils.config import to_yaml
+from tasks.kinds.toy import ToyData
 from utils.data.prompts import load_prompts
 from utils.errors import UserError
 from utils.logging import read_jsonl
@@ -40,7 +41,10 @@ class Evaluation:
         if not any(method.run for method in self.methods):
             raise UserError(f"--root {root}: no run with a checkpoint in it ({', '.join(RUNS)}): run `make quickstart`")
         present = next(method.run for method in self.methods if method.run)
-        self.world = ToyWorld(samples.run_config(root, present).data.toy)
+        data = samples.run_config(root, present).data
+        if not isinstance(data, ToyData):
+            raise UserError(f"--root {root}: {present} has data of kind {data.kind}: the report is about the toy world")
+        self.world = ToyWorld(data.toy)
         self.prompts = eval_prompts(self.world.captions, count, split)
         self.shown_prompts = load_prompts(prompts_file)
         made = [method for method in self.methods if method.run]

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from configs.sections import DataConfig
 from model.family import FirstFrame
 from model.network import NetworkConfig
 from model.types import VisualConditioning
+from tasks.data import DataConfig
 from utils.data.stream import Sample, stacked
 
 VisualOf = Callable[[Sequence[Sample]], VisualConditioning]

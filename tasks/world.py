@@ -6,16 +6,17 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from configs.sections import DataConfig
 from model.network import NetworkConfig
 from model.objective import RewardConfig
 from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
+from tasks.data import DataConfig
 from tasks.task import Reward, Shape, for_each, no_reward, repeated, spread
 from utils.data.buckets import Size
 from utils.data.prompts import PromptStream, load_prompts
@@ -49,11 +50,21 @@ class World(Protocol):
         """The same world with so many frames, and latents of another height and width."""
 
 
+@dataclass
+class WorldData(DataConfig):
+    """A world that is made on the fly. text_seed: of the tiny frozen text encoder."""
+
+    text_seed: int = 0
+
+    def text_identity(self) -> list[Any]:
+        return [self.text_seed]
+
+
 class WorldTask:
     """A world behind the interface of a task: all that it returns depends on positions, nothing on state."""
 
     def __init__(
-        self, world: World, config: DataConfig, student: NetworkConfig, seed: int, device: torch.device
+        self, world: World, config: WorldData, student: NetworkConfig, seed: int, device: torch.device
     ) -> None:
         self.world, geometry = world, student.geometry()
         self.device = device

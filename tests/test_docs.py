@@ -42,7 +42,7 @@ PROGRAMS = {
     "demo.py": "serving/command.py",
     "preprocess.py": (
         # of all its commands
-        "tasks/preprocess_text.py generation/ode_pairs.py tasks/preprocess_video.py tasks/video_command.py"
+        "generation/preprocess_text.py generation/ode_pairs.py tasks/preprocess_video.py tasks/video_command.py"
     ),
     "evaluate.py": "evaluation/command.py",
     "export.py": "generation/export.py",

@@ -5,31 +5,72 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from configs.sections import DataConfig
 from model.family import FirstFrame
 from model.network import NetworkConfig
 from model.objective import RewardConfig
 from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
+from tasks.data import DataConfig, Size
 from tasks.task import Shape, for_each, no_reward, repeated, spread
-from utils.data.buckets import Size
+from utils.data.buckets import Size as PixelSize
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
 from utils.errors import ConfigError
 from utils.random import Noise, keyed_seed
+from worlds.synthetic import SyntheticConfig
 
 if TYPE_CHECKING:
     from tasks.stored import Stored
 
 
 CLIP_TOKENS = 257  # of ViT-H/14 at 224 pixels: 16 x 16 patches and the class
+
+
+@dataclass
+class SyntheticData(DataConfig):
+    """Random numbers of a real geometry's sizes, for plans, benchmarks and smoke tests.
+
+    synthetic: sizes.
+    text_seed: of the text embeddings.
+    """
+
+    through_codec: ClassVar[bool] = True
+    draws_images: ClassVar[bool] = True
+
+    kind: str = "synthetic"
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    text_seed: int = 0
+
+    @classmethod
+    def from_other(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The sizes of kind wan: a smoke test of a recipe has its sizes."""
+        sizes = values.get("wan")
+        return {"synthetic": dict(sizes)} if isinstance(sizes, Mapping) else {}
+
+    @classmethod
+    def in_place_of(cls, data: DataConfig, size: Size) -> SyntheticData:
+        """Random numbers of this size in place of another kind's samples."""
+        frames, height, width = size
+        sizes = SyntheticConfig(frames, height, width)
+        return cls(real=data.real, negative_prompt=data.negative_prompt, synthetic=sizes)
+
+    @property
+    def size(self) -> Size:
+        return self.synthetic.frames, self.synthetic.height, self.synthetic.width
+
+    def text_identity(self) -> list[Any]:
+        return [self.text_seed]
+
+    def task(self, student: NetworkConfig, seed: int, device: torch.device) -> SyntheticTask:
+        return SyntheticTask(self, student, seed, device)
 
 
 class SyntheticTask:
@@ -39,7 +80,7 @@ class SyntheticTask:
     Nothing can be learnt from it: it is for benchmarks, smoke tests and plans.
     """
 
-    def __init__(self, config: DataConfig, student: NetworkConfig, seed: int, device: torch.device) -> None:
+    def __init__(self, config: SyntheticData, student: NetworkConfig, seed: int, device: torch.device) -> None:
         sizes, self.device, self.seed = config.synthetic, device, seed
         geometry = self.geometry = student.geometry()
         self.streams: Sequence[Stream] = ()
@@ -142,8 +183,8 @@ class SyntheticTask:
         latents[:, :, :shown] = (pixels.to(self.device)[:, :, :shown] - 0.5) * 4
         return latents
 
-    def pixel_size(self, frames: int) -> Size:
-        return Size(frames, *self.latent_shape[2:])
+    def pixel_size(self, frames: int) -> PixelSize:
+        return PixelSize(frames, *self.latent_shape[2:])
 
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from configs.load import load_run
 from configs.schema import RunConfig
-from tasks.build import build_task
-from tasks.text import TextEmbeddings, encoder_hash, made_with, text_shape
-from tasks.text_cache import Encode, Shard, Source, check, write_shard
+from tasks.text_cache import Shard, Source, check, write_shard
 from utils import distributed
 from utils.cli import Parser
-from utils.config import config_hash
 from utils.data.prompts import load_prompts
 from utils.errors import UserError
 
@@ -39,16 +33,14 @@ def preprocess_text(argv: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only prove that each prompt is there exactly once")
     args = parser.parse_intermixed_args(argv)
     config = load_run(args.config_path, args.overrides)
-    text_len, _ = text_shape(config.student)
-    description = made_with(config.data.text, text_len) if config.data.kind == "wan" else None
-    source = Source.of(_prompts(config, args.prompts), text_identity(config), description)
+    text = config.data.text_source(config.student, config.seed, distributed.device())
+    source = Source.of(_prompts(config, args.prompts), text.identity, text.made_with)
     if args.check:
         check(args.out, source)
         print(f"{args.out}: each of {len(source.prompts)} prompts is there exactly once")
         return 0
-    encode = _encoding(config, distributed.device())
     for shard in _shards(args.shard, len(source.prompts)):
-        made = write_shard(args.out, shard, source, encode)
+        made = write_shard(args.out, shard, source, text.encode)
         here = len(shard.part(len(source.prompts)))
         print(f"{args.out / shard.name}: {here} prompts{'' if made else ', there already'}")
     return 0
@@ -72,23 +64,3 @@ def _prompts(config: RunConfig, files: Sequence[Path]) -> list[str]:
         except (ValueError, OSError) as problem:
             raise UserError(f"{'--prompts' if file in files else 'validation.prompts'}: {problem}") from None
     return [*prompts, config.data.negative_prompt]
-
-
-def text_identity(config: RunConfig) -> str:
-    """A hash of everything that decides a run's text embeddings. Raises UserError."""
-    (text_len, text_dim), data = text_shape(config.student), config.data
-    if data.kind == "wan":
-        if data.text.encoder is None:
-            raise UserError("data.text.encoder is null: give the folder of a UMT5 encoder, as data.text.encoder=DIR")
-        try:
-            return encoder_hash(data.text, text_len)
-        except (ValueError, OSError) as problem:
-            raise UserError(f"data.{problem}") from None
-    return config_hash([data.kind, data.text_seed, text_len, text_dim, data.toy])
-
-
-def _encoding(config: RunConfig, device: torch.device) -> Encode:
-    if config.data.kind == "wan":
-        return TextEmbeddings(replace(config.data.text, cache=None), config.student, device).encode
-    task = build_task(config, device)
-    return lambda prompts: task.conditioning(prompts).prompt["text"]

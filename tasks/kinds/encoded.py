@@ -5,30 +5,143 @@ B batch  F latent frames  C channels  H W latent size  T pixel frames  h w pixel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from configs.sections import DataConfig
-from model.codec import Codec, Codecs, ImageEncoder, VAEConfig
+from model.codec import ClipConfig, Codec, Codecs, ImageEncoder, VAEConfig
 from model.family import FirstFrame, Geometry
 from model.network import NetworkConfig
 from model.objective import RewardConfig
+from model.text_encoder import TextConfig
 from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
+from tasks.data import DataConfig, Size, TextSource, if_present
 from tasks.first_frames import visual_reader
 from tasks.stored import Stored, StoredImages, StoredLatents
 from tasks.task import Shape, for_each, no_reward, repeated, spread
-from tasks.text import TextEmbeddings, warn_once
-from utils.data.buckets import Size
+from tasks.text import TextEmbeddings, encoder_hash, made_with, text_shape, warn_once
+from utils.data.buckets import Size as PixelSize
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
 from utils.data.tensors import Statistics
 from utils.errors import ConfigError, UserError
+
+
+@dataclass
+class EncodedData(DataConfig):
+    """A real model's text encoder and codec.
+
+    wan: sizes of the latents.
+    text: where text embeddings come from.
+    vae: what decodes and encodes pixels.
+    image_encoder: a pipeline's folder or Hub name with CLIP, for networks with an image_dim.
+    latents: real videos, as a folder of `preprocess.py video`, of FastVideo's parquet files, or of Self-Forcing's LMDB.
+    images: a folder of `preprocess.py images`, whose captions are the prompts: each video is made from an image and its
+        caption.
+    """
+
+    through_codec: ClassVar[bool] = True
+
+    kind: str = "wan"
+    wan: ClipConfig = field(default_factory=ClipConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    image_encoder: str | None = None
+    latents: str | None = None
+    images: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.images is not None and self.prompts is not None:
+            raise ValueError("images and prompts are both given, and images have captions of their own: set one null")
+        if self.images is not None and self.first_frame is False:
+            raise ValueError("first_frame is false, but images give the first frame: set one of them null")
+
+    @classmethod
+    def from_other(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The sizes of kind synthetic."""
+        sizes = values.get("synthetic")
+        keys = ("frames", "height", "width")
+        return {"wan": {key: sizes[key] for key in keys if key in sizes}} if isinstance(sizes, Mapping) else {}
+
+    @property
+    def size(self) -> Size:
+        return self.wan.frames, self.wan.height, self.wan.width
+
+    def task(self, student: NetworkConfig, seed: int, device: torch.device) -> EncodedTask:
+        return EncodedTask(self, student, seed, device)
+
+    def task_to_sample(self, student: NetworkConfig, seed: int, device: torch.device) -> EncodedTask:
+        text = self.text if self.text.encoder is None else replace(self.text, cache=if_present(self.text.cache))
+        data = replace(
+            self,
+            latents=if_present(self.latents),
+            images=if_present(self.images),
+            prompts=if_present(self.prompts),
+            text=text,
+        )
+        return EncodedTask(data, student, seed, device, library=[])
+
+    def text_source(self, student: NetworkConfig, seed: int, device: torch.device) -> TextSource:
+        """The text encoder. Raises UserError for one that is absent."""
+        length, _ = text_shape(student)
+        if self.text.encoder is None:
+            raise UserError("data.text.encoder is null: give the folder of a UMT5 encoder, as data.text.encoder=DIR")
+        try:
+            identity = encoder_hash(self.text, length)
+        except (ValueError, OSError) as problem:
+            raise UserError(f"data.{problem}") from None
+
+        embeddings = TextEmbeddings(replace(self.text, cache=None), student, device)
+        return TextSource(identity, embeddings.encode, made_with(self.text, length))
+
+    def check_use(self, needs: str | None, *, validates: bool) -> None:
+        super().check_use(needs, validates=validates)
+        if needs and self.latents is None:
+            raise ValueError(
+                f"data.latents is null, but {needs} needs real videos: give a folder of preprocess.py video"
+            )
+        if self.vae.path is None and validates:
+            raise ValueError("data.vae.path is null: give the VAE's folder, or set validation.every to null")
+
+    def check_first_frames(self, network: FirstFrame, model_type: str) -> None:
+        if self.images is None:
+            raise ValueError(
+                "data.images is null, but networks are to be given a first frame: name a folder of preprocess.py "
+                "images or videos, and set data.prompts null"
+                + ("" if network is FirstFrame.channels else ", or set data.first_frame to false")
+            )
+
+    def check_size(self, size: Size, *, stored: bool, with_image: bool) -> None:
+        """Stored latents have one size: videos can be cut short, and images are seen by videos of any length."""
+        frames, height, width = size
+        videos = stored and self.latents is not None
+        key = "data.latents" if videos else "data.images"
+        if not videos and self.images is None:
+            return
+        if (height, width) != self.size[1:]:
+            raise ValueError(
+                f"{height}x{width} is not the {self.wan.height}x{self.wan.width} of data.wan, in which {key} was "
+                "stored: vary frames alone"
+            )
+        if (videos or with_image) and frames > self.frames:
+            raise ValueError(f"{frames} frames of {key}, which gives {self.frames} (data.wan.frames): choose fewer")
+
+    def resized(self, height: int, width: int, network: NetworkConfig) -> EncodedData:
+        if self.vae.path is None:
+            raise ValueError("data.vae.path is null, and only a VAE tells how large a latent is: give it")
+        side = network.codecs.spatial(self.vae.path)
+        if height % side or width % side:
+            raise ValueError(f"give multiples of {side}")
+        if self.images is not None:
+            raise ValueError("this run's images are stored in one size: give --image, and a run with prompts")
+        clip = replace(self.wan, height=height // side, width=width // side)
+        return replace(self, wan=clip, latents=None)  # stored in the size that they have, and only training reads them
 
 
 class EncodedTask:
@@ -47,7 +160,7 @@ class EncodedTask:
 
     def __init__(
         self,
-        config: DataConfig,
+        config: EncodedData,
         student: NetworkConfig,
         seed: int,
         device: torch.device,
@@ -258,9 +371,9 @@ class EncodedTask:
         self._check_size(pixels)
         return self.vae.encode(pixels.expand(-1, -1, 3, -1, -1))
 
-    def pixel_size(self, frames: int) -> Size:
+    def pixel_size(self, frames: int) -> PixelSize:
         height, width = (self.vae.spatial * size for size in self.latent_shape[2:])
-        return Size(self.codecs.time_stride * (frames - 1) + 1, height, width)
+        return PixelSize(self.codecs.time_stride * (frames - 1) + 1, height, width)
 
     def _check_size(self, pixels: Tensor) -> None:
         size = self.pixel_size(1)

@@ -1,0 +1,185 @@
+"""The section `data` of a run: the base of all its kinds, and how they are found.
+
+A kind of data is one file in tasks/kinds/: a section with its task. `DataConfig.variants` finds it by its file, and
+`data.kind` in a YAML chooses it. docs/extending.md adds one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from model.family import FirstFrame
+from model.network import NetworkConfig
+from tasks.task import Task
+from tasks.text import text_shape
+from tasks.text_cache import Encode
+from utils.config import config_hash
+
+Size = tuple[int, int, int]  # latent frames, height, width
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """What makes text embeddings of prompts.
+
+    identity: a hash of everything that decides them.
+    encode: prompts -> [B, L, D].
+    made_with: what a cache says of it in words.
+    """
+
+    identity: str
+    encode: Encode
+    made_with: Mapping[str, str | int | None] | None = None
+
+
+@dataclass
+class DataConfig:
+    """What a run generates, and what it is trained on.
+
+    kind: where prompts, real samples and the way to pixels come from.
+    real: whether training may look at real videos; false is data-free, from prompts alone.
+    first_frame: whether networks are given the first frame of real videos; null gives it to image-to-video ones.
+    prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet), null for the kind's own.
+    negative_prompt: what guidance leads away from.
+    """
+
+    # through_codec: whether latent frames stand for several of video, as a codec makes them
+    # draws_images: whether every sample has an image's conditioning, for networks that take it
+    through_codec: ClassVar[bool] = False
+    draws_images: ClassVar[bool] = False
+
+    kind: str = "toy"
+    real: bool = True
+    first_frame: bool | None = None
+    prompts: str | None = None
+    negative_prompt: str = ""
+
+    @classmethod
+    def variants(cls) -> Mapping[str, type[DataConfig]]:
+        """The section of each kind, the toy world first, for it is the default."""
+        return _kinds()
+
+    @classmethod
+    def switched(cls, values: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+        """What a layer of a YAML said of one kind, for another kind that a later layer chose."""
+        return cls.variants()[kind].from_other(values)
+
+    @classmethod
+    def from_other(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What another kind's `values` say for this one, beside the keys that both have."""
+        return {}
+
+    @property
+    def size(self) -> Size:
+        """Latent frames, height and width of a video."""
+        raise NotImplementedError
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of a video."""
+        return self.size[0]
+
+    @property
+    def frames_key(self) -> str:
+        """Where the frames of a video are said."""
+        return f"data.{self.kind}.frames"
+
+    @property
+    def latents(self) -> str | None:
+        """Where real videos are stored, for kinds that store them."""
+        return None
+
+    @property
+    def images(self) -> str | None:
+        """Where first frames with captions are stored, for kinds that store them."""
+        return None
+
+    def task(self, student: NetworkConfig, seed: int, device: torch.device) -> Task:
+        """What the run generates. Raises ConfigError.
+
+        student: the network that sees the samples.
+        seed: of the order of prompts and samples.
+        device: where tensors go.
+        """
+        raise NotImplementedError
+
+    def task_to_sample(self, student: NetworkConfig, seed: int, device: torch.device) -> Task:
+        """As `task`, for a run that is only sampled, and whose training data may be gone."""
+        return replace(self, prompts=if_present(self.prompts)).task(student, seed, device)
+
+    def text_identity(self) -> list[Any]:
+        """What decides the text embeddings of this kind, beside the networks' sizes."""
+        return []
+
+    def text_source(self, student: NetworkConfig, seed: int, device: torch.device) -> TextSource:
+        """What encodes the prompts of the run, with the arguments of `task`. Raises UserError."""
+
+        @functools.cache
+        def task() -> Task:
+            return self.task(student, seed, device)
+
+        identity = config_hash([self.kind, *self.text_identity(), *text_shape(student)])
+        return TextSource(identity, lambda prompts: task().conditioning(prompts).prompt["text"])
+
+    def has_first_frame(self, network: FirstFrame, *, real: bool) -> bool:
+        """Whether samples come with a first frame: of real videos, or of images. network: how it takes one."""
+        if self.first_frame is not None:
+            return self.first_frame or network is FirstFrame.channels
+        always = network is FirstFrame.channels or (real and network is FirstFrame.clean)
+        return self.images is not None or always
+
+    def check_use(self, needs: str | None, *, validates: bool) -> None:
+        """Raises ValueError for a run that would miss something.
+
+        needs: what of it needs real videos, in words; None if nothing does.
+        validates: whether it decodes samples while it trains.
+        """
+        if needs and not self.real:
+            raise ValueError(f"data.real is false, but {needs} needs real videos: set it to true")
+
+    def check_first_frames(self, network: FirstFrame, model_type: str) -> None:
+        """Raises ValueError if these networks are to be given first frames by this section, and it has none.
+
+        model_type: what the family calls their way of taking one, for the message.
+        """
+        if not (self.first_frame and self.real):
+            raise ValueError(
+                f"data.first_frame {self.first_frame} and data.real {self.real}, but {model_type} networks are "
+                "to be given the first frame of real videos: set both to true, or data.first_frame to false"
+            )
+
+    def check_size(self, size: Size, *, stored: bool, with_image: bool) -> None:
+        """Raises ValueError for a size of videos that training could not draw.
+
+        stored: whether the run trains on stored real videos.
+        with_image: whether its networks take an image's channels, which describe so many frames.
+        """
+
+    def resized(self, height: int, width: int, network: NetworkConfig) -> DataConfig:
+        """With videos of so many pixels, to sample. Raises ValueError for those that cannot be."""
+        raise ValueError(f"data of kind {self.kind} has one size")
+
+
+def if_present(path: str | None) -> str | None:
+    """A path that is there, else None."""
+    return path if path is not None and Path(path).exists() else None
+
+
+@functools.cache
+def _kinds() -> Mapping[str, type[DataConfig]]:
+    folder = str(Path(__file__).with_name("kinds"))
+    found: dict[str, type[DataConfig]] = {}
+    for name in sorted(module.name for module in pkgutil.iter_modules([folder])):
+        module = importlib.import_module(f"tasks.kinds.{name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, DataConfig) and value.__module__ == module.__name__:
+                found[value.kind] = value
+    return {kind: found[kind] for kind in sorted(found, key=lambda kind: kind != "toy")}
