@@ -41,9 +41,6 @@ class SampleWeights(Enum):
 
 
 @dataclass
-
-
-@dataclass
 class ConsistencyConfig:
     """Causal consistency distillation.
 

@@ -18,9 +18,9 @@ from scripts import report_html as html
 from scripts import report_samples as samples
 from scripts.report_plots import Panel, curves, held, short, side_by_side, write_comparison
 from scripts.report_samples import CAUSAL_INIT, DMD, DMD_2STEP, RUNS, TEACHER, Method, Part
+from tasks.kinds.toy import ToyData
 from utils.cli import Parser, run_cli
 from utils.config import to_yaml
-from tasks.kinds.toy import ToyData
 from utils.data.prompts import load_prompts
 from utils.errors import UserError
 from utils.logging import read_jsonl

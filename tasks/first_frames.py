@@ -12,27 +12,23 @@ from torch import Tensor
 from model.family import FirstFrame
 from model.network import NetworkConfig
 from model.types import VisualConditioning
-from tasks.data import DataConfig
 from utils.data.stream import Sample, stacked
 
 VisualOf = Callable[[Sequence[Sample]], VisualConditioning]
 
 
-def visual_reader(
-    config: DataConfig, network: NetworkConfig, frames: int, device: torch.device, *, real: bool
-) -> VisualOf:
+def visual_reader(network: NetworkConfig, frames: int, device: torch.device, *, has_first_frame: bool) -> VisualOf:
     """A function that makes the visual conditioning of a batch's stored samples.
 
-    config: says whether networks get a first frame.
     network: whose geometry says what it takes of a first frame.
     frames: latent frames of a video.
     device: where the conditioning goes.
-    real: whether the samples are real videos; otherwise they are images.
+    has_first_frame: whether networks get the samples' first frames.
 
     The function raises ValueError for samples that lack what the network needs.
     """
     geometry = network.geometry()
-    if not config.has_first_frame(geometry.first_frame, real=real):
+    if not has_first_frame:
         return lambda samples: VisualConditioning()
     if geometry.first_frame is FirstFrame.channels:
         return lambda samples: _beside(samples, network, frames, device)

@@ -12,16 +12,15 @@ from configs.schema import RunConfig
 from tests.nets import random_net
 from trainer.base import RunOptions, Trainer
 from trainer.build import build_trainer
+from utils.config import layered
 
 NETWORKS = ("student", "critic", "teacher")
 NETWORK = {"preset": "toy", "overrides": {"dim": 32, "ffn_dim": 64, "num_layers": 2}, "attention": "plain"}
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in changes.items():
-        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out
+    """`changes` over `base`, as one YAML over another."""
+    return layered(RunConfig, base, changes)
 
 
 DISTILLATION: dict[str, Any] = {

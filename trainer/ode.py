@@ -50,7 +50,9 @@ class ODETrainer(Trainer):
             return
         self.networks = {"student": self.make.trained("student", steps)}
         shape = self.task.latent_shape
-        visual_of = visual_reader(config.data, config.student, shape[0], self.device, real=False)
+        takes = config.student.geometry().first_frame
+        has_first_frame = config.data.has_first_frame(takes, real=False)
+        visual_of = visual_reader(config.student, shape[0], self.device, has_first_frame=has_first_frame)
         self.stored = StoredPairs(Path(config.ode.path), shape, config.seed, config.ode.sigmas, visual_of)
         self.sigmas_S = self.stored.sigmas_S
         self.task.check_captions(self.stored)

@@ -191,7 +191,8 @@ class EncodedTask:
         statistics, frames = statistics_of(self.codecs, config.vae), clip.frames
         self.videos: StoredLatents | None = None
         if config.latents is not None and config.real:
-            visual_of = visual_reader(config, student, frames, device, real=True)
+            has_first_frame = config.has_first_frame(geometry.first_frame, real=True)
+            visual_of = visual_reader(student, frames, device, has_first_frame=has_first_frame)
             self.videos = StoredLatents(
                 "data.latents",
                 Path(config.latents),
@@ -202,7 +203,8 @@ class EncodedTask:
             )
         self.images: StoredImages | None = None
         if config.images is not None:
-            visual_of = visual_reader(config, student, frames, device, real=False)
+            has_first_frame = config.has_first_frame(geometry.first_frame, real=False)
+            visual_of = visual_reader(student, frames, device, has_first_frame=has_first_frame)
             self.images = StoredImages(
                 "data.images", Path(config.images), self.latent_shape, seed, statistics=statistics, visual_of=visual_of
             )

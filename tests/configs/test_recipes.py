@@ -34,8 +34,7 @@ def test_recipe_loads_and_so_does_its_smoke_test(recipe: str) -> None:
     assert bare.data.prompts is None
     networks = (bare.student, bare.teacher, bare.critic)
     assert all(network is None or network.init is None for network in networks)
-    clip, sizes = config.data.wan, config.data.synthetic
-    assert (clip.frames, clip.height, clip.width) == (sizes.frames, sizes.height, sizes.width)
+    assert bare.data.size == config.data.size
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

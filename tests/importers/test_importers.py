@@ -129,7 +129,6 @@ def test_self_forcing(tmp_path: Path) -> None:
     assert run.teacher is not None
     assert run.teacher.preset == "14b"
     assert run.student.init == "checkpoints/ode_init.pt"
-    assert run.data.synthetic == ours.data.synthetic
     assert run.data.wan == ours.data.wan
     assert run.data.kind == "wan"
     assert run.data.prompts == "prompts/vidprom.txt"
@@ -148,7 +147,6 @@ def test_fastvideo(tmp_path: Path) -> None:
     assert run.schedule.timestep_shift == run.schedule.score_timestep_shift == 8
     assert run.training.max_steps == 4000
     assert run.training.global_batch_size == 32  # 64 GPUs, two of which share a video
-    assert (run.data.synthetic.frames, run.data.synthetic.height, run.data.synthetic.width) == (16, 56, 104)
     assert (run.data.wan.frames, run.data.wan.height, run.data.wan.width) == (16, 56, 104)
     base = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert run.data.kind == "wan"

@@ -15,16 +15,16 @@ from configs.schema import RunConfig
 from evaluation.fid_suite import FidArgs, evaluate_fid
 from generation.command import inference_args, open_generator
 from generation.generator import Generator
+from generation.preprocess_text import preprocess_text
 from generation.videos import generate_videos
 from model.codec import VAEConfig
 from model.text_encoder import TextEncoder, load_text_encoder, toy_text_encoder
 from model.wan.codecs import WanCodecs
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.vae import load_vae
-from tasks import encoded, text
+from tasks import text
 from tasks.build import build_task, task_to_sample
-from tasks.encoded import EncodedTask, statistics_of
-from tasks.preprocess_text import preprocess_text
+from tasks.kinds.encoded import EncodedTask, fitting_vae, statistics_of
 from tasks.task import for_each
 from tests.evaluation.test_evaluation import save_encoder
 from tests.model.wan.test_image_encoder import save_image_encoder
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_one_line_before_training(folder: Path, tmp_path: P
     with pytest.raises(ConfigError, match="data: vae: .* has 16 channels, the networks 4: give theirs"):
         build_task(run(folder, cache=True, **{n: {"overrides": {"in_dim": 4, "out_dim": 4}} for n in NETWORKS}), CPU)
     with pytest.raises(UserError, match="has 16 channels, the networks 4: give theirs"):
-        encoded.fitting_vae(WanCodecs(), VAEConfig(str(folder / "pipeline")), 4, CPU)
+        fitting_vae(WanCodecs(), VAEConfig(str(folder / "pipeline")), 4, CPU)
     with pytest.raises(UserError, match="data.text.encoder is null"):
         (tmp_path / "run.yaml").write_text(to_yaml(run(folder, cache=True)))
         preprocess_text(

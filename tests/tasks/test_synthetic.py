@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from configs.load import load_run
-from configs.sections import DataConfig
 from evaluation.command import main as evaluate
 from model.network import NetworkConfig
-from tasks.synthetic import SyntheticTask
+from tasks.kinds.synthetic import SyntheticData, SyntheticTask
 from tests import ROOT
 from tests.small import NETWORK, trainer
 from tests.trainer.test_trainer import curve
@@ -22,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def task(student: NetworkConfig | None = None, **sizes: int) -> SyntheticTask:
-    data = DataConfig(kind="synthetic", synthetic=SyntheticConfig(**{"frames": 3, "height": 4, "width": 6, **sizes}))
+    data = SyntheticData(synthetic=SyntheticConfig(**{"frames": 3, "height": 4, "width": 6, **sizes}))
     return SyntheticTask(data, student or NetworkConfig("tiny"), 0, CPU)
 
 
@@ -72,7 +71,9 @@ def test_decode_shows_three_channels_and_encode_undoes_it(channels: int) -> None
     ],
 )
 def test_the_recipes_have_wans_sizes(recipe: str, latents: tuple[int, ...], tokens: int, steps: list[float]) -> None:
-    config = load_run(ROOT / f"configs/{recipe}.yaml", ["data.prompts=null"])
+    config = load_run(
+        ROOT / f"configs/{recipe}.yaml", ["data.kind=synthetic", "data.prompts=null", "validation.every=null"]
+    )
     shape = config.student.geometry()
     synthetic = SyntheticTask(config.data, config.student, 0, CPU)
     assert synthetic.latent_shape == latents

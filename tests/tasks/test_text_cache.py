@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.sections import DataConfig
 from model.network import NetworkConfig
 from model.wan.config import geometry
 from tasks import text_cache
+from tasks.kinds.toy import ToyData, ToyTask
 from tasks.text_cache import Encode, Shard, Source, TextCache, check, write_shard
-from tasks.toy import ToyTask
 from tests import ROOT, forked
 from utils.errors import UserError
 
@@ -24,7 +23,7 @@ GEOMETRY = geometry("toy")
 
 @pytest.fixture(scope="module")
 def task() -> ToyTask:
-    return ToyTask(DataConfig(), NetworkConfig("toy"), 0, torch.device("cpu"))
+    return ToyTask(ToyData(), NetworkConfig("toy"), 0, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def test_embeddings_that_bf16_holds_are_stored_in_it(task: ToyTask, tmp_path: Pa
             full = super().conditioning(prompts, *visual)
             return type(full)(full.prompt["text"].bfloat16().float(), full.initial)
 
-    rounded = Rounded(DataConfig(), NetworkConfig("toy"), 0, torch.device("cpu"))
+    rounded = Rounded(ToyData(), NetworkConfig("toy"), 0, torch.device("cpu"))
     source = Source(task.world.captions, "encoder")
     for folder, encoder in (("half", rounded), ("full", task)):
         write_all(tmp_path / folder, 1, source, encoder)

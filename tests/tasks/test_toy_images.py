@@ -15,7 +15,7 @@ from generation.sampling import Sampler, Sampling
 from model.family import FirstFrame
 from model.score import ScoreNet
 from tasks.build import build_task
-from tasks.toy import ToyTask
+from tasks.kinds.toy import ToyTask
 from tests.nets import random_net
 from tests.small import DIFFUSION, DISTILLATION, config, merged, trainer
 from trainer.distillation import ScoreDistillationTrainer

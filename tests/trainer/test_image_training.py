@@ -18,7 +18,7 @@ from model.types import Conditioning, VisualConditioning
 from planning.hardware import GPUS
 from planning.plan import Cluster, make_plan
 from tasks.build import build_task
-from tasks.encoded import EncodedTask
+from tasks.kinds.encoded import EncodedTask
 from tests.nets import random_net
 from tests.small import DIFFUSION, DISTILLATION, ODE, config, merged, trainer
 from tests.trainer.test_trainer import assert_same_run, curve

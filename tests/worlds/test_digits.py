@@ -17,7 +17,7 @@ from evaluation.command import evaluate_generator, evaluate_real
 from generation.generator import Generator
 from generation.sampling import Sampling
 from model.discriminator import ImageHeads
-from tasks.digits import DigitsTask
+from tasks.kinds.digits import DigitsTask
 from tests import ROOT
 from tests.small import DIFFUSION, DISTILLATION, NETWORK, merged
 from trainer.base import RunOptions, Trainer
