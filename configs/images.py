@@ -41,15 +41,3 @@ def check_first_frames(config: RunConfig, *, real: bool) -> None:
             f"causal.num_frame_per_block {config.causal.num_frame_per_block}: a given first frame is a block of its "
             "own: set causal.independent_first_frame to true"
         )
-
-
-def check_images(config: RunConfig, *, real: bool) -> None:
-    """Raises ValueError for a run that would train on first frames and has none; inference brings its own."""
-    data, stored = config.data, config.trainer.value == "ode" and config.ode.path is not None
-    geometry = config.student.geometry()
-    if not data.has_first_frame(geometry.first_frame, real=real):
-        return
-    made = config.trainer.value in ("score_distillation", "ode") and not config.rollout.from_data
-    if (real and not made) or stored or data.draws_images:
-        return
-    data.check_first_frames(geometry.first_frame, geometry.model_type)

@@ -1,4 +1,4 @@
-"""Training on videos of several sizes: which there are, and how the noise schedule follows.
+"""Training on videos of several sizes: which there are, and what must fit them.
 
 F latent frames  C channels  H W latent size
 """
@@ -6,13 +6,12 @@ F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from configs.rollout import SelfForcingConfig
 from configs.video_size import Size
 from model.family import FirstFrame
-from model.schedule import TIMESTEPS, ScheduleConfig
+from model.schedule import TIMESTEPS, ScheduleConfig, shift_factor
 from pipeline.self_forcing_training import rollout_lengths
 from utils.limits import VOLUME
 
@@ -31,23 +30,6 @@ def sizes_of(config: RunConfig) -> list[Size]:
 def largest(config: RunConfig) -> Size:
     """The size of the most tokens."""
     return max(sizes_of(config), key=math.prod)
-
-
-def shift_factor(config: RunConfig, shape: Sequence[int]) -> float:
-    """sqrt(tokens / tokens of the data's own size) of videos of `shape` (F, C, H, W) (SD3, arXiv 2403.03206, eq. 23).
-
-    Neighbouring tokens resemble each other, so more tokens need more noise to hide the same content. The size of
-    patches cancels out. The factor is 1 if `training.sizes` is None or `training.scale_shift` false.
-    """
-    if config.training.sizes is None or not config.training.scale_shift:
-        return 1.0
-    frames, _, height, width = shape
-    return math.sqrt(frames * height * width / math.prod(config.data.size))
-
-
-def schedule_at(config: RunConfig, shape: Sequence[int]) -> ScheduleConfig:
-    """The schedule for videos of `shape` (F, C, H, W)."""
-    return config.schedule.scaled(shift_factor(config, shape))
 
 
 def check_sizes(config: RunConfig) -> None:
@@ -87,7 +69,9 @@ def _check_size(config: RunConfig, size: Size) -> None:
         return
     if config.rollout.longest(frames) != frames:
         rollout_lengths(frames, config.rollout.longest(frames), config.causal.num_frame_per_block)
-    schedule, scaled = config.schedule, schedule_at(config, (frames, 0, height, width))
+    schedule = scaled = config.schedule
+    if config.training.scale_shift:
+        scaled = schedule.scaled(shift_factor(size, config.data.size))
     if _within_bounds(schedule) and not _within_bounds(scaled):
         raise ValueError(
             f"scales schedule.timestep_shift {schedule.timestep_shift:g} to {scaled.timestep_shift:.3g}, and a step "

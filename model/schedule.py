@@ -6,6 +6,7 @@ x_sigma = (1 - sigma) x0 + sigma eps,  v = eps - x0,  x0 = x_sigma - sigma v   (
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -88,6 +89,16 @@ def score_sigma(u: Tensor, *, shift: float, low: float, high: float, clamp: tupl
     """
     a, b = unshift_sigma(low, shift), unshift_sigma(high, shift)
     return shift_sigma(a + (b - a) * u.to(torch.float32), shift).clamp(*clamp)
+
+
+def shift_factor(size: Sequence[int], usual: Sequence[int]) -> float:
+    """sqrt(tokens / usual tokens), for videos of latent (F, H, W) in place of those that a shift was chosen for
+    (SD3, arXiv 2403.03206, eq. 23).
+
+    Neighbouring tokens resemble each other, so more tokens need more noise to hide the same content. The size of
+    patches cancels out.
+    """
+    return math.sqrt(math.prod(size) / math.prod(usual))
 
 
 @dataclass

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from configs.sizes import schedule_at
 from model.consistency import adjacent, consistency_loss
 from model.schedule import uniform_sigmas
 from model.types import LossOutput
 from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from trainer.base import Trainer
+from trainer.drawn_sizes import schedule_at
 from trainer.micro_batch import MicroBatch
 
 

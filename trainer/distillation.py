@@ -18,7 +18,6 @@ from configs.rollout import (
     SelfForcingConfig,
     TeacherForcingConfig,
 )
-from configs.sizes import schedule_at
 from model.gan_config import Features
 from model.ida import Alignment
 from model.objective import Objective, Weights, objective_of
@@ -28,6 +27,7 @@ from pipeline.bidirectional_training import backward_simulation, diffusion_forci
 from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_forcing_rollout
 from trainer.adversary import Adversary
 from trainer.base import Trainer
+from trainer.drawn_sizes import schedule_at
 from trainer.guard import Guard
 from trainer.losses import Losses, Sample
 from trainer.micro_batch import MicroBatch

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
-from configs.sizes import shift_factor
 from model.gan import with_term
 from model.objective import Objective, Role, Weights
 from model.path import Path
@@ -23,6 +22,7 @@ from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout, Total
 from tasks.task import Reward, Task
 from trainer.adversary import NAME, Adversary
+from trainer.drawn_sizes import shift_factor_of
 from utils.random import Noise
 
 
@@ -45,7 +45,7 @@ class SampleDraws:
     def score(self, name: str, shift: float | None = None) -> tuple[Tensor, Tensor]:
         schedule = self.run.schedule if shift is None else replace(self.run.schedule, score_timestep_shift=shift)
         rollout = self.sample.rollout
-        schedule = schedule.scaled(shift_factor(self.run, rollout.x0.shape[1:]))
+        schedule = schedule.scaled(shift_factor_of(self.run, rollout.x0.shape[1:]))
         sigma = schedule.score_sigma(self.sample.noise.uniform(f"{name}_sigma"), rollout.sigma_from, rollout.sigma_to)
         return self.path.known(sigma), self.normal(f"{name}_noise")
 

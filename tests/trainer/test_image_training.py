@@ -352,8 +352,8 @@ def test_what_does_not_fit_is_one_line(folder: Path, tmp_path: Path) -> None:
     refused("images and prompts are both given", "i2v", DISTILLATION, {}, prompts=prompts, images=images)
     refused("first_frame is false, but an i2v network", "i2v", DISTILLATION, {}, prompts=prompts, first_frame=False)
     refused("first_frame is false, but images give", "ti2v", DISTILLATION, {}, images=images, first_frame=False)
-    synthetic = {"data": {"kind": "synthetic"}}
-    refused("are for kind wan, not synthetic", "ti2v", DISTILLATION, synthetic, images=images)
+    synthetic = {"data": {"kind": "synthetic", "images": images}}
+    refused("images is not for kind synthetic", "ti2v", DISTILLATION, synthetic)
     refused("num_training_frames 4: the channels of an i2v", "causal_i2v", DISTILLATION,
             {"rollout": {"num_training_frames": 4}}, images=images)  # fmt: skip
     refused("has no clip_feature of width 12", "i2v", DISTILLATION,

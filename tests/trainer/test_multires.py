@@ -13,7 +13,7 @@ import torch
 
 from configs.load import run_from_plain
 from configs.schema import RunConfig
-from configs.sizes import schedule_at, sizes_of
+from configs.sizes import sizes_of
 from model.schedule import shift_sigma
 from model.types import VisualConditioning
 from tasks.build import build_task
@@ -23,7 +23,7 @@ from tests.trainer.test_methods import GAN
 from tests.trainer.test_trainer import assert_same_run, curve, tensors
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
-from trainer.drawn_sizes import drawn_size
+from trainer.drawn_sizes import drawn_size, schedule_at
 from trainer.losses import SampleDraws
 from trainer.rollout_cache import RolloutCache
 from utils.config import to_plain
