@@ -7,8 +7,6 @@ A kind of data is one file in tasks/kinds/: a section with its task. `DataConfig
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,8 @@ from tasks.task import Task
 from tasks.text import text_shape
 from tasks.text_cache import Encode
 from utils.config import config_hash
+from utils.found import classes_in
+from utils.variants import check_kind
 
 Size = tuple[int, int, int]  # latent frames, height, width
 
@@ -69,13 +69,16 @@ class DataConfig:
 
     @classmethod
     def switched(cls, values: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
-        """What a layer of a YAML said of one kind, for another kind that a later layer chose."""
-        return cls.variants()[kind].from_other(values)
+        """What the lower layers of a YAML said of one kind, for another kind that a later layer chose."""
+        return {**values, **cls.variants()[kind].from_other(values)}
 
     @classmethod
     def from_other(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """What another kind's `values` say for this one, beside the keys that both have."""
         return {}
+
+    def __post_init__(self) -> None:
+        check_kind(self)
 
     @property
     def size(self) -> Size:
@@ -175,11 +178,5 @@ def if_present(path: str | None) -> str | None:
 
 @functools.cache
 def _kinds() -> Mapping[str, type[DataConfig]]:
-    folder = str(Path(__file__).with_name("kinds"))
-    found: dict[str, type[DataConfig]] = {}
-    for name in sorted(module.name for module in pkgutil.iter_modules([folder])):
-        module = importlib.import_module(f"tasks.kinds.{name}")
-        for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, DataConfig) and value.__module__ == module.__name__:
-                found[value.kind] = value
-    return {kind: found[kind] for kind in sorted(found, key=lambda kind: kind != "toy")}
+    found = sorted(classes_in("tasks.kinds", DataConfig), key=lambda config: config.kind != "toy")
+    return {config.kind: config for config in found}

@@ -12,7 +12,7 @@ from configs.schema import RunConfig
 from tests.nets import random_net
 from trainer.base import RunOptions, Trainer
 from trainer.build import build_trainer
-from utils.config import layered
+from utils.variants import laid
 
 NETWORKS = ("student", "critic", "teacher")
 NETWORK = {"preset": "toy", "overrides": {"dim": 32, "ffn_dim": 64, "num_layers": 2}, "attention": "plain"}
@@ -20,7 +20,7 @@ NETWORK = {"preset": "toy", "overrides": {"dim": 32, "ffn_dim": 64, "num_layers"
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`changes` over `base`, as one YAML over another."""
-    return layered(RunConfig, base, changes)
+    return laid(RunConfig, base, changes)
 
 
 DISTILLATION: dict[str, Any] = {

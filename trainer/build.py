@@ -50,6 +50,6 @@ def _check_first_frames(config: RunConfig) -> None:
         return
     makes_samples = config.trainer in (TrainerKind.score_distillation, TrainerKind.ode)
     stored = config.trainer is TrainerKind.ode and config.ode.path is not None
-    of_real_videos = real and not (makes_samples and not config.rollout.kind.from_data)
+    of_real_videos = real and not (makes_samples and not config.rollout.from_data)
     if not (of_real_videos or stored or config.data.draws_images):
         config.data.check_first_frames(takes.first_frame, takes.model_type)

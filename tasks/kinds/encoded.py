@@ -57,6 +57,7 @@ class EncodedData(DataConfig):
     images: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.images is not None and self.prompts is not None:
             raise ValueError("images and prompts are both given, and images have captions of their own: set one null")
         if self.images is not None and self.first_frame is False:
