@@ -15,12 +15,13 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from configs import rules
 from configs.schema import RunConfig
 from utils.cli import run_cli
 from utils.config import to_plain
@@ -38,6 +39,17 @@ It is generated from the dataclasses of the schema, so it is what the program ch
 A key is written with its full path. Where several sections share their keys, the first path is shown and the others
 are named above the table. A section whose default is null is left out of a run unless the YAML gives it.
 """
+
+
+REFUSALS = """A run with one of these is refused before it starts, with this line. Where `…` is here, it has a value of the run.
+Sizes, steps and blocks that do not fit are refused too, with the numbers at fault."""
+VALUE = re.compile(r"\{[^}]*\}")
+TABLES: dict[str, Sequence[rules.Rule | rules.NetworkRule | rules.OptimizerRule]] = {
+    "Distillation": rules.DISTILLATION,
+    "Other trainers": rules.OTHER_TRAINERS,
+    "Networks": rules.NETWORKS,
+    "Optimizers": rules.OPTIMIZERS,
+}
 
 
 @dataclass
@@ -217,9 +229,18 @@ def section_text(section: Section) -> str:
     return "\n".join(lines)
 
 
+def refusals() -> str:
+    """The lines of configs/rules.py, by what they are about."""
+    lines = ["## What cannot be combined", "", REFUSALS, ""]
+    for title, table in TABLES.items():
+        lines += [f"**{title}**", "", *(f"- `{VALUE.sub('…', rule.says)}`" for rule in table), ""]
+    traits = (f"- {what}: `{trait.value}`" for trait, (what, _) in rules.TRAITS.items())
+    return "\n".join([*lines, "**What needs a trait of the networks' family**", "", *traits])
+
+
 def page() -> str:
     """The whole page."""
-    return "\n\n".join([HEAD.strip(), *map(section_text, sections(RunConfig))]) + "\n"
+    return "\n\n".join([HEAD.strip(), *map(section_text, sections(RunConfig)), refusals()]) + "\n"
 
 
 def main() -> int:
