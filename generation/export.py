@@ -61,11 +61,7 @@ class Found:
 
     @property
     def exporter(self) -> Exporter:
-        """Raises UserError for a family that has none."""
-        if (exporter := self.network.family.exporter) is None:
-            preset = self.network.preset
-            raise UserError(f"--run {self.folder}: nothing writes the family of preset {preset} for other programs yet")
-        return exporter
+        return self.network.family.exporter
 
     def weights(self) -> Weights:
         """All of them: those of an adapter with what it was trained on. Raises UserError."""
@@ -132,6 +128,9 @@ def export(args: ExportArgs) -> Path:
     """Writes what was asked for, whole or not at all, and returns the folder. Raises UserError."""
     found = find(args.run, args.network, args.weights)
     exporter = found.exporter
+    if args.format not in exporter.formats:
+        known = f"only {' and '.join(exporter.formats)}" if exporter.formats else "nothing yet"
+        raise UserError(f"--format {args.format}: for networks of preset {found.network.preset} there is {known}")
     if args.format == "lora":
         if args.dtype is Dtype.fp8:
             raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")

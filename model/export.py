@@ -52,7 +52,12 @@ class Pipeline:
 
 
 class Exporter(Protocol):
-    """How a family writes files."""
+    """How a family writes files.
+
+    formats: those that export.py's --format may ask for: "diffusers", "native", "lora".
+    """
+
+    formats: tuple[str, ...]
 
     def save(
         self, folder: Path, weights: Weights, geometry: Any, names: Format, dtype: Dtype, shard_bytes: int | None
@@ -71,3 +76,26 @@ class Exporter(Protocol):
     def lora_to_peft(self, state: Mapping[str, Tensor], alpha: float) -> tuple[State, dict[str, Any]]:
         """An adapter of ours under PEFT's names, and its adapter_config.json. Raises ValueError."""
         ...
+
+
+class NoExporter:
+    """Of a family whose files nothing else reads yet. It knows no format, and refuses: ValueError, one line."""
+
+    formats: tuple[str, ...] = ()
+
+    def save(
+        self, folder: Path, weights: Weights, geometry: Any, names: Format, dtype: Dtype, shard_bytes: int | None
+    ) -> None:
+        raise self._refusal()
+
+    def pipeline(self, geometry: Any, boundary: float | None) -> Pipeline:
+        raise self._refusal()
+
+    def lora_to_diffusers(self, state: Mapping[str, Tensor], alpha: float) -> State:
+        raise self._refusal()
+
+    def lora_to_peft(self, state: Mapping[str, Tensor], alpha: float) -> tuple[State, dict[str, Any]]:
+        raise self._refusal()
+
+    def _refusal(self) -> ValueError:
+        return ValueError("nothing writes this family for other programs yet")

@@ -24,8 +24,10 @@ from model.attention.kv_cache import CacheSpec, KVCache
 from model.attention.sparse import SparseConfig, Sparsity
 from model.codec import Codecs
 from model.export import Exporter
+from model.folders import pipeline_folder
 from model.merged import Lora
 from model.path import Path
+from model.released import CLUES, Released, Source, classes_of
 from model.types import Prompt
 from model.weights import Weights
 from utils.parallel.sequence import SequenceParallel
@@ -131,16 +133,22 @@ class Family(Protocol):
     presets: its geometries by name; no two families share a name.
     telling: small parameters of every geometry that differ between any two trainings, to know weights again.
     shared: fields of the geometry that all networks of a run have alike, for they see the same samples.
-    codecs: what makes its latents; None for a family that generates pixels.
-    exporter: what writes files for other programs; None if nothing does.
+    lora_targets: layers of each block that an adapter goes beside where a run names none; empty without the trait.
+    codecs: what makes its latents; `PixelCodecs` for a family that generates pixels.
+    exporter: what writes files for other programs; `NoExporter` if nothing does.
+    released_as: classes in model_index.json, or in a part's config.json, of released models that are this family's.
+    sources: by preset, where its weights are on the Hub. Presets of no released model are left out.
     """
 
     traits: frozenset[Trait]
     presets: Mapping[str, Any]
     telling: tuple[str, ...]
     shared: tuple[str, ...]
-    codecs: Codecs | None
-    exporter: Exporter | None
+    lora_targets: tuple[str, ...]
+    codecs: Codecs
+    exporter: Exporter
+    released_as: tuple[str, ...]
+    sources: Mapping[str, Source]
 
     def geometry(self, preset: str, overrides: Mapping[str, Any]) -> Geometry:
         """A preset with some fields replaced. Raises ValueError naming the legal fields."""
@@ -200,6 +208,13 @@ class Family(Protocol):
         """The changes of a LoRA file to these modules of a base. Raises ValueError in one line."""
         ...
 
+    def released(self, folder: FilePath) -> Released:
+        """How the model in a pipeline's folder is sampled: by the files of `CLUES`, for no more may be there yet.
+
+        Raises ValueError in one line for what it does not know.
+        """
+        ...
+
 
 @functools.cache
 def families() -> Mapping[str, Family]:
@@ -229,3 +244,19 @@ def family_of(preset: str) -> Family:
         if preset in family.presets:
             return family
     raise ValueError(f"unknown geometry preset '{preset}': choose one of {', '.join(presets())}")
+
+
+def released_model(path: str) -> tuple[FilePath, Released]:
+    """The folder of a released model, and how it is sampled. path: a pipeline's folder, or its Hub name.
+
+    Of a Hub name the files that say what it is are fetched first, then the parts that sampling needs. Raises ValueError
+    in one line, also for a model of no family.
+    """
+    clues = pipeline_folder(path, CLUES)
+    found = classes_of(clues)
+    for family in families().values():
+        if set(found) & set(family.released_as):
+            released = family.released(clues)
+            return pipeline_folder(path, released.parts), released
+    known = ", ".join(name for family in families().values() for name in family.released_as)
+    raise ValueError(f"it is a model of {', '.join(found) or 'no class'}, and known are {known}: give one of these")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -26,23 +26,20 @@ class LoraWeights:
     scale: float = 1.0
 
 
-TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # all of a text-to-video block
-
-
 @dataclass
 class LoraConfig:
     """An adapter that is trained in place of the weights themselves (LoRA, arXiv 2106.09685).
 
     rank: inner width of the adapter's two matrices: the weight is W + alpha / rank * up @ down.
     alpha: scale of the adapter, see rank; null takes alpha = rank.
-    targets: which linear layers of each block get one.
+    targets: which linear layers of each block get one; null takes its family's `lora_targets`.
     share: the adapter lies on the teacher's own copy of the weights, of which there is then one for all roles; false
         gives it a frozen copy of its own, which `init` may then take from elsewhere.
     """
 
     rank: int = 64
     alpha: float | None = None
-    targets: list[str] = field(default_factory=lambda: list(TARGETS))
+    targets: list[str] | None = None
     share: bool = True
 
     def __post_init__(self) -> None:
@@ -50,13 +47,19 @@ class LoraConfig:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(f"alpha must be positive, or null for the rank, got {self.alpha}")
-        if not self.targets:
-            raise ValueError(f"targets is empty: choose among {', '.join(TARGETS)}")
+        if self.targets is not None and not self.targets:
+            raise ValueError("targets is empty: name layers of a block, or null for those of the network's family")
 
     @property
     def scale(self) -> float:
         """alpha / rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def layers(self) -> list[str]:
+        """targets, which `NetworkConfig` fills in where they are null."""
+        assert self.targets is not None
+        return self.targets
 
 
 @dataclass
@@ -101,6 +104,8 @@ class NetworkConfig:
             raise ValueError("loras are added to the weights of init, which is null: set it")
         if self.init_lora_scale != 1 and self.init is None:
             raise ValueError("init_lora_scale is of an adapter in init, which is null: set it")
+        if self.lora is not None and self.lora.targets is None and (layers := self.family.lora_targets):
+            self.lora = replace(self.lora, targets=list(layers))  # a run says what it trained, whatever comes later
 
     def other_weights(self, other: NetworkConfig) -> str | None:
         """The first of what names the weights that differs, None where both start from the same: by what they say, not
@@ -125,10 +130,7 @@ class NetworkConfig:
 
     @property
     def codecs(self) -> Codecs:
-        """What makes its latents. Raises ValueError for a family that has none."""
-        if (codecs := self.family.codecs) is None:
-            raise ValueError(f"preset {self.preset}: its family generates pixels and has no codec: choose another")
-        return codecs
+        return self.family.codecs
 
     def geometry(self) -> Geometry:
         return self.family.geometry(self.preset, self.overrides)

@@ -28,6 +28,8 @@ BASES = {  # by model type, and whether the network sees CLIP's tokens: whose ot
 class WanExporter:
     """Weights in Wan's own layout or Diffusers', adapters in Diffusers' or PEFT's."""
 
+    formats = ("diffusers", "native", "lora")
+
     def save(
         self, folder: Path, weights: Weights, geometry: WanConfig, names: Format, dtype: Dtype, shard_bytes: int | None
     ) -> None:
