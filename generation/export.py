@@ -19,7 +19,7 @@ from generation.two_experts import joined, starts_from_noise
 from model.export import ADAPTER_CONFIG, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
 from model.family import Geometry
 from model.network import NetworkConfig
-from model.schedule import TIMESTEPS, unshift_sigma
+from model.schedule import unshift_sigma
 from model.weights import Weights
 from trainer.weight_sources import open_group
 from utils import checkpoint
@@ -138,10 +138,10 @@ def export(args: ExportArgs) -> Path:
         if args.dtype is Dtype.bf16:
             state = {name: value.bfloat16() for name, value in state.items()}
         return written(args.out, lambda folder: save_lora(folder, exporter, state, alpha))
-    names, parts = Format(args.format), {"transformer": found}
+    names, parts = Format(args.format), {exporter.networks[0]: found}
     config, boundary = found.config, None
     if args.low is not None:
-        parts["transformer_2"] = low = find(args.low, args.network, args.weights)
+        parts[exporter.networks[1]] = low = find(args.low, args.network, args.weights)
         config, boundary = joined(config, low.config)
     elif names is Format.DIFFUSERS and config.few_steps and not starts_from_noise(config):
         raise UserError(
@@ -152,7 +152,7 @@ def export(args: ExportArgs) -> Path:
 
     def write(folder: Path) -> None:
         if names is Format.NATIVE:
-            exporter.save(folder, weights["transformer"], found.geometry, names, args.dtype, args.shard_bytes)
+            exporter.save(folder, weights[exporter.networks[0]], found.geometry, names, args.dtype, args.shard_bytes)
             return
         for name, values in weights.items():
             exporter.save(folder / name, values, found.geometry, names, args.dtype, args.shard_bytes)
@@ -202,18 +202,8 @@ def _json(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def scheduler_config(config: RunConfig) -> dict[str, Any]:
-    """Diffusers' scheduler of the run: UniPC for a many-step network, as in Wan's own folders; for a student the one
-    that predicts x0 and noises it anew at each step, `stochastic_sampling`."""
-    shift = config.schedule.timestep_shift
-    if config.few_steps:
-        return {
-            "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": int(TIMESTEPS), "shift": shift,
-            "stochastic_sampling": True,
-        }  # fmt: skip
-    return {
-        "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": int(TIMESTEPS), "flow_shift": shift,
-        "prediction_type": "flow_prediction", "use_flow_sigmas": True,
-    }  # fmt: skip
+    """Diffusers' scheduler of the run."""
+    return config.student.family.exporter.scheduler(config.schedule.timestep_shift, few_steps=config.few_steps)
 
 
 def scheduler_sigmas(config: RunConfig) -> list[float]:
@@ -232,6 +222,7 @@ def card(found: Found) -> str:
     """README.md of an exported folder: what it is, and the lines that load and sample it as the run does."""
     config, made = found.config, found.exporter.pipeline(found.geometry, None)
     pipeline, image = made.name, "image=IMAGE, " if made.takes_image else ""
+    without = ", ".join(f"{name}=None" for name in found.exporter.networks)
     lines = [
         f"# {config.name}",
         "",
@@ -240,7 +231,7 @@ def card(found: Found) -> str:
         "```python",
         f"from diffusers import {pipeline}",
         f'base = "{made.base}"  # whichever has the text encoder and VAE of this model',
-        f"parts = {pipeline}.from_pretrained(base, transformer=None, transformer_2=None)",
+        f"parts = {pipeline}.from_pretrained(base, {without})",
         f"others = dict({', '.join(f'{name}=parts.{name}' for name in made.parts)})",
         f"pipe = {pipeline}.from_pretrained(DIR, **others)",
     ]

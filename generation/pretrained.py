@@ -17,8 +17,7 @@ from generation.generator import Generator
 from generation.sampling import Sampler
 from model.codec import ClipConfig, VAEConfig
 from model.experts import Experts
-from model.family import released_model
-from model.network import LoraWeights, network_of
+from model.network import LoraWeights, network_of, released_model
 from model.released import Released
 from model.schedule import ScheduleConfig
 from model.score import ScoreNet

@@ -24,10 +24,9 @@ from model.attention.kv_cache import CacheSpec, KVCache
 from model.attention.sparse import SparseConfig, Sparsity
 from model.codec import Codecs
 from model.export import Exporter
-from model.folders import pipeline_folder
 from model.merged import Lora
 from model.path import Path
-from model.released import CLUES, Released, Source, classes_of
+from model.released import Released, Source
 from model.types import Prompt
 from model.weights import Weights
 from utils.parallel.sequence import SequenceParallel
@@ -209,7 +208,7 @@ class Family(Protocol):
         ...
 
     def released(self, folder: FilePath) -> Released:
-        """How the model in a pipeline's folder is sampled: by the files of `CLUES`, for no more may be there yet.
+        """How the model in a pipeline's folder is sampled: by its small files (`CLUES`), for no more may be there yet.
 
         Raises ValueError in one line for what it does not know.
         """
@@ -244,19 +243,3 @@ def family_of(preset: str) -> Family:
         if preset in family.presets:
             return family
     raise ValueError(f"unknown geometry preset '{preset}': choose one of {', '.join(presets())}")
-
-
-def released_model(path: str) -> tuple[FilePath, Released]:
-    """The folder of a released model, and how it is sampled. path: a pipeline's folder, or its Hub name.
-
-    Of a Hub name the files that say what it is are fetched first, then the parts that sampling needs. Raises ValueError
-    in one line, also for a model of no family.
-    """
-    clues = pipeline_folder(path, CLUES)
-    found = classes_of(clues)
-    for family in families().values():
-        if set(found) & set(family.released_as):
-            released = family.released(clues)
-            return pipeline_folder(path, released.parts), released
-    known = ", ".join(name for family in families().values() for name in family.released_as)
-    raise ValueError(f"it is a model of {', '.join(found) or 'no class'}, and known are {known}: give one of these")

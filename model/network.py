@@ -11,7 +11,9 @@ from model.attention.checkpointing import Checkpointing
 from model.attention.sparse import SparseConfig
 from model.codec import Codecs
 from model.family import Family, FirstFrame, Geometry, families, family_of
+from model.folders import pipeline_folder
 from model.path import Path
+from model.released import CLUES, Released, classes_of
 
 
 @dataclass
@@ -152,3 +154,19 @@ def network_of(path: str | FilePath, expert: str | None) -> NetworkConfig:
             continue
         return NetworkConfig(next(iter(family.presets)), overrides=asdict(geometry), init=str(path), expert=expert)
     raise ValueError("; ".join(problems) or f"{path}: no family reads files")
+
+
+def released_model(path: str) -> tuple[FilePath, Released]:
+    """The folder of a released model, and how it is sampled. path: a pipeline's folder, or its Hub name.
+
+    Of a Hub name the files that say what it is are fetched first, then the parts that sampling needs. Raises ValueError
+    in one line, also for a model of no family.
+    """
+    clues = pipeline_folder(path, CLUES)
+    found = classes_of(clues)
+    for family in families().values():
+        if set(found) & set(family.released_as):
+            released = family.released(clues)
+            return pipeline_folder(path, released.parts), released
+    known = ", ".join(name for family in families().values() for name in family.released_as)
+    raise ValueError(f"it is a model of {', '.join(found) or 'no class'}, and known are {known}: give one of these")

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from model.family import released_model
+from model.network import released_model
 from model.wan.config import PRESETS
 from model.wan.family import FAMILY
 from model.wan.geometry import diffusers_config
 from model.wan.released import SOURCES
+from tests import ROOT
 
 UNIPC = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "flow_shift": 3.0}
 
@@ -85,12 +86,7 @@ def test_an_unknown_release_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-LARGE = {"14b", "a14b", "i2v-14b", "i2v-a14b"}
-
-
-@pytest.mark.parametrize(
-    "preset", [pytest.param(name, marks=[pytest.mark.full] if name in LARGE else []) for name in SOURCES]
-)
+@pytest.mark.parametrize("preset", SOURCES)
 def test_the_bytes_of_a_source_are_those_of_its_geometry_in_fp32(preset: str) -> None:
     """And the preset's weights are one expert's, where there are two."""
     source = FAMILY.sources[preset]
@@ -103,6 +99,14 @@ def test_the_bytes_of_a_source_are_those_of_its_geometry_in_fp32(preset: str) ->
     assert source.size == sum(source.parts.values())
 
 
+def test_the_page_says_how_large_they_are() -> None:
+    page = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    for preset, source in SOURCES.items():
+        network, everything = (f"{size / 1e9:.1f} GB" for size in (source.parts["transformer"], source.size))
+        assert f"| {preset} | {source.repo} | {network} | {everything} |" in page
+    assert {source.licence for source in SOURCES.values()} == {"Apache-2.0"}
+
+
 def test_a_source_is_fetched_by_one_command() -> None:
     source = SOURCES["1.3b"]
     assert source.download_command() == "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -110,7 +114,6 @@ def test_a_source_is_fetched_by_one_command() -> None:
     assert said == "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --include 'transformer/*' 'vae/*'"
 
 
-@pytest.mark.full
 def test_the_bytes_of_its_other_parts_are_those_of_their_published_sizes() -> None:
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     umt5 = transformers.UMT5Config(
