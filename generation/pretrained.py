@@ -102,7 +102,8 @@ def run_of(folder: Path, model: Model, released: Released, frames: int, *, on_cp
     geometry = network.geometry()
     spatial = network.codecs.spatial(str(folder))
     side = spatial * geometry.patch_size[1]
-    height, width = model.height or released.height, model.width or released.width
+    height = released.height if model.height is None else model.height
+    width = released.width if model.width is None else model.width
     if height % side or width % side:
         raise ValueError(f"--size {height}x{width}: give multiples of {side}")
     shift = released.shift if model.shift is None else model.shift

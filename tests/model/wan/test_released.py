@@ -68,6 +68,22 @@ def test_a_released_model_says_how_it_is_sampled(
     assert ("image_encoder" in said.parts) == (preset == "i2v-14b")
 
 
+def test_of_a_hub_name_what_says_the_most_is_fetched_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder(tmp_path, "1.3b", {"_class_name": "WanPipeline"}, UNIPC)
+    fetched: list[list[str]] = []
+
+    def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+        assert repo == "owner/model"
+        fetched.append(patterns)
+        return path
+
+    monkeypatch.setattr("model.folders.snapshot", snapshot)
+    released_model("owner/model")
+    small = ["model_index.json", "*config.json"]
+    parts = ["transformer/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"]
+    assert fetched == [small, ["model_index.json", *parts]]
+
+
 @pytest.mark.parametrize(
     ("index", "scheduler", "problem"),
     [
