@@ -60,7 +60,9 @@ def _parser() -> Parser:
     source.add_argument("--checkpoint", type=Path, help="one checkpoint folder")
     parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, beside --run of the high-noise one")
     source.add_argument("--model", metavar="DIR", help="a released model in Diffusers' layout: a folder, or a Hub name")
-    parser.add_argument("--size", metavar="HxW", help="of videos in pixels (a run: as trained; --model: 480x832)")
+    parser.add_argument(
+        "--size", metavar="HxW", help="of videos in pixels (default: as trained, or as --model was released)"
+    )
     parser.add_argument("--shift", type=float, help="of --model's noise levels (default: its scheduler's)")
     parser.add_argument("--negative_prompt", help="of --model (default: none)")
     text = parser.add_mutually_exclusive_group(required=True)
@@ -212,7 +214,7 @@ def _refuse_for_others(a: argparse.Namespace) -> None:
 
 
 def _model(a: argparse.Namespace) -> Model:
-    height, width = _size(a) or (480, 832)
+    height, width = _size(a) or (None, None)
     return Model(a.model, height, width, a.shift, a.negative_prompt or "")
 
 

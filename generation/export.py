@@ -19,7 +19,7 @@ from generation.two_experts import joined, starts_from_noise
 from model.export import ADAPTER_CONFIG, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
 from model.family import Geometry
 from model.network import NetworkConfig
-from model.schedule import TIMESTEPS, unshift_sigma
+from model.schedule import unshift_sigma
 from model.weights import Weights
 from trainer.weight_sources import open_group
 from utils import checkpoint
@@ -61,11 +61,7 @@ class Found:
 
     @property
     def exporter(self) -> Exporter:
-        """Raises UserError for a family that has none."""
-        if (exporter := self.network.family.exporter) is None:
-            preset = self.network.preset
-            raise UserError(f"--run {self.folder}: nothing writes the family of preset {preset} for other programs yet")
-        return exporter
+        return self.network.family.exporter
 
     def weights(self) -> Weights:
         """All of them: those of an adapter with what it was trained on. Raises UserError."""
@@ -132,6 +128,9 @@ def export(args: ExportArgs) -> Path:
     """Writes what was asked for, whole or not at all, and returns the folder. Raises UserError."""
     found = find(args.run, args.network, args.weights)
     exporter = found.exporter
+    if args.format not in exporter.formats:
+        known = f"only {' and '.join(exporter.formats)}" if exporter.formats else "nothing yet"
+        raise UserError(f"--format {args.format}: for networks of preset {found.network.preset} there is {known}")
     if args.format == "lora":
         if args.dtype is Dtype.fp8:
             raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
@@ -139,10 +138,10 @@ def export(args: ExportArgs) -> Path:
         if args.dtype is Dtype.bf16:
             state = {name: value.bfloat16() for name, value in state.items()}
         return written(args.out, lambda folder: save_lora(folder, exporter, state, alpha))
-    names, parts = Format(args.format), {"transformer": found}
+    names, parts = Format(args.format), {exporter.networks[0]: found}
     config, boundary = found.config, None
     if args.low is not None:
-        parts["transformer_2"] = low = find(args.low, args.network, args.weights)
+        parts[exporter.networks[1]] = low = find(args.low, args.network, args.weights)
         config, boundary = joined(config, low.config)
     elif names is Format.DIFFUSERS and config.few_steps and not starts_from_noise(config):
         raise UserError(
@@ -153,7 +152,7 @@ def export(args: ExportArgs) -> Path:
 
     def write(folder: Path) -> None:
         if names is Format.NATIVE:
-            exporter.save(folder, weights["transformer"], found.geometry, names, args.dtype, args.shard_bytes)
+            exporter.save(folder, weights[exporter.networks[0]], found.geometry, names, args.dtype, args.shard_bytes)
             return
         for name, values in weights.items():
             exporter.save(folder / name, values, found.geometry, names, args.dtype, args.shard_bytes)
@@ -203,18 +202,8 @@ def _json(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def scheduler_config(config: RunConfig) -> dict[str, Any]:
-    """Diffusers' scheduler of the run: UniPC for a many-step network, as in Wan's own folders; for a student the one
-    that predicts x0 and noises it anew at each step, `stochastic_sampling`."""
-    shift = config.schedule.timestep_shift
-    if config.few_steps:
-        return {
-            "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": int(TIMESTEPS), "shift": shift,
-            "stochastic_sampling": True,
-        }  # fmt: skip
-    return {
-        "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": int(TIMESTEPS), "flow_shift": shift,
-        "prediction_type": "flow_prediction", "use_flow_sigmas": True,
-    }  # fmt: skip
+    """Diffusers' scheduler of the run."""
+    return config.student.family.exporter.scheduler(config.schedule.timestep_shift, few_steps=config.few_steps)
 
 
 def scheduler_sigmas(config: RunConfig) -> list[float]:
@@ -233,6 +222,7 @@ def card(found: Found) -> str:
     """README.md of an exported folder: what it is, and the lines that load and sample it as the run does."""
     config, made = found.config, found.exporter.pipeline(found.geometry, None)
     pipeline, image = made.name, "image=IMAGE, " if made.takes_image else ""
+    without = ", ".join(f"{name}=None" for name in found.exporter.networks)
     lines = [
         f"# {config.name}",
         "",
@@ -241,7 +231,7 @@ def card(found: Found) -> str:
         "```python",
         f"from diffusers import {pipeline}",
         f'base = "{made.base}"  # whichever has the text encoder and VAE of this model',
-        f"parts = {pipeline}.from_pretrained(base, transformer=None, transformer_2=None)",
+        f"parts = {pipeline}.from_pretrained(base, {without})",
         f"others = dict({', '.join(f'{name}=parts.{name}' for name in made.parts)})",
         f"pipe = {pipeline}.from_pretrained(DIR, **others)",
     ]

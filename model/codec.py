@@ -5,7 +5,7 @@ B batch  F latent frames  C channels  H W latent size  T pixel frames  h w pixel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,9 +92,11 @@ class Codecs(Protocol):
     """The codecs of a family.
 
     time_stride: pixel frames that each latent frame but the first stands for.
+    identity: whether latents are pixels, so that nothing is stored and nothing is loaded.
     """
 
     time_stride: int
+    identity: bool
 
     def load(self, config: VAEConfig, device: torch.device) -> Codec:
         """The codec that a config names. Raises ValueError or OSError."""
@@ -134,3 +136,77 @@ class Codecs(Protocol):
     def latents_of(self, channels: Tensor) -> Tensor:
         """The latents in those channels: the inverse of `channels_of`."""
         ...
+
+
+class PixelCodec:
+    """Pixels as their own latents, (pixels - mean) * scale: a codec of stride 1 that has no weights.
+
+    mean, scale: a number for each channel. device: where they are.
+    """
+
+    spatial = 1
+
+    def __init__(self, mean: Sequence[float], scale: Sequence[float], device: torch.device) -> None:
+        self.channels = len(mean)
+        self.mean, self.scale = (torch.tensor(values, device=device)[:, None, None] for values in (mean, scale))
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        if pixels.shape[2] != self.channels:
+            raise ValueError(f"pixels have {pixels.shape[2]} channels, these networks take {self.channels}")
+        return (pixels.to(self.device).float() - self.mean) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return (latents.float() / self.scale + self.mean).clamp(0, 1)
+
+    def decoding(self) -> Callable[[Tensor], Tensor]:
+        return self.decode
+
+
+class PixelCodecs:
+    """For families that generate pixels. A VAE, an image encoder and first frames are refused: ValueError, one line.
+
+    mean, scale: latents are (pixels - mean) * scale, a number for each channel.
+    """
+
+    time_stride = 1
+    identity = True
+
+    def __init__(self, mean: Sequence[float], scale: Sequence[float]) -> None:
+        self.mean, self.scale = tuple(mean), tuple(scale)
+
+    def load(self, config: VAEConfig, device: torch.device) -> PixelCodec:
+        self._refuse(config.path)
+        return PixelCodec(self.mean, self.scale, device)
+
+    def channels(self, config: VAEConfig) -> int:
+        self._refuse(config.path)
+        return len(self.mean)
+
+    def spatial(self, path: str) -> int:
+        return PixelCodec.spatial
+
+    def statistics(self, path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self.mean, tuple(1 / scale for scale in self.scale)
+
+    def load_image_encoder(self, path: str, dtype: torch.dtype, device: torch.device) -> ImageEncoder:
+        raise ValueError(f"{path}: these networks see no image encoder's tokens: leave it out")
+
+    def check_image_encoder(self, path: str) -> None:
+        raise ValueError(f"{path}: these networks see no image encoder's tokens: leave it out")
+
+    def image_channels(self, codec: Codec, pixels: Tensor, frames: int) -> Tensor:
+        raise ValueError("these networks are not given first frames")
+
+    def channels_of(self, latents: Tensor) -> Tensor:
+        raise ValueError("these networks are not given first frames")
+
+    def latents_of(self, channels: Tensor) -> Tensor:
+        raise ValueError("these networks are not given first frames")
+
+    def _refuse(self, path: str | None) -> None:
+        if path is not None:
+            raise ValueError(f"vae: these networks generate pixels and have no VAE, but {path} is given: leave it out")

@@ -52,7 +52,14 @@ class Pipeline:
 
 
 class Exporter(Protocol):
-    """How a family writes files."""
+    """How a family writes files.
+
+    formats: those that export.py's --format may ask for: "diffusers", "native", "lora".
+    networks: folders of a pipeline's networks: the only one or the high-noise expert's, then the low-noise expert's.
+    """
+
+    formats: tuple[str, ...]
+    networks: tuple[str, ...]
 
     def save(
         self, folder: Path, weights: Weights, geometry: Any, names: Format, dtype: Dtype, shard_bytes: int | None
@@ -64,6 +71,13 @@ class Exporter(Protocol):
         """boundary: the noise level that parts two experts, None for one network."""
         ...
 
+    def scheduler(self, shift: float, *, few_steps: bool) -> dict[str, Any]:
+        """The pipeline's scheduler_config.json: of a student with a step list, or of a many-step network.
+
+        shift: of the run's noise levels.
+        """
+        ...
+
     def lora_to_diffusers(self, state: Mapping[str, Tensor], alpha: float) -> State:
         """An adapter of ours under Diffusers' names. Raises ValueError."""
         ...
@@ -71,3 +85,30 @@ class Exporter(Protocol):
     def lora_to_peft(self, state: Mapping[str, Tensor], alpha: float) -> tuple[State, dict[str, Any]]:
         """An adapter of ours under PEFT's names, and its adapter_config.json. Raises ValueError."""
         ...
+
+
+class NoExporter:
+    """Of a family whose files nothing else reads yet. It knows no format, and refuses: ValueError, one line."""
+
+    formats: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
+
+    def save(
+        self, folder: Path, weights: Weights, geometry: Any, names: Format, dtype: Dtype, shard_bytes: int | None
+    ) -> None:
+        raise self._refusal()
+
+    def pipeline(self, geometry: Any, boundary: float | None) -> Pipeline:
+        raise self._refusal()
+
+    def scheduler(self, shift: float, *, few_steps: bool) -> dict[str, Any]:
+        raise self._refusal()
+
+    def lora_to_diffusers(self, state: Mapping[str, Tensor], alpha: float) -> State:
+        raise self._refusal()
+
+    def lora_to_peft(self, state: Mapping[str, Tensor], alpha: float) -> tuple[State, dict[str, Any]]:
+        raise self._refusal()
+
+    def _refusal(self) -> ValueError:
+        return ValueError("nothing writes this family for other programs yet")

@@ -26,6 +26,7 @@ from model.codec import Codecs
 from model.export import Exporter
 from model.merged import Lora
 from model.path import Path
+from model.released import Released, Source
 from model.types import Prompt
 from model.weights import Weights
 from utils.parallel.sequence import SequenceParallel
@@ -131,16 +132,22 @@ class Family(Protocol):
     presets: its geometries by name; no two families share a name.
     telling: small parameters of every geometry that differ between any two trainings, to know weights again.
     shared: fields of the geometry that all networks of a run have alike, for they see the same samples.
-    codecs: what makes its latents; None for a family that generates pixels.
-    exporter: what writes files for other programs; None if nothing does.
+    lora_targets: layers of each block that an adapter goes beside where a run names none; empty without the trait.
+    codecs: what makes its latents; `PixelCodecs` for a family that generates pixels.
+    exporter: what writes files for other programs; `NoExporter` if nothing does.
+    released_as: classes in model_index.json, or in a part's config.json, of released models that are this family's.
+    sources: by preset, where its weights are on the Hub. Presets of no released model are left out.
     """
 
     traits: frozenset[Trait]
     presets: Mapping[str, Any]
     telling: tuple[str, ...]
     shared: tuple[str, ...]
-    codecs: Codecs | None
-    exporter: Exporter | None
+    lora_targets: tuple[str, ...]
+    codecs: Codecs
+    exporter: Exporter
+    released_as: tuple[str, ...]
+    sources: Mapping[str, Source]
 
     def geometry(self, preset: str, overrides: Mapping[str, Any]) -> Geometry:
         """A preset with some fields replaced. Raises ValueError naming the legal fields."""
@@ -198,6 +205,13 @@ class Family(Protocol):
 
     def open_lora(self, path: str, modules: Iterable[str], expert: str | None) -> Lora:
         """The changes of a LoRA file to these modules of a base. Raises ValueError in one line."""
+        ...
+
+    def released(self, folder: FilePath) -> Released:
+        """How the model in a pipeline's folder is sampled: by its small files (`CLUES`), for no more may be there yet.
+
+        Raises ValueError in one line for what it does not know.
+        """
         ...
 
 

@@ -42,11 +42,11 @@ def add_adapter(net: Adaptable, adapter: str, config: LoraConfig) -> None:
     from peft.tuners.lora import LoraLayer
 
     legal = linear_layers(net)
-    if unknown := [target for target in config.targets if target not in legal]:
+    if unknown := [target for target in config.layers if target not in legal]:
         raise ValueError(f"lora.targets: {', '.join(unknown)}: no layer of a block; choose among {', '.join(legal)}")
     inside = set(net.fsdp_units())
     units = "|".join(re.escape(name) for name, module in net.named_modules() if module in inside)
-    ends = "|".join(re.escape(target) for target in config.targets)
+    ends = "|".join(re.escape(target) for target in config.layers)
     peft = PeftConfig(
         r=config.rank, lora_alpha=config.scale * config.rank, bias="none",  # type: ignore[arg-type]
         target_modules=rf"({units})\.(\w+\.)?({ends})", init_lora_weights=False,

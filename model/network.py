@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path as FilePath
 from typing import Any
@@ -12,7 +12,9 @@ from model.attention.checkpointing import Checkpointing
 from model.attention.sparse import SparseConfig
 from model.codec import Codecs
 from model.family import Family, FirstFrame, Geometry, families, family_of
+from model.folders import pipeline_folder
 from model.path import Path
+from model.released import CLUES, Released, classes_of
 from utils.fields import check_modes
 
 
@@ -39,23 +41,20 @@ class Expert(StrEnum):
     low = "low"  # for the low ones
 
 
-TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # all of a text-to-video block
-
-
 @dataclass
 class LoraConfig:
     """An adapter that is trained in place of the weights themselves (LoRA, arXiv 2106.09685).
 
     rank: inner width of the adapter's two matrices: the weight is W + alpha / rank * up @ down.
     alpha: scale of the adapter, see rank; null takes alpha = rank.
-    targets: which linear layers of each block get one.
+    targets: which linear layers of each block get one; null takes its family's `lora_targets`.
     share: the adapter lies on the teacher's own copy of the weights, of which there is then one for all roles; false
         gives it a frozen copy of its own, which `init` may then take from elsewhere.
     """
 
     rank: int = 64
     alpha: float | None = None
-    targets: list[str] = field(default_factory=lambda: list(TARGETS))
+    targets: list[str] | None = None
     share: bool = True
 
     def __post_init__(self) -> None:
@@ -63,13 +62,19 @@ class LoraConfig:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(f"alpha must be positive, or null for the rank, got {self.alpha}")
-        if not self.targets:
-            raise ValueError(f"targets is empty: choose among {', '.join(TARGETS)}")
+        if self.targets is not None and not self.targets:
+            raise ValueError("targets is empty: name layers of a block, or null for those of the network's family")
 
     @property
     def scale(self) -> float:
         """alpha / rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def layers(self) -> list[str]:
+        """targets, which `NetworkConfig` fills in where they are null."""
+        assert self.targets is not None
+        return self.targets
 
 
 @dataclass
@@ -109,6 +114,8 @@ class NetworkConfig:
             raise ValueError("loras are added to the weights of init, which is null: set it")
         if self.init_lora_scale != 1 and self.init is None:
             raise ValueError("init_lora_scale is of an adapter in init, which is null: set it")
+        if self.lora is not None and self.lora.targets is None and (layers := self.family.lora_targets):
+            self.lora = replace(self.lora, targets=list(layers))  # a run says what it trained, whatever comes later
 
     def other_weights(self, other: NetworkConfig) -> str | None:
         """The first of what names the weights that differs, None where both start from the same: by what they say, not
@@ -133,10 +140,7 @@ class NetworkConfig:
 
     @property
     def codecs(self) -> Codecs:
-        """What makes its latents. Raises ValueError for a family that has none."""
-        if (codecs := self.family.codecs) is None:
-            raise ValueError(f"preset {self.preset}: its family generates pixels and has no codec: choose another")
-        return codecs
+        return self.family.codecs
 
     def geometry(self) -> Geometry:
         return self.family.geometry(self.preset, self.overrides)
@@ -158,3 +162,19 @@ def network_of(path: str | FilePath, expert: Expert | None) -> NetworkConfig:
             continue
         return NetworkConfig(next(iter(family.presets)), overrides=asdict(geometry), init=str(path), expert=expert)
     raise ValueError("; ".join(problems) or f"{path}: no family reads files")
+
+
+def released_model(path: str) -> tuple[FilePath, Released]:
+    """The folder of a released model, and how it is sampled. path: a pipeline's folder, or its Hub name.
+
+    Of a Hub name the files that say what it is are fetched first, then the parts that sampling needs. Raises ValueError
+    in one line, also for a model of no family.
+    """
+    clues = pipeline_folder(path, CLUES)
+    found = classes_of(clues)
+    for family in families().values():
+        if set(found) & set(family.released_as):
+            released = family.released(clues)
+            return pipeline_folder(path, released.parts), released
+    known = ", ".join(name for family in families().values() for name in family.released_as)
+    raise ValueError(f"it is a model of {', '.join(found) or 'no class'}, and known are {known}: give one of these")

@@ -25,7 +25,7 @@ class ExitPass:
 
     step: the exit step's index in the step list; at inference that of the last step.
     with_gradient: whether x0 carries the gradient of this step.
-    trace: notes the pass for `WanTransformer` to replay; it then carries no gradient.
+    trace: notes the pass, so that the network can replay it; it then carries no gradient.
     seen: gets what the step sees, [B, F, C, H, W] at its sigma.
     write_cache: whether its keys and values are kept.
     """

@@ -41,7 +41,7 @@ are named above the table. A section whose default is null is left out of a run 
 """
 
 
-REFUSALS = """A run with one of these is refused before it starts, with this line. Where `…` is here, it has a value of the run.
+REFUSALS = """A run with one of these is refused before it starts, with this line. Where `…` is here, it has a value.
 Sizes, steps and blocks that do not fit are refused too, with the numbers at fault."""
 VALUE = re.compile(r"\{[^}]*\}")
 TABLES: dict[str, Sequence[rules.Rule | rules.NetworkRule | rules.OptimizerRule]] = {

@@ -37,7 +37,7 @@ def preprocess_images(argv: Sequence[str]) -> int:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    names = [name for name, family in families().items() if family.codecs is not None]
+    names = [name for name, family in families().items() if not family.codecs.identity]
     parser.add_argument("--family", default=names[0], choices=names, help=f"of the networks ({names[0]})")
     parser.add_argument("--vae", required=True, help="an AutoencoderKLWan: its folder, a pipeline's, or a Hub name")
     parser.add_argument(
@@ -57,7 +57,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _encoders(args: argparse.Namespace) -> Encoders:
     family, device = families()[args.family], distributed.device()
     codecs = family.codecs
-    assert codecs is not None  # --family has choices
     if args.image_encoder is not None and not args.i2v:
         raise UserError("--image_encoder: only i2v networks see its tokens: add --i2v, or leave it out")
     try:

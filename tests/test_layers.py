@@ -146,7 +146,7 @@ BAD = {
     "planning/plan.py": "from generation.live import Live",
     "worlds/toy.py": "from model.types import Rollout",
     "importers/tables.py": "from configs.schema import RunConfig",
-    "tasks/encoded.py": "from trainer import base",
+    "tasks/kinds/encoded.py": "from trainer import base",
     "serving/run.py": "from train import main",
     "train.py": "from tests import conftest",
 }

@@ -19,7 +19,7 @@ VALUES = 1 << 16  # how many values of a tensor count
 
 def adapter_origin(lora: LoraConfig, base: str) -> dict[str, Any]:
     """JSON for a checkpoint. base: of `base_digest`, or another name of the weights below the adapter."""
-    return {"rank": lora.rank, "alpha": lora.scale * lora.rank, "targets": sorted(set(lora.targets)), "base": base}
+    return {"rank": lora.rank, "alpha": lora.scale * lora.rank, "targets": sorted(set(lora.layers)), "base": base}
 
 
 def base_digest(weights: Weights, telling: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ Grid = tuple[int, int, int]  # frames, and the tokens of each along height and w
 
 @dataclass(frozen=True)
 class PassMode:
-    """How a pass is made. `WanTransformer.forward` takes these fields by name.
+    """How a pass is made. A network's forward takes these fields by name.
 
     positions: absolute frame positions for RoPE; default 0.. or, with a cache, what follows the cached frames.
     rope: their `rope_table`, where it is made already.

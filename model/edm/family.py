@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor
 from model.attention.backends import Backend
 from model.attention.checkpointing import Checkpointing
 from model.attention.sparse import SparseConfig
+from model.codec import PixelCodecs
 from model.edm.config import PRESETS, EDMConfig
 from model.edm.network import EDMNetwork
+from model.export import NoExporter
 from model.family import Network, Trait, replaced
 from model.merged import Lora
 from model.path import EDM
+from model.released import Released, Source
 from model.types import Prompt
 from model.weights import Weights, misfits, shapes_of
 
@@ -31,8 +35,11 @@ class EDMFamily:
     presets: Mapping[str, EDMConfig] = PRESETS
     telling = ("blocks.0.norm1.weight", "conv_out.bias")
     shared = ("in_dim", "out_dim", "labels", "sigma_data")
-    codecs = None
-    exporter = None
+    lora_targets = ()
+    codecs = PixelCodecs(mean=(0.5, 0.5, 0.5), scale=(2.0, 2.0, 2.0))  # RGB in [-1, 1], as EDM trains
+    exporter = NoExporter()
+    released_as = ()
+    sources: Mapping[str, Source] = {}
 
     def geometry(self, preset: str, overrides: Mapping[str, Any]) -> EDMConfig:
         return replaced(PRESETS[preset], overrides)
@@ -89,6 +96,9 @@ class EDMFamily:
 
     def open_lora(self, path: str, modules: Iterable[str], expert: str | None) -> Lora:
         raise ValueError(f"{path}: this family reads no LoRA files")
+
+    def released(self, folder: Path) -> Released:
+        raise ValueError(f"{folder}: this family reads no released models yet")
 
 
 FAMILY = EDMFamily()

@@ -15,6 +15,7 @@ class WanCodecs:
     """Diffusers' AutoencoderKLWan, and CLIP beside it."""
 
     time_stride = STRIDE_T
+    identity = False
 
     def load(self, config: VAEConfig, device: torch.device) -> WanVAE:
         return load_vae(config, device)

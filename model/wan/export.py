@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.export import Dtype, Format, Pipeline
 from model.family import FirstFrame
+from model.schedule import TIMESTEPS
 from model.wan.config import WanConfig
 from model.wan.lora_files import lora_to_diffusers, lora_to_peft
 from model.wan.save import save_model
@@ -27,6 +28,9 @@ BASES = {  # by model type, and whether the network sees CLIP's tokens: whose ot
 
 class WanExporter:
     """Weights in Wan's own layout or Diffusers', adapters in Diffusers' or PEFT's."""
+
+    formats = ("diffusers", "native", "lora")
+    networks = ("transformer", "transformer_2")
 
     def save(
         self, folder: Path, weights: Weights, geometry: WanConfig, names: Format, dtype: Dtype, shard_bytes: int | None
@@ -56,6 +60,19 @@ class WanExporter:
             takes_image,
             note if geometry.first_frame is FirstFrame.clean else "",
         )
+
+    def scheduler(self, shift: float, *, few_steps: bool) -> dict[str, Any]:
+        """UniPC for a many-step network, as in Wan's own folders; for a student the one that predicts x0 and noises it
+        anew at each step, `stochastic_sampling`."""
+        if few_steps:
+            return {
+                "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": int(TIMESTEPS), "shift": shift,
+                "stochastic_sampling": True,
+            }  # fmt: skip
+        return {
+            "_class_name": "UniPCMultistepScheduler", "num_train_timesteps": int(TIMESTEPS), "flow_shift": shift,
+            "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+        }  # fmt: skip
 
     def lora_to_diffusers(self, state: Mapping[str, Tensor], alpha: float) -> State:
         return lora_to_diffusers(state, alpha)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from model.attention.sparse import SparseConfig
 from model.family import Network, Trait
 from model.merged import Lora
 from model.path import Flow
+from model.released import Released
 from model.text_encoder import toy_text_encoder
 from model.types import Prompt
 from model.wan.codecs import WanCodecs
@@ -21,6 +23,7 @@ from model.wan.config import PRESETS, WanConfig, geometry
 from model.wan.export import WanExporter
 from model.wan.init import random_weights
 from model.wan.lora_files import LoraFile
+from model.wan.released import CLASSES, SOURCES, released
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, fit_network, geometry_of
 from model.weights import Weights
@@ -32,10 +35,13 @@ class WanFamily:
     traits = frozenset(Trait)
     presets: Mapping[str, WanConfig] = PRESETS
     # small, of every geometry, and changed by any training of all weights; and one that most adapters change
+    telling = ("blocks.0.norm3.weight", "head.head.bias", "blocks.0.self_attn.q.weight")
     shared = ("in_dim", "out_dim", "text_dim", "text_len", "image_dim")
+    lora_targets = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # all of a text-to-video block
     codecs = WanCodecs()
     exporter = WanExporter()
-    telling = ("blocks.0.norm3.weight", "head.head.bias", "blocks.0.self_attn.q.weight")
+    released_as = CLASSES
+    sources = SOURCES
 
     def geometry(self, preset: str, overrides: Mapping[str, Any]) -> WanConfig:
         return geometry(preset, dict(overrides))
@@ -71,6 +77,9 @@ class WanFamily:
 
     def open_lora(self, path: str, modules: Iterable[str], expert: str | None) -> Lora:
         return LoraFile(path, modules, expert)
+
+    def released(self, folder: Path) -> Released:
+        return released(folder)
 
 
 FAMILY = WanFamily()

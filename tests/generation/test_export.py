@@ -15,7 +15,9 @@ from torch import Tensor
 from configs.schema import RunConfig
 from generation import export
 from model.attention.backends import Backend
+from model.export import NoExporter
 from model.wan.export import WanExporter
+from model.wan.family import FAMILY
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights
 from tests.small import DIFFUSION, DISTILLATION, config
@@ -200,6 +202,16 @@ def test_what_cannot_be_exported_is_one_line(run: Path, tmp_path: Path, options:
     with pytest.raises(UserError, match=message) as error:
         exported(run, tmp_path / "out", *options)
     assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_family_that_nothing_reads_is_refused_before_its_weights_are_read(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FAMILY, "exporter", NoExporter())
+    for kind in ("diffusers", "native", "lora"):
+        with pytest.raises(UserError, match=f"--format {kind}: for networks of preset toy there is nothing yet"):
+            exported(run, tmp_path / "out", format=kind)
     assert list(tmp_path.iterdir()) == []
 
 

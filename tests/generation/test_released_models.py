@@ -300,6 +300,7 @@ def test_the_image_option_makes_a_video(folders: Callable[[str], Path], tmp_path
         ("t2v", ["--video", "{video}", "--extend", "-1"], "--extend -1: give at least 1"),
         ("t2v", ["--image", "{image}", "--video", "{video}"], "not allowed with argument --image"),
         ("t2v", ["--solver", "dpm"], "argument --solver: invalid choice"),
+        ("t2v", ["--size", "0x64"], "height"),
     ],
 )
 def test_what_cannot_be_is_one_line(

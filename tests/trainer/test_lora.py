@@ -21,11 +21,13 @@ from model.score import ScoreNet
 from model.wan.save import save_model
 from model.wan.weights import LazyWeights
 from tests.nets import random_net, with_loras
-from tests.small import DIFFUSION, DISTILLATION, NETWORKS, ODE, merged, save_networks, trainer, with_weights
+from tests.small import DIFFUSION, DISTILLATION, NETWORKS, ODE, config, merged, save_networks, trainer, with_weights
 from trainer.base import Trainer
+from trainer.origin import adapter_origin
 from trainer.run_networks import build_for_inference
 from trainer.weight_sources import open_run
 from utils import checkpoint
+from utils.config import to_plain
 from utils.errors import ConfigError, UserError
 from utils.random import Noise
 
@@ -315,6 +317,15 @@ def test_names_and_layers() -> None:
     assert {name.split(".")[2] for name in adapter_names(net, "b")} == {"self_attn", "cross_attn"}
     assert "k" in linear_layers(net)
     assert not any("lora" in name for name in linear_layers(net))
+
+
+def test_without_targets_a_run_has_those_of_its_family_and_says_so() -> None:
+    """So a saved run holds a list, as runs of earlier versions do, and other lists are kept as they are."""
+    default = to_plain(config(DISTILLATION, student={"lora": {}}))
+    assert default["student"]["lora"]["targets"] == ["q", "k", "v", "o", "ffn.0", "ffn.2"]
+    named = to_plain(config(DISTILLATION, student={"lora": {"targets": ["v", "q"]}}))
+    assert named["student"]["lora"]["targets"] == ["v", "q"]
+    assert adapter_origin(config(default).student.lora, "base")["targets"] == ["ffn.0", "ffn.2", "k", "o", "q", "v"]  # type: ignore[arg-type]
 
 
 REFUSED = [

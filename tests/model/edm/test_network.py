@@ -161,6 +161,8 @@ def test_prompts_are_classes_in_the_order_of_the_alphabet() -> None:
         (lambda net: FAMILY.geometry("edm-digits", {"heads": 2}), "unknown geometry field 'heads': choose among dim, "),
         (lambda net: FAMILY.open_weights("x.pt", "ema", None), "x.pt is no run's folder, and this family reads no other"),
         (lambda net: FAMILY.open_lora("x.pt", [], None), "x.pt: this family reads no LoRA files"),
+        (lambda net: FAMILY.released(Path("x")), "x: this family reads no released models yet"),
+        (lambda net: FAMILY.exporter.pipeline(SMALL, None), "nothing writes this family for other programs yet"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(call: Any, problem: str) -> None:

@@ -1,0 +1,81 @@
+"""What model authors gave out: a pipeline's folder in Diffusers' layout, and where it lies on the Hub.
+
+A family says both of its own models (`Family.released`, `Family.sources`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INDEX = "model_index.json"
+CLUES = (INDEX, "*config.json")  # files of a few bytes that say what a model is
+
+
+@dataclass(frozen=True)
+class Released:
+    """A many-step model as its authors sample it: what its files say, and else what they publish.
+
+    steps: evaluations of the solver.
+    guidance: scale of classifier-free guidance; of two experts the high-noise one's.
+    low_guidance: the low-noise expert's scale, None for one network.
+    boundary: the noise level that parts two experts, None for one network.
+    solver: name of the solver, as `--solver` has it.
+    shift: shift of the noise levels, None where no file says it.
+    height, width: pixels of a video.
+    frames: latent frames of a video.
+    parts: files and folders of the pipeline that sampling needs.
+    """
+
+    steps: int
+    guidance: float
+    low_guidance: float | None
+    boundary: float | None
+    solver: str
+    shift: float | None
+    height: int
+    width: int
+    frames: int
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A repository of the Hub that holds the weights of a preset, and all that a run of it needs besides.
+
+    repo: `owner/name`.
+    parts: bytes of the weights in each of its folders, as stored there. Files of less than 50 MB are left out.
+    licence: SPDX name.
+    """
+
+    repo: str
+    parts: Mapping[str, int]
+    licence: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its parts."""
+        return sum(self.parts.values())
+
+    def download_command(self, *parts: str) -> str:
+        """The command of a shell that fetches these folders, or everything."""
+        include = "".join(f" '{part}/*'" for part in parts)
+        return f"hf download {self.repo}" + (f" --include{include}" if parts else "")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is none. Raises ValueError for a file that is not JSON."""
+    try:
+        values = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError:
+        raise ValueError(f"{file} is not JSON: fetch it again") from None
+    return values if isinstance(values, dict) else {}
+
+
+def classes_of(folder: Path) -> list[str]:
+    """The class of a pipeline by its model_index.json; in a folder without one, the classes of its parts."""
+    files = [folder / INDEX] if (folder / INDEX).is_file() else sorted(folder.glob("*/config.json"))
+    return [str(name) for file in files if (name := read_json(file).get("_class_name")) is not None]
