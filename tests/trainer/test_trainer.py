@@ -366,7 +366,7 @@ def test_exit_steps_cover_the_whole_list_and_obey_their_switches(tmp_path: Path)
         for step in range(30):
             run.step = step
             (micro,) = run.batch("generator")
-            drawn.append(run._exit_steps(micro, 3))  # type: ignore[attr-defined]
+            drawn.append(run._exit_steps(run.config.rollout, micro, 3))  # type: ignore[attr-defined]
         assert all(check(steps) for steps in drawn)
         assert {step for steps in drawn for step in steps} == ({2} if "last_step_only" in switch else {0, 1, 2})
         assert any(len(set(steps)) > 1 for steps in drawn) == ("same_step_across_blocks" in switch)

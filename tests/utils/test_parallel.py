@@ -57,7 +57,7 @@ def test_sequence_must_divide_the_heads() -> None:
         ConfigError, match=r"parallel.sequence 3 does not divide the heads .* \(2, 2, 2\): choose 1, 2$"
     ):
         config(parallel={"sequence": 3})
-    with pytest.raises(ConfigError, match="engine 'ddp' is unknown: choose fsdp2 or deepspeed"):
+    with pytest.raises(ConfigError, match="parallel.engine: 'ddp' is not allowed: give one of fsdp2, deepspeed"):
         config(parallel={"engine": "ddp"})
 
 

@@ -234,7 +234,7 @@ def test_gates_of_a_partitioned_network_have_their_whole_shape() -> None:
         ({"cube": [3, 3, 3], "backend": None}, "cube \\[3, 3, 3\\] is not supported: .*with backend reference"),
         ({"cube": [3, 3]}, "cube \\[3, 3\\] is not supported"),
         ({"cube": [3, 3, 0]}, "cube \\[3, 3, 0\\] is not supported"),
-        ({"backend": "magic"}, "backend 'magic' is unknown"),
+        ({"backend": "magic"}, "sparse.backend: 'magic' is not allowed: give one of reference, triton, flex or null"),
         ({"ramp_step": 0.0}, "ramp_step must be positive"),
     ],
 )
