@@ -27,6 +27,7 @@ from model.export import Exporter
 from model.merged import Lora
 from model.path import Path
 from model.released import Released, Source
+from model.text_encoder import TextConfig, TextEncoder
 from model.types import Prompt
 from model.weights import Weights
 from utils.parallel.sequence import SequenceParallel
@@ -183,6 +184,13 @@ class Family(Protocol):
         """What encodes prompts of a small world, made of the words of these captions; it raises ValueError for others.
 
         seed: of its random weights, if it has any. Nothing is downloaded.
+        """
+        ...
+
+    def text_encoder(self, config: TextConfig, geometry: Geometry) -> TextEncoder:
+        """What encodes the prompts of a real model. Raises ValueError or OSError in one line.
+
+        config: names its folder or Hub name.
         """
         ...
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.network import NetworkConfig
-from model.text_encoder import TextConfig, TextEncoder, cleaning, load_text_encoder
+from model.text_encoder import TextConfig, TextEncoder, cleaning
 from tasks.text_cache import TextCache
 from utils import distributed
 from utils.config import config_hash
@@ -56,7 +56,7 @@ class TextEmbeddings:
     """
 
     def __init__(self, config: TextConfig, student: NetworkConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+        self.config, self.student, self.device = config, student, device
         self.text_len, self.text_dim = text_shape(student)
         if config.cache is None and config.encoder is None:
             raise ValueError(
@@ -91,13 +91,7 @@ class TextEmbeddings:
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        assert self.config.encoder is not None
-        encoder = load_text_encoder(
-            self.config.encoder,
-            self.text_len,
-            dtype=self.config.dtype.torch,
-            quantization=self.config.quantization,
-        )
+        encoder = self.student.family.text_encoder(self.config, self.student.geometry())
         if encoder.text_dim != self.text_dim:
             raise ValueError(
                 f"text: {self.config.encoder} gives embeddings of width {encoder.text_dim}, the networks take "

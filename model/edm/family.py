@@ -20,6 +20,7 @@ from model.family import Network, Trait, replaced
 from model.merged import Lora
 from model.path import EDM
 from model.released import Released, Source
+from model.text_encoder import TextConfig, TextEncoder
 from model.types import Prompt
 from model.weights import Weights, misfits, shapes_of
 
@@ -83,6 +84,9 @@ class EDMFamily:
             return {"label": torch.stack([rows[key] for key in plain]).to(device)}
 
         return encode
+
+    def text_encoder(self, config: TextConfig, geometry: EDMConfig) -> TextEncoder:
+        raise ValueError("text: these networks take labels and no text: leave it out")
 
     def open_weights(self, path: str, which: str, expert: str | None) -> Weights:
         raise ValueError(f"{path} is no run's folder, and this family reads no other files yet")

@@ -16,7 +16,7 @@ from model.family import Network, Trait
 from model.merged import Lora
 from model.path import Flow
 from model.released import Released
-from model.text_encoder import toy_text_encoder
+from model.text_encoder import TextConfig, TextEncoder, load_text_encoder, toy_text_encoder
 from model.types import Prompt
 from model.wan.codecs import WanCodecs
 from model.wan.config import PRESETS, WanConfig, geometry
@@ -65,6 +65,13 @@ class WanFamily:
     ) -> Callable[[Sequence[str]], Prompt]:
         encoder = toy_text_encoder(captions, geometry.text_len, geometry.text_dim, seed).to(device)
         return lambda prompts: {"text": encoder.encode(prompts).to(device)}
+
+    def text_encoder(self, config: TextConfig, geometry: WanConfig) -> TextEncoder:
+        """UMT5, padded with zeros to `text_len` tokens."""
+        assert config.encoder is not None
+        return load_text_encoder(
+            config.encoder, geometry.text_len, dtype=config.dtype.torch, quantization=config.quantization
+        )
 
     def open_weights(self, path: str, which: str, expert: str | None) -> LazyWeights:
         return LazyWeights(path, which, expert)

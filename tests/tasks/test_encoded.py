@@ -19,6 +19,7 @@ from generation.preprocess_text import preprocess_text
 from generation.videos import generate_videos
 from model.codec import VAEConfig
 from model.text_encoder import TextEncoder, load_text_encoder, toy_text_encoder
+from model.wan import family as wan_family
 from model.wan.codecs import WanCodecs
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.vae import load_vae
@@ -92,7 +93,7 @@ def test_the_cache_is_the_encoder_bit_for_bit_and_the_encoder_is_not_loaded(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the encoder was loaded")
 
-    monkeypatch.setattr(text, "load_text_encoder", never)
+    monkeypatch.setattr(wan_family, "load_text_encoder", never)
     for encoder in (False, True):
         task = build_task(run(folder, cache=True, encoder=encoder), CPU)
         assert torch.equal(task.conditioning(PROMPTS).prompt["text"], expected[:3])
@@ -132,7 +133,7 @@ def test_the_text_encoder_is_loaded_when_asked_for_and_once(
         loaded.append(arguments[0])
         return load_text_encoder(*arguments, **more)
 
-    monkeypatch.setattr(text, "load_text_encoder", load)
+    monkeypatch.setattr(wan_family, "load_text_encoder", load)
     for _ in range(2):
         task.load_text_encoder()
     task.conditioning(["a mat on a mat"])
@@ -260,7 +261,7 @@ def test_an_encoder_on_the_hub_is_compared_by_what_the_cache_says(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without fetching it: by name and precision; where the name is another, or none, one warning for all."""
-    monkeypatch.setattr(text, "load_text_encoder", None)
+    monkeypatch.setattr(wan_family, "load_text_encoder", None)
     manifest = json.loads((folder / "text/manifest.json").read_text())
     assert manifest["made_with"] == text.made_with(run(folder, encoder=True).data.text, 8)
     assert manifest["made_with"]["encoder"] == str(folder / "pipeline")
@@ -419,7 +420,9 @@ def released(folder: Path) -> Path:
                 ffn_dim=32, num_layers=1,
             )  # fmt: skip
         net.save_pretrained(folder / "pipeline/transformer")
-        UniPCMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True).save_pretrained(folder / "pipeline/scheduler")
+        UniPCMultistepScheduler(
+            flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
+        ).save_pretrained(folder / "pipeline/scheduler")
     return folder / "pipeline"
 
 
