@@ -35,8 +35,10 @@ from pipeline.sampling import few_step_stream, student_with_cache
 from tasks.build import build_task, task_to_sample
 from tasks.task import Task
 from trainer.run_networks import build_for_inference, compute_dtype
-from utils import checkpoint
+from trainer.weight_sources import lag_of
+from utils import checkpoint, distributed
 from utils.errors import UserError
+from utils.logging import console
 from utils.random import Noise
 
 
@@ -118,6 +120,8 @@ class Generator:
             raise UserError(
                 f"--lora_scale {student.lora_scale}: this run trained no adapter: give --lora, or leave it out"
             )
+        if distributed.is_main() and (lag := lag_of(folder, student.weights)):
+            console.warning("%s: %s: choose the raw weights (--weights raw)", folder, lag)
         _change_data(config, image_encoder, size, tiny_decoder)
         network: NetworkConfig = replace(
             config.student,

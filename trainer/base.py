@@ -28,7 +28,7 @@ from trainer.observer import TrainerObserver
 from trainer.run_networks import RunNetworks
 from trainer.state import load_run, save_run
 from trainer.update import Skips, Update
-from trainer.validation import read_prompts, sample_pixels, shown_weights, way_of
+from trainer.validation import average_warning, read_prompts, sample_pixels, shown_weights, way_of
 from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed
 from utils.config import diff, save, to_plain
@@ -237,8 +237,11 @@ class Trainer(ABC):
         """Videos of the fixed prompt library from a fixed seed, with the average, the raw weights, or both."""
         if not self.options.visualize:
             return
-        ema = self.networks["student"].ema
+        student = self.networks["student"]
+        ema, warning = student.ema, average_warning(self.config, student.optimizer.updates)
         for which in shown_weights(self.config.validation.weights, ema is not None):
+            if which == "ema" and warning and distributed.is_main():
+                console.warning("%s", warning)
             with ema.applied() if which == "ema" and ema is not None else nullcontext():
                 self._validation_video(which)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,10 +22,12 @@ from trainer.engine import Engine, FSDPEngine
 from trainer.network_factory import NetworkSpec, Placement, build_network
 from trainer.networks import TrainedNetwork
 from trainer.origin import adapter_origin, base_digest
-from trainer.weight_sources import stored_weights
+from trainer.weight_sources import is_run, lag_of, stored_weights
 from trainer.zero import DeepSpeedEngine
+from utils import distributed
 from utils.config import config_hash
 from utils.errors import ConfigError
+from utils.logging import console
 from utils.optim import NetworkOptimizer, OptimizerKind, TrainedConfig, trainable
 from utils.parallel.mesh import Mesh, ParallelConfig
 from utils.parallel.parallelize import Sharding, is_sharded
@@ -65,6 +68,7 @@ class RunNetworks:
         """
         config, network = self.config, self.config.teacher
         assert network is not None
+        _warn_of_lag("teacher", network)
         adapters = sharing(config) if shared else {}
         dtype, parallel = compute_dtype(config), config.parallel
         compiled, offload = parallel.compile, parallel.offload_teacher
@@ -106,6 +110,8 @@ class RunNetworks:
         section = "generator_training" if name == "student" else "critic_training"
         training: TrainedConfig = getattr(config, section)
         assert network is not None
+        if not empty:
+            _warn_of_lag(name, network)
         if device.type == "cpu" and Backend(network.attention) is Backend.FLEX:
             raise ConfigError(f"{name}.attention: flex has no backward on a CPU: use sdpa or plain")
         dtype, place = compute_dtype(config), self._placement(name)
@@ -157,6 +163,14 @@ class RunNetworks:
         usual = replace(self.config, parallel=replace(parallel, engine="fsdp2", offload_optimizer=True))
         twin = partial(replace(self, config=usual, evaluations=Evaluations()).trained, name, updates, empty=True)
         return DeepSpeedEngine(net, optimizer, parallel.deepspeed, twin)
+
+
+def _warn_of_lag(name: str, network: NetworkConfig) -> None:
+    """Says in one line where a network begins from a run's average that lags behind the run's student."""
+    if network.init is None or not is_run(Path(network.init)) or not distributed.is_main():
+        return
+    if lag := lag_of(Path(network.init), network.init_weights):
+        console.warning("%s.init %s: %s: set %s.init_weights to raw", name, network.init, lag, name)
 
 
 def build_for_inference(

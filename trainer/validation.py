@@ -34,6 +34,12 @@ def read_prompts(config: ValidationConfig, task: Task) -> list[str]:
         raise ConfigError(f"validation.prompts: {problem}") from None
 
 
+def average_warning(config: RunConfig, updates: int) -> str | None:
+    """What a validation with the average should say, in one line, where the average lags; None elsewhere."""
+    lag = config.ema.lag(updates)
+    return lag and f"validation: {lag}: set validation.weights to raw, or to both"
+
+
 def shown_weights(wanted: SampleWeights, has_average: bool) -> list[str]:
     """`ema`, `raw` or both; without an average the raw ones."""
     ema = has_average and wanted is not SampleWeights.raw
