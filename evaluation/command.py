@@ -46,7 +46,7 @@ _OF_SUITES = {
 }
 
 
-def _parser() -> Parser:
+def evaluation_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description="Judge a run's videos.")
     parser.add_argument("--run", type=Path, required=True, help="run or checkpoint folder")
     parser.add_argument("--suite", choices=("toy", "fid", "vbench"), default="toy")
@@ -78,7 +78,7 @@ def _parser() -> Parser:
 
 
 def main() -> int:
-    args = _parser().parse_args()
+    args = evaluation_parser().parse_args()
     for suites, names in _OF_SUITES.items():
         if args.suite not in suites and (misplaced := [name for name in names if getattr(args, name) is not None]):
             raise UserError(f"--{misplaced[0]} is for --suite {' or '.join(suites)}: leave it out")

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from configs.load import run_from_state
 from configs.schema import RunConfig
-from generation.two_experts import joined, starts_from_noise
+from generation.two_experts import joined
 from model.export import ADAPTER_CONFIG, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
 from model.family import Geometry
 from model.network import NetworkConfig
 from model.schedule import TIMESTEPS, unshift_sigma
 from model.weights import Weights
+from trainer.validation import starts_from_noise
 from trainer.weight_sources import lag_of, open_group
 from utils import checkpoint
 from utils.checkpoint_folder import read_manifest

@@ -19,7 +19,7 @@ from generation.acceleration import UNCHANGED, Acceleration
 from generation.refusals import refuse_inputs, refuse_unused
 from generation.resize import resize
 from generation.sampling import Sampler, Sampling, StudentChoice
-from generation.two_experts import joined, starts_from_noise
+from generation.two_experts import joined
 from model.attention.checkpointing import Checkpointing
 from model.attention.kv_cache import KVCache
 from model.experts import Experts
@@ -35,6 +35,7 @@ from pipeline.sampling import few_step_stream, student_with_cache
 from tasks.build import build_task, task_to_sample
 from tasks.task import Task
 from trainer.run_networks import build_for_inference, compute_dtype
+from trainer.validation import starts_from_noise
 from trainer.weight_sources import lag_of
 from utils import checkpoint, distributed
 from utils.errors import UserError

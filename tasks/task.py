@@ -29,6 +29,7 @@ class Task(Protocol):
 
     latent_shape: tuple[int, ...]  # (F, C, H, W)
     negative_prompt: str
+    library: list[str]  # prompts to train on; empty where stored samples bring them
     streams: Sequence[Stream]  # of files: where corrupt samples are counted
 
     def prompts(self, positions: range) -> list[str]: ...

@@ -40,6 +40,8 @@ class ODETrainer(Trainer):
     """Regresses the student on trajectories: those of `ode.path`, or `ode.pairs` which it makes once and keeps in the
     run folder."""
 
+    teacher: ScoreNet  # where it makes them
+
     def build(self) -> None:
         config, steps = self.config, self.config.training.max_steps
         self.stored: StoredPairs | None = None
@@ -71,6 +73,10 @@ class ODETrainer(Trainer):
 
     def streams(self) -> Sequence[Stream]:
         return [*self.task.streams, *([] if self.stored is None else [self.stored.stream])]
+
+    def counts(self) -> dict[str, int]:
+        made = {} if self.stored is not None else {"ODE pair": self.config.ode.pairs}
+        return super().counts() | made
 
     def training_step(self) -> dict[str, float]:
         update = self.begin_update(self.networks["student"])

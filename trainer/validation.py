@@ -67,6 +67,14 @@ def sample_pixels(
     return torch.cat(parts) if parts else None
 
 
+FROM_NOISE = 0.95  # a run whose first step is below this level cannot start from pure noise
+
+
+def starts_from_noise(config: RunConfig) -> bool:
+    """Whether the run's student can be given pure noise; a low-noise expert cannot."""
+    return config.schedule.sigmas()[0] >= FROM_NOISE * config.student.path.start
+
+
 def way_of(config: RunConfig) -> ManySteps | FewSteps:
     """How the run's network is meant to be sampled."""
     if not config.few_steps:
