@@ -130,6 +130,7 @@ class Family(Protocol):
     traits: what its networks can do.
     presets: its geometries by name; no two families share a name.
     telling: small parameters of every geometry that differ between any two trainings, to know weights again.
+    head: the weight of the output layer, which begins at zero.
     shared: fields of the geometry that all networks of a run have alike, for they see the same samples.
     codecs: what makes its latents; None for a family that generates pixels.
     exporter: what writes files for other programs; None if nothing does.
@@ -138,6 +139,7 @@ class Family(Protocol):
     traits: frozenset[Trait]
     presets: Mapping[str, Any]
     telling: tuple[str, ...]
+    head: str
     shared: tuple[str, ...]
     codecs: Codecs | None
     exporter: Exporter | None

@@ -46,6 +46,11 @@ def sharing(config: RunConfig) -> dict[str, LoraConfig]:
     return {name: net.lora for name, net in trained.items() if net is not None and net.lora and net.lora.share}
 
 
+def random_heads(config: RunConfig) -> bool:
+    """Whether networks without weights begin with random heads: in smoke tests, where a broken gradient must show."""
+    return config.data.kind == "synthetic"
+
+
 @dataclass(frozen=True)
 class RunNetworks:
     """Makes the networks of a run.
@@ -80,7 +85,10 @@ class RunNetworks:
             offload = offload or parallel.offload_optimizer
         sharding = Sharding(dtype, parallel.reshard_after_forward.teacher, offload, compiled)
         seed = config.seed if adapters else 0
-        spec = NetworkSpec(network, "teacher", seed, dtype or torch.float32, trained=False, adapters=adapters)
+        spec = NetworkSpec(
+            network, "teacher", seed, dtype or torch.float32, trained=False, adapters=adapters,
+            random_head=random_heads(config),
+        )  # fmt: skip
         net = build_network(spec, self.device, Placement(self.mesh, parallel, sharding)).eval()
         # sharded, one call for both halves of the guidance gathers the weights once; else it would only cost memory
         return ScoreNet(
@@ -117,14 +125,18 @@ class RunNetworks:
         dtype, place = compute_dtype(config), self._placement(name)
         adapter = origin = None
         if network.lora is None:
-            net = build_network(NetworkSpec(network, name, config.seed, empty=empty), device, place)
+            spec = NetworkSpec(network, name, config.seed, empty=empty, random_head=random_heads(config))
+            net = build_network(spec, device, place)
             named = trainable(net)
         else:
             if shares := teacher is not None and name in sharing(config):
                 net = cast(Network, teacher.net)
             else:
                 adapters = {name: network.lora}
-                spec = NetworkSpec(network, name, config.seed, dtype or torch.float32, trained=False, adapters=adapters)
+                spec = NetworkSpec(
+                    network, name, config.seed, dtype or torch.float32, trained=False, adapters=adapters,
+                    random_head=random_heads(config),
+                )  # fmt: skip
                 net = build_network(spec, device, place)
             live = dict(net.named_parameters())
             named = {key: live[parameter] for key, parameter in adapter_names(net, name).items()}
@@ -189,7 +201,8 @@ def _base_name(config: RunConfig, network: NetworkConfig, name: str) -> str:
     """Names the weights below an adapter, so that other weights have another name. name: whose random weights they
     are, where they are random."""
     if network.init is None:
-        return config_hash(["random", config.seed, name, network.geometry()])
+        heads = ["random head"] if random_heads(config) else []
+        return config_hash(["random", config.seed, name, network.geometry(), *heads])
     return base_digest(stored_weights(network), network.family.telling)
 
 

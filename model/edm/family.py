@@ -30,6 +30,7 @@ class EDMFamily:
     traits = frozenset({Trait.features})
     presets: Mapping[str, EDMConfig] = PRESETS
     telling = ("blocks.0.norm1.weight", "conv_out.bias")
+    head = "conv_out.weight"
     shared = ("in_dim", "out_dim", "labels", "sigma_data")
     codecs = None
     exporter = None

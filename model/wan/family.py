@@ -35,6 +35,7 @@ class WanFamily:
     shared = ("in_dim", "out_dim", "text_dim", "text_len", "image_dim")
     codecs = WanCodecs()
     exporter = WanExporter()
+    head = "head.head.weight"
     telling = ("blocks.0.norm3.weight", "head.head.bias", "blocks.0.self_attn.q.weight")
 
     def geometry(self, preset: str, overrides: Mapping[str, Any]) -> WanConfig:
