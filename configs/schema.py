@@ -30,6 +30,8 @@ from utils.optim import TrainedConfig
 from utils.parallel.mesh import ParallelConfig
 from utils.watchdog import WatchdogConfig
 
+WORLD_FPS = 8  # frames a second of what no released model makes
+
 
 @dataclass
 class RunConfig:
@@ -85,6 +87,15 @@ class RunConfig:
     def few_steps(self) -> bool:
         """Whether the trained network is sampled by the step list, and not by a many-step solver."""
         return self.is_causal or self.trainer is not TrainerKind.diffusion
+
+    @property
+    def fps(self) -> int:
+        """Frames a second of its videos."""
+        if self.validation.fps is not None:
+            return self.validation.fps
+        if self.data.kind != "wan":
+            return WORLD_FPS
+        return self.student.codecs.fps(self.student.geometry().out_dim)
 
     def needs_data(self) -> str | None:
         """The part of the config that needs real videos, in words; None if no part does."""

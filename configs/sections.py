@@ -340,7 +340,7 @@ class ValidationConfig:
     seed: of their noise.
     steps, guidance: of many-step samplers (diffusion trainer).
     weights: which weights to sample with.
-    fps: frames a second of the files.
+    fps: frames a second of the files, and of inference's; null for the model's own (Wan 16, its 5B 24) or 8 of others.
     """
 
     every: int | None = 100
@@ -350,11 +350,11 @@ class ValidationConfig:
     steps: int = 50
     guidance: float = 1.0
     weights: SampleWeights = SampleWeights.ema
-    fps: int = 8
+    fps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.fps < 1:
-            raise ValueError(f"fps must be at least 1, got {self.fps}")
+        if self.fps is not None and self.fps < 1:
+            raise ValueError(f"fps must be at least 1, or null for the model's own, got {self.fps}")
         if (self.every is not None and self.every < 1) or self.count < 1 or self.steps < 1:
             raise ValueError(f"every, count and steps must be at least 1, got {self.every}, {self.count}, {self.steps}")
 

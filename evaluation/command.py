@@ -72,7 +72,7 @@ def evaluation_parser() -> Parser:
     vbench.add_argument("--vbench_python", metavar="FILE", help="an interpreter that has vbench (this one)")
     vbench.add_argument("--download", action="store_true", default=None, help="let VBench fetch the models it lacks")
     vbench.add_argument("--only_videos", action="store_true", default=None, help="make its videos, score nothing")
-    vbench.add_argument("--fps", type=int, help="of its videos (16)")
+    vbench.add_argument("--fps", type=int, help="of its videos (default: the run's)")
     vbench.add_argument("--seed", type=int, help="of its videos' noise, beside each video's own key (0)")
     return parser
 
@@ -137,7 +137,7 @@ def _vbench(generator: Generator, args: argparse.Namespace) -> None:
         download=bool(args.download),
         only_videos=bool(args.only_videos),
         batch=args.batch or 1,
-        fps=args.fps or 16,
+        fps=args.fps or generator.config.fps,
     )
     sampling = Sampling(steps=args.steps, guidance=args.guidance, seed=args.seed or 0)
     source = f"{checkpoint.resolve_resume(str(args.run), args.run)}, {args.weights}"

@@ -38,9 +38,9 @@ class InferenceArgs:
     sampling: Sampling
     weights: str
     suffix: str
-    fps: int
+    fps: int | None  # None takes the run's
     scale: int | None  # None enlarges small videos
-    batch: int
+    batch: int | None  # None is chosen by the free memory
     footage: FootageArgs
     from_file: bool
     image_encoder: str | None = None  # None takes the run's own
@@ -113,9 +113,9 @@ def _parser() -> Parser:
     )  # fmt: skip
     parser.add_argument("--weights", choices=("ema", "raw"), help="of --run (default: the average)")
     parser.add_argument("--format", choices=FORMATS, default="mp4", help=FORMATS_HELP)
-    parser.add_argument("--fps", type=int, default=8)
+    parser.add_argument("--fps", type=int, help="frames a second (default: the run's; Wan 16, its 5B 24, toys 8)")
     parser.add_argument("--scale", type=int, help="whole factor to enlarge pixels by (default: to a width of 128)")
-    parser.add_argument("--batch", type=int, default=8, help="videos made at once")
+    parser.add_argument("--batch", type=int, help="videos made at once (default: what fits into memory, at most 8)")
     return parser
 
 

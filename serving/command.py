@@ -30,7 +30,7 @@ class DemoArgs:
     host: address to listen on.
     port: to listen on; 0 takes a free one.
     allow_host: names, beside addresses and localhost, by which browsers may reach the demo.
-    fps: frames a second, at most on the page, and of the download.
+    fps: frames a second, at most on the page, and of the download; None is the run's.
     scale: whole factor that enlarges the download; None enlarges a small video.
     tiny_decoder: file of a small decoder; None decodes with the run's own.
     acceleration: how the networks are sped up.
@@ -48,7 +48,7 @@ class DemoArgs:
     host: str
     port: int
     allow_host: tuple[str, ...]
-    fps: int
+    fps: int | None
     scale: int | None
     tiny_decoder: str | None
     acceleration: Acceleration
@@ -72,7 +72,7 @@ def _parser() -> Parser:
     parser.add_argument("--noisy_context", action="store_true", help="no extra pass over finished blocks: faster")
     parser.add_argument("--recache", action="store_true", help="a changed prompt acts sooner, at a pass more")
     parser.add_argument("--seed", type=int, help="of videos whose visitor gives none (default: one drawn for each)")
-    parser.add_argument("--fps", type=int, default=16, help="at most, on the page; of the download (default: 16)")
+    parser.add_argument("--fps", type=int, help="at most, on the page; of the download (default: the run's)")
     parser.add_argument("--scale", type=int, help="whole factor that enlarges the download (default: to width 256)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: 7860)")

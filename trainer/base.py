@@ -289,7 +289,7 @@ class Trainer(ABC):
         if pixels is None:
             return
         path = self.options.logdir / "validation" / f"step_{self.step:06d}_{which}.mp4"
-        write_video(path, grid(pixels), self.config.validation.fps, scale=max(1, 96 // pixels.shape[-1]))
+        write_video(path, grid(pixels), self.config.fps, scale=max(1, 96 // pixels.shape[-1]))
         self.logger.video(self.step, f"validation/{which}", path)
         self._say([f"validation after step {self.step}, {which} weights: {path}"])
         statistics = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
