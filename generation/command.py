@@ -60,7 +60,7 @@ def _parser() -> Parser:
     source.add_argument("--checkpoint", type=Path, help="one checkpoint folder")
     parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, beside --run of the high-noise one")
     source.add_argument("--model", metavar="DIR", help="a released model in Diffusers' layout: a folder, or a Hub name")
-    parser.add_argument("--size", metavar="HxW", help="of videos in pixels (a run: as trained; --model: 480x832)")
+    parser.add_argument("--size", metavar="HxW", help="of videos in pixels (default: as trained, of --model 480x832)")
     parser.add_argument("--shift", type=float, help="of --model's noise levels (default: its scheduler's)")
     parser.add_argument("--negative_prompt", help="of --model (default: none)")
     text = parser.add_mutually_exclusive_group(required=True)
@@ -77,18 +77,18 @@ def _parser() -> Parser:
         "--noisy_context", action="store_true",
         help="a causal student sees its last denoising pass's keys and values: one forward less for each block",
     )  # fmt: skip
-    parser.add_argument("--window", type=int, help="latent frames that a block sees; needed to go on without end")
-    parser.add_argument("--sinks", type=int, help="first latent frames that stay in the window")
+    parser.add_argument("--window", type=int, help="latent frames that a block sees (default: as trained)")
+    parser.add_argument("--sinks", type=int, help="first latent frames that stay in the window (default: as trained)")
     parser.add_argument("--guidance", type=float, help="of a many-step network (default: its config's)")
-    parser.add_argument("--guidance_2", type=float, help="of the low-noise expert, where a model has two")
+    parser.add_argument("--guidance_2", type=float, help="of the low-noise expert of two (default: --guidance)")
     parser.add_argument("--solver", choices=[s.value for s in Solver], help="of a many-step network (default: its own)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all noise")
     footage = parser.add_mutually_exclusive_group()
     footage.add_argument("--image", type=Path, help="first frame of the video (image-to-video)")
     footage.add_argument("--video", type=Path, help="a clip, with --strength or --extend")
     parser.add_argument(
         "--image_encoder", metavar="DIR",
-        help="a folder with CLIP, for a run that trained on stored tokens of images (its data.image_encoder is null)",
+        help="a folder with CLIP, for a run that trained on stored tokens of images (default: its data.image_encoder)",
     )  # fmt: skip
     use = parser.add_mutually_exclusive_group()
     use.add_argument("--strength", type=float, help="make --video anew: share of the steps, 1 keeps nothing of it")
@@ -104,7 +104,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--low_lora", action="append", default=[], metavar="FILE", help="of the low-noise expert")
     parser.add_argument(
-        "--lora_scale", type=float, help="by how much --lora counts; without one, the run's own adapter (1)"
+        "--lora_scale", type=float, help="by how much --lora counts; without one, the run's own adapter (default: 1)"
     )
     speed = add_speed(parser)
     speed.add_argument(

@@ -68,7 +68,7 @@ def _parser() -> Parser:
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: the average")
     parser.add_argument("--steps", type=int, help="denoising steps (default: as trained)")
     parser.add_argument("--window", type=int, help="latent frames that a block sees (default: as trained)")
-    parser.add_argument("--sinks", type=int, help="first latent frames that stay in the window")
+    parser.add_argument("--sinks", type=int, help="first latent frames that stay in the window (default: as trained)")
     parser.add_argument("--noisy_context", action="store_true", help="no extra pass over finished blocks: faster")
     parser.add_argument("--recache", action="store_true", help="a changed prompt acts sooner, at a pass more")
     parser.add_argument("--seed", type=int, help="of videos whose visitor gives none (default: one drawn for each)")
@@ -95,6 +95,7 @@ def _parser() -> Parser:
     limits.add_argument("--send_seconds", type=int, help="that a visitor's machine may read nothing, or ask nothing")
     limits.add_argument("--downloads", type=int, help="made and sent at the same time")
     limits.add_argument("--download_seconds", type=int, help="that sending one may take")
+    parser.set_defaults(**{field.name: field.default for field in fields(Limits)})
     return parser
 
 
@@ -106,7 +107,7 @@ def demo_args(argv: Sequence[str] | None = None) -> DemoArgs:
             raise UserError(f"--{name} {value}: give a number from {least} to {most}")
     bounds = {field.name: getattr(args, field.name) for field in fields(Limits)}
     try:
-        limits = Limits(**{name: value for name, value in bounds.items() if value is not None})
+        limits = Limits(**bounds)
     except ValueError as problem:
         raise UserError(str(problem)) from None
     return DemoArgs(
