@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from model.types import VisualConditioning
 from tasks.clips import Clips
 from tasks.first_frames import VisualOf
 from utils.data.latents import latent_order, open_latents
+from utils.data.safetensors_shards import SafetensorsFolder
 from utils.data.stream import CorruptSample, Sample, Stream, TooManyCorrupt, stacked
 from utils.data.tensors import Statistics
 from utils.errors import ConfigError, UserError
@@ -151,6 +154,13 @@ class StoredPairs(Stored):
     ) -> None:
         super().__init__("ode.path", path, latent_shape, seed, sigmas, visual_of=visual_of)
         self.sigmas_S = self.read(range(1)).sigmas
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The sections of the config that the files say they were made with; empty for files of other programs."""
+        if not isinstance(self.source, SafetensorsFolder):
+            return {}
+        return dict(json.loads(self.source.headers[0].get("settings", "{}")))
 
     def read(self, positions: range) -> Pairs:
         """The trajectories at these positions. Raises UserError."""

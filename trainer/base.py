@@ -33,7 +33,7 @@ from trainer.update import Skips, Update
 from trainer.validation import average_warning, read_prompts, sample_pixels, shown_weights, way_of
 from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed
-from utils.config import diff, save, to_plain
+from utils.config import differences, save, to_plain
 from utils.data.stream import Stream
 from utils.errors import ConfigError, UserError
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
@@ -357,8 +357,8 @@ class Trainer(ABC):
             saved = to_plain(run_from_state(state["config"]))
         except ConfigError:  # of a version with other keys
             saved = state["config"]
-        if changed := diff(saved, to_plain(self.config)):
-            console.warning("the config is not that of the checkpoint: %s", ", ".join(changed))
+        if changed := differences(saved, to_plain(self.config)):
+            console.warning("the config is not that of the checkpoint: %s", "; ".join(changed))
 
     def _stopping(self) -> bool:
         # Agreed by all: a rank that stopped alone would leave the others waiting in a collective.

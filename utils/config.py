@@ -391,6 +391,17 @@ def diff(a: Any, b: Any) -> list[str]:
     return sorted(key for key in keys if flat_a.get(key, absent) != flat_b.get(key, absent))
 
 
+def differences(theirs: Any, ours: Any, keys: Sequence[str] | None = None) -> list[str]:
+    """`key is 1 there and 2 here`, for each of `diff`'s keys that lies in one of `keys`, None for all."""
+    flat = [dict(_flatten(to_plain(config))) for config in (theirs, ours)]
+    shown = {
+        key: [json.dumps(values[key], default=str)[:_SHOWN] if key in values else "absent" for values in flat]
+        for key in diff(theirs, ours)
+    }
+    chosen = [key for key in shown if keys is None or any(f"{key}.".startswith(f"{wanted}.") for wanted in keys)]
+    return [f"{key} is {shown[key][0]} there and {shown[key][1]} here" for key in chosen]
+
+
 def _flatten(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if not isinstance(plain, dict) or not plain:
         yield path, plain
