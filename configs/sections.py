@@ -254,7 +254,8 @@ class TrainingConfig:
     non_finite_limit: consecutive skipped updates that abort the run.
     log_every: iterations between two lines of metrics.jsonl.
     threads: CPU threads of a rank, null for torch's choice.
-    sizes: sizes of videos, of which each update draws one, null for the data's own.
+    sizes: sizes of videos, of which each update draws one, null for the data's own; stored latents of several buckets
+        are read by shape.
     scale_shift: whether the schedule's shifts grow with the root of a drawn video's tokens.
     """
 

@@ -116,10 +116,9 @@ def _check_data(config: RunConfig, size: Size, takes_image: bool) -> None:
             )
     videos = data.kind == "wan" and data.latents is not None and config.needs_data() is not None
     images = data.kind == "wan" and data.images is not None
-    if (videos or images) and not same:
-        key = "data.latents" if videos else "data.images"
+    if images and not same:
         raise ValueError(
-            f"{height}x{width} is not the {data_height}x{data_width} of data.wan, in which {key} was stored: "
+            f"{height}x{width} is not the {data_height}x{data_width} of data.wan, in which data.images was stored: "
             "vary frames alone"
         )
     if (videos or (images and takes_image)) and frames > data_frames:

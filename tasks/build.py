@@ -10,6 +10,7 @@ import torch
 
 from configs.schema import RunConfig
 from configs.sections import DataConfig
+from configs.sizes import sizes_of
 from model.network import NetworkConfig
 from tasks.digits import DigitsTask
 from tasks.encoded import EncodedTask
@@ -24,9 +25,15 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
         "toy": ToyTask,
         "digits": DigitsTask,
         "synthetic": SyntheticTask,
-        "wan": EncodedTask,
     }
+    if config.data.kind == "wan":
+        return EncodedTask(config.data, config.student, config.seed, device, sizes=_drawn(config))
     return kinds[config.data.kind](config.data, config.student, config.seed, device)
+
+
+def _drawn(config: RunConfig) -> list[tuple[int, int, int]] | None:
+    """The sizes (F, H, W) of the real videos that the run draws; None is its own size alone."""
+    return None if config.training.sizes is None else sizes_of(config)
 
 
 def task_to_sample(config: RunConfig, device: torch.device) -> Task:
@@ -48,5 +55,5 @@ def task_to_sample(config: RunConfig, device: torch.device) -> Task:
         text=text,
     )
     if data.kind == "wan":
-        return EncodedTask(data, config.student, config.seed, device, library=[])
+        return EncodedTask(data, config.student, config.seed, device, library=[], sizes=_drawn(config))
     return build_task(replace(config, data=data), device)

@@ -42,6 +42,7 @@ class EncodedTask:
     seed: of the order of prompts and stored samples.
     device: where tensors and encoders go.
     library: the prompts of a config that names no file of prompts; empty for a task that only generates.
+    sizes: (F, H, W) of the real videos that the run draws, None for its own size alone.
 
     Raises ConfigError, one line, for a part of `data` that is absent or does not fit the networks.
     """
@@ -53,6 +54,7 @@ class EncodedTask:
         seed: int,
         device: torch.device,
         library: Sequence[str] | None = None,
+        sizes: Sequence[tuple[int, int, int]] | None = None,
     ) -> None:
         self.device, self.vae_config, clip = device, config.vae, config.wan
         geometry = student.geometry()
@@ -77,6 +79,8 @@ class EncodedTask:
             raise ConfigError(f"data: {problem}") from None
         self.stream = PromptStream(max(len(self.library), 1), seed)
         statistics, frames = statistics_of(self.codecs, config.vae), clip.frames
+        if sizes is not None and geometry.first_frame is FirstFrame.channels:
+            sizes = [*sizes, (clip.frames, clip.height, clip.width)]  # validation shows first frames of its own size
         self.videos: StoredLatents | None = None
         if config.latents is not None and config.real:
             visual_of = visual_reader(config, student, frames, device, real=True)
@@ -85,6 +89,7 @@ class EncodedTask:
                 Path(config.latents),
                 self.latent_shape,
                 seed,
+                sizes=sizes,
                 statistics=statistics,
                 visual_of=visual_of,
             )
@@ -94,7 +99,8 @@ class EncodedTask:
             self.images = StoredImages(
                 "data.images", Path(config.images), self.latent_shape, seed, statistics=statistics, visual_of=visual_of
             )
-        self.streams: Sequence[Stream] = [stored.stream for stored in (self.videos, self.images) if stored is not None]
+        folders = [stored for stored in (self.videos, self.images) if stored is not None]
+        self.streams: Sequence[Stream] = [stream for stored in folders for stream in stored.streams]
         self._check_first(geometry)
 
     def _check_first(self, geometry: Geometry) -> None:
@@ -152,7 +158,7 @@ class EncodedTask:
         """
         if self.videos is None:
             raise UserError("data.latents is null: this run needs real videos: give a folder of preprocess.py video")
-        clips = self.videos.read(positions)
+        clips = self.videos.read(positions, shape)
         return clips.start((shape or self.latent_shape)[0], self.device)
 
     def conditioning(self, prompts: Sequence[str], visual: VisualConditioning = VisualConditioning()) -> Conditioning:

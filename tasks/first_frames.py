@@ -35,7 +35,12 @@ def visual_reader(
     if not config.has_first_frame(geometry.first_frame, real=real):
         return lambda samples: VisualConditioning()
     if geometry.first_frame is FirstFrame.channels:
-        return lambda samples: _beside(samples, network, frames, device)
+
+        def beside(samples: Sequence[Sample]) -> VisualConditioning:
+            own = [len(s.latents) for s in samples if real and s.latents is not None]  # fewer in a smaller bucket
+            return _beside(samples, network, min([frames, *own]), device)
+
+        return beside
     return lambda samples: VisualConditioning(stacked([_first(s) for s in samples], "latents").float().to(device))
 
 
