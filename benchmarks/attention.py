@@ -25,6 +25,7 @@ from benchmarks.common import Clock, machine, seconds, table, write_json
 from model.attention.backends import Backend, attend
 from model.attention.vsa.attention import SparseBackend, available, video_sparse_attention
 from model.attention.vsa.tiles import Grids, Shape, Tiling, choose_cube, kept_tiles
+from utils.cli import ShowDefaults
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 WITH_BACKWARD = 3.5  # of the forward's products: scores again, then dV, dP, dQ, dK
@@ -216,8 +217,10 @@ def _cells(result: dict[str, Any], which: str) -> list[str]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.attention", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=list(SIZES), default="cpu")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.attention", description=__doc__.splitlines()[0], formatter_class=ShowDefaults
+    )
+    parser.add_argument("--size", choices=list(SIZES), default="cpu", help="what is measured")
     parser.add_argument("--heads", type=int, help="default: 12 (1.3B) on a GPU; 14B has 40")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9], help="default: 0.8 0.9")
     parser.add_argument("--cube", type=int, nargs=3, help="a tile's frames, height, width; default: what pads least")

@@ -26,6 +26,7 @@ import torch
 
 from benchmarks import failures
 from benchmarks.common import Clock, left_table, machine, write_json
+from utils.cli import ShowDefaults
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = ("tests", "train", "streaming", "attention")
@@ -362,7 +363,9 @@ def selected(only: str) -> Iterator[str]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu_check", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu_check", description=__doc__.splitlines()[0], formatter_class=ShowDefaults
+    )
     parser.add_argument("seconds", type=float, nargs="?", default=540.0, help="in all; default: 540")
     parser.add_argument(
         "--only", default=os.environ.get("ONLY", ""), help=f"some of {','.join(GROUPS)}; default: $ONLY"

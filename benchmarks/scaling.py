@@ -14,7 +14,7 @@ from benchmarks.common import table, write_json
 from configs.load import load_run
 from planning.hardware import find_gpu, needed_gb
 from planning.plan import Cluster, Plan, make_plan
-from utils.cli import run_cli
+from utils.cli import ShowDefaults, run_cli
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "configs/wan2.1_14b/self_forcing_dmd.yaml"
@@ -83,8 +83,10 @@ def draw(rows: list[dict[str, Any]], gpu: str, path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.scaling", description="The 14B recipe on 1 to 512 GPUs, planned.")
-    parser.add_argument("--gpu", default="h200")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.scaling", description="The 14B recipe on 1 to 512 GPUs, planned.", formatter_class=ShowDefaults
+    )
+    parser.add_argument("--gpu", default="h200", help="planned for")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for PNG and JSON")
     space = parser.parse_args()
     rows = [row(world, plan(world, space.gpu)) for world in SPLITS]

@@ -32,6 +32,7 @@ from model.wan.tiny_decoder import TinyDecoder
 from model.wan.transformer import WanTransformer
 from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import CausalStream, StreamConfig
+from utils.cli import ShowDefaults
 from utils.overlap import SideDecoder
 
 BLOCK, PIXEL_FRAMES = 3, 4  # latent frames of a block, pixel frames of a latent frame
@@ -242,9 +243,11 @@ def report(results: list[dict[str, Any]]) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.streaming", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=list(SIZES), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.streaming", description=__doc__.splitlines()[0], formatter_class=ShowDefaults
+    )
+    parser.add_argument("--size", choices=list(SIZES), default="cpu", help="what is measured")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--only", help="options whose name holds this")
     parser.add_argument("--seconds", type=float, help="in all; options that are not done by then have no numbers")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/streaming_SIZE.json")

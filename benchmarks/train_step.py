@@ -38,6 +38,7 @@ from pipeline.causal import CausalConfig, VideoShape
 from pipeline.self_forcing_training import RolloutPlan, self_forcing_rollout
 from planning.hardware import GPUS
 from planning.meter import FLOPS, Meter
+from utils.cli import ShowDefaults
 from utils.optimizers.adamw import AdamWConfig, adamw
 
 CRITIC_STEPS = 5  # critic updates for each of the generator
@@ -341,16 +342,18 @@ def _row(name: str, forward: float, units: dict[str, Any], gigabytes: float, tok
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.train_step", description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=list(SIZES), default="cpu")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.train_step", description=__doc__.splitlines()[0], formatter_class=ShowDefaults
+    )
+    parser.add_argument("--size", choices=list(SIZES), default="cpu", help="what is measured")
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: both")
     parser.add_argument("--checkpointing", choices=[c.name for c in Checkpointing], help="default: all")
     parser.add_argument(
         "--backend", choices=[b.value for b in Backend], help="default: sdpa, but plain for bf16 on a CPU"
     )
     parser.add_argument("--compile", action="store_true", help="blocks go through torch.compile, except in replays")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--repeats", type=int, default=2, help="of each measurement")
     parser.add_argument("--seconds", type=float, help="in all; what is not done by then has no numbers")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/train_step_SIZE.json")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

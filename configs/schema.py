@@ -24,11 +24,14 @@ from model.ema import EMAConfig
 from model.network import NetworkConfig
 from model.objective import ObjectiveConfig
 from model.schedule import ScheduleConfig
+from model.types import LatentSize
 from pipeline.causal import CausalConfig
 from tasks.data import DataConfig
 from utils.optim import TrainedConfig
 from utils.parallel.mesh import ParallelConfig
 from utils.watchdog import WatchdogConfig
+
+WORLD_FPS = 8  # frames a second of what no released model makes
 
 
 @dataclass
@@ -82,9 +85,26 @@ class RunConfig:
                 return True
 
     @property
+    def drawn_sizes(self) -> list[LatentSize] | None:
+        """The sizes that training may draw, in the order of `training.sizes`; None for the data's own alone."""
+        if self.training.sizes is None:
+            return None
+        frames, height, width = self.data.size
+        return [(s.frames or frames, s.height or height, s.width or width) for s in self.training.sizes]
+
+    @property
     def few_steps(self) -> bool:
         """Whether the trained network is sampled by the step list, and not by a many-step solver."""
         return self.is_causal or self.trainer is not TrainerKind.diffusion
+
+    @property
+    def fps(self) -> int:
+        """Frames a second of its videos."""
+        if self.validation.fps is not None:
+            return self.validation.fps
+        if self.data.kind != "wan":
+            return WORLD_FPS
+        return self.student.codecs.fps(self.student.geometry().out_dim)
 
     def needs_data(self) -> str | None:
         """The part of the config that needs real videos, in words; None if no part does."""

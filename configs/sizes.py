@@ -9,9 +9,9 @@ import math
 from typing import TYPE_CHECKING
 
 from configs.rollout import SelfForcingConfig
-from configs.video_size import Size
 from model.family import FirstFrame
 from model.schedule import TIMESTEPS, ScheduleConfig, shift_factor
+from model.types import LatentSize
 from pipeline.self_forcing_training import rollout_lengths
 from utils.limits import VOLUME
 
@@ -19,15 +19,12 @@ if TYPE_CHECKING:
     from configs.schema import RunConfig
 
 
-def sizes_of(config: RunConfig) -> list[Size]:
+def sizes_of(config: RunConfig) -> list[LatentSize]:
     """The sizes that training may draw, in the order of `training.sizes`; the data's own size if that is None."""
-    frames, height, width = config.data.size
-    if config.training.sizes is None:
-        return [(frames, height, width)]
-    return [(s.frames or frames, s.height or height, s.width or width) for s in config.training.sizes]
+    return config.drawn_sizes or [config.data.size]
 
 
-def largest(config: RunConfig) -> Size:
+def largest(config: RunConfig) -> LatentSize:
     """The size of the most tokens."""
     return max(sizes_of(config), key=math.prod)
 
@@ -55,7 +52,7 @@ def check_sizes(config: RunConfig) -> None:
             raise ValueError(f"training.sizes[{number}]: {problem}") from None
 
 
-def _check_size(config: RunConfig, size: Size) -> None:
+def _check_size(config: RunConfig, size: LatentSize) -> None:
     frames, height, width = size
     for network in (config.student, config.teacher, config.critic):
         if network is not None:
@@ -84,7 +81,7 @@ def _within_bounds(schedule: ScheduleConfig) -> bool:
     return all(low < sigma <= high for sigma in schedule.sigmas())
 
 
-def _check_data(config: RunConfig, size: Size, takes_image: bool) -> None:
+def _check_data(config: RunConfig, size: LatentSize, takes_image: bool) -> None:
     (_, height, width), (_, data_height, data_width) = size, config.data.size
     config.data.check_size(size, stored=config.needs_data() is not None, with_image=takes_image)
     if config.objective.reward is not None and (height, width) != (data_height, data_width):

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from utils.limits import FRAMES, SIDE
 
-Size = tuple[int, int, int]  # F, H, W
-
 
 @dataclass
 class VideoSize:

@@ -46,39 +46,39 @@ _OF_SUITES = {
 }
 
 
-def _parser() -> Parser:
+def evaluation_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description="Judge a run's videos.")
     parser.add_argument("--run", type=Path, required=True, help="run or checkpoint folder")
-    parser.add_argument("--suite", choices=("toy", "fid", "vbench"), default="toy")
+    parser.add_argument("--suite", choices=("toy", "fid", "vbench"), default="toy", help="what judges")
     parser.add_argument("--steps", type=int, help="denoising steps (default: as trained)")
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    parser.add_argument("--guidance", type=float, help="of a many-step network (default: as validation has it)")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="ema is the average")
     parser.add_argument("--out", type=Path, help="write the rows as JSON too")
     some = parser.add_argument_group("toy and fid")
-    some.add_argument("--count", type=int, help="videos judged (400)")
-    some.add_argument("--split", choices=tuple(SPLITS), help="seeds, and the toy world's prompts (test)")
-    some.add_argument("--cache", type=Path, help="where the toy world's judge is kept (logs/cache)")
+    some.add_argument("--count", type=int, help="videos judged (default: 400)")
+    some.add_argument("--split", choices=tuple(SPLITS), help="seeds, and the toy world's prompts (default: test)")
+    some.add_argument("--cache", type=Path, help="where the toy world's judge is kept (default: logs/cache)")
     fid = parser.add_argument_group("fid")
     fid.add_argument("--features", metavar="toy|DIR", help="a folder with an image or video encoder of transformers")
     fid.add_argument("--real", type=Path, metavar="DIR", help="real videos or images (default: the toy world's own)")
     both = parser.add_argument_group("fid and vbench")
     both.add_argument("--prompts", type=Path, help="fid: a prompt file; vbench: a VBench_full_info.json")
-    both.add_argument("--batch", type=int, help="videos made at once (1; 50 of the toy world)")
+    both.add_argument("--batch", type=int, help="videos made at once (default: 1; 50 of the toy world)")
     vbench = parser.add_argument_group("vbench")
-    vbench.add_argument("--videos", type=Path, metavar="DIR", help="where its videos go (RUN/vbench)")
+    vbench.add_argument("--videos", type=Path, metavar="DIR", help="where its videos go (default: RUN/vbench)")
     vbench.add_argument("--augmented", type=Path, metavar="FILE", help="longer prompts to make videos from")
     vbench.add_argument("--originals", type=Path, metavar="FILE", help="VBench's own prompts, in --augmented's order")
-    vbench.add_argument("--dimensions", metavar="A,B", help="of VBench's 16 (all)")
-    vbench.add_argument("--vbench_python", metavar="FILE", help="an interpreter that has vbench (this one)")
+    vbench.add_argument("--dimensions", metavar="A,B", help="of VBench's 16 (default: all)")
+    vbench.add_argument("--vbench_python", metavar="FILE", help="an interpreter that has vbench (default: this one)")
     vbench.add_argument("--download", action="store_true", default=None, help="let VBench fetch the models it lacks")
     vbench.add_argument("--only_videos", action="store_true", default=None, help="make its videos, score nothing")
-    vbench.add_argument("--fps", type=int, help="of its videos (16)")
-    vbench.add_argument("--seed", type=int, help="of its videos' noise, beside each video's own key (0)")
+    vbench.add_argument("--fps", type=int, help="of its videos (default: the run's)")
+    vbench.add_argument("--seed", type=int, help="of its videos' noise, beside each video's own key (default: 0)")
     return parser
 
 
 def main() -> int:
-    args = _parser().parse_args()
+    args = evaluation_parser().parse_args()
     for suites, names in _OF_SUITES.items():
         if args.suite not in suites and (misplaced := [name for name in names if getattr(args, name) is not None]):
             raise UserError(f"--{misplaced[0]} is for --suite {' or '.join(suites)}: leave it out")
@@ -137,7 +137,7 @@ def _vbench(generator: Generator, args: argparse.Namespace) -> None:
         download=bool(args.download),
         only_videos=bool(args.only_videos),
         batch=args.batch or 1,
-        fps=args.fps or 16,
+        fps=args.fps or generator.config.fps,
     )
     sampling = Sampling(steps=args.steps, guidance=args.guidance, seed=args.seed or 0)
     source = f"{checkpoint.resolve_resume(str(args.run), args.run)}, {args.weights}"

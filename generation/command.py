@@ -38,9 +38,9 @@ class InferenceArgs:
     sampling: Sampling
     weights: str
     suffix: str
-    fps: int
+    fps: int | None  # None takes the run's
     scale: int | None  # None enlarges small videos
-    batch: int
+    batch: int | None  # None is chosen by the free memory
     footage: FootageArgs
     from_file: bool
     image_encoder: str | None = None  # None takes the run's own
@@ -79,18 +79,18 @@ def _parser() -> Parser:
         "--noisy_context", action="store_true",
         help="a causal student sees its last denoising pass's keys and values: one forward less for each block",
     )  # fmt: skip
-    parser.add_argument("--window", type=int, help="latent frames that a block sees; needed to go on without end")
-    parser.add_argument("--sinks", type=int, help="first latent frames that stay in the window")
+    parser.add_argument("--window", type=int, help="latent frames that a block sees (default: as trained)")
+    parser.add_argument("--sinks", type=int, help="first latent frames that stay in the window (default: as trained)")
     parser.add_argument("--guidance", type=float, help="of a many-step network (default: its config's)")
-    parser.add_argument("--guidance_2", type=float, help="of the low-noise expert, where a model has two")
+    parser.add_argument("--guidance_2", type=float, help="of the low-noise expert of two (default: --guidance)")
     parser.add_argument("--solver", choices=[s.value for s in Solver], help="of a many-step network (default: its own)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all noise")
     footage = parser.add_mutually_exclusive_group()
     footage.add_argument("--image", type=Path, help="first frame of the video (image-to-video)")
     footage.add_argument("--video", type=Path, help="a clip, with --strength or --extend")
     parser.add_argument(
         "--image_encoder", metavar="DIR",
-        help="a folder with CLIP, for a run that trained on stored tokens of images (its data.image_encoder is null)",
+        help="a folder with CLIP, for a run that trained on stored tokens of images (default: its data.image_encoder)",
     )  # fmt: skip
     use = parser.add_mutually_exclusive_group()
     use.add_argument("--strength", type=float, help="make --video anew: share of the steps, 1 keeps nothing of it")
@@ -106,7 +106,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--low_lora", action="append", default=[], metavar="FILE", help="of the low-noise expert")
     parser.add_argument(
-        "--lora_scale", type=float, help="by how much --lora counts; without one, the run's own adapter (1)"
+        "--lora_scale", type=float, help="by how much --lora counts; without one, the run's own adapter (default: 1)"
     )
     speed = add_speed(parser)
     speed.add_argument(
@@ -115,9 +115,9 @@ def _parser() -> Parser:
     )  # fmt: skip
     parser.add_argument("--weights", choices=("ema", "raw"), help="of --run (default: the average)")
     parser.add_argument("--format", choices=FORMATS, default="mp4", help=FORMATS_HELP)
-    parser.add_argument("--fps", type=int, default=8)
+    parser.add_argument("--fps", type=int, help="frames a second (default: the run's; Wan 16, its 5B 24, toys 8)")
     parser.add_argument("--scale", type=int, help="whole factor to enlarge pixels by (default: to a width of 128)")
-    parser.add_argument("--batch", type=int, default=8, help="videos made at once")
+    parser.add_argument("--batch", type=int, help="videos made at once (default: what fits into memory, at most 8)")
     return parser
 
 

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from configs.load import run_from_state
 from configs.schema import RunConfig
-from generation.two_experts import joined, starts_from_noise
+from generation.two_experts import joined
 from model.export import ADAPTER_CONFIG, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
 from model.family import Geometry
 from model.network import NetworkConfig
 from model.schedule import unshift_sigma
 from model.weights import Weights
-from trainer.weight_sources import open_group
+from trainer.validation import starts_from_noise
+from trainer.weight_sources import lag_of, open_group
 from utils import checkpoint
 from utils.checkpoint_folder import read_manifest
 from utils.cli import Parser, refuse_several_ranks
 from utils.errors import UserError
+from utils.logging import console
 from utils.shards import write_file
 
 LIBRARY = "diffusers"
@@ -120,6 +122,8 @@ def find(run: Path, network: str, weights: str | None) -> Found:
     section: NetworkConfig | None = config.student if network == "student" else config.critic
     assert section is not None
     label = f"{network}, {'averaged' if averaged else 'raw'} weights, step {read_manifest(folder)['step']}"
+    if averaged and network == "student" and (lag := lag_of(folder, "ema")):
+        console.warning("--run %s: %s: choose the raw weights (--weights raw)", folder, lag)
     group = f"{network}_ema" if averaged else network
     return Found(folder, group, section, config, label)
 

@@ -18,7 +18,7 @@ from configs.schema import RunConfig
 from generation.acceleration import UNCHANGED, Acceleration
 from generation.refusals import refuse_inputs, refuse_unused
 from generation.sampling import Sampler, Sampling, StudentChoice
-from generation.two_experts import joined, starts_from_noise
+from generation.two_experts import joined
 from model.attention.checkpointing import Checkpointing
 from model.attention.kv_cache import KVCache
 from model.experts import Experts
@@ -36,9 +36,12 @@ from tasks.data import DataConfig
 from tasks.kinds.encoded import EncodedData
 from tasks.task import Task
 from trainer.run_networks import build_for_inference, compute_dtype
-from utils import checkpoint
+from trainer.validation import starts_from_noise
+from trainer.weight_sources import lag_of
+from utils import checkpoint, distributed
 from utils.errors import UserError
 from utils.fields import member_of
+from utils.logging import console
 from utils.random import Noise
 
 
@@ -120,6 +123,8 @@ class Generator:
             raise UserError(
                 f"--lora_scale {student.lora_scale}: this run trained no adapter: give --lora, or leave it out"
             )
+        if distributed.is_main() and (lag := lag_of(folder, student.weights)):
+            console.warning("%s: %s: choose the raw weights (--weights raw)", folder, lag)
         _change_data(config, image_encoder, size, tiny_decoder)
         network: NetworkConfig = replace(
             config.student,

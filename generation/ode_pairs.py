@@ -17,6 +17,7 @@ from torch import Tensor
 from configs.load import load_run
 from configs.schema import RunConfig
 from configs.sections import TrainerKind
+from model.family import presets
 from model.ode_regression import store_levels
 from model.schedule import uniform_sigmas
 from model.types import Conditioning, Evaluations
@@ -36,13 +37,16 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def preprocess_ode(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
-    parser = Parser(prog="preprocess.py ode", description="A teacher's ODE trajectories, file by file.")
+    networks = f"presets of networks, as in teacher.preset=1.3b: {', '.join(presets())}"
+    parser = Parser(
+        prog="preprocess.py ode", description="A teacher's ODE trajectories, file by file.", epilog=networks
+    )
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, help="the run that will use them")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as ode.pairs=16000 data.prompts=FILE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the files; those that are there are skipped")
-    parser.add_argument("--rows", type=int, default=64, help="trajectories to a file (64)")
+    parser.add_argument("--rows", type=int, default=64, help="trajectories to a file")
     parser.add_argument("--share", default="0/1", metavar="i/n", help="files i, i + n, ... for one of n jobs, from 0")
-    parser.add_argument("--dtype", default="fp32", choices=PRECISIONS, help="stored precision (fp32)")
+    parser.add_argument("--dtype", default="fp32", choices=PRECISIONS, help="stored precision")
     args = parser.parse_intermixed_args(argv)
     config = load_run(args.config_path, args.overrides)
     if config.trainer is not TrainerKind.ode or config.teacher is None:

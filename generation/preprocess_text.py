@@ -7,6 +7,8 @@ from pathlib import Path
 
 from configs.load import load_run
 from configs.schema import RunConfig
+from model.family import presets
+from tasks.task import TaskContext
 from tasks.text_cache import Shard, Source, check, write_shard
 from utils import distributed
 from utils.cli import Parser
@@ -18,7 +20,8 @@ SHARD_PROMPTS = 1024  # what a killed process loses at most
 
 def preprocess_text(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
-    parser = Parser(prog="preprocess.py text", description="Encode prompts, shard by shard.")
+    networks = f"presets of networks, as in student.preset=1.3b: {', '.join(presets())}"
+    parser = Parser(prog="preprocess.py text", description="Encode prompts, shard by shard.", epilog=networks)
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, help="the run that will use it")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
@@ -33,7 +36,7 @@ def preprocess_text(argv: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only prove that each prompt is there exactly once")
     args = parser.parse_intermixed_args(argv)
     config = load_run(args.config_path, args.overrides)
-    text = config.data.text_source(config.student, config.seed, distributed.device())
+    text = config.data.text_source(TaskContext(config.student, config.seed, distributed.device()))
     source = Source.of(_prompts(config, args.prompts), text.identity, text.made_with)
     if args.check:
         check(args.out, source)

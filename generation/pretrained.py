@@ -25,6 +25,7 @@ from model.score import ScoreNet
 from model.text_encoder import TextConfig
 from model.types import Evaluations
 from pipeline.bidirectional_inference import Solver
+from tasks.build import task_to_sample
 from tasks.kinds.encoded import EncodedData
 from trainer.run_networks import build_for_inference, compute_dtype
 from utils.errors import UserError
@@ -76,7 +77,7 @@ def load_model(
         config = run_of(folder, model, released, frames or released.frames, on_cpu=device.type == "cpu")
         assert isinstance(config.data, EncodedData)
         config.data.vae.tiny_decoder = tiny_decoder
-        task = config.data.task_to_sample(config.student, config.seed, device)
+        task = task_to_sample(config, device)
     except (ValueError, OSError) as problem:
         raise UserError(f"--model {model.path}: {problem}") from None
     if low_loras and released.boundary is None:

@@ -9,13 +9,6 @@ from model.objective import ObjectiveConfig, objectives
 from model.schedule import TIMESTEPS
 from utils.errors import UserError
 
-FROM_NOISE = 0.95  # a run whose first step is below this level cannot start from pure noise
-
-
-def starts_from_noise(config: RunConfig) -> bool:
-    """Whether the run's student can be given pure noise; a low-noise expert cannot."""
-    return config.schedule.sigmas()[0] >= FROM_NOISE * config.student.path.start
-
 
 def joined(high: RunConfig, low: RunConfig) -> tuple[RunConfig, float]:
     """(the high run with the steps of both, the noise level that parts them). Raises UserError for runs that are no

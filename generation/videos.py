@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from generation.batch import bytes_per_video, fitting, free_memory
 from generation.command import InferenceArgs
 from generation.footage import read_footage
 from generation.generator import Generator
@@ -60,8 +61,9 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     paths, resumable = _paths(args)
     _same_checkpoints(generator)
     mesh, footage = team(args, generator), read_footage(generator, args.footage, args.sampling)
+    fps, batch = args.fps or generator.config.fps, args.batch or _fitting(generator, args, mesh)
     if resumable:
-        _same_settings(args, generator.checkpoints)
+        _same_settings(args, generator.checkpoints, fps, batch)
     # one process looks: others may see a network's files later, or those of one that is at work already
     missing = [i for i, path in enumerate(paths) if not (resumable and path.is_file())]
     todo = sorted(distributed.union(missing if distributed.is_main() else ()))
@@ -70,17 +72,27 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     mine, writes = todo[mesh.dp_rank :: mesh.dp_size], mesh.sequence_rank == 0
     rate = Rate()
     with tqdm(total=len(mine), desc="videos", disable=None if distributed.is_main() else True) as bar:
-        for start in range(0, len(mine), args.batch):
-            ids = mine[start : start + args.batch]
+        for start in range(0, len(mine), batch):
+            ids = mine[start : start + batch]
             blocks = generator.stream([args.prompts[i] for i in ids], args.sampling, ids, *footage)
             parts = _decoded(blocks, _decoder(generator, args) if writes else None)
-            _write(_watched(parts, rate, bar), [paths[i] for i in ids], [args.prompts[i] for i in ids], args)
+            _write(_watched(parts, rate, bar), [paths[i] for i in ids], [args.prompts[i] for i in ids], args, fps)
             bar.update(len(ids))
     whole = int(distributed.all_reduce_scalars({"frames": rate.frames})["frames"])
     if distributed.is_main():
         unit = "latent frames" if args.suffix == "safetensors" else "frames"
         print(f"{len(todo)} videos, {whole} {unit} {rate.told(whole)} -> {args.out}")
     return 0
+
+
+def _fitting(generator: Generator, args: InferenceArgs, mesh: Mesh) -> int:
+    """How many videos are made at once where the command does not say, said on the console; alike on all ranks."""
+    need = bytes_per_video(generator, args.sampling) / mesh.sequence
+    room = distributed.all_reduce_scalars({"room": float(free_memory(generator.device))}, "min")["room"]
+    batch = fitting(need, room, len(args.prompts))
+    if distributed.is_main() and len(args.prompts) > 1:
+        print(f"{batch} videos at once: about {need / 2**30:.2g} GiB each, {room / 2**30:.3g} GiB free (see --batch)")
+    return batch
 
 
 class Rate:
@@ -158,7 +170,9 @@ def _paths(args: InferenceArgs) -> tuple[list[Path], bool]:
     return [args.out / f"{i:04d}_{slug(prompt)}.{args.suffix}" for i, prompt in enumerate(args.prompts)], args.from_file
 
 
-def _write(parts: Iterator[Tensor], paths: Sequence[Path], prompts: Sequence[str], args: InferenceArgs) -> None:
+def _write(
+    parts: Iterator[Tensor], paths: Sequence[Path], prompts: Sequence[str], args: InferenceArgs, fps: int
+) -> None:
     """parts: pixels [B, T, 3, h, w] in [0, 1], or latents [B, F, C, H, W], one after the other; none where another
     process writes. A video by itself is written as it comes."""
     first = next(parts, None)
@@ -175,11 +189,11 @@ def _write(parts: Iterator[Tensor], paths: Sequence[Path], prompts: Sequence[str
         return
     scale = args.scale or max(1, 128 // first.shape[-1])
     if len(paths) == 1:
-        write_video(paths[0], (part[0] for part in every), args.fps, scale)
+        write_video(paths[0], (part[0] for part in every), fps, scale)
         return
     held = [eight_bits(part) for part in every]
     for i, path in enumerate(paths):
-        write_video(path, (part[i] for part in held), args.fps, scale)
+        write_video(path, (part[i] for part in held), fps, scale)
 
 
 def _same_checkpoints(generator: Generator) -> None:
@@ -189,12 +203,12 @@ def _same_checkpoints(generator: Generator) -> None:
         raise UserError("--run: processes have found different checkpoints, for it is being trained: give --checkpoint")
 
 
-def _same_settings(args: InferenceArgs, checkpoints: Sequence[str]) -> None:
+def _same_settings(args: InferenceArgs, checkpoints: Sequence[str], fps: int, batch: int) -> None:
     """Keeps what the folder's videos were made with beside them, and refuses to go on with anything else."""
     settings = {
         "source": checkpoints or str(args.source),  # a run may have another one by now
         "weights": args.weights,
-        "image": str(args.footage.image),
+        "image": None if args.footage.image is None else str(args.footage.image),
         "video": None if args.footage.video is None else str(args.footage.video),
         "extend": args.footage.extend,
         "image_encoder": args.image_encoder,
@@ -205,7 +219,8 @@ def _same_settings(args: InferenceArgs, checkpoints: Sequence[str]) -> None:
         "fp8": args.acceleration.fp8,
         "tiny_decoder": args.tiny_decoder,
         "scale": args.scale,
-        "fps": args.fps,
+        "fps": fps,
+        "batch": batch,
         "prompts": hashlib.sha256("\n".join(args.prompts).encode()).hexdigest(),
         **asdict(args.sampling),
     }
@@ -213,7 +228,8 @@ def _same_settings(args: InferenceArgs, checkpoints: Sequence[str]) -> None:
     settings = json.loads(json.dumps(settings))  # as they come back
     if file.is_file():
         stored = json.loads(file.read_text())
-        changed = sorted(key for key in settings if stored.get(key) != settings[key])
+        stored["image"] = None if stored.get("image") == "None" else stored.get("image")  # as version 0.1 wrote it
+        changed = sorted(key for key in settings if key != "batch" and stored.get(key) != settings[key])
         if changed:
             raise UserError(
                 f"the videos in {args.out} were made with other settings ({', '.join(changed)}): give another --out"

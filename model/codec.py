@@ -98,6 +98,10 @@ class Codecs(Protocol):
     time_stride: int
     identity: bool
 
+    def fps(self, latent_channels: int) -> int:
+        """Frames a second of the videos that models on latents of so many channels make."""
+        ...
+
     def load(self, config: VAEConfig, device: torch.device) -> Codec:
         """The codec that a config names. Raises ValueError or OSError."""
         ...

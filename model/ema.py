@@ -33,6 +33,23 @@ class EMAConfig:
         if self.start < 0 or self.every < 1:
             raise ValueError(f"start must be >= 0 and every >= 1, got {self.start} and {self.every}")
 
+    def lag(self, updates: int) -> str | None:
+        """What is wrong with the average after `updates` of the student, in one line; None for nothing.
+
+        It lags while it has followed fewer updates than it looks back on, about every / (1 - decay). Up to `start` it
+        is a copy, and nothing lags.
+        """
+        followed = updates // self.every - self.start // self.every
+        if self.decay is None or self.decay == 0 or updates <= self.start or followed >= round(1 / (1 - self.decay)):
+            return None
+        old, horizon = self.decay**followed, round(self.every / (1 - self.decay))
+        began = f"of update {self.start}" if self.start else "as it began"
+        return (
+            f"the average of the weights lags: it has followed {updates - self.start} of the student's {updates} "
+            f"updates and looks back on about {horizon} (ema.decay {self.decay:g}, ema.start {self.start}), so "
+            f"{old:.0%} of it is the student {began}"
+        )
+
 
 class EMA:
     """fp32 shadow of the trained parameters, on the shards that this rank holds: nothing is gathered.

@@ -132,6 +132,7 @@ class Family(Protocol):
     traits: what its networks can do.
     presets: its geometries by name; no two families share a name.
     telling: small parameters of every geometry that differ between any two trainings, to know weights again.
+    head: the weight of the output layer, which begins at zero.
     shared: fields of the geometry that all networks of a run have alike, for they see the same samples.
     lora_targets: layers of each block that an adapter goes beside where a run names none; empty without the trait.
     codecs: what makes its latents; `PixelCodecs` for a family that generates pixels.
@@ -143,6 +144,7 @@ class Family(Protocol):
     traits: frozenset[Trait]
     presets: Mapping[str, Any]
     telling: tuple[str, ...]
+    head: str
     shared: tuple[str, ...]
     lora_targets: tuple[str, ...]
     codecs: Codecs

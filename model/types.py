@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+LatentSize = tuple[int, int, int]  # latent frames, height, width
 Prompt = Mapping[str, Tensor]  # an encoded prompt by the names that the network's arguments have, batch first
 Total = Callable[[Tensor], Tensor]  # sums a tensor over the ranks that hold different samples: a collective
 

@@ -63,10 +63,12 @@ def run_all(todo: Sequence[Job], workers: int) -> list[Job]:
 
 def main() -> int:
     parser = Parser(prog="python -m scripts.methods", description="Train, judge and describe every method.")
-    parser.add_argument("--root", type=Path, help="folder of the runs (logs/methods, with --quick logs/methods_quick)")
-    parser.add_argument("--page", type=Path, help="page to write (docs/methods.md, with --quick in --root)")
-    parser.add_argument("--seeds", type=int, help="trainings of each row (3, with --quick 1)")
-    parser.add_argument("--count", type=int, help="videos judged a training (400, with --quick 8)")
+    parser.add_argument(
+        "--root", type=Path, help="of the runs (default: logs/methods, with --quick logs/methods_quick)"
+    )
+    parser.add_argument("--page", type=Path, help="page to write (default: docs/methods.md, with --quick in --root)")
+    parser.add_argument("--seeds", type=int, help="trainings of each row (default: 3, with --quick 1)")
+    parser.add_argument("--count", type=int, help="videos judged a training (default: 400, with --quick 8)")
     parser.add_argument("--split", choices=tuple(SPLITS), default="test", help="'dev' to choose hyper-parameters")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows, and what they start from")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 16), help="processes of one thread")

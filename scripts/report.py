@@ -201,7 +201,7 @@ def main() -> int:
     parser = Parser(prog="python -m scripts.report", description="Judge the quickstart's methods and write its report.")
     parser.add_argument("--root", type=Path, required=True, help="folder of the runs; the report is written there")
     parser.add_argument("--count", type=int, default=400, help="videos judged a row")
-    parser.add_argument("--split", choices=tuple(SPLITS), default="test")
+    parser.add_argument("--split", choices=tuple(SPLITS), default="test", help="prompts and seeds")
     parser.add_argument("--prompts", type=Path, default=Path("configs/toy/prompts.txt"), help="file of those shown")
     parser.add_argument("--cache", type=Path, default=Path("logs/cache"), help="where the judge is kept")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that sample")

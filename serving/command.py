@@ -30,7 +30,7 @@ class DemoArgs:
     host: address to listen on.
     port: to listen on; 0 takes a free one.
     allow_host: names, beside addresses and localhost, by which browsers may reach the demo.
-    fps: frames a second, at most on the page, and of the download.
+    fps: frames a second, at most on the page, and of the download; None is the run's.
     scale: whole factor that enlarges the download; None enlarges a small video.
     tiny_decoder: file of a small decoder; None decodes with the run's own.
     acceleration: how the networks are sped up.
@@ -48,7 +48,7 @@ class DemoArgs:
     host: str
     port: int
     allow_host: tuple[str, ...]
-    fps: int
+    fps: int | None
     scale: int | None
     tiny_decoder: str | None
     acceleration: Acceleration
@@ -68,11 +68,11 @@ def _parser() -> Parser:
     parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: the average")
     parser.add_argument("--steps", type=int, help="denoising steps (default: as trained)")
     parser.add_argument("--window", type=int, help="latent frames that a block sees (default: as trained)")
-    parser.add_argument("--sinks", type=int, help="first latent frames that stay in the window")
+    parser.add_argument("--sinks", type=int, help="first latent frames that stay in the window (default: as trained)")
     parser.add_argument("--noisy_context", action="store_true", help="no extra pass over finished blocks: faster")
     parser.add_argument("--recache", action="store_true", help="a changed prompt acts sooner, at a pass more")
     parser.add_argument("--seed", type=int, help="of videos whose visitor gives none (default: one drawn for each)")
-    parser.add_argument("--fps", type=int, default=16, help="at most, on the page; of the download (default: 16)")
+    parser.add_argument("--fps", type=int, help="at most, on the page; of the download (default: the run's)")
     parser.add_argument("--scale", type=int, help="whole factor that enlarges the download (default: to width 256)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="0 takes a free one (default: 7860)")
@@ -95,6 +95,7 @@ def _parser() -> Parser:
     limits.add_argument("--send_seconds", type=int, help="that a visitor's machine may read nothing, or ask nothing")
     limits.add_argument("--downloads", type=int, help="made and sent at the same time")
     limits.add_argument("--download_seconds", type=int, help="that sending one may take")
+    parser.set_defaults(**{field.name: field.default for field in fields(Limits)})
     return parser
 
 
@@ -106,7 +107,7 @@ def demo_args(argv: Sequence[str] | None = None) -> DemoArgs:
             raise UserError(f"--{name} {value}: give a number from {least} to {most}")
     bounds = {field.name: getattr(args, field.name) for field in fields(Limits)}
     try:
-        limits = Limits(**{name: value for name, value in bounds.items() if value is not None})
+        limits = Limits(**bounds)
     except ValueError as problem:
         raise UserError(str(problem)) from None
     return DemoArgs(

@@ -44,7 +44,7 @@ def demo(generator: Generator, args: DemoArgs) -> int:
     examples = examples_of(generator)
     height, width = warm_up(generator, open_video(generator.task.negative_prompt, args.seed or 0))
     steps = len(generator.step_list(args.steps))
-    format = Format(args.fps, args.scale or max(1, MIN_WIDTH // width), args.seed)
+    format = Format(args.fps or generator.config.fps, args.scale or max(1, MIN_WIDTH // width), args.seed)
     site = Site(generator.config.name, examples, (height, width), steps, format)
 
     def on_break() -> None:

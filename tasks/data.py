@@ -12,18 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
 from model.family import FirstFrame
 from model.network import NetworkConfig
-from tasks.task import Task
+from model.types import LatentSize
+from tasks.task import Task, TaskContext
 from tasks.text import text_shape
 from tasks.text_cache import Encode
 from utils.config import config_hash
 from utils.found import classes_in
 from utils.variants import check_kind
-
-Size = tuple[int, int, int]  # latent frames, height, width
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class DataConfig:
         check_kind(self)
 
     @property
-    def size(self) -> Size:
+    def size(self) -> LatentSize:
         """Latent frames, height and width of a video."""
         raise NotImplementedError
 
@@ -105,31 +102,26 @@ class DataConfig:
         """Where first frames with captions are stored, for kinds that store them."""
         return None
 
-    def task(self, student: NetworkConfig, seed: int, device: torch.device) -> Task:
-        """What the run generates. Raises ConfigError.
-
-        student: the network that sees the samples.
-        seed: of the order of prompts and samples.
-        device: where tensors go.
-        """
+    def task(self, context: TaskContext) -> Task:
+        """What the run generates. Raises ConfigError."""
         raise NotImplementedError
 
-    def task_to_sample(self, student: NetworkConfig, seed: int, device: torch.device) -> Task:
+    def task_to_sample(self, context: TaskContext) -> Task:
         """As `task`, for a run that is only sampled, and whose training data may be gone."""
-        return replace(self, prompts=if_present(self.prompts)).task(student, seed, device)
+        return replace(self, prompts=if_present(self.prompts)).task(context)
 
     def text_identity(self) -> list[Any]:
         """What decides the text embeddings of this kind, beside the networks' sizes."""
         return []
 
-    def text_source(self, student: NetworkConfig, seed: int, device: torch.device) -> TextSource:
-        """What encodes the prompts of the run, with the arguments of `task`. Raises UserError."""
+    def text_source(self, context: TaskContext) -> TextSource:
+        """What encodes the prompts of the run. Raises UserError."""
 
         @functools.cache
         def task() -> Task:
-            return self.task(student, seed, device)
+            return self.task(context)
 
-        identity = config_hash([self.kind, *self.text_identity(), *text_shape(student)])
+        identity = config_hash([self.kind, *self.text_identity(), *text_shape(context.student)])
         return TextSource(identity, lambda prompts: task().conditioning(prompts).prompt["text"])
 
     def has_first_frame(self, network: FirstFrame, *, real: bool) -> bool:
@@ -159,7 +151,7 @@ class DataConfig:
                 "to be given the first frame of real videos: set both to true, or data.first_frame to false"
             )
 
-    def check_size(self, size: Size, *, stored: bool, with_image: bool) -> None:
+    def check_size(self, size: LatentSize, *, stored: bool, with_image: bool) -> None:
         """Raises ValueError for a size of videos that training could not draw.
 
         stored: whether the run trains on stored real videos.

@@ -17,13 +17,16 @@ from utils.data.stream import Sample, stacked
 VisualOf = Callable[[Sequence[Sample]], VisualConditioning]
 
 
-def visual_reader(network: NetworkConfig, frames: int, device: torch.device, *, has_first_frame: bool) -> VisualOf:
+def visual_reader(
+    network: NetworkConfig, frames: int, device: torch.device, *, has_first_frame: bool, of_videos: bool = False
+) -> VisualOf:
     """A function that makes the visual conditioning of a batch's stored samples.
 
     network: whose geometry says what it takes of a first frame.
     frames: latent frames of a video.
     device: where the conditioning goes.
     has_first_frame: whether networks get the samples' first frames.
+    of_videos: whether the samples are videos, of which smaller buckets have fewer frames.
 
     The function raises ValueError for samples that lack what the network needs.
     """
@@ -31,7 +34,12 @@ def visual_reader(network: NetworkConfig, frames: int, device: torch.device, *, 
     if not has_first_frame:
         return lambda samples: VisualConditioning()
     if geometry.first_frame is FirstFrame.channels:
-        return lambda samples: _beside(samples, network, frames, device)
+
+        def beside(samples: Sequence[Sample]) -> VisualConditioning:
+            own = [len(s.latents) for s in samples if of_videos and s.latents is not None]
+            return _beside(samples, network, min([frames, *own]), device)
+
+        return beside
     return lambda samples: VisualConditioning(stacked([_first(s) for s in samples], "latents").float().to(device))
 
 

@@ -4,18 +4,22 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.types import VisualConditioning
+from model.types import LatentSize, VisualConditioning
 from tasks.clips import Clips
 from tasks.first_frames import VisualOf
-from utils.data.latents import latent_order, open_latents
+from utils.data.latents import latent_order, open_latents, order_of_shape
+from utils.data.safetensors_shards import SafetensorsFolder
 from utils.data.stream import CorruptSample, Sample, Stream, TooManyCorrupt, stacked
 from utils.data.tensors import Statistics
 from utils.errors import ConfigError, UserError
@@ -49,17 +53,27 @@ class Stored:
             source = open_latents(path, sigmas=sigmas, statistics=statistics)
         except ValueError as problem:
             raise ConfigError(f"{key}: {problem}") from None
-        shapes = set(map(tuple, source.shapes()))
-        if mismatched := sorted(shape for shape in shapes if not self._fits(shape, latent_shape)):
-            raise ConfigError(
-                f"{key}: {path} holds latents of {list(mismatched[0])} and this run makes {list(latent_shape)} "
-                "(F, C, H, W): set the size in data to it"
-            )
         self.key, self.path, self.visual_of, self.source = key, path, visual_of, source
-        self.stream = Stream(source, latent_order(source, 1, seed), seed)
+        self.stored = Counter(map(tuple, source.shapes()))
+        self.streams = self._grouped(latent_shape, seed)
+        self.stream = self.streams[0]
+
+    def _grouped(self, latent_shape: Sequence[int], seed: int) -> list[Stream]:
+        """The streams that the run reads, the one of its own size first. Raises ConfigError for a folder that holds
+        anything else."""
+        if not all(self._fits(shape, latent_shape) for shape in self.stored):
+            raise ConfigError(f"{self._holds(latent_shape)}: set the size in data to it")
+        return [Stream(self.source, latent_order(self.source, 1, seed), seed)]
 
     def _fits(self, found: Sequence[int], latent_shape: Sequence[int]) -> bool:
         return tuple(found) == tuple(latent_shape)
+
+    def _holds(self, *wanted: Sequence[int]) -> str:
+        """What the folder holds and what the run makes, for messages."""
+        counted = [f"{list(shape)} ({count} samples)" for shape, count in sorted(self.stored.items())]
+        held = ", ".join(counted) if len(counted) > 1 else str(list(next(iter(self.stored))))
+        made = ", ".join(str(list(shape)) for shape in wanted)
+        return f"{self.key}: {self.path} holds latents of {held} and this run makes {made} (F, C, H, W)"
 
     @cached_property
     def captions(self) -> list[str]:
@@ -69,25 +83,88 @@ class Stored:
         except ValueError as problem:
             raise UserError(f"{self.key}: {problem}") from None
 
-    def samples(self, positions: range) -> list[Sample]:
-        """The samples at these positions. Raises UserError if too many samples cannot be read."""
+    def samples(self, positions: range, stream: Stream | None = None) -> list[Sample]:
+        """The samples at these positions of a stream, None for the first. Raises UserError if too many samples cannot
+        be read."""
         try:
-            return self.stream.samples(positions)
+            return (stream or self.stream).samples(positions)
         except TooManyCorrupt as problem:
             raise UserError(f"{self.key}: {problem}") from None
 
 
 class StoredLatents(Stored):
-    """Clean latents, normalised as the networks see them."""
+    """Clean latents, normalised as the networks see them, of one shape or of several buckets'.
 
-    def read(self, positions: range) -> Clips:
-        """The videos at these positions. Raises UserError."""
-        samples = self.samples(positions)
+    sizes: (F, H, W) that the run draws, each of which reads the samples of one shape: of its height and width, and of
+        as many frames or else of the fewest above it. None is the run's own size alone.
+
+    The other arguments are `Stored`'s, which see. Raises ConfigError for a size without samples, and for samples that
+    no size reads.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        path: Path,
+        latent_shape: Sequence[int],
+        seed: int,
+        *,
+        sizes: Sequence[LatentSize] | None = None,
+        statistics: Statistics | None = None,
+        visual_of: VisualOf = lambda samples: VisualConditioning(),
+    ) -> None:
+        frames, self.channels, height, width = latent_shape
+        self.sizes = None if sizes is None else list(sizes)
+        self.own: LatentSize = (frames, height, width)
+        self.of_shape: dict[tuple[int, ...], Stream] = {}
+        super().__init__(key, path, latent_shape, seed, statistics=statistics, visual_of=visual_of)
+
+    def _grouped(self, latent_shape: Sequence[int], seed: int) -> list[Stream]:
+        if self.sizes is None:
+            if len(self.stored) > 1:
+                raise ConfigError(
+                    f"{self._holds(latent_shape)}: list those to train on in training.sizes: [{_sizes(self.stored)}]"
+                )
+            return super()._grouped(latent_shape, seed)
+        wanted = [(frames, self.channels, height, width) for frames, height, width in self.sizes]
+        read = {shape: self._source_of(shape) for shape in wanted}
+        if bare := [shape for shape, found in read.items() if found is None]:
+            raise ConfigError(
+                f"{self._holds(*bare)}, which it has no samples for: set training.sizes (and data.wan) to what it "
+                "holds, or store such videos (preprocess.py video --bucket)"
+            )
+        if unused := sorted(self.stored.keys() - set(read.values())):
+            raise ConfigError(
+                f"{self._holds(*wanted)}: add what is missing to training.sizes: [{_sizes(unused)}], or take those "
+                "samples out"
+            )
+        self.of_shape = {
+            shape: Stream(self.source, order_of_shape(self.source, shape, seed), seed) for shape in self.stored
+        }
+        own = self._source_of(tuple(latent_shape))
+        return sorted(self.of_shape.values(), key=lambda stream: own is None or stream is not self.of_shape[own])
+
+    def _source_of(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The stored shape whose samples videos of `shape` (F, C, H, W) begin; None where there is none."""
+        return min((found for found in self.stored if found[1:] == shape[1:] and found[0] >= shape[0]), default=None)
+
+    def read(self, positions: range, shape: Sequence[int] | None = None) -> Clips:
+        """The videos at these positions, whole. Raises UserError.
+
+        shape: (F, C, H, W) of what they are for; None is the run's own.
+        """
+        source = None if shape is None else self._source_of(tuple(shape))
+        samples = self.samples(positions, None if source is None else self.of_shape.get(source))
         try:
             latents = stacked([sample.latents for sample in samples], "latents")
             return Clips(latents, [sample.caption for sample in samples], self.visual_of(samples))
         except ValueError as problem:
             raise UserError(f"{self.key}: {problem}") from None
+
+
+def _sizes(shapes: Iterable[tuple[int, ...]]) -> str:
+    """Shapes (F, C, H, W) as `training.sizes` has them."""
+    return ", ".join(f"{{frames: {f}, height: {h}, width: {w}}}" for f, _, h, w in sorted(shapes))
 
 
 class StoredImages(Stored):
@@ -151,6 +228,13 @@ class StoredPairs(Stored):
     ) -> None:
         super().__init__("ode.path", path, latent_shape, seed, sigmas, visual_of=visual_of)
         self.sigmas_S = self.read(range(1)).sigmas
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The sections of the config that the files say they were made with; empty for files of other programs."""
+        if not isinstance(self.source, SafetensorsFolder):
+            return {}
+        return dict(json.loads(self.source.headers[0].get("settings", "{}")))
 
     def read(self, positions: range) -> Pairs:
         """The trajectories at these positions. Raises UserError."""

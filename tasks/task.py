@@ -6,12 +6,15 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
+from model.network import NetworkConfig
 from model.objective import RewardConfig
-from model.types import Conditioning, Prompt, VisualConditioning
+from model.types import Conditioning, LatentSize, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
 from utils.data.buckets import Size
 from utils.data.stream import Stream
@@ -24,11 +27,28 @@ Shape = tuple[int, ...]
 Reward = Callable[[Tensor, Sequence[str]], Tensor]  # latents [B, F, C, H, W], prompts -> [B], higher is better
 
 
+@dataclass(frozen=True)
+class TaskContext:
+    """What of a run a task must know beside its data.
+
+    student: the network that sees the samples.
+    seed: of the order of prompts and samples.
+    device: where tensors go.
+    sizes: of the real videos that the run draws, None for the data's own alone.
+    """
+
+    student: NetworkConfig
+    seed: int
+    device: torch.device
+    sizes: Sequence[LatentSize] | None = None
+
+
 class Task(Protocol):
     """What trainers and generation ask of a task. All of it is a function of positions and prompts, none of state."""
 
     latent_shape: tuple[int, ...]  # (F, C, H, W)
     negative_prompt: str
+    library: list[str]  # prompts to train on; empty where stored samples bring them
     streams: Sequence[Stream]  # of files: where corrupt samples are counted
 
     def prompts(self, positions: range) -> list[str]: ...

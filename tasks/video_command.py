@@ -125,11 +125,11 @@ def _options(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument("--format", default="parquet", choices=SUFFIXES, help="parquet has FastVideo's columns")
     parser.add_argument("--raw", action="store_true", help="store latents un-normalised, as FastVideo does")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="FastVideo reads fp32 only")
-    parser.add_argument("--rows", type=int, default=64, help=f"{kind} to a file (64)")
-    parser.add_argument("--batch", type=int, default=1, help=f"{kind} encoded together (1)")
+    parser.add_argument("--rows", type=int, default=64, help=f"{kind} to a file")
+    parser.add_argument("--batch", type=int, default=1, help=f"{kind} encoded together")
     parser.add_argument("--share", default="0/1", metavar="i/n", help="files i, i + n, ... for one of n jobs, from 0")
     parser.add_argument("--headers", type=Path, help=f"a .json file that keeps the {kind}' headers from run to run")
-    parser.add_argument("--max_corrupt", "--max-corrupt", type=float, default=MAX_CORRUPT, help="a share (0.01)")
+    parser.add_argument("--max_corrupt", "--max-corrupt", type=float, default=MAX_CORRUPT, help="a share")
 
 
 def _video_options(parser: argparse.ArgumentParser) -> None:

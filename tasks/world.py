@@ -9,15 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
-from model.network import NetworkConfig
 from model.objective import RewardConfig
 from model.types import Conditioning, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
 from tasks.data import DataConfig
-from tasks.task import Reward, Shape, for_each, no_reward, repeated, spread
+from tasks.task import Reward, Shape, TaskContext, for_each, no_reward, repeated, spread
 from utils.data.buckets import Size
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
@@ -63,9 +61,8 @@ class WorldData(DataConfig):
 class WorldTask:
     """A world behind the interface of a task: all that it returns depends on positions, nothing on state."""
 
-    def __init__(
-        self, world: World, config: WorldData, student: NetworkConfig, seed: int, device: torch.device
-    ) -> None:
+    def __init__(self, world: World, config: WorldData, context: TaskContext) -> None:
+        student, device = context.student, context.device
         self.world, geometry = world, student.geometry()
         self.device = device
         self.latent_shape: tuple[int, ...] = self.world.latent_shape
@@ -89,7 +86,7 @@ class WorldTask:
             self.encode_prompts([self.negative_prompt])
         except (ValueError, OSError) as problem:
             raise ConfigError(f"data: {problem}") from None
-        self.stream = PromptStream(len(self.library), seed)
+        self.stream = PromptStream(len(self.library), context.seed)
 
     def prompts(self, positions: range) -> list[str]:
         """Training prompts at these positions of the endless shuffled library.

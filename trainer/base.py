@@ -17,6 +17,7 @@ from torch import Tensor
 
 from configs.load import run_from_state
 from configs.schema import RunConfig
+from model.score import ScoreNet
 from model.types import Conditioning, Evaluations, Prompt
 from pipeline.sampling import sample
 from tasks.build import build_task
@@ -25,13 +26,14 @@ from trainer.faults import SharedFaults
 from trainer.micro_batch import MicroBatch, micro_batches
 from trainer.networks import Trained, TrainedNetwork
 from trainer.observer import TrainerObserver
+from trainer.progress import Extent, Setting, closing, finished_before, opening, stopped
 from trainer.run_networks import RunNetworks
 from trainer.state import load_run, save_run
 from trainer.update import Skips, Update
-from trainer.validation import read_prompts, sample_pixels, shown_weights, way_of
+from trainer.validation import average_warning, read_prompts, sample_pixels, shown_weights, way_of
 from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed
-from utils.config import diff, save, to_plain
+from utils.config import differences, save, to_plain
 from utils.data.stream import Stream
 from utils.errors import ConfigError, UserError
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
@@ -111,6 +113,8 @@ class Trainer(ABC):
 
     # ------------------------------------------------------------------------------------------- what subclasses say
 
+    teacher: ScoreNet | None = None
+
     @abstractmethod
     def build(self) -> None:
         """Fills `self.networks` and whatever else the trainer needs: `self.heads`, what is trained beside them;
@@ -130,9 +134,15 @@ class Trainer(ABC):
     def train(self) -> int:
         """Trains to the end and returns the exit code: 0, or 128 + n after signal n, whose state was saved first."""
         total = min(self.config.training.max_steps, self.options.max_steps or self.config.training.max_steps)
-        progress = Progress(total, self.step, desc=self.config.name, is_main=distributed.is_main())
-        if distributed.is_main():
-            save(self.config, self.options.logdir / "config.yaml")
+        extent = Extent(self.config, self.options.logdir, total, self.step, self.options.save)
+        speaks = self.options.log and distributed.is_main()
+        if self.step < total:
+            self._say(opening(extent, Setting(self.trained, self.teacher, self.mesh, self.device, self.counts())))
+            if distributed.is_main():
+                save(self.config, self.options.logdir / "config.yaml")
+        else:
+            self._say([finished_before(extent)])
+        progress = Progress(total, self.step, desc=self.config.name, every=None, first=3, is_main=speaks)
         unlogged: dict[str, float] = {}
         activity.begin(self.step, slow=True)  # the first iteration compiles and allocates
         with handled(self._on_signal):
@@ -152,20 +162,47 @@ class Trainer(ABC):
                     self.save_checkpoint()
                     self.finish_saving()
                     raise UserError(why)
-                if self.step % self.config.checkpoint.every == 0 or self.step == total:
-                    self.save_checkpoint()
-                if self.config.validation.every and (
-                    self.step % self.config.validation.every == 0 or self.step == total
-                ):
-                    self.validate()
+                with progress.pausing():
+                    self._between(total)
             if self.stop_signal is not None and self.step < total:
                 self.save_checkpoint()
             self.finish_saving()
         progress.close()
         self.logger.close()
         distributed.barrier()
+        self._say(self._ending(extent))
         # a signal that came after the last step stopped nothing, and maybe only some ranks had it
         return 0 if self.stop_signal is None or self.step >= total else 128 + self.stop_signal
+
+    def _between(self, total: int) -> None:
+        """What is due between two iterations."""
+        if self.step % self.config.checkpoint.every == 0 or self.step == total:
+            self.save_checkpoint()
+        every = self.config.validation.every
+        if every and (self.step % every == 0 or self.step == total):
+            self.validate()
+
+    def _say(self, lines: Sequence[str]) -> None:
+        for line in lines if self.options.log and distributed.is_main() else ():
+            console.info("%s", line)
+
+    def _ending(self, extent: Extent) -> list[str]:
+        if self.stop_signal is not None and self.step < extent.total:
+            return [stopped(extent, self.stop_signal, self.step, self.mesh.world)]
+        writes = self.options.save or self.step == extent.begins
+        newest = checkpoint.latest(self.checkpoints) if writes else None
+        return closing(extent, newest, self.networks["student"].optimizer.updates, self.validation_prompts[0])
+
+    @property
+    def trained(self) -> dict[str, Trained]:
+        """All that is trained, by name."""
+        return {**self.networks, **self.heads}
+
+    def counts(self) -> dict[str, int]:
+        """How much data there is to train on, by name."""
+        stored = sum(stream.order.size for stream in self.streams())
+        counts = {"prompt": len(self.task.library), "stored sample": stored}
+        return {name: count for name, count in counts.items() if count}
 
     def _ramp_sparsity(self) -> dict[str, float]:
         """Gives sparse networks this iteration's sparsity, and says it. Constant within a step, for backward computes
@@ -237,8 +274,11 @@ class Trainer(ABC):
         """Videos of the fixed prompt library from a fixed seed, with the average, the raw weights, or both."""
         if not self.options.visualize:
             return
-        ema = self.networks["student"].ema
+        student = self.networks["student"]
+        ema, warning = student.ema, average_warning(self.config, student.optimizer.updates)
         for which in shown_weights(self.config.validation.weights, ema is not None):
+            if which == "ema" and warning and distributed.is_main():
+                console.warning("%s", warning)
             with ema.applied() if which == "ema" and ema is not None else nullcontext():
                 self._validation_video(which)
 
@@ -249,8 +289,9 @@ class Trainer(ABC):
         if pixels is None:
             return
         path = self.options.logdir / "validation" / f"step_{self.step:06d}_{which}.mp4"
-        write_video(path, grid(pixels), self.config.validation.fps, scale=max(1, 96 // pixels.shape[-1]))
+        write_video(path, grid(pixels), self.config.fps, scale=max(1, 96 // pixels.shape[-1]))
         self.logger.video(self.step, f"validation/{which}", path)
+        self._say([f"validation after step {self.step}, {which} weights: {path}"])
         statistics = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
         self.logger.scalars(
             self.step, {f"validation/{which}_{name}": float(value) for name, value in statistics.items()}
@@ -264,7 +305,7 @@ class Trainer(ABC):
         if not self.options.save or self.saver.step == self.step:
             return
         evaluations = self.summed_evaluations()
-        tensors, state = save_run(portable({**self.networks, **self.heads}))
+        tensors, state = save_run(portable(self.trained))
         state |= {
             "step": self.step,
             "cursor": self.cursor,
@@ -298,10 +339,9 @@ class Trainer(ABC):
         if found is None:
             return
         path, state, layout = found
-        trained: dict[str, Trained] = {**self.networks, **self.heads}
-        networks = portable(trained, values=False)
+        networks = portable(self.trained, values=False)
         load_run(networks, path, state, layout, self.saver.group)
-        absorb(trained, networks)
+        absorb(self.trained, networks)
         for name, kept in state.get("extras", {}).items():
             self.extras[name].load(kept)
         if path.parent.resolve() == self.checkpoints.resolve():
@@ -317,8 +357,8 @@ class Trainer(ABC):
             saved = to_plain(run_from_state(state["config"]))
         except ConfigError:  # of a version with other keys
             saved = state["config"]
-        if changed := diff(saved, to_plain(self.config)):
-            console.warning("the config is not that of the checkpoint: %s", ", ".join(changed))
+        if changed := differences(saved, to_plain(self.config)):
+            console.warning("the config is not that of the checkpoint: %s", "; ".join(changed))
 
     def _stopping(self) -> bool:
         # Agreed by all: a rank that stopped alone would leave the others waiting in a collective.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.family import presets
 from utils.cli import Parser
 
 
@@ -37,12 +38,19 @@ class TrainArgs:
 
 def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
     """Parse the arguments of ``train.py`` (``sys.argv`` by default). Raises UserError."""
-    parser = Parser(prog="train.py", description="Train or distil what a YAML file describes.")
+    networks = f"presets of networks, as in student.preset=1.3b: {', '.join(presets())}"
+    parser = Parser(prog="train.py", description="Train or distil what a YAML file describes.", epilog=networks)
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, metavar="YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the YAML, e.g. seed=1")
     parser.add_argument("--logdir", type=Path, help="run folder (default: logs/<family>/<method> of the YAML's path)")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
-    parser.add_argument("--max_steps", "--max-steps", type=_positive, metavar="N", help="stop after step N")
+    parser.add_argument(
+        "--max_steps",
+        "--max-steps",
+        type=_positive,
+        metavar="N",
+        help="stop after step N (default: training.max_steps)",
+    )
     parser.add_argument("--disable-wandb", "--disable_wandb", action="store_true")
     parser.add_argument("--no_save", "--no-save", action="store_true", help="write no checkpoints")
     parser.add_argument("--no_visualize", "--no-visualize", action="store_true", help="make no validation videos")

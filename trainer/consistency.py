@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.consistency import adjacent, consistency_loss
 from model.schedule import uniform_sigmas
+from model.score import ScoreNet
 from model.types import LossOutput
 from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from trainer.base import Trainer
@@ -21,6 +22,8 @@ class ConsistencyTrainer(Trainer):
 
     All three look back at clean frames, as in teacher forcing: the teacher is a causal network.
     """
+
+    teacher: ScoreNet
 
     def build(self) -> None:
         self.teacher = self.make.teacher()

@@ -51,7 +51,7 @@ class ScoreDistillationTrainer(Trainer):
     def build(self) -> None:
         config = self.config
         training, steps = config.training, config.training.max_steps
-        self.teacher: ScoreNet | None = None if config.teacher is None else self.make.teacher()
+        self.teacher = None if config.teacher is None else self.make.teacher()
         updates = {"student": training.generator_updates(steps)}
         if config.critic is not None:
             updates["critic"] = training.critic_updates(steps)

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from configs.schema import RunConfig
 from configs.sizes import sizes_of
-from configs.video_size import Size
 from model.schedule import ScheduleConfig, shift_factor
+from model.types import LatentSize
 from utils import activity
 from utils.random import Noise, keyed_seed
 
 
-def drawn_size(config: RunConfig, noise: Noise) -> Size:
+def drawn_size(config: RunConfig, noise: Noise) -> LatentSize:
     """The size of a step's videos. It depends on the step alone, so all ranks and micro-batches agree."""
     if config.training.sizes is None:
         return config.data.size
@@ -46,7 +46,7 @@ class DrawnSizes:
 
     def __init__(self, config: RunConfig, data_shape: tuple[int, ...]) -> None:
         self.config, self.data_shape = config, data_shape
-        self._met: set[Size] = set()
+        self._met: set[LatentSize] = set()
         self._drawn: dict[str, float] = {}
 
     def shape(self, phase: str, step: int) -> tuple[int, ...]:

@@ -43,6 +43,8 @@ class NetworkSpec:
     dtype: in which the weights are stored.
     trained: whether the weights take gradients.
     adapters: by name, put beside the weights, which are then frozen; (seed, adapter name) key their values.
+    random_head: gives random weights a small random output layer in place of their zero one, with which networks agree
+        and every loss and gradient is 0.
     empty: leaves the weights without values, for a network that is about to get others.
     """
 
@@ -52,7 +54,11 @@ class NetworkSpec:
     dtype: torch.dtype = torch.float32
     trained: bool = True
     adapters: Mapping[str, LoraConfig] = field(default_factory=dict)
+    random_head: bool = False
     empty: bool = False
+
+
+HEAD_STD = 0.02  # of a random head's weights
 
 
 def build_network(spec: NetworkSpec, device: torch.device, place: Placement | None = None) -> Network:
@@ -114,10 +120,22 @@ def _fill(net: Network, spec: NetworkSpec, source: Weights | None, *, shared: bo
     else:
         with _drawn(spec.seed, "weights", spec.name, reads):
             drawn = spec.config.family.random_weights(spec.config.geometry(), spec.config.sparse)
+            if spec.random_head:
+                drawn = _with_head(drawn, spec)
             fill(net, ((parameters[key], value) for key, value in drawn), shared=shared)
     for adapter in spec.adapters:
         with _drawn(spec.seed, "adapter", adapter, reads):
             fill(net, adapter_weights(net, adapter), shared=shared)
+
+
+def _with_head(drawn: Iterable[tuple[str, Tensor]], spec: NetworkSpec) -> Iterator[tuple[str, Tensor]]:
+    """The same weights with random values for the head, by a generator of its own: all others stay as they are."""
+    for key, value in drawn:
+        if key == spec.config.family.head and not value.is_meta:
+            generator = torch.Generator().manual_seed(keyed_seed(spec.seed, "head", spec.name))
+            yield key, HEAD_STD * torch.randn(value.shape, generator=generator)
+        else:
+            yield key, value
 
 
 @contextlib.contextmanager

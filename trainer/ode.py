@@ -29,7 +29,7 @@ from tasks.task import Task
 from trainer.base import Trainer
 from trainer.micro_batch import MicroBatch
 from utils import activity, distributed
-from utils.config import config_hash
+from utils.config import config_hash, differences, to_plain
 from utils.data.stream import Stream
 from utils.errors import ConfigError
 from utils.logging import Progress
@@ -39,6 +39,8 @@ from utils.random import Noise, keyed_seed
 class ODETrainer(Trainer):
     """Regresses the student on trajectories: those of `ode.path`, or `ode.pairs` which it makes once and keeps in the
     run folder."""
+
+    teacher: ScoreNet  # where it makes them
 
     def build(self) -> None:
         config, steps = self.config, self.config.training.max_steps
@@ -59,20 +61,44 @@ class ODETrainer(Trainer):
         self._check_levels()
 
     def _check_levels(self) -> None:
-        """Raises ConfigError unless the student's steps are all stored, as near as the teacher's grid comes to them."""
+        """Raises ConfigError unless the student's steps are all stored, as near as the teacher's grid comes to them,
+        and the teacher that made the trajectories was causal where this run takes it to have been."""
+        assert self.stored is not None
+        kind = self._made_with("ode.causal_teacher")
+        if kind:
+            raise ConfigError(
+                f"ode.path: {self.config.ode.path}: {kind[0]}: set it to what the trajectories were made with"
+            )
         config, wanted = self.config.ode, self.config.schedule.sigmas()
         stored = self.sigmas_S.tolist()
         if lacking := lacking_levels(
             stored, wanted, uniform_sigmas(config.steps, config.shift, self.config.student.path.start)
         ):
+            made = self._made_with(
+                "ode.steps", "ode.shift", "schedule.denoising_step_list", "schedule.timestep_shift",
+                "schedule.warp_denoising_step",
+            )  # fmt: skip
+            remedy = "set that list (and timestep_shift) to what is stored"
+            if made:
+                remedy = f"{'; '.join(made)}: set these keys to what the trajectories were made with"
             raise ConfigError(
                 f"ode.path: {config.path} stores the noise levels {', '.join(f'{s:.4g}' for s in stored)}, and not "
-                f"{', '.join(f'{s:.4g}' for s in lacking)} of schedule.denoising_step_list: set that list (and "
-                "timestep_shift) to what is stored, or make trajectories with this config"
+                f"{', '.join(f'{s:.4g}' for s in lacking)} of schedule.denoising_step_list: {remedy}, or make "
+                "trajectories with this config"
             )
+
+    def _made_with(self, *keys: str) -> list[str]:
+        """Which of these keys the stored trajectories were made with another value of, and both values."""
+        assert self.stored is not None
+        theirs, ours = self.stored.settings, to_plain(self.config)
+        return differences(theirs, {section: ours[section] for section in theirs if section in ours}, keys)
 
     def streams(self) -> Sequence[Stream]:
         return [*self.task.streams, *([] if self.stored is None else [self.stored.stream])]
+
+    def counts(self) -> dict[str, int]:
+        made = {} if self.stored is not None else {"ODE pair": self.config.ode.pairs}
+        return super().counts() | made
 
     def training_step(self) -> dict[str, float]:
         update = self.begin_update(self.networks["student"])

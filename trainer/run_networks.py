@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,10 +22,12 @@ from trainer.engine import Engine, FSDPEngine
 from trainer.network_factory import NetworkSpec, Placement, build_network
 from trainer.networks import TrainedNetwork
 from trainer.origin import adapter_origin, base_digest
-from trainer.weight_sources import stored_weights
+from trainer.weight_sources import is_run, lag_of, stored_weights
 from trainer.zero import DeepSpeedEngine
+from utils import distributed
 from utils.config import config_hash
 from utils.errors import ConfigError
+from utils.logging import console
 from utils.optim import NetworkOptimizer, TrainedConfig, trainable
 from utils.parallel.mesh import EngineKind, Mesh, ParallelConfig
 from utils.parallel.parallelize import Sharding, is_sharded
@@ -41,6 +44,11 @@ def sharing(config: RunConfig) -> dict[str, LoraConfig]:
         return {}
     trained = {"student": config.student, "critic": config.critic}
     return {name: net.lora for name, net in trained.items() if net is not None and net.lora and net.lora.share}
+
+
+def random_heads(config: RunConfig) -> bool:
+    """Whether networks without weights begin with random heads: in smoke tests, where a broken gradient must show."""
+    return config.data.kind == "synthetic"
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class RunNetworks:
         """
         config, network = self.config, self.config.teacher
         assert network is not None
+        _warn_of_lag("teacher", network)
         adapters = sharing(config) if shared else {}
         dtype, parallel = compute_dtype(config), config.parallel
         compiled, offload = parallel.compile, parallel.offload_teacher
@@ -76,7 +85,10 @@ class RunNetworks:
             offload = offload or parallel.offload_optimizer
         sharding = Sharding(dtype, parallel.reshard_after_forward.teacher, offload, compiled)
         seed = config.seed if adapters else 0
-        spec = NetworkSpec(network, "teacher", seed, dtype or torch.float32, trained=False, adapters=adapters)
+        spec = NetworkSpec(
+            network, "teacher", seed, dtype or torch.float32, trained=False, adapters=adapters,
+            random_head=random_heads(config),
+        )  # fmt: skip
         net = build_network(spec, self.device, Placement(self.mesh, parallel, sharding)).eval()
         # sharded, one call for both halves of the guidance gathers the weights once; else it would only cost memory
         return ScoreNet(
@@ -106,19 +118,25 @@ class RunNetworks:
         section = "generator_training" if name == "student" else "critic_training"
         training: TrainedConfig = getattr(config, section)
         assert network is not None
+        if not empty:
+            _warn_of_lag(name, network)
         if device.type == "cpu" and Backend(network.attention) is Backend.FLEX:
             raise ConfigError(f"{name}.attention: flex has no backward on a CPU: use sdpa or plain")
         dtype, place = compute_dtype(config), self._placement(name)
         adapter = origin = None
         if network.lora is None:
-            net = build_network(NetworkSpec(network, name, config.seed, empty=empty), device, place)
+            spec = NetworkSpec(network, name, config.seed, empty=empty, random_head=random_heads(config))
+            net = build_network(spec, device, place)
             named = trainable(net)
         else:
             if shares := teacher is not None and name in sharing(config):
                 net = cast(Network, teacher.net)
             else:
                 adapters = {name: network.lora}
-                spec = NetworkSpec(network, name, config.seed, dtype or torch.float32, trained=False, adapters=adapters)
+                spec = NetworkSpec(
+                    network, name, config.seed, dtype or torch.float32, trained=False, adapters=adapters,
+                    random_head=random_heads(config),
+                )  # fmt: skip
                 net = build_network(spec, device, place)
             live = dict(net.named_parameters())
             named = {key: live[parameter] for key, parameter in adapter_names(net, name).items()}
@@ -159,6 +177,14 @@ class RunNetworks:
         return DeepSpeedEngine(net, optimizer, parallel.deepspeed, twin)
 
 
+def _warn_of_lag(name: str, network: NetworkConfig) -> None:
+    """Says in one line where a network begins from a run's average that lags behind the run's student."""
+    if network.init is None or not is_run(Path(network.init)) or not distributed.is_main():
+        return
+    if lag := lag_of(Path(network.init), network.init_weights):
+        console.warning("%s.init %s: %s: set %s.init_weights to raw", name, network.init, lag, name)
+
+
 def build_for_inference(
     network: NetworkConfig,
     name: str,
@@ -175,7 +201,8 @@ def _base_name(config: RunConfig, network: NetworkConfig, name: str) -> str:
     """Names the weights below an adapter, so that other weights have another name. name: whose random weights they
     are, where they are random."""
     if network.init is None:
-        return config_hash(["random", config.seed, name, network.geometry()])
+        heads = ["random head"] if random_heads(config) else []
+        return config_hash(["random", config.seed, name, network.geometry(), *heads])
     return base_digest(stored_weights(network), network.family.telling)
 
 

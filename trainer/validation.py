@@ -34,6 +34,12 @@ def read_prompts(config: ValidationConfig, task: Task) -> list[str]:
         raise ConfigError(f"validation.prompts: {problem}") from None
 
 
+def average_warning(config: RunConfig, updates: int) -> str | None:
+    """What a validation with the average should say, in one line, where the average lags; None elsewhere."""
+    lag = config.ema.lag(updates)
+    return lag and f"validation: {lag}: set validation.weights to raw, or to both"
+
+
 def shown_weights(wanted: SampleWeights, has_average: bool) -> list[str]:
     """`ema`, `raw` or both; without an average the raw ones."""
     ema = has_average and wanted is not SampleWeights.raw
@@ -59,6 +65,14 @@ def sample_pixels(
         if distributed.is_main():
             parts.append(task.decode(latents).cpu())
     return torch.cat(parts) if parts else None
+
+
+FROM_NOISE = 0.95  # a run whose first step is below this level cannot start from pure noise
+
+
+def starts_from_noise(config: RunConfig) -> bool:
+    """Whether the run's student can be given pure noise; a low-noise expert cannot."""
+    return config.schedule.sigmas()[0] >= FROM_NOISE * config.student.path.start
 
 
 def way_of(config: RunConfig) -> ManySteps | FewSteps:

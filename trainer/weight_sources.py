@@ -64,6 +64,19 @@ def open_run(path: Path, which: str, lora_scale: float = 1.0) -> Weights:
     return open_group(folder, f"{name}_ema" if averaged else name, lora_scale)
 
 
+def lag_of(path: Path, which: str) -> str | None:
+    """What is wrong with the average that `open_run` takes for these arguments, in one line; None for nothing.
+
+    Raises UserError.
+    """
+    folder = checkpoint.resolve_resume(str(path), path)
+    if folder is None or which != "ema" or "student_ema" not in checkpoint.tensor_names(folder):
+        return None
+    state = checkpoint.load_state(folder)
+    updates = state.get("networks", {}).get("student", {}).get("updates", 0)
+    return run_from_state(state["config"]).ema.lag(updates)
+
+
 def open_group(folder: Path, group: str, lora_scale: float = 1.0) -> Weights:
     """All weights of a checkpoint's group: `student`, `student_ema`, `critic`.
 

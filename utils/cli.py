@@ -17,11 +17,27 @@ from utils.errors import UserError
 from utils.watchdog import EXIT_STUCK, CollectiveError
 
 
+class ShowDefaults(argparse.HelpFormatter):
+    """Help in which each option that takes a value says what it is without one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if not action.option_strings or action.nargs == 0 or action.required or "default" in text:
+            return text
+        default = action.default
+        if isinstance(default, (list, tuple)):
+            default = " ".join(map(str, default))
+        shown = "none" if default is None or default == "" else str(default).replace("%", "%%")
+        return f"{text} (default: {shown})".lstrip()
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors of one line; no abbreviations, so a typo is never taken for an option."""
+    """argparse whose errors are UserErrors of one line; no abbreviations, so a typo is never taken for an option. Its
+    help shows defaults."""
 
     def __init__(self, *args: object, **kwargs: object):
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})  # type: ignore[arg-type]
+        usual = {"allow_abbrev": False, "formatter_class": ShowDefaults}
+        super().__init__(*args, **{**usual, **kwargs})  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
         prefix = "unrecognized arguments: "

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from utils.errors import ConfigError
-from utils.fields import describe, field_types, hint_at, options_of, section_type, short_list, show, suggest
+from utils.fields import SHOWN, describe, field_types, hint_at, options_of, section_type, short_list, show, suggest
 from utils.variants import has_variants, kind_in, laid, merged, without_other_kinds
 
 T = TypeVar("T")
@@ -307,6 +307,17 @@ def diff(a: Any, b: Any) -> list[str]:
     absent = object()
     keys = flat_a.keys() | flat_b.keys()
     return sorted(key for key in keys if flat_a.get(key, absent) != flat_b.get(key, absent))
+
+
+def differences(theirs: Any, ours: Any, keys: Sequence[str] | None = None) -> list[str]:
+    """`key is 1 there and 2 here`, for each of `diff`'s keys that lies in one of `keys`, None for all."""
+    flat = [dict(_flatten(to_plain(config))) for config in (theirs, ours)]
+    shown = {
+        key: [json.dumps(values[key], default=str)[:SHOWN] if key in values else "absent" for values in flat]
+        for key in diff(theirs, ours)
+    }
+    chosen = [key for key in shown if keys is None or any(f"{key}.".startswith(f"{wanted}.") for wanted in keys)]
+    return [f"{key} is {shown[key][0]} there and {shown[key][1]} here" for key in chosen]
 
 
 def _flatten(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:

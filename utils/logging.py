@@ -10,7 +10,8 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -214,30 +215,77 @@ def _within(seconds: float, action: Callable[[], object], lament: str) -> None:
 
 
 class Progress:
-    """Progress over ``total`` steps with time left and the numbers that matter.
+    """Progress over `total` steps with time left and the numbers that matter; silent on other ranks.
 
-    A bar on a terminal; elsewhere one plain line every ``every`` steps and at the end; silent on other ranks.
+    On a terminal it is a bar. Elsewhere it is plain lines: of the first steps, of every so many, at the end, and in
+    between whenever the next line would come too late.
+
+    total: steps in all.
+    initial: steps that were done before; pace and time left are those of this process.
+    desc: what makes progress.
+    every: steps between two lines, None for no such lines.
+    first: how many of this process's first steps have a line each.
+    seconds: the longest time between two lines while steps are shorter; longer steps have a line each.
+    is_main: whether this process speaks.
+    clock: seconds that only grow, None for `time.monotonic`.
     """
 
-    def __init__(self, total: int, initial: int = 0, *, desc: str = "train", every: int = 50, is_main: bool = True):
-        self.total, self.initial, self.desc, self.every = total, initial, desc, every
-        self._done, self._start = initial, time.monotonic()
-        self._is_main = is_main
+    def __init__(
+        self,
+        total: int,
+        initial: int = 0,
+        *,
+        desc: str = "train",
+        every: int | None = 50,
+        first: int = 0,
+        seconds: float = 30.0,
+        is_main: bool = True,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.total, self.initial, self.desc = total, initial, desc
+        self.every, self.first, self.seconds = every, first, seconds
+        self._clock = clock or time.monotonic
+        self._done, self._is_main = initial, is_main
         self._bar: Any = None
+        self._paused = 0.0
+        self._from = (initial, self._now())  # where pace is counted from
+        self._stepped = self._now()
+        self._spoke = self._clock()
         if is_main and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=initial, desc=desc, dynamic_ncols=True, file=sys.stderr)
+            layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"  # its own pace would count pauses
+            self._bar = tqdm(
+                total=total, initial=initial, desc=desc, dynamic_ncols=True, file=sys.stderr, bar_format=layout
+            )
+
+    def _now(self) -> float:
+        """Seconds on the clock that were spent in steps."""
+        return self._clock() - self._paused
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """What happens inside is no step: pace and time left do not count it."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._paused += self._clock() - began
 
     def update(self, step: int, numbers: Mapping[str, float]) -> None:
-        """``step`` steps are done; ``numbers`` are shown beside the bar in their order."""
+        """`step` steps are done; `numbers` are shown in their order."""
         if not self._is_main:
             return
+        now = self._now()
+        lasted, self._stepped = now - self._stepped, now
         if self._bar is not None:
-            self._bar.set_postfix_str(_compact(numbers), refresh=False)
+            self._bar.set_postfix_str(self._text(step, numbers), refresh=False)
             self._bar.update(step - self._done)
-        elif step % self.every == 0 or step == self.total:
+        elif self._is_due(step, lasted):
+            self._spoke = self._clock()
             print(self._line(step, numbers), file=sys.stderr, flush=True)
+        if self._done == self.initial < step:
+            self._from = (step, now)  # the first step compiles, allocates and loads: it is not the pace of the others
         self._done = step
 
     def close(self) -> None:
@@ -246,10 +294,19 @@ class Progress:
             self._bar.close()
             self._bar = None
 
+    def _is_due(self, step: int, lasted: float) -> bool:
+        periodic = self.every is not None and step % self.every == 0
+        late = self._clock() - self._spoke + lasted > self.seconds
+        return periodic or late or step - self.initial <= self.first or step == self.total
+
     def _line(self, step: int, numbers: Mapping[str, float]) -> str:
-        rate = (step - self.initial) / max(time.monotonic() - self._start, 1e-9)
+        return f"{self.desc} {step}/{self.total}  {self._text(step, numbers)}".rstrip()
+
+    def _text(self, step: int, numbers: Mapping[str, float]) -> str:
+        begun, at = self._from
+        rate = (step - begun) / max(self._now() - at, 1e-9)
         left = _clock((self.total - step) / rate) if rate > 0 else "?"
-        return f"{self.desc} {step}/{self.total}  {rate:.2f} it/s  {left} left  {_compact(numbers)}".rstrip()
+        return f"{rate:.2f} it/s  {left} left  {_compact(numbers)}".rstrip()
 
 
 def _compact(numbers: Mapping[str, float]) -> str:

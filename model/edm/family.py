@@ -35,6 +35,7 @@ class EDMFamily:
     traits = frozenset({Trait.features})
     presets: Mapping[str, EDMConfig] = PRESETS
     telling = ("blocks.0.norm1.weight", "conv_out.bias")
+    head = "conv_out.weight"
     shared = ("in_dim", "out_dim", "labels", "sigma_data")
     lora_targets = ()
     codecs = PixelCodecs(mean=(0.5, 0.5, 0.5), scale=(2.0, 2.0, 2.0))  # RGB in [-1, 1], as EDM trains

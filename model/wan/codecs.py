@@ -17,6 +17,10 @@ class WanCodecs:
     time_stride = STRIDE_T
     identity = False
 
+    def fps(self, latent_channels: int) -> int:
+        """16, and 24 for Wan2.2's 5B, which alone has latents of 48 channels (arXiv 2503.20314, Wan2.2's configs)."""
+        return 24 if latent_channels == 48 else 16
+
     def load(self, config: VAEConfig, device: torch.device) -> WanVAE:
         return load_vae(config, device)
 

@@ -40,6 +40,7 @@ class WanFamily:
     lora_targets = ("q", "k", "v", "o", "ffn.0", "ffn.2")  # all of a text-to-video block
     codecs = WanCodecs()
     exporter = WanExporter()
+    head = "head.head.weight"
     released_as = CLASSES
     sources = SOURCES
 

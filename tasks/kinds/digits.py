@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
-from model.network import NetworkConfig
-from tasks.data import Size
+from model.types import LatentSize
+from tasks.task import TaskContext
 from tasks.world import WorldData, WorldTask
 from worlds.digits import DigitsConfig, DigitsWorld
 from worlds.glyphs import GLYPH
@@ -21,17 +19,17 @@ class DigitsData(WorldData):
     digits: DigitsConfig = field(default_factory=DigitsConfig)
 
     @property
-    def size(self) -> Size:
+    def size(self) -> LatentSize:
         return 1, GLYPH, GLYPH
 
     @property
     def frames_key(self) -> str:
         return "data.kind digits"
 
-    def task(self, student: NetworkConfig, seed: int, device: torch.device) -> DigitsTask:
-        return DigitsTask(self, student, seed, device)
+    def task(self, context: TaskContext) -> DigitsTask:
+        return DigitsTask(self, context)
 
-    def check_size(self, size: Size, *, stored: bool, with_image: bool) -> None:
+    def check_size(self, size: LatentSize, *, stored: bool, with_image: bool) -> None:
         if size != self.size:
             raise ValueError("data.kind digits has images of one size: set training.sizes to null")
 
@@ -41,5 +39,5 @@ class DigitsTask(WorldTask):
 
     world: DigitsWorld
 
-    def __init__(self, config: DigitsData, student: NetworkConfig, seed: int, device: torch.device) -> None:
-        super().__init__(DigitsWorld(config.digits), config, student, seed, device)
+    def __init__(self, config: DigitsData, context: TaskContext) -> None:
+        super().__init__(DigitsWorld(config.digits), config, context)

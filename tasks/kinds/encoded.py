@@ -14,19 +14,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from model.codec import ClipConfig, Codec, Codecs, ImageEncoder, VAEConfig
+from model.codec import ClipConfig, Codec, ImageEncoder, VAEConfig
 from model.family import FirstFrame, Geometry
 from model.network import NetworkConfig
 from model.objective import RewardConfig
 from model.text_encoder import TextConfig
-from model.types import Conditioning, Prompt, VisualConditioning
+from model.types import Conditioning, LatentSize, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
-from tasks.data import DataConfig, Size, TextSource, if_present
+from tasks.data import DataConfig, TextSource, if_present
 from tasks.first_frames import visual_reader
+from tasks.fitting import check_channels, fitting_vae, statistics_of
 from tasks.stored import Stored, StoredImages, StoredLatents
-from tasks.task import Shape, for_each, no_reward, repeated, spread
+from tasks.task import Shape, TaskContext, for_each, no_reward, repeated, spread
 from tasks.text import TextEmbeddings, encoder_hash, made_with, text_shape, warn_once
-from utils.data.buckets import Size as PixelSize
+from utils.data.buckets import Size
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
 from utils.data.tensors import Statistics
@@ -71,13 +72,13 @@ class EncodedData(DataConfig):
         return {"wan": {key: sizes[key] for key in keys if key in sizes}} if isinstance(sizes, Mapping) else {}
 
     @property
-    def size(self) -> Size:
+    def size(self) -> LatentSize:
         return self.wan.frames, self.wan.height, self.wan.width
 
-    def task(self, student: NetworkConfig, seed: int, device: torch.device) -> EncodedTask:
-        return EncodedTask(self, student, seed, device)
+    def task(self, context: TaskContext) -> EncodedTask:
+        return EncodedTask(self, context)
 
-    def task_to_sample(self, student: NetworkConfig, seed: int, device: torch.device) -> EncodedTask:
+    def task_to_sample(self, context: TaskContext) -> EncodedTask:
         text = self.text if self.text.encoder is None else replace(self.text, cache=if_present(self.text.cache))
         data = replace(
             self,
@@ -86,11 +87,11 @@ class EncodedData(DataConfig):
             prompts=if_present(self.prompts),
             text=text,
         )
-        return EncodedTask(data, student, seed, device, library=[])
+        return EncodedTask(data, context, library=[])
 
-    def text_source(self, student: NetworkConfig, seed: int, device: torch.device) -> TextSource:
+    def text_source(self, context: TaskContext) -> TextSource:
         """The text encoder. Raises UserError for one that is absent."""
-        length, _ = text_shape(student)
+        length, _ = text_shape(context.student)
         if self.text.encoder is None:
             raise UserError("data.text.encoder is null: give the folder of a UMT5 encoder, as data.text.encoder=DIR")
         try:
@@ -98,7 +99,7 @@ class EncodedData(DataConfig):
         except (ValueError, OSError) as problem:
             raise UserError(f"data.{problem}") from None
 
-        embeddings = TextEmbeddings(replace(self.text, cache=None), student, device)
+        embeddings = TextEmbeddings(replace(self.text, cache=None), context.student, context.device)
         return TextSource(identity, embeddings.encode, made_with(self.text, length))
 
     def check_use(self, needs: str | None, *, validates: bool) -> None:
@@ -118,19 +119,17 @@ class EncodedData(DataConfig):
                 + ("" if network is FirstFrame.channels else ", or set data.first_frame to false")
             )
 
-    def check_size(self, size: Size, *, stored: bool, with_image: bool) -> None:
-        """Stored latents have one size: videos can be cut short, and images are seen by videos of any length."""
+    def check_size(self, size: LatentSize, *, stored: bool, with_image: bool) -> None:
+        """Images have one size, and are seen by videos of any length. Videos are grouped by size, and may be cut."""
         frames, height, width = size
-        videos = stored and self.latents is not None
-        key = "data.latents" if videos else "data.images"
-        if not videos and self.images is None:
-            return
-        if (height, width) != self.size[1:]:
+        videos, images = stored and self.latents is not None, self.images is not None
+        if images and (height, width) != self.size[1:]:
             raise ValueError(
-                f"{height}x{width} is not the {self.wan.height}x{self.wan.width} of data.wan, in which {key} was "
-                "stored: vary frames alone"
+                f"{height}x{width} is not the {self.wan.height}x{self.wan.width} of data.wan, in which data.images "
+                "was stored: vary frames alone"
             )
-        if (videos or with_image) and frames > self.frames:
+        if (videos or (images and with_image)) and frames > self.frames:
+            key = "data.latents" if videos else "data.images"
             raise ValueError(f"{frames} frames of {key}, which gives {self.frames} (data.wan.frames): choose fewer")
 
     def resized(self, height: int, width: int, network: NetworkConfig) -> EncodedData:
@@ -151,23 +150,15 @@ class EncodedTask:
     The VAE is loaded when it is first needed.
 
     config: the run's data section.
-    student: the network that sees the latents and embeddings; its family has the codec.
-    seed: of the order of prompts and stored samples.
-    device: where tensors and encoders go.
+    context: the run; its student's family has the codec.
     library: the prompts of a config that names no file of prompts; empty for a task that only generates.
 
     Raises ConfigError, one line, for a part of `data` that is absent or does not fit the networks.
     """
 
-    def __init__(
-        self,
-        config: EncodedData,
-        student: NetworkConfig,
-        seed: int,
-        device: torch.device,
-        library: Sequence[str] | None = None,
-    ) -> None:
-        self.device, self.vae_config, clip = device, config.vae, config.wan
+    def __init__(self, config: EncodedData, context: TaskContext, library: Sequence[str] | None = None) -> None:
+        student, self.context, self.device = context.student, context, context.device
+        self.vae_config, clip = config.vae, config.wan
         geometry = student.geometry()
         self.geometry, self.image_encoder_path = geometry, config.image_encoder
         self.latent_shape: tuple[int, ...] = (clip.frames, geometry.out_dim, clip.height, clip.width)
@@ -178,39 +169,50 @@ class EncodedTask:
             if config.prompts is None and config.images is None and library is None:
                 raise ValueError("prompts is null: kind wan needs a file of prompts, or images")
             self.library = list(library or []) if config.prompts is None else load_prompts(config.prompts)
-            self.text = TextEmbeddings(config.text, student, device)
+            self.text = TextEmbeddings(config.text, student, self.device)
             self.text.check([*self.library, self.negative_prompt])
             if config.vae.path is not None:
-                _check_channels(
-                    config.vae, self.codecs.channels(config.vae), geometry.out_dim
-                )  # now and not hours later
+                # now and not hours later
+                check_channels(config.vae, self.codecs.channels(config.vae), geometry.out_dim)
             if config.image_encoder is not None:
                 self.codecs.check_image_encoder(config.image_encoder)
         except (ValueError, OSError, UserError) as problem:
             raise ConfigError(f"data: {problem}") from None
-        self.stream = PromptStream(max(len(self.library), 1), seed)
-        statistics, frames = statistics_of(self.codecs, config.vae), clip.frames
-        self.videos: StoredLatents | None = None
-        if config.latents is not None and config.real:
-            has_first_frame = config.has_first_frame(geometry.first_frame, real=True)
-            visual_of = visual_reader(student, frames, device, has_first_frame=has_first_frame)
-            self.videos = StoredLatents(
-                "data.latents",
-                Path(config.latents),
-                self.latent_shape,
-                seed,
-                statistics=statistics,
-                visual_of=visual_of,
-            )
-        self.images: StoredImages | None = None
-        if config.images is not None:
-            has_first_frame = config.has_first_frame(geometry.first_frame, real=False)
-            visual_of = visual_reader(student, frames, device, has_first_frame=has_first_frame)
-            self.images = StoredImages(
-                "data.images", Path(config.images), self.latent_shape, seed, statistics=statistics, visual_of=visual_of
-            )
-        self.streams: Sequence[Stream] = [stored.stream for stored in (self.videos, self.images) if stored is not None]
+        self.stream = PromptStream(max(len(self.library), 1), context.seed)
+        statistics = statistics_of(self.codecs, config.vae)
+        self.videos = self._videos(config, statistics) if config.latents is not None and config.real else None
+        self.images = None if config.images is None else self._images(config, statistics)
+        folders = [stored for stored in (self.videos, self.images) if stored is not None]
+        self.streams: Sequence[Stream] = [stream for stored in folders for stream in stored.streams]
         self._check_first(geometry)
+
+    def _videos(self, config: EncodedData, statistics: Statistics | None) -> StoredLatents:
+        takes, sizes, student = self.geometry.first_frame, self.context.sizes, self.context.student
+        if sizes is not None and takes is FirstFrame.channels:
+            sizes = [*sizes, config.size]  # validation shows first frames of its own size
+        gives = config.has_first_frame(takes, real=True)
+        assert config.latents is not None
+        return StoredLatents(
+            "data.latents",
+            Path(config.latents),
+            self.latent_shape,
+            self.context.seed,
+            sizes=sizes,
+            statistics=statistics,
+            visual_of=visual_reader(student, config.frames, self.device, has_first_frame=gives, of_videos=True),
+        )
+
+    def _images(self, config: EncodedData, statistics: Statistics | None) -> StoredImages:
+        gives = config.has_first_frame(self.geometry.first_frame, real=False)
+        assert config.images is not None
+        return StoredImages(
+            "data.images",
+            Path(config.images),
+            self.latent_shape,
+            self.context.seed,
+            statistics=statistics,
+            visual_of=visual_reader(self.context.student, config.frames, self.device, has_first_frame=gives),
+        )
 
     def _check_first(self, geometry: Geometry) -> None:
         """Files that lack what the network needs, and captions that have no embedding, are refused now."""
@@ -267,7 +269,7 @@ class EncodedTask:
         """
         if self.videos is None:
             raise UserError("data.latents is null: this run needs real videos: give a folder of preprocess.py video")
-        clips = self.videos.read(positions)
+        clips = self.videos.read(positions, shape)
         return clips.start((shape or self.latent_shape)[0], self.device)
 
     def conditioning(self, prompts: Sequence[str], visual: VisualConditioning = VisualConditioning()) -> Conditioning:
@@ -374,9 +376,9 @@ class EncodedTask:
         self._check_size(pixels)
         return self.vae.encode(pixels.expand(-1, -1, 3, -1, -1))
 
-    def pixel_size(self, frames: int) -> PixelSize:
+    def pixel_size(self, frames: int) -> Size:
         height, width = (self.vae.spatial * size for size in self.latent_shape[2:])
-        return PixelSize(self.codecs.time_stride * (frames - 1) + 1, height, width)
+        return Size(self.codecs.time_stride * (frames - 1) + 1, height, width)
 
     def _check_size(self, pixels: Tensor) -> None:
         size = self.pixel_size(1)
@@ -396,25 +398,3 @@ class EncodedTask:
         for latent in latents.split(1, dim=1):
             last = decode(latent)[:, -1:]
         return self.vae.encode(last)
-
-
-def statistics_of(codecs: Codecs, config: VAEConfig) -> Statistics | None:
-    """Mean and deviation of the raw latents of a config's VAE, for files that hold those; None without a VAE."""
-    if config.path is None:
-        return None
-    return Statistics(*codecs.statistics(config.path))
-
-
-def fitting_vae(codecs: Codecs, config: VAEConfig, channels: int, device: torch.device) -> Codec:
-    """The VAE of a config, for networks of so many latent channels. Raises UserError."""
-    try:
-        vae = codecs.load(config, device)
-        _check_channels(config, vae.channels, channels)
-        return vae
-    except (ValueError, OSError) as problem:
-        raise UserError(f"data.{problem}") from None
-
-
-def _check_channels(config: VAEConfig, found: int, channels: int) -> None:
-    if found != channels:
-        raise ValueError(f"vae: {config.path} has {found} channels, the networks {channels}: give theirs")

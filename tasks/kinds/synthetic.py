@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from model.family import FirstFrame
-from model.network import NetworkConfig
 from model.objective import RewardConfig
-from model.types import Conditioning, Prompt, VisualConditioning
+from model.types import Conditioning, LatentSize, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
-from tasks.data import DataConfig, Size
-from tasks.task import Shape, for_each, no_reward, repeated, spread
-from utils.data.buckets import Size as PixelSize
+from tasks.data import DataConfig
+from tasks.task import Shape, TaskContext, for_each, no_reward, repeated, spread
+from utils.data.buckets import Size
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
 from utils.errors import ConfigError
@@ -56,21 +55,21 @@ class SyntheticData(DataConfig):
         return {"synthetic": dict(sizes)} if isinstance(sizes, Mapping) else {}
 
     @classmethod
-    def in_place_of(cls, data: DataConfig, size: Size) -> SyntheticData:
+    def in_place_of(cls, data: DataConfig, size: LatentSize) -> SyntheticData:
         """Random numbers of this size in place of another kind's samples."""
         frames, height, width = size
         sizes = SyntheticConfig(frames, height, width)
         return cls(real=data.real, negative_prompt=data.negative_prompt, synthetic=sizes)
 
     @property
-    def size(self) -> Size:
+    def size(self) -> LatentSize:
         return self.synthetic.frames, self.synthetic.height, self.synthetic.width
 
     def text_identity(self) -> list[Any]:
         return [self.text_seed]
 
-    def task(self, student: NetworkConfig, seed: int, device: torch.device) -> SyntheticTask:
-        return SyntheticTask(self, student, seed, device)
+    def task(self, context: TaskContext) -> SyntheticTask:
+        return SyntheticTask(self, context)
 
 
 class SyntheticTask:
@@ -80,7 +79,8 @@ class SyntheticTask:
     Nothing can be learnt from it: it is for benchmarks, smoke tests and plans.
     """
 
-    def __init__(self, config: SyntheticData, student: NetworkConfig, seed: int, device: torch.device) -> None:
+    def __init__(self, config: SyntheticData, context: TaskContext) -> None:
+        student, device, seed = context.student, context.device, context.seed
         sizes, self.device, self.seed = config.synthetic, device, seed
         geometry = self.geometry = student.geometry()
         self.streams: Sequence[Stream] = ()
@@ -183,8 +183,8 @@ class SyntheticTask:
         latents[:, :, :shown] = (pixels.to(self.device)[:, :, :shown] - 0.5) * 4
         return latents
 
-    def pixel_size(self, frames: int) -> PixelSize:
-        return PixelSize(frames, *self.latent_shape[2:])
+    def pixel_size(self, frames: int) -> Size:
+        return Size(frames, *self.latent_shape[2:])
 
     def reencode(self, latents: Tensor) -> Tensor:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""

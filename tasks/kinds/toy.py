@@ -6,12 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from model.network import NetworkConfig
 from model.objective import RewardConfig
-from tasks.data import Size
-from tasks.task import Reward
+from model.types import LatentSize
+from tasks.task import Reward, TaskContext
 from tasks.world import WorldData, WorldTask
 from utils.errors import ConfigError
 from worlds.toy import ToyWorld, ToyWorldConfig
@@ -26,17 +24,17 @@ class ToyData(WorldData):
     toy: ToyWorldConfig = field(default_factory=ToyWorldConfig)
 
     @property
-    def size(self) -> Size:
+    def size(self) -> LatentSize:
         side = self.toy.canvas // 2
         return self.toy.frames, side, side
 
-    def task(self, student: NetworkConfig, seed: int, device: torch.device) -> ToyTask:
-        return ToyTask(self, student, seed, device)
+    def task(self, context: TaskContext) -> ToyTask:
+        return ToyTask(self, context)
 
     def text_identity(self) -> list[Any]:
         return [*super().text_identity(), self.toy]
 
-    def check_size(self, size: Size, *, stored: bool, with_image: bool) -> None:
+    def check_size(self, size: LatentSize, *, stored: bool, with_image: bool) -> None:
         frames, height, width = size
         if height != width:
             raise ValueError(f"the toy world is square, not {height}x{width}: give one height and width")
@@ -53,8 +51,8 @@ class ToyTask(WorldTask):
 
     world: ToyWorld
 
-    def __init__(self, config: ToyData, student: NetworkConfig, seed: int, device: torch.device) -> None:
-        super().__init__(ToyWorld(config.toy), config, student, seed, device)
+    def __init__(self, config: ToyData, context: TaskContext) -> None:
+        super().__init__(ToyWorld(config.toy), config, context)
 
     def reward(self, config: RewardConfig | None) -> Reward | None:
         """The judge's 'prompt_adherence'. The judge is trained at first use and kept on disk."""

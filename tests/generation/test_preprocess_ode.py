@@ -13,7 +13,7 @@ from generation.ode_pairs import preprocess_ode
 from tests.small import DISTILLATION, ODE, config, merged, save_networks, trainer, with_weights
 from utils.config import save
 from utils.data.safetensors_shards import SafetensorsFolder
-from utils.errors import UserError
+from utils.errors import ConfigError, UserError
 
 PAIRS = {"ode": {"pairs": 5, "steps": 6}}
 
@@ -66,3 +66,28 @@ def test_another_job_or_recipe_is_refused_in_one_line(recipe: tuple[Path, dict[s
         with pytest.raises(UserError, match=message) as error:
             preprocess_ode(arguments)
         assert "\n" not in str(error.value)
+
+
+def test_what_differs_from_the_making_is_named_and_the_student_left_alone(
+    recipe: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Two steps of the teacher come near none of the student's levels; the remedy is the number of steps, not the list."""
+    path, base = recipe
+    out = tmp_path / "out"
+    preprocess_ode(["--config_path", str(path), "--out", str(out), "ode.steps=2", "ode.pairs=1"])
+
+    def read(**ode: object) -> None:
+        trainer(tmp_path / "run", merged(base, {"ode": {"path": str(out), **ode}}))
+
+    with pytest.raises(ConfigError) as error:
+        read(steps=6)
+    said = str(error.value)
+    assert "stores the noise levels" in said
+    assert "ode.steps is 2 there and 6 here: set these keys to what the trajectories were made with" in said
+    assert "set that list" not in said
+    assert "\n" not in said
+    read(steps=2)
+    with pytest.raises(ConfigError, match="ode.causal_teacher is false there and true here: set it"):
+        read(steps=2, causal_teacher=True)
+    with pytest.raises(UserError, match=r"delete this folder \(ode.steps is 2 there and 3 here\)"):
+        preprocess_ode(["--config_path", str(path), "--out", str(out), "ode.steps=3", "ode.pairs=1"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from configs.schema import RunConfig
 from evaluation.fid_suite import FidArgs, evaluate_fid
@@ -25,7 +26,8 @@ from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.vae import load_vae
 from tasks import text
 from tasks.build import build_task, task_to_sample
-from tasks.kinds.encoded import EncodedTask, fitting_vae, statistics_of
+from tasks.fitting import fitting_vae, statistics_of
+from tasks.kinds.encoded import EncodedTask
 from tasks.task import for_each
 from tests.evaluation.test_evaluation import save_encoder
 from tests.model.wan.test_image_encoder import save_image_encoder
@@ -36,6 +38,7 @@ from utils.data.buckets import Size
 from utils.data.safetensors_shards import write_latents, write_trajectories
 from utils.data.stream import Sample
 from utils.errors import ConfigError, UserError
+from utils.logging import read_jsonl
 from utils.random import Noise
 from utils.video import read_video, write_video
 
@@ -357,6 +360,48 @@ def test_training_on_stored_latents(folder: Path, tmp_path: Path) -> None:
     assert statistics is not None
     normalised = statistics.normalise(latents[0])
     torch.testing.assert_close(normalised, (latents[0] - vae.mean) * vae.scale, rtol=1e-5, atol=1e-5)
+
+
+def test_training_on_the_latents_of_several_buckets(folder: Path, tmp_path: Path) -> None:
+    """Updates draw a size and read the samples of its shape, each once an epoch; what the first error proposes runs."""
+    buckets = {PROMPTS[0]: (3, 16, 4, 4), PROMPTS[1]: (2, 16, 4, 6), PROMPTS[2]: (3, 16, 4, 4)}
+    latents = {caption: torch.randn(shape) for caption, shape in buckets.items()}
+    samples = [Sample(caption, caption, latents=x) for caption, x in latents.items()]
+    for number, part in enumerate((samples[:2], samples[2:])):
+        write_latents(tmp_path / f"latents/{number}.safetensors", part, normalised=True)
+    mixed = merged(base(folder), {
+        "trainer": "diffusion", "teacher": None, "critic": None, "data": {"latents": str(tmp_path / "latents")},
+        "training": {"max_steps": 6, "critic_warmup_steps": 0, "global_batch_size": 2, "micro_batch_size": 2},
+    })  # fmt: skip
+
+    def refused(sizes: list[dict[str, int]] | None) -> str:
+        with pytest.raises(ConfigError) as error:
+            trainer(tmp_path / "refused", merged(mixed, {"training": {"sizes": sizes}}))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    held = "holds latents of [2, 16, 4, 6] (1 samples), [3, 16, 4, 4] (2 samples) and this run makes"
+    said = refused(None)
+    assert held in said
+    proposed = yaml.safe_load(said.rpartition("training.sizes: ")[2])
+    assert "add what is missing to training.sizes: [{frames: 2, height: 4, width: 6}]" in refused([{}])
+    lacking = refused([*proposed, {"height": 6}])
+    assert held in lacking
+    assert "[3, 16, 6, 4]" in lacking
+
+    made = trainer(tmp_path / "run", merged(mixed, {"training": {"sizes": proposed}}))
+    assert len(made.streams()) == 2
+    for shape in set(buckets.values()):
+        of_shape = sorted(caption for caption, found in buckets.items() if found == shape)
+        clips = made.task.real(range(2 * len(of_shape)), shape)
+        assert sorted(clips.captions) == sorted(2 * of_shape)
+        assert sorted(clips.captions[: len(of_shape)]) == of_shape
+        assert all(torch.equal(x, latents[caption]) for x, caption in zip(clips.latents, clips.captions, strict=True))
+    assert made.task.real(range(2), (2, 16, 4, 4)).latents.shape == (2, 2, 16, 4, 4)  # beginnings of longer ones
+    assert made.train() == 0
+    entries = [entry for entry in read_jsonl(tmp_path / "run/metrics.jsonl") if "student/loss" in entry]
+    assert {value for entry in entries for key, value in entry.items() if key.endswith("/width")} == {4.0, 6.0}
+    Generator.load(tmp_path / "run", CPU)  # sampling needs none of it
 
 
 @pytest.mark.parametrize("kind", ["videos", "trajectories"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,13 @@ from configs.load import load_run
 from evaluation.command import main as evaluate
 from model.network import NetworkConfig
 from tasks.kinds.synthetic import SyntheticData, SyntheticTask
+from tasks.task import TaskContext
 from tests import ROOT
-from tests.small import NETWORK, trainer
+from tests.small import BRIEF, DIFFUSION, NETWORK, ODE, merged, trainer
 from tests.trainer.test_trainer import curve
+from trainer.network_factory import NetworkSpec, build_network
 from utils.errors import UserError
+from utils.random import keyed_seed
 from worlds.synthetic import SyntheticConfig
 
 CPU = torch.device("cpu")
@@ -22,7 +27,7 @@ CPU = torch.device("cpu")
 
 def task(student: NetworkConfig | None = None, **sizes: int) -> SyntheticTask:
     data = SyntheticData(synthetic=SyntheticConfig(**{"frames": 3, "height": 4, "width": 6, **sizes}))
-    return SyntheticTask(data, student or NetworkConfig("tiny"), 0, CPU)
+    return SyntheticTask(data, TaskContext(student or NetworkConfig("tiny"), 0, CPU))
 
 
 def test_a_prompt_has_one_embedding_whatever_is_beside_it() -> None:
@@ -75,7 +80,7 @@ def test_the_recipes_have_wans_sizes(recipe: str, latents: tuple[int, ...], toke
         ROOT / f"configs/{recipe}.yaml", ["data.kind=synthetic", "data.prompts=null", "validation.every=null"]
     )
     shape = config.student.geometry()
-    synthetic = SyntheticTask(config.data, config.student, 0, CPU)
+    synthetic = SyntheticTask(config.data, TaskContext(config.student, 0, CPU))
     assert synthetic.latent_shape == latents
     assert synthetic.prompt_shapes == {"text": (512, 4096)}
     assert shape.tokens_per_frame(*latents[2:]) * latents[0] == tokens
@@ -101,6 +106,36 @@ def test_a_run_trains_on_it_and_resumes(tmp_path: Path) -> None:
     whole, parts = ([e for e in curve(tmp_path / name) if "critic/loss" in e] for name in ("whole", "parts"))
     assert whole == parts
     assert len(whole) == 4
+
+
+@pytest.mark.parametrize("base", [BRIEF, DIFFUSION, ODE], ids=["distillation", "diffusion", "ode"])
+@pytest.mark.parametrize("lora", [None, {"rank": 2, "targets": ["q", "ffn.0"]}], ids=["weights", "adapter"])
+def test_a_smoke_test_has_losses_and_gradients(
+    base: dict[str, Any], lora: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    """Zero heads would make teacher and student agree, and a broken gradient would look the same."""
+    data = {"kind": "synthetic", "synthetic": {"frames": 3, "height": 4, "width": 4}, "toy": {}}
+    changes = {"data": data, "student": {"lora": lora}, "training": {"max_steps": 1}, "ode": {"pairs": 2}}
+    trainer(tmp_path, merged(base, changes)).train()
+    (first,) = curve(tmp_path)
+    seen = {name for name, value in first.items() if name.endswith(("/loss", "/grad_norm")) and value > 1e-5}
+    names = {"student", "critic"} if base is BRIEF else {"student"}
+    assert seen == {f"{name}/{what}" for name in names for what in ("loss", "grad_norm")}
+
+
+@pytest.mark.parametrize("preset", ["toy", "edm-digits"])
+def test_only_the_heads_of_smoke_tests_are_random(preset: str) -> None:
+    network = NetworkConfig(preset)
+    spec = NetworkSpec(network, "student", 3)
+    usual, smoke = (dict(build_network(s, CPU).named_parameters()) for s in (spec, replace(spec, random_head=True)))
+    with torch.random.fork_rng():
+        torch.manual_seed(keyed_seed(3, "weights", "student"))
+        drawn = dict(network.family.random_weights(network.geometry(), None))
+    head = network.family.head
+    assert not usual[head].any()
+    assert 0.01 < smoke[head].std() < 0.03
+    assert all(torch.equal(usual[name], drawn[name]) for name in drawn)
+    assert all(torch.equal(usual[name], smoke[name]) for name in drawn if name != head)
 
 
 def test_only_the_toy_world_has_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

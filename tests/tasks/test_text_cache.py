@@ -14,6 +14,7 @@ from model.network import NetworkConfig
 from model.wan.config import geometry
 from tasks import text_cache
 from tasks.kinds.toy import ToyData, ToyTask
+from tasks.task import TaskContext
 from tasks.text_cache import Encode, Shard, Source, TextCache, check, write_shard
 from tests import ROOT, forked
 from utils.errors import UserError
@@ -23,7 +24,7 @@ GEOMETRY = geometry("toy")
 
 @pytest.fixture(scope="module")
 def task() -> ToyTask:
-    return ToyTask(ToyData(), NetworkConfig("toy"), 0, torch.device("cpu"))
+    return ToyTask(ToyData(), TaskContext(NetworkConfig("toy"), 0, torch.device("cpu")))
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_embeddings_that_bf16_holds_are_stored_in_it(task: ToyTask, tmp_path: Pa
             full = super().conditioning(prompts, *visual)
             return type(full)(full.prompt["text"].bfloat16().float(), full.initial)
 
-    rounded = Rounded(ToyData(), NetworkConfig("toy"), 0, torch.device("cpu"))
+    rounded = Rounded(ToyData(), TaskContext(NetworkConfig("toy"), 0, torch.device("cpu")))
     source = Source(task.world.captions, "encoder")
     for folder, encoder in (("half", rounded), ("full", task)):
         write_all(tmp_path / folder, 1, source, encoder)

@@ -319,7 +319,12 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "scales schedule.timestep_shift 1 to 1.5, and a step leaves",
     ),
     (merged(ODE, CHANGES), {}, "training.sizes: trainer ode learns from trajectories"),
-    (DIFFUSION_RUN, {**STORED, "training": {"sizes": [{"height": 6}]}}, r"6x8 is not the 8x8 of data.wan, in which data.latents"),
+    (
+        DIFFUSION_RUN,
+        {**STORED,
+         "student": {"overrides": {"model_type": "ti2v"}}, "data": {**WAN, "latents": "folder", "images": "folder", "prompts": None}, "training": {"sizes": [{"height": 6}]}},
+        r"6x8 is not the 8x8 of data.wan, in which data.images",
+    ),
     (DIFFUSION_RUN, {**STORED, "training": {"sizes": [{"frames": 9}]}}, r"9 frames of data.latents, which gives 6"),
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging as python_logging
 import math
@@ -258,3 +259,49 @@ def test_peak_memory_is_between_what_is_resident_now_and_the_most_there_was(monk
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     assert 0.99 * now <= peak_memory_gib() <= 1.01 * most
     assert block.numel() * 4 / 2**30 < now
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("seconds_a_step", [0.1, 7.0, 29.0, 45.0])
+def test_lines_come_for_the_first_steps_and_then_at_least_every_30_seconds(
+    seconds_a_step: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    progress = Progress(2000, initial=100, every=None, first=3, clock=clock)
+    spoken: list[tuple[int, float]] = []
+    for step in range(101, 2001):
+        clock.now += seconds_a_step
+        progress.update(step, {})
+        if line := capsys.readouterr().err:
+            assert line.count("\n") == 1
+            spoken.append((step, clock.now))
+    steps, times = zip(*spoken, strict=True)
+    assert steps[:3] == (101, 102, 103)
+    assert steps[-1] == 2000
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert max(gaps) <= max(30, seconds_a_step) + 1e-6
+    assert len(spoken) <= 5 + (times[-1] - times[0]) / 15  # and not many more
+
+
+def test_pace_and_time_left_leave_out_pauses_and_the_first_step() -> None:
+    clock = Clock()
+    progress = Progress(1000, every=None, clock=clock)
+    clock.now += 90  # compiles
+    progress.update(1, {})
+    for step in range(2, 102):
+        clock.now += 0.5
+        progress.update(step, {})
+        if step % 10 == 0:
+            with progress.pausing():
+                clock.now += 500
+    # 100 steps in 50 s: 899 steps are left, that is 449.5 s
+    assert progress._line(101, {}) == "train 101/1000  2.00 it/s  0:07:30 left"

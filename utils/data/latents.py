@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -49,6 +50,16 @@ def open_latents(
     if found["parquet"]:
         return ParquetFolder(path, statistics)
     return SafetensorsFolder(path, statistics) if found["safetensors"] else LMDBFolder(path, sigmas)
+
+
+def order_of_shape(source: LatentSource, shape: tuple[int, ...], seed: int) -> Order:
+    """A shuffled order of the items of one shape. Raises ValueError where there is none."""
+    shapes = source.shapes()
+    if set(shapes) == {shape}:
+        return ShardedOrder(source.shard_sizes, seed)
+    ends = list(itertools.accumulate(source.shard_sizes, initial=0))
+    shards = [[item for item in range(*span) if shapes[item] == shape] for span in itertools.pairwise(ends)]
+    return BucketOrder([shards], 1, seed)
 
 
 def latent_order(source: LatentSource, batch: int, seed: int, pool: int | None = None) -> Order:

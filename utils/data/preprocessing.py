@@ -23,6 +23,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from utils.config import differences
 from utils.data.clips import ImageClips, VideoClips
 from utils.data.parquet import read_metadata, write_parquet
 from utils.data.safetensors_shards import read_header, write_latents, write_trajectories
@@ -116,7 +117,8 @@ class Report:
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one job: `size` items, `rows` to a file. identity: what must be the same in all of them."""
+    """The files of one job: `size` items, `rows` to a file. identity: what must be the same in all of them. settings:
+    those behind it, which files may name."""
 
     out: Path
     stem: str
@@ -124,6 +126,7 @@ class Files:
     size: int
     rows: int
     identity: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.rows < 1:
@@ -137,6 +140,12 @@ class Files:
 
     def path(self, number: int) -> Path:
         return self.out / f"{self.stem}_{number:05d}_of_{self.count:05d}{self.suffix}"
+
+    def _changed(self, path: Path) -> str:
+        """Which settings a file was made with that are others now, in brackets; empty where the file names none."""
+        theirs = {} if path.suffix == ".parquet" else json.loads(read_header(path).get("settings", "{}"))
+        changed = differences(theirs, json.loads(json.dumps(dict(self.settings), default=str))) if theirs else []
+        return f" ({'; '.join(changed)})" if changed else ""
 
     def items(self, number: int) -> range:
         return range(number * self.rows, min((number + 1) * self.rows, self.size))
@@ -156,6 +165,7 @@ class Files:
             if _identity_of(path) not in (None, self.identity):
                 raise ValueError(
                     f"{path} was made from other data or settings: give another --out, or delete this folder"
+                    + self._changed(path)
                 )
         paths = {number: self.path(number) for number in self.numbers(share)}
         return [number for number, path in paths.items() if not path.is_file() or _identity_of(path) is None]
@@ -270,7 +280,7 @@ def _ode_files(prompts: Sequence[str], levels: list[float], job: Job) -> Files:
     if len(levels) < 2 or levels[-1] != 0 or levels != sorted(set(levels), reverse=True):
         raise ValueError(f"ODE: the stored noise levels must fall, and end at 0; got {levels}")
     identity = _digest([list(prompts), levels, str(job.dtype), dict(job.settings)])
-    return Files(job.out, "ode", ".safetensors", len(prompts), job.rows, identity)
+    return Files(job.out, "ode", ".safetensors", len(prompts), job.rows, identity, job.settings)
 
 
 def _batches(items: Sequence[int], clips: VideoClips, faults: Faults, batch: int) -> Iterator[list[tuple[int, Sample]]]:
