@@ -398,6 +398,10 @@ def _change_data(
         if config.student.geometry().image_dim is None:
             raise UserError("--image_encoder: this network sees no CLIP tokens: leave it out")
         config.data.image_encoder = image_encoder
+    elif config.data.image_encoder is None and config.student.geometry().image_dim is not None:
+        # a run on stored tokens names none, but maybe the pipeline that one is part of
+        folders = (config.data.vae.path, config.data.text.encoder, config.student.init)
+        config.data.image_encoder = next((f for f in folders if f and (Path(f) / "image_encoder").is_dir()), None)
     if size is not None:
         resize(config.data, config.student, *size)
     if tiny_decoder is not None:

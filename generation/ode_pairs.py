@@ -17,7 +17,7 @@ from torch import Tensor
 from configs.load import load_run
 from configs.schema import RunConfig
 from configs.sections import TrainerKind
-from model.network import preset_names
+from model.family import presets
 from model.ode_regression import store_levels
 from model.schedule import uniform_sigmas
 from model.types import Conditioning, Evaluations
@@ -37,8 +37,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def preprocess_ode(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
-    presets = f"presets of networks, as in teacher.preset=1.3b: {', '.join(preset_names())}"
-    parser = Parser(prog="preprocess.py ode", description="A teacher's ODE trajectories, file by file.", epilog=presets)
+    known = f"presets of networks, as in teacher.preset=1.3b: {', '.join(presets())}"
+    parser = Parser(prog="preprocess.py ode", description="A teacher's ODE trajectories, file by file.", epilog=known)
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, help="the run that will use them")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as ode.pairs=16000 data.prompts=FILE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the files; those that are there are skipped")

@@ -134,11 +134,6 @@ class NetworkConfig:
         return self.family.geometry(self.preset, self.overrides)
 
 
-def preset_names() -> list[str]:
-    """The presets of all families."""
-    return [name for family in families().values() for name in family.presets]
-
-
 def network_of(path: str | FilePath, expert: str | None) -> NetworkConfig:
     """The network that stored weights are of: a preset of their family, with their geometry over it.
 

@@ -10,7 +10,7 @@ import torch
 
 from configs.load import load_run
 from configs.schema import RunConfig
-from model.network import preset_names
+from model.family import presets
 from tasks.build import build_task
 from tasks.text import TextEmbeddings, encoder_hash, made_with, text_shape
 from tasks.text_cache import Encode, Shard, Source, check, write_shard
@@ -25,8 +25,8 @@ SHARD_PROMPTS = 1024  # what a killed process loses at most
 
 def preprocess_text(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
-    presets = f"presets of networks, as in student.preset=1.3b: {', '.join(preset_names())}"
-    parser = Parser(prog="preprocess.py text", description="Encode prompts, shard by shard.", epilog=presets)
+    known = f"presets of networks, as in student.preset=1.3b: {', '.join(presets())}"
+    parser = Parser(prog="preprocess.py text", description="Encode prompts, shard by shard.", epilog=known)
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, help="the run that will use it")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.network import preset_names
+from model.family import presets
 from utils.cli import Parser
 
 
@@ -38,8 +38,8 @@ class TrainArgs:
 
 def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
     """Parse the arguments of ``train.py`` (``sys.argv`` by default). Raises UserError."""
-    presets = f"presets of networks, as in student.preset=1.3b: {', '.join(preset_names())}"
-    parser = Parser(prog="train.py", description="Train or distil what a YAML file describes.", epilog=presets)
+    known = f"presets of networks, as in student.preset=1.3b: {', '.join(presets())}"
+    parser = Parser(prog="train.py", description="Train or distil what a YAML file describes.", epilog=known)
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, metavar="YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the YAML, e.g. seed=1")
     parser.add_argument("--logdir", type=Path, help="run folder (default: logs/<family>/<method> of the YAML's path)")

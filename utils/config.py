@@ -46,8 +46,23 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """
     values: dict[Any, Any] = {}
     for layer in [*_read_chain(Path(path), ()), *map(_parse_override, overrides)]:
+        _refuse_colons(layer, "")
         values = _merged(values, layer)
     return from_plain(schema, values)
+
+
+def _refuse_colons(values: Any, path: str) -> None:
+    """Raises ConfigError for `{dim:96}`, which YAML reads as a key "dim:96" without a value."""
+    for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+        where = f"{path}.{key}" if path and isinstance(key, str) else f"{path}[{key}]" if path else str(key)
+        if isinstance(key, str) and ":" in key and value is None:
+            name, _, meant = key.partition(":")
+            raise ConfigError(
+                f"{path or 'the top level'}: {key!r} has no space after the colon, so YAML takes it for a name: write "
+                f"{{{name}: {meant}}}"
+            )
+        if isinstance(value, (Mapping, list)):
+            _refuse_colons(value, where)
 
 
 def _merged(below: Mapping[Any, Any], above: Mapping[Any, Any]) -> dict[Any, Any]:
