@@ -35,6 +35,7 @@ __all__ = [  # the toy world's functions too, which scripts take from here
     "COLUMNS", "SPLITS", "Row", "eval_prompts", "evaluate_generator", "evaluate_real", "generate_all", "main", "table",
     "write_rows",
 ]  # fmt: skip
+ENOUGH = 256  # videos below which a Frechet distance says more of their number than of their look
 # options that only these suites read; the other suites refuse them
 _OF_SUITES = {
     ("toy", "fid"): ("count", "split", "cache"),
@@ -107,8 +108,18 @@ def _toy(generator: Generator, args: argparse.Namespace) -> None:
     row, _ = evaluate_generator(str(args.run), generator, judge, count=args.count, split=args.split, sampling=sampling)
     rows = [evaluate_real(judge, count=args.count, split=args.split), row]
     print(table(rows))
+    _warn_of_few(args.count)
     if args.out:
         write_rows(args.out, rows)
+
+
+def _warn_of_few(videos: int) -> None:
+    if videos < ENOUGH:
+        print(
+            f"evaluate.py: warning: {videos} videos: distances of fewer than {ENOUGH} say little, for they grow "
+            "as videos become fewer: judge more (--count, --real), and compare numbers of as many videos alone",
+            file=sys.stderr,
+        )
 
 
 def _fid(generator: Generator, args: argparse.Namespace) -> None:
@@ -123,6 +134,7 @@ def _fid(generator: Generator, args: argparse.Namespace) -> None:
     )
     rows = fid_suite.evaluate_fid(generator, asked, Sampling(steps=args.steps, guidance=args.guidance))
     print(fid_suite.report(rows))
+    _warn_of_few(int(min(row["videos"] for row in rows.values())))
     _write(args.out, rows)
 
 

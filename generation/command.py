@@ -90,7 +90,7 @@ def _parser() -> Parser:
     footage.add_argument("--video", type=Path, help="a clip, with --strength or --extend")
     parser.add_argument(
         "--image_encoder", metavar="DIR",
-        help="a folder with CLIP, for a run that trained on stored tokens of images (default: its data.image_encoder)",
+        help="a folder with CLIP, for a run on stored tokens of images (default: its own, or its pipeline's)",
     )  # fmt: skip
     use = parser.add_mutually_exclusive_group()
     use.add_argument("--strength", type=float, help="make --video anew: share of the steps, 1 keeps nothing of it")

@@ -400,6 +400,8 @@ def _change_data(
         if config.student.geometry().image_dim is None:
             raise UserError("--image_encoder: this network sees no CLIP tokens: leave it out")
         config.data = replace(_encoded(config.data, "--image_encoder"), image_encoder=image_encoder)
+    elif isinstance(config.data, EncodedData) and config.data.image_encoder is None:
+        config.data = replace(config.data, image_encoder=_pipelines_image_encoder(config.data, config.student))
     if size is not None:
         try:
             config.data = config.data.resized(*size, config.student)
@@ -408,6 +410,14 @@ def _change_data(
     if tiny_decoder is not None:
         data = _encoded(config.data, "--tiny_decoder")
         config.data = replace(data, vae=replace(data.vae, tiny_decoder=tiny_decoder, tiled=False))
+
+
+def _pipelines_image_encoder(data: EncodedData, student: NetworkConfig) -> str | None:
+    """CLIP's folder for a run on stored tokens, which names none: of the pipeline that another part is of, if any."""
+    if student.geometry().image_dim is None:
+        return None
+    folders = (data.vae.path, data.text.encoder, student.init)
+    return next((folder for folder in folders if folder and (Path(folder) / "image_encoder").is_dir()), None)
 
 
 def _encoded(data: DataConfig, option: str) -> EncodedData:

@@ -37,10 +37,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def preprocess_ode(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
-    networks = f"presets of networks, as in teacher.preset=1.3b: {', '.join(presets())}"
-    parser = Parser(
-        prog="preprocess.py ode", description="A teacher's ODE trajectories, file by file.", epilog=networks
-    )
+    known = f"presets of networks, as in teacher.preset=1.3b: {', '.join(presets())}"
+    parser = Parser(prog="preprocess.py ode", description="A teacher's ODE trajectories, file by file.", epilog=known)
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, help="the run that will use them")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as ode.pairs=16000 data.prompts=FILE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the files; those that are there are skipped")

@@ -20,8 +20,8 @@ SHARD_PROMPTS = 1024  # what a killed process loses at most
 
 def preprocess_text(argv: Sequence[str]) -> int:
     """The command. Raises UserError."""
-    networks = f"presets of networks, as in student.preset=1.3b: {', '.join(presets())}"
-    parser = Parser(prog="preprocess.py text", description="Encode prompts, shard by shard.", epilog=networks)
+    known = f"presets of networks, as in student.preset=1.3b: {', '.join(presets())}"
+    parser = Parser(prog="preprocess.py text", description="Encode prompts, shard by shard.", epilog=known)
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, help="the run that will use it")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(

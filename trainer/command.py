@@ -38,8 +38,8 @@ class TrainArgs:
 
 def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
     """Parse the arguments of ``train.py`` (``sys.argv`` by default). Raises UserError."""
-    networks = f"presets of networks, as in student.preset=1.3b: {', '.join(presets())}"
-    parser = Parser(prog="train.py", description="Train or distil what a YAML file describes.", epilog=networks)
+    known = f"presets of networks, as in student.preset=1.3b: {', '.join(presets())}"
+    parser = Parser(prog="train.py", description="Train or distil what a YAML file describes.", epilog=known)
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, metavar="YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the YAML, e.g. seed=1")
     parser.add_argument("--logdir", type=Path, help="run folder (default: logs/<family>/<method> of the YAML's path)")

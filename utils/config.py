@@ -45,7 +45,24 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     Raises ConfigError: missing or malformed file, unknown key, wrong type, illegal value, failed ``__post_init__``.
     """
     given: dict[Any, Any] = functools.reduce(merged, map(_parse_override, overrides), {})
-    return from_plain(schema, functools.reduce(functools.partial(laid, schema), [*_read_chain(Path(path), ()), given]))
+    layers = [*_read_chain(Path(path), ()), given]
+    for layer in layers:
+        _refuse_colons(layer, "")
+    return from_plain(schema, functools.reduce(functools.partial(laid, schema), layers))
+
+
+def _refuse_colons(values: Any, path: str) -> None:
+    """Raises ConfigError for `{dim:96}`, which YAML reads as a key "dim:96" without a value."""
+    for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+        where = f"{path}.{key}" if path and isinstance(key, str) else f"{path}[{key}]" if path else str(key)
+        if isinstance(key, str) and ":" in key and value is None:
+            name, _, meant = key.partition(":")
+            raise ConfigError(
+                f"{path or 'the top level'}: {key!r} has no space after the colon, so YAML takes it for a name: write "
+                f"{{{name}: {meant}}}"
+            )
+        if isinstance(value, (Mapping, list)):
+            _refuse_colons(value, where)
 
 
 def from_plain(

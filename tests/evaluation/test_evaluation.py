@@ -288,11 +288,14 @@ def test_the_toy_worlds_table(
     assert len(lines) == 2
 
 
-def test_fid_of_the_toy_world(toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fid_of_the_toy_world(
+    toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     quick_judge(monkeypatch)
     out = tmp_path / "rows.json"
     common = ("--run", toy_run, "--suite", "fid", "--count", 12, "--cache", tmp_path, "--out", out)
     run(monkeypatch, *common)
+    assert "12 videos: distances of fewer than 256 say little" in capsys.readouterr().err
     rows = json.loads(out.read_text())
     assert rows["generated"]["videos"] == rows["real"]["videos"] == 12
     assert rows["generated"].keys() >= {

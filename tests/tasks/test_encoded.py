@@ -322,6 +322,16 @@ def test_a_run_of_stored_clip_tokens_takes_an_image_encoder_for_inference(folder
         infer("--image_encoder", str(tmp_path))
     infer("--image_encoder", str(folder / "clip"))
     assert read_video(out).shape[0] == 9
+    out.unlink()
+    parts = [part.name for part in (folder / "clip").iterdir()]
+    for name in parts:  # in the run's own pipeline: nothing has to be said
+        shutil.copytree(folder / "clip" / name, folder / "pipeline" / name)
+    try:
+        infer()
+    finally:
+        for name in parts:
+            shutil.rmtree(folder / "pipeline" / name)
+    assert read_video(out).shape[0] == 9
     with pytest.raises(UserError, match="--image_encoder is for runs"):
         inference_args(["--model", "x", "--prompt", "a", "--image_encoder", "y"])
 

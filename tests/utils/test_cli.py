@@ -15,7 +15,7 @@ import scripts.report
 from evaluation.command import evaluation_parser
 from generation.command import inference_args
 from generation.export import export_args
-from model.network import preset_names
+from model.family import presets
 from preprocess import COMMANDS
 from serving.command import demo_args
 from trainer.command import train_args
@@ -61,5 +61,5 @@ def test_help_names_the_presets_where_one_can_be_given(program: str, capsys: pyt
     with pytest.raises(SystemExit):
         PROGRAMS[program]()
     said = " ".join(capsys.readouterr().out.split())
-    assert all(name in said for name in preset_names())
-    assert ", ".join(preset_names()) in said
+    assert all(name in said for name in presets())
+    assert ", ".join(presets()) in said
