@@ -72,6 +72,7 @@ class Generator:
         self.few_steps = config.few_steps if sampler.few_steps is None else sampler.few_steps
         self.task = build_task(config, device) if task is None else task
         self.solver, self.guidance_2 = sampler.solver, sampler.guidance_2
+        self.first_block, self.start_scale = sampler.first_block, sampler.start_scale
         self.acceleration = acceleration
         self._idle: list[tuple[object, tuple[ScoreNet, KVCache]]] = []  # of ended recorded videos, with their geometry
         acceleration.apply([score.net.high, score.net.low] if isinstance(score.net, Experts) else [score.net], device)
@@ -120,7 +121,7 @@ class Generator:
             raise UserError(
                 f"--lora_scale {student.lora_scale}: this run trained no adapter: give --lora, or leave it out"
             )
-        _change_data(config, image_encoder, size, tiny_decoder)
+        change_data(config, image_encoder, size, tiny_decoder)
         network: NetworkConfig = replace(
             config.student,
             init=str(folder),
@@ -221,7 +222,7 @@ class Generator:
             noise, sigmas = from_clip(start, noise, sigmas, sampling.strength)
         if causal is None:
             assert noise is not None
-            noise = noise if start is not None else self.score.path.start_noise(noise)
+            noise = noise if start is not None else self.start_scale * self.score.path.start_noise(noise)
             yield from few_step_stream(self.score, noise, conditioning, sigmas, None, source)
             return
         if conditioning.initial is not None:
@@ -284,6 +285,8 @@ class Generator:
     ) -> CausalStream:
         """Videos of so many latent frames in all, None: without end."""
         schedules: list[Sequence[float]] = [self.step_list(steps) for steps in sampling.block_steps]
+        if self.first_block and not schedules and sampling.steps is None and sampling.strength is None:
+            schedules = [self.first_block, sigmas]
         config = StreamConfig(schedules or [sigmas], sampling.noisy_context)
         kept = self._take(_geometry(conditioning, frames, causal))
         if kept is None:
@@ -387,7 +390,7 @@ def _geometry(conditioning: Conditioning, frames: int | None, causal: CausalConf
     return conditioning.batch, frames, causal
 
 
-def _change_data(
+def change_data(
     config: RunConfig, image_encoder: str | None, size: tuple[int, int] | None, tiny_decoder: str | None
 ) -> None:
     """Puts what `Generator.load` was told in place of the run's. Raises UserError."""

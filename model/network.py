@@ -18,6 +18,9 @@ from model.released import CLUES, Released, classes_of
 from utils.fields import check_modes
 
 
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
 @dataclass
 class LoraWeights:
     """A LoRA file or folder, local or on the Hub, and by how much it counts.
@@ -162,6 +165,14 @@ def network_of(path: str | FilePath, expert: Expert | None) -> NetworkConfig:
             continue
         return NetworkConfig(next(iter(family.presets)), overrides=asdict(geometry), init=str(path), expert=expert)
     raise ValueError("; ".join(problems) or f"{path}: no family reads files")
+
+
+def is_pipeline(path: str) -> bool:
+    """Whether `path` is a pipeline's folder or the Hub name of one, and not weights by themselves."""
+    folder = FilePath(path)
+    if folder.is_dir():
+        return bool(classes_of(folder))
+    return not folder.exists() and path.count("/") == 1 and folder.suffix not in WEIGHT_SUFFIXES
 
 
 def released_model(path: str) -> tuple[FilePath, Released]:
