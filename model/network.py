@@ -17,7 +17,6 @@ from model.path import Path
 from model.released import CLUES, Released, classes_of
 from utils.fields import check_modes
 
-
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
@@ -172,7 +171,9 @@ def is_pipeline(path: str) -> bool:
     folder = FilePath(path)
     if folder.is_dir():
         return bool(classes_of(folder))
-    return not folder.exists() and path.count("/") == 1 and folder.suffix not in WEIGHT_SUFFIXES
+    if folder.exists() or folder.suffix in WEIGHT_SUFFIXES:
+        return False
+    return path.count("/") < 2 or path.startswith(("/", ".", "~"))
 
 
 def released_model(path: str) -> tuple[FilePath, Released]:

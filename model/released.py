@@ -62,8 +62,8 @@ class Student:
     first_steps: steps of the first block, where they are others than those of later ones.
     weights: "ema" or "raw", which of a file with both is published with these settings.
     sparsity: of its sparse attention, None for dense.
-    trigflow: whether it is sampled in TrigFlow (arXiv 2410.11081): noise has variance 1 at the first level, which may be
-        below 1, and fewer steps are the first ones of the list.
+    trigflow: whether it is sampled in TrigFlow (arXiv 2410.11081): noise has variance 1 at the first level, which may
+        be below 1, and fewer steps are the first ones of the list.
     """
 
     title: str

@@ -24,8 +24,8 @@ VIDEO = {"height": 480, "width": 832, "frames": 21}  # image_or_video_shape 1, 2
 FOUR = (1000.0, 750.0, 500.0, 250.0)
 THREE = (1000.0, 757.0, 522.0)
 
-# rCM's sigma_max and mid_t: angles t of TrigFlow, x = cos t x0 + sin t e. The rectified flow's level is s = sin t / (cos
-# t + sin t), which is what RectifiedFlow_TrigFlowWrapper (rcm/utils/denoiser_scaling.py) tells the network, times 1000.
+# rCM's sigma_max and mid_t: angles t of TrigFlow, x = cos t x0 + sin t e. The rectified flow's level of such an x is
+# s = sin t / (cos t + sin t). RectifiedFlow_TrigFlowWrapper (rcm/utils/denoiser_scaling.py) tells the network 1000 s.
 RCM_ANGLES = (math.atan(80.0), 1.3, 1.0, 0.6)
 
 
@@ -117,8 +117,8 @@ def student_of(path: str, layout: str | None) -> Student | None:
     groups = groups_of(place)
     if groups == {LORA_GROUP}:
         raise ValueError(
-            f"it is an adapter ({LORA_GROUP}), as LongLive's lora.pt: give it as --lora, and its base (longlive_base.pt) "
-            "as --model"
+            f"it is an adapter ({LORA_GROUP}), as LongLive's lora.pt: give it as --lora, and its base "
+            "(longlive_base.pt) as --model"
         )
     weights = LazyWeights(path)
     name = layout or _by_folder(Path(path), weights) or _by_name(path)

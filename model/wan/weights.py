@@ -133,7 +133,7 @@ class LazyWeights:
 
 
 def _as_convolution(stored: Stored) -> Stored:
-    """A patch embedding [dim, c * 1 * 2 * 2], applied to patches (c, frames, rows, columns), as a convolution's weight."""
+    """A patch embedding [dim, c * 1 * 2 * 2], applied to patches (c, frames, rows, columns), as a convolution."""
     dim, inputs = stored.shape
     if inputs % 4:
         raise ValueError(f"{PATCH} is a matrix of {inputs} inputs: known are those of patches (1, 2, 2)")
