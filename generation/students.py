@@ -70,6 +70,10 @@ def student_asked(
     network: its network. released: of a pipeline's folder. Raises ValueError in one line.
     """
     assert network.init is not None
+    if network.expert is not None:
+        if model.layout or model.step_list or (released is not None and released.few_steps):
+            raise ValueError("two distilled experts are sampled from their runs' folders: give --run and --low_run")
+        return None
     described = model.step_list and None not in (model.shift, model.block_frames) and model.layout is None
     try:
         student = network.family.student_of(network.init, model.layout)
@@ -77,8 +81,6 @@ def student_asked(
         if not described:
             raise
         student = None
-    if network.expert is not None and (student is not None or model.step_list or (released and released.few_steps)):
-        raise ValueError("two distilled experts run from their runs' folders: give --run and --low_run")
     if student is not None:
         return _applied(student, model, sampling)
     if model.step_list or released is None or released.few_steps:
@@ -132,8 +134,12 @@ def _applied(student: Student, model: Model, sampling: Sampling) -> Student:
             kind = "is bidirectional" if block is None else "makes videos block by block"
             raise ValueError(f"--block_frames {model.block_frames}: {student.title} {kind}: leave it out")
         block = model.block_frames or None
+    frames, longest = student.frames, student.longest
+    if block is not None:  # whole blocks
+        frames = max(frames // block, 1) * block
+        longest = None if longest is None else max(longest // block * block, frames)
     return replace(
-        student, steps=steps, warp=warp, first_steps=first, block=block,
+        student, steps=steps, warp=warp, first_steps=first, block=block, frames=frames, longest=longest,
         shift=student.shift if model.shift is None else model.shift,
         height=model.height or student.height, width=model.width or student.width,
         weights=model.weights or student.weights,

@@ -17,7 +17,7 @@ from model.released import Student, classes_of
 from model.wan.config import PRESETS
 from model.wan.formats import GATE
 from model.wan.released import STUDENT_CLASS
-from model.wan.sources import LORA_GROUP, groups_of, located
+from model.wan.sources import groups_of, located
 from model.wan.weights import LazyWeights
 
 VIDEO = {"height": 480, "width": 832, "frames": 21}  # image_or_video_shape 1, 21, 16, 60, 104 of their configs
@@ -113,13 +113,6 @@ def student_of(path: str, layout: str | None) -> Student | None:
     """See `Family.student_of`."""
     if layout is not None and layout not in STUDENTS:
         raise ValueError(f"--layout {layout} is unknown: choose among {', '.join(STUDENTS)}")
-    place = located(path)
-    groups = groups_of(place)
-    if groups == {LORA_GROUP}:
-        raise ValueError(
-            f"it is an adapter ({LORA_GROUP}), as LongLive's lora.pt: give it as --lora, and its base "
-            "(longlive_base.pt) as --model"
-        )
     weights = LazyWeights(path)
     name = layout or _by_folder(Path(path), weights) or _by_name(path)
     if name is None and weights.linear_patch:
@@ -132,7 +125,7 @@ def student_of(path: str, layout: str | None) -> Student | None:
     student = STUDENTS[name]
     if student.sparsity is not None and not any(GATE.match(key) for key in weights.shapes):
         student = replace(student, sparsity=None)  # FastWan without gates was distilled with dense attention
-    return _with_group(student, groups)
+    return _with_group(student, groups_of(located(path)))
 
 
 def _by_folder(folder: Path, weights: LazyWeights) -> str | None:

@@ -144,7 +144,7 @@ def _as_convolution(stored: Stored) -> Stored:
 def _names(keys: Iterable[str]) -> dict[str, str]:
     keys = list(keys)
     if keys and all("lora" in key or key.endswith((".alpha", ".diff", ".diff_b")) for key in keys):
-        raise ValueError("this is a LoRA: give the base weights here, and lay it over them")
+        raise ValueError("this is a LoRA: give the base weights here, and lay it over them (inference.py: --lora)")
     return {key: name for key, name in native_names(keys).items() if not UNUSED.search(key)}
 
 

@@ -266,9 +266,7 @@ def test_longlives_adapter_goes_on_its_base(base: Path, tmp_path: Path) -> None:
     expected[f"{name}.weight"] = (expected[f"{name}.weight"].double() + up.double() @ down.double()).float()
     for key, value in model.score.net.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-5)
-    with pytest.raises(
-        UserError, match=r"it is an adapter \(generator_lora\), as LongLive's lora.pt: give it as --lora"
-    ):
+    with pytest.raises(UserError, match=r"this is a LoRA: give the base weights here, .*--lora"):
         opened(saved(tmp_path / "alone/lora.pt", {"generator_lora": lora}), base)
 
 
