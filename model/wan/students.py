@@ -25,7 +25,8 @@ FOUR = (1000.0, 750.0, 500.0, 250.0)
 THREE = (1000.0, 757.0, 522.0)
 
 # rCM's sigma_max and mid_t: angles t of TrigFlow, x = cos t x0 + sin t e. The rectified flow's level of such an x is
-# s = sin t / (cos t + sin t). RectifiedFlow_TrigFlowWrapper (rcm/utils/denoiser_scaling.py) tells the network 1000 s.
+# s = sin t / (cos t + sin t). RectifiedFlow_TrigFlowWrapper (rcm/utils/denoiser_scaling.py) tells the network 1000 s,
+# which its inference script rounds to bf16 (988, 784, 608, 406); here the network is told the level itself.
 RCM_ANGLES = (math.atan(80.0), 1.3, 1.0, 0.6)
 
 
