@@ -7,9 +7,14 @@ import os
 # Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from typing import Any
+
+import torch
+
 from generation.generator import Generator
+from generation.pretrained import Model, load_model
 from generation.sampling import StudentChoice
-from serving.command import demo_args
+from serving.command import DemoArgs, demo_args
 from serving.run import demo
 from utils import distributed
 from utils.cli import refuse_several_ranks, run_cli
@@ -18,11 +23,15 @@ from utils.cli import refuse_several_ranks, run_cli
 def main() -> int:
     args = demo_args()
     refuse_several_ranks("demo.py")
-    generator = Generator.load(
-        args.source, distributed.device(), student=StudentChoice(args.weights), tiny_decoder=args.tiny_decoder,
-        acceleration=args.acceleration,
-    )  # fmt: skip
-    return demo(generator, args)
+    return demo(open_generator(args, distributed.device()), args)
+
+
+def open_generator(args: DemoArgs, device: torch.device) -> Generator:
+    """Loads what the command names. Raises UserError."""
+    options: dict[str, Any] = {"tiny_decoder": args.tiny_decoder, "acceleration": args.acceleration}
+    if isinstance(args.source, Model):
+        return load_model(args.source, args.sampling(args.seed or 0), device, **options)
+    return Generator.load(args.source, device, student=StudentChoice(args.weights), **options)
 
 
 if __name__ == "__main__":

@@ -60,17 +60,17 @@ class Student:
 def load(source: str | Path, *, weights: str = "ema", device: str | torch.device | None = None) -> Student:
     """The student of a run, or a released model.
 
-    source: a run's folder or one of its checkpoints, or a folder in Diffusers' layout.
+    source: a run's folder or one of its checkpoints, or a released model: a folder in Diffusers' layout, or a file.
     weights: of a run, "ema" (their average) or "raw".
     device: where to load it; None takes the GPU if there is one.
 
     Raises UserError.
     """
     place = distributed.device() if device is None else torch.device(device)
-    if (Path(source) / "model_index.json").is_file():
+    if (Path(source) / "model_index.json").is_file() or Path(source).is_file():
         if weights != "ema":
             raise UserError(f"load: weights {weights!r} are a run's, and {source} is a released model: leave them out")
-        return Student(load_model(Model(str(source)), None, place))
+        return Student(load_model(Model(str(source)), Sampling(), place))
     return Student(Generator.load(Path(source), place, student=StudentChoice(weights)))
 
 

@@ -16,6 +16,7 @@ from generation.footage import FootageArgs, footage_args
 from generation.generator import Generator
 from generation.pretrained import Model, load_model
 from generation.sampling import Sampling, StudentChoice
+from generation.students import layouts
 from model.network import Expert, LoraWeights
 from pipeline.bidirectional_inference import Solver
 from utils.cli import Parser
@@ -23,6 +24,10 @@ from utils.data.prompts import load_prompts
 from utils.errors import UserError
 
 FORMATS = ("mp4", "gif", "png", "safetensors")
+STEPS_HELP = (
+    "denoising steps (default: as trained, or as published); of a --model that is a few-step student also its list of "
+    "timesteps, 1000,750,500,250 or 1000, for one step"
+)
 FORMATS_HELP = "png is a strip of frames, safetensors the latents [F, C, H, W] as they are"
 
 
@@ -59,18 +64,13 @@ def _parser() -> Parser:
     source.add_argument("--run", type=Path, help="run folder: its latest checkpoint is used")
     source.add_argument("--checkpoint", type=Path, help="one checkpoint folder")
     parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, beside --run of the high-noise one")
-    source.add_argument("--model", metavar="DIR", help="a released model in Diffusers' layout: a folder, or a Hub name")
-    parser.add_argument(
-        "--size", metavar="HxW", help="of videos in pixels (default: as trained, or as --model was released)"
-    )
-    parser.add_argument("--shift", type=float, help="of --model's noise levels (default: its scheduler's)")
-    parser.add_argument("--negative_prompt", help="of --model (default: none)")
+    add_model(parser, source)
+    parser.add_argument("--negative_prompt", help="of a many-step --model (default: none)")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="one prompt")
     text.add_argument("--prompts", type=Path, help="file of prompts (.txt, .csv, .jsonl); finished ones are skipped")
     parser.add_argument("--out", type=Path, default=Path("videos"), help="folder, or a file for one prompt")
     parser.add_argument("--frames", type=int, help="latent frames in all (default: as trained)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: as trained)")
     parser.add_argument(
         "--block_steps", type=_counts, default=(), metavar="N,N,...",
         help="steps of a causal student's first block, its second, ..., the last for all after",
@@ -113,12 +113,81 @@ def _parser() -> Parser:
         "--sequence_parallel", type=int, default=1, metavar="N",
         help="under torchrun: so many processes share each video (1: each makes videos of its own)",
     )  # fmt: skip
-    parser.add_argument("--weights", choices=("ema", "raw"), help="of --run (default: the average)")
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"),
+        help="of --run (default: the average), or of a --model by itself (default: those that its settings are for)",
+    )  # fmt: skip
     parser.add_argument("--format", choices=FORMATS, default="mp4", help=FORMATS_HELP)
     parser.add_argument("--fps", type=int, help="frames a second (default: the run's; Wan 16, its 5B 24, toys 8)")
     parser.add_argument("--scale", type=int, help="whole factor to enlarge pixels by (default: to a width of 128)")
     parser.add_argument("--batch", type=int, help="videos made at once (default: what fits into memory, at most 8)")
     return parser
+
+
+def add_model(parser: argparse.ArgumentParser, source: argparse._MutuallyExclusiveGroup) -> None:
+    """The options of a released model, for `model_of`, and those that a run has too."""
+    source.add_argument(
+        "--model", metavar="X",
+        help="a released model: a folder in Diffusers' layout, a file of weights, or a Hub name. Known students (Self-"
+        "Forcing, CausVid, LongLive, ...) bring their published settings. docs/inference.md lists them",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=step_choice, metavar="N|N,N,...", help=STEPS_HELP)
+    parser.add_argument(
+        "--size", metavar="HxW", help="of videos in pixels (default: as trained, or as --model was released)"
+    )
+    model = parser.add_argument_group("a released model (--model)")
+    model.add_argument("--shift", type=float, help="of its noise levels (default: its scheduler's, or as published)")
+    model.add_argument("--layout", metavar="NAME", help=f"whose student it is: {', '.join(layouts())}")
+    model.add_argument("--block_frames", type=int, metavar="N", help="latent frames of a student's block, 0: no blocks")
+    model.add_argument(
+        "--base", metavar="DIR", help="whose text encoder and VAE go with a file of weights (default: its geometry's)"
+    )
+    model.add_argument("--config_path", type=Path, metavar="YAML", help="the run that a file of weights is of")
+
+
+def step_choice(text: str) -> int | tuple[float, ...]:
+    """A number of steps, or a list of timesteps: what has a comma."""
+    try:
+        if "," not in text:
+            return int(text)
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps nor a list such as 1000,750") from None
+
+
+def step_count(a: argparse.Namespace) -> int | None:
+    """Raises UserError for a list beside a run, and for less than one step."""
+    if isinstance(a.steps, tuple):
+        if a.model is None or a.config_path is not None:
+            raise UserError("--steps: a list is for --model without --config_path: a run has its own: give a number")
+        return None
+    if a.steps is not None and a.steps < 1:
+        raise UserError(f"--steps {a.steps}: give a number of at least 1")
+    return None if a.steps is None else int(a.steps)
+
+
+def model_of(a: argparse.Namespace, negative: str = "") -> Model:
+    """The released model that the options name. Raises UserError."""
+    if a.shift is not None and a.shift <= 0:
+        raise UserError(f"--shift {a.shift}: give a positive number, 1 for none")
+    if a.block_frames is not None and a.block_frames < 0:
+        raise UserError(f"--block_frames {a.block_frames}: give a number of frames, 0 for a bidirectional student")
+    if a.config_path is not None:
+        for name in ("shift", "layout", "block_frames", "base"):
+            if getattr(a, name) is not None:
+                raise UserError(f"--{name}: {a.config_path} says how the model is sampled: leave one of them out")
+    height, width = size_of(a) or (None, None)
+    steps = a.steps if isinstance(a.steps, tuple) else ()
+    return Model(
+        a.model, height, width, a.shift, negative, a.layout, a.base, a.config_path, steps, a.block_frames, a.weights
+    )
+
+
+def refuse_without_model(a: argparse.Namespace) -> None:
+    """Raises UserError for options of --model beside a run."""
+    for name in ("shift", "negative_prompt", "layout", "block_frames", "base", "config_path"):
+        if getattr(a, name, None) is not None:
+            raise UserError(f"--{name} is for --model: a run has its own")
 
 
 def add_speed(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -138,7 +207,7 @@ def acceleration_of(a: argparse.Namespace) -> Acceleration:
 def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     """Parses the command line. Raises UserError."""
     a = _parser().parse_args(argv)
-    for name in ("frames", "steps", "fps", "scale", "batch", "sequence_parallel"):
+    for name in ("frames", "fps", "scale", "batch", "sequence_parallel"):
         if (value := getattr(a, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: give a number of at least 1")
     try:
@@ -148,10 +217,8 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     suffix = a.out.suffix.lstrip(".") if a.prompt is not None and a.out.suffix else a.format
     if suffix not in FORMATS:
         raise UserError(f"--out {a.out}: unknown format .{suffix}: use {', '.join(f'.{name}' for name in FORMATS)}")
-    source = _model(a) if a.model is not None else a.run or a.checkpoint
     _refuse_for_others(a)
-    if a.shift is not None and a.shift <= 0:
-        raise UserError(f"--shift {a.shift}: give a positive number, 1 for none")
+    source = a.run or a.checkpoint if a.model is None else model_of(a, a.negative_prompt or "")
     footage = footage_args(a)
     scale = 1.0 if a.lora_scale is None else a.lora_scale
     return InferenceArgs(
@@ -168,7 +235,7 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
         footage=footage,
         from_file=a.prompts is not None,
         image_encoder=a.image_encoder,
-        size=_size(a),
+        size=size_of(a),
         loras=tuple(LoraWeights(path, scale) for path in a.lora),
         low_loras=tuple(LoraWeights(path, scale) for path in a.low_lora),
         lora_scale=1.0 if a.lora or a.low_lora else scale,
@@ -180,7 +247,7 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
 
 def _sampling(a: argparse.Namespace) -> Sampling:
     return Sampling(
-        steps=a.steps,
+        steps=step_count(a),
         frames=a.frames,
         window=a.window,
         sinks=a.sinks,
@@ -197,15 +264,12 @@ def _sampling(a: argparse.Namespace) -> Sampling:
 def _refuse_for_others(a: argparse.Namespace) -> None:
     """Raises UserError for options of a run beside --model, or of --model beside a run."""
     if a.model is None:
-        for name in ("shift", "negative_prompt"):
-            if getattr(a, name):
-                raise UserError(f"--{name} is for --model: a run has its own")
+        refuse_without_model(a)
         return
     if a.lora_scale is not None and not a.lora + a.low_lora:
         raise UserError("--lora_scale: --model has no adapter of its own: give --lora too")
     refused = {
         "low_run": "a released model has both experts in its folder",
-        "weights": "a model has one set of them",
         "image_encoder": "a model's folder has its own",
     }
     for name, why in refused.items():
@@ -213,12 +277,7 @@ def _refuse_for_others(a: argparse.Namespace) -> None:
             raise UserError(f"--{name} is for runs: {why}")
 
 
-def _model(a: argparse.Namespace) -> Model:
-    height, width = _size(a) or (None, None)
-    return Model(a.model, height, width, a.shift, a.negative_prompt or "")
-
-
-def _size(a: argparse.Namespace) -> tuple[int, int] | None:
+def size_of(a: argparse.Namespace) -> tuple[int, int] | None:
     if a.size is None:
         return None
     found = re.fullmatch(r"(\d+)x(\d+)", a.size)
@@ -238,7 +297,7 @@ def open_generator(args: InferenceArgs, device: torch.device) -> Generator:
     """Loads what the command names. Raises UserError."""
     if isinstance(args.source, Model):
         return load_model(
-            args.source, args.sampling.frames, device, loras=args.loras, low_loras=args.low_loras,
+            args.source, args.sampling, device, loras=args.loras, low_loras=args.low_loras,
             tiny_decoder=args.tiny_decoder, acceleration=args.acceleration,
         )  # fmt: skip
     if args.low_loras and args.low_run is None:

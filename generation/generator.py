@@ -17,6 +17,7 @@ from configs.load import run_from_state
 from configs.schema import RunConfig
 from generation.acceleration import UNCHANGED, Acceleration
 from generation.refusals import refuse_inputs, refuse_unused
+from generation.run_data import change_data
 from generation.sampling import Sampler, Sampling, StudentChoice
 from generation.two_experts import joined
 from model.attention.checkpointing import Checkpointing
@@ -32,8 +33,6 @@ from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import CausalStream, StreamConfig, block_noise
 from pipeline.sampling import few_step_stream, student_with_cache
 from tasks.build import build_task, task_to_sample
-from tasks.data import DataConfig
-from tasks.kinds.encoded import EncodedData
 from tasks.task import Task
 from trainer.run_networks import build_for_inference, compute_dtype
 from trainer.validation import starts_from_noise
@@ -75,6 +74,7 @@ class Generator:
         self.few_steps = config.few_steps if sampler.few_steps is None else sampler.few_steps
         self.task = build_task(config, device) if task is None else task
         self.solver, self.guidance_2 = sampler.solver, sampler.guidance_2
+        self.first_block, self.start_scale = sampler.first_block, sampler.start_scale
         self.acceleration = acceleration
         self._idle: list[tuple[object, tuple[ScoreNet, KVCache]]] = []  # of ended recorded videos, with their geometry
         acceleration.apply([score.net.high, score.net.low] if isinstance(score.net, Experts) else [score.net], device)
@@ -125,7 +125,7 @@ class Generator:
             )
         if distributed.is_main() and (lag := lag_of(folder, student.weights)):
             console.warning("%s: %s: choose the raw weights (--weights raw)", folder, lag)
-        _change_data(config, image_encoder, size, tiny_decoder)
+        change_data(config, image_encoder, size, tiny_decoder)
         network: NetworkConfig = replace(
             config.student,
             init=str(folder),
@@ -226,7 +226,7 @@ class Generator:
             noise, sigmas = from_clip(start, noise, sigmas, sampling.strength)
         if causal is None:
             assert noise is not None
-            noise = noise if start is not None else self.score.path.start_noise(noise)
+            noise = noise if start is not None else self.start_scale * self.score.path.start_noise(noise)
             yield from few_step_stream(self.score, noise, conditioning, sigmas, None, source)
             return
         if conditioning.initial is not None:
@@ -289,6 +289,8 @@ class Generator:
     ) -> CausalStream:
         """Videos of so many latent frames in all, None: without end."""
         schedules: list[Sequence[float]] = [self.step_list(steps) for steps in sampling.block_steps]
+        if self.first_block and not schedules and sampling.steps is None and sampling.strength is None:
+            schedules = [self.first_block, sigmas]
         config = StreamConfig(schedules or [sigmas], sampling.noisy_context)
         kept = self._take(_geometry(conditioning, frames, causal))
         if kept is None:
@@ -390,38 +392,3 @@ class Generator:
 def _geometry(conditioning: Conditioning, frames: int | None, causal: CausalConfig) -> object:
     """What is equal for videos whose passes have the same shapes."""
     return conditioning.batch, frames, causal
-
-
-def _change_data(
-    config: RunConfig, image_encoder: str | None, size: tuple[int, int] | None, tiny_decoder: str | None
-) -> None:
-    """Puts what `Generator.load` was told in place of the run's. Raises UserError."""
-    if image_encoder is not None:
-        if config.student.geometry().image_dim is None:
-            raise UserError("--image_encoder: this network sees no CLIP tokens: leave it out")
-        config.data = replace(_encoded(config.data, "--image_encoder"), image_encoder=image_encoder)
-    elif isinstance(config.data, EncodedData) and config.data.image_encoder is None:
-        config.data = replace(config.data, image_encoder=_pipelines_image_encoder(config.data, config.student))
-    if size is not None:
-        try:
-            config.data = config.data.resized(*size, config.student)
-        except (ValueError, OSError) as problem:
-            raise UserError(f"--size {size[0]}x{size[1]}: {problem}") from None
-    if tiny_decoder is not None:
-        data = _encoded(config.data, "--tiny_decoder")
-        config.data = replace(data, vae=replace(data.vae, tiny_decoder=tiny_decoder, tiled=False))
-
-
-def _pipelines_image_encoder(data: EncodedData, student: NetworkConfig) -> str | None:
-    """CLIP's folder for a run on stored tokens, which names none: of the pipeline that another part is of, if any."""
-    if student.geometry().image_dim is None:
-        return None
-    folders = (data.vae.path, data.text.encoder, student.init)
-    return next((folder for folder in folders if folder and (Path(folder) / "image_encoder").is_dir()), None)
-
-
-def _encoded(data: DataConfig, option: str) -> EncodedData:
-    """Data that a codec makes. Raises UserError."""
-    if not isinstance(data, EncodedData):
-        raise UserError(f"{option} is for the latents of a codec: this run's data are of kind {data.kind}")
-    return data

@@ -1,4 +1,4 @@
-"""A many-step model as it was released, from a folder in Diffusers' layout: `inference.py --model DIR`."""
+"""A model as it was released: `inference.py --model X`, many-step models and few-step students."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from configs.schema import RunConfig
 from configs.sections import Precision, TrainingConfig, ValidationConfig
 from generation.acceleration import UNCHANGED, Acceleration
 from generation.generator import Generator
-from generation.sampling import Sampler
+from generation.run_data import change_data
+from generation.sampling import Sampler, Sampling
+from generation.students import Model, base_of, described_run, sampler_of, student_asked, student_run, told
 from model.codec import ClipConfig, VAEConfig
 from model.experts import Experts
-from model.network import Expert, LoraWeights, network_of, released_model
+from model.network import Expert, LoraWeights, is_pipeline, network_of, released_model
 from model.released import Released
 from model.schedule import ScheduleConfig
 from model.score import ScoreNet
@@ -28,31 +30,32 @@ from pipeline.bidirectional_inference import Solver
 from tasks.build import task_to_sample
 from tasks.kinds.encoded import EncodedData
 from trainer.run_networks import build_for_inference, compute_dtype
+from utils import distributed
 from utils.errors import UserError
 from utils.precision import Dtype
 
+__all__ = ["Model", "load_model", "run_of"]
+
 
 @dataclass(frozen=True)
-class Model:
-    """A released model, and what it is asked for.
+class _Opened:
+    """A model as a run that never trains.
 
-    path: a pipeline's folder, or a Hub name.
-    height: the video's height in pixels, None takes the one that it was released for.
-    width: the video's width in pixels, None takes the one that it was released for.
-    shift: the shift of the noise levels, None takes the scheduler's.
-    negative: the negative prompt.
+    config: the run, whose student is the model, or its high-noise expert.
+    sampler: how it is sampled beyond that.
+    boundary: the noise level that parts two experts, None for one network.
+    said: the settings, in words.
     """
 
-    path: str
-    height: int | None = None
-    width: int | None = None
-    shift: float | None = None
-    negative: str = ""
+    config: RunConfig
+    sampler: Sampler
+    boundary: float | None
+    said: str
 
 
 def load_model(
     model: Model,
-    frames: int | None,
+    sampling: Sampling,
     device: torch.device,
     *,
     loras: Sequence[LoraWeights] = (),
@@ -60,34 +63,36 @@ def load_model(
     tiny_decoder: str | None = None,
     acceleration: Acceleration = UNCHANGED,
 ) -> Generator:
-    """What samples a released model.
+    """What samples a released model. Its settings are printed in one line.
 
-    model: the model's folder, and what it is asked for.
-    frames: latent frames of a video, None takes the number that the model was released for.
+    model: where it is, and what it is asked for.
+    sampling: its frames, window and steps go in place of what the model was released for.
     device: where to load it.
     loras: LoRA files that are added to the weights, of two experts to the high-noise one's.
     low_loras: LoRA files that are added to the low-noise expert's weights.
     tiny_decoder: taehv's file, which decodes in place of the VAE.
     acceleration: changes the network in place.
 
-    Raises UserError for what is no model of a family here.
+    Raises UserError for what is no model of a family here, and for a few-step student whose settings nobody knows.
     """
     try:
-        folder, released = released_model(model.path)
-        config = run_of(folder, model, released, frames or released.frames, on_cpu=device.type == "cpu")
-        assert isinstance(config.data, EncodedData)
-        config.data.vae.tiny_decoder = tiny_decoder
+        opened = _opened(model, sampling, on_cpu=device.type == "cpu")
+        config = opened.config
+        change_data(config, None, None, tiny_decoder)
         task = task_to_sample(config, device)
     except (ValueError, OSError) as problem:
         raise UserError(f"--model {model.path}: {problem}") from None
-    if low_loras and released.boundary is None:
+    if low_loras and opened.boundary is None:
         raise UserError(f"--low_lora: {model.path} is one network: give --lora")
     config.student.loras = list(loras)
     dtype = compute_dtype(config)
-    net: nn.Module = build_for_inference(config.student, "model", device, dtype)
-    if released.boundary is not None:
+    high = build_for_inference(config.student, "model", device, dtype)
+    if high.sparse is not None:
+        high.sparse.begin(config.training.max_steps)  # as at the end of a ramp
+    net: nn.Module = high
+    if opened.boundary is not None:
         other = replace(config.student, expert=Expert.low, loras=list(low_loras))
-        net = Experts(net, build_for_inference(other, "model", device, dtype), released.boundary)
+        net = Experts(high, build_for_inference(other, "model", device, dtype), opened.boundary)
     score = ScoreNet(
         net,
         "model",
@@ -96,8 +101,47 @@ def load_model(
         pins_initial=config.student.pins_initial,
         path=config.student.path,
     )
+    if distributed.is_main():
+        print(f"{model.path}: {opened.said}", flush=True)
+    return Generator(config, score, device, task=task, sampler=opened.sampler, acceleration=acceleration)
+
+
+def _opened(model: Model, sampling: Sampling, *, on_cpu: bool) -> _Opened:
+    """Raises ValueError in one line, or UserError."""
+    if model.config_path is not None:
+        config = described_run(model)
+        if model.height is not None and model.width is not None:
+            change_data(config, None, (model.height, model.width), None)
+        return _Opened(config, Sampler(), None, f"sampled as {model.config_path} says")
+    released: Released | None = None
+    place = Path(model.path)
+    if is_pipeline(model.path):
+        place, released = released_model(model.path)
+    experts = released is not None and released.boundary is not None
+    network = network_of(model.path if released is None else place, Expert.high if experts else None)
+    student = student_asked(model, sampling, network, released)
+    if student is not None:
+        base = base_of(model, network) if released is None else model.base or str(place)
+        config = student_run(student, network, base, on_cpu=on_cpu)
+        return _Opened(config, sampler_of(student), None, told(student, sampling, base))
+    assert released is not None
+    if model.base is not None or model.weights is not None:
+        raise ValueError("--base and --weights are for weights by themselves: a pipeline's folder has its own")
+    config = run_of(place, model, released, sampling.frames or released.frames, on_cpu=on_cpu)
     sampler = Sampler(few_steps=False, solver=Solver(released.solver), guidance_2=released.low_guidance)
-    return Generator(config, score, device, task=task, sampler=sampler, acceleration=acceleration)
+    return _Opened(config, sampler, released.boundary, _many_steps(config, released, sampling))
+
+
+def _many_steps(config: RunConfig, released: Released, sampling: Sampling) -> str:
+    """How a many-step model is sampled, in words."""
+    guidance = released.guidance if sampling.guidance is None else sampling.guidance
+    low = released.low_guidance if sampling.guidance is None else guidance
+    low = low if sampling.guidance_2 is None else sampling.guidance_2
+    both = f"{guidance:g}" if released.boundary is None or low is None else f"{guidance:g} and {low:g}"
+    return (
+        f"sampled as a many-step model: {sampling.steps or released.steps} steps of "
+        f"{sampling.solver or released.solver}, shift {config.schedule.timestep_shift:g}, guidance {both}"
+    )
 
 
 def run_of(folder: Path, model: Model, released: Released, frames: int, *, on_cpu: bool) -> RunConfig:

@@ -47,12 +47,16 @@ class Sampler:
         a bidirectional one of a diffusion run.
     solver: the solver of a many-step network, where the sampling names none.
     guidance_2: the scale of the low-noise expert of two, where the sampling names no guidance.
+    first_block: noise levels of a causal student's first block, where they are others than those of later ones.
+    start_scale: of the noise that a bidirectional student starts from.
     """
 
     causal: bool | None = None
     few_steps: bool | None = None
     solver: Solver = Solver.euler
     guidance_2: float | None = None
+    first_block: tuple[float, ...] = ()
+    start_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from model.codec import Codecs
 from model.export import Exporter
 from model.merged import Lora
 from model.path import Path
-from model.released import Released, Source
+from model.released import Released, Source, Student
 from model.text_encoder import TextConfig, TextEncoder
 from model.types import Prompt
 from model.weights import Weights
@@ -139,6 +139,7 @@ class Family(Protocol):
     exporter: what writes files for other programs; `NoExporter` if nothing does.
     released_as: classes in model_index.json, or in a part's config.json, of released models that are this family's.
     sources: by preset, where its weights are on the Hub. Presets of no released model are left out.
+    students: published few-step students by the names of their layouts, as `--layout` takes them.
     """
 
     traits: frozenset[Trait]
@@ -151,6 +152,7 @@ class Family(Protocol):
     exporter: Exporter
     released_as: tuple[str, ...]
     sources: Mapping[str, Source]
+    students: Mapping[str, Student]
 
     def geometry(self, preset: str, overrides: Mapping[str, Any]) -> Geometry:
         """A preset with some fields replaced. Raises ValueError naming the legal fields."""
@@ -221,6 +223,15 @@ class Family(Protocol):
         """How the model in a pipeline's folder is sampled: by its small files (`CLUES`), for no more may be there yet.
 
         Raises ValueError in one line for what it does not know.
+        """
+        ...
+
+    def student_of(self, path: str, layout: str | None) -> Student | None:
+        """The published student that stored weights are, by content and name; None for weights that do not tell.
+
+        path: a file, a folder or a Hub name.
+        layout: its name among `students`, where the user says it.
+        Raises ValueError in one line for an unknown layout, and for weights that are known and are no student.
         """
         ...
 

@@ -17,6 +17,8 @@ from model.path import Path
 from model.released import CLUES, Released, classes_of
 from utils.fields import check_modes
 
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
 
 @dataclass
 class LoraWeights:
@@ -162,6 +164,16 @@ def network_of(path: str | FilePath, expert: Expert | None) -> NetworkConfig:
             continue
         return NetworkConfig(next(iter(family.presets)), overrides=asdict(geometry), init=str(path), expert=expert)
     raise ValueError("; ".join(problems) or f"{path}: no family reads files")
+
+
+def is_pipeline(path: str) -> bool:
+    """Whether `path` is a pipeline's folder or the Hub name of one, and not weights by themselves."""
+    folder = FilePath(path)
+    if folder.is_dir():
+        return bool(classes_of(folder))
+    if folder.exists() or folder.suffix in WEIGHT_SUFFIXES:
+        return False
+    return path.count("/") < 2 or path.startswith(("/", ".", "~"))
 
 
 def released_model(path: str) -> tuple[FilePath, Released]:

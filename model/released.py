@@ -1,6 +1,6 @@
-"""What model authors gave out: a pipeline's folder in Diffusers' layout, and where it lies on the Hub.
+"""What model authors gave out: many-step models and few-step students, and where they lie on the Hub.
 
-A family says both of its own models (`Family.released`, `Family.sources`).
+A family says all of its own (`Family.released`, `Family.students`, `Family.sources`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Released:
     height, width: pixels of a video.
     frames: latent frames of a video.
     parts: files and folders of the pipeline that sampling needs.
+    few_steps: whether its files say that it is a few-step student, whose steps they do not name.
     """
 
     steps: int
@@ -40,6 +41,47 @@ class Released:
     width: int
     frames: int
     parts: tuple[str, ...]
+    few_steps: bool = False
+
+
+@dataclass(frozen=True)
+class Student:
+    """A few-step student as its authors sample it: without guidance, with fresh noise between steps.
+
+    title: its name in words.
+    source: the repository and file that publish these settings.
+    steps: timesteps 0..1000 of its steps, falling.
+    warp: whether shift is applied to them.
+    shift: of the noise levels.
+    block: latent frames of a block, None for a bidirectional network.
+    height, width: pixels of a video.
+    frames: latent frames of a video.
+    window: latent frames that a block sees, its own and the sinks included; None for all.
+    sinks: first latent frames that stay in the window.
+    longest: latent frames of the longest video that it was trained on, None for `frames`.
+    first_steps: steps of the first block, where they are others than those of later ones.
+    weights: "ema" or "raw", which of a file with both is published with these settings.
+    sparsity: of its sparse attention, None for dense.
+    trigflow: whether it is sampled in TrigFlow (arXiv 2410.11081): noise has variance 1 at the first level, which may
+        be below 1, and fewer steps are the first ones of the list.
+    """
+
+    title: str
+    source: str
+    steps: tuple[float, ...]
+    warp: bool
+    shift: float
+    block: int | None
+    height: int
+    width: int
+    frames: int
+    window: int | None = None
+    sinks: int = 0
+    longest: int | None = None
+    first_steps: tuple[float, ...] = ()
+    weights: str = "ema"
+    sparsity: float | None = None
+    trigflow: bool = False
 
 
 @dataclass(frozen=True)

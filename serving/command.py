@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from generation.acceleration import Acceleration
-from generation.command import acceleration_of, add_speed
+from generation.command import acceleration_of, add_model, add_speed, model_of, refuse_without_model, step_count
 from generation.sampling import Sampling
+from generation.students import Model
 from serving.limits import Limits
 from serving.protocol import MAX_SEED
 from utils.cli import Parser
@@ -19,9 +20,9 @@ from utils.errors import UserError
 class DemoArgs:
     """What demo.py was asked to do.
 
-    source: a run's folder or a checkpoint's.
+    source: a run's folder or a checkpoint's, or a released model.
     weights: "ema" or "raw".
-    steps: denoising steps; None is as trained.
+    steps: denoising steps; None is as trained, or as published.
     window: latent frames that a block sees; None is as trained.
     sinks: first latent frames that stay in the window; None is as trained.
     seed: of videos that ask for none; None draws one for each.
@@ -37,7 +38,7 @@ class DemoArgs:
     limits: bounds of the server.
     """
 
-    source: Path
+    source: Path | Model
     weights: str
     steps: int | None
     window: int | None
@@ -65,8 +66,8 @@ def _parser() -> Parser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="run folder: its latest checkpoint is used")
     source.add_argument("--checkpoint", type=Path, help="one checkpoint folder")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: the average")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: as trained)")
+    add_model(parser, source)
+    parser.add_argument("--weights", choices=("ema", "raw"), help="default: the average, or as published")
     parser.add_argument("--window", type=int, help="latent frames that a block sees (default: as trained)")
     parser.add_argument("--sinks", type=int, help="first latent frames that stay in the window (default: as trained)")
     parser.add_argument("--noisy_context", action="store_true", help="no extra pass over finished blocks: faster")
@@ -110,10 +111,14 @@ def demo_args(argv: Sequence[str] | None = None) -> DemoArgs:
         limits = Limits(**bounds)
     except ValueError as problem:
         raise UserError(str(problem)) from None
+    if args.model is None:
+        refuse_without_model(args)
+        if args.size is not None:
+            raise UserError("--size is for --model: a run's videos have the size that it was trained in")
     return DemoArgs(
-        source=args.run or args.checkpoint,
-        weights=args.weights,
-        steps=args.steps,
+        source=args.run or args.checkpoint if args.model is None else model_of(args),
+        weights=args.weights or "ema",
+        steps=step_count(args),
         window=args.window,
         sinks=args.sinks,
         seed=args.seed,

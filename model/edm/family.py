@@ -19,7 +19,7 @@ from model.export import NoExporter
 from model.family import Network, Trait, replaced
 from model.merged import Lora
 from model.path import EDM
-from model.released import Released, Source
+from model.released import Released, Source, Student
 from model.text_encoder import TextConfig, TextEncoder
 from model.types import Prompt
 from model.weights import Weights, misfits, shapes_of
@@ -42,6 +42,7 @@ class EDMFamily:
     exporter = NoExporter()
     released_as = ()
     sources: Mapping[str, Source] = {}
+    students: Mapping[str, Student] = {}
 
     def geometry(self, preset: str, overrides: Mapping[str, Any]) -> EDMConfig:
         return replaced(PRESETS[preset], overrides)
@@ -104,6 +105,9 @@ class EDMFamily:
 
     def released(self, folder: Path) -> Released:
         raise ValueError(f"{folder}: this family reads no released models yet")
+
+    def student_of(self, path: str, layout: str | None) -> None:
+        return None
 
 
 FAMILY = EDMFamily()

@@ -15,7 +15,7 @@ from model.attention.sparse import SparseConfig
 from model.family import Network, Trait
 from model.merged import Lora
 from model.path import Flow
-from model.released import Released
+from model.released import Released, Student
 from model.text_encoder import TextConfig, TextEncoder, load_text_encoder, toy_text_encoder
 from model.types import Prompt
 from model.wan.codecs import WanCodecs
@@ -24,6 +24,7 @@ from model.wan.export import WanExporter
 from model.wan.init import random_weights
 from model.wan.lora_files import LoraFile
 from model.wan.released import CLASSES, SOURCES, released
+from model.wan.students import STUDENTS, student_of
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, fit_network, geometry_of
 from model.weights import Weights
@@ -43,6 +44,7 @@ class WanFamily:
     head = "head.head.weight"
     released_as = CLASSES
     sources = SOURCES
+    students: Mapping[str, Student] = STUDENTS
 
     def geometry(self, preset: str, overrides: Mapping[str, Any]) -> WanConfig:
         return geometry(preset, dict(overrides))
@@ -88,6 +90,9 @@ class WanFamily:
 
     def released(self, folder: Path) -> Released:
         return released(folder)
+
+    def student_of(self, path: str, layout: str | None) -> Student | None:
+        return student_of(path, layout)
 
 
 FAMILY = WanFamily()

@@ -44,7 +44,7 @@ class LoraFile:
         self.path = path
         try:
             place = located(path)
-            stored = _of_expert(open_tensors(_adapter(place)), expert)
+            stored = _of_expert(open_tensors(_adapter(place), "lora"), expert)
             self.alphas = _stated_alphas(place)
             self.changes = _changes(stored, modules)
         except (ValueError, OSError, SafetensorError) as problem:

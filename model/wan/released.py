@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from model.experts import I2V_BOUNDARY, T2V_BOUNDARY
-from model.released import INDEX, Released, Source, read_json
+from model.released import INDEX, Released, Source, classes_of, read_json
 from model.wan.geometry import read_config
 
 # of a pipeline's model_index.json, and of the transformer's config.json where there is none
-CLASSES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", "WanTransformer3DModel")
+STUDENT_CLASS = "WanDMDPipeline"  # FastWan, see model/wan/students.py
+CLASSES = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline", STUDENT_CLASS, "WanTransformer3DModel")
 PARTS = (INDEX, "transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 SCHEDULER = "scheduler/scheduler_config.json"
 SOLVERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
@@ -32,12 +33,13 @@ def released(folder: Path) -> Released:
     if boundary is not None:
         steps, (guidance, low) = EXPERTS_STEPS, EXPERTS_GUIDANCE.get(task, (GUIDANCE, GUIDANCE))
     sees_image = fields.get("image_dim") is not None
+    few_steps = bool(read_json(folder / SCHEDULER).get("stochastic_sampling")) or STUDENT_CLASS in classes_of(folder)
     return Released(
         steps=steps,
         guidance=guidance,
         low_guidance=low,
         boundary=boundary,
-        solver=_solver(folder),
+        solver="euler" if few_steps else _solver(folder),
         shift=_shift(folder),
         height=height,
         width=width,
@@ -47,6 +49,7 @@ def released(folder: Path) -> Released:
             *(("transformer_2",) if boundary is not None else ()),
             *(("image_encoder", "image_processor") if sees_image else ()),
         ),
+        few_steps=few_steps,
     )
 
 

@@ -26,8 +26,10 @@ EXPERTS = {"high": ("transformer", "high_noise_model"), "low": ("transformer_2",
 OTHER_MODELS = re.compile(r"models_t5|models_clip|VAE|vae")
 
 _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.-]+))?(?:/(?P<inside>.+))?")
-# groups of a Self-Forcing or CausVid checkpoint by `which`, the first that is there
-GROUPS = {"ema": ("generator_ema", "generator"), "raw": ("generator",), "critic": ("critic",)}
+# groups of a Self-Forcing, CausVid or LongLive checkpoint by `which`, the first that is there
+LORA_GROUP = "generator_lora"
+GROUPS = {"ema": ("generator_ema", "generator"), "raw": ("generator",), "critic": ("critic",), "lora": (LORA_GROUP,)}
+KNOWN_GROUPS = {name for names in GROUPS.values() for name in names}
 NESTED = ("state_dict", "model", "module", "model_state_dict")
 
 
@@ -175,9 +177,19 @@ def _open_safetensors(file: Path) -> dict[str, Stored]:
     return {key: stored(key) for key in opened.keys()}  # noqa: SIM118 - it is no mapping
 
 
-def _open_torch(file: Path, which: str) -> dict[str, Stored]:
+def groups_of(path: str | Path) -> frozenset[str]:
+    """The groups (see GROUPS) that located weights have; none for a file of one network. Raises ValueError, OSError."""
+    files = weight_files(path)
+    if len(files) != 1 or files[0].suffix == ".safetensors":
+        return frozenset()
+    state = _read_torch(files[0])
+    return frozenset(KNOWN_GROUPS & state.keys()) if isinstance(state, dict) else frozenset()
+
+
+def _read_torch(file: Path) -> Any:
+    """What a torch file holds, its tensors mapped. Raises ValueError for anything but tensors and plain values."""
     try:
-        state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{file.name} is damaged, or holds objects besides tensors, which could run code: save its state_dict alone"
@@ -187,7 +199,10 @@ def _open_torch(file: Path, which: str) -> dict[str, Stored]:
         raise ValueError(
             f"{file.name} cannot be mapped ({reason}): fetch it again; one of a torch before 1.6 load and save anew"
         ) from None
-    state = _group(state, which)
+
+
+def _open_torch(file: Path, which: str) -> dict[str, Stored]:
+    state = _group(_read_torch(file), which)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file.name} holds no state_dict of tensors: give a file saved from one")
     return {key: Stored(tuple(value.shape), lambda value=value: value) for key, value in state.items()}  # type: ignore[misc]
@@ -197,9 +212,10 @@ def _group(state: Any, which: str) -> Any:
     """The network that is asked for, of a checkpoint that may hold several."""
     if not isinstance(state, dict):
         return state
-    known = {name for names in GROUPS.values() for name in names}
-    if known & state.keys():
+    if groups := KNOWN_GROUPS & state.keys():
         found = next((name for name in GROUPS[which] if name in state), None)
+        if groups == {LORA_GROUP}:  # whoever wanted a network says that this is none
+            found = LORA_GROUP
         if found is None:
             raise ValueError(f"the file has no {GROUPS[which][0]}: it has {', '.join(map(str, state))}")
         return _group(state[found], which)

@@ -26,6 +26,7 @@ __all__ = [
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = ("scale_weight", "weight_scale")  # what an fp8 matrix beside it is to be multiplied by
 NO_WEIGHTS = ("scale_input", "input_scale")  # of quantised activations, which we do not have
+PATCH = "patch_embedding.weight"
 MARKER = "scaled_fp8"  # ComfyUI's sign of such a file
 
 
@@ -89,6 +90,7 @@ class LazyWeights:
 
     which: 'ema' (raw where there is none), 'raw' or 'critic', of a checkpoint that has several; expert: see `located`.
     shapes: known from the headers alone. config: what the config.json beside them says, if there is one.
+    linear_patch: whether their patch embedding is stored as a matrix, as NVlabs/rcm does.
     Raises ValueError, in one line, for what is not the weights of a Wan DiT.
     """
 
@@ -107,6 +109,9 @@ class LazyWeights:
         for name in [name for name in named if name.endswith(SCALES)]:
             self._scales[f"{name.rpartition('.')[0]}.weight"] = named.pop(name)
         self._stored = {name: stored for name, stored in named.items() if not name.endswith(NO_WEIGHTS)}
+        self.linear_patch = len(self._stored[PATCH].shape) == 2 if PATCH in self._stored else False
+        if self.linear_patch:
+            self._stored[PATCH] = _as_convolution(self._stored[PATCH])
         self.shapes: Shapes = {name: stored.shape for name, stored in self._stored.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -127,10 +132,19 @@ class LazyWeights:
             raise ValueError(f"{self.path}: {problem}") from None
 
 
+def _as_convolution(stored: Stored) -> Stored:
+    """A patch embedding [dim, c * 1 * 2 * 2], applied to patches (c, frames, rows, columns), as a convolution."""
+    dim, inputs = stored.shape
+    if inputs % 4:
+        raise ValueError(f"{PATCH} is a matrix of {inputs} inputs: known are those of patches (1, 2, 2)")
+    shape = (dim, inputs // 4, 1, 2, 2)
+    return Stored(shape, lambda: stored.read().reshape(shape))
+
+
 def _names(keys: Iterable[str]) -> dict[str, str]:
     keys = list(keys)
     if keys and all("lora" in key or key.endswith((".alpha", ".diff", ".diff_b")) for key in keys):
-        raise ValueError("this is a LoRA: give the base weights here, and lay it over them")
+        raise ValueError("this is a LoRA: give the base weights here, and lay it over them (inference.py: --lora)")
     return {key: name for key, name in native_names(keys).items() if not UNUSED.search(key)}
 
 

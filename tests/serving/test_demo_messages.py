@@ -136,7 +136,7 @@ def test_a_prompt_is_left_out_and_hides_no_path(prompt: str) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("", "one of the arguments --run --checkpoint is required"),
+        ("", "one of the arguments --run --checkpoint --model is required"),
         ("--run x --users 0", "--users 0: give a number of at least 1"),
         ("--run x --fps 0", "--fps 0: give a number from 1 to 120"),
         ("--run x --port 70000", "--port 70000: give a number from 0 to 65535"),
