@@ -14,12 +14,7 @@ from planning.packages import check_core, check_python
 
 
 def main() -> int:
-    """Without the packages that everything stands on, says which they are; else looks at all."""
-    if lacking := [finding for finding in (check_python(), *check_core()) if finding.blocks]:
-        for finding in lacking:
-            print(f"MISSING  {finding.name}: {finding.what}\n         > {finding.remedy}")
-        print(f"missing: {len(lacking)}")
-        return 1
+    """Looks at all. What it stands on is there."""
     from planning.doctor import doctor, doctor_args
     from utils.cli import refuse_several_ranks
 
@@ -27,14 +22,11 @@ def main() -> int:
     return doctor(doctor_args())
 
 
-def _run() -> None:
-    """As utils/cli.py runs each command, once what it stands on is there."""
-    if any(finding.blocks for finding in (check_python(), *check_core())):
-        sys.exit(main())
+if __name__ == "__main__":
+    if lacking := [finding for finding in (check_python(), *check_core()) if finding.blocks]:
+        for finding in lacking:
+            print(f"MISSING  {finding.name}: {finding.what}\n         > {finding.remedy}")
+        sys.exit(f"{len(lacking)} thing{'s are' if len(lacking) > 1 else ' is'} missing: nothing can be trained here")
     from utils.cli import run_cli
 
     run_cli(main)
-
-
-if __name__ == "__main__":
-    _run()

@@ -61,7 +61,7 @@ def networks_of_run(config: RunConfig) -> dict[str, NetworkConfig]:
 
 
 def state_of(config: RunConfig) -> State:
-    """The bytes of a run's state. Nothing is read and nothing is drawn. Raises ConfigError for an impossible network."""
+    """The bytes of a run's state. Nothing is read and nothing drawn. Raises ConfigError for an impossible network."""
     config = _without_files(config)
     with META:
         make = RunNetworks(config, Evaluations(), META, Mesh())

@@ -30,7 +30,7 @@ from planning.recipe_checks import (
     own,
 )
 from utils.cli import Parser
-from utils.errors import ConfigError, UserError
+from utils.errors import ConfigError
 
 NAME_WIDTH = 16
 
@@ -68,8 +68,12 @@ def doctor_args(argv: Sequence[str] | None = None) -> Asked:
     parser = Parser(prog="doctor.py", description="What this machine can do, and what a recipe lacks to start here.")
     parser.add_argument("config", nargs="*", metavar="CONFIG [key=value ...]", help="a recipe, as train.py takes it")
     parser.add_argument("--logdir", type=Path, help="run folder (default: as train.py chooses it)")
-    parser.add_argument("--gpus", type=int, metavar="N", help="judge for so many GPUs, in nodes of 8, not for those here")
-    parser.add_argument("--gpu", metavar="NAME", help="and for these: a100-40, a100-80, h100, h200, b200, l40s, rtx4090")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="judge for so many GPUs, in nodes of 8, not for those here"
+    )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="and for these: a100-40, a100-80, h100, h200, b200, l40s, rtx4090"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     space = parser.parse_intermixed_args(argv)
     if space.gpus is not None and space.gpus < 1:
@@ -197,6 +201,3 @@ def as_json(asked: Asked, report: Report) -> dict[str, object]:
         "missing": report.missing,
         "could_start": report.missing == 0,
     }
-
-
-__all__ = ["Asked", "Report", "UserError", "doctor", "doctor_args"]

@@ -86,10 +86,10 @@ def is_here(path: str) -> bool:
         return True
     if HUB_NAME.fullmatch(path) is None:
         return False
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    cached = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{path.replace('/', '--')}", "snapshots")
-    return huggingface_hub.constants.HF_HUB_OFFLINE and cached.is_dir()
+    cached = Path(constants.HF_HUB_CACHE, f"models--{path.replace('/', '--')}", "snapshots")
+    return constants.HF_HUB_OFFLINE and cached.is_dir()
 
 
 def _findings(path: str, here: list[Use], config: RunConfig, comments: list[str]) -> Iterator[Finding]:
@@ -106,7 +106,9 @@ def _findings(path: str, here: list[Use], config: RunConfig, comments: list[str]
         return
     wrong = {use.key: problem for use in here if (problem := _problem(use.check)) is not None}
     for problem in dict.fromkeys(wrong.values()):
-        yield Finding(path, False, problem, f"put right what {', '.join(k for k, p in wrong.items() if p == problem)} names")
+        yield Finding(
+            path, False, problem, f"put right what {', '.join(k for k, p in wrong.items() if p == problem)} names"
+        )
     if right := [use.key for use in here if use.key not in wrong]:
         yield Finding(path, True, f"{', '.join(right)}{_size(Path(path))}")
 
@@ -167,7 +169,9 @@ def _prompts(config: RunConfig) -> Iterator[Use]:
     files = {"data.prompts": config.data.prompts, "validation.prompts": config.validation.prompts}
     for key, path in files.items():
         if path is not None:
-            yield Use(key, path, _loads(path), lambda: "write it: one prompt a line in a .txt; docs/data.md has more forms")
+            yield Use(
+                key, path, _loads(path), lambda: "write it: one prompt a line in a .txt; docs/data.md has more forms"
+            )
 
 
 def _loads(path: str) -> Callable[[], None]:
@@ -203,7 +207,9 @@ def _data(recipe: Recipe, config: RunConfig, comments: list[str]) -> Iterator[Us
                 "data.images", images, check_images, lambda: stored_remedy(config, data, "images", images, comments)
             )
     if config.trainer is TrainerKind.ode and (path := config.ode.path) is not None:
-        yield Use("ode.path", path, lambda: _check_pairs(config, path), lambda: trajectories_remedy(recipe, config, path))
+        yield Use(
+            "ode.path", path, lambda: _check_pairs(config, path), lambda: trajectories_remedy(recipe, config, path)
+        )
 
 
 def _text(recipe: Recipe, config: RunConfig, data: EncodedData) -> Iterator[Use]:
@@ -237,7 +243,9 @@ def _pixels(config: RunConfig, data: EncodedData) -> Iterator[Use]:
 
         def check_vae() -> None:
             if (found := codecs.channels(data.vae)) != geometry.out_dim:
-                raise ValueError(f"data.vae.path: {vae} has {found} channels, the networks {geometry.out_dim}: give theirs")
+                raise ValueError(
+                    f"data.vae.path: {vae} has {found} channels, the networks {geometry.out_dim}: give theirs"
+                )
             _check_headers(part_folder(vae, "vae"))
 
         yield Use("data.vae.path", vae, check_vae, str, ("vae",))

@@ -60,7 +60,7 @@ class Recipe:
 
 
 def cluster_in(text: str) -> Cluster | None:
-    """"8 nodes of 8 GPUs (H200)", "1 node of 8 GPUs with 80 GB or more", "2 GPUs with 80 GB": the first that is there.
+    """ "8 nodes of 8 GPUs (H200)", "1 node of 8 GPUs with 80 GB or more", "2 GPUs with 80 GB": the first that is there.
 
     GPUs without a name are the slowest known ones of that memory, and H200 where no memory is named either.
     """

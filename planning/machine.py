@@ -192,7 +192,9 @@ def check_gpu(machine: Machine) -> Finding:
         what = f"the driver sees {len(unused)}, and torch {torch.__version__} cannot use them: runs would be on the CPU"
         return Finding("GPU", False, what, "install a build of torch for CUDA: pip install torch", needed=False)
     what = "none: real models train and stream on one; the toy worlds need none"
-    return Finding("GPU", False, what, "take a machine with NVIDIA GPUs, or ask about one: --gpus N --gpu NAME", needed=False)
+    return Finding(
+        "GPU", False, what, "take a machine with NVIDIA GPUs, or ask about one: --gpus N --gpu NAME", needed=False
+    )
 
 
 def check_processor(machine: Machine) -> Finding:
@@ -238,7 +240,13 @@ def check_triton(machine: Machine) -> Finding:
     if not machine.probes.has_module("triton"):
         return Finding("Triton", False, f"not installed: {without}", "pip install triton", needed=False)
     if not machine.gpus:
-        return Finding("Triton", False, f"installed, and its kernels run on GPUs alone: {without}", "take a machine with a GPU", needed=False)
+        return Finding(
+            "Triton",
+            False,
+            f"installed, and its kernels run on GPUs alone: {without}",
+            "take a machine with a GPU",
+            needed=False,
+        )
 
     def trial() -> str:
         machine.probes.triton(machine.device)
@@ -287,5 +295,7 @@ def check_disk(probes: Probes) -> Finding:
     """Whether there is room at all. How much a recipe needs is for planning/recipe_checks.py to say."""
     free = probes.free_disk(Path.cwd())
     if not os.access(Path.cwd(), os.W_OK):
-        return Finding("disk", False, "this folder cannot be written to: no run can be saved", "change to another folder")
+        return Finding(
+            "disk", False, "this folder cannot be written to: no run can be saved", "change to another folder"
+        )
     return Finding("disk", free > 0, f"{free / GB:.1f} GB free here", "" if free else "free some space here")

@@ -31,9 +31,7 @@ def installed(package: str) -> str | None:
 
 def pins() -> dict[str, str]:
     """The versions that are tested, by package: of requirements.txt and requirements-gpu.txt."""
-    text = "\n".join(
-        (ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "requirements-gpu.txt")
-    )
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("requirements.txt", "requirements-gpu.txt"))
     return dict(re.findall(r"^([\w-]+)==([\w.]+)", text, re.MULTILINE))
 
 

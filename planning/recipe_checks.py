@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from configs.schema import RunConfig
 from model.attention.backends import Backend
@@ -69,7 +68,7 @@ def check_software(config: RunConfig, machine: Machine) -> Iterator[Finding]:
             yield Finding(f"{name}.sparse", False, problem, f"{name}.sparse.backend=reference, or a machine with a GPU")
 
 
-# ------------------------------------------------------------------------------------------------------ ranks and memory
+# ----------------------------------------------------------------------------------------------------- ranks and memory
 
 
 def check_ranks(config: RunConfig, cluster: Cluster, meant_for: Cluster | None) -> Finding:
@@ -189,9 +188,3 @@ def check_disk(recipe: Recipe, config: RunConfig, machine: Machine, state: State
 def own(machine: Machine) -> Cluster:
     """This machine as a cluster."""
     return own_cluster(machine.gpus, machine.memory)
-
-
-__all__ = [
-    "check_disk", "check_host", "check_memory", "check_ranks", "check_run_folder", "check_software", "cluster_text",
-    "needed", "needs_of", "own",
-]  # fmt: skip

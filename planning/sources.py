@@ -100,7 +100,9 @@ def _published(path: str, comments: Sequence[str]) -> str | None:
 def cache_remedy(recipe: Recipe, config: RunConfig, cache: str) -> str:
     """How to make a cache of text embeddings."""
     prompts = config.data.prompts
-    command = f"python preprocess.py text {recipe.arguments(with_logdir=False)} --prompts {prompts or 'FILE'} --out {cache}"
+    command = (
+        f"python preprocess.py text {recipe.arguments(with_logdir=False)} --prompts {prompts or 'FILE'} --out {cache}"
+    )
     if prompts is None or not Path(prompts).is_file():
         return command
     length, width = text_shape(config.student)
