@@ -16,10 +16,10 @@ def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as problem:  # many kinds, of three packages: none of them is ours
         if huggingface_hub.constants.HF_HUB_OFFLINE:
-            include = " ".join(f"'{pattern}'" for pattern in patterns)
+            include = " ".join(f"--include '{pattern}'" for pattern in patterns)
             raise ValueError(
                 f"'{repo}' is no local path, and HF_HUB_OFFLINE is set and the cache lacks it: fetch it where there is "
-                f"a network (hf download {repo} --include {include}), or give a local folder"
+                f"a network (hf download {repo} {include}), or give a local folder"
             ) from problem
         reason = (str(problem).strip().splitlines() or [""])[0]
         raise ValueError(

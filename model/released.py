@@ -104,8 +104,7 @@ class Source:
 
     def download_command(self, *parts: str) -> str:
         """The command of a shell that fetches these folders, or everything."""
-        include = "".join(f" '{part}/*'" for part in parts)
-        return f"hf download {self.repo}" + (f" --include{include}" if parts else "")
+        return f"hf download {self.repo}" + "".join(f" --include '{part}/*'" for part in parts)
 
 
 def read_json(file: Path) -> dict[str, Any]:

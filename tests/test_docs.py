@@ -40,6 +40,7 @@ PROGRAMS = {
     "inference.py": "generation/command.py",
     "inference.sh": "generation/command.py",
     "demo.py": "serving/command.py",
+    "doctor.py": "planning/doctor.py",
     "preprocess.py": (
         # of all its commands
         "generation/preprocess_text.py generation/ode_pairs.py tasks/preprocess_video.py tasks/video_command.py"

@@ -26,7 +26,7 @@ def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
     try:
-        _check_first_frames(config)
+        check_first_frames(config)
     except ValueError as problem:
         raise ConfigError(str(problem)) from None
     distributed.init()
@@ -43,7 +43,7 @@ def build_trainer(config: RunConfig, options: RunOptions) -> Trainer:
             return ConsistencyTrainer(config, options)
 
 
-def _check_first_frames(config: RunConfig) -> None:
+def check_first_frames(config: RunConfig) -> None:
     """Raises ValueError for a run that would train on first frames and has none. Inference brings its own."""
     real, takes = config.needs_data() is not None, config.student.geometry()
     if not config.data.has_first_frame(takes.first_frame, real=real):

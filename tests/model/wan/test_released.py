@@ -127,7 +127,7 @@ def test_a_source_is_fetched_by_one_command() -> None:
     source = SOURCES["1.3b"]
     assert source.download_command() == "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     said = source.download_command("transformer", "vae")
-    assert said == "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --include 'transformer/*' 'vae/*'"
+    assert said == "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --include 'transformer/*' --include 'vae/*'"
 
 
 def test_the_bytes_of_its_other_parts_are_those_of_their_published_sizes() -> None:
