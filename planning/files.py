@@ -119,7 +119,7 @@ def _size(path: Path) -> str:
     return f"; {size_text(sum(file.stat().st_size for file in files))}" if files else ""
 
 
-def _problem(check: Callable[[], None]) -> str | None:
+def _problem(check: Callable[[], object]) -> str | None:
     """Why a check fails, None where it does not."""
     try:
         check()
