@@ -74,7 +74,8 @@ def sources_of(network: NetworkConfig) -> dict[str, Source]:
 
 def base_of(network: NetworkConfig, stated: str | None = None) -> Base:
     """What a network's weights began as, through all runs before its own. stated: the repository that a user names."""
-    sources, runs, loras = sources_of(network), [], [path_name(lora.path) for lora in network.loras]
+    runs: list[str] = []
+    sources, loras = sources_of(network), [path_name(lora.path) for lora in network.loras]
     here: NetworkConfig | None = network
     while here is not None and here.init is not None and is_run(Path(here.init)) and len(runs) < MOST_RUNS:
         name, before = _before(here, Path(here.init))
@@ -106,11 +107,11 @@ def _before(network: NetworkConfig, run: Path) -> tuple[str, NetworkConfig | Non
 
 def _repo(init: str, sources: dict[str, Source]) -> str | None:
     """The repository that these weights certainly are of: one that the family knows, or one in the Hub's cache."""
-    import huggingface_hub
+    from huggingface_hub import constants
 
     if cached := _CACHED.search(init):
         return f"{cached['owner']}/{cached['name']}"
     if (name := hub_name(init)) is None:
         return None
-    kept = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{name['repo'].replace('/', '--')}")
+    kept = Path(constants.HF_HUB_CACHE, f"models--{name['repo'].replace('/', '--')}")
     return name["repo"] if name["repo"] in sources or kept.is_dir() else None

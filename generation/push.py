@@ -92,11 +92,11 @@ def _api(to: Push) -> HfApi:
 
 def _token(to: Push) -> str:
     """The user's token. Raises UserError where there is none, or where nothing may be asked."""
-    import huggingface_hub
+    from huggingface_hub import constants, get_token
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise UserError(f"--push {to.repo}: HF_HUB_OFFLINE is set: unset it, or push where there is a network")
-    if (token := huggingface_hub.get_token()) is None:
+    if (token := get_token()) is None:
         raise UserError(f"--push {to.repo}: no token of the Hub: run `hf auth login`, or set HF_TOKEN")
     return token
 
