@@ -30,8 +30,9 @@ from utils.errors import UserError
 
 CPU = torch.device("cpu")
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-TINY = {"preset": "tiny", "attention": "plain"}
-PLAIN: dict[str, Any] = merged(DISTILLATION, {**BIDIRECTIONAL, "student": {"preset": "tiny", "overrides": {}}})
+SHAPE = (33, 64, 64, 3)  # of the toy world's videos through a VAE
+# the tiny preset as it is: its own numbers over those of DISTILLATION
+TINY = {"preset": "tiny", "overrides": {"dim": 96, "ffn_dim": 192, "num_layers": 2}, "attention": "plain"}
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_the_code_of_the_card_loads_and_samples_the_export(released: Path, forma
     folder = exported(tiny_run(released / "run"), released / "out", "--shard_gb", "0.0002", format=format)
     names = ran(folder)
     assert names["steps"] == pytest.approx([1.0, 0.6, 0.3])
-    assert names["video"].shape == (9, 32, 32, 3)
+    assert names["video"].shape == SHAPE
     pipe = names["pipe"]
     assert pipe.scheduler.config.shift == 3.0 and pipe.scheduler.config.stochastic_sampling
     settings = config(DISTILLATION, **BIDIRECTIONAL, student=TINY, teacher=TINY, critic=TINY)
@@ -112,7 +113,7 @@ def test_the_code_of_an_adapters_card_lays_it_over_its_base(released: Path, monk
     assert f"license: apache-2.0\nbase_model:\n- {BASE}\nbase_model_relation: adapter\n" in page
     assert "rank 2, alpha 6, beside q" in page
     names = ran(folder)
-    assert names["pipe"].scheduler.config.shift == 3.0 and names["video"].shape == (9, 32, 32, 3)
+    assert names["pipe"].scheduler.config.shift == 3.0 and names["video"].shape == SHAPE
     expected = build_network(NetworkSpec(replace(run.student, lora=None, init=str(released / BASE)), "student", 0), CPU)
     with torch.no_grad():
         change = 3.0 * adapter[f"{q}.lora_B.weight"] @ adapter[f"{q}.lora_A.weight"]
@@ -138,7 +139,7 @@ def test_both_experts_are_native_folders_that_the_card_loads(released: Path) -> 
         names["pipe"],
         joined(run, config(DISTILLATION, **merged(LOW, {"student": TINY, "teacher": TINY, "critic": TINY}))),
     )
-    assert pipe.config.boundary_ratio == 0.875 and names["video"].shape == (9, 32, 32, 3)
+    assert pipe.config.boundary_ratio == 0.875 and names["video"].shape == SHAPE
     assert names["steps"] == pytest.approx(scheduler_sigmas(both))
     check_weights(pipe.transformer_2, network(run, NETWORKS["student"]), run.student.geometry())
 
@@ -149,7 +150,7 @@ def test_the_code_of_a_teachers_card_takes_its_own_solver(released: Path) -> Non
     )
     names = ran(folder)
     assert len(names["pipe"].scheduler.timesteps) == 3 and names["pipe"].scheduler.config.flow_shift == 3.0
-    assert names["video"].shape == (9, 32, 32, 3)
+    assert names["video"].shape == SHAPE
 
 
 def settings(run: Path, *options: str, format: str = "native") -> str:
