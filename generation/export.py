@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -13,72 +14,62 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.load import run_from_state
 from configs.schema import RunConfig
+from generation.base import base_of, sources_of
+from generation.card import CARD, Exported, card, scheduler_config
+from generation.find import Found, find
+from generation.push import Push, check_push, push
 from generation.two_experts import joined
-from model.export import ADAPTER_CONFIG, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
-from model.family import Geometry
-from model.network import NetworkConfig
-from model.schedule import unshift_sigma
-from model.weights import Weights
+from model.export import ADAPTER_CONFIG, ADAPTER_FILE, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
 from trainer.validation import starts_from_noise
-from trainer.weight_sources import lag_of, open_group
 from utils import checkpoint
-from utils.checkpoint_folder import read_manifest
 from utils.cli import Parser, refuse_several_ranks
 from utils.errors import UserError
-from utils.logging import console
 from utils.shards import write_file
 
 LIBRARY = "diffusers"
+NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a repository
+LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
 @dataclass(frozen=True)
 class ExportArgs:
-    """What was asked for. weights: 'ema', 'raw', or None for the average where there is one."""
+    """What was asked for.
 
-    run: Path
+    run: the run, None to push `out` as it is.
+    format: "diffusers", "native" or "lora"; empty without a run.
+    out: the folder.
+    dtype: in which weights are stored.
+    weights: "ema", "raw", or None for the average where there is one.
+    network: "student" or "critic".
+    shard_bytes: the most that a file holds, None for one file.
+    low: run of the low-noise expert.
+    base: repository of the base model, where the run does not say it.
+    licence: of what is exported, None for the base model's.
+    push: where to upload it, None for nowhere.
+    """
+
+    run: Path | None
     format: str
     out: Path
     dtype: Dtype
     weights: str | None
     network: str
     shard_bytes: int | None
-    low: Path | None = None  # run of the low-noise expert
-
-
-@dataclass(frozen=True)
-class Found:
-    """One network of a checkpoint."""
-
-    folder: Path
-    group: str  # of the checkpoint
-    network: NetworkConfig
-    config: RunConfig
-    label: str  # e.g. "student, averaged, step 600"
-
-    @property
-    def geometry(self) -> Geometry:
-        return self.network.geometry()
-
-    @property
-    def exporter(self) -> Exporter:
-        return self.network.family.exporter
-
-    def weights(self) -> Weights:
-        """All of them: those of an adapter with what it was trained on. Raises UserError."""
-        try:
-            return open_group(self.folder, self.group)
-        except ValueError as problem:
-            raise UserError(str(problem)) from None
+    low: Path | None = None
+    base: str | None = None
+    licence: str | None = None
+    push: Push | None = None
 
 
 def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
     """Parses the command line. Raises UserError."""
-    parser = Parser(prog="export.py", description="Write a run's network for others to load.")
-    parser.add_argument("--run", type=Path, required=True, help="run folder, or one checkpoint")
-    parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, for a pipeline of both")
-    parser.add_argument("--format", choices=("diffusers", "native", "lora"), required=True)
+    parser = Parser(prog="export.py", description="Write a run's network for others to load, and upload it.")
+    parser.add_argument(
+        "--run", type=Path, help="run folder, or one checkpoint (default: none, --push takes what lies in --out)"
+    )
+    parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, for both in one export")
+    parser.add_argument("--format", choices=("diffusers", "native", "lora"), help="of --run (needed, no default)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument("--dtype", choices=[kind.value for kind in Dtype], default="fp32", help="default: fp32")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: the average, where there is one")
@@ -87,85 +78,114 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
         "--shard_gb", "--shard-gb", type=float, default=SHARD_BYTES / 1e9, metavar="GB",
         help="largest file (default 5); 0 for one file whatever its size, as ComfyUI wants it",
     )  # fmt: skip
+    parser.add_argument("--base", metavar="owner/name", help="base model on the Hub (default: what the run began from)")
+    parser.add_argument("--licence", metavar="NAME", help="of what is exported (default: the base model's)")
+    parser.add_argument("--push", metavar="owner/name", help="upload DIR to this repository of the Hub, made private")
+    parser.add_argument("--public", action="store_true", help="make the repository of --push public")
     a = parser.parse_args(argv)
     if not 0 <= a.shard_gb < float("inf"):
         raise UserError(f"--shard_gb {a.shard_gb}: give a size in GB, or 0 for one file")
-    shard = int(a.shard_gb * 1e9) or None
-    if a.low_run is not None and a.format != "diffusers":
-        raise UserError(f"--low_run is for --format diffusers: export each run alone as {a.format}")
+    _check_names(a.base, a.licence, a.push)
+    if a.public and a.push is None:
+        raise UserError("--public is for --push: say where to")
+    if a.run is None and a.push is None:
+        raise UserError("--run is missing: give a run's folder")
+    if a.run is not None and a.format is None:
+        raise UserError("--format is missing: choose diffusers, native or lora")
+    if a.run is None and (given := [n for n in ("low_run", "format", "base", "licence") if getattr(a, n) is not None]):
+        raise UserError(f"--{given[0]} is for an export of --run: without one, --push uploads --out as it is")
+    if a.low_run is not None and a.format == "lora":
+        raise UserError("--low_run is for --format diffusers or native: export each adapter alone")
     return ExportArgs(
         run=a.run,
-        format=a.format,
+        format=a.format or "",
         out=a.out,
         dtype=Dtype(a.dtype),
         weights=a.weights,
         network=a.network,
-        shard_bytes=shard,
+        shard_bytes=int(a.shard_gb * 1e9) or None,
         low=a.low_run,
+        base=a.base,
+        licence=a.licence,
+        push=None if a.push is None else Push(a.push, a.public),
     )
 
 
-def find(run: Path, network: str, weights: str | None) -> Found:
-    """A network of a run's latest checkpoint, or of one checkpoint. Raises UserError."""
-    folder = None if str(run) in ("auto", "never") else checkpoint.resolve_resume(str(run), run)
-    if folder is None:
-        raise UserError(f"--run {run}: no run there: give a run's folder, or a checkpoint's")
-    state = checkpoint.load_state(folder)
-    config = run_from_state(state["config"])
-    groups = checkpoint.tensor_names(folder)
-    names = [name for name in ("student", "critic") if name in groups]
-    if network not in names:
-        raise UserError(f"--network {network}: {folder} has none of that name: choose {' or '.join(names)}")
-    averaged = f"{network}_ema" in groups if weights is None else weights == "ema"
-    if averaged and f"{network}_ema" not in groups:
-        raise UserError(f"--weights ema: {folder} has no average of the {network}: use --weights raw")
-    section: NetworkConfig | None = config.student if network == "student" else config.critic
-    assert section is not None
-    label = f"{network}, {'averaged' if averaged else 'raw'} weights, step {read_manifest(folder)['step']}"
-    if averaged and network == "student" and (lag := lag_of(folder, "ema")):
-        console.warning("--run %s: %s: choose the raw weights (--weights raw)", folder, lag)
-    group = f"{network}_ema" if averaged else network
-    return Found(folder, group, section, config, label)
+def _check_names(base: str | None, licence: str | None, repo: str | None) -> None:
+    for option, name in (("--base", base), ("--push", repo)):
+        if name is not None and not NAME.fullmatch(name):
+            raise UserError(f"{option} {name}: give a repository of the Hub as owner/name")
+    if licence is not None and not LICENCE.fullmatch(licence):
+        raise UserError(f"--licence {licence}: give one name, as the Hub lists them: apache-2.0, mit, other")
 
 
 def export(args: ExportArgs) -> Path:
     """Writes what was asked for, whole or not at all, and returns the folder. Raises UserError."""
+    assert args.run is not None
     found = find(args.run, args.network, args.weights)
     exporter = found.exporter
     if args.format not in exporter.formats:
         known = f"only {' and '.join(exporter.formats)}" if exporter.formats else "nothing yet"
         raise UserError(f"--format {args.format}: for networks of preset {found.network.preset} there is {known}")
-    if args.format == "lora":
-        if args.dtype is Dtype.fp8:
-            raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
-        state, alpha = lora_of(found)
-        if args.dtype is Dtype.bf16:
-            state = {name: value.bfloat16() for name, value in state.items()}
-        return written(args.out, lambda folder: save_lora(folder, exporter, state, alpha))
-    names, parts = Format(args.format), {exporter.networks[0]: found}
-    config, boundary = found.config, None
+    parts, boundary = {exporter.networks[0]: found}, None
     if args.low is not None:
         parts[exporter.networks[1]] = low = find(args.low, args.network, args.weights)
-        config, boundary = joined(config, low.config)
-    elif names is Format.DIFFUSERS and config.few_steps and not starts_from_noise(config):
+        config, boundary = joined(found.config, low.config)
+        found = replace(found, config=config)
+    elif args.format == "diffusers" and found.config.few_steps and not starts_from_noise(found.config):
         raise UserError(
             f"--run {args.run}: a low-noise expert makes no pipeline alone: give it as --low_run beside the high one's "
             "--run, or use --format native"
         )
+    exported = described(args, found, tuple(parts.values()), boundary)
+    write = adapter_writer(args, found) if args.format == "lora" else weights_writer(args, exported, parts)
+
+    def whole(folder: Path) -> None:
+        write(folder)
+        (folder / CARD).write_text(card(exported))
+
+    return written(args.out, whole)
+
+
+def described(args: ExportArgs, found: Found, parts: Sequence[Found], boundary: float | None) -> Exported:
+    """What the card says. Raises UserError where it is to be pushed, and no licence is known."""
+    bases = tuple(base_of(part.network, args.base) for part in parts)
+    known = {base.licence for base in bases}
+    licence = args.licence or (known.pop() if len(known) == 1 else None)
+    if licence is None and args.push is not None:
+        remedy = bases[0].remedy(sources_of(found.network))
+        raise UserError(f"--push: the licence is unknown ({bases[0].told().rstrip('.')}): {remedy}")
+    return Exported(found, args.format, args.dtype, bases, boundary, licence, args.out.resolve().name)
+
+
+def adapter_writer(args: ExportArgs, found: Found) -> Callable[[Path], None]:
+    """What writes the adapter into a folder. Raises UserError for a network that has none."""
+    if args.dtype is Dtype.fp8:
+        raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
+    state, alpha = lora_of(found)
+    if args.dtype is Dtype.bf16:
+        state = {name: value.bfloat16() for name, value in state.items()}
+    return lambda folder: save_lora(folder, found.exporter, state, alpha)
+
+
+def weights_writer(args: ExportArgs, exported: Exported, parts: Mapping[str, Found]) -> Callable[[Path], None]:
+    """What writes the weights into a folder. parts: the networks by their folders in a pipeline. Raises UserError."""
+    found, exporter, names = exported.found, exported.found.exporter, Format(args.format)
     weights = {name: part.weights() for name, part in parts.items()}
+    if names is Format.NATIVE:
+        folders = dict(zip(weights, exporter.experts if len(weights) > 1 else (".",), strict=True))
+    else:
+        folders = {name: name for name in weights}
 
     def write(folder: Path) -> None:
-        if names is Format.NATIVE:
-            exporter.save(folder, weights[exporter.networks[0]], found.geometry, names, args.dtype, args.shard_bytes)
-            return
         for name, values in weights.items():
-            exporter.save(folder / name, values, found.geometry, names, args.dtype, args.shard_bytes)
-        (folder / "scheduler").mkdir()
-        _json(folder / "scheduler" / "scheduler_config.json", scheduler_config(config))
-        _json(folder / "model_index.json", model_index(config, exporter.pipeline(found.geometry, boundary)))
-        (folder / "README.md").write_text(card(replace(found, config=config)))
+            exporter.save(folder / folders[name], values, found.geometry, names, args.dtype, args.shard_bytes)
+        if names is Format.DIFFUSERS:
+            (folder / "scheduler").mkdir()
+            _json(folder / "scheduler" / "scheduler_config.json", scheduler_config(found.config))
+            _json(folder / "model_index.json", model_index(found.config, exported.pipeline))
 
-    return written(args.out, write)
+    return write
 
 
 def written(out: Path, write: Callable[[Path], None]) -> Path:
@@ -202,59 +222,10 @@ def _json(file: Path, values: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------- Diffusers
-
-
-def scheduler_config(config: RunConfig) -> dict[str, Any]:
-    """Diffusers' scheduler of the run."""
-    return config.student.family.exporter.scheduler(config.schedule.timestep_shift, few_steps=config.few_steps)
-
-
-def scheduler_sigmas(config: RunConfig) -> list[float]:
-    """The student's steps as that scheduler's `set_timesteps(sigmas=...)` takes them: it applies its shift to them."""
-    shift = config.schedule.timestep_shift
-    return [unshift_sigma(sigma, shift) for sigma in config.schedule.sigmas()]
-
-
 def model_index(config: RunConfig, pipeline: Pipeline) -> dict[str, Any]:
     """The pipeline's parts: those that are not exported are passed to `from_pretrained`."""
     scheduler = scheduler_config(config)["_class_name"]
     return {"_class_name": pipeline.name, "scheduler": [LIBRARY, scheduler], **pipeline.index}
-
-
-def card(found: Found) -> str:
-    """README.md of an exported folder: what it is, and the lines that load and sample it as the run does."""
-    config, made = found.config, found.exporter.pipeline(found.geometry, None)
-    pipeline, image = made.name, "image=IMAGE, " if made.takes_image else ""
-    without = ", ".join(f"{name}=None" for name in found.exporter.networks)
-    lines = [
-        f"# {config.name}",
-        "",
-        f"Exported by fewstep: {found.label}.",
-        "",
-        "```python",
-        f"from diffusers import {pipeline}",
-        f'base = "{made.base}"  # whichever has the text encoder and VAE of this model',
-        f"parts = {pipeline}.from_pretrained(base, {without})",
-        f"others = dict({', '.join(f'{name}=parts.{name}' for name in made.parts)})",
-        f"pipe = {pipeline}.from_pretrained(DIR, **others)",
-    ]
-    if config.few_steps:
-        sigmas = scheduler_sigmas(config)
-        lines += [
-            "from functools import partial",
-            f"steps = {[round(sigma, 9) for sigma in sigmas]}",
-            "pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=steps)",
-            f"pipe({image}prompt=PROMPT, num_inference_steps={len(sigmas)}, guidance_scale=1.0)",
-        ]
-    else:
-        lines += [f"pipe({image}prompt=PROMPT, guidance_scale={config.validation.guidance})"]
-    lines += ["```"]
-    if made.note:
-        lines += ["", made.note]
-    if config.is_causal:
-        lines += ["", "It was trained to generate block by block; this pipeline denoises all frames at once."]
-    return "\n".join(lines) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA
@@ -273,9 +244,9 @@ def lora_of(found: Found) -> tuple[dict[str, Tensor], float]:
 
 
 def save_lora(folder: Path, exporter: Exporter, state: Mapping[str, Tensor], alpha: float) -> None:
-    """An adapter alone: `pytorch_lora_weights.safetensors` for Diffusers, and `peft/` for PEFT. Raises ValueError."""
+    """An adapter alone: `ADAPTER_FILE` for Diffusers, and `peft/` for PEFT. Raises ValueError."""
     weights = {name: value.contiguous() for name, value in exporter.lora_to_diffusers(state, alpha).items()}
-    write_file(folder / "pytorch_lora_weights.safetensors", weights)
+    write_file(folder / ADAPTER_FILE, weights)
     (folder / "peft").mkdir()
     adapter, config = exporter.lora_to_peft(state, alpha)
     write_file(folder / "peft" / "adapter_model.safetensors", {k: v.contiguous() for k, v in adapter.items()})
@@ -285,7 +256,13 @@ def save_lora(folder: Path, exporter: Exporter, state: Mapping[str, Tensor], alp
 def main() -> int:
     args = export_args()
     refuse_several_ranks("export.py")
-    out = export(args)
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{args.format} in {args.dtype.value}, {size / 1e9:.2f} GB -> {out}")
+    if args.push is not None:
+        check_push(args.push)
+    out = args.out
+    if args.run is not None:
+        out = export(args)
+        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        print(f"{args.format} in {args.dtype.value}, {size / 1e9:.2f} GB -> {out}")
+    if args.push is not None:
+        print(f"{out} -> {push(out, args.push)}")
     return 0

@@ -13,6 +13,7 @@ from torch import Tensor
 from model.weights import State, Weights
 
 SHARD_BYTES = 5_000_000_000
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # Diffusers'
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 
 
@@ -40,6 +41,7 @@ class Pipeline:
     parts: names of those other parts.
     index: of model_index.json, all but the scheduler and what a run says.
     takes_image: whether a call needs an image.
+    pixels: a side of one latent place.
     note: a sentence for the exported folder's page, or nothing.
     """
 
@@ -48,6 +50,7 @@ class Pipeline:
     parts: tuple[str, ...]
     index: Mapping[str, Any]
     takes_image: bool
+    pixels: int
     note: str = ""
 
 
@@ -56,10 +59,12 @@ class Exporter(Protocol):
 
     formats: those that export.py's --format may ask for: "diffusers", "native", "lora".
     networks: folders of a pipeline's networks: the only one or the high-noise expert's, then the low-noise expert's.
+    experts: the same two experts' folders in the native layout, where one network has none of its own.
     """
 
     formats: tuple[str, ...]
     networks: tuple[str, ...]
+    experts: tuple[str, ...]
 
     def save(
         self, folder: Path, weights: Weights, geometry: Any, names: Format, dtype: Dtype, shard_bytes: int | None
@@ -92,6 +97,7 @@ class NoExporter:
 
     formats: tuple[str, ...] = ()
     networks: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
     def save(
         self, folder: Path, weights: Weights, geometry: Any, names: Format, dtype: Dtype, shard_bytes: int | None

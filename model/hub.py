@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+_NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.-]+))?(?:/(?P<inside>.+))?")
+
+
+def hub_name(path: str | Path) -> re.Match[str] | None:
+    """`owner/name[@revision][/path inside]` by its groups `repo`, `revision` and `inside`; None for a local path.
+
+    A typing error in a local path is not to be looked for on the Hub, so what begins with a folder of ours is local.
+    """
+    if Path(path).exists() or Path(str(path).split("/")[0]).is_dir():
+        return None
+    return _NAME.fullmatch(str(path))
 
 
 def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:

@@ -67,6 +67,7 @@ FULL = {
         for preset in ("14b", "a14b", "i2v-14b", "i2v-a14b")
     },
     "tests/model/wan/test_released.py::test_the_bytes_of_its_other_parts": "the network's bytes, [1.3b]",
+    "tests/generation/test_push.py::test_the_program_pushes": "test_what_arrives_is_what_was_exported",
     "tests/model/attention/test_vsa.py::test_kernels_build_for_hopper": "the kernels in Triton's interpreter",
 }
 

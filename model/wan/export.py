@@ -17,6 +17,7 @@ from model.wan.save import save_model
 from model.weights import State, Weights
 
 LIBRARY = "diffusers"
+CHANNELS_OF_22 = 48  # latent channels of Wan2.2's own VAE, the 5B's; Wan2.1's has 16
 PIPELINES = {"t2v": "WanPipeline", "ti2v": "WanPipeline", "i2v": "WanImageToVideoPipeline"}
 BASES = {  # by model type, and whether the network sees CLIP's tokens: whose other parts fit
     ("t2v", False): "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
@@ -31,6 +32,7 @@ class WanExporter:
 
     formats = ("diffusers", "native", "lora")
     networks = ("transformer", "transformer_2")
+    experts = ("high_noise_model", "low_noise_model")  # as in Wan2.2's own repositories
 
     def save(
         self, folder: Path, weights: Weights, geometry: WanConfig, names: Format, dtype: Dtype, shard_bytes: int | None
@@ -58,6 +60,7 @@ class WanExporter:
             ("vae", "text_encoder", "tokenizer", *(("image_encoder", "image_processor") if sees_clip else ())),
             index,
             takes_image,
+            16 if geometry.out_dim == CHANNELS_OF_22 else 8,
             note if geometry.first_frame is FirstFrame.clean else "",
         )
 

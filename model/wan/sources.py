@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model.hub import snapshot
+from model.hub import hub_name, snapshot
 from model.weights import Stored
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -25,7 +25,6 @@ EXPERTS = {"high": ("transformer", "high_noise_model"), "low": ("transformer_2",
 # what else lies beside Wan's own DiT as a torch file
 OTHER_MODELS = re.compile(r"models_t5|models_clip|VAE|vae")
 
-_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.-]+))?(?:/(?P<inside>.+))?")
 # groups of a Self-Forcing, CausVid or LongLive checkpoint by `which`, the first that is there
 LORA_GROUP = "generator_lora"
 GROUPS = {"ema": ("generator_ema", "generator"), "raw": ("generator",), "critic": ("critic",), "lora": (LORA_GROUP,)}
@@ -44,9 +43,7 @@ def located(path: str | Path, expert: str | None = None) -> Path:
     """
     if expert is not None and expert not in EXPERTS:
         raise ValueError(f"expert '{expert}' is unknown: choose high or low (noise)")
-    hub = _HUB.fullmatch(str(path))
-    # a typing error in a local path is not to be looked for on the Hub
-    if hub is None or Path(path).exists() or Path(str(path).split("/")[0]).is_dir():
+    if (hub := hub_name(path)) is None:
         return within(Path(path), expert)
     return _fetched(hub["repo"], hub["revision"], hub["inside"], expert)
 

@@ -75,7 +75,8 @@ def parts(latent_channels: int, text_dim: int) -> dict[str, Any]:
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(base_dim=3, z_dim=latent_channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])  # fmt: skip
+    statistics = {"latents_mean": [0.0] * latent_channels, "latents_std": [1.0] * latent_channels}
+    vae = AutoencoderKLWan(**statistics, base_dim=3, z_dim=latent_channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])  # fmt: skip
     text = UMT5Config(vocab_size=8, d_model=text_dim, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return {"vae": vae.eval(), "text_encoder": UMT5EncoderModel(text).eval(), "tokenizer": None}
 

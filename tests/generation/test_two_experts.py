@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from generation.export import scheduler_sigmas
+from generation.card import scheduler_sigmas
 from generation.generator import Generator
 from generation.sampling import Sampling, StudentChoice
 from generation.two_experts import joined
