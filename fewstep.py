@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.load import checked, load_run
+from configs.load import load_run, run_from_plain
 from configs.schema import RunConfig
 from generation.generator import Generator
 from generation.pretrained import Model, load_model
@@ -27,6 +27,7 @@ from trainer.base import RunOptions
 from trainer.command import default_logdir
 from trainer.run import train as _train
 from utils import distributed
+from utils.config import to_plain
 from utils.errors import ConfigError, UserError
 
 __all__ = ["ConfigError", "Sampling", "Student", "UserError", "load", "train"]
@@ -66,7 +67,12 @@ def load(source: str | Path, *, weights: str = "ema", device: str | torch.device
 
     Raises UserError.
     """
-    place = distributed.device() if device is None else torch.device(device)
+    if weights not in ("ema", "raw"):
+        raise UserError(f"load: weights {weights!r} are unknown: choose ema or raw")
+    try:
+        place = distributed.device() if device is None else torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError):  # the latter is of a torch without CUDA
+        raise UserError(f"load: there is no device {device} here: choose cpu, or None for what there is") from None
     if (Path(source) / "model_index.json").is_file() or Path(source).is_file():
         if weights != "ema":
             raise UserError(f"load: weights {weights!r} are a run's, and {source} is a released model: leave them out")
@@ -86,7 +92,7 @@ def train(config: str | Path | RunConfig, *overrides: str, logdir: str | Path | 
     if isinstance(config, RunConfig):
         if overrides or logdir is None:
             raise UserError("train: overrides are for a YAML's path, and a config needs a logdir")
-        run, folder = checked(config), Path(logdir)
+        run, folder = run_from_plain(to_plain(config)), Path(logdir)  # as strict as a YAML's values
     else:
         run, folder = load_run(config, overrides), Path(logdir or default_logdir(Path(config)))
     if code := _train(run, RunOptions(folder)):

@@ -53,7 +53,7 @@ def _check_traits(run: RunConfig) -> None:
         if is_asked(run) and trait not in run.student.family.traits:
             raise ValueError(
                 f"student.preset {run.student.preset}: its family has no {trait.value}, which {what} needs: leave it "
-                "out"
+                "out, or choose a preset of another family"
             )
 
 
@@ -69,7 +69,10 @@ def _check_steps(run: RunConfig) -> None:
 def _check_lengths(run: RunConfig) -> None:
     """Rollouts that are longer than the data's videos have whole blocks."""
     if isinstance(run.rollout, SelfForcingConfig) and run.rollout.num_training_frames is not None:
-        rollout_lengths(run.data.frames, run.rollout.num_training_frames, run.causal.num_frame_per_block)
+        try:
+            rollout_lengths(run.data.frames, run.rollout.num_training_frames, run.causal.num_frame_per_block)
+        except ValueError as problem:
+            raise ValueError(f"rollout.{problem}: change it, or set it to null") from None
 
 
 def _check_blocks(run: RunConfig) -> None:

@@ -70,16 +70,16 @@ def _sees_critic(run: RunConfig) -> bool:
     return run.objective.gan is not None and run.objective.gan.features is Features.critic
 
 
-def _has_scores(run: RunConfig) -> bool:
-    return Role.critic in objectives()[run.objective.kind].roles
+def _sees_teacher(run: RunConfig) -> bool:
+    return run.objective.gan is not None and run.objective.gan.features is Features.teacher
 
 
 def _needs_teacher(run: RunConfig) -> bool:
-    return _has_scores(run) or not _sees_critic(run)
+    return Role.teacher in objectives()[run.objective.kind].roles or _sees_teacher(run)
 
 
 def _needs_critic(run: RunConfig) -> bool:
-    return _has_scores(run) or _sees_critic(run)
+    return Role.critic in objectives()[run.objective.kind].roles or _sees_critic(run)
 
 
 def _by_exit(run: RunConfig) -> bool:

@@ -27,11 +27,10 @@ from model.schedule import ScheduleConfig
 from model.types import LatentSize
 from pipeline.causal import CausalConfig
 from tasks.data import DataConfig
+from utils.fields import check_modes
 from utils.optim import TrainedConfig
 from utils.parallel.mesh import ParallelConfig
 from utils.watchdog import WatchdogConfig
-
-WORLD_FPS = 8  # frames a second of what no released model makes
 
 
 @dataclass
@@ -73,6 +72,9 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
+    def __post_init__(self) -> None:
+        check_modes(self)
+
     @property
     def is_causal(self) -> bool:
         """Whether the trained network generates block by block."""
@@ -102,9 +104,7 @@ class RunConfig:
         """Frames a second of its videos."""
         if self.validation.fps is not None:
             return self.validation.fps
-        if self.data.kind != "wan":
-            return WORLD_FPS
-        return self.student.codecs.fps(self.student.geometry().out_dim)
+        return self.data.fps(self.student)
 
     def needs_data(self) -> str | None:
         """The part of the config that needs real videos, in words; None if no part does."""

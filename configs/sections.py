@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from configs.video_size import VideoSize, check_values
+from utils.fields import check_modes
 from utils.limits import BATCH, check_counts
 
 # Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
@@ -75,6 +76,7 @@ class DiffusionConfig:
     clean_noise_max: float = 0.0
 
     def __post_init__(self) -> None:
+        check_modes(self)
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
         if not 0 <= self.clean_block_share < 1:
@@ -143,6 +145,7 @@ class TrainingConfig:
     scale_shift: bool = True
 
     def __post_init__(self) -> None:
+        check_modes(self)
         if self.sizes is not None:
             check_values(self.sizes)
         if self.threads is not None and self.threads < 1:
@@ -224,6 +227,7 @@ class ValidationConfig:
     fps: int | None = None
 
     def __post_init__(self) -> None:
+        check_modes(self)
         if self.fps is not None and self.fps < 1:
             raise ValueError(f"fps must be at least 1, or null for the model's own, got {self.fps}")
         if (self.every is not None and self.every < 1) or self.count < 1 or self.steps < 1:

@@ -7,6 +7,7 @@ from enum import Enum
 
 from model.discriminator import DEPTHS, tapped_blocks
 from model.gan import Adversarial, Penalty
+from utils.fields import check_modes
 from utils.optim import TrainedConfig
 
 
@@ -53,6 +54,7 @@ class GANConfig:
     training: TrainedConfig = field(default_factory=TrainedConfig)
 
     def __post_init__(self) -> None:
+        check_modes(self)
         if self.weight < 0 or self.discriminator_weight <= 0:
             raise ValueError(
                 f"weight must be >= 0, discriminator_weight > 0, got {self.weight} and {self.discriminator_weight}"

@@ -22,6 +22,8 @@ from utils.config import config_hash
 from utils.found import classes_in
 from utils.variants import check_kind
 
+WORLD_FPS = 8  # frames a second of what no released model makes
+
 
 @dataclass(frozen=True)
 class TextSource:
@@ -50,8 +52,12 @@ class DataConfig:
 
     # through_codec: whether latent frames stand for several of video, as a codec makes them
     # draws_images: whether every sample has an image's conditioning, for networks that take it
+    # is_noise: whether samples are random numbers, from which nothing can be learnt
+    # suite: what of evaluate.py judges its samples, None for nothing
     through_codec: ClassVar[bool] = False
     draws_images: ClassVar[bool] = False
+    is_noise: ClassVar[bool] = False
+    suite: ClassVar[str | None] = None
 
     kind: str = "toy"
     real: bool = True
@@ -89,8 +95,13 @@ class DataConfig:
 
     @property
     def frames_key(self) -> str:
-        """Where the frames of a video are said."""
-        return f"data.{self.kind}.frames"
+        """Where the frames of a video are said: in the section that is named as the kind, where there is one."""
+        has_section = hasattr(getattr(self, self.kind, None), "frames")
+        return f"data.{self.kind}.frames" if has_section else f"data.kind {self.kind}"
+
+    def fps(self, network: NetworkConfig) -> int:
+        """Frames a second of a video."""
+        return WORLD_FPS
 
     @property
     def latents(self) -> str | None:

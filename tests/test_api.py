@@ -40,3 +40,11 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path: Path) -> None:
         fewstep.train("configs/toy/teacher.yaml", "training.max_step=1")
     with pytest.raises(fewstep.UserError, match="needs a logdir"):
         fewstep.train(load_run("configs/toy/teacher.yaml"))
+    wrong = load_run("configs/toy/teacher.yaml")
+    wrong.generator_training.optimizer.lr = "fast"  # type: ignore[assignment]
+    with pytest.raises(fewstep.ConfigError, match=r"^generator_training\.optimizer\.lr: 'fast' is not allowed: give a"):
+        fewstep.train(wrong, logdir=tmp_path / "wrong")
+    with pytest.raises(fewstep.UserError, match="weights 'mean' are unknown: choose ema or raw"):
+        fewstep.load(tmp_path, weights="mean")
+    with pytest.raises(fewstep.UserError, match="there is no device abacus here: choose cpu"):
+        fewstep.load(tmp_path, device="abacus")

@@ -179,13 +179,13 @@ def next_commands(extent: Extent, prompt: str, weights: str | None) -> list[str]
     videos, exported = (shlex.quote(str(extent.folder / name)) for name in ("videos", "export"))
     out = [f"python inference.py {run}{image} --prompt {shlex.quote(prompt)} --out {videos}"]
     alone = "--low_run" not in run
-    if config.data.kind in ("toy", "digits"):
+    if config.data.suite == "toy":  # evaluate.py's default
         out += [f"python evaluate.py {run}"]
     elif alone and config.is_causal and not image:
         out += [f"python demo.py {run}"]
-    elif alone and config.data.kind != "synthetic":
-        out += [f"python evaluate.py {run} --suite vbench"]
-    if config.student.family.exporter is not None:
+    elif alone and config.data.suite is not None:
+        out += [f"python evaluate.py {run} --suite {config.data.suite}"]
+    if config.student.family.exporter.formats:
         layout = "lora" if alone and config.student.lora is not None else "diffusers"
         out += [f"python export.py {run} --format {layout} --out {exported}"]
     return out

@@ -48,7 +48,7 @@ def sharing(config: RunConfig) -> dict[str, LoraConfig]:
 
 def random_heads(config: RunConfig) -> bool:
     """Whether networks without weights begin with random heads: in smoke tests, where a broken gradient must show."""
-    return config.data.kind == "synthetic"
+    return config.data.is_noise
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,7 +144,9 @@ def _nearby(path: Path) -> str:
 def _parse_override(text: str) -> dict[Any, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key or not all(key.split(".")):
-        raise ConfigError(f"override {text!r} is not of the form key=value (for instance seed=1 or data.batch_size=8)")
+        raise ConfigError(
+            f"override {text!r} is not of the form key=value (for instance seed=1 or training.max_steps=100)"
+        )
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException):
@@ -215,6 +218,9 @@ def _set_leaf(node: DictConfig, key: str, value: Any, hint: Any, where: str) -> 
     try:
         OmegaConf.update(node, key, value, merge=not isinstance(value, (list, ListConfig)))
     except (OmegaConfBaseException, ValueError):
+        section: Any = section_type(hint)
+        if has_variants(section) and value in list(section.variants()):
+            raise ConfigError(f"{where}: {show(value)} is a kind of this section: write {where}.kind={value}") from None
         raise ConfigError(f"{where}: {show(value)} is not allowed: give {describe(hint)}") from None
 
 
@@ -223,6 +229,8 @@ def _convert(value: Any, hint: Any, where: str, root: type) -> Any:
     options = options_of(hint)
     if value is None:
         return value
+    if float in options and _is_unbounded(value):
+        raise ConfigError(f"{where}: {show(value)} is not allowed: give {describe(hint)} that is finite")
     for option in options:
         if isinstance(option, type) and issubclass(option, Enum):
             return _enum_member(option, value, hint, where)
@@ -230,6 +238,14 @@ def _convert(value: Any, hint: Any, where: str, root: type) -> Any:
         if typing.get_origin(option) in (list, tuple) and items and isinstance(value, (list, tuple)):
             return [_convert_item(item, items[0], f"{where}[{i}]", root) for i, item in enumerate(value)]
     return value
+
+
+def _is_unbounded(value: Any) -> bool:
+    """Whether a value, maybe a text, is infinite or not a number."""
+    try:
+        return not math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False  # no number at all, which is refused when it is set
 
 
 def _convert_item(value: Any, hint: Any, where: str, root: type) -> Any:
@@ -263,7 +279,8 @@ def _instantiate(node: DictConfig, schema: type[T]) -> T:
         hint = hint_at(schema, str(error.full_key))
         raise ConfigError(f"{error.full_key}: has no value and no default: give {describe(hint)}") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {error.msg}: name an existing key in ${{...}}") from None
+        where, problem = error.full_key or "a section in ${...}", str(error.msg).partition("\n")[0]
+        raise ConfigError(f"{where}: {problem}: name an existing key of the same type in ${{...}}") from None
     except ValueError as error:
         path, owner, message = _locate(node, schema, "", str(error))
         first = re.match(r"\w*", message)

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from utils.errors import ConfigError
 from utils.fields import field_types, section_type
 
 
@@ -42,6 +43,12 @@ def laid(schema: type, below: Mapping[Any, Any], above: Mapping[Any, Any]) -> di
     """
     hints, both = field_types(schema), {}
     for key, value in above.items():
+        stands = below.get(key)
+        if isinstance(stands, str) and "${" in stands and isinstance(value, Mapping):
+            raise ConfigError(
+                f"{key}: {stands} stands for a whole section, and a later layer sets {', '.join(map(str, value))} in "
+                "it: write the section out"
+            )
         if _are_mappings(below.get(key), value):
             section = section_type(hints.get(key))
             both[key] = merged(below[key], value) if section is None else _laid_section(section, below[key], value)

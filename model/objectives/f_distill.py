@@ -13,6 +13,7 @@ from model.gan import Adversarial, NoisedSamples
 from model.objective import SCORES, Draws, Objective, ObjectiveConfig, Role, Weights
 from model.query import ScoreQuery
 from model.types import LossOutput, Total
+from utils.fields import check_modes
 
 
 @dataclass
@@ -28,6 +29,7 @@ class FDistillConfig:
     bin_momentum: float | None = 0.5
 
     def __post_init__(self) -> None:
+        check_modes(self)
         if self.bin_momentum is not None:
             RatioBins(self.bin_momentum)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from model.types import LatentSize
 from tasks.task import TaskContext
@@ -15,16 +16,14 @@ from worlds.glyphs import GLYPH
 class DigitsData(WorldData):
     """Scikit-learn's handwriting, as videos of one frame of 8x8. digits: the images."""
 
+    suite: ClassVar[str | None] = "toy"
+
     kind: str = "digits"
     digits: DigitsConfig = field(default_factory=DigitsConfig)
 
     @property
     def size(self) -> LatentSize:
         return 1, GLYPH, GLYPH
-
-    @property
-    def frames_key(self) -> str:
-        return "data.kind digits"
 
     def task(self, context: TaskContext) -> DigitsTask:
         return DigitsTask(self, context)

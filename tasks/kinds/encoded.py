@@ -48,6 +48,7 @@ class EncodedData(DataConfig):
     """
 
     through_codec: ClassVar[bool] = True
+    suite: ClassVar[str | None] = "vbench"
 
     kind: str = "wan"
     wan: ClipConfig = field(default_factory=ClipConfig)
@@ -74,6 +75,9 @@ class EncodedData(DataConfig):
     @property
     def size(self) -> LatentSize:
         return self.wan.frames, self.wan.height, self.wan.width
+
+    def fps(self, network: NetworkConfig) -> int:
+        return network.codecs.fps(network.geometry().out_dim)
 
     def task(self, context: TaskContext) -> EncodedTask:
         return EncodedTask(self, context)

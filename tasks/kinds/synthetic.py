@@ -43,6 +43,7 @@ class SyntheticData(DataConfig):
 
     through_codec: ClassVar[bool] = True
     draws_images: ClassVar[bool] = True
+    is_noise: ClassVar[bool] = True
 
     kind: str = "synthetic"
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from model.network import NetworkConfig
 from model.objective import RewardConfig
@@ -19,6 +19,8 @@ from worlds.toy_judge import ToyJudge
 @dataclass
 class ToyData(WorldData):
     """The toy world: a handwritten digit that glides over a small canvas. toy: the world."""
+
+    suite: ClassVar[str | None] = "toy"
 
     kind: str = "toy"
     toy: ToyWorldConfig = field(default_factory=ToyWorldConfig)

@@ -9,9 +9,14 @@ from torch import nn
 
 from configs.load import load_run, run_from_state
 from configs.rollout import RolloutConfig, SelfForcingConfig
+from configs.schema import RunConfig
+from configs.sections import DiffusionConfig, Precision, TrainingConfig, ValidationConfig
 from model.attention.sparse import SparseConfig
 from model.codec import VAEConfig
+from model.gan_config import GANConfig
 from model.network import NetworkConfig
+from model.objectives.dmd import DMDConfig
+from model.objectives.f_distill import FDistillConfig
 from model.text_encoder import TextConfig
 from tests import ROOT
 from utils.config import to_plain
@@ -65,6 +70,13 @@ def test_an_optimizers_options_are_of_all_that_it_makes(kind: str) -> None:
             "rollout.last_step_only=True: last_step_only is not for kind teacher_forcing: leave it out, or choose "
             "self_forcing, backward_simulation, noised_data",
         ),
+        (
+            ["objective='${rollout}'"],
+            "a section in ${...}: Invalid type assigned: SelfForcingConfig is not a subclass of",
+        ),
+        (["rollout=noised_data"], "rollout: 'noised_data' is a kind of this section: write rollout.kind=noised_data"),
+        (["rollout.num_training_frames=9"], "rollout.num_training_frames 9 must be 6 plus a multiple of the block of"),
+        (["data.kind=digits"], "data.kind digits and causal.num_frame_per_block disagree: 1 latent frames"),
         (["rollout.kind=self_forced"], "rollout.kind: 'self_forced' is not allowed: did you mean 'self_forcing'?"),
         ([f"{OPTIMIZER}.muon_lr=1"], f"{OPTIMIZER}.muon_lr=1: muon_lr is not for kind adamw: leave it out, or choose"),
         ([f"{OPTIMIZER}.kind=moun"], f"{OPTIMIZER}.kind: 'moun' is not allowed: did you mean 'muon'?"),
@@ -109,6 +121,13 @@ def test_runs_saved_with_keys_that_did_nothing_are_read() -> None:
     [
         (lambda: SelfForcingConfig(kind="noised_data"), "a SelfForcingConfig is no config of kind noised_data: choose"),
         (lambda: RolloutConfig("backward"), "kind 'backward' is unknown: choose self_forcing, backward_simulation, "),
+        (lambda: DMDConfig(critic_loss="x1"), "critic_loss 'x1' is unknown: choose flow or x0"),
+        (lambda: RunConfig(trainer="distil"), "trainer 'distil' is unknown: choose score_distillation, diffusion, "),
+        (lambda: TrainingConfig(precision="fp8"), "precision 'fp8' is unknown: choose fp32 or bf16"),
+        (lambda: DiffusionConfig(mode="causal"), "mode 'causal' is unknown: choose bidirectional, diffusion_forcing, "),
+        (lambda: ValidationConfig(weights="mean"), "weights 'mean' is unknown: choose ema, raw, both"),
+        (lambda: GANConfig(features="student"), "features 'student' is unknown: choose teacher or critic"),
+        (lambda: FDistillConfig(divergence="tv"), "divergence 'tv' is unknown: choose "),
         (lambda: OptimizerConfig(), "an OptimizerConfig is no config of kind adamw: choose AdamWConfig"),
         (lambda: ParallelConfig(engine="deep"), "engine 'deep' is unknown: choose fsdp2 or deepspeed"),
         (lambda: DeepSpeedConfig(offload_optimizer="disk"), "offload_optimizer 'disk' is unknown: choose none, cpu, "),
@@ -124,3 +143,8 @@ def test_configs_made_in_python_are_checked_too(make: Callable[[], object], mess
     with pytest.raises(ValueError) as refused:
         make()
     assert str(refused.value).startswith(message)
+
+
+def test_a_mode_may_be_named_in_python() -> None:
+    """A text that were kept would be none of the members that the trainers compare it with: fp32 in place of bf16."""
+    assert TrainingConfig(precision="bf16").precision is Precision.bf16  # type: ignore[arg-type]

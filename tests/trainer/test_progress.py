@@ -15,7 +15,7 @@ from evaluation.command import evaluation_parser
 from generation.command import inference_args, open_generator
 from generation.export import export, export_args
 from generation.videos import generate_videos
-from tests import forked
+from tests import ROOT, forked
 from tests.small import BRIEF, config, merged, trainer
 from trainer.base import RunOptions
 from trainer.build import build_trainer
@@ -125,3 +125,6 @@ def test_commands_fit_what_was_trained() -> None:
     assert "--run HIGH_NOISE_RUN --low_run logs/x --format diffusers" in write
     synthetic = {"data": {"kind": "synthetic", "synthetic": {"frames": 6, "height": 8, "width": 8}}}
     assert "demo.py" in programs(**synthetic)[1]
+    nothing_exports = load_run(ROOT / "configs/digits_edm/dmd2.yaml")
+    commands = next_commands(Extent(nothing_exports, Path("logs/x"), 4, 0), "the digit three", None)
+    assert [line.split()[1] for line in commands] == ["inference.py", "evaluate.py"]

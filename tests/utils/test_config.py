@@ -108,6 +108,13 @@ MISTAKES = [
     ("1: 2", [], ["1:", "unknown key"]),
     ("critic: {optimizer: {lr: fast}}", [], ["critic.optimizer.lr:", "'fast'", "give a number"]),
     ("seed: 2.5", [], ["seed:", "2.5", "give a whole number"]),
+    ("critic: {optimizer: {lr: nan}}", [], ["critic.optimizer.lr:", "'nan'", "give a number that is finite"]),
+    ("student: {optimizer: {betas: [0.9, .inf]}}", [], ["student.optimizer.betas[1]:", "inf", "that is finite"]),
+    (
+        "critic: '${student}'",
+        ["critic.steps=[1]"],
+        ["critic:", "${student} stands for a whole section", "write the section"],
+    ),
     ("seed: [1, 2]", [], ["seed:", "[1, 2]", "give a whole number"]),
     ("seed: {a: 1}", [], ["seed:", "{'a': 1}", "give a whole number"]),
     ("seed: null", [], ["seed:", "None", "give a whole number"]),
