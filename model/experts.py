@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 T2V_BOUNDARY, I2V_BOUNDARY = 0.875, 0.9  # of Wan2.2's A14B networks
 
-BY_SAMPLE = ("text", "channels", "image")  # what a call's mode has for each sample
-
 
 class Experts(nn.Module):
     """`high` where sigma >= boundary, `low` below: a velocity network as each of them is.
 
     high, low: networks of one geometry. boundary: in (0, 1), T2V_BOUNDARY and I2V_BOUNDARY for Wan2.2.
 
-    A call whose samples lie on both sides runs both networks, each on its part of the batch. Where weights are sharded
+    A call whose samples lie on both sides runs both networks, each on its part of the batch: tensors in its mode have a
+    row for each sample. Where weights are sharded
     all ranks must run the same networks: keep a call on one side then. Each network is trained alone, within the
     schedule's bounds: `min_score_timestep` is 1000 * boundary for the high one, `max_score_timestep` for the low one.
     The low one's `denoising_step_list` starts at the boundary too, so its rollout must be `noised_data`: it never sees
@@ -45,7 +44,7 @@ class Experts(nn.Module):
             return (self.high if bool(is_high.all()) else self.low)(x, sigma, **mode)  # type: ignore[no-any-return]
         rows = [is_high.nonzero().flatten(), (~is_high).nonzero().flatten()]
         parts = [
-            net(x[row], sigma[row], **{k: v[row] if k in BY_SAMPLE else v for k, v in mode.items()})
+            net(x[row], sigma[row], **{k: v[row] if isinstance(v, Tensor) else v for k, v in mode.items()})
             for net, row in zip((self.high, self.low), rows, strict=True)
         ]
         order = torch.cat(rows).argsort()
