@@ -47,17 +47,21 @@ class ConsistencyConfig:
     steps: of the teacher's Euler grid, shifted by schedule.timestep_shift.
     guidance: of the teacher.
     huber: the constant c of the pseudo-Huber distance, null for the squared one.
+    caption_dropout: share of samples trained with the negative prompt, which the teacher then sees too.
     """
 
     steps: int = 48
     guidance: float = 4.0
     huber: float | None = None
+    caption_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 2:
             raise ValueError(f"steps must be at least 2, got {self.steps}")
         if self.huber is not None and self.huber <= 0:
             raise ValueError(f"huber must be positive, or null for the squared distance, got {self.huber}")
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
 
 
 @dataclass
