@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from configs.video_size import VideoSize, check_values
 from utils.limits import BATCH, check_counts
+from utils.webhook import check_url, hidden
 
 # Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
 
@@ -260,11 +261,21 @@ class GuardConfig:
 
 @dataclass
 class LoggingConfig:
-    """Where numbers go beside metrics.jsonl, which is always written. Neither can stop a run.
+    """Where numbers go beside metrics.jsonl, which is always written. None of these can stop a run.
 
     tensorboard: whether TensorBoard events are written.
     wandb: whether W&B is told; it runs offline unless a key is set.
+    webhook: a URL that gets JSON at each validation and when the run ends; null for none. Prefer the environment
+        variable FEWSTEP_WEBHOOK: a run keeps no more of this than the host.
     """
 
     tensorboard: bool = True
     wandb: bool = False
+    webhook: str | None = field(default=None, repr=False, metadata={"saved_as": hidden})
+
+    def __post_init__(self) -> None:
+        if self.webhook is not None:
+            try:
+                check_url(self.webhook)
+            except ValueError as problem:
+                raise ValueError(f"webhook {problem}") from None
