@@ -15,6 +15,9 @@ class RolloutConfig:
     """Where the student's samples come from.
 
     kind: what they begin with, and in which order their frames are made.
+    caption_dropout: share of samples whose prompt is replaced by the negative one: student, teacher, critic and
+        discriminator all see that. Real samples, which a discriminator judges beside them, lose theirs alike. The DMD
+        recipes of FastVideo, which call it training_cfg_rate, keep it at 0.
     reuse_rollout: in iterations that train both networks the critic learns from the generator's sample (made before
         its update, for the same prompts) instead of making its own: the critic then sees the student of one update ago
         and the batch that the student was just judged on, and an iteration costs one rollout less.
@@ -27,6 +30,7 @@ class RolloutConfig:
     by_block: ClassVar[bool] = False
 
     kind: str = "self_forcing"
+    caption_dropout: float = 0.0
     reuse_rollout: bool = False
 
     @classmethod
@@ -43,6 +47,8 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check_kind(self)
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
 
     def longest(self, frames: int) -> int:
         """Latent frames of the longest rollout where the data's videos have `frames`."""

@@ -118,6 +118,11 @@ DISTILLATION: Sequence[Rule] = (
         lambda run: run.objective.reward is not None and (run.rollout.from_data or run.data.images is not None),
     ),
     Rule(
+        "rollout.caption_dropout {run.rollout.caption_dropout} leaves samples without a prompt, which "
+        "objective.reward judges them by: set it to 0",
+        lambda run: run.objective.reward is not None and run.rollout.caption_dropout,
+    ),
+    Rule(
         "objective.kind {run.objective.kind} needs schedule.min_score_timestep, where its interval starts",
         lambda run: objectives()[run.objective.kind].in_interval and run.schedule.min_score_timestep <= 0,
     ),
@@ -157,6 +162,11 @@ DISTILLATION: Sequence[Rule] = (
 )
 
 OTHER_TRAINERS: Sequence[Rule] = (
+    Rule(
+        "rollout.caption_dropout {run.rollout.caption_dropout} is for trainer score_distillation, not "
+        "{run.trainer.value}: set it to 0 (diffusion and consistency have a caption_dropout of their own)",
+        lambda run: run.rollout.caption_dropout and not _distils(run),
+    ),
     Rule(
         "teacher is null: the ode trainer makes trajectories with one: set it, or ode.path",
         lambda run: run.trainer is TrainerKind.ode and run.teacher is None and run.ode.path is None,

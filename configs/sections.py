@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from configs.video_size import VideoSize, check_values
 from utils.fields import check_modes
 from utils.limits import BATCH, check_counts
+from utils.webhook import check_url, hidden
 
 # Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
 
@@ -48,17 +49,21 @@ class ConsistencyConfig:
     steps: of the teacher's Euler grid, shifted by schedule.timestep_shift.
     guidance: of the teacher.
     huber: the constant c of the pseudo-Huber distance, null for the squared one.
+    caption_dropout: share of samples trained with the negative prompt, which the teacher then sees too.
     """
 
     steps: int = 48
     guidance: float = 4.0
     huber: float | None = None
+    caption_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 2:
             raise ValueError(f"steps must be at least 2, got {self.steps}")
         if self.huber is not None and self.huber <= 0:
             raise ValueError(f"huber must be positive, or null for the squared distance, got {self.huber}")
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
 
 
 @dataclass
@@ -260,11 +265,21 @@ class GuardConfig:
 
 @dataclass
 class LoggingConfig:
-    """Where numbers go beside metrics.jsonl, which is always written. Neither can stop a run.
+    """Where numbers go beside metrics.jsonl, which is always written. None of these can stop a run.
 
     tensorboard: whether TensorBoard events are written.
     wandb: whether W&B is told; it runs offline unless a key is set.
+    webhook: a URL that gets JSON at each validation and when the run ends; null for none. Prefer the environment
+        variable FEWSTEP_WEBHOOK: a run keeps no more of this than the host.
     """
 
     tensorboard: bool = True
     wandb: bool = False
+    webhook: str | None = field(default=None, repr=False, metadata={"saved_as": hidden})
+
+    def __post_init__(self) -> None:
+        if self.webhook is not None:
+            try:
+                check_url(self.webhook)
+            except ValueError as problem:
+                raise ValueError(f"webhook {problem}") from None

@@ -1,7 +1,8 @@
 """The seam between families of models and everything else.
 
 A family is a folder model/<name>/ whose module family.py has a `FAMILY`. Nothing outside that folder imports it: this
-module finds the folders, and a preset's name says whose network a run is about. `docs/families.md` adds one.
+module finds the folders, and a preset's name says whose network a run is about. `docs/families.md` adds one. A script
+registers its own instead.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from model.attention.checkpointing import Checkpointing
 from model.attention.kv_cache import CacheSpec, KVCache
 from model.attention.sparse import SparseConfig, Sparsity
 from model.codec import Codecs
-from model.export import Exporter
+from model.export import Exporter, NoExporter
 from model.merged import Lora
 from model.path import Path
 from model.released import Released, Source, Student
 from model.text_encoder import TextConfig, TextEncoder
 from model.types import Prompt
-from model.weights import Weights
+from model.weights import Weights, misfits, shapes_of
 from utils.parallel.sequence import SequenceParallel
 
 if TYPE_CHECKING:
@@ -236,9 +237,80 @@ class Family(Protocol):
         ...
 
 
-@functools.cache
+class PlainFamily:
+    """The part of a `Family` that is the same for all that have no trait and read no files but their runs' own.
+
+    What is left to say: presets, telling, head, shared, codecs; geometry, path, network, prompt_shapes, toy_prompts.
+    """
+
+    traits: frozenset[Trait] = frozenset()
+    lora_targets: tuple[str, ...] = ()
+    exporter: Exporter = NoExporter()
+    released_as: tuple[str, ...] = ()
+    sources: Mapping[str, Source] = {}
+    students: Mapping[str, Student] = {}
+
+    def network(
+        self, geometry: Any, backend: Backend, checkpointing: Checkpointing, sparse: SparseConfig | None
+    ) -> Network:
+        """See `Family`."""
+        raise NotImplementedError
+
+    def random_weights(self, geometry: Any, sparse: SparseConfig | None) -> Iterator[tuple[str, Tensor]]:
+        """In the order in which the network's modules are made, which is that of their draws."""
+        for name, value in self.network(geometry, Backend.SDPA, Checkpointing.none, sparse).named_parameters():
+            yield name, value.detach()
+
+    def text_encoder(self, config: TextConfig, geometry: Any) -> TextEncoder:
+        raise ValueError("text: these networks know the prompts of small worlds only: leave it out")
+
+    def open_weights(self, path: str, which: str, expert: str | None) -> Weights:
+        raise ValueError(f"{path} is no run's folder, and this family reads no other files yet")
+
+    def geometry_of(self, path: str, expert: str | None) -> Geometry | None:
+        return None
+
+    def check_fit(self, weights: Weights, net: Network) -> None:
+        if found := misfits(shapes_of(dict(net.named_parameters())), weights.shapes):
+            raise ValueError(f"weights do not fit this geometry: {found}: choose the geometry that they were made for")
+
+    def open_lora(self, path: str, modules: Iterable[str], expert: str | None) -> Lora:
+        raise ValueError(f"{path}: this family reads no LoRA files")
+
+    def released(self, folder: FilePath) -> Released:
+        raise ValueError(f"{folder}: this family reads no released models yet")
+
+    def student_of(self, path: str, layout: str | None) -> None:
+        return None
+
+
+_REGISTERED: dict[str, Family] = {}
+
+
 def families() -> Mapping[str, Family]:
-    """Families by the names of their folders."""
+    """Families by the names of their folders, then those that were registered."""
+    return {**_in_folders(), **_REGISTERED}
+
+
+def register(name: str, family: Family) -> None:
+    """Adds a family that a script or a notebook defines. Each process that reads its runs has to.
+
+    One that was registered under this name before goes, for a notebook runs a cell again.
+
+    Raises ValueError, one line, for a name or a preset that another family has, and for a family without presets.
+    """
+    if name in _in_folders():
+        raise ValueError(f"family '{name}' is taken, see model/{name}: choose another name")
+    others = {preset: known for known, other in families().items() if known != name for preset in other.presets}
+    if taken := sorted(set(family.presets) & set(others)):
+        raise ValueError(f"family '{name}': preset '{taken[0]}' is {others[taken[0]]}'s: choose another name")
+    if not family.presets:
+        raise ValueError(f"family '{name}' has no preset, by which a run would choose it: give it one")
+    _REGISTERED[name] = family
+
+
+@functools.cache
+def _in_folders() -> Mapping[str, Family]:
     folder = str(FilePath(__file__).parent)
     names = [module.name for module in pkgutil.iter_modules([folder]) if module.ispkg]
     with_seam = [name for name in names if FilePath(folder, name, "family.py").is_file()]

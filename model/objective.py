@@ -1,18 +1,17 @@
 """What a student is trained on: the base of all objectives, what their configs share, and how they are found.
 
 An objective is one file in model/objectives/: a class with its config. Nothing else names it: `objectives` finds it by
-its file, and `objective.kind` in a YAML chooses it. docs/extending.md adds one.
+its file, and `objective.kind` in a YAML chooses it. docs/extending.md adds one. A script registers its own instead.
 
 B batch  F latent frames  C channels  H W latent size
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from model.query import ScoreQuery
 from model.schedule import ScheduleConfig
 from model.types import LossOutput, Total
 from utils.fields import check_modes
-from utils.found import classes_in
+from utils.found import Registry
 
 
 class CriticLoss(Enum):
@@ -147,6 +146,11 @@ class Objective:
     weighs: ClassVar[bool] = False
     in_interval: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if len(cls.roles & SCORES) == 1:
+            raise TypeError(f"{cls.__name__}.roles: scores are compared: name teacher and critic, or neither")
+
     def __init__(self, config: ObjectiveConfig, total: Total) -> None:
         self.config, self.total = config, total
 
@@ -176,11 +180,32 @@ class Objective:
         """Takes back what `state` gave."""
 
 
-@functools.cache
+Own = TypeVar("Own", bound=Objective)
+
+_REGISTRY = Registry("model.objectives", Objective, first="dmd")
+
+
 def objectives() -> Mapping[str, type[Objective]]:
     """All objectives by kind, DMD first, for it is the default."""
-    found = sorted(classes_in("model.objectives", Objective), key=lambda objective: objective.kind != "dmd")
-    return {objective.kind: objective for objective in found}
+    return _REGISTRY.kinds()
+
+
+def register(objective: type[Own]) -> type[Own]:
+    """Adds an objective that a script or a notebook defines: a class decorator.
+
+    Each process that reads its runs has to.
+
+    Raises ValueError for a kind that there is, or that its config does not have.
+    """
+    config, kind = getattr(objective, "config_type", None), getattr(objective, "kind", None)
+    is_config = isinstance(config, type) and issubclass(config, ObjectiveConfig) and is_dataclass(config)
+    if not is_config or getattr(config, "kind", None) != kind:
+        raise ValueError(
+            f"{objective.__name__}: config_type must be a dataclass derived from ObjectiveConfig, with the kind "
+            f"{kind!r}: give it one"
+        )
+    _REGISTRY.add(objective)
+    return objective
 
 
 def objective_of(config: ObjectiveConfig, total: Total) -> Objective:

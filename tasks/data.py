@@ -1,16 +1,16 @@
 """The section `data` of a run: the base of all its kinds, and how they are found.
 
 A kind of data is one file in tasks/kinds/: a section with its task. `DataConfig.variants` finds it by its file, and
-`data.kind` in a YAML chooses it. docs/extending.md adds one.
+`data.kind` in a YAML chooses it. docs/extending.md adds one. A script registers its own instead.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from model.family import FirstFrame
 from model.network import NetworkConfig
@@ -19,7 +19,7 @@ from tasks.task import Task, TaskContext
 from tasks.text import text_shape
 from tasks.text_cache import Encode
 from utils.config import config_hash
-from utils.found import classes_in
+from utils.found import Registry
 from utils.variants import check_kind
 
 WORLD_FPS = 8  # frames a second of what no released model makes
@@ -68,7 +68,7 @@ class DataConfig:
     @classmethod
     def variants(cls) -> Mapping[str, type[DataConfig]]:
         """The section of each kind, the toy world first, for it is the default."""
-        return _kinds()
+        return _REGISTRY.kinds()
 
     @classmethod
     def switched(cls, values: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
@@ -179,7 +179,18 @@ def if_present(path: str | None) -> str | None:
     return path if path is not None and Path(path).exists() else None
 
 
-@functools.cache
-def _kinds() -> Mapping[str, type[DataConfig]]:
-    found = sorted(classes_in("tasks.kinds", DataConfig), key=lambda config: config.kind != "toy")
-    return {config.kind: config for config in found}
+D = TypeVar("D", bound=DataConfig)
+
+_REGISTRY = Registry("tasks.kinds", DataConfig, first="toy")
+
+
+def register(kind: type[D]) -> type[D]:
+    """Adds a kind of data that a script or a notebook defines: a class decorator, above `@dataclass`. Each process that
+    reads its runs has to.
+
+    Raises ValueError for a kind that there is.
+    """
+    if not is_dataclass(kind) or "__dataclass_fields__" not in vars(kind):
+        raise ValueError(f"{kind.__name__} is no dataclass: put @register above @dataclass")
+    _REGISTRY.add(kind)
+    return kind

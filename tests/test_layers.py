@@ -29,7 +29,7 @@ LAYERS = [
     ["tests"],
 ]
 ON_UTILS_ALONE = {"worlds", "importers"}
-ENTRY_FOLDERS = {"benchmarks", "scripts"}
+ENTRY_FOLDERS = {"benchmarks", "examples", "scripts"}
 ROOMS = {room.split(".")[0] for rooms in LAYERS for room in rooms} - {"entry points", "tests"}
 PACKAGES = {*ROOMS, *ENTRY_FOLDERS, "tests"}
 OPTIONAL = [
@@ -188,7 +188,7 @@ def test_tests_lie_as_the_rooms_do() -> None:
         path for path in folders if path.as_posix() not in beside and not (ROOT / path.relative_to("tests")).is_dir()
     ]
     assert not missing
-    of_the_whole = {"test_api.py", "test_docs.py", "test_extending.py", "test_layers.py"}
+    of_the_whole = {"test_api.py", "test_docs.py", "test_examples.py", "test_extending.py", "test_layers.py"}
     assert {path.name for path in ROOT.glob("tests/test_*.py")} == of_the_whole
 
 

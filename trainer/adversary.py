@@ -17,6 +17,7 @@ from model.objective import Objective
 from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
 from tasks.task import Shape, Task
+from trainer.caption_dropout import with_dropout
 from trainer.drawn_sizes import schedule_at
 from trainer.engine import ReplicatedEngine
 from trainer.networks import Trained
@@ -90,6 +91,8 @@ class Adversary:
         """Real samples of this shape at these positions, with their own noise."""
         clips = self.task.real(positions, shape)
         conditioning = self.task.conditioning(clips.captions, clips.visual)
+        # as the student's samples: a prompt that only those lack would tell them from real ones
+        conditioning = with_dropout(conditioning, self.task, noise, self.run.rollout.caption_dropout)
         eps = noise.normal(f"{phase}_real_noise", tuple(clips.latents.shape[1:]))
         return NoisedSamples(clips.latents, conditioning, self.sigma(noise, f"{phase}_real_sigma", shape), eps)
 

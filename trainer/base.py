@@ -25,6 +25,7 @@ from trainer.drawn_sizes import DrawnSizes
 from trainer.faults import SharedFaults
 from trainer.micro_batch import MicroBatch, micro_batches
 from trainer.networks import Trained, TrainedNetwork
+from trainer.notices import Notices
 from trainer.observer import TrainerObserver
 from trainer.progress import Extent, Setting, closing, finished_before, opening, stopped
 from trainer.run_networks import RunNetworks
@@ -46,10 +47,11 @@ from utils.video import grid, write_video
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says beside the config. The last three are for a planner, whose run writes nothing, whose
-    processes are pretended, and who wants to know where the trainer is.
+    """What the command line says beside the config. `log`, `mesh` and `observer` are for a planner, whose run writes
+    nothing, whose processes are pretended, and who wants to know where the trainer is.
 
     mesh: None takes the mesh of the processes that run.
+    notices: whom the run tells of its validations and its end; None for nobody.
     """
 
     logdir: Path
@@ -61,6 +63,7 @@ class RunOptions:
     log: bool = True
     mesh: Mesh | None = None
     observer: TrainerObserver = TrainerObserver()
+    notices: Notices | None = None
 
 
 class Extra(Protocol):
@@ -76,6 +79,7 @@ class Trainer(ABC):
 
     def __init__(self, config: RunConfig, options: RunOptions) -> None:
         self.config, self.options, self.observer = config, options, options.observer
+        self.notices = options.notices or Notices(config.name, options.logdir, None)
         self.device = distributed.device()
         self.mesh = options.mesh or build_mesh(config.parallel, distributed.world_size(), self.device)
         distributed.set_timeout(config.watchdog.group_timeout(), self.mesh.groups)
@@ -154,6 +158,7 @@ class Trainer(ABC):
                 activity.begin(self.step)
                 unlogged |= metrics | self._vitals(time.perf_counter() - started)
                 self.latest |= unlogged
+                self.notices.reached(self.step, self.latest)
                 if self.step % self.config.training.log_every == 0 or self.step == total:
                     self.logger.scalars(self.step, unlogged)
                     unlogged = {}
@@ -171,6 +176,8 @@ class Trainer(ABC):
         self.logger.close()
         distributed.barrier()
         self._say(self._ending(extent))
+        if extent.begins < total:
+            self._notify_end(extent)
         # a signal that came after the last step stopped nothing, and maybe only some ranks had it
         return 0 if self.stop_signal is None or self.step >= total else 128 + self.stop_signal
 
@@ -185,6 +192,10 @@ class Trainer(ABC):
     def _say(self, lines: Sequence[str]) -> None:
         for line in lines if self.options.log and distributed.is_main() else ():
             console.info("%s", line)
+
+    def _notify_end(self, extent: Extent) -> None:
+        stopped_by = self.stop_signal if self.step < extent.total else None
+        self.notices.ended(stopped_by, checkpoint.latest(self.checkpoints) if self.options.save else None)
 
     def _ending(self, extent: Extent) -> list[str]:
         if self.stop_signal is not None and self.step < extent.total:
@@ -276,13 +287,17 @@ class Trainer(ABC):
             return
         student = self.networks["student"]
         ema, warning = student.ema, average_warning(self.config, student.optimizer.updates)
+        statistics: dict[str, float] = {}
+        videos: list[Path] = []
         for which in shown_weights(self.config.validation.weights, ema is not None):
             if which == "ema" and warning and distributed.is_main():
                 console.warning("%s", warning)
             with ema.applied() if which == "ema" and ema is not None else nullcontext():
-                self._validation_video(which)
+                self._validation_video(which, statistics, videos)
+        self.notices.validated(statistics, videos)
 
-    def _validation_video(self, which: str) -> None:
+    def _validation_video(self, which: str, statistics: dict[str, float], videos: list[Path]) -> None:
+        """Adds what it measured and where the video lies."""
         before = self.evaluations.state()
         pixels = sample_pixels(self.sample, self.task, self.validation_prompts, self.config, self.device)
         self.evaluations.load(before)  # the count is training's
@@ -292,10 +307,11 @@ class Trainer(ABC):
         write_video(path, grid(pixels), self.config.fps, scale=max(1, 96 // pixels.shape[-1]))
         self.logger.video(self.step, f"validation/{which}", path)
         self._say([f"validation after step {self.step}, {which} weights: {path}"])
-        statistics = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
-        self.logger.scalars(
-            self.step, {f"validation/{which}_{name}": float(value) for name, value in statistics.items()}
-        )
+        looks = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
+        values = {f"validation/{which}_{name}": float(value) for name, value in looks.items()}
+        self.logger.scalars(self.step, values)
+        statistics |= values
+        videos.append(path)
 
     # --------------------------------------------------------------------------------------------- state and signals
 
@@ -352,6 +368,7 @@ class Trainer(ABC):
         self.skips.total, self.skips.in_a_row = state["skipped"], dict(state["skipped_in_a_row"])
         # the count is over all batches, and one rank carries it on; what a new start has cost is not in it
         self.evaluations.load(state["evaluations"] if self.mesh.dp_rank == 0 else Evaluations().state())
+        self.notices.reached(self.step, {})
         console.info("resumed from %s at step %d", path, self.step)
         try:
             saved = to_plain(run_from_state(state["config"]))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.family import presets
+from trainer.notices import VARIABLE
 from utils.cli import Parser
 
 
@@ -62,6 +64,8 @@ def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
     plan.add_argument("--gpu", metavar="NAME", help="a100-40, a100-80, h100, h200 (default), b200, l40s, rtx4090")
     # intermixed: overrides may stand before, between and after options
     space = parser.parse_intermixed_args(argv)
+    if any(re.match(r"logging\.webhook=(?!null$)", override) for override in space.overrides):
+        parser.error(f"logging.webhook: others can read a command line: set {VARIABLE} in the environment")
     if not space.plan and (space.nodes or space.gpus_per_node or space.gpu):
         parser.error("--nodes, --gpus_per_node and --gpu say what to plan for: add --plan, or start with torchrun")
     return TrainArgs(

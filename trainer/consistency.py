@@ -13,6 +13,7 @@ from model.score import ScoreNet
 from model.types import LossOutput
 from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from trainer.base import Trainer
+from trainer.caption_dropout import with_dropout
 from trainer.drawn_sizes import schedule_at
 from trainer.micro_batch import MicroBatch
 
@@ -40,6 +41,7 @@ class ConsistencyTrainer(Trainer):
         config, student = self.config, self.networks["student"]
         clips = self.task.real(micro.positions, micro.shape)
         conditioning = self.task.conditioning(clips.captions, clips.visual)
+        conditioning = with_dropout(conditioning, self.task, micro.noise, config.consistency.caption_dropout)
         clean, frames = clips.latents, clips.latents.shape[1]
         blocks = config.causal.blocks(frames)
         levels = uniform_sigmas(config.consistency.steps, schedule_at(config, micro.shape).timestep_shift)

@@ -13,6 +13,7 @@ from model.schedule import TIMESTEPS, mix, shift_sigma
 from model.types import Conditioning, LossOutput
 from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from trainer.base import Trainer
+from trainer.caption_dropout import dropped
 from trainer.drawn_sizes import schedule_at
 from trainer.micro_batch import MicroBatch
 
@@ -34,10 +35,10 @@ class DiffusionTrainer(Trainer):
         config = self.config.diffusion
         clips = self.task.real(micro.positions, micro.shape)
         latents = clips.latents
-        dropped = micro.noise.uniform("caption_dropout") < config.caption_dropout
+        gone = dropped(micro.noise, config.caption_dropout)
         prompts = [
             self.task.negative_prompt if drop else text
-            for text, drop in zip(clips.captions, dropped.tolist(), strict=True)
+            for text, drop in zip(clips.captions, gone.tolist(), strict=True)
         ]
         conditioning = self.task.conditioning(prompts, clips.visual)
         noise = micro.noise.normal("noise", tuple(latents.shape[1:]))

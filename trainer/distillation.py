@@ -27,6 +27,7 @@ from pipeline.bidirectional_training import backward_simulation, diffusion_forci
 from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_forcing_rollout
 from trainer.adversary import Adversary
 from trainer.base import Trainer
+from trainer.caption_dropout import with_dropout
 from trainer.drawn_sizes import schedule_at
 from trainer.guard import Guard
 from trainer.losses import Losses, Sample
@@ -151,6 +152,7 @@ class ScoreDistillationTrainer(Trainer):
             latents, conditioning = clips.latents, self.task.conditioning(clips.captions, clips.visual)
         else:
             conditioning = self.task.conditions(micro.positions, shape)
+        conditioning = with_dropout(conditioning, self.task, noise, config.rollout.caption_dropout)
         with torch.set_grad_enabled(with_gradient), self.networks["student"].engine.rollout():
             match config.rollout:
                 case SelfForcingConfig() as own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from configs.schema import RunConfig
 from trainer.base import RunOptions
 from trainer.build import build_trainer
+from trainer.notices import Notices, webhook_url
 from utils import distributed
 from utils.agreement import code_revision, require_agreement
 from utils.config import config_hash
@@ -24,9 +26,11 @@ def train(config: RunConfig, options: RunOptions) -> int:
 
     All ranks call it together. Raises UserError, also when they disagree on config, code, torch or mesh.
     """
+    url = webhook_url(config.logging)
     setup_console(distributed.rank(), distributed.world_size())
     distributed.init(config.watchdog.group_timeout())
-    with Watchdog(config.watchdog):
+    notices = Notices(config.name, options.logdir, url if distributed.is_main() else None)
+    with notices, Watchdog(config.watchdog):
         mesh = split(config.parallel, distributed.world_size())
         require_agreement(
             {
@@ -36,4 +40,4 @@ def train(config: RunConfig, options: RunOptions) -> int:
                 "mesh": "replicate {} x shard {} x sequence {}".format(*mesh),
             }
         )
-        return build_trainer(config, options).train()
+        return build_trainer(config, replace(options, notices=notices)).train()

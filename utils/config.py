@@ -306,9 +306,12 @@ def _locate(node: DictConfig, schema: type, path: str, message: str) -> tuple[st
 
 
 def to_plain(config: Any) -> Any:
-    """Dataclass (or mapping) -> dicts, lists and scalars as YAML or JSON would hold them; enums by value."""
+    """Dataclass (or mapping) -> dicts, lists and scalars as YAML or JSON would hold them; enums by value.
+
+    A field whose metadata has `saved_as` is what that makes of its value: secrets are not kept.
+    """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {field.name: to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return {field.name: _plain_field(field, getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, Enum):
         return config.value if isinstance(config.value, (str, int, float)) else config.name
     if isinstance(config, Mapping):
@@ -318,8 +321,12 @@ def to_plain(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
+def _plain_field(field: dataclasses.Field[Any], value: Any) -> Any:
+    return to_plain(field.metadata["saved_as"](value) if "saved_as" in field.metadata else value)
+
+
 def to_yaml(config: Any) -> str:
-    """YAML text which ``load`` reads back to an equal config."""
+    """YAML text which ``load`` reads back to an equal config, but for secrets."""
     return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
 
 

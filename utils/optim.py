@@ -6,7 +6,6 @@ A kind of optimizer is one file in utils/optimizers/ with a class derived from `
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from utils.distributed import full
 from utils.fields import check_modes
-from utils.found import classes_in
+from utils.found import Registry
 from utils.variants import check_kind
 
 Params = Sequence[nn.Parameter]
@@ -77,11 +76,12 @@ class OptimizerConfig:
         raise NotImplementedError
 
 
-@functools.cache
+_REGISTRY = Registry("utils.optimizers", OptimizerConfig, first="adamw")
+
+
 def optimizers() -> Mapping[str, type[OptimizerConfig]]:
     """The configs of all optimizers by kind, AdamW first, for it is the default."""
-    found = sorted(classes_in("utils.optimizers", OptimizerConfig), key=lambda config: config.kind != "adamw")
-    return {config.kind: config for config in found}
+    return _REGISTRY.kinds()
 
 
 @dataclass

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from model.attention.backends import Backend
 from model.attention.checkpointing import Checkpointing
@@ -15,17 +13,13 @@ from model.attention.sparse import SparseConfig
 from model.codec import PixelCodecs
 from model.edm.config import PRESETS, EDMConfig
 from model.edm.network import EDMNetwork
-from model.export import NoExporter
-from model.family import Network, Trait, replaced
-from model.merged import Lora
+from model.family import PlainFamily, Trait, replaced
 from model.path import EDM
-from model.released import Released, Source, Student
 from model.text_encoder import TextConfig, TextEncoder
 from model.types import Prompt
-from model.weights import Weights, misfits, shapes_of
 
 
-class EDMFamily:
+class EDMFamily(PlainFamily):
     """Networks of images with class labels.
 
     Of the traits it has one: without attention there is no cache, no tile and no head to share among ranks, its
@@ -37,12 +31,7 @@ class EDMFamily:
     telling = ("blocks.0.norm1.weight", "conv_out.bias")
     head = "conv_out.weight"
     shared = ("in_dim", "out_dim", "labels", "sigma_data")
-    lora_targets = ()
     codecs = PixelCodecs(mean=(0.5, 0.5, 0.5), scale=(2.0, 2.0, 2.0))  # RGB in [-1, 1], as EDM trains
-    exporter = NoExporter()
-    released_as = ()
-    sources: Mapping[str, Source] = {}
-    students: Mapping[str, Student] = {}
 
     def geometry(self, preset: str, overrides: Mapping[str, Any]) -> EDMConfig:
         return replaced(PRESETS[preset], overrides)
@@ -58,11 +47,6 @@ class EDMFamily:
         assert checkpointing is Checkpointing.none  # configs/checks.py refuses what is of traits that it does not have
         assert sparse is None
         return EDMNetwork(geometry)
-
-    def random_weights(self, geometry: EDMConfig, sparse: SparseConfig | None) -> Iterator[tuple[str, Tensor]]:
-        """In the order in which the network's modules are made, which is that of their draws."""
-        for name, value in EDMNetwork(geometry).named_parameters():
-            yield name, value.detach()
 
     def prompt_shapes(self, geometry: EDMConfig) -> dict[str, tuple[int, ...]]:
         return {"label": (geometry.labels,)}
@@ -89,25 +73,6 @@ class EDMFamily:
 
     def text_encoder(self, config: TextConfig, geometry: EDMConfig) -> TextEncoder:
         raise ValueError("text: these networks take labels and no text: leave it out")
-
-    def open_weights(self, path: str, which: str, expert: str | None) -> Weights:
-        raise ValueError(f"{path} is no run's folder, and this family reads no other files yet")
-
-    def geometry_of(self, path: str, expert: str | None) -> None:
-        return None
-
-    def check_fit(self, weights: Weights, net: Network) -> None:
-        if found := misfits(shapes_of(dict(net.named_parameters())), weights.shapes):
-            raise ValueError(f"weights do not fit this geometry: {found}: choose the geometry that they were made for")
-
-    def open_lora(self, path: str, modules: Iterable[str], expert: str | None) -> Lora:
-        raise ValueError(f"{path}: this family reads no LoRA files")
-
-    def released(self, folder: Path) -> Released:
-        raise ValueError(f"{folder}: this family reads no released models yet")
-
-    def student_of(self, path: str, layout: str | None) -> None:
-        return None
 
 
 FAMILY = EDMFamily()

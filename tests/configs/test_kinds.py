@@ -100,9 +100,11 @@ def test_what_cannot_be_is_one_line(overrides: list[str], message: str) -> None:
 def test_another_kind_takes_over_what_it_has() -> None:
     """The recipes say last_step_only of Self-Forcing, and a Muon rate: neither stands in the way of another kind."""
     rollout = load_run(TOY, ["rollout.kind=diffusion_forcing", "data.real=true"]).rollout
-    assert to_plain(rollout) == {"kind": "diffusion_forcing", "reuse_rollout": False}
+    assert to_plain(rollout) == {"kind": "diffusion_forcing", "caption_dropout": 0.0, "reuse_rollout": False}
     kept = load_run(TOY, ["rollout.kind=backward_simulation"]).rollout
-    assert to_plain(kept) == {"kind": "backward_simulation", "reuse_rollout": False, "last_step_only": True}
+    assert to_plain(kept) == {
+        "kind": "backward_simulation", "caption_dropout": 0.0, "reuse_rollout": False, "last_step_only": True,
+    }  # fmt: skip
     muon = load_run(TEACHER).generator_training.optimizer
     adamw = load_run(TEACHER, [f"{OPTIMIZER}.kind=adamw"]).generator_training.optimizer
     assert isinstance(muon, MuonConfig)

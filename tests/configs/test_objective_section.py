@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from configs.load import checked, load_run, run_from_plain, run_from_state
-from model.objective import ObjectiveConfig, objectives
+from model.objective import Objective, ObjectiveConfig, Role, objectives
 from tests import ROOT
 from utils.config import to_plain
 from utils.errors import ConfigError
@@ -64,3 +64,10 @@ def test_configs_made_in_python_are_checked_too() -> None:
         OptimizerConfig(kind="moun")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kind 'linaer' is unknown: choose constant, linear, cosine"):
         LRScheduleConfig(kind="linaer")  # type: ignore[arg-type]
+
+
+def test_an_objective_of_one_score_is_refused_when_it_is_written() -> None:
+    with pytest.raises(TypeError, match="TeacherAlone.roles: scores are compared: name teacher and critic, or neither"):
+
+        class TeacherAlone(Objective):
+            roles = frozenset({Role.teacher})
