@@ -88,9 +88,9 @@ class ConvFamily(PlainFamily):
     """What of this file the rest of the code asks: see `Family` in model/family.py."""
 
     presets: Mapping[str, ConvConfig] = {"conv-toy": ConvConfig()}
-    telling = ("conv_in.bias", "conv_out.bias")
+    telling: tuple[str, ...] = ("conv_in.bias", "conv_out.bias")
     head = "conv_out.weight"
-    shared = ("in_dim", "out_dim", "words")
+    shared: tuple[str, ...] = ("in_dim", "out_dim", "words")
     codecs: Codecs = PixelCodecs(mean=(0.5, 0.5, 0.5), scale=(2.0, 2.0, 2.0))
 
     def geometry(self, preset: str, overrides: Mapping[str, Any]) -> ConvConfig:

@@ -182,6 +182,9 @@ class PixelCodecs:
     def __init__(self, mean: Sequence[float], scale: Sequence[float]) -> None:
         self.mean, self.scale = tuple(mean), tuple(scale)
 
+    def fps(self, latent_channels: int) -> int:
+        raise ValueError("no released model of this family makes videos: set validation.fps")
+
     def load(self, config: VAEConfig, device: torch.device) -> PixelCodec:
         self._refuse(config.path)
         return PixelCodec(self.mean, self.scale, device)

@@ -60,6 +60,11 @@ OPTIONS_OF_OTHERS = {
     "ruff": {"--check"},
     "sbatch": {"--nodes", "--signal"},
     "scancel": {"--signal", "--batch"},
+    "docker": {
+        *("--tag", "--file", "--build-arg", "--rm", "--gpus", "--shm-size", "--user", "--env", "--volume"),
+        *("--interactive", "--tty"),
+    },
+    "apptainer": {"--nv", "--fakeroot"},
 }
 FENCE = re.compile(r"^```(\w*)(?: title=\S+)?\n(.*?)^```$", re.M | re.S)
 COMMENT = re.compile(r"<!--.*?-->", re.S)
