@@ -148,8 +148,11 @@ class Objective:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if len(cls.roles & SCORES) == 1:
-            raise TypeError(f"{cls.__name__}.roles: scores are compared: name teacher and critic, or neither")
+        if len(cls.roles & SCORES) == 1 and Role.discriminator not in cls.roles:
+            raise TypeError(
+                f"{cls.__name__}.roles: one score has nothing to be compared with: name teacher and critic, or a "
+                "discriminator"
+            )
 
     def __init__(self, config: ObjectiveConfig, total: Total) -> None:
         self.config, self.total = config, total

@@ -67,7 +67,7 @@ def test_configs_made_in_python_are_checked_too() -> None:
 
 
 def test_an_objective_of_one_score_is_refused_when_it_is_written() -> None:
-    with pytest.raises(TypeError, match="TeacherAlone.roles: scores are compared: name teacher and critic, or neither"):
+    with pytest.raises(TypeError, match="TeacherAlone.roles: one score has nothing to be compared with"):
 
         class TeacherAlone(Objective):
             roles = frozenset({Role.teacher})
