@@ -1,9 +1,8 @@
 """A fixed code in place of a VAE: the DCT of blocks of 8 x 8 pixels, of which the low frequencies are kept.
 
 Each pixel's colours are turned to three orthonormal axes: grey, red against blue, and green against both. Of each block,
-the axes keep 21, 15 and 10 frequencies: those with u + v <= 5, 4 and 3. So a latent pixel has 46 channels, each divided
-by how much it varies in the world of shapes. `decode` is the pseudo-inverse of `encode`: encoding a decoded video
-changes nothing.
+the axes keep 21, 15 and 10 frequencies: those with u + v <= 5, 4 and 3. So a latent pixel has 46 channels. `decode` is
+the pseudo-inverse of `encode`: encoding what it gives changes nothing.
 
 A network of width D cannot pass on noise of more than D dimensions, and a token of 8 x 8 pixels in colour has 192: what
 it leaves behind stays as noise in each sample. 46 leave room in a narrow network for what it computes.
@@ -12,7 +11,6 @@ it leaves behind stays as noise in each sample. 46 leave room in a narrow networ
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Final
 
@@ -27,8 +25,7 @@ AXES: Final = (  # rows are orthonormal
     (-1 / math.sqrt(6), 2 / math.sqrt(6), -1 / math.sqrt(6)),
 )
 KEPT: Final = (5, 4, 3)  # of each axis: the largest u + v
-SPREAD: Final = (1.1, 0.66, 0.46)  # of each axis: standard deviation of its mean over a block
-EXPONENT = float(os.environ.get("EXPO", "1"))
+SPREAD: Final = (0.7, 0.42, 0.29)  # by what an axis' frequencies are divided: as it varies, for latents of deviation 0.8
 GREY: Final = 0.87  # mean of the world's pixels
 
 
@@ -53,7 +50,7 @@ class BlockDCT:
         for axis, frequencies, spread in zip(AXES, self._frequencies, SPREAD, strict=True):
             columns = _weighted(colours, axis).unbind(3)
             along_x = [_weighted(columns, self._rows[u]).unbind(2) for u in range(frequencies[-1][0] + 1)]
-            channels += [_weighted(along_x[u], self._rows[v]) * (_falling(u + v) / spread) for u, v in frequencies]
+            channels += [_weighted(along_x[u], self._rows[v]) * (_raised(u + v) / spread) for u, v in frequencies]
         return torch.stack(channels, dim=2)
 
     def decode(self, latents_BFCHW: Tensor) -> Tensor:
@@ -75,7 +72,7 @@ class BlockDCT:
         for y in range(BLOCK):
             along_x = []
             for wave in waves:
-                found = [(c, spread / _falling(u + v), v) for c, (u, v) in zip(channels, frequencies, strict=True) if u == wave]
+                found = [(c, spread / _raised(u + v), v) for c, (u, v) in zip(channels, frequencies, strict=True) if u == wave]
                 along_x.append(_weighted([c for c, _, _ in found], [size * self._rows[v][y] for _, size, v in found]))
             pixels += [_weighted(along_x, [self._rows[u][x] for u in waves]) for x in range(BLOCK)]
         return torch.stack(pixels, dim=2)
@@ -89,9 +86,10 @@ def _basis() -> list[list[float]]:
     ]
 
 
-def _falling(n: int) -> float:
-    """By how much less than the block's mean the frequencies u + v = n vary in the world of shapes, as measured."""
-    return (1 + 0.75 * n + 0.42 * n * n) ** EXPONENT
+def _raised(n: int) -> float:
+    """By what frequencies u + v = n are raised. In the world of shapes they vary by the square of it less than a
+    block's mean, so this is half way, on a logarithmic scale, from pixels' own weights to equal variances."""
+    return math.sqrt(1 + 0.75 * n + 0.42 * n * n)
 
 
 def _weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

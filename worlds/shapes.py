@@ -35,7 +35,7 @@ DIRECTIONS: Final = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0
 # lengths in pixels of a canvas of 32
 UNIT: Final = 32
 SIZES: Final = {"": (4.6, 5.8), "small": (3.4, 4.2), "large": (5.4, 6.2)}  # radius, from a to b
-SPEEDS: Final = {"": 1.2, "slowly": 0.7, "quickly": 1.7}  # of a frame
+SPEEDS: Final = {"": 2.0, "slowly": 1.2, "quickly": 2.6}  # of a frame
 EDGE: Final = 2.6  # over which an object fades into the background
 REACH: Final = 1.35  # radii from the centre within which all of an object lies
 _TONE: Final = (0.86, 0.94)  # of the background's middle
@@ -60,7 +60,7 @@ class ShapesWorldConfig:
     across: its offset from the middle, perpendicular to the motion, is U(-across, across); 16 is the whole torus.
     """
 
-    frames: int = 9
+    frames: int = 6
     seed: int = 0
     canvas: int = UNIT
     objects: int = 1
