@@ -124,7 +124,8 @@ class ShapesWorld:
         ]
         self._known = {str(thing): thing for thing in things}
         self._contents = [(thing,) for thing in things] if config.objects == 1 else _pairs(things)
-        self.captions = [self.caption(content) for content in self._contents]
+        sentences = {thing: str(thing) for thing in things}
+        self.captions = [" and ".join([sentences[thing] for thing in content]) for content in self._contents]
 
     def caption(self, things: Sequence[Thing]) -> str:
         """The only sentence for this content: "a red circle moving left and a blue star moving up"."""
@@ -134,7 +135,7 @@ class ShapesWorld:
         """The objects of a caption; the inverse of `caption`. Raises ValueError on any other sentence."""
         things = [self._known.get(part) for part in " ".join(caption.lower().split()).split(" and ")]
         known = tuple(thing for thing in things if thing is not None)
-        if len(known) == len(things) == self.config.objects and _differ(known):
+        if len(known) == len(things) == self.config.objects and (len(known) == 1 or _differ(*known)):
             return known
         raise ValueError(
             f"shapes: cannot read caption {caption!r}; write one like {self.captions[0]!r}, with colours "
@@ -271,9 +272,8 @@ def _colours(things: Sequence[Thing], u_BK: NDArray[np.float64]) -> NDArray[np.f
 
 
 def _pairs(things: Sequence[Thing]) -> list[tuple[Thing, ...]]:
-    return [(a, b) for a in things for b in things if _differ((a, b))]
+    return [(a, b) for a in things for b in things if _differ(a, b)]
 
 
-def _differ(things: Sequence[Thing]) -> bool:
-    """Whether no two of them share a shape or a colour."""
-    return all(len({getattr(thing, name) for thing in things}) == len(things) for name in ("shape", "colour"))
+def _differ(a: Thing, b: Thing) -> bool:
+    return a.shape != b.shape and a.colour != b.colour

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,7 @@ from model.network import NetworkConfig
 from tasks.data import Size
 from tasks.world import WorldData, WorldTask
 from worlds.digits import DigitsConfig, DigitsWorld
+from worlds.digits_judge import DigitsJudge
 from worlds.glyphs import GLYPH
 
 
@@ -43,3 +45,6 @@ class DigitsTask(WorldTask):
 
     def __init__(self, config: DigitsData, student: NetworkConfig, seed: int, device: torch.device) -> None:
         super().__init__(DigitsWorld(config.digits), config, student, seed, device)
+
+    def judge(self, cache: Path) -> DigitsJudge:
+        return DigitsJudge(self.world, cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tasks.data import Size
 from tasks.world import WorldData, WorldTask
 from worlds.block_dct import BLOCK
 from worlds.shapes import ShapesWorld, ShapesWorldConfig
+from worlds.shapes_judge import ShapesJudge
 
 
 @dataclass
@@ -51,3 +53,6 @@ class ShapesTask(WorldTask):
 
     def __init__(self, config: ShapesData, student: NetworkConfig, seed: int, device: torch.device) -> None:
         super().__init__(ShapesWorld(config.shapes), config, student, seed, device)
+
+    def judge(self, cache: Path) -> ShapesJudge:
+        return ShapesJudge(self.world)
