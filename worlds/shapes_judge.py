@@ -154,6 +154,11 @@ class ShapesJudge:
             "videos": float(len(captions)),
         }
 
+    def right(self, latents_BFCHW: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Which objects are right in what, by the names of `evaluate`: [B, N] each."""
+        contents = [self.world.parse(caption) for caption in captions]
+        return self._right(self.look(self.world.decode(latents_BFCHW.float().cpu()), contents), contents)
+
     def look(self, pixels_BFCHW: Tensor, contents: Sequence[Sequence[Thing]]) -> Seen:
         """Measures pixels in [0, 1] against what they should show."""
         parts = [
