@@ -19,17 +19,11 @@ from torch import Tensor
 
 from generation.generator import Generator
 from generation.sampling import Sampling
-from tasks.kinds.digits import DigitsTask
-from tasks.kinds.toy import ToyTask
 from tasks.task import Task
-from tasks.world import WorldTask
+from tasks.world import Judge, WorldTask
 from utils.random import keyed_seed
-from worlds.digits_judge import DigitsJudge
-from worlds.toy_judge import ToyJudge
 
 SPLITS = {"dev": 7001, "test": 9001}  # seeds of prompts and noise
-
-Judge = ToyJudge | DigitsJudge
 
 
 @dataclass(frozen=True)
@@ -43,10 +37,8 @@ class Row:
 
 
 def judge_of(task: Task, cache: Path) -> Judge | None:
-    """The judge of a toy or digits task, kept in `cache`; None for another task."""
-    if isinstance(task, ToyTask):
-        return ToyJudge(task.world, cache)
-    return DigitsJudge(task.world, cache) if isinstance(task, DigitsTask) else None
+    """The judge of a world, kept in `cache`; None for a task without one."""
+    return task.judge(cache) if isinstance(task, WorldTask) else None
 
 
 def eval_prompts(captions: Sequence[str], count: int, split: str) -> list[str]:
@@ -90,10 +82,7 @@ def evaluate_real(judge: Judge, *, count: int, split: str) -> Row:
     return Row("real, held out", judge.evaluate(latents, prompts), 0.0, 0.0)
 
 
-COLUMNS = (  # a table has those that its judge gives
-    ("prompt right", "prompt_right", "{:.3f}"),
-    ("digit", "digit_right", "{:.3f}"),
-    ("direction", "direction_right", "{:.3f}"),
+COLUMNS = (  # a table has those that its judge gives, after the shares of what is right
     ("appearance FD", "appearance_fd", "{:.2f}"),
     ("FID-like", "fid", "{:.2f}"),
     ("novelty", "novelty", "{:.2f}"),
@@ -101,6 +90,7 @@ COLUMNS = (  # a table has those that its judge gives
     ("jitter px", "jitter", "{:.2f}"),
     ("flicker", "flicker", "{:.3f}"),
     ("intensity", "intensity", "{:.4f}"),
+    ("saturation", "saturation", "{:.4f}"),
     ("diversity", "diversity", "{:.2f}"),
     ("drift", "appearance_drift", "{:.1f}"),
     ("fading", "intensity_drift", "{:.3f}"),
@@ -110,7 +100,11 @@ COLUMNS = (  # a table has those that its judge gives
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text."""
-    columns = [column for column in COLUMNS if column[1] in rows[0].metrics]
+    shares = [key for key in rows[0].metrics if key.endswith("_right")]
+    columns = [
+        ("prompt right" if key == "prompt_right" else key.removesuffix("_right"), key, "{:.3f}") for key in shares
+    ]
+    columns += [column for column in COLUMNS if column[1] in rows[0].metrics]
     heads = ["", *(head for head, _, _ in columns), "evaluations"]
     lines = [[r.name, *(form.format(r.metrics[key]) for _, key, form in columns), f"{r.evaluations:.1f}"] for r in rows]
     widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -46,6 +47,16 @@ class World(Protocol):
 
     def resized(self, frames: int, height: int) -> World:
         """The same world with so many frames, and latents of another height and width."""
+
+
+class Judge(Protocol):
+    """Measures a world's videos by means that never saw a generator. See ToyJudge."""
+
+    @property
+    def world(self) -> World: ...
+
+    def evaluate(self, latents_BFCHW: Tensor, captions: Sequence[str]) -> dict[str, float]:
+        """Every measure of these videos, by name; the shares of what is right end in `_right`."""
 
 
 @dataclass
@@ -172,6 +183,10 @@ class WorldTask:
         """The last frame of latents [B, F, C, H, W], decoded and encoded again as an image: [B, 1, C, H, W]."""
         world = self.world.resized(latents.shape[1], latents.shape[3])
         return world.encode(self.decode(latents)[:, -1:]).to(self.device)
+
+    def judge(self, cache: Path) -> Judge | None:
+        """The world's judge, if it has one; what it has to learn first it keeps in `cache`."""
+        return None
 
     def reward(self, config: RewardConfig | None) -> Reward | None:
         no_reward(config)

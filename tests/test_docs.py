@@ -53,6 +53,7 @@ PROGRAMS = {
     "benchmarks.scaling": "benchmarks/scaling.py",
     "scripts.report": "scripts/report.py",
     "scripts.methods": "scripts/methods.py",
+    "scripts.shapes_teacher": "scripts/shapes_teacher.py",
     "tests.replay": "tests/replay.py",
 }
 OPTIONS_OF_OTHERS = {

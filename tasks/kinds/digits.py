@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from model.types import LatentSize
 from tasks.task import TaskContext
 from tasks.world import WorldData, WorldTask
 from worlds.digits import DigitsConfig, DigitsWorld
+from worlds.digits_judge import DigitsJudge
 from worlds.glyphs import GLYPH
 
 
@@ -40,3 +42,6 @@ class DigitsTask(WorldTask):
 
     def __init__(self, config: DigitsData, context: TaskContext) -> None:
         super().__init__(DigitsWorld(config.digits), config, context)
+
+    def judge(self, cache: Path) -> DigitsJudge:
+        return DigitsJudge(self.world, cache)

@@ -56,6 +56,9 @@ class ToyTask(WorldTask):
     def __init__(self, config: ToyData, context: TaskContext) -> None:
         super().__init__(ToyWorld(config.toy), config, context)
 
+    def judge(self, cache: Path) -> ToyJudge:
+        return ToyJudge(self.world, cache)
+
     def reward(self, config: RewardConfig | None) -> Reward | None:
         """The judge's 'prompt_adherence'. The judge is trained at first use and kept on disk."""
         if config is None:
