@@ -14,6 +14,7 @@ from torch import Tensor
 from evaluation.toy_suite import SPLITS, Row, eval_prompts, judge_of, table
 from model.network import NetworkConfig
 from tasks.kinds.shapes import ShapesData
+from tasks.task import TaskContext
 from worlds import shapes_judge
 from worlds.block_dct import AXES, BlockDCT
 from worlds.shapes import COLOURS, DIRECTIONS, SHAPES, SPEEDS, ShapesWorld, ShapesWorldConfig, Thing
@@ -281,7 +282,7 @@ def test_the_judge_refuses_what_it_cannot_measure(judge: ShapesJudge) -> None:
 
 def test_evaluation_asks_the_task_for_its_judge() -> None:
     student = NetworkConfig("toy", overrides={"in_dim": 46, "out_dim": 46, "patch_size": [1, 1, 1]})
-    task = ShapesData().task(student, 0, torch.device("cpu"))
+    task = ShapesData().task(TaskContext(student, 0, torch.device("cpu")))
     found = judge_of(task, Path("unused"))
     assert isinstance(found, ShapesJudge)
     row = dict.fromkeys(METRICS, 0.5)
