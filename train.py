@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from configs.load import load_run
+from planning.launch import Recipe, cluster_of
 from planning.report import plan_text
 from trainer.base import RunOptions
 from trainer.command import train_args
@@ -25,7 +26,7 @@ def main() -> int:
             print(to_yaml(config), end="")
         return 0
     if args.plan is not None:
-        print(plan_text(config, args.plan, args.max_steps))
+        print(plan_text(config, cluster_of(Recipe(args.config_path), config, args.plan), args.max_steps))
         return 0
     options = RunOptions(args.logdir, args.resume, args.max_steps, args.wandb, args.save, args.visualize)
     return train(config, options)

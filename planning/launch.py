@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -11,9 +12,13 @@ from pathlib import Path
 
 import yaml
 
+from configs.schema import RunConfig
 from planning.hardware import GB, GPU, GPUS, find_gpu
 from planning.plan import Cluster
-from trainer.command import default_logdir
+from planning.pretend_run import networks_of
+from trainer.command import PlanArgs, default_logdir
+from trainer.micro_batch import micro_batches
+from utils.errors import ConfigError
 
 PER_NODE = 8  # GPUs of a node, where nobody says otherwise
 DEFAULT_GPU = "h200"  # as train.py --plan takes it
@@ -86,6 +91,44 @@ def asked_cluster(gpus: int | None, name: str | None, other: Cluster | None) -> 
         gpu_name, gpu = name.lower(), find_gpu(name)
     nodes = -(-count // PER_NODE)
     return Cluster(nodes, -(-count // nodes), gpu_name, gpu)
+
+
+def cluster_of(recipe: Recipe, config: RunConfig, asked: PlanArgs) -> Cluster:
+    """The GPUs that `train.py --plan` plans for. Raises UserError for an unknown GPU.
+
+    Where nobody says how many, they are those that the recipe's head names, or else as many as its `parallel` needs.
+    """
+    meant_for, parallel = recipe.hardware(), config.parallel
+    needed = parallel.replicate * (parallel.shard or 1) * parallel.sequence
+    if asked.nodes is not None or asked.gpus_per_node is not None:
+        nodes, each = asked.nodes or 1, asked.gpus_per_node or PER_NODE
+    elif meant_for is not None and meant_for.world % needed == 0:
+        nodes, each = meant_for.nodes, meant_for.gpus_per_node
+    else:
+        nodes = -(-needed // PER_NODE)
+        each = -(-needed // nodes)
+    if asked.gpu is None and meant_for is not None:
+        return dataclasses.replace(meant_for, nodes=nodes, gpus_per_node=each)
+    name = (asked.gpu or DEFAULT_GPU).lower()
+    return Cluster(nodes, each, name, find_gpu(name))
+
+
+def fitted(config: RunConfig, cluster: Cluster) -> RunConfig:
+    """The run with a split that these GPUs and its batch allow, where its `parallel` says none; else as it is.
+
+    The fewest GPUs share a video.
+    """
+    parallel = config.parallel
+    if (parallel.replicate, parallel.shard, parallel.sequence) != (1, None, 1):
+        return config
+    heads = math.gcd(*(network.geometry().num_heads for network in networks_of(config).values()))
+    for sequence in (n for n in range(1, cluster.gpus_per_node + 1) if cluster.world % n == 0 and heads % n == 0):
+        try:
+            micro_batches(config.training, cluster.world // sequence)
+        except ConfigError:
+            continue
+        return dataclasses.replace(config, parallel=dataclasses.replace(parallel, sequence=sequence))
+    return config
 
 
 def own_cluster(gpus: Sequence[tuple[str, int]], memory: float) -> Cluster:

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from configs.schema import RunConfig
 from configs.sizes import largest
 from model.attention.checkpointing import Checkpointing
-from planning.hardware import CONTEXT_GB, FRAGMENTS, GB, find_gpu, needed_gb
+from planning.hardware import CONTEXT_GB, FRAGMENTS, GB, needed_gb
+from planning.launch import fitted
 from planning.meter import FLOPS, GATHERED, GRADIENTS, WORKSPACE, Traffic
 from planning.plan import Cluster, Plan, make_plan
 from planning.pretend_run import SHARDED, networks_of
 from trainer.adversary import NAME as DISCRIMINATOR
-from trainer.command import PlanArgs
 from trainer.micro_batch import micro_batches
 from utils.errors import ConfigError
+from utils.logging import console
 from utils.parallel.mesh import legal_splits, split
 
 MFU = 0.4  # share of the data sheet's speed, for a second figure beside the bound: an assumption
@@ -32,13 +33,26 @@ COLUMNS = {
 }
 
 
-def plan_text(config: RunConfig, asked: PlanArgs, max_steps: int | None = None) -> str:
-    """The plan of a run in words, with remedies where it does not fit. Raises UserError."""
+LEGEND = """What the words say: a copy of the weights lies on shard x sequence GPUs, replicate is how many copies there
+are, and sequence GPUs share a video. "gathered" are whole layers while they compute; "activations" are what a backward
+pass needs. "overlapped" traffic runs beside the arithmetic, "all-to-all" never does. docs/planning.md has more."""
+
+
+def plan_text(config: RunConfig, cluster: Cluster, max_steps: int | None = None) -> str:
+    """The plan of a run in words, with remedies where it does not fit. Raises UserError.
+
+    A run whose `parallel` names no split gets one that fits the GPUs and its batch.
+    """
     config = copy.deepcopy(config)
     config.training.max_steps = min(config.training.max_steps, max_steps or config.training.max_steps)
-    gpu = find_gpu(asked.gpu)
-    plan = make_plan(config, Cluster(asked.nodes, asked.gpus_per_node, asked.gpu.lower(), gpu))
-    return report(plan) if plan.fits else "\n".join([report(plan), "", *remedies(plan)])
+    config = fitted(config, cluster)
+    console.info("planning %s for %d GPUs: its iterations run once on pretended tensors", config.name, cluster.world)
+    plan = make_plan(config, cluster)
+    lines = [report(plan)]
+    if not plan.fits:
+        console.info("it does not fit: changes are planned one by one")
+        lines += ["", *remedies(plan)]
+    return "\n".join([*lines, "", LEGEND])
 
 
 def report(plan: Plan) -> str:
@@ -225,6 +239,7 @@ def remedies(plan: Plan, most: int = 3) -> list[str]:
     surplus = (needed_gb(plan.peak) - plan.cluster.gpu.memory) * GB / (1 + FRAGMENTS)
     fitting: list[tuple[str, Plan]] = []
     for change in _promising(changes(plan), surplus)[: most + 2]:
+        console.info("planning with %s", change)
         other = make_plan(change.applied(plan.config), plan.cluster)
         if other.fits:
             fitting.append((str(change), other))

@@ -15,11 +15,11 @@ from utils.cli import Parser
 
 @dataclass(frozen=True)
 class PlanArgs:
-    """What to plan for."""
+    """What to plan for; None is what the recipe is meant for. gpu: a name of planning/hardware.py."""
 
-    nodes: int
-    gpus_per_node: int
-    gpu: str
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    gpu: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,19 @@ def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
     parser.add_argument("--print_config", "--print-config", action="store_true", help="print it checked, and exit")
     plan = parser.add_argument_group("planning", "what the run would need of its GPUs, found out without one")
     plan.add_argument("--plan", action="store_true", help="print it, and exit")
-    plan.add_argument("--nodes", type=_positive, metavar="N", help="default: 1")
-    plan.add_argument("--gpus_per_node", "--gpus-per-node", type=_positive, metavar="N", help="default: 8")
-    plan.add_argument("--gpu", metavar="NAME", help="a100-40, a100-80, h100, h200 (default), b200, l40s, rtx4090")
+    plan.add_argument("--nodes", type=_positive, metavar="N", help="default: those that the recipe is meant for")
+    plan.add_argument(
+        "--gpus_per_node",
+        "--gpus-per-node",
+        type=_positive,
+        metavar="N",
+        help="default: those that the recipe is meant for, or 8",
+    )
+    plan.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="a100-40, a100-80, h100, h200 (default), b200, l40s, rtx4090",
+    )
     # intermixed: overrides may stand before, between and after options
     space = parser.parse_intermixed_args(argv)
     if any(re.match(r"logging\.webhook=(?!null$)", override) for override in space.overrides):
@@ -78,7 +88,7 @@ def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
         save=not space.no_save,
         visualize=not space.no_visualize,
         print_config=space.print_config,
-        plan=PlanArgs(space.nodes or 1, space.gpus_per_node or 8, space.gpu or "h200") if space.plan else None,
+        plan=PlanArgs(space.nodes, space.gpus_per_node, space.gpu) if space.plan else None,
     )
 
 

@@ -21,13 +21,14 @@ from model.attention.vsa.tiles import Tiling, tile_maps
 from model.wan.config import PRESETS, WanConfig
 from model.wan.transformer import WanTransformer
 from planning.hardware import GPU, GPUS, bound, needed_gb
+from planning.launch import Recipe, cluster_of, fitted
 from planning.meter import FLOPS, Meter, Owner, Traffic, sent_bytes
 from planning.plan import Cluster, Plan, kinds_of, make_plan, update_cost
 from planning.pretend_run import ALLOCATION, SHARDED, Iteration, pretended_world, run, stripped
 from planning.report import changes, plan_text, remedies, report
 from tests import ROOT, forked, small
 from tests.distributed import measured_peak
-from trainer.command import train_args
+from trainer.command import PlanArgs, train_args
 from utils.errors import UserError
 
 YAML = ROOT / "configs" / "toy" / "self_forcing_dmd.yaml"
@@ -337,6 +338,31 @@ def test_time_is_the_slower_of_arithmetic_and_transfers() -> None:
     assert bound(cost, gpu).total == 4.0  # attention waits
 
 
+@pytest.mark.parametrize(
+    ("recipe", "asked", "world"),
+    [
+        ("toy/self_forcing_dmd", PlanArgs(), (1, 1)),  # its head names CPU cores
+        ("wan2.1_1.3b/self_forcing_dmd", PlanArgs(), (1, 8)),
+        ("wan2.1_14b/self_forcing_dmd", PlanArgs(), (8, 8)),
+        ("wan2.1_14b/self_forcing_dmd", PlanArgs(nodes=2), (2, 8)),
+        ("wan2.1_14b/self_forcing_dmd", PlanArgs(gpus_per_node=4), (1, 4)),
+    ],
+)
+def test_a_plan_is_for_what_the_recipe_is_meant_for(recipe: str, asked: PlanArgs, world: tuple[int, int]) -> None:
+    path = ROOT / f"configs/{recipe}.yaml"
+    cluster = cluster_of(Recipe(path), load_run(path), asked)
+    assert (cluster.nodes, cluster.gpus_per_node) == world
+
+
+def test_a_split_that_nobody_chose_fits_the_batch() -> None:
+    """8 GPUs and a batch of 2: 2 copies of which each is 4 GPUs with a part of the video."""
+    run = load_run(ROOT / "configs/wan2.1_1.3b/self_forcing_dmd.yaml", ["training.global_batch_size=2"])
+    cluster = Cluster(1, 8, "h200", GPUS["h200"])
+    assert fitted(run, cluster).parallel.sequence == 4
+    chosen = dataclasses.replace(run, parallel=dataclasses.replace(run.parallel, shard=8))
+    assert fitted(chosen, cluster) == chosen  # what a user says stays, and is refused if it cannot be
+
+
 MISTAKES = [
     (["--plan", "--gpu", "h300"], ["h300", "h200"]),
     (["--nodes", "2"], ["--plan"]),
@@ -350,7 +376,8 @@ def test_mistakes_say_what_is_legal(arguments: list[str], said: list[str]) -> No
     with pytest.raises(UserError) as caught:
         args = train_args(["--config_path", str(YAML), *arguments])
         assert args.plan is not None
-        plan_text(load_run(args.config_path, args.overrides), args.plan)
+        config = load_run(args.config_path, args.overrides)
+        plan_text(config, cluster_of(Recipe(args.config_path), config, args.plan))
     assert all(words in str(caught.value) for words in said), caught.value
 
 
