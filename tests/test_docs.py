@@ -263,7 +263,7 @@ def test_pages_name_things() -> None:
     [
         "trainer/distil.py", "pipeline/*.yml", "tests/model/test_dmd.py::test_nothing", "make tests", "--config-file X",
         "--no-such", "schedule.ts_sched", "rollout.kinds: self_forcing", "utils.config.lode", "RunConfig.is_casual",
-        "denoise_blocks", "python -m trainer.evaluat", "python evaluate.py --runs x", "model/wan2/", "no.jsonl",
+        "denoise_blocks", "python -m trainer.evaluat", "python evaluate.py --ruin x", "model/wan2/", "no.jsonl",
     ],
 )  # fmt: skip
 def test_a_wrong_name_is_found(span: str) -> None:

@@ -44,35 +44,35 @@ def _unwarped(title: str, source: str, **settings: Any) -> Student:
     return Student(title, source, **{"steps": THREE, "warp": False, "shift": 8.0, "block": None, **VIDEO, **settings})
 
 
-# context_noise is 0 and independent_first_frame false in all of the causal ones (configs/default_config.yaml)
+# context_noise is 0 and independent_first_frame false in all of the causal ones (default_config.yaml of configs)
 STUDENTS: Mapping[str, Student] = {
     # generator_ema: --use_ema of README
-    "self-forcing": _warped("Self-Forcing", "guandeh17/Self-Forcing, configs/self_forcing_dmd.yaml"),
+    "self-forcing": _warped("Self-Forcing", "guandeh17/Self-Forcing, self_forcing_dmd.yaml"),
     # use_ema false; local_attn_size 12 holds the sinks, sink_size 3; 240 is streaming_max_length of
-    # configs/longlive_train_long.yaml, and positions are absolute up to there
+    # longlive_train_long.yaml, and positions are absolute up to there
     "longlive": _warped(
-        "LongLive", "NVlabs/LongLive v1.0, configs/longlive_inference.yaml",
+        "LongLive", "NVlabs/LongLive v1.0, longlive_inference.yaml",
         window=12, sinks=3, longest=240, frames=120, weights="raw",
     ),  # minimal_inference/autoregressive_inference.py reads the group generator
-    "causvid": _unwarped("CausVid", "tianweiy/CausVid, configs/wan_causal_dmd.yaml", block=3, weights="raw"),
+    "causvid": _unwarped("CausVid", "tianweiy/CausVid, wan_causal_dmd.yaml", block=3, weights="raw"),
     "causvid-bidirectional": _unwarped(
-        "CausVid's bidirectional student", "tianweiy/CausVid, configs/wan_bidirectional_dmd_from_scratch.yaml",
+        "CausVid's bidirectional student", "tianweiy/CausVid, wan_bidirectional_dmd_from_scratch.yaml",
         weights="raw",
     ),
     # README samples the first without --use_ema, and the others with it
     "causal-forcing": _warped(
-        "Causal-Forcing", "thu-ml/Causal-Forcing, configs/causal_forcing_dmd_chunkwise.yaml", weights="raw"
+        "Causal-Forcing", "thu-ml/Causal-Forcing, causal_forcing_dmd_chunkwise.yaml", weights="raw"
     ),
     "causal-forcing-framewise": _warped(
-        "Causal-Forcing, framewise", "thu-ml/Causal-Forcing, configs/causal_forcing_dmd_framewise.yaml", block=1
+        "Causal-Forcing, framewise", "thu-ml/Causal-Forcing, causal_forcing_dmd_framewise.yaml", block=1
     ),
     # first_steps: denoising_step_list_first_chunk
     "causal-forcing-2step": _warped(
-        "Causal-Forcing++, 2 steps", "thu-ml/Causal-Forcing, configs/causal_forcing_dmd_framewise_2step.yaml",
+        "Causal-Forcing++, 2 steps", "thu-ml/Causal-Forcing, causal_forcing_dmd_framewise_2step.yaml",
         block=1, steps=(1000.0, 500.0), first_steps=FOUR,
     ),
     "causal-forcing-1step": _warped(
-        "Causal-Forcing++, 1 step", "thu-ml/Causal-Forcing, configs/causal_forcing_dmd_framewise_1step.yaml",
+        "Causal-Forcing++, 1 step", "thu-ml/Causal-Forcing, causal_forcing_dmd_framewise_1step.yaml",
         block=1, steps=(1000.0,), first_steps=FOUR,
     ),
     # 77 frames of video
@@ -98,7 +98,7 @@ STUDENTS: Mapping[str, Student] = {
 
 # of a path in small letters: names of the published files, with the folder where the file's own says too little
 NAMES = {
-    "self-forcing": r"self_forcing_(dmd|sid)\.\w+",  # configs/self_forcing_sid.yaml samples as _dmd.yaml does
+    "self-forcing": r"self_forcing_(dmd|sid)\.\w+",  # self_forcing_sid.yaml samples as _dmd.yaml does
     "longlive": r"longlive_base\.\w+",
     "causvid": r"autoregressive_checkpoint(/model\.pt)?",
     "causvid-bidirectional": r"bidirectional_checkpoint[12](/model\.pt)?",

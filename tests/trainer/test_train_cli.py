@@ -58,7 +58,7 @@ MISTAKES = [
         "rollout.kind=diffusion_forcing rollout.last_step_only=true",
         ["rollout.last_step_only=True", "not for kind diffusion_forcing", "self_forcing"],
     ),
-    ("data.kind=moon", ["data.kind", "moon", "give one of toy, digits, wan, synthetic"]),
+    ("data.kind=moon", ["data.kind", "moon", "give one of toy, digits, wan, shapes, synthetic"]),
     ("data.kind=wan", ["data.vae.path", "null", "validation.every"]),
     ("data.kind=synthetic data.synthetic.frames=7", ["data.synthetic.frames", "7 latent frames", "6 or 8"]),
     ("data.kind=synthetic data.synthetic.height=0", ["data.synthetic.height", "at least 1", "0"]),
