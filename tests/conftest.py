@@ -68,6 +68,14 @@ FULL = {
     },
     "tests/model/wan/test_released.py::test_the_bytes_of_its_other_parts": "the network's bytes, [1.3b]",
     "tests/generation/test_push.py::test_the_program_pushes": "test_what_arrives_is_what_was_exported",
+    "tests/generation/test_card.py::test_the_code_of_the_card_loads_and_samples_the_export[native]": "[diffusers]",
+    "tests/generation/test_card.py::test_the_code_of_an_adapters_card": "[diffusers]",
+    "tests/generation/test_card.py::test_the_code_of_a_teachers_card": "[diffusers]",
+    "tests/generation/test_card.py::test_both_experts_are_native_folders": "[diffusers]",
+    "tests/generation/test_card.py::test_what_nobody_samples_with_diffusers": "[diffusers]",
+    "tests/generation/test_card.py::test_a_base_is_found_through_earlier_runs": "test_a_base_is_named_where_it_is_certain",
+    "tests/generation/test_average.py::test_each_use_of_an_average": "tests/model/test_ema.py",
+    "tests/scripts/test_shapes_teacher.py::test_its_first_steps": "test_the_weights_are_those_of_the_record",
     "tests/model/attention/test_vsa.py::test_kernels_build_for_hopper": "the kernels in Triton's interpreter",
 }
 
