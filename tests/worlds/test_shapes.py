@@ -202,7 +202,7 @@ def test_real_videos_score_as_real(judge: ShapesJudge) -> None:
     assert row["jitter"] < 0.05
     assert row["flicker"] < 1e-3
     assert row["clipped"] < 0.002
-    assert row["saturation"] == pytest.approx(row["saturation_real"], rel=0.05)
+    assert abs(row["saturation"] - row["saturation_real"]) < 4 * row["saturation_se"]
     assert row["diversity"] == pytest.approx(1, abs=0.07)
     assert row["motion"] == pytest.approx(row["motion_real"], rel=0.05)
 
