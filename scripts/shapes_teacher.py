@@ -69,10 +69,10 @@ def write(runs: Path, out: Path) -> None:
 
 def main() -> int:
     parser = Parser(prog="python -m scripts.shapes_teacher", description="Write the teacher of shapes as an asset.")
-    parser.add_argument("--runs", type=Path, default=Path("logs/shapes"), help="folder of the two runs")
+    parser.add_argument("--root", type=Path, default=Path("logs/shapes"), help="folder of the two runs")
     parser.add_argument("--out", type=Path, default=Path("assets/shapes_teacher"), help="a folder that is new or empty")
     args = parser.parse_args()
-    write(args.runs, args.out)
+    write(args.root, args.out)
     print(f"{digest(args.out / WEIGHTS)}  {args.out / WEIGHTS}")
     return 0
 
