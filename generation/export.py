@@ -92,8 +92,8 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
         raise UserError("--run is missing: give a run's folder")
     if a.run is not None and a.format is None:
         raise UserError("--format is missing: choose diffusers, native or lora")
-    if a.run is None and (given := [n for n in ("low_run", "format", "base", "licence") if getattr(a, n) is not None]):
-        raise UserError(f"--{given[0]} is for an export of --run: without one, --push uploads --out as it is")
+    if a.run is None and (unused := [n for n in ("low_run", "format", "base", "licence") if getattr(a, n) is not None]):
+        raise UserError(f"--{unused[0]} is for an export of --run: without one, --push uploads --out as it is")
     if a.low_run is not None and a.format == "lora":
         raise UserError("--low_run is for --format diffusers or native: export each adapter alone")
     return ExportArgs(

@@ -97,14 +97,14 @@ def _described(model: Model, sampling: Sampling, released: Released | None) -> S
     height = model.height or (None if released is None else released.height)
     width = model.width or (None if released is None else released.width)
     shift = model.shift if released is None or model.shift is not None else released.shift
-    given = {
+    settings_by_option = {
         "--steps 1000,750,...": model.step_list or None,
         "--shift": shift,
         "--block_frames (0 for a bidirectional one)": model.block_frames,
         "--size": height,
         "--frames (or --window)": frames,
     }
-    if missing := [name for name, value in given.items() if value is None]:
+    if missing := [name for name, value in settings_by_option.items() if value is None]:
         what = "it is a few-step student" if released is not None else "neither its content nor its name tells"
         raise ValueError(
             f"{what}, and no file says how it is sampled: give --layout ({', '.join(layouts())}), or --config_path "

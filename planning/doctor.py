@@ -24,10 +24,10 @@ from planning.recipe_checks import (
     check_ranks,
     check_run_folder,
     check_software,
+    cluster_here,
     cluster_text,
     needed,
     needs_of,
-    own,
 )
 from utils.cli import Parser
 from utils.errors import ConfigError
@@ -129,7 +129,7 @@ def recipe_findings(asked: Asked, config: RunConfig, machine: Machine, report: R
     recipe = asked.recipe
     assert recipe is not None
     meant_for = recipe.hardware()
-    here = own(machine)
+    here = cluster_here(machine)
     cluster = here
     if asked.elsewhere:
         cluster = asked_cluster(asked.gpus, asked.gpu, here if machine.gpus else meant_for)

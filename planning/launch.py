@@ -60,8 +60,8 @@ class Recipe:
 
     def hardware(self) -> Cluster | None:
         """The GPUs that the line "Hardware:" of its head names, None for CPU cores and where it names none."""
-        own = re.search(r"^# Hardware:\s*(.+)$", self.path.read_text(encoding="utf-8"), re.MULTILINE)
-        return None if own is None else cluster_in(own[1])
+        line = re.search(r"^# Hardware:\s*(.+)$", self.path.read_text(encoding="utf-8"), re.MULTILINE)
+        return None if line is None else cluster_in(line[1])
 
 
 def cluster_in(text: str) -> Cluster | None:

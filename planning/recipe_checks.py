@@ -167,9 +167,9 @@ def check_run_folder(recipe: Recipe, config: RunConfig) -> Finding:
 def check_disk(recipe: Recipe, config: RunConfig, machine: Machine, state: State) -> Finding:
     """The checkpoints that lie there at a time, and trajectories, against what is free."""
     folder, cadence, steps = recipe.folder, config.checkpoint, config.training.max_steps
-    free, there = machine.probes.free_disk(folder), checkpoint.list_checkpoints(folder / "checkpoints")
+    free, stored = machine.probes.free_disk(folder), checkpoint.list_checkpoints(folder / "checkpoints")
     at_once = most_checkpoints(cadence, steps)
-    left = max(at_once - len(there), 1) if not there or checkpoint.step_of(there[-1]) < steps else 0
+    left = max(at_once - len(stored), 1) if not stored or checkpoint.step_of(stored[-1]) < steps else 0
     need = left * state.checkpoint + trajectory_bytes(config)
     for_good = "" if cadence.keep_every is None else f", each {cadence.keep_every}th for good"
     what = (
@@ -185,6 +185,6 @@ def check_disk(recipe: Recipe, config: RunConfig, machine: Machine, state: State
     return Finding("disk", need <= free, what, "" if need <= free else remedy)
 
 
-def own(machine: Machine) -> Cluster:
+def cluster_here(machine: Machine) -> Cluster:
     """This machine as a cluster."""
     return own_cluster(machine.gpus, machine.memory)

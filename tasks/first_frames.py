@@ -36,8 +36,8 @@ def visual_reader(
     if geometry.first_frame is FirstFrame.channels:
 
         def beside(samples: Sequence[Sample]) -> VisualConditioning:
-            own = [len(s.latents) for s in samples if of_videos and s.latents is not None]
-            return _beside(samples, network, min([frames, *own]), device)
+            lengths = [len(s.latents) for s in samples if of_videos and s.latents is not None]
+            return _beside(samples, network, min([frames, *lengths]), device)
 
         return beside
     return lambda samples: VisualConditioning(stacked([_first(s) for s in samples], "latents").float().to(device))

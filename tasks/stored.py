@@ -113,9 +113,8 @@ class StoredLatents(Stored):
         statistics: Statistics | None = None,
         visual_of: VisualOf = lambda samples: VisualConditioning(),
     ) -> None:
-        frames, self.channels, height, width = latent_shape
+        self.channels = latent_shape[1]
         self.sizes = None if sizes is None else list(sizes)
-        self.own: LatentSize = (frames, height, width)
         self.of_shape: dict[tuple[int, ...], Stream] = {}
         super().__init__(key, path, latent_shape, seed, statistics=statistics, visual_of=visual_of)
 
@@ -141,8 +140,8 @@ class StoredLatents(Stored):
         self.of_shape = {
             shape: Stream(self.source, order_of_shape(self.source, shape, seed), seed) for shape in self.stored
         }
-        own = self._source_of(tuple(latent_shape))
-        return sorted(self.of_shape.values(), key=lambda stream: own is None or stream is not self.of_shape[own])
+        usual = self._source_of(tuple(latent_shape))
+        return sorted(self.of_shape.values(), key=lambda stream: usual is None or stream is not self.of_shape[usual])
 
     def _source_of(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The stored shape whose samples videos of `shape` (F, C, H, W) begin; None where there is none."""

@@ -307,8 +307,8 @@ class Trainer(ABC):
         write_video(path, grid(pixels), self.config.fps, scale=max(1, 96 // pixels.shape[-1]))
         self.logger.video(self.step, f"validation/{which}", path)
         self._say([f"validation after step {self.step}, {which} weights: {path}"])
-        looks = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
-        values = {f"validation/{which}_{name}": float(value) for name, value in looks.items()}
+        means = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
+        values = {f"validation/{which}_{name}": float(value) for name, value in means.items()}
         self.logger.scalars(self.step, values)
         statistics |= values
         videos.append(path)

@@ -155,17 +155,17 @@ class ScoreDistillationTrainer(Trainer):
         conditioning = with_dropout(conditioning, self.task, noise, config.rollout.caption_dropout)
         with torch.set_grad_enabled(with_gradient), self.networks["student"].engine.rollout():
             match config.rollout:
-                case SelfForcingConfig() as own:
-                    made = self._self_forcing(own, micro, conditioning, with_gradient)
-                case BackwardSimulationConfig() as own:
+                case SelfForcingConfig() as section:
+                    made = self._self_forcing(section, micro, conditioning, with_gradient)
+                case BackwardSimulationConfig() as section:
                     made = backward_simulation(
                         student, student.path.start_noise(noise.normal("noise", shape)), conditioning, sigmas,
-                        self._exit_steps(own, micro, 1)[0],
+                        self._exit_steps(section, micro, 1)[0],
                         noise, with_gradient=with_gradient,
                     )  # fmt: skip
-                case NoisedDataConfig() as own:
+                case NoisedDataConfig() as section:
                     made = noised_data(
-                        student, latents, conditioning, sigmas, self._exit_steps(own, micro, 1)[0], noise,
+                        student, latents, conditioning, sigmas, self._exit_steps(section, micro, 1)[0], noise,
                         with_gradient=with_gradient,
                     )  # fmt: skip
                 case DiffusionForcingConfig() | TeacherForcingConfig():
@@ -187,10 +187,10 @@ class ScoreDistillationTrainer(Trainer):
         return made, conditioning.frames(made.start, made.x0.shape[1])
 
     def _self_forcing(
-        self, own: SelfForcingConfig, micro: MicroBatch, conditioning: Conditioning, with_gradient: bool
+        self, section: SelfForcingConfig, micro: MicroBatch, conditioning: Conditioning, with_gradient: bool
     ) -> Rollout:
         config, shape, student = self.config, micro.shape, self.networks["student"].score
-        longest = own.longest(shape[0])
+        longest = section.longest(shape[0])
         lengths = rollout_lengths(shape[0], longest, config.causal.num_frame_per_block)
         frames = lengths[micro.noise.shared_randint("rollout_length", len(lengths), 1)[0]]
         initial = conditioning.initial_frames
@@ -198,9 +198,9 @@ class ScoreDistillationTrainer(Trainer):
         plan = RolloutPlan(
             config.causal,
             schedule_at(config, shape).sigmas(),
-            self._exit_steps(own, micro, len(blocks)),
+            self._exit_steps(section, micro, len(blocks)),
             shape[0],
-            own.self_gradient,
+            section.self_gradient,
         )
         return self_forcing_rollout(
             student,
@@ -213,12 +213,12 @@ class ScoreDistillationTrainer(Trainer):
             reencode=self.task.reencode,
         )
 
-    def _exit_steps(self, own: ExitStepConfig, micro: MicroBatch, blocks: int) -> tuple[int, ...]:
+    def _exit_steps(self, section: ExitStepConfig, micro: MicroBatch, blocks: int) -> tuple[int, ...]:
         # The same on every rank: ranks leaving at different steps would deadlock sharded networks.
         last = len(self.sigmas) - 1
-        if own.last_step_only:
+        if section.last_step_only:
             return (last,) * blocks
-        if isinstance(own, SelfForcingConfig) and not own.same_step_across_blocks:
+        if isinstance(section, SelfForcingConfig) and not section.same_step_across_blocks:
             return tuple(micro.noise.shared_randint("exit_step", last + 1, blocks))
         return tuple(micro.noise.shared_randint("exit_step", last + 1, 1)) * blocks
 

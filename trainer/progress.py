@@ -128,8 +128,8 @@ def _cadence(extent: Extent) -> str:
 
 def finished_before(extent: Extent) -> str:
     """The line of a run that was finished when this process began."""
-    own = extent.config.training.max_steps
-    key = f"training.max_steps {own}" if extent.total == own else f"--max_steps {extent.total}"
+    planned = extent.config.training.max_steps
+    key = f"training.max_steps {planned}" if extent.total == planned else f"--max_steps {extent.total}"
     return (
         f"this run is finished: {extent.begins} steps are done, and {key} asks for no more: raise it to go on, or give "
         "--resume never to start anew"

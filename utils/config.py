@@ -45,8 +45,8 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 
     Raises ConfigError: missing or malformed file, unknown key, wrong type, illegal value, failed ``__post_init__``.
     """
-    given: dict[Any, Any] = functools.reduce(merged, map(_parse_override, overrides), {})
-    layers = [*_read_chain(Path(path), ()), given]
+    overriding: dict[Any, Any] = functools.reduce(merged, map(_parse_override, overrides), {})
+    layers = [*_read_chain(Path(path), ()), overriding]
     for layer in layers:
         _refuse_colons(layer, "")
     return from_plain(schema, functools.reduce(functools.partial(laid, schema), layers))
