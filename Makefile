@@ -1,5 +1,6 @@
 # Each target sets up .venv by itself. Needs make and Python >= 3.11; choose one with `make venv PYTHON=/path/to/python3`.
-# TORCH_INDEX=URL takes torch from that package index instead, for instance one with the smaller CPU-only builds.
+# Where there is no NVIDIA GPU, torch is a build for CPUs, which is much smaller. TORCH_INDEX=URL names another package
+# index for torch.
 
 SHELL := /bin/bash
 VENV := .venv
@@ -14,10 +15,11 @@ export OMP_WAIT_POLICY := passive
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all test-fast lint format bench gpu-check methods docs clean distclean
+.PHONY: help venv quickstart quickstart-from-scratch test test-all test-fast lint format bench gpu-check methods docs clean distclean
 
 help:
-	@echo 'make quickstart   the whole way on 2 CPU cores: teacher, causal student, distillation, videos, report (half an hour)'
+	@echo 'make quickstart   distils the teacher that ships into a causal 2-step student; videos, table, report (6 minutes on 2 cores)'
+	@echo 'make quickstart-from-scratch   trains that teacher first (40 minutes more)'
 	@echo 'make test         one test of each kind (9 minutes on 2 cores); make test-fast: without the slow ones'
 	@echo 'make test-all     every test (45 minutes at most)'
 	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'
@@ -28,7 +30,8 @@ help:
 
 venv: $(STAMP)
 
-$(STAMP): requirements.txt requirements-dev.txt
+# a Python that can make virtual environments, and .venv made by it
+define make_venv
 	@set -e; \
 	works() { "$$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }; \
 	python=; \
@@ -43,17 +46,49 @@ $(STAMP): requirements.txt requirements-dev.txt
 	if ! $(RUN) -c '' 2>/dev/null; then \
 	  echo "==> making $(VENV) with $$("$$python" --version)"; \
 	  "$$python" -m venv --clear $(VENV); \
-	fi; \
-	rm -f $(VENV)/.stamp-*; \
-	echo "==> installing torch (the longest part; a couple of minutes in all, more on a slow line)"; \
-	$(PIP) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') "$$(grep '^torch==' requirements.txt)"; \
-	echo "==> installing the rest of requirements-dev.txt"; \
-	$(PIP) -r requirements-dev.txt; \
-	touch $@; \
-	echo "==> $(VENV) is ready"
+	fi
+endef
 
-quickstart: $(STAMP)
-	@bash scripts/quickstart.sh
+CPU_BUILDS := https://download.pytorch.org/whl/cpu
+
+# $(call install_torch,OPTIONS OF PIP)
+define install_torch
+	@torch=$$(grep '^torch==' requirements.txt); index='$(TORCH_INDEX)'; \
+	if [ -z "$$index" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+	  $(PIP) $(1) --retries 1 --index-url $(CPU_BUILDS) "$$torch" 2>/dev/null && exit; \
+	  echo "==> no build of torch for CPUs alone at $(CPU_BUILDS): taking the usual one"; \
+	fi; \
+	$(PIP) $(1) $${index:+--index-url "$$index"} "$$torch"
+endef
+
+$(STAMP): requirements.txt requirements-dev.txt
+	$(make_venv)
+	@rm -f $(VENV)/.stamp-*
+	@echo "==> installing torch (the longest part; a couple of minutes in all, more on a slow line)"
+	$(install_torch)
+	@echo "==> installing the rest of requirements-dev.txt"
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+	@echo "==> $(VENV) is ready"
+
+# what the quickstart and the demo import, at the versions of requirements.txt; nothing where all of it is there already
+QUICK := numpy einops omegaconf huggingface_hub safetensors tokenizers transformers ftfy av pillow matplotlib tqdm \
+  fastapi uvicorn websockets
+QUICK_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),$(VENV)/.quick-$(shell cksum < requirements.txt | cut -d' ' -f1))
+
+$(VENV)/.quick-%: requirements.txt
+	$(make_venv)
+	@echo "==> installing what the quickstart needs: torch $(QUICK) (about a minute; other commands need make venv)"
+	$(call install_torch,--no-compile)
+	@$(PIP) --no-compile $$(for name in $(QUICK); do grep "^$$name==" requirements.txt; done)
+	@touch $@
+
+# ARGS=--help says what it may be told
+quickstart: $(QUICK_STAMP)
+	@$(RUN) -m scripts.quickstart $(ARGS)
+
+quickstart-from-scratch: $(QUICK_STAMP)
+	@$(RUN) -m scripts.quickstart --from_scratch --root logs/quickstart_from_scratch $(ARGS)
 
 # two workers, each file's tests in one of them, in order: the long files (tests/distributed) begin first
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

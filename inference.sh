@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Videos from a run: bash inference.sh [any option of inference.py]
-#   RUN=logs/toy/self_forcing_dmd  which run    PROMPTS=configs/toy/prompts.txt  what to make    OUT=logs/videos  where
+#   RUN=logs/quickstart/self_forcing_dmd  which run    PROMPTS=configs/shapes/prompts.txt  what to make    OUT=logs/videos  where
 #   NPROC=8  so many processes on this machine: each makes videos of its own, or see --sequence_parallel
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
 PYTHON=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}
-RUN=${RUN:-$root/logs/toy/self_forcing_dmd}
-PROMPTS=${PROMPTS:-$root/configs/toy/prompts.txt}
+RUN=${RUN:-$root/logs/quickstart/self_forcing_dmd}
+PROMPTS=${PROMPTS:-$root/configs/shapes/prompts.txt}
 OUT=${OUT:-$root/logs/videos}
 arguments=("$@")
 has() { local a; for a in "${arguments[@]}"; do [[ $a == "$1" || $a == "$1="* ]] && return; done; return 1; }

@@ -1,6 +1,6 @@
 """Shows how a script uses a student: its frames come block by block, while it goes on generating.
 
-python -m examples.stream logs/quickstart/self_forcing_dmd "the digit three moving left"
+python -m examples.stream logs/quickstart/self_forcing_dmd "a blue star moving up"
 """
 
 import sys

@@ -1,5 +1,6 @@
-"""`python -m scripts.report --root logs/quickstart`: judges every method of the quickstart on the toy world and writes
-report.html, comparison.mp4, .gif and .png, and evaluation/rows.json. What is done already is not done again."""
+"""`python -m scripts.report --root logs/quickstart`: judges every method of the quickstart in the world of shapes and
+writes report.html, table.txt, comparison.mp4, .gif and .png, and evaluation/rows.json. What is done already is not done
+again."""
 
 from __future__ import annotations
 
@@ -17,16 +18,16 @@ from evaluation.command import SPLITS, Row, eval_prompts, write_rows
 from scripts import report_html as html
 from scripts import report_samples as samples
 from scripts.report_plots import Panel, curves, held, short, side_by_side, write_comparison
-from scripts.report_samples import CAUSAL_INIT, DMD, DMD_2STEP, RUNS, TEACHER, Method, Part
-from tasks.kinds.toy import ToyData
+from scripts.report_samples import CAUSAL_INIT, DMD, RUNS, TEACHER, TEACHER_ASSET, Method, Part, Place
+from tasks.kinds.shapes import ShapesData
 from utils.cli import Parser, run_cli
 from utils.config import to_yaml
 from utils.data.prompts import load_prompts
 from utils.errors import UserError
 from utils.logging import read_jsonl
 from utils.video import write_video
-from worlds.toy import ToyWorld
-from worlds.toy_judge import ToyJudge
+from worlds.shapes import ShapesWorld
+from worlds.shapes_judge import ShapesJudge
 
 FPS = 8
 SHOW_SEED = 0  # the seed of inference.sh, whose videos of these prompts are the same ones
@@ -35,21 +36,24 @@ SHOW_SEED = 0  # the seed of inference.sh, whose videos of these prompts are the
 class Evaluation:
     """All methods on one set of prompts: the parts to make, and what they gave."""
 
-    def __init__(self, root: Path, prompts_file: Path, count: int, split: str) -> None:
-        self.root, self.count, self.split = root, count, split
-        self.methods, self.missing = samples.available(root)
-        if not any(method.run for method in self.methods):
-            raise UserError(f"--root {root}: no run with a checkpoint in it ({', '.join(RUNS)}): run `make quickstart`")
-        present = next(method.run for method in self.methods if method.run)
-        data = samples.run_config(root, present).data
-        if not isinstance(data, ToyData):
-            raise UserError(f"--root {root}: {present} has data of kind {data.kind}: the report is about the toy world")
-        self.world = ToyWorld(data.toy)
+    def __init__(self, place: Place, prompts_file: Path, count: int, split: str) -> None:
+        self.place, self.count, self.split = place, count, split
+        self.methods, self.missing = samples.available(place)
+        present = next((method.run for method in self.methods if method.run), None)
+        if present is None:
+            raise UserError(
+                f"--root {place.root}, --teacher {place.teacher}: no weights there ({', '.join(RUNS)}): run "
+                "`make quickstart`"
+            )
+        data = place.config(present).data
+        if not isinstance(data, ShapesData):
+            raise UserError(f"{place.of(present)} has data of kind {data.kind}: the report is about kind shapes")
+        self.world = ShapesWorld(data.shapes)
         self.prompts = eval_prompts(self.world.captions, count, split)
         self.shown_prompts = load_prompts(prompts_file)
         made = [method for method in self.methods if method.run]
-        self.judged = {m: samples.parts(root, m, split, self.prompts, SPLITS[split]) for m in made}
-        self.shown = {m: samples.parts(root, m, "shown", self.shown_prompts, SHOW_SEED, 1000) for m in made}
+        self.judged = {m: samples.parts(place, m, split, self.prompts, SPLITS[split]) for m in made}
+        self.shown = {m: samples.parts(place, m, "shown", self.shown_prompts, SHOW_SEED, 1000) for m in made}
 
     def todo(self) -> list[Part]:
         listed = [part for parts in (*self.judged.values(), *self.shown.values()) for part in parts]
@@ -63,7 +67,7 @@ class Evaluation:
             for _ in bar:
                 pass
 
-    def rows(self, judge: ToyJudge) -> list[Row]:
+    def rows(self, judge: ShapesJudge) -> list[Row]:
         out = []
         for method in self.methods:
             if method.run is None:
@@ -81,15 +85,16 @@ class Evaluation:
         return self.world.decode(samples.load(self.shown[method]).latents)
 
 
-def build(evaluation: Evaluation, rows: Sequence[Row], root: Path) -> html.Page:
+def build(evaluation: Evaluation, rows: Sequence[Row]) -> html.Page:
     """The page's content; writes the comparison files on the way."""
+    place, root = evaluation.place, evaluation.place.root
     pixels = {method: evaluation.shown_pixels(method) for method in evaluation.methods}
     labels = [method.label for method in pixels]
     write_comparison(root, labels, evaluation.shown_prompts, torch.stack(list(pixels.values())), FPS)
     strips = {m: _clip(root / "evaluation" / f"{m.key}.mp4", videos) for m, videos in pixels.items()}
     found = {row.name: row for row in rows}
-    entries = {run: read_jsonl(root / run / "metrics.jsonl") for run in RUNS}
-    real = found["real"].metrics["intensity"]
+    entries = {run: read_jsonl(place.of(run) / "metrics.jsonl") for run in RUNS}  # an asset has none
+    real = found["real"].metrics["saturation"]
     return html.Page(
         summary=_summary(found),
         prompts=tuple(short(prompt) for prompt in evaluation.shown_prompts),
@@ -99,25 +104,20 @@ def build(evaluation: Evaluation, rows: Sequence[Row], root: Path) -> html.Page:
         curves=tuple(curves(_panels(entries, real))),
         stages=(*_training_stages(entries), _evaluation_stage(rows, evaluation.count)),
         commands=_commands(root),
-        configs=tuple((RUNS[run], to_yaml(samples.run_config(root, run))) for run in RUNS if _trained(evaluation, run)),
+        configs=tuple((RUNS[run], to_yaml(place.config(run))) for run in RUNS if place.is_trained(run)),
         machine=_machine(),
     )
 
 
 def _clip(path: Path, videos: Tensor) -> bytes:
-    return write_video(path, side_by_side(held(videos)), FPS, scale=6).read_bytes()
-
-
-def _trained(evaluation: Evaluation, run: str) -> bool:
-    return any(method.run == run for method in evaluation.methods)
+    return write_video(path, side_by_side(held(videos)), FPS, scale=4).read_bytes()
 
 
 def _summary(rows: dict[str, Row]) -> str:
     """The most important numbers in words, without a verdict."""
     named = (
-        ("real", "Real videos"), ("teacher_50", "The teacher at 50 steps"),
-        ("dmd_4", "The causal student distilled to 4 steps"), ("dmd_2", "The causal student distilled to 2 steps"),
-        ("causal_init_4", "The causal network before distillation, at 4 steps"),
+        ("real", "Real videos"), ("teacher_50", "The teacher in 50 steps"), ("teacher_2", "The teacher in two"),
+        ("causal_init", "The causal network before distillation"), ("dmd", "The distilled causal student"),
     )  # fmt: skip
     said = []
     for key, name in named:
@@ -135,28 +135,23 @@ def _notes(evaluation: Evaluation, real: Row) -> tuple[str, ...]:
         "Hyper-parameters were chosen on the split 'dev', which shares neither prompt list nor noise with 'test'. "
         "± is one standard error from the number of videos alone: training again with another seed varies too.",
         "The appearance distance of as many real held-out videos, which no generator can be expected to undercut, is "
-        f"{m['appearance_fd_floor']:.2f} ± {m['appearance_fd_floor_sd']:.2f}; the mean intensity of real videos is "
-        f"{m['intensity_real']:.4f}.",
+        f"{m['appearance_fd_floor']:.2f} ± {m['appearance_fd_floor_sd']:.2f}. The fewer the videos, the larger it is.",
     )
 
 
-def _panels(entries: dict[str, list[dict[str, Any]]], real_intensity: float) -> list[Panel]:
-    teacher, init, four, two = (entries[run] for run in (TEACHER, CAUSAL_INIT, DMD, DMD_2STEP))
-
-    def both(key: str) -> tuple[tuple[str, str, list[dict[str, Any]]], ...]:
-        return (("4 steps", key, four), ("2 steps", key, two))
-
+def _panels(entries: dict[str, list[dict[str, Any]]], real_saturation: float) -> list[Panel]:
+    teacher, init, dmd = (entries[run] for run in (TEACHER, CAUSAL_INIT, DMD))
     return [
         Panel("Teacher: flow-matching loss", (("loss", "student/loss", teacher),), log=True),
         Panel("Causal initialisation: loss", (("loss", "student/loss", init),)),
-        Panel("Gradient norm before clipping", (
-            ("teacher", "student/grad_norm", teacher), ("initialisation", "student/grad_norm", init)), log=True),
-        Panel("DMD: critic's loss", both("critic/loss")),
-        Panel("DMD: student's loss (size means little)", both("student/loss")),
-        Panel("DMD: norm of the distribution-matching gradient", both("student/dmd_gradient_norm")),
-        Panel("DMD: student's gradient norm", both("student/grad_norm")),
-        Panel("DMD: critic's gradient norm", both("critic/grad_norm")),
-        Panel("DMD: brightness of the student's videos", both("student/luma"), level=("real", real_intensity)),
+        Panel("Causal initialisation: gradient norm", (("before clipping", "student/grad_norm", init),), log=True),
+        Panel("DMD: critic's loss", (("loss", "critic/loss", dmd),)),
+        Panel("DMD: student's loss (size means little)", (("loss", "student/loss", dmd),)),
+        Panel("DMD: norm of the distribution-matching gradient", (("norm", "student/dmd_gradient_norm", dmd),)),
+        Panel("DMD: gradient norms before clipping", (
+            ("student", "student/grad_norm", dmd), ("critic", "critic/grad_norm", dmd)), log=True),
+        Panel("DMD: colourfulness of the student's videos", (("student", "student/saturation", dmd),),
+              level=("real", real_saturation)),
     ]  # fmt: skip
 
 
@@ -177,8 +172,9 @@ def _evaluation_stage(rows: Sequence[Row], count: int) -> html.Stage:
 
 
 def _commands(root: Path) -> str:
-    """What scripts/quickstart.sh noted for each stage."""
-    return "\n".join(path.read_text().strip() for path in sorted((root / "commands").glob("*.txt")))
+    """What scripts/quickstart.py noted."""
+    path = root / "commands.txt"
+    return path.read_text().strip() if path.is_file() else ""
 
 
 def _machine() -> tuple[tuple[str, str], ...]:
@@ -200,28 +196,29 @@ def _machine() -> tuple[tuple[str, str], ...]:
 def main() -> int:
     parser = Parser(prog="python -m scripts.report", description="Judge the quickstart's methods and write its report.")
     parser.add_argument("--root", type=Path, required=True, help="folder of the runs; the report is written there")
-    parser.add_argument("--count", type=int, default=400, help="videos judged a row")
+    parser.add_argument("--teacher", type=Path, default=TEACHER_ASSET, help="a run, or a folder of exported weights")
+    parser.add_argument("--count", type=int, default=100, help="videos judged a row")
     parser.add_argument("--split", choices=tuple(SPLITS), default="test", help="prompts and seeds")
-    parser.add_argument("--prompts", type=Path, default=Path("configs/toy/prompts.txt"), help="file of those shown")
-    parser.add_argument("--cache", type=Path, default=Path("logs/cache"), help="where the judge is kept")
+    parser.add_argument("--prompts", type=Path, default=Path("configs/shapes/prompts.txt"), help="file of those shown")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that sample")
     parser.add_argument("--sample", nargs="+", choices=tuple(RUNS), metavar="RUN", help="only make these runs' videos")
     args = parser.parse_args()
     if args.workers < 1 or args.count < 2:
         raise UserError(f"--workers {args.workers} --count {args.count}: at least 1 worker and 2 videos")
-    evaluation = Evaluation(args.root, args.prompts, args.count, args.split)
+    evaluation = Evaluation(Place(args.root, args.teacher), args.prompts, args.count, args.split)
     evaluation.run(args.workers, args.sample or tuple(RUNS))
     if args.sample:
         return 0
-    rows = evaluation.rows(ToyJudge(evaluation.world, args.cache))
+    rows = evaluation.rows(ShapesJudge(evaluation.world))
     write_rows(args.root / "evaluation" / "rows.json", rows)
-    content = build(evaluation, rows, args.root)
+    content = build(evaluation, rows)
     report = args.root / "report.html"
     partial = report.with_suffix(".partial")
     partial.write_text(html.page(content), encoding="utf-8")
     os.replace(partial, report)
-    print(html.text_table(content.lines))
-    print("\n".join(["", *content.notes, "", f"report: {report.resolve()}"]))
+    table = "\n".join([html.text_table(content.lines), "", *content.notes])
+    (args.root / "table.txt").write_text(f"{table}\n", encoding="utf-8")
+    print(f"{table}\n\nreport: {report.resolve()}")
     return 0
 
 

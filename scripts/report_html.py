@@ -33,31 +33,28 @@ class Column:
 
 
 COLUMNS = (
-    Column("prompt_right", "prompt right, %", "{:.1f}", "high", "Share of videos in which both the digit and the "
-           "direction of motion are what the prompt says.", scale=100, error="prompt_right_se"),
-    Column("digit_right", "digit, %", "{:.1f}", "high", "Share in which a small classifier, trained on real videos "
-           "only, sees the digit that was asked for.", scale=100, error="digit_right_se"),
-    Column("direction_right", "direction, %", "{:.1f}", "high", "Share in which the tracked centre of the ink moves "
-           "the way that was asked for, at no less than a third of the true speed.", scale=100,
-           error="direction_right_se"),
-    Column("appearance_fd", "appearance FD, %", "{:.2f}", "low", "Fréchet distance between the classifier's features "
-           "of these videos and of real ones, in percent of the real features' variance: how far the digits' looks, "
-           "and their variety, are from real ones."),
-    Column("motion_error", "speed error, px/frame", "{:.3f}", "low", "How far the speed is from the true one "
-           "(data.toy.speed, 0.75 by default), on average over the videos.", error="motion_error_se"),
-    Column("jitter", "jitter, px", "{:.3f}", "low", "How much the motion from frame to frame departs from an even "
+    Column("prompt_right", "prompt right, %", "{:.1f}", "high", "Share of videos in which colour, shape and direction "
+           "are all what the prompt says.", scale=100, error="prompt_right_se"),
+    Column("shape_right", "shape, %", "{:.1f}", "high", "Share in which the object, moved to the middle, is nearest to "
+           "a drawing of the shape that was asked for, and near enough.", scale=100, error="shape_right_se"),
+    Column("colour_right", "colour, %", "{:.1f}", "high", "Share in which the hue is of the colour that was asked for.",
+           scale=100, error="colour_right_se"),
+    Column("direction_right", "direction, %", "{:.1f}", "high", "Share in which the tracked centre moves the way that "
+           "was asked for, at no less than a third of the true speed.", scale=100, error="direction_right_se"),
+    Column("appearance_fd", "appearance FD, %", "{:.1f}", "low", "Fréchet distance between measures of these videos "
+           "(likeness to each shape, size, colour, background, sharpness) and those of real ones, in percent of the "
+           "real ones' variance."),
+    Column("motion_error", "speed error, px/frame", "{:.3f}", "low", "How far the speed is from the true one, two "
+           "pixels a frame, on average over the videos.", error="motion_error_se"),
+    Column("jitter", "jitter, px", "{:.2f}", "low", "How much the motion from frame to frame departs from an even "
            "glide, as a standard deviation.", error="jitter_se"),
-    Column("flicker", "flicker", "{:.3f}", "low", "How much the total ink changes from frame to frame, as a share of "
-           "the ink, beyond what it does in real videos."),
-    Column("intensity", "intensity", "{:.4f}", "real", "Mean brightness of all pixels, 0 black and 1 white.",
-           error="intensity_se"),
+    Column("saturation", "saturation", "{:.4f}", "real", "Mean chroma of all pixels, 0 grey.", error="saturation_se"),
     Column("diversity", "diversity", "{:.2f}", "real", "How different the videos of one prompt are from each other, "
            "relative to real ones: below 1 the generator repeats itself."),
     Column("evaluations", "network evaluations", "{:.1f}", "low", "Passes of a whole video through the network for "
            "one video. Guidance costs the teacher two a step; a causal student pays one a step, and one more of each "
            "block but the last, to remember it."),
-    Column("milliseconds", "ms a video", "{:.1f}", "low", "Processor time for one video on one core, many videos at "
-           "a time."),
+    Column("milliseconds", "ms a video", "{:.1f}", "low", "Processor time for one video, many videos at a time."),
 )  # fmt: skip
 GOOD = {"high": "higher is better", "low": "lower is better", "real": "the nearer to real videos the better"}
 

@@ -101,11 +101,15 @@ def _inline(svg: str) -> str:
 
 
 def short(prompt: str) -> str:
-    """ "the digit seven moving left" -> "seven ←", "a handwritten seven" -> "seven"; another prompt as it is."""
+    """ "the digit seven moving left" -> "seven ←", "a red circle moving up" -> "red circle ↑", "a handwritten seven" ->
+    "seven"; another prompt as it is."""
     words = prompt.split()
     if words[:2] == ["a", "handwritten"]:
         return words[-1]
-    return f"{words[2]} {ARROWS[words[-1]]}" if len(words) == 5 and words[-1] in ARROWS else prompt
+    if len(words) != 5 or words[3] != "moving" or words[4] not in ARROWS:
+        return prompt
+    named = words[2:3] if words[1] == "digit" else words[1:3]
+    return " ".join([*named, ARROWS[words[4]]])
 
 
 def held(pixels: Tensor, frames: int = 4) -> Tensor:
@@ -131,8 +135,8 @@ def write_comparison(root: Path, labels: Sequence[str], prompts: Sequence[str], 
     """
     heads = [short(prompt) for prompt in prompts]
     for name, scale, columns, levels in (("comparison.mp4", 4, len(heads), 255), ("comparison.gif", 3, 6, 15)):
-        # few grey levels keep the GIF small: noise that nobody sees is most of its bytes
-        rows = [side_by_side((held(video[:columns, :, :1]) * levels).round() / levels) for video in videos]
+        # few levels keep the GIF small: noise that nobody sees is most of its bytes
+        rows = [side_by_side((held(video[:columns]) * levels).round() / levels) for video in videos]
         write_video(root / name, _sheet(rows, labels, heads[:columns], scale), fps)
     write_strips(root / "comparison.png", labels, prompts[:2], videos[:, :2])
 
@@ -143,13 +147,13 @@ def write_strips(path: Path, labels: Sequence[str], prompts: Sequence[str], vide
     videos: [M, P, T, C, H, W] in [0, 1]."""
     zoom = max(16 // videos.shape[-1], 1)  # of small images, for their headings
     videos = videos.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
-    strips = [side_by_side(video[:, :, :1].flatten(0, 1)[:, None]) for video in videos]
+    strips = [side_by_side(video.flatten(0, 1)[:, None]) for video in videos]
     titles = [short(prompt) if frame == 0 else "" for prompt in prompts for frame in range(videos.shape[2])]
     write_video(path, _sheet(strips, labels, titles, 3), 1)
 
 
 def _sheet(rows: Sequence[Tensor], labels: Sequence[str], heads: Sequence[str], scale: int) -> Tensor:
-    """Rows of frames [T, 1, h, w] under each other, enlarged, labels on their left, heads above: [T, 3, H, W]."""
+    """Rows of frames [T, 1 or 3, h, w] under each other, enlarged, labels on their left, heads above: [T, 3, H, W]."""
     pad = scale
     enlarged = [row.repeat_interleave(scale, -2).repeat_interleave(scale, -1) for row in rows]
     frames, _, height, width = enlarged[0].shape

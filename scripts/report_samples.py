@@ -24,20 +24,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configs.load import run_from_state
+from configs.load import load_run, run_from_state
 from configs.schema import RunConfig
 from generation.generator import Generator
+from generation.pretrained import Model, load_model
 from generation.sampling import Sampling
 from utils import checkpoint, distributed
 from utils.errors import UserError
 
-TEACHER, CAUSAL_INIT, DMD, DMD_2STEP = "teacher", "causal_init", "self_forcing_dmd", "self_forcing_dmd_2step"
+TEACHER, CAUSAL_INIT, DMD = "teacher", "causal_init", "self_forcing_dmd"
 RUNS = {
     TEACHER: "Teacher",
     CAUSAL_INIT: "Causal initialisation (diffusion forcing)",
-    DMD: "Self-Forcing + DMD, 4 steps",
-    DMD_2STEP: "Self-Forcing + DMD, 2 steps",
+    DMD: "Self-Forcing + DMD",
 }
+TEACHER_ASSET = Path("assets/shapes_teacher")
+TEACHER_RECIPE = Path("configs/shapes/teacher_details.yaml")  # says how the asset's weights are sampled
 PART = 25  # judged videos a file
 BATCH_MANY_STEPS, BATCH_FEW_STEPS = 10, 25  # videos at once: measured on CPU, the bidirectional net likes them small
 
@@ -73,21 +75,65 @@ _TEACHER_GROUP, _BEFORE, _AFTER = "Teacher, bidirectional", "Causal, before dist
 METHODS = (
     Method("real", "Real, held out", "Data"),
     *(Method(f"teacher_{n}", f"Teacher, {n} step{'s'[: n > 1]}", _TEACHER_GROUP, TEACHER, n) for n in (50, 4, 2, 1)),
-    *(
-        Method(f"causal_teacher_{n}", f"Causal, teacher's weights, {n} steps", _BEFORE, TEACHER, n, CAUSAL_INIT)
-        for n in (4, 2)
-    ),
-    *(Method(f"causal_init_{n}", f"Causal, diffusion forcing, {n} steps", _BEFORE, CAUSAL_INIT, n) for n in (4, 2)),
-    Method("dmd_4", "Causal, Self-Forcing + DMD, 4 steps", _AFTER, DMD, 4),
-    Method("dmd_2", "Causal, Self-Forcing + DMD, 2 steps", _AFTER, DMD_2STEP, 2),
+    Method("causal_teacher", "Causal, teacher's weights", _BEFORE, TEACHER, None, CAUSAL_INIT),
+    Method("causal_init", "Causal, diffusion forcing", _BEFORE, CAUSAL_INIT),
+    Method("dmd", "Causal, Self-Forcing + DMD", _AFTER, DMD),
 )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the weights are. root: folder of the runs; teacher: a run, or a folder of exported weights."""
+
+    root: Path
+    teacher: Path = TEACHER_ASSET
+
+    def of(self, run: str) -> Path:
+        return self.teacher if run == TEACHER else self.root / run
+
+    def is_trained(self, run: str) -> bool:
+        return self.is_exported(run) or checkpoint.latest(self.of(run) / "checkpoints") is not None
+
+    def is_exported(self, run: str) -> bool:
+        return run == TEACHER and (self.teacher / "config.json").is_file()
+
+    def config(self, run: str) -> RunConfig:
+        """That the weights were trained with. Raises UserError."""
+        if self.is_exported(run):
+            return load_run(TEACHER_RECIPE)
+        return run_from_state(checkpoint.load_state(self._checkpoint(run))["config"])
+
+    def settings(self, run: str) -> str:
+        """The config as text, unread. Raises UserError."""
+        if self.is_exported(run):
+            return TEACHER_RECIPE.read_text()
+        return json.dumps(checkpoint.load_state(self._checkpoint(run))["config"], sort_keys=True)
+
+    def files(self, run: str) -> list[Path]:
+        """Of the weights that are sampled. Raises UserError."""
+        if self.is_exported(run):
+            return sorted(self.teacher.glob("*.safetensors"))
+        folder = self._checkpoint(run)
+        averaged = "student_ema" in checkpoint.tensor_names(folder)
+        return checkpoint.files_of(folder, "student_ema" if averaged else "student")
+
+    def _checkpoint(self, run: str) -> Path:
+        folder = checkpoint.latest(self.of(run) / "checkpoints")
+        if folder is None:
+            raise UserError(f"{self.of(run)} holds no checkpoint: train it first")
+        return folder
+
+    def generator(self, run: str) -> Generator:
+        if self.is_exported(run):
+            return load_model(Model(str(self.teacher), config_path=TEACHER_RECIPE), Sampling(), distributed.device())
+        return Generator.load(self.of(run), distributed.device())
 
 
 @dataclass(frozen=True)
 class Part:
     """Some videos of one method.
 
-    root: folder of the runs.
+    place: where the weights are.
     method: the row.
     name: of their file.
     prompts: one for each video.
@@ -96,7 +142,7 @@ class Part:
     identity: all that their pixels depend on.
     """
 
-    root: str
+    place: Place
     method: Method
     name: str
     prompts: tuple[str, ...]
@@ -106,7 +152,7 @@ class Part:
 
     @property
     def path(self) -> Path:
-        return Path(self.root, "evaluation", self.method.key, f"{self.name}.safetensors")
+        return self.place.root / "evaluation" / self.method.key / f"{self.name}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -118,38 +164,31 @@ class Samples:
     seconds: float
 
 
-def run_config(root: Path, run: str) -> RunConfig:
-    """The config that a run was trained with. Raises UserError."""
-    folder = checkpoint.resolve_resume(str(root / run), root / run)
-    assert folder is not None
-    return run_from_state(checkpoint.load_state(folder)["config"])
-
-
-def available(root: Path) -> tuple[list[Method], list[Method]]:
-    """(methods whose runs have a checkpoint, the others)."""
-    trained = {run for run in RUNS if checkpoint.latest(root / run / "checkpoints") is not None}
+def available(place: Place) -> tuple[list[Method], list[Method]]:
+    """(methods whose weights are there, the others)."""
+    trained = {run for run in RUNS if place.is_trained(run)}
     split: tuple[list[Method], list[Method]] = ([], [])
     for method in METHODS:
         split[not {method.run, method.causal_from} <= {*trained, None}].append(method)
     return split
 
 
-def parts(root: Path, method: Method, name: str, prompts: Sequence[str], seed: int, size: int = PART) -> list[Part]:
+def parts(place: Place, method: Method, name: str, prompts: Sequence[str], seed: int, size: int = PART) -> list[Part]:
     """A method's videos of these prompts, file by file.
 
-    root: folder of the runs.
+    place: where the weights are.
     method: the row.
     name: of the files, before their numbers.
     prompts: one for each video.
     seed: video i is keyed by (seed, i), whatever the size.
     size: videos a file.
     """
-    identity = _identity(root, method)
+    identity = _identity(place, method)
     starts = range(0, len(prompts), size)
     chunks = [range(start, min(start + size, len(prompts))) for start in starts]
     return [
         Part(
-            root=str(root),
+            place=place,
             method=method,
             name=f"{name}_{ids[0]:04d}",
             prompts=tuple(prompts[i] for i in ids),
@@ -178,7 +217,7 @@ def make(todo: Sequence[Part], workers: int) -> Iterable[Part]:
 def make_part(part: Part) -> None:
     """Generates one part and writes it, whole or not at all."""
     assert part.method.run is not None
-    generator = _generator(Path(part.root), part.method.run, part.method.causal_from)
+    generator = _generator(part.place, part.method.run, part.method.causal_from)
     evaluations, started = generator.score.evaluations, process_time()
     before = evaluations.total_frames
     batch = BATCH_FEW_STEPS if generator.few_steps else BATCH_MANY_STEPS
@@ -217,7 +256,7 @@ def load(made: Sequence[Part]) -> Samples:
 
 def _cost(part: Part) -> int:
     many_steps = part.method.run == TEACHER and part.method.causal_from is None
-    return (part.method.steps or 0) * len(part.ids) * (2 if many_steps else 1)
+    return (part.method.steps or 1) * len(part.ids) * (2 if many_steps else 1)
 
 
 def _key(part: Part) -> str:
@@ -225,27 +264,21 @@ def _key(part: Part) -> str:
     return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
 
-def _identity(root: Path, method: Method) -> str:
+def _identity(place: Place, method: Method) -> str:
     """The method, the weights, and the configs that say how they are sampled."""
     digest = hashlib.blake2b(json.dumps([method.run, method.steps, method.causal_from]).encode(), digest_size=16)
     for run in filter(None, (method.run, method.causal_from)):
-        folder = checkpoint.latest(root / run / "checkpoints")
-        if folder is None:
-            raise UserError(f"{root / run} holds no checkpoint: train it first")
-        digest.update(json.dumps(checkpoint.load_state(folder)["config"], sort_keys=True).encode())
+        digest.update(place.settings(run).encode())
         if run == method.run:
-            averaged = "student_ema" in checkpoint.tensor_names(folder)
-            for file in checkpoint.files_of(folder, "student_ema" if averaged else "student"):
+            for file in place.files(run):
                 digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
 @functools.cache
-def _generator(root: Path, run: str, causal_from: str | None) -> Generator:
-    generator = Generator.load(root / run, distributed.device())
-    if causal_from is None:
-        return generator
-    return generator.as_causal(run_config(root, causal_from))
+def _generator(place: Place, run: str, causal_from: str | None) -> Generator:
+    generator = place.generator(run)
+    return generator if causal_from is None else generator.as_causal(place.config(causal_from))
 
 
 def _start_worker() -> None:

@@ -39,6 +39,7 @@ FULL = {
     "tests/benchmarks/test_benchmarks.py::test_one_configuration_end_to_end": "test_streaming_end_to_end",
     "tests/benchmarks/test_benchmarks.py::test_operations_are_those_of_every_layer": "test_streaming_end_to_end",
     "tests/benchmarks/test_gpu_check.py::test_results_of_the_benchmarks": "test_streaming_end_to_end",
+    "tests/scripts/test_quickstart.py::test_the_whole_way": "test_report.py; test_stages.py",
     "tests/scripts/test_methods_page.py::test_quick_trains": "test_methods.py, row by row",
     "tests/utils/test_parallel.py::test_compiled_blocks_are_the_blocks": "test_acceleration.py::test_compiled_blocks",
     "tests/planning/test_plan.py::test_shapes_are_those_of_fake_tensor_mode": "test_peak_is_that_of_a_real_run",

@@ -1,154 +1,116 @@
-"""scripts/quickstart.sh with a stand-in for Python: the order of the stages, going on after a failure, a clean stop."""
+"""scripts/quickstart.py: its stages are commands that a user could type, each begins with what the last one made."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import signal
+import shlex
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
 
+from configs.load import load_run
+from generation.command import inference_args
+from scripts.quickstart import FIRST_RECIPE, Quickstart, locked, next_commands, steps_done
+from scripts.stages import Stage
 from tests import ROOT
+from trainer.command import train_args
+from utils.errors import UserError
+from utils.logging import read_jsonl
+from utils.video import read_video
 
-STAGES = ["teacher", "causal_init", "self_forcing_dmd", "self_forcing_dmd_2step"]
-
-pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-
-# Notes its arguments. A run named in $FAIL fails; one named in $HANG waits for a signal and notes how it was stopped.
-STAND_IN = """#!/usr/bin/env bash
-echo "$*" >>"$CALLS"
-run=none
-for argument in "$@"; do [[ $last == --logdir ]] && run=${argument##*/}; last=$argument; done
-[[ $run == "$FAIL" ]] && exit 7
-if [[ $run == "$HANG" ]]; then
-  trap 'sleep 0.3; echo "$run saved" >>"$CALLS"; exit 1' TERM
-  echo "$run hangs" >>"$CALLS"
-  while :; do sleep 0.05; done
-fi
-exit 0
-"""
+NAMES = ["look", "causal_init", "self_forcing_dmd", "videos", "report"]
 
 
-class Quickstart:
-    def __init__(self, folder: Path) -> None:
-        self.run_dir, self.calls = folder / "run", folder / "calls.txt"
-        self.python = folder / "python"
-        self.python.write_text(STAND_IN)
-        self.python.chmod(0o755)
-
-    def start(self, *overrides: str, fail: str = "", hang: str = "") -> subprocess.Popen[str]:
-        variables = {"RUN_DIR": self.run_dir, "PYTHON": self.python, "CALLS": self.calls, "FAIL": fail, "HANG": hang}
-        self.calls.write_text("")
-        return subprocess.Popen(
-            ["bash", str(ROOT / "scripts" / "quickstart.sh"), *overrides],
-            env=os.environ | {name: str(value) for name, value in variables.items()},
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            # a test run in the background ignores SIGINT and hands that down; bash cannot trap what it never gets
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
-
-    def __call__(self, *overrides: str, fail: str = "") -> tuple[int, str]:
-        """(exit code, stderr)."""
-        process = self.start(*overrides, fail=fail)
-        _, errors = process.communicate(timeout=60)
-        return process.returncode, errors
-
-    def trained(self) -> list[str]:
-        """Runs whose training was started, by the order of the pipeline."""
-        lines = self.calls.read_text().splitlines()
-        found = {Path(line.split("--logdir ")[1].split()[0]).name for line in lines if "train.py" in line}
-        return [stage for stage in STAGES if stage in found]
-
-    def called(self, what: str) -> list[str]:
-        return [line for line in self.calls.read_text().splitlines() if what in line]
+def quickstart(root: Path, *overrides: str, from_scratch: bool = False, cores: int = 2) -> Quickstart:
+    return Quickstart(root, 8, from_scratch, overrides, cores)
 
 
-@pytest.fixture
-def quickstart(tmp_path: Path) -> Quickstart:
-    return Quickstart(tmp_path)
+def arguments(stage: Stage) -> list[str]:
+    """What follows the program's name."""
+    command = list(stage.command)
+    return command[next(i for i, word in enumerate(command) if word.endswith(".py")) + 1 :]
 
 
-def test_stages_run_in_order_with_their_starting_points(quickstart: Quickstart) -> None:
-    code, errors = quickstart()
-    assert (code, errors) == (0, "")
-    assert quickstart.trained() == STAGES
-    first, second = quickstart.called("train.py")[:2]
-    assert "torch.distributed.run --standalone" in first
-    assert "configs/toy/teacher.yaml" in first
-    assert f"student.init={quickstart.run_dir}/teacher" in second
-    for call in quickstart.called("configs/toy/self_forcing_dmd"):
-        for network, start in (("student", "causal_init"), ("teacher", "teacher"), ("critic", "teacher")):
-            assert f"{network}.init={quickstart.run_dir}/{start}" in call
-    for call in quickstart.called("train.py"):
-        ranks = int(call.split("--nproc_per_node ")[1].split()[0])
-        assert f"training.micro_batch_size={16 // ranks}" in call
-        assert "--resume auto" in call
-    *_, inference, last = quickstart.calls.read_text().splitlines()
-    assert inference.split()[0].endswith("inference.py")
-    assert "--prompts configs/toy/prompts.txt" in inference
-    assert last.startswith("-m scripts.report --root")
-    assert "--sample" not in last
-    notes = sorted(path.name for path in (quickstart.run_dir / "commands").iterdir())
-    assert notes == [f"{n}_{stage}.txt" for n, stage in enumerate([*STAGES, "videos", "report"], 1)]
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_each_stage_begins_with_what_the_ones_before_it_made(tmp_path: Path, from_scratch: bool) -> None:
+    stages = quickstart(tmp_path, from_scratch=from_scratch).stages()
+    by_name = {stage.name: stage for stage in stages}
+    assert list(by_name) == (["teacher", "teacher_details"] if from_scratch else []) + NAMES
+    teacher = str(tmp_path / "teacher_details") if from_scratch else "assets/shapes_teacher"
+    start = {"causal_init": {"student": teacher}, "teacher_details": {"student": str(tmp_path / "teacher")}}
+    start["self_forcing_dmd"] = {"student": str(tmp_path / "causal_init"), "teacher": teacher, "critic": teacher}
+    for name in list(by_name)[:-2]:
+        if name == "look":
+            continue
+        args = train_args(arguments(by_name[name]))
+        assert args.logdir == by_name[name].resumes_in == tmp_path / name
+        config = load_run(args.config_path, args.overrides)
+        for network, init in start.get(name, {}).items():
+            assert getattr(config, network).init == init
+    for name in ("look", "videos"):
+        source = inference_args(arguments(by_name[name])).source
+        expected = teacher if name == "look" else str(tmp_path / "self_forcing_dmd")
+        assert str(getattr(source, "path", source)) == expected
+    report = by_name["report"].command
+    assert report[report.index("--teacher") + 1] == teacher
+    assert all((ROOT / word).exists() for stage in stages for word in stage.command if word.startswith("configs/"))
 
 
-def test_finished_stages_are_skipped_and_a_failed_one_is_done_again(quickstart: Quickstart) -> None:
-    code, errors = quickstart(fail="causal_init")
-    assert code == 1
-    assert "the stage causal_init failed (exit code 7" in errors
-    assert "goes on from here" in errors
-    assert quickstart.trained() == ["teacher", "causal_init"]
-    assert quickstart.called("scripts.report") == quickstart.called("inference.py") == []
-    code, _ = quickstart(fail="self_forcing_dmd_2step")
-    assert code == 1
-    assert set(quickstart.trained()) >= {"causal_init", "self_forcing_dmd_2step"}
-    assert "teacher" not in quickstart.trained()
-    assert quickstart()[0] == 0
-    assert "self_forcing_dmd_2step" in quickstart.trained()
-    assert "causal_init" not in quickstart.trained()
-    assert quickstart()[0] == 0
-    assert quickstart.trained() == []
-    assert len(quickstart.called("scripts.report")) >= 1
+def test_videos_of_what_is_trained_are_made_beside_the_next_training_where_there_are_two_cores(tmp_path: Path) -> None:
+    for cores, expected in ((0, []), (1, []), (2, ["teacher", "causal_init"])):
+        beside = [command[-1] for stage in quickstart(tmp_path, cores=cores).stages() for command in stage.beside]
+        assert beside == expected
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_lets_the_stage_save_and_stops(quickstart: Quickstart, number: signal.Signals, code: int) -> None:
-    process = quickstart.start(hang="causal_init")
-    deadline = time.monotonic() + 30
-    while not quickstart.called("causal_init hangs") and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert quickstart.called("saved") == ["causal_init saved"], (
-        "the stage was not left the time to save, or asked twice"
-    )
-    assert "the same command goes on from here" in errors
-    assert quickstart()[0] == 0
-    assert "teacher" not in quickstart.trained()
-    assert "causal_init" in quickstart.trained()
+def test_a_setting_reaches_all_trainings_and_makes_them_others(tmp_path: Path) -> None:
+    before, after = quickstart(tmp_path).stages(), quickstart(tmp_path, "seed=1").stages()
+    assert [a.digest != b.digest for a, b in zip(before, after, strict=True)] == [False, True, True, True, True]
+    assert [stage.name for stage in after if "seed=1" in stage.command] == ["causal_init", "self_forcing_dmd"]
+    with pytest.raises(UserError, match="sead"):
+        quickstart(tmp_path, "sead=1").stages()
 
 
-def test_changed_settings_are_not_mixed_with_an_old_run(quickstart: Quickstart) -> None:
-    assert quickstart("seed=1")[0] == 0
-    assert all(" seed=1" in call for call in quickstart.called("train.py"))
-    code, errors = quickstart("seed=2")
-    assert code == 1
-    assert f"since {quickstart.run_dir}/teacher was begun" in errors
-    assert quickstart.trained() == []
+def test_progress_is_the_last_step_of_the_log(tmp_path: Path) -> None:
+    done = steps_done(tmp_path, 8)
+    assert done() == 0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3')
+    assert done() == 0.25
 
 
-@pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock")
-def test_two_at_once_do_not_mix(quickstart: Quickstart) -> None:
-    process = quickstart.start(hang="teacher")
-    deadline = time.monotonic() + 30
-    while not quickstart.called("teacher hangs") and time.monotonic() < deadline:
-        time.sleep(0.02)
-    code, errors = quickstart()
-    process.terminate()
-    process.communicate(timeout=30)
-    assert code == 1
-    assert "another quickstart is at work" in errors
+def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
+    held = locked(tmp_path)
+    try:
+        with pytest.raises(UserError, match="another quickstart is at work"):
+            locked(tmp_path)
+    finally:
+        os.close(held)
+    os.close(locked(tmp_path))
+
+
+def test_it_ends_with_commands_that_exist(tmp_path: Path) -> None:
+    said = next_commands(quickstart(tmp_path))
+    assert "it needs 2 GPUs with 80 GB" in said
+    commands = [shlex.split(line) for line in said.splitlines() if line.startswith("  ")]
+    assert [command[1] for command in commands] == ["demo.py", "inference.py", "doctor.py"]
+    inference_args(commands[1][2:])
+    assert (ROOT / commands[2][2]) == ROOT / FIRST_RECIPE
+
+
+def test_the_whole_way_in_a_few_iterations(tmp_path: Path) -> None:
+    few = ["training.max_steps=4", "training.critic_warmup_steps=1", "generator_training.lr_schedule.warmup_steps=1"]
+    command = [sys.executable, "-m", "scripts.quickstart", "--root", str(tmp_path), "--count", "4", *few]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("[") and "->" in line] == ["1/5", "4/5", "5/5"]
+    assert "\r" not in done.stdout
+    assert "Self-Forcing + DMD" in (tmp_path / "table.txt").read_text()
+    assert len(list((tmp_path / "videos").glob("*.gif"))) == 8
+    assert read_video(tmp_path / "comparison.gif").shape[0] >= 6
+    assert [
+        line["step"] for line in read_jsonl(tmp_path / "self_forcing_dmd" / "metrics.jsonl") if "critic/loss" in line
+    ]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert again.stdout.count("done before") == 5

@@ -17,7 +17,7 @@ from generation.generator import Generator
 from generation.sampling import Sampling
 from scripts import report, report_html, report_samples
 from scripts.report_plots import Panel, curves, held, short, side_by_side, thinned, write_comparison
-from scripts.report_samples import METHODS, RUNS, Method
+from scripts.report_samples import METHODS, RUNS, TEACHER_ASSET, Method, Place
 from trainer.network_factory import NetworkSpec, build_network
 from utils import checkpoint
 from utils.config import to_plain
@@ -27,10 +27,13 @@ from utils.video import read_video
 
 CPU = torch.device("cpu")
 COUNT = 3
-WITH_ERROR = ("prompt_right", "digit_right", "direction_right", "motion_error", "jitter", "intensity")
+WITH_ERROR = (
+    *("prompt_right", "shape_right", "colour_right", "direction_right"),
+    *("motion_error", "jitter", "saturation"),
+)
 WITHOUT = (
-    *("appearance_fd", "flicker", "diversity"),
-    *("appearance_fd_floor", "appearance_fd_floor_sd", "intensity_real"),
+    *("appearance_fd", "diversity"),
+    *("appearance_fd_floor", "appearance_fd_floor_sd"),
 )
 METRICS = (*WITH_ERROR, *(f"{name}_se" for name in WITH_ERROR), *WITHOUT)
 
@@ -48,13 +51,13 @@ def write_run(root: Path, run: str, seed: int = 0) -> None:
     small = ["student.overrides.num_layers=1", "student.init=null", "training.precision=fp32", f"seed={seed}"]
     if run.startswith("self"):
         small += ["teacher.init=null", "critic.init=null"]
-    config = load_run(Path("configs/toy") / f"{run}.yaml", small)
+    config = load_run(Path("configs/shapes") / f"{run}.yaml", small)
     weights = build_network(NetworkSpec(config.student, run, seed), CPU).state_dict()
     checkpoint.save(root / run / "checkpoints", 1, {"student": weights}, {"config": to_plain(config)})
     logger = RunLogger(root / run, {})
     for step in (1, 2, 3):
         spent = {"step_seconds": 2.0, "network_evaluations": 1000.0 * step, "peak_memory_gib": 0.25}
-        logger.scalars(step, {"student/loss": 1 / step, "student/luma": 0.07, "critic/loss": 0.3} | spent)
+        logger.scalars(step, {"student/loss": 1 / step, "student/saturation": 0.05, "critic/loss": 0.3} | spent)
     logger.close()
 
 
@@ -63,14 +66,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
     for run in RUNS:
         write_run(folder, run)
-    (folder / "prompts.txt").write_text("the digit one moving up\nthe digit two moving left\n")
-    (folder / "commands").mkdir()
-    (folder / "commands" / "1_teacher.txt").write_text("torchrun train.py --logdir <here>\n")
+    (folder / "prompts.txt").write_text("a red circle moving up\na blue star moving left\n")
+    (folder / "commands.txt").write_text("python train.py --logdir <here>\n")
     return folder
 
 
+def place_of(root: Path) -> Place:
+    return Place(root, root / "teacher")
+
+
 def evaluation_of(root: Path) -> report.Evaluation:
-    return report.Evaluation(root, root / "prompts.txt", COUNT, "test")
+    return report.Evaluation(place_of(root), root / "prompts.txt", COUNT, "test")
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +87,8 @@ def evaluated(root: Path) -> report.Evaluation:
 
 
 @pytest.fixture(scope="module")
-def document(evaluated: report.Evaluation, root: Path) -> str:
-    return report_html.page(report.build(evaluated, evaluated.rows(FixedJudge()), root))  # type: ignore[arg-type]
+def document(evaluated: report.Evaluation) -> str:
+    return report_html.page(report.build(evaluated, evaluated.rows(FixedJudge())))  # type: ignore[arg-type]
 
 
 def part_of(evaluation: report.Evaluation, key: str) -> report_samples.Part:
@@ -90,7 +96,7 @@ def part_of(evaluation: report.Evaluation, key: str) -> report_samples.Part:
 
 
 def test_every_method_has_its_videos_and_its_row(document: str) -> None:
-    assert len(METHODS) == 11
+    assert len(METHODS) == 8
     assert document.count("<video autoplay loop muted playsinline ") == len(METHODS)
     table = document[document.index("<table>") : document.index("</table>")]
     for method in METHODS:
@@ -117,18 +123,18 @@ def test_embedded_videos_decode(document: str, tmp_path: Path) -> None:
         path = tmp_path / f"{number}.mp4"
         path.write_bytes(base64.b64decode(video, validate=True))
         shapes.add(tuple(read_video(path).shape))
-    assert shapes == {(6 + 4, 3, 16 * 6, (2 * 16 + 1) * 6)}  # frames held at the end; two prompts with a gap
+    assert shapes == {(6 + 4, 3, 32 * 4, (2 * 32 + 1) * 4)}  # frames held at the end; two prompts with a gap
 
 
 def test_page_tells_costs_commands_configs_and_escapes(document: str) -> None:
-    assert "torchrun train.py --logdir &lt;here&gt;" in document
+    assert "python train.py --logdir &lt;here&gt;" in document
     assert document.count("<details>") == len(RUNS)
     assert "muon_lr: 0.025" in document
     costs = document[document.index("What it cost") : document.index("How it was made")]
     assert "<td>3</td><td>6</td><td>3,000</td><td>0.25</td>" in costs
     assert torch.__version__ in document
     assert document.count("<svg") == 5  # the panels that these runs logged numbers for
-    assert "one ↑" in document
+    assert "red circle ↑" in document
 
 
 def test_comparison_files_are_made(document: str, root: Path) -> None:
@@ -143,15 +149,14 @@ def test_evaluations_are_counted_and_videos_do_not_depend_on_parts(evaluated: re
     counted = {m.key: report_samples.load(parts) for m, parts in evaluated.judged.items()}
     assert counted["teacher_50"].evaluations == 100
     assert counted["teacher_1"].evaluations == 2
-    for key in ("causal_teacher_4", "causal_init_4", "dmd_4"):  # a step each, and two of three blocks once more
-        assert counted[key].evaluations == pytest.approx(4 + 2 / 3)
-    assert counted["dmd_2"].evaluations == pytest.approx(2 + 2 / 3)
+    for key in ("causal_teacher", "causal_init", "dmd"):  # a step each, and two of three blocks once more
+        assert counted[key].evaluations == pytest.approx(2 + 2 / 3)
     prompts = eval_prompts(evaluated.world.captions, COUNT, "test")
-    sampling = Sampling(steps=4, seed=SPLITS["test"])
+    sampling = Sampling(seed=SPLITS["test"])
     latents = Generator.load(root / "self_forcing_dmd", CPU)(prompts, sampling, range(COUNT))
-    torch.testing.assert_close(counted["dmd_4"].latents, latents, atol=1e-4, rtol=1e-4)
-    method = next(m for m in METHODS if m.key == "dmd_4")
-    single = report_samples.parts(root, method, "single", prompts, SPLITS["test"], size=1)
+    torch.testing.assert_close(counted["dmd"].latents, latents, atol=1e-4, rtol=1e-4)
+    method = next(m for m in METHODS if m.key == "dmd")
+    single = report_samples.parts(place_of(root), method, "single", prompts, SPLITS["test"], size=1)
     for part in single:
         report_samples.make_part(part)
     torch.testing.assert_close(report_samples.load(single).latents, latents, atol=1e-4, rtol=1e-4)
@@ -159,14 +164,14 @@ def test_evaluations_are_counted_and_videos_do_not_depend_on_parts(evaluated: re
 
 def test_done_parts_are_not_made_again_and_broken_ones_are(evaluated: report.Evaluation, root: Path) -> None:
     assert evaluation_of(root).todo() == []
-    part = part_of(evaluated, "causal_init_4")
+    part = part_of(evaluated, "causal_init")
     whole = part.path.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"\xff" * 64):
         part.path.write_bytes(broken)
         assert evaluation_of(root).todo() == [part]
     part.path.unlink()
     assert evaluation_of(root).todo() == [part]
-    before = report_samples.load([part_of(evaluated, "causal_init_2")]).latents
+    before = report_samples.load([part_of(evaluated, "teacher_1")]).latents
     report_samples.make_part(part)
     assert evaluation_of(root).todo() == []
     assert not torch.equal(report_samples.load([part]).latents, before)  # its own, not a neighbour's
@@ -175,16 +180,36 @@ def test_done_parts_are_not_made_again_and_broken_ones_are(evaluated: report.Eva
 def test_retrained_run_is_judged_again(root: Path, tmp_path: Path) -> None:
     for run in ("teacher", "causal_init"):
         write_run(tmp_path, run)
-    teacher_4, causal = (next(m for m in METHODS if m.key == key) for key in ("teacher_4", "causal_teacher_2"))
-    parts = [report_samples.parts(tmp_path, m, "x", ["the digit one moving up"], 0)[0] for m in (teacher_4, causal)]
+    teacher_4, causal = (next(m for m in METHODS if m.key == key) for key in ("teacher_4", "causal_teacher"))
+    parts = [
+        report_samples.parts(place_of(tmp_path), m, "x", ["a red circle moving up"], 0)[0] for m in (teacher_4, causal)
+    ]
     for part in parts:
         report_samples.make_part(part)
         assert report_samples.is_done(part)
         assert not report_samples.is_done(replace(part, seed=1))
-        assert not report_samples.is_done(replace(part, prompts=("the digit one moving down",)))
+        assert not report_samples.is_done(replace(part, prompts=("a red circle moving down",)))
     write_run(tmp_path, "teacher", seed=1)
-    again = [report_samples.parts(tmp_path, m, "x", ["the digit one moving up"], 0)[0] for m in (teacher_4, causal)]
+    again = [
+        report_samples.parts(place_of(tmp_path), m, "x", ["a red circle moving up"], 0)[0] for m in (teacher_4, causal)
+    ]
     assert [report_samples.is_done(part) for part in again] == [False, False]
+
+
+def test_the_teacher_that_ships_is_sampled_as_its_recipe_says(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    assert place.teacher == TEACHER_ASSET
+    assert [m.key for m in report_samples.available(place)[0]][:2] == ["real", "teacher_50"]
+    prompts = ["a red circle moving up"]
+    method = next(m for m in METHODS if m.key == "teacher_1")
+    (part,) = report_samples.parts(place, method, "x", prompts, 3)
+    report_samples.make_part(part)
+    config = place.config("teacher")
+    config.student.init = str(TEACHER_ASSET)
+    assert config.validation.guidance == 2
+    found = report_samples.load([part])
+    assert found.evaluations == 2
+    assert found.latents.std() > 0.3
 
 
 def test_document_has_no_id_twice(document: str) -> None:
@@ -193,21 +218,25 @@ def test_document_has_no_id_twice(document: str) -> None:
 
 
 def test_missing_runs_are_said_and_none_at_all_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("the digit one moving up\n")
-    with pytest.raises(UserError, match="no run with a checkpoint"):
+    (tmp_path / "prompts.txt").write_text("a red circle moving up\n")
+    with pytest.raises(UserError, match="no weights there"):
         evaluation_of(tmp_path)
     write_run(tmp_path, "teacher")
-    present, missing = report_samples.available(tmp_path)
+    present, missing = report_samples.available(place_of(tmp_path))
     assert [m.key for m in present] == ["real", "teacher_50", "teacher_4", "teacher_2", "teacher_1"]
-    assert {m.key for m in missing} >= {"causal_teacher_4", "dmd_2"}
+    assert {m.key for m in missing} >= {"causal_teacher", "dmd"}
     line = report_html.Line("g", "label", "Short <one>", None)
     assert "Short &lt;one&gt;" in report_html._table([line])
     assert "not trained" in report_html._table([line])
 
 
 def test_command_line_refuses_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for arguments, said in ((["--workers", "0"], "--workers 0"), (["--sample", "nothing"], "nothing"), ([], "no run")):
-        monkeypatch.setattr(sys, "argv", ["report", "--root", str(tmp_path), *arguments])
+    for arguments, said in (
+        (["--workers", "0"], "--workers 0"),
+        (["--sample", "nothing"], "nothing"),
+        ([], "no weights"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["report", "--root", str(tmp_path), "--teacher", str(tmp_path), *arguments])
         with pytest.raises(UserError, match=said):
             report.main()
 
@@ -257,6 +286,7 @@ def test_pictures_are_laid_out_in_order(tmp_path: Path) -> None:
     assert longer.shape[2] == 7
     assert torch.equal(longer[:, :, 6], videos[:, :, 4])
     assert short("the digit seven moving left") == "seven ←"
+    assert short("a red circle moving up") == "red circle ↑"
     assert short("a cat") == "a cat"
     write_comparison(tmp_path, ["a", "b", "c"], ["the digit one moving up", "a cat"], videos, 8)
     assert read_video(tmp_path / "comparison.mp4").shape[0] == 9
