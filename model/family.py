@@ -28,8 +28,8 @@ from model.export import Exporter, NoExporter
 from model.merged import Lora
 from model.path import Path
 from model.released import Released, Source, Student
-from model.text_encoder import TextConfig, TextEncoder
-from model.types import Prompt
+from model.text_encoder import PromptEncoder, TextConfig
+from model.types import Prompt, PromptShapes
 from model.weights import Weights, misfits, shapes_of
 from utils.parallel.sequence import SequenceParallel
 
@@ -179,8 +179,11 @@ class Family(Protocol):
         """
         ...
 
-    def prompt_shapes(self, geometry: Geometry) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of an encoded prompt's tensors, without the batch, by the names of the network's arguments."""
+    def prompt_shapes(self, geometry: Geometry) -> PromptShapes:
+        """Shapes of an encoded prompt's tensors, without the batch, by the names of the network's arguments.
+
+        Of several dimensions the first counts tokens, and rows after a shorter prompt's last token are zero.
+        """
         ...
 
     def toy_prompts(
@@ -192,10 +195,11 @@ class Family(Protocol):
         """
         ...
 
-    def text_encoder(self, config: TextConfig, geometry: Geometry) -> TextEncoder:
-        """What encodes the prompts of a real model. Raises ValueError or OSError in one line.
+    def text_encoder(self, config: TextConfig, geometry: Geometry, device: torch.device) -> PromptEncoder:
+        """What encodes the prompts of a real model, not loaded yet. Raises ValueError in one line where there is none.
 
-        config: names its folder or Hub name.
+        config: names its folder or Hub name; with neither it can only say what it is.
+        device: where it computes.
         """
         ...
 
@@ -261,8 +265,8 @@ class PlainFamily:
         for name, value in self.network(geometry, Backend.SDPA, Checkpointing.none, sparse).named_parameters():
             yield name, value.detach()
 
-    def text_encoder(self, config: TextConfig, geometry: Any) -> TextEncoder:
-        raise ValueError("text: these networks know the prompts of small worlds only: leave it out")
+    def text_encoder(self, config: TextConfig, geometry: Any, device: torch.device) -> PromptEncoder:
+        raise ValueError("text: these networks know the prompts of small worlds only: choose another data.kind")
 
     def open_weights(self, path: str, which: str, expert: str | None) -> Weights:
         raise ValueError(f"{path} is no run's folder, and this family reads no other files yet")
