@@ -1,5 +1,5 @@
-"""Text to conditioning: what a family's encoder is asked, any T5-like encoder of transformers, and a tiny seeded one for
-the toy world."""
+"""Text to conditioning: what a family's encoder is asked, any T5-like encoder of transformers, and a tiny seeded one
+for the toy world."""
 
 # B batch  L text tokens  C text channels
 
