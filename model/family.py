@@ -48,6 +48,7 @@ class Trait(Enum):
     sparse = "sparse"  # attend to kept tiles only
     sequence = "sequence"  # share a video's tokens among ranks
     replay = "replay"  # give passes their gradient after they were made
+    backends = "backends"  # attend by the backend that a run chooses
 
 
 class FirstFrame(Enum):
@@ -305,9 +306,7 @@ def register(name: str, family: Family) -> None:
     """
     if name in _in_folders():
         raise ValueError(f"family '{name}' is taken, see model/{name}: choose another name")
-    others = {preset: known for known, other in families().items() if known != name for preset in other.presets}
-    if taken := sorted(set(family.presets) & set(others)):
-        raise ValueError(f"family '{name}': preset '{taken[0]}' is {others[taken[0]]}'s: choose another name")
+    check_presets({**{known: other for known, other in families().items() if known != name}, name: family})
     if not family.presets:
         raise ValueError(f"family '{name}' has no preset, by which a run would choose it: give it one")
     _REGISTERED[name] = family
@@ -318,7 +317,18 @@ def _in_folders() -> Mapping[str, Family]:
     folder = str(FilePath(__file__).parent)
     names = [module.name for module in pkgutil.iter_modules([folder]) if module.ispkg]
     with_seam = [name for name in names if FilePath(folder, name, "family.py").is_file()]
-    return {name: importlib.import_module(f"model.{name}.family").FAMILY for name in with_seam}
+    found = {name: importlib.import_module(f"model.{name}.family").FAMILY for name in with_seam}
+    check_presets(found)
+    return found
+
+
+def check_presets(by_name: Mapping[str, Family]) -> None:
+    """Raises ValueError, one line, for a preset of two families: a run that names it would get either."""
+    owner: dict[str, str] = {}
+    for name, family in by_name.items():
+        for preset in family.presets:
+            if owner.setdefault(preset, name) != name:
+                raise ValueError(f"family '{name}': preset '{preset}' is {owner[preset]}'s: choose another name")
 
 
 def replaced(geometry: G, fields: Mapping[str, Any]) -> G:
