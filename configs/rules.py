@@ -183,6 +183,10 @@ NETWORKS: Sequence[NetworkRule] = (
         lambda run, name, net: net.family is not run.student.family,
     ),
     NetworkRule(
+        "{name}.attention {net.attention.value}: this network has none: leave it out",
+        lambda run, name, net: net.attention is not Backend.SDPA and Trait.backends not in net.family.traits,
+    ),
+    NetworkRule(
         "parallel.compile is not for {name}.attention plain: choose sdpa, flex or flash",
         lambda run, name, net: run.parallel.compile and net.attention is Backend.PLAIN,
     ),
@@ -208,7 +212,7 @@ NETWORKS: Sequence[NetworkRule] = (
 OPTIMIZERS: Sequence[OptimizerRule] = (
     OptimizerRule(
         "{section}.optimizer: kind {trained.optimizer.kind} is not for engine deepspeed: choose adamw, or fsdp2",
-        lambda run, trained: _on_deepspeed(run) and trained.optimizer.kind != "adamw",
+        lambda run, trained: _on_deepspeed(run) and not trained.optimizer.on_deepspeed,
     ),
     OptimizerRule(
         "{section}.optimizer: clip_value is not for engine deepspeed: set clip_norm, or choose fsdp2",

@@ -37,7 +37,7 @@ def preprocess_text(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     config = load_run(args.config_path, args.overrides)
     text = config.data.text_source(TaskContext(config.student, config.seed, distributed.device()))
-    source = Source.of(_prompts(config, args.prompts), text.identity, text.made_with)
+    source = Source.of(_prompts(config, args.prompts), text.identity, text.shapes, text.made_with)
     if args.check:
         check(args.out, source)
         print(f"{args.out}: each of {len(source.prompts)} prompts is there exactly once")

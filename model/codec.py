@@ -19,7 +19,7 @@ from utils.precision import Dtype
 
 @dataclass
 class VAEConfig:
-    """path: an AutoencoderKLWan: its folder, a pipeline's with a folder `vae`, or a Hub name.
+    """path: the VAE of the networks' family: its folder, a pipeline's with a folder `vae`, or a Hub name.
 
     tiny_decoder: taehv's file for Wan (taew2_1.pth), which decodes instead, faster and coarser; None for none.
     dtype: in which it computes. tiled: decode in overlapping tiles of 256 pixels, for less memory.

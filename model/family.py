@@ -28,8 +28,8 @@ from model.export import Exporter, NoExporter
 from model.merged import Lora
 from model.path import Path
 from model.released import Released, Source, Student
-from model.text_encoder import TextConfig, TextEncoder
-from model.types import Prompt
+from model.text_encoder import PromptEncoder, TextConfig
+from model.types import Prompt, PromptShapes
 from model.weights import Weights, misfits, shapes_of
 from utils.parallel.sequence import SequenceParallel
 
@@ -48,6 +48,7 @@ class Trait(Enum):
     sparse = "sparse"  # attend to kept tiles only
     sequence = "sequence"  # share a video's tokens among ranks
     replay = "replay"  # give passes their gradient after they were made
+    backends = "backends"  # attend by the backend that a run chooses
 
 
 class FirstFrame(Enum):
@@ -179,8 +180,11 @@ class Family(Protocol):
         """
         ...
 
-    def prompt_shapes(self, geometry: Geometry) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of an encoded prompt's tensors, without the batch, by the names of the network's arguments."""
+    def prompt_shapes(self, geometry: Geometry) -> PromptShapes:
+        """Shapes of an encoded prompt's tensors, without the batch, by the names of the network's arguments.
+
+        Of several dimensions the first counts tokens, and rows after a shorter prompt's last token are zero.
+        """
         ...
 
     def toy_prompts(
@@ -192,10 +196,11 @@ class Family(Protocol):
         """
         ...
 
-    def text_encoder(self, config: TextConfig, geometry: Geometry) -> TextEncoder:
-        """What encodes the prompts of a real model. Raises ValueError or OSError in one line.
+    def text_encoder(self, config: TextConfig, geometry: Geometry, device: torch.device) -> PromptEncoder:
+        """What encodes the prompts of a real model, not loaded yet. Raises ValueError in one line where there is none.
 
-        config: names its folder or Hub name.
+        config: names its folder or Hub name; with neither it can only say what it is.
+        device: where it computes.
         """
         ...
 
@@ -261,8 +266,8 @@ class PlainFamily:
         for name, value in self.network(geometry, Backend.SDPA, Checkpointing.none, sparse).named_parameters():
             yield name, value.detach()
 
-    def text_encoder(self, config: TextConfig, geometry: Any) -> TextEncoder:
-        raise ValueError("text: these networks know the prompts of small worlds only: leave it out")
+    def text_encoder(self, config: TextConfig, geometry: Any, device: torch.device) -> PromptEncoder:
+        raise ValueError("text: these networks know the prompts of small worlds only: choose another data.kind")
 
     def open_weights(self, path: str, which: str, expert: str | None) -> Weights:
         raise ValueError(f"{path} is no run's folder, and this family reads no other files yet")
@@ -301,9 +306,7 @@ def register(name: str, family: Family) -> None:
     """
     if name in _in_folders():
         raise ValueError(f"family '{name}' is taken, see model/{name}: choose another name")
-    others = {preset: known for known, other in families().items() if known != name for preset in other.presets}
-    if taken := sorted(set(family.presets) & set(others)):
-        raise ValueError(f"family '{name}': preset '{taken[0]}' is {others[taken[0]]}'s: choose another name")
+    check_presets({**{known: other for known, other in families().items() if known != name}, name: family})
     if not family.presets:
         raise ValueError(f"family '{name}' has no preset, by which a run would choose it: give it one")
     _REGISTERED[name] = family
@@ -314,7 +317,18 @@ def _in_folders() -> Mapping[str, Family]:
     folder = str(FilePath(__file__).parent)
     names = [module.name for module in pkgutil.iter_modules([folder]) if module.ispkg]
     with_seam = [name for name in names if FilePath(folder, name, "family.py").is_file()]
-    return {name: importlib.import_module(f"model.{name}.family").FAMILY for name in with_seam}
+    found = {name: importlib.import_module(f"model.{name}.family").FAMILY for name in with_seam}
+    check_presets(found)
+    return found
+
+
+def check_presets(by_name: Mapping[str, Family]) -> None:
+    """Raises ValueError, one line, for a preset of two families: a run that names it would get either."""
+    owner: dict[str, str] = {}
+    for name, family in by_name.items():
+        for preset in family.presets:
+            if owner.setdefault(preset, name) != name:
+                raise ValueError(f"family '{name}': preset '{preset}' is {owner[preset]}'s: choose another name")
 
 
 def replaced(geometry: G, fields: Mapping[str, Any]) -> G:

@@ -15,6 +15,7 @@ from model.family import Family, FirstFrame, Geometry, families, family_of
 from model.folders import pipeline_folder
 from model.path import Path
 from model.released import CLUES, Released, classes_of
+from model.types import PromptShapes
 from utils.fields import check_modes
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -139,6 +140,10 @@ class NetworkConfig:
     @property
     def path(self) -> Path:
         return self.family.path(self.geometry())
+
+    @property
+    def prompt_shapes(self) -> PromptShapes:
+        return self.family.prompt_shapes(self.geometry())
 
     @property
     def codecs(self) -> Codecs:

@@ -23,6 +23,7 @@ from model.schedule import ScheduleConfig
 from model.types import LossOutput, Total
 from utils.fields import check_modes
 from utils.found import Registry
+from utils.variants import check_kind
 
 
 class CriticLoss(Enum):
@@ -80,6 +81,7 @@ class ObjectiveConfig:
         return {kind: objective.config_type for kind, objective in objectives().items()}
 
     def __post_init__(self) -> None:
+        check_kind(self)
         check_modes(self)
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(f"guidance_rescale must be in [0, 1] (0 = none), got {self.guidance_rescale}")

@@ -1,4 +1,5 @@
-"""Text to conditioning: any transformers encoder behind Wan's convention, and a tiny seeded one for the toy world."""
+"""Text to conditioning: what a family's encoder is asked, any T5-like encoder of transformers, and a tiny seeded one
+for the toy world."""
 
 # B batch  L text tokens  C text channels
 
@@ -7,21 +8,22 @@ from __future__ import annotations
 import functools
 import html
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from model.folders import fingerprint, load_whole, loading, pipeline_folder, read_config
+from model.folders import fingerprint, pipeline_folder
+from model.types import Prompt
 from utils.fields import check_modes
 from utils.precision import Dtype
 
 _PAD, _EOS, _UNKNOWN = "<pad>", "</s>", "<unk>"
-_PARTS = ("text_encoder", "tokenizer")
+PARTS = ("text_encoder", "tokenizer")
 
 
 class Quantization(StrEnum):
@@ -38,8 +40,9 @@ class Quantization(StrEnum):
 class TextConfig:
     """Where text embeddings come from: a cache, an encoder, or for prompts that the cache lacks the encoder.
 
-    encoder: a UMT5EncoderModel and its tokenizer: a folder with text_encoder and tokenizer (a pipeline's), one folder
-    of both, or a Hub name. cache: a folder of `preprocess.py text`; the encoder is loaded only where it must be.
+    encoder: the text encoder of the networks' family and its tokenizer: a folder with text_encoder and tokenizer (a
+    pipeline's), one folder of both, or a Hub name. cache: a folder of `preprocess.py text`; the encoder is loaded only
+    where it must be.
     dtype: of the encoder. quantization: of its matrices (torchao), null for none.
     """
 
@@ -52,7 +55,7 @@ class TextConfig:
         check_modes(self)
 
     def identity(self) -> list[str | None]:
-        """What the embeddings depend on: weights and tokenizer, precision, cleaning. Raises ValueError."""
+        """What one encoder's embeddings depend on: weights and tokenizer, precision, cleaning. Raises ValueError."""
         assert self.encoder is not None
         folders = sorted({str(folder) for folder in encoder_folders(self.encoder)})
         return [
@@ -61,6 +64,47 @@ class TextConfig:
             self.quantization and self.quantization.value,
             cleaning(),
         ]
+
+
+class PromptEncoder(Protocol):
+    """What encodes the prompts of a family's real models, as a `TextConfig` names it. It is loaded when first needed.
+
+    what: what it is, in words, as "a UMT5 encoder".
+    parts: the folders of a pipeline that have it.
+    """
+
+    what: str
+    parts: tuple[str, ...]
+
+    def identity(self) -> list[Any]:
+        """What the encoded prompts depend on, as plain values by which a cache knows its encoder.
+
+        Files are read for it, but no weights are loaded. Raises ValueError or OSError in one line.
+        """
+        ...
+
+    def made_with(self) -> Mapping[str, str | int | None]:
+        """The same in words, as far as it is known without the files. `encoder` is its folder or Hub name."""
+        ...
+
+    def weight_folders(self) -> Sequence[Path]:
+        """The local folders of its weights. Raises ValueError or OSError in one line where a config.json does not fit
+        the networks."""
+        ...
+
+    def load(self) -> None:
+        """Loads it, if it is not loaded yet. Raises ValueError or OSError in one line."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Prompt:
+        """The tensors of `Family.prompt_shapes`, fp32, a row for each prompt; [0, ...] for no prompts.
+
+        A row depends on its prompt alone. Of a tensor with several dimensions the first counts tokens, and what comes
+        after a shorter prompt's last token is zero.
+
+        Raises ValueError or OSError in one line.
+        """
+        ...
 
 
 class TextEncoder:
@@ -147,36 +191,17 @@ class TextEncoder:
 
 def encoder_folders(path: str | Path) -> tuple[Path, Path]:
     """The folders of the encoder and of its tokenizer; one and the same where both lie in `path`. Raises ValueError."""
-    root = pipeline_folder(path, _PARTS)
+    root = pipeline_folder(path, PARTS)
     if (root / "config.json").is_file() and not (root / "text_encoder").is_dir():
         return root, root
-    for part in _PARTS:
+    for part in PARTS:
         if not (root / part).is_dir():
             raise ValueError(f"text encoder: {root} has no folder {part!r}; give a model in Diffusers' layout")
     return root / "text_encoder", root / "tokenizer"
 
 
-def load_text_encoder(
-    path: str | Path, text_len: int, *, dtype: torch.dtype = torch.bfloat16, quantization: Quantization | None = None
-) -> TextEncoder:
-    """Wan's UMT5 encoder: see TextConfig.encoder. quantization: of its matrices.
-
-    Raises ValueError, one line, if a part is missing or no UMT5EncoderModel, or torchao is not installed.
-    """
-    from transformers import AutoTokenizer, UMT5EncoderModel
-
-    folder, words = encoder_folders(path)
-    read_config(folder, "UMT5EncoderModel")
-    quantize = _quantizer(quantization) if quantization else None  # before gigabytes are read
-    with loading("text encoder", words):
-        tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True)
-    encoder = load_whole(UMT5EncoderModel, folder, "text encoder", dtype=dtype)
-    if quantize is not None:
-        quantize(encoder)
-    return TextEncoder(encoder, tokenizer, text_len)
-
-
-def _quantizer(kind: Quantization) -> Callable[[torch.nn.Module], None]:
+def quantizer(kind: Quantization) -> Callable[[torch.nn.Module], None]:
+    """What quantizes an encoder's matrices in place. Raises ValueError, one line, where torchao is not installed."""
     try:
         from torchao import quantization
     except ImportError:

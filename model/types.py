@@ -14,6 +14,7 @@ from torch import Tensor
 
 LatentSize = tuple[int, int, int]  # latent frames, height, width
 Prompt = Mapping[str, Tensor]  # an encoded prompt by the names that the network's arguments have, batch first
+PromptShapes = Mapping[str, tuple[int, ...]]  # of its tensors, without the batch
 Total = Callable[[Tensor], Tensor]  # sums a tensor over the ranks that hold different samples: a collective
 
 

@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from configs.schema import RunConfig
 from configs.sections import TrainerKind
-from model.folders import part_folder, read_config
+from model.folders import part_folder
 from model.network import NetworkConfig
 from model.ode_regression import lacking_levels
 from model.schedule import uniform_sigmas
-from model.text_encoder import encoder_folders
+from model.text_encoder import PromptEncoder
 from planning.disk import META, networks_of_run
 from planning.finding import Finding, first_line
 from planning.launch import Recipe
@@ -34,7 +34,7 @@ from planning.sources import (
 from tasks.build import build_task
 from tasks.kinds.encoded import EncodedData
 from tasks.stored import StoredImages, StoredLatents, StoredPairs
-from tasks.text import text_shape
+from tasks.text import prompt_encoder
 from tasks.text_cache import TextCache
 from trainer.build import check_first_frames
 from trainer.run_networks import sharing
@@ -216,24 +216,24 @@ def _text(recipe: Recipe, config: RunConfig, data: EncodedData) -> Iterator[Use]
     """The encoder, if something has to be encoded still, and the cache."""
     cache, encoder = data.text.cache, data.text.encoder
     if encoder is not None and (cache is None or _lacks_prompts(config, data, cache)):
-        width = text_shape(config.student)[1]
-        parts = ("text_encoder", "tokenizer")
-        yield Use("data.text.encoder", encoder, lambda: _check_encoder(encoder, width), str, parts)
+        asked = prompt_encoder(data.text, config.student, torch.device("cpu"))
+        yield Use("data.text.encoder", encoder, lambda: _check_encoder(asked), str, asked.parts)
     if cache is not None:
 
         def check() -> None:
-            TextCache(Path(cache), *text_shape(config.student))
+            TextCache(Path(cache), config.student.prompt_shapes)
 
         yield Use("data.text.cache", cache, check, lambda: cache_remedy(recipe, config, cache))
 
 
 def _lacks_prompts(config: RunConfig, data: EncodedData, cache: str) -> bool:
     """Whether the encoder has to run: for a cache that is not there or does not fit, or for a prompt that it lacks."""
-    if not Path(cache).is_dir() or _problem(lambda: TextCache(Path(cache), *text_shape(config.student))):
+    shapes = config.student.prompt_shapes
+    if not Path(cache).is_dir() or _problem(lambda: TextCache(Path(cache), shapes)):
         return True
     files = [path for path in (data.prompts, config.validation.prompts) if path is not None and Path(path).is_file()]
     wanted = [data.negative_prompt, *(prompt for path in files for prompt in load_prompts(path))]
-    return bool(TextCache(Path(cache), *text_shape(config.student)).missing(wanted))
+    return bool(TextCache(Path(cache), shapes).missing(wanted))
 
 
 def _pixels(config: RunConfig, data: EncodedData) -> Iterator[Use]:
@@ -261,12 +261,9 @@ def _pixels(config: RunConfig, data: EncodedData) -> Iterator[Use]:
         yield Use("data.image_encoder", encoder, check_image_encoder, str, ("image_encoder", "image_processor"))
 
 
-def _check_encoder(path: str, width: int) -> None:
-    folder, _ = encoder_folders(path)
-    found = read_config(folder, "UMT5EncoderModel").get("d_model")
-    if found != width:
-        raise ValueError(f"data.text.encoder: {path} gives width {found}, the networks take {width}: give theirs")
-    _check_headers(folder)
+def _check_encoder(encoder: PromptEncoder) -> None:
+    for folder in encoder.weight_folders():
+        _check_headers(folder)
 
 
 def _check_headers(folder: Path) -> None:

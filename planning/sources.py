@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ from planning.disk import stored_bytes
 from planning.hardware import GB
 from planning.launch import Recipe
 from tasks.kinds.encoded import EncodedData
-from tasks.text import text_shape
 from trainer.command import default_logdir
 from utils.data.prompts import load_prompts
 
@@ -105,8 +105,7 @@ def cache_remedy(recipe: Recipe, config: RunConfig, cache: str) -> str:
     )
     if prompts is None or not Path(prompts).is_file():
         return command
-    length, width = text_shape(config.student)
-    most = len(set(load_prompts(prompts))) * length * width * 2
+    most = len(set(load_prompts(prompts))) * 2 * sum(map(math.prod, config.student.prompt_shapes.values()))
     return f"{command}   (at most {size_text(most)})"
 
 

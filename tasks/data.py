@@ -14,10 +14,9 @@ from typing import Any, ClassVar, TypeVar
 
 from model.family import FirstFrame
 from model.network import NetworkConfig
-from model.types import LatentSize
+from model.types import LatentSize, PromptShapes
 from tasks.task import Task, TaskContext
-from tasks.text import text_shape
-from tasks.text_cache import Encode
+from tasks.text_cache import Encode, sizes
 from utils.config import config_hash
 from utils.found import Registry
 from utils.variants import check_kind
@@ -27,15 +26,17 @@ WORLD_FPS = 8  # frames a second of what no released model makes
 
 @dataclass(frozen=True)
 class TextSource:
-    """What makes text embeddings of prompts.
+    """What encodes prompts.
 
-    identity: a hash of everything that decides them.
-    encode: prompts -> [B, L, D].
+    identity: a hash of everything that decides the encoded prompts.
+    encode: prompts to tensors by their names.
+    shapes: of these tensors.
     made_with: what a cache says of it in words.
     """
 
     identity: str
     encode: Encode
+    shapes: PromptShapes
     made_with: Mapping[str, str | int | None] | None = None
 
 
@@ -132,8 +133,9 @@ class DataConfig:
         def task() -> Task:
             return self.task(context)
 
-        identity = config_hash([self.kind, *self.text_identity(), *text_shape(context.student)])
-        return TextSource(identity, lambda prompts: task().conditioning(prompts).prompt["text"])
+        shapes = context.student.prompt_shapes
+        identity = config_hash([self.kind, *self.text_identity(), *sizes(shapes)])
+        return TextSource(identity, lambda prompts: task().conditioning(prompts).prompt, shapes)
 
     def has_first_frame(self, network: FirstFrame, *, real: bool) -> bool:
         """Whether samples come with a first frame: of real videos, or of images. network: how it takes one."""

@@ -39,7 +39,7 @@ def preprocess_images(argv: Sequence[str]) -> int:
 def _options(parser: argparse.ArgumentParser) -> None:
     names = [name for name, family in families().items() if not family.codecs.identity]
     parser.add_argument("--family", default=names[0], choices=names, help=f"of the networks ({names[0]})")
-    parser.add_argument("--vae", required=True, help="an AutoencoderKLWan: its folder, a pipeline's, or a Hub name")
+    parser.add_argument("--vae", required=True, help="the VAE of the networks: its folder, a pipeline's, or a Hub name")
     parser.add_argument(
         "--vae_dtype",
         "--vae-dtype",

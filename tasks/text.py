@@ -1,17 +1,17 @@
-"""Embeddings of prompts for networks that take text: from a cache, or from the encoder that made it."""
+"""Encoded prompts of real models: from a cache, or from the encoder that made it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from model.network import NetworkConfig
-from model.text_encoder import TextConfig, TextEncoder, cleaning
-from tasks.text_cache import TextCache
+from model.text_encoder import PromptEncoder, TextConfig
+from model.types import Prompt
+from tasks.text_cache import TextCache, check_shapes
 from utils import distributed
 from utils.config import config_hash
 from utils.errors import ConfigError
@@ -24,58 +24,50 @@ def warn_once(message: str) -> None:
         console.warning("%s", message)
 
 
-def encoder_hash(config: TextConfig, text_len: int) -> str:
-    """The hash by which a cache knows its encoder and the text length. Raises ValueError."""
-    return config_hash([*config.identity(), text_len])
+def prompt_encoder(config: TextConfig, student: NetworkConfig, device: torch.device) -> PromptEncoder:
+    """The encoder that a config names, not loaded yet. Raises ConfigError for networks that have none."""
+    try:
+        return student.family.text_encoder(config, student.geometry(), device)
+    except ValueError as problem:
+        raise ConfigError(f"student.preset {student.preset}: {problem}") from None
 
 
-def made_with(config: TextConfig, text_len: int) -> dict[str, str | int | None]:
-    """What a cache says of its encoder in words: the parts of `encoder_hash` that are known without its files."""
-    return {
-        "encoder": config.encoder, "dtype": config.dtype, "quantization": config.quantization, "text_len": text_len,
-        "cleaning": cleaning(),
-    }  # fmt: skip
-
-
-def text_shape(student: NetworkConfig) -> tuple[int, int]:
-    """Tokens of an encoded text, and their width. Raises ConfigError for a network that takes no text."""
-    shapes = student.family.prompt_shapes(student.geometry())
-    if "text" not in shapes:
-        raise ConfigError(
-            f"student.preset: {student.preset} takes {', '.join(shapes)} and no text: choose another preset"
-        )
-    length, width = shapes["text"]
-    return length, width
+def encoder_hash(encoder: PromptEncoder) -> str:
+    """The hash by which a cache knows its encoder. Raises ValueError or OSError."""
+    return config_hash(encoder.identity())
 
 
 class TextEmbeddings:
-    """Embeddings of prompts, from the cache, or from the encoder if the cache lacks a prompt.
+    """Encoded prompts, from the cache, or from the encoder if the cache lacks a prompt.
 
     The encoder is loaded when it is first needed. Raises ValueError or UserError for a cache that does not fit the
-    networks and the encoder, and if there is neither cache nor encoder.
+    networks and the encoder, if there is neither cache nor encoder, and for networks whose family has no encoder.
     """
 
     def __init__(self, config: TextConfig, student: NetworkConfig, device: torch.device) -> None:
-        self.config, self.student, self.device = config, student, device
-        self.text_len, self.text_dim = text_shape(student)
+        self.config, self.device = config, device
+        self.encoder, self.shapes = prompt_encoder(config, student, device), student.prompt_shapes
         if config.cache is None and config.encoder is None:
             raise ValueError(
-                "text: cache and encoder are both null: give the folder of preprocess.py text, or of a UMT5 encoder"
+                "text: cache and encoder are both null: give the folder of preprocess.py text, or of "
+                f"{self.encoder.what}"
             )
-        self.cache = TextCache(Path(config.cache), self.text_len, self.text_dim) if config.cache else None
+        self.cache = TextCache(Path(config.cache), self.shapes) if config.cache else None
+        self._loaded = False
         if self.cache and config.encoder:
-            self._check_encoder(self.cache, config)
+            self._check_encoder(self.cache)
 
-    def _check_encoder(self, cache: TextCache, config: TextConfig) -> None:
+    def _check_encoder(self, cache: TextCache) -> None:
         """Raises ValueError if the encoder would give other embeddings than the cache holds.
 
         An encoder on the Hub is not fetched for this check. It is compared with the cache's description of its
         encoder, and a description that says too little causes a warning.
         """
-        description, refused = made_with(config, self.text_len), False
+        config, refused = self.config, False
         if Path(str(config.encoder)).is_dir():
-            refused = cache.encoder != encoder_hash(config, self.text_len)
+            refused = cache.encoder != encoder_hash(self.encoder)
         elif cache.made_with:
+            description = self.encoder.made_with()
             refused = any(cache.made_with.get(key) != value for key, value in description.items() if key != "encoder")
         if refused:
             raise ValueError(
@@ -89,20 +81,28 @@ class TextEmbeddings:
                 "cannot be known before it is fetched"
             )
 
-    @cached_property
-    def encoder(self) -> TextEncoder:
-        encoder = self.student.family.text_encoder(self.config, self.student.geometry())
-        if encoder.text_dim != self.text_dim:
+    def load(self) -> None:
+        """Loads the encoder, if the config names one. Raises ValueError or OSError, also where it gives other tensors
+        than the networks take."""
+        if self._loaded or self.config.encoder is None:
+            return
+        self.encoder.load()
+        try:
+            check_shapes(self.encoder.encode([]), self.shapes)
+        except ValueError as problem:
             raise ValueError(
-                f"text: {self.config.encoder} gives embeddings of width {encoder.text_dim}, the networks take "
-                f"{self.text_dim}: give the encoder that they were trained with"
-            )
-        return encoder.to(self.device)
+                f"text: {self.config.encoder}: {problem}: give the encoder that they were trained with"
+            ) from None
+        self._loaded = True
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """[B, L, D] in fp32, zero after each prompt's tokens. Raises ValueError for a prompt without an embedding."""
+    def encode(self, prompts: Sequence[str]) -> Prompt:
+        """Tensors of the networks' shapes, fp32, zero after each prompt's tokens.
+
+        Raises ValueError for a prompt without an embedding.
+        """
         if self.cache and (not self.config.encoder or not self.cache.missing(prompts)):
-            return self.cache.encode(prompts).to(self.device)
+            return {name: value.to(self.device) for name, value in self.cache.encode(prompts).items()}
+        self.load()
         return self.encoder.encode(prompts)
 
     @property

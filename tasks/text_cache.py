@@ -1,8 +1,15 @@
-"""Text embeddings of prompts, made once. `preprocess.py text` encodes them in shards, which several processes may
-share, and training reads them instead of loading an encoder of 11 GB.
+"""Encoded prompts, made once. `preprocess.py text` encodes them in shards, which several processes may share, and
+training reads them instead of loading an encoder of 11 GB.
 
-    out/shard_00002_of_00008.safetensors   tokens [T, D] of its prompts in a row, lengths [N], digests [N, 32]
+    out/shard_00002_of_00008.safetensors   digests [N, 32] of its prompts, and what they became
     out/manifest.json                      written when every prompt was found in the shards exactly once
+
+A prompt becomes one or several tensors. One that has tokens, [L, ...], lies in a shard without the zeros after each
+prompt's last token: tokens [T, ...] of all prompts in a row, and lengths [N]. A tensor of one dimension lies there
+whole: values [N, ...].
+
+    format 2   a text [L, D] alone: tokens, lengths
+    format 3   anything else: NAME.tokens and NAME.lengths, or NAME.values; `tensors` says the names and shapes
 
 A shard is written under a temporary name and then renamed. A shard that exists is complete and is not made again.
 """
@@ -16,19 +23,21 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.types import Prompt, PromptShapes
 from utils.errors import UserError
 
-FORMAT = "2"
-Encode = Callable[[Sequence[str]], Tensor]  # prompts -> [B, L, D], zero after each prompt's tokens
+ONE_TEXT, NAMED = "2", "3"  # formats
+Encode = Callable[[Sequence[str]], Prompt]  # zero after each prompt's tokens
 _NAME = re.compile(r"shard_(\d{5})_of_(\d{5})\.safetensors")
 
 
@@ -62,27 +71,94 @@ class Source:
 
     prompts: each distinct prompt once.
     encoder: a hash; encoders that give other embeddings have another one.
+    shapes: of an encoded prompt's tensors, by their names.
     made_with: the encoder's settings in words.
     """
 
     prompts: Sequence[str]
     encoder: str
+    shapes: PromptShapes
     made_with: Mapping[str, str | int | None] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, prompts: Iterable[str], encoder: str, made_with: Mapping[str, str | int | None] | None = None
+        cls,
+        prompts: Iterable[str],
+        encoder: str,
+        shapes: PromptShapes,
+        made_with: Mapping[str, str | int | None] | None = None,
     ) -> Source:
         """The source of prompts that may repeat."""
         first: dict[bytes, str] = {}
         for prompt in prompts:
             first.setdefault(digest(prompt), prompt)
-        return cls(list(first.values()), encoder, made_with or {})
+        return cls(list(first.values()), encoder, shapes, made_with or {})
 
     def identity(self) -> dict[str, str]:
         """What every shard of one folder must have in common."""
         every = hashlib.sha256(b"".join(digest(prompt) for prompt in self.prompts)).hexdigest()
-        return {"format": FORMAT, "prompts": every, "encoder": self.encoder}
+        common = {"prompts": every, "encoder": self.encoder}
+        if is_one_text(self.shapes):
+            return {"format": ONE_TEXT, **common}
+        return {"format": NAMED, **common, "tensors": json.dumps(dict(self.shapes), sort_keys=True)}
+
+
+def is_one_text(shapes: PromptShapes) -> bool:
+    """Whether a prompt becomes a text [L, D] and nothing else."""
+    return [(name, len(shape)) for name, shape in shapes.items()] == [("text", 2)]
+
+
+def sizes(shapes: PromptShapes) -> list[Any]:
+    """What a hash of an encoder takes of the shapes."""
+    return list(shapes["text"]) if is_one_text(shapes) else [dict(shapes)]
+
+
+def said(shapes: PromptShapes) -> str:
+    """Shapes in words, as "pooled [8], text [6, 8]"."""
+    return ", ".join(f"{name} {list(shapes[name])}" for name in sorted(shapes))
+
+
+def check_shapes(encoded: Prompt, shapes: PromptShapes) -> None:
+    """Raises ValueError for encoded prompts of other names, shapes or precision than the networks take."""
+    given = {name: tuple(value.shape[1:]) for name, value in encoded.items()}
+    if given != dict(shapes):
+        raise ValueError(f"the text encoder gives {said(given)}, the networks take {said(shapes)}")
+    if other := [name for name, value in encoded.items() if value.dtype != torch.float32]:
+        raise ValueError(f"the text encoder gives {other[0]} in {encoded[other[0]].dtype}, and not in torch.float32")
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One tensor of all prompts of a shard. prefix: of the names of its parts in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    prefix: str
+
+    @property
+    def has_tokens(self) -> bool:
+        return len(self.shape) > 1
+
+    def used(self, value: Tensor) -> Tensor:
+        """What is kept of one prompt's tensor, which `TextCache.encode` fills up with zeros."""
+        if not self.has_tokens:
+            return value.clone()
+        rows = value.flatten(1).ne(0).any(dim=1).nonzero()
+        return value[: int(rows[-1]) + 1 if len(rows) else 0].clone()  # a slice would hold all of it in memory
+
+    def stored(self, used: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What a shard holds of all prompts, by names in the file."""
+        row = self.shape[1:] if self.has_tokens else self.shape
+        none = torch.zeros(0, *row)  # of the right width where there is no prompt
+        if not self.has_tokens:
+            return {f"{self.prefix}values": _smallest(torch.stack(list(used)) if used else none)}
+        lengths = torch.tensor([len(value) for value in used], dtype=torch.int64)
+        return {f"{self.prefix}tokens": _smallest(torch.cat([*used, none])), f"{self.prefix}lengths": lengths}
+
+
+def _columns(shapes: PromptShapes) -> list[_Column]:
+    alone = is_one_text(shapes)
+    return [_Column(name, tuple(shape), "" if alone else f"{name}.") for name, shape in sorted(shapes.items())]
 
 
 def digest(prompt: str) -> bytes:
@@ -99,7 +175,8 @@ def write_shard(out: Path, shard: Shard, source: Source, encode: Encode) -> bool
     _refuse_others(out, shard.count)
     made = not _is_complete(path, identity)
     if made:
-        _save(path, _encode([source.prompts[i] for i in shard.part(len(source.prompts))], encode), identity)
+        part = [source.prompts[i] for i in shard.part(len(source.prompts))]
+        _save(path, _encode(part, source.shapes, encode), identity)
     if all(_is_complete(out / Shard(i, shard.count).name, identity) for i in range(shard.count)):
         check(out, source)
     return made
@@ -124,7 +201,9 @@ def check(out: Path, source: Source) -> dict[str, object]:
         wanted = expected[part.start : part.stop]
         if not torch.equal(held, wanted):
             raise UserError(f"{path} does not hold prompts {part.start} to {part.stop - 1}: delete it and run it again")
-        files[shard.name] = {"first": part.start, "prompts": len(part), "tokens": int(_read(path, "lengths").sum())}
+        lengths = [_read(path, f"{c.prefix}lengths") for c in _columns(source.shapes) if c.has_tokens]
+        tokens = sum(int(of_each.sum()) for of_each in lengths)
+        files[shard.name] = {"first": part.start, "prompts": len(part), "tokens": tokens}
     manifest = {
         **source.identity(),
         "made_with": dict(source.made_with),
@@ -138,74 +217,133 @@ def check(out: Path, source: Source) -> dict[str, object]:
 
 
 class TextCache:
-    """Reads a finished folder: `encode` gives what the encoder gave, bit for bit, [B, L, D] in fp32.
+    """Reads a finished folder: `encode` gives what the encoder gave, bit for bit, in fp32.
 
     Only the digests are held in memory; embeddings are read from the mapped files. Raises UserError for a folder that
-    is not finished or not whole, or whose embeddings do not fit [text_len, text_dim].
+    is not finished or not whole, or whose tensors do not fit those of the networks.
     """
 
-    def __init__(self, folder: Path, text_len: int, text_dim: int) -> None:
-        self.folder, self.text_len, self.text_dim = folder, text_len, text_dim
+    def __init__(self, folder: Path, shapes: PromptShapes) -> None:
+        self.folder, self.shapes = folder, shapes
         if not (folder / "manifest.json").is_file():
             raise UserError(f"{folder} holds no finished text cache: run preprocess.py text, every shard of it")
         manifest = json.loads((folder / "manifest.json").read_text())
         self.encoder: str = manifest["encoder"]
         self.made_with: dict[str, str | int | None] = manifest.get("made_with", {})  # older caches do not say
-        self._places: dict[bytes, tuple[int, int, int]] = {}  # digest -> shard, first token, tokens
-        self._files = []
+        self._check_names(manifest)
+        identity = {key: manifest[key] for key in ("format", "prompts", "encoder", "tensors") if key in manifest}
+        self._places: dict[bytes, tuple[int, int]] = {}  # digest -> shard, place in it
+        self._shards = []
         for number, name in enumerate(manifest["shards"]):
-            identity = {key: manifest[key] for key in ("format", "prompts", "encoder")}
             if not _is_complete(folder / name, identity):
                 raise UserError(f"{folder / name} is absent or damaged: run preprocess.py text again")
-            file = safe_open(folder / name, "pt")
-            lengths, width = file.get_tensor("lengths"), file.get_slice("tokens").get_shape()[1]
-            longest = max(lengths.tolist(), default=0)
-            if width != text_dim or longest > text_len:
-                raise UserError(
-                    f"{folder} holds embeddings of up to {longest} tokens x {width}, the networks take {text_len} x "
-                    f"{text_dim}: make a cache with the encoder of these networks"
-                )
-            ends = lengths.cumsum(0).tolist()
-            keys = file.get_tensor("digests").numpy()
-            for key, length, end in zip(keys, lengths.tolist(), ends, strict=True):
-                self._places[key.tobytes()] = (number, end - length, length)
-            self._files.append(file)
+            shard = _OpenShard(folder / name, shapes)
+            self._shards.append(shard)
+            self._places.update({key: (number, place) for place, key in enumerate(shard.digests())})
+
+    def _check_names(self, manifest: Mapping[str, Any]) -> None:
+        named = None if manifest["format"] == ONE_TEXT else json.loads(manifest["tensors"])
+        held = {"text": 2} if named is None else {name: len(shape) for name, shape in named.items()}
+        if held != {name: len(shape) for name, shape in self.shapes.items()}:
+            raise UserError(
+                f"{self.folder} holds {'text' if named is None else said(named)} of each prompt, the networks take "
+                f"{said(self.shapes)}: make a cache with the encoder of these networks"
+            )
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
         """The prompts that the cache does not hold."""
         return [prompt for prompt in prompts if digest(prompt) not in self._places]
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings [B, L, D] of prompts. Raises ValueError naming a prompt that is not in the cache."""
+    def encode(self, prompts: Sequence[str]) -> Prompt:
+        """The tensors [B, ...] of prompts. Raises ValueError naming a prompt that is not in the cache, or a shard with
+        numbers that are not finite."""
         if missing := self.missing(prompts):
             raise ValueError(
                 f"prompt {missing[0][:60]!r} is not in the text cache {self.folder}: add it to the prompts of "
                 "preprocess.py text, or name the encoder too (data.text.encoder)"
             )
-        out_BLD = torch.zeros(len(prompts), self.text_len, self.text_dim)
-        for row, prompt in zip(out_BLD, prompts, strict=True):
-            number, start, length = self._places[digest(prompt)]
-            row[:length] = self._files[number].get_slice("tokens")[start : start + length]
-        return out_BLD
+        out = {name: torch.zeros(len(prompts), *shape) for name, shape in self.shapes.items()}
+        for row, prompt in enumerate(prompts):
+            number, place = self._places[digest(prompt)]
+            self._shards[number].fill({name: values[row] for name, values in out.items()}, place)
+        return out
 
 
-def _encode(prompts: Sequence[str], encode: Encode) -> dict[str, Tensor]:
-    """A shard's tensors. Raises UserError for a prompt that the encoder refuses."""
+class _OpenShard:
+    """A shard, whose tensors are read where they are asked for. Raises UserError where they do not fit `shapes`."""
+
+    def __init__(self, path: Path, shapes: PromptShapes) -> None:
+        self.path, self.columns, self._file = path, _columns(shapes), safe_open(path, "pt")
+        self._ends: dict[str, list[int]] = {}  # of each prompt's tokens
+        for column in self.columns:
+            if column.has_tokens:
+                self._open_tokens(column)
+            elif (found := self._shape(f"{column.prefix}values")) != list(column.shape):
+                raise self._misfit(f"{column.name} {found}", str(list(column.shape)))
+
+    def _open_tokens(self, column: _Column) -> None:
+        lengths = self._file.get_tensor(f"{column.prefix}lengths")
+        found, longest = self._shape(f"{column.prefix}tokens"), max(lengths.tolist(), default=0)
+        length, *wanted = column.shape
+        if found != wanted or longest > length:
+            widths, taken = " x ".join(map(str, found)), " x ".join(map(str, column.shape))
+            raise self._misfit(f"{column.name} of up to {longest} tokens x {widths}", taken)
+        self._ends[column.name] = [0, *lengths.cumsum(0).tolist()]
+
+    def _shape(self, name: str) -> list[int]:
+        """Of one row."""
+        return list(self._file.get_slice(name).get_shape()[1:])
+
+    def _misfit(self, held: str, taken: str) -> UserError:
+        return UserError(
+            f"{self.path.parent} holds {held}, the networks take {taken}: make a cache with the encoder of these "
+            "networks"
+        )
+
+    def digests(self) -> Iterator[bytes]:
+        """Of its prompts, in order."""
+        return (key.tobytes() for key in self._file.get_tensor("digests").numpy())
+
+    def fill(self, row: Mapping[str, Tensor], place: int) -> None:
+        """Writes the tensors of the prompt at a place into zeros of their shapes. Raises ValueError."""
+        for column in self.columns:
+            if column.has_tokens:
+                first, end = self._ends[column.name][place : place + 2]
+                read, into = self._file.get_slice(f"{column.prefix}tokens")[first:end], row[column.name][: end - first]
+            else:
+                read = self._file.get_slice(f"{column.prefix}values")[place : place + 1][0]
+                into = row[column.name]
+            into.copy_(read)
+            if not into.isfinite().all():
+                raise ValueError(f"{self.path} holds {column.name} that is not finite: delete it and make it again")
+
+
+def _encode(prompts: Sequence[str], shapes: PromptShapes, encode: Encode) -> dict[str, Tensor]:
+    """A shard's tensors. Raises UserError for a prompt that the encoder refuses, and for one that it gives other
+    tensors than these shapes or numbers that are not finite."""
     from tqdm import tqdm
 
+    columns = _columns(shapes)
+    used: dict[str, list[Tensor]] = {column.name: [] for column in columns}
     try:
-        bar = tqdm(prompts, unit="prompt", disable=None, mininterval=1)
-        embeddings = [_unpadded(encode([prompt])[0].cpu()) for prompt in bar]
-        tokens_TD = torch.cat([*embeddings, encode([])[:, 0].cpu()])  # of the right width where there is no prompt
+        for prompt in tqdm(prompts, unit="prompt", disable=None, mininterval=1):
+            encoded = encode([prompt])
+            check_shapes(encoded, shapes)
+            if wrong := [name for name, value in encoded.items() if not value.isfinite().all()]:
+                raise ValueError(f"prompt {prompt[:60]!r}: the text encoder gives {wrong[0]} that is not finite")
+            for column in columns:
+                used[column.name].append(column.used(encoded[column.name][0].cpu()))
     except ValueError as problem:
         raise UserError(str(problem)) from None
-    if torch.equal(tokens_TD.bfloat16().float(), tokens_TD):
-        tokens_TD = tokens_TD.bfloat16()  # nothing is lost: the encoder computed in bf16
-    return {
-        "tokens": tokens_TD,
-        "lengths": torch.tensor([len(embedding) for embedding in embeddings], dtype=torch.int64),
-        "digests": _digests(prompts),
-    }
+    stored = {"digests": _digests(prompts)}
+    for column in columns:
+        stored |= column.stored(used[column.name])
+    return stored
+
+
+def _smallest(values: Tensor) -> Tensor:
+    """In bf16 where that loses nothing, as where the encoder computed in it."""
+    return values.bfloat16() if torch.equal(values.bfloat16().float(), values) else values
 
 
 def _digests(prompts: Sequence[str]) -> Tensor:
@@ -221,12 +359,6 @@ def _save(path: Path, tensors: dict[str, Tensor], identity: dict[str, str]) -> N
     except (OSError, SafetensorError) as problem:
         partial.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written: {problem}") from None
-
-
-def _unpadded(embedding_LD: Tensor) -> Tensor:
-    """The embedding without the zero rows at its end; `TextCache.encode` puts them back."""
-    used = embedding_LD.ne(0).any(dim=1).nonzero()
-    return embedding_LD[: int(used[-1]) + 1 if len(used) else 0]
 
 
 def _refuse_others(out: Path, count: int) -> None:

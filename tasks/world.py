@@ -6,14 +6,15 @@ B batch  F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from model.network import NetworkConfig
 from model.objective import RewardConfig
-from model.types import Conditioning, Prompt, VisualConditioning
+from model.types import Conditioning, LatentSize, Prompt, VisualConditioning
 from tasks.clips import Clips, Glimpse
 from tasks.data import DataConfig
 from tasks.task import Reward, Shape, TaskContext, for_each, no_reward, repeated, spread
@@ -67,6 +68,42 @@ class WorldData(DataConfig):
 
     def text_identity(self) -> list[Any]:
         return [self.text_seed]
+
+
+@dataclass
+class SquareData(WorldData):
+    """A world on a square canvas, whose section is the field that has the kind's name.
+
+    called: the world, for messages.
+    place: pixels a side of a latent place.
+    """
+
+    called: ClassVar[str]
+    place: ClassVar[int]
+
+    @property
+    def world(self) -> Any:
+        """The world's section, with its frames and its canvas."""
+        return getattr(self, self.kind)
+
+    @property
+    def size(self) -> LatentSize:
+        side = self.world.canvas // self.place
+        return self.world.frames, side, side
+
+    def text_identity(self) -> list[Any]:
+        return [*super().text_identity(), self.world]
+
+    def check_size(self, size: LatentSize, *, stored: bool, with_image: bool) -> None:
+        frames, height, width = size
+        if height != width:
+            raise ValueError(f"{self.called} is square, not {height}x{width}: give one height and width")
+        replace(self.world, frames=frames, canvas=self.place * height)
+
+    def resized(self, height: int, width: int, network: NetworkConfig) -> SquareData:
+        if height != width:
+            raise ValueError(f"{self.called} is square")
+        return replace(self, **{self.kind: replace(self.world, canvas=height)})
 
 
 class WorldTask:

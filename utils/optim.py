@@ -39,8 +39,10 @@ class OptimizerConfig:
     clip_value: gradients are clipped to this by element, null for none; not together with clip_norm.
     """
 
-    # whether it updates matrices as a whole, and is nothing for a network that has none
+    # takes_matrices: whether it updates matrices as a whole, and is nothing for a network that has none
+    # on_deepspeed: whether DeepSpeed's ZeRO can hold it, which sees weights and their state as flat parts
     takes_matrices: ClassVar[bool] = False
+    on_deepspeed: ClassVar[bool] = False
 
     kind: str = "adamw"
     lr: float = 2e-6

@@ -15,7 +15,7 @@ from model.edm.config import PRESETS, EDMConfig
 from model.edm.network import EDMNetwork
 from model.family import PlainFamily, Trait, replaced
 from model.path import EDM
-from model.text_encoder import TextConfig, TextEncoder
+from model.text_encoder import PromptEncoder, TextConfig
 from model.types import Prompt
 
 
@@ -71,8 +71,8 @@ class EDMFamily(PlainFamily):
 
         return encode
 
-    def text_encoder(self, config: TextConfig, geometry: EDMConfig) -> TextEncoder:
-        raise ValueError("text: these networks take labels and no text: leave it out")
+    def text_encoder(self, config: TextConfig, geometry: EDMConfig, device: torch.device) -> PromptEncoder:
+        raise ValueError("text: these networks take labels and no text: choose another preset or data.kind")
 
 
 FAMILY = EDMFamily()

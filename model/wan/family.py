@@ -16,7 +16,7 @@ from model.family import Network, Trait
 from model.merged import Lora
 from model.path import Flow
 from model.released import Released, Student
-from model.text_encoder import TextConfig, TextEncoder, load_text_encoder, toy_text_encoder
+from model.text_encoder import TextConfig, toy_text_encoder
 from model.types import Prompt
 from model.wan.codecs import WanCodecs
 from model.wan.config import PRESETS, WanConfig, geometry
@@ -25,6 +25,7 @@ from model.wan.init import random_weights
 from model.wan.lora_files import LoraFile
 from model.wan.released import CLASSES, SOURCES, released
 from model.wan.students import STUDENTS, student_of
+from model.wan.text_encoder import UMT5Prompts
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, fit_network, geometry_of
 from model.weights import Weights
@@ -69,12 +70,8 @@ class WanFamily:
         encoder = toy_text_encoder(captions, geometry.text_len, geometry.text_dim, seed).to(device)
         return lambda prompts: {"text": encoder.encode(prompts).to(device)}
 
-    def text_encoder(self, config: TextConfig, geometry: WanConfig) -> TextEncoder:
-        """UMT5, padded with zeros to `text_len` tokens."""
-        assert config.encoder is not None
-        return load_text_encoder(
-            config.encoder, geometry.text_len, dtype=config.dtype.torch, quantization=config.quantization
-        )
+    def text_encoder(self, config: TextConfig, geometry: WanConfig, device: torch.device) -> UMT5Prompts:
+        return UMT5Prompts(config, geometry.text_len, geometry.text_dim, device)
 
     def open_weights(self, path: str, which: str, expert: str | None) -> LazyWeights:
         return LazyWeights(path, which, expert)

@@ -26,7 +26,7 @@ from tasks.first_frames import visual_reader
 from tasks.fitting import check_channels, fitting_vae, statistics_of
 from tasks.stored import Stored, StoredImages, StoredLatents
 from tasks.task import Shape, TaskContext, for_each, no_reward, repeated, spread
-from tasks.text import TextEmbeddings, encoder_hash, made_with, text_shape, warn_once
+from tasks.text import TextEmbeddings, encoder_hash, prompt_encoder, warn_once
 from utils.data.buckets import Size
 from utils.data.prompts import PromptStream, load_prompts
 from utils.data.stream import Stream
@@ -95,16 +95,16 @@ class EncodedData(DataConfig):
 
     def text_source(self, context: TaskContext) -> TextSource:
         """The text encoder. Raises UserError for one that is absent."""
-        length, _ = text_shape(context.student)
+        encoder = prompt_encoder(self.text, context.student, context.device)
         if self.text.encoder is None:
-            raise UserError("data.text.encoder is null: give the folder of a UMT5 encoder, as data.text.encoder=DIR")
+            raise UserError(f"data.text.encoder is null: give the folder of {encoder.what}, as data.text.encoder=DIR")
         try:
-            identity = encoder_hash(self.text, length)
+            identity = encoder_hash(encoder)
         except (ValueError, OSError) as problem:
             raise UserError(f"data.{problem}") from None
 
         embeddings = TextEmbeddings(replace(self.text, cache=None), context.student, context.device)
-        return TextSource(identity, embeddings.encode, made_with(self.text, length))
+        return TextSource(identity, embeddings.encode, embeddings.shapes, encoder.made_with())
 
     def check_use(self, needs: str | None, *, validates: bool) -> None:
         super().check_use(needs, validates=validates)
@@ -282,18 +282,17 @@ class EncodedTask:
 
     def _embed(self, prompts: Sequence[str]) -> Prompt:
         try:
-            return {"text": self.text.encode(prompts)}
+            return self.text.encode(prompts)
         except (ValueError, OSError) as problem:
             raise UserError(f"data: {problem}") from None
 
     def load_text_encoder(self) -> None:
-        """Loads UMT5 now, if the config names it. Raises UserError.
+        """Loads the text encoder now, if the config names one. Raises UserError.
 
-        If UMT5 cannot be loaded but there is a cache, it warns that only the cache's prompts can be used.
+        If it cannot be loaded but there is a cache, it warns that only the cache's prompts can be used.
         """
         try:
-            if self.text.config.encoder is not None:
-                self.text.encoder  # noqa: B018  (loaded by being asked for)
+            self.text.load()
         except (ValueError, OSError) as problem:
             if self.text.cache is None:
                 raise UserError(f"data: {problem}") from None

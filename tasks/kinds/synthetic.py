@@ -88,7 +88,7 @@ class SyntheticTask:
         if geometry.in_dim != geometry.out_dim and geometry.first_frame is not FirstFrame.channels:
             raise ConfigError(f"student: in_dim {geometry.in_dim} and out_dim {geometry.out_dim} differ: make them one")
         self.latent_shape: tuple[int, ...] = (sizes.frames, geometry.out_dim, sizes.height, sizes.width)
-        self.prompt_shapes = student.family.prompt_shapes(geometry)
+        self.prompt_shapes = student.prompt_shapes
         self.text_seed = keyed_seed(config.text_seed, "synthetic text")
         self.may_use_data, self.negative_prompt = config.real, config.negative_prompt
         try:

@@ -8,6 +8,7 @@ import pytest
 
 from configs.load import checked, load_run, run_from_plain, run_from_state
 from model.objective import Objective, ObjectiveConfig, Role, objectives
+from model.objectives.dmd import DMDConfig
 from tests import ROOT
 from utils.config import to_plain
 from utils.errors import ConfigError
@@ -59,7 +60,9 @@ def test_runs_saved_with_keys_that_did_nothing_are_read() -> None:
 def test_configs_made_in_python_are_checked_too() -> None:
     run = load_run(TOY)
     with pytest.raises(ConfigError, match="a DMDConfig is no config of kind sid"):
-        checked(replace(run, objective=replace(run.objective, kind="sid")))
+        other = replace(run.objective)
+        other.kind = "sid"
+        checked(replace(run, objective=other))
     with pytest.raises(ValueError, match="kind 'moun' is unknown: choose adamw, muon"):
         OptimizerConfig(kind="moun")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kind 'linaer' is unknown: choose constant, linear, cosine"):
@@ -71,3 +74,12 @@ def test_an_objective_of_one_score_is_refused_when_it_is_written() -> None:
 
         class TeacherAlone(Objective):
             roles = frozenset({Role.teacher})
+
+
+def test_an_objective_of_another_kind_than_its_class_is_refused_when_it_is_made() -> None:
+    for make, message in (
+        (lambda: DMDConfig(kind="sid"), "a DMDConfig is no config of kind sid: choose SiDConfig"),
+        (lambda: DMDConfig(kind="dmmd"), "kind 'dmmd' is unknown: choose dmd"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()

@@ -19,16 +19,17 @@ from generation.generator import Generator
 from generation.preprocess_text import preprocess_text
 from generation.videos import generate_videos
 from model.codec import VAEConfig
-from model.text_encoder import TextEncoder, load_text_encoder, toy_text_encoder
-from model.wan import family as wan_family
+from model.text_encoder import TextEncoder, toy_text_encoder
+from model.wan import text_encoder as umt5
 from model.wan.codecs import WanCodecs
 from model.wan.image_encoder import image_channels, load_image_encoder
+from model.wan.text_encoder import load_text_encoder
 from model.wan.vae import load_vae
-from tasks import text
 from tasks.build import build_task, task_to_sample
 from tasks.fitting import fitting_vae, statistics_of
 from tasks.kinds.encoded import EncodedTask
 from tasks.task import for_each
+from tasks.text import prompt_encoder
 from tests.evaluation.test_evaluation import save_encoder
 from tests.model.wan.test_image_encoder import save_image_encoder
 from tests.model.wan.vaes import small_vae
@@ -96,7 +97,7 @@ def test_the_cache_is_the_encoder_bit_for_bit_and_the_encoder_is_not_loaded(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the encoder was loaded")
 
-    monkeypatch.setattr(wan_family, "load_text_encoder", never)
+    monkeypatch.setattr(umt5, "load_text_encoder", never)
     for encoder in (False, True):
         task = build_task(run(folder, cache=True, encoder=encoder), CPU)
         assert torch.equal(task.conditioning(PROMPTS).prompt["text"], expected[:3])
@@ -136,7 +137,7 @@ def test_the_text_encoder_is_loaded_when_asked_for_and_once(
         loaded.append(arguments[0])
         return load_text_encoder(*arguments, **more)
 
-    monkeypatch.setattr(wan_family, "load_text_encoder", load)
+    monkeypatch.setattr(umt5, "load_text_encoder", load)
     for _ in range(2):
         task.load_text_encoder()
     task.conditioning(["a mat on a mat"])
@@ -264,9 +265,10 @@ def test_an_encoder_on_the_hub_is_compared_by_what_the_cache_says(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without fetching it: by name and precision; where the name is another, or none, one warning for all."""
-    monkeypatch.setattr(wan_family, "load_text_encoder", None)
+    monkeypatch.setattr(umt5, "load_text_encoder", None)
     manifest = json.loads((folder / "text/manifest.json").read_text())
-    assert manifest["made_with"] == text.made_with(run(folder, encoder=True).data.text, 8)
+    live = run(folder, encoder=True)
+    assert manifest["made_with"] == prompt_encoder(live.data.text, live.student, CPU).made_with()
     assert manifest["made_with"]["encoder"] == str(folder / "pipeline")
     assert manifest["made_with"]["dtype"] == "fp32"
 

@@ -20,6 +20,7 @@ from tests import ROOT, forked
 from utils.errors import UserError
 
 GEOMETRY = geometry("toy")
+SHAPES = {"text": (GEOMETRY.text_len, GEOMETRY.text_dim)}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def task() -> ToyTask:
 @pytest.fixture
 def source(task: ToyTask) -> Source:
     captions = task.world.captions[:10]
-    return Source.of([*captions, captions[0], f" {captions[1].replace(' ', '  ')}"], "encoder")  # two of them twice
+    twice = [captions[0], f" {captions[1].replace(' ', '  ')}"]
+    return Source.of([*captions, *twice], "encoder", SHAPES)
 
 
 def write_all(out: Path, count: int, source: Source, task: ToyTask) -> list[bool]:
@@ -38,11 +40,11 @@ def write_all(out: Path, count: int, source: Source, task: ToyTask) -> list[bool
 
 
 def encoding(task: ToyTask) -> Encode:
-    return lambda prompts: task.conditioning(prompts).prompt["text"]
+    return lambda prompts: task.conditioning(prompts).prompt
 
 
 def cache(folder: Path) -> TextCache:
-    return TextCache(folder, GEOMETRY.text_len, GEOMETRY.text_dim)
+    return TextCache(folder, SHAPES)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 1000])
@@ -57,7 +59,7 @@ def test_shards_share_the_prompts_out(size: int, count: int) -> None:
 def test_what_is_read_is_what_the_encoder_gave(count: int, source: Source, task: ToyTask, tmp_path: Path) -> None:
     assert write_all(tmp_path, count, source, task) == [True] * count
     prompts = [source.prompts[7], *source.prompts, f"\t{source.prompts[2]}"]  # any order, and more than once
-    assert torch.equal(cache(tmp_path).encode(prompts), task.conditioning(prompts).prompt["text"])
+    assert torch.equal(cache(tmp_path).encode(prompts)["text"], task.conditioning(prompts).prompt["text"])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["count"] == 10
     assert len(manifest["shards"]) == count
@@ -72,7 +74,7 @@ def test_a_cache_that_does_not_serve_is_refused(source: Source, task: ToyTask, t
     write_shard(tmp_path, Shard(1, 2), source, encoding(task))
     for text_len, text_dim in ((GEOMETRY.text_len, 32), (4, GEOMETRY.text_dim)):
         with pytest.raises(UserError, match=f"6 tokens x {GEOMETRY.text_dim}, the networks take {text_len} x"):
-            TextCache(tmp_path, text_len, text_dim)
+            TextCache(tmp_path, {"text": (text_len, text_dim)})
     with pytest.raises(ValueError, match="prompt 'the digit ten' is not in the text cache .*: add it to the prompts"):
         cache(tmp_path).encode([source.prompts[0], "the digit ten"])
     path = tmp_path / Shard(1, 2).name
@@ -88,13 +90,13 @@ def test_embeddings_that_bf16_holds_are_stored_in_it(task: ToyTask, tmp_path: Pa
             return type(full)(full.prompt["text"].bfloat16().float(), full.initial)
 
     rounded = Rounded(ToyData(), TaskContext(NetworkConfig("toy"), 0, torch.device("cpu")))
-    source = Source(task.world.captions, "encoder")
+    source = Source(task.world.captions, "encoder", SHAPES)
     for folder, encoder in (("half", rounded), ("full", task)):
         write_all(tmp_path / folder, 1, source, encoder)
     half, full = (tmp_path / name / Shard(0, 1).name for name in ("half", "full"))
     assert half.stat().st_size < 0.7 * full.stat().st_size
     assert torch.equal(
-        cache(tmp_path / "half").encode(source.prompts), rounded.conditioning(source.prompts).prompt["text"]
+        cache(tmp_path / "half").encode(source.prompts)["text"], rounded.conditioning(source.prompts).prompt["text"]
     )
 
 
@@ -130,7 +132,7 @@ def test_a_damaged_shard_is_named_and_made_again(source: Source, task: ToyTask, 
 def test_a_shard_with_a_prompt_twice_is_no_proof(source: Source, task: ToyTask, tmp_path: Path) -> None:
     write_all(tmp_path, 2, source, task)
     wrong = [source.prompts[0], *source.prompts[:4]]
-    text_cache._save(tmp_path / Shard(0, 2).name, text_cache._encode(wrong, encoding(task)), source.identity())
+    text_cache._save(tmp_path / Shard(0, 2).name, text_cache._encode(wrong, SHAPES, encoding(task)), source.identity())
     with pytest.raises(UserError, match="does not hold prompts 0 to 4"):
         check(tmp_path, source)
 
@@ -140,11 +142,11 @@ def test_other_work_in_the_folder_is_refused(source: Source, task: ToyTask, tmp_
     with pytest.raises(UserError, match="holds shard_0000._of_00002.safetensors: give that number of shards"):
         write_shard(tmp_path, Shard(0, 3), source, encoding(task))
     with pytest.raises(UserError, match="of another encoder"):
-        write_shard(tmp_path, Shard(0, 2), Source(source.prompts, "other"), encoding(task))
+        write_shard(tmp_path, Shard(0, 2), Source(source.prompts, "other", SHAPES), encoding(task))
     with pytest.raises(UserError, match="of another prompts"):
-        write_shard(tmp_path, Shard(0, 2), Source(source.prompts[1:], "encoder"), encoding(task))
+        write_shard(tmp_path, Shard(0, 2), Source(source.prompts[1:], "encoder", SHAPES), encoding(task))
     with pytest.raises(UserError, match="unknown word 'dog'"):
-        write_shard(tmp_path / "b", Shard(0, 1), Source(["the dog"], "encoder"), encoding(task))
+        write_shard(tmp_path / "b", Shard(0, 1), Source(["the dog"], "encoder", SHAPES), encoding(task))
 
 
 @pytest.mark.slow
@@ -161,7 +163,7 @@ def test_the_command(tmp_path: Path) -> None:
     said = [(done.returncode, (done.stdout + done.stderr).strip()) for done in (made, *others)]
     shard = tmp_path / "out/shard_00000_of_00001.safetensors"
     assert said[0] == (0, f"{shard}: 4 prompts")  # these, and the run's negative prompt
-    embeddings = TextCache(tmp_path / "out", 3, 4).encode(["three", "one"])
+    embeddings = TextCache(tmp_path / "out", {"text": (3, 4)}).encode(["three", "one"])["text"]
     assert embeddings.shape == (2, 3, 4)
     assert embeddings[0].ne(embeddings[1]).all()
     assert said[1] == (0, f"{tmp_path / 'out'}: each of 4 prompts is there exactly once")

@@ -98,3 +98,5 @@ def test_a_family_may_not_take_a_name_or_a_preset() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             family.register(name, type("Second", (Own,), {"presets": presets})())
+    with pytest.raises(ValueError, match="family 'second': preset 'own-digits' is first's: choose another name"):
+        family.check_presets({"first": mine, "second": Own()})  # as of two folders

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ class AdamWConfig(OptimizerConfig):
     eps: AdamW's addend to the root of the second moment.
     weight_decay: AdamW's decoupled weight decay.
     """
+
+    on_deepspeed: ClassVar[bool] = True
 
     kind: str = "adamw"
     betas: list[float] = field(default_factory=lambda: [0.0, 0.999])

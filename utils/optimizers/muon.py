@@ -31,6 +31,7 @@ class MuonConfig(AdamWConfig):
     """
 
     takes_matrices: ClassVar[bool] = True
+    on_deepspeed: ClassVar[bool] = False
 
     kind: str = "muon"
     muon_lr: float = 0.02

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from configs.load import run_from_plain
+from model.attention.backends import Backend
 from model.edm.config import EDMConfig
 from model.edm.family import FAMILY
 from model.edm.network import EDMNetwork
+from model.network import NetworkConfig
 from model.path import EDM
 from model.score import ScoreNet
 from model.types import Conditioning
@@ -195,6 +197,7 @@ RUN: dict[str, Any] = {
         ({"teacher": {"sparse": {"sparsity": 0.5}}}, "its family has no sparse, which sparse needs"),
         ({"parallel": {"sequence": 2}}, "its family has no sequence, which parallel.sequence needs"),
         ({"critic": {"checkpointing": "full"}}, "its family has no replay, which checkpointing needs"),
+        ({"teacher": {"attention": "flash"}}, "teacher.attention flash: this network has none: leave it out"),
         ({"schedule": {"denoising_step_list": [1000]}}, "denoising_step_list: .* begin at 0.9876 or below"),
         ({"teacher": {"preset": "toy"}}, "teacher.preset toy and student.preset edm-digits are of two families"),
         ({"critic": {"overrides": {"labels": 9}}}, "critic has labels 9 and student 10"),
@@ -207,9 +210,9 @@ def test_a_run_that_the_family_cannot_make_is_refused_at_load(changes: dict[str,
 
 
 def test_an_attention_that_it_does_not_have_is_refused_when_it_is_built() -> None:
-    config = run_from_plain(merged(RUN, {"student": {"attention": "plain"}}))
+    student = NetworkConfig("edm-digits", attention=Backend.PLAIN)
     with pytest.raises(ConfigError, match="student.attention plain: this network has none: leave it out"):
-        build_network(NetworkSpec(config.student, "student", 0), torch.device("cpu"))
+        build_network(NetworkSpec(student, "student", 0), torch.device("cpu"))
 
 
 def test_muon_is_refused_where_the_blocks_have_no_matrices(tmp_path: Path) -> None:
