@@ -7,7 +7,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # named after what is asked for, so that an edited pin installs again and a touched file does not
 STAMP := $(VENV)/.stamp-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
-PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+PIP := $(RUN) -m pip --disable-pip-version-check install -qq
 
 # idle OpenMP threads that spin would take the cores from each other's processes
 export OMP_WAIT_POLICY := passive

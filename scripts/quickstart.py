@@ -32,7 +32,7 @@ START = 9.0  # seconds until a training's first iteration
 COSTS = {
     TEACHER: 1000.0,
     TEACHER_DETAILS: 750.0,
-    "look": 13.0,
+    "look": 20.0,
     CAUSAL_INIT: 70.0,
     DMD: 140.0,
     "videos": 10.0,
@@ -101,7 +101,8 @@ class Quickstart:
     ) -> Stage:
         """A recipe's training. starts: weights of each network; made_of: the stage's that made them."""
         recipe, run = RECIPES / f"{name}.yaml", self.root / name
-        overrides = [*(f"{network}.init={path}" for network, path in starts.items()), *self.overrides]
+        begun = [f"{network}.init={path}" for network, path in starts.items()]
+        overrides = [*begun, "logging.tensorboard=false", *self.overrides]  # a package less to install
         config = load_run(recipe, overrides)
         arguments = ["--config_path", str(recipe), "--logdir", str(run), "--resume", "auto"]
         return Stage(

@@ -99,10 +99,7 @@ class RunLogger:
             return
         numbers = {name: float(value) for name, value in values.items()}
         self._write({"step": step, "time": time.time(), **numbers})
-        if self._want_board:
-            board = self._tensorboard()
-            for name, value in numbers.items():
-                board.add_scalar(name, value, step)
+        self._to_tensorboard(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
         self._to_wandb(step, numbers)
 
     def video(self, step: int, name: str, path: Path) -> None:
@@ -110,8 +107,7 @@ class RunLogger:
         if not self.is_main:
             return
         self._write({"step": step, "time": time.time(), "video": {name: os.path.relpath(path, self.run_dir)}})
-        if self._want_board:
-            self._tensorboard().add_text(name, str(path), step)
+        self._to_tensorboard(lambda board: board.add_text(name, str(path), step))
         if self._wandb is not None:
             import wandb
 
@@ -123,7 +119,7 @@ class RunLogger:
             self._file.close()
             self._file = None
         if self._board is not None:
-            self._board.close()
+            self._to_tensorboard(lambda board: board.close())
             self._board = None
         if self._wandb is not None:
             _within(_WANDB_SECONDS, self._wandb.finish, "W&B did not finish: `wandb sync` can upload the run later")
@@ -147,12 +143,18 @@ class RunLogger:
         fresh.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
         os.replace(fresh, self.path)
 
-    def _tensorboard(self) -> Any:
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
+    def _to_tensorboard(self, write: Callable[[Any], object]) -> None:
+        if not self._want_board:
+            return
+        try:
+            if self._board is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self._purge_step)
-        return self._board
+                self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self._purge_step)
+            write(self._board)
+        except Exception as error:  # it only shows what metrics.jsonl has, so it must not end a run
+            console.warning("TensorBoard failed (%s): going on without it", " ".join(str(error).split()))
+            self._want_board, self._board = False, None
 
     def _to_wandb(self, step: int, values: Mapping[str, Any]) -> None:
         if self._wandb is None:

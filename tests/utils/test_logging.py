@@ -126,6 +126,20 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
+def test_a_tensorboard_that_fails_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    logger = RunLogger(tmp_path, {}, tensorboard=True)
+    for step in (1, 2):
+        logger.scalars(step, {"loss": 0.5})
+    logger.close()
+    assert len(read_jsonl(logger.path)) == 2
+    assert len(warnings) == 1
+    assert "TensorBoard failed (" in warnings[0]
+    assert "going on without it" in warnings[0]
+
+
 def fake_wandb(monkeypatch: pytest.MonkeyPatch, init: Any) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
