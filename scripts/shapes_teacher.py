@@ -26,10 +26,7 @@ from utils.errors import UserError
 from utils.logging import read_jsonl
 
 STAGES = ("teacher", "teacher_details")  # of configs/shapes
-COMMAND = (
-    "OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive torchrun --standalone --nproc_per_node 2 train.py "
-    "--config_path {config} training.micro_batch_size=8 parallel.replicate=2 parallel.shard=1"
-)
+COMMAND = "OMP_NUM_THREADS=1 python train.py --config_path {config}"
 LOGGED = ("step", "student/loss", "student/grad_norm", "student/lr")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
