@@ -169,9 +169,9 @@ def save_pipeline(folder: Path, config: WanConfig, text: TextEncoder, *, experts
         more["expand_timesteps"] = True
     if config.image_dim is not None:
         more |= {"image_encoder": small_image_encoder(config.image_dim), "image_processor": small_image_processor()}
+    vae = small_vae("2.2" if config.model_type == "ti2v" else "2.1")
     made = pipeline_class(config)(
-        tokenizer=text.tokenizer, text_encoder=text.encoder, vae=small_vae("2.2" if config.model_type == "ti2v" else "2.1"),
-        transformer=small_transformer(config, seed),
+        tokenizer=text.tokenizer, text_encoder=text.encoder, vae=vae, transformer=small_transformer(config, seed),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT),
         **more,
     )  # fmt: skip
@@ -246,7 +246,9 @@ def write(out: Path, kinds: Sequence[str]) -> None:
 def main() -> int:
     parser = Parser(prog="scripts.tiny_models", description="Small real folders of Wan models, with random weights.")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    parser.add_argument("--kind", action="append", choices=KINDS, help="make this only, may be given again (default: all)")
+    parser.add_argument(
+        "--kind", action="append", choices=KINDS, help="make this only, may be given again (default: all)"
+    )
     args = parser.parse_args()
     write(args.out, args.kind or KINDS)
     return 0
