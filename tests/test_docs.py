@@ -54,6 +54,7 @@ PROGRAMS = {
     "scripts.report": "scripts/report.py",
     "scripts.methods": "scripts/methods.py",
     "scripts.shapes_teacher": "scripts/shapes_teacher.py",
+    "scripts.tiny_models": "scripts/tiny_models.py",
     "tests.replay": "tests/replay.py",
 }
 OPTIONS_OF_OTHERS = {
