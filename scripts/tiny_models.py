@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,8 @@ from torch import Tensor
 
 from configs.load import load_run
 from model.experts import I2V_BOUNDARY, T2V_BOUNDARY
+from model.family import families
 from model.text_encoder import TextEncoder, toy_text_encoder
-from model.wan.config import WanConfig, geometry
-from model.wan.released import SOURCES
 from utils.cli import Parser, run_cli
 from utils.errors import UserError
 from utils.video import write_video
@@ -32,6 +32,7 @@ from utils.video import write_video
 ROOT = Path(__file__).parents[1]
 OVERLAY = ROOT / "configs/wan_tiny.yaml"
 RECIPE = ROOT / "configs/wan2.1_1.3b/self_forcing_dmd.yaml"  # any: the overlay gives all networks one size
+SOURCES = {preset: source for family in families().values() for preset, source in family.sources.items()}
 KINDS = (*SOURCES, "features", "media")
 SHIFT = 3.0  # of the schedulers, as Wan's for 480p
 COLOURS = {"red": (0.9, 0.2, 0.1), "green": (0.1, 0.7, 0.2), "blue": (0.2, 0.3, 0.9), "yellow": (0.9, 0.8, 0.1)}
@@ -60,24 +61,25 @@ def small_vae(kind: str) -> Any:
     mean, std = [0.1 * i - 0.7 for i in range(channels)], [0.5 + 0.1 * i for i in range(channels)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoencoderKLWan(**VAES[kind], latents_mean=mean, latents_std=std)
+        model: Any = AutoencoderKLWan(**VAES[kind], latents_mean=mean, latents_std=std)
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases that start at zero would hide a lost one
                 torch.nn.init.normal_(parameter, std=0.2)
     return model.eval().requires_grad_(False)
 
 
-def small_transformer(config: WanConfig, seed: int) -> Any:
+def small_transformer(config: Any, seed: int) -> Any:
     """A WanTransformer3DModel of this geometry. None of its weights is zero or one, so that every parameter matters."""
     from diffusers import WanTransformer3DModel
 
-    net = WanTransformer3DModel(
+    net: Any = WanTransformer3DModel(
         patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
         in_channels=config.in_dim, out_channels=config.out_dim, text_dim=config.text_dim, freq_dim=config.freq_dim,
         ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=config.cross_attn_norm,
         qk_norm="rms_norm_across_heads", eps=config.eps, image_dim=config.image_dim,
         added_kv_proj_dim=None if config.image_dim is None else config.dim,
-    ).train(False)  # fmt: skip
+    )  # fmt: skip
+    net.train(False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -143,14 +145,14 @@ def save_features(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ whole pipelines
 
 
-def pipeline_class(config: WanConfig) -> Any:
+def pipeline_class(config: Any) -> Any:
     """Diffusers' class for a geometry's task."""
     import diffusers
 
     return diffusers.WanPipeline if config.model_type == "t2v" else diffusers.WanImageToVideoPipeline
 
 
-def save_pipeline(folder: Path, config: WanConfig, text: TextEncoder, *, experts: bool = False, seed: int = 3) -> None:
+def save_pipeline(folder: Path, config: Any, text: TextEncoder, *, experts: bool = False, seed: int = 3) -> None:
     """A pipeline with random weights in Diffusers' layout.
 
     folder: which is made.
@@ -226,14 +228,14 @@ def write(out: Path, kinds: Sequence[str]) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: name a new folder, or remove this one")
     quiet()
-    overrides = load_run(RECIPE, [str(OVERLAY)]).student.overrides
-    text = small_text_encoder(captions(), overrides["text_dim"])
+    network = load_run(RECIPE, [str(OVERLAY)]).student
+    text = small_text_encoder(captions(), network.geometry().text_dim)
     for number, kind in enumerate(SOURCES):
         if kind in kinds:
             source = SOURCES[kind]
             folder = out / "weights" / source.repo.partition("/")[2]
             experts = "transformer_2" in source.parts
-            save_pipeline(folder, geometry(kind, overrides), text, experts=experts, seed=2 * number)
+            save_pipeline(folder, replace(network, preset=kind).geometry(), text, experts=experts, seed=2 * number)
             print(f"{folder}: {kind}", flush=True)
     if "features" in kinds:
         save_features(folder := out / "weights/dinov2-base")

@@ -58,7 +58,7 @@ PROGRAMS = {
     "tests.replay": "tests/replay.py",
 }
 OPTIONS_OF_OTHERS = {
-    "torchrun": {"--standalone", "--nproc_per_node"},
+    "torchrun": {"--standalone", "--nnodes", "--nproc_per_node"},
     "ruff": {"--check"},
     "sbatch": {"--nodes", "--signal"},
     "scancel": {"--signal", "--batch"},
