@@ -25,6 +25,7 @@ from configs.load import load_run
 from model.experts import I2V_BOUNDARY, T2V_BOUNDARY
 from model.family import families
 from model.text_encoder import TextEncoder, toy_text_encoder
+from tasks.text import text_shape
 from utils.cli import Parser, run_cli
 from utils.errors import UserError
 from utils.video import write_video
@@ -229,7 +230,8 @@ def write(out: Path, kinds: Sequence[str]) -> None:
         raise UserError(f"{out} is not empty: name a new folder, or remove this one")
     quiet()
     network = load_run(RECIPE, [str(OVERLAY)]).student
-    text = small_text_encoder(captions(), network.geometry().text_dim)
+    _, width = text_shape(network)
+    text = small_text_encoder(captions(), width)
     for number, kind in enumerate(SOURCES):
         if kind in kinds:
             source = SOURCES[kind]

@@ -49,7 +49,7 @@ def lines(title: str) -> list[str]:
 
 def made_small(command: str) -> str:
     """A real command as the page says that it becomes a tiny one."""
-    command = re.sub(r"--nnodes \d+ |--nproc_per_node \d+ |\.\.\. ", "", command)
+    command = re.sub(r"^torchrun .*?(?=\w+\.py)", "python ", command)
     command = re.sub(PROGRAM, r"../\1.py", command)
     command = re.sub(r"(--config_path|doctor\.py) (configs/\S+)", r"\1 ../\2 ../configs/wan_tiny.yaml", command)
     return command.replace("81x480x832", "21x64x64").replace("--count 400", "--count 8")
@@ -163,7 +163,7 @@ def watch(command: str, here: Path) -> None:
         process.kill()
 
 
-def test_every_file_of_the_page_is_there(typed: Path) -> None:
+def test_as_typed_every_file_is_there(typed: Path) -> None:
     runs = {path.parent.relative_to(typed / "logs").as_posix() for path in (typed / "logs").rglob("metrics.jsonl")}
     assert runs == LOGDIRS
     for run in runs:
@@ -181,7 +181,7 @@ def test_every_file_of_the_page_is_there(typed: Path) -> None:
     assert math.isfinite(rows["generated"]["fd_videos"])
 
 
-def test_its_videos_have_their_frames(typed: Path) -> None:
+def test_as_typed_videos_have_their_frames(typed: Path) -> None:
     for name in ("square.mp4", "i2v.mp4", "a14b.mp4"):
         assert read_video(typed / name).shape == (21, 3, 128, 128)  # small videos are enlarged
     index = read_jsonl(typed / "videos/videos.jsonl")
@@ -189,7 +189,7 @@ def test_its_videos_have_their_frames(typed: Path) -> None:
     assert {read_video(typed / "videos" / row["video"]).shape[0] for row in index} == {21}
 
 
-def test_its_runs_learn_something_finite(typed: Path) -> None:
+def test_as_typed_runs_learn_something_finite(typed: Path) -> None:
     for run in LOGDIRS:
         entries = read_jsonl(typed / "logs" / run / "metrics.jsonl")
         assert [entry["step"] for entry in entries if "samples_per_second" in entry] == list(range(1, 7)), run
@@ -201,7 +201,7 @@ def test_its_runs_learn_something_finite(typed: Path) -> None:
 
 
 @torch.no_grad()
-def test_diffusers_gives_the_exported_students_latents(typed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_typed_diffusers_gives_the_exported_students_latents(typed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one block of frames, in which a causal student sees what a bidirectional one sees."""
     diffusers = pytest.importorskip("diffusers")
     monkeypatch.chdir(typed)
