@@ -32,7 +32,7 @@ PROGRAM = r"\b(train|preprocess|doctor|inference|evaluate|export|demo)\.py"
 FETCHING = ("hf ", "head -n 40000 ", "make ", "source ", "pip ")  # what the trial does without
 SETTING_UP = ("python -m scripts.tiny_models", "cd ")
 NEVER_ENDS = "../demo.py"
-PROMPT, SECONDS = "a red square moves left", 300
+PROMPT, SECONDS = "a red square moves left", 1200  # alone a command takes half a minute
 LOGDIRS = {
     "wan2.1_1.3b/ode_init",
     "wan2.1_1.3b/self_forcing_dmd",
