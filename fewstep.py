@@ -84,7 +84,7 @@ def train(config: str | Path | RunConfig, *overrides: str, logdir: str | Path | 
     """Trains a run to its end, or goes on with what is in its folder, and returns the folder.
 
     config: a YAML's path, or a config.
-    overrides: `key=value`, laid over the YAML.
+    overrides: `key=value`, or another YAML's path (an overlay), laid over the YAML.
     logdir: the run's folder; None is as train.py chooses it for a YAML's path.
 
     Raises UserError, and ConfigError for a config that cannot work. A signal saves the run; UserError then says so.

@@ -13,7 +13,7 @@ from utils.errors import ConfigError
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a YAML file describes, with ``key=value`` overrides laid over it. Raises ConfigError."""
+    """The run that a YAML file describes, with ``key=value`` and overlays laid over it. Raises ConfigError."""
     return checked(load(RunConfig, path, overrides))
 
 

@@ -24,6 +24,7 @@ from evaluation.toy_suite import (
     table,
     write_rows,
 )
+from generation.batch import MOST, chosen_batch, free_memory
 from generation.generator import Generator
 from generation.sampling import Sampling, StudentChoice
 from utils import checkpoint, distributed
@@ -60,11 +61,17 @@ def evaluation_parser() -> Parser:
     some.add_argument("--split", choices=tuple(SPLITS), help="seeds, and the toy world's prompts (default: test)")
     some.add_argument("--cache", type=Path, help="where the toy world's judge is kept (default: logs/cache)")
     fid = parser.add_argument_group("fid")
-    fid.add_argument("--features", metavar="toy|DIR", help="a folder with an image or video encoder of transformers")
+    fid.add_argument(
+        "--features",
+        metavar="toy|DIR",
+        help="a folder of transformers' image or video encoder (default: the toy world's)",
+    )
     fid.add_argument("--real", type=Path, metavar="DIR", help="real videos or images (default: the toy world's own)")
     both = parser.add_argument_group("fid and vbench")
     both.add_argument("--prompts", type=Path, help="fid: a prompt file; vbench: a VBench_full_info.json")
-    both.add_argument("--batch", type=int, help="videos made at once (default: 1; 50 of the toy world)")
+    both.add_argument(
+        "--batch", type=int, help="videos made at once (default: what fits, at most 8; of the toy world 50)"
+    )
     vbench = parser.add_argument_group("vbench")
     vbench.add_argument("--videos", type=Path, metavar="DIR", help="where its videos go (default: RUN/vbench)")
     vbench.add_argument("--augmented", type=Path, metavar="FILE", help="longer prompts to make videos from")
@@ -139,6 +146,7 @@ def _fid(generator: Generator, args: argparse.Namespace) -> None:
 
 
 def _vbench(generator: Generator, args: argparse.Namespace) -> None:
+    sampling = Sampling(steps=args.steps, guidance=args.guidance, seed=args.seed or 0)
     asked = vbench_suite.VBenchArgs(
         videos=args.videos or args.run / "vbench",
         python=args.vbench_python or sys.executable,
@@ -148,10 +156,9 @@ def _vbench(generator: Generator, args: argparse.Namespace) -> None:
         dimensions=vbench_suite.parse_dimensions(args.dimensions),
         download=bool(args.download),
         only_videos=bool(args.only_videos),
-        batch=args.batch or 1,
+        batch=args.batch or chosen_batch(generator, sampling, MOST, free_memory(generator.device)),
         fps=args.fps or generator.config.fps,
     )
-    sampling = Sampling(steps=args.steps, guidance=args.guidance, seed=args.seed or 0)
     source = f"{checkpoint.resolve_resume(str(args.run), args.run)}, {args.weights}"
     scores = vbench_suite.evaluate_vbench(generator, asked, sampling, source)
     if scores is not None:

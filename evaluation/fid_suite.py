@@ -17,6 +17,7 @@ from torch import Tensor
 from evaluation.features import load_features
 from evaluation.toy_suite import SPLITS, eval_prompts
 from evaluation.videos import generated_videos, real_videos
+from generation.batch import chosen_batch, free_memory
 from generation.generator import Generator
 from generation.sampling import Sampling
 from tasks.kinds.toy import ToyTask
@@ -104,7 +105,7 @@ class FidArgs:
     count: videos to judge.
     split: "dev" or "test", which decides seeds and the toy world's prompts.
     cache: folder of the toy world's judge.
-    batch: videos made at once, or None for 1, or 50 of the toy world.
+    batch: videos made at once, or None for what fits into memory, or 50 of the toy world.
     """
 
     features: str | None
@@ -124,7 +125,7 @@ def evaluate_fid(generator: Generator, args: FidArgs, sampling: Sampling) -> dic
         raise UserError("--real: only the toy world has held-out videos: give a folder of real videos or images")
     features = _features(args.features, judge, generator.device)
     prompts = _prompts(generator, args, judge)
-    seed, batch = SPLITS[args.split], args.batch or (50 if judge else 1)
+    seed, batch = SPLITS[args.split], args.batch or _batch(generator, sampling, len(prompts), judge)
     videos = generated_videos(generator, prompts, replace(sampling, seed=seed), range(len(prompts)), batch)
     try:
         first = next(videos)
@@ -135,6 +136,10 @@ def evaluate_fid(generator: Generator, args: FidArgs, sampling: Sampling) -> dic
         raise
     except ValueError as problem:
         raise UserError(f"--suite fid: {problem}") from None
+
+
+def _batch(generator: Generator, sampling: Sampling, videos: int, judge: ToyJudge | None) -> int:
+    return chosen_batch(generator, sampling, videos, free_memory(generator.device)) if judge is None else 50
 
 
 def _features(name: str | None, judge: ToyJudge | None, device: torch.device) -> Features:

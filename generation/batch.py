@@ -9,6 +9,7 @@ import torch
 
 from generation.generator import Generator
 from generation.sampling import Sampling
+from utils import distributed
 
 MOST = 8  # more make no network faster
 SHARE = 0.5  # of the free memory: the rest is for kernels, the decoder and what allocators lose
@@ -42,3 +43,17 @@ def free_memory(device: torch.device) -> int:
 def fitting(need: float, room: float, wanted: int) -> int:
     """Videos at once, of `wanted` that need so many bytes each, in so many that are free: from 1 to MOST."""
     return max(1, min(MOST, wanted, int(SHARE * room / max(need, 1.0))))
+
+
+def chosen_batch(generator: Generator, sampling: Sampling, wanted: int, room: float, processes: int = 1) -> int:
+    """How many videos are made at once where the command does not say, said on the console.
+
+    wanted: videos in all.
+    room: free bytes.
+    processes: that share a video.
+    """
+    need = bytes_per_video(generator, sampling) / processes
+    batch = fitting(need, room, wanted)
+    if distributed.is_main() and wanted > 1:
+        print(f"{batch} videos at once: about {need / 2**30:.2g} GiB each, {room / 2**30:.3g} GiB free (see --batch)")
+    return batch

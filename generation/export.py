@@ -66,10 +66,12 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
     """Parses the command line. Raises UserError."""
     parser = Parser(prog="export.py", description="Write a run's network for others to load, and upload it.")
     parser.add_argument(
-        "--run", type=Path, help="run folder, or one checkpoint (default: none, --push takes what lies in --out)"
+        "--run",
+        type=Path,
+        help="run folder, or one checkpoint: required (no default), but for --push of an --out",
     )
     parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, for both in one export")
-    parser.add_argument("--format", choices=("diffusers", "native", "lora"), help="of --run (needed, no default)")
+    parser.add_argument("--format", choices=("diffusers", "native", "lora"), help="required with --run, no default")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument("--dtype", choices=[kind.value for kind in Dtype], default="fp32", help="default: fp32")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: the average, where there is one")

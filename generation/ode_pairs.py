@@ -23,6 +23,7 @@ from model.schedule import uniform_sigmas
 from model.types import Conditioning, Evaluations
 from tasks.build import build_task
 from tasks.task import Task
+from trainer.command import OVERRIDES
 from trainer.ode import trajectories
 from trainer.run_networks import RunNetworks
 from utils import distributed
@@ -40,7 +41,7 @@ def preprocess_ode(argv: Sequence[str]) -> int:
     known = f"presets of networks, as in teacher.preset=1.3b: {', '.join(presets())}"
     parser = Parser(prog="preprocess.py ode", description="A teacher's ODE trajectories, file by file.", epilog=known)
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, help="the run that will use them")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as ode.pairs=16000 data.prompts=FILE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value|YAML", help=OVERRIDES)
     parser.add_argument("--out", type=Path, required=True, help="folder of the files; those that are there are skipped")
     parser.add_argument("--rows", type=int, default=64, help="trajectories to a file")
     parser.add_argument("--share", default="0/1", metavar="i/n", help="files i, i + n, ... for one of n jobs, from 0")

@@ -10,6 +10,7 @@ from configs.schema import RunConfig
 from model.family import presets
 from tasks.task import TaskContext
 from tasks.text_cache import Shard, Source, check, write_shard
+from trainer.command import OVERRIDES
 from utils import distributed
 from utils.cli import Parser
 from utils.data.prompts import load_prompts
@@ -23,7 +24,7 @@ def preprocess_text(argv: Sequence[str]) -> int:
     known = f"presets of networks, as in student.preset=1.3b: {', '.join(presets())}"
     parser = Parser(prog="preprocess.py text", description="Encode prompts, shard by shard.", epilog=known)
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, help="the run that will use it")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", metavar="key=value|YAML", help=OVERRIDES)
     parser.add_argument(
         "--prompts",
         type=Path,

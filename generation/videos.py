@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from generation.batch import bytes_per_video, fitting, free_memory
+from generation.batch import chosen_batch, free_memory
 from generation.command import InferenceArgs
 from generation.footage import read_footage
 from generation.generator import Generator
@@ -87,12 +87,8 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
 
 def _fitting(generator: Generator, args: InferenceArgs, mesh: Mesh) -> int:
     """How many videos are made at once where the command does not say, said on the console; alike on all ranks."""
-    need = bytes_per_video(generator, args.sampling) / mesh.sequence
     room = distributed.all_reduce_scalars({"room": float(free_memory(generator.device))}, "min")["room"]
-    batch = fitting(need, room, len(args.prompts))
-    if distributed.is_main() and len(args.prompts) > 1:
-        print(f"{batch} videos at once: about {need / 2**30:.2g} GiB each, {room / 2**30:.3g} GiB free (see --batch)")
-    return batch
+    return chosen_batch(generator, args.sampling, len(args.prompts), room, mesh.sequence)
 
 
 class Rate:

@@ -54,10 +54,11 @@ PROGRAMS = {
     "scripts.report": "scripts/report.py",
     "scripts.methods": "scripts/methods.py",
     "scripts.shapes_teacher": "scripts/shapes_teacher.py",
+    "scripts.tiny_models": "scripts/tiny_models.py",
     "tests.replay": "tests/replay.py",
 }
 OPTIONS_OF_OTHERS = {
-    "torchrun": {"--standalone", "--nproc_per_node"},
+    "torchrun": {"--standalone", "--nnodes", "--nproc_per_node"},
     "ruff": {"--check"},
     "sbatch": {"--nodes", "--signal"},
     "scancel": {"--signal", "--batch"},

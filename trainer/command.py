@@ -12,6 +12,8 @@ from model.family import presets
 from trainer.notices import VARIABLE
 from utils.cli import Parser
 
+OVERRIDES = "laid over the YAML: seed=1, say, or another YAML, an overlay, which changes what is there"
+
 
 @dataclass(frozen=True)
 class PlanArgs:
@@ -27,7 +29,7 @@ class TrainArgs:
     """What ``train.py`` was asked to do."""
 
     config_path: Path
-    overrides: tuple[str, ...]  # key=value, laid over the YAML in this order
+    overrides: tuple[str, ...]  # key=value and overlays, laid over the YAML
     logdir: Path
     resume: str  # "auto", "never" or a path: see checkpoint.resolve_resume
     max_steps: int | None  # stop after this step whatever the config says
@@ -42,8 +44,8 @@ def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
     """Parse the arguments of ``train.py`` (``sys.argv`` by default). Raises UserError."""
     known = f"presets of networks, as in student.preset=1.3b: {', '.join(presets())}"
     parser = Parser(prog="train.py", description="Train or distil what a YAML file describes.", epilog=known)
-    parser.add_argument("--config_path", "--config-path", type=Path, required=True, metavar="YAML")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the YAML, e.g. seed=1")
+    parser.add_argument("--config_path", "--config-path", type=Path, required=True, metavar="YAML", help="of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value|YAML", help=OVERRIDES)
     parser.add_argument("--logdir", type=Path, help="run folder (default: logs/<family>/<method> of the YAML's path)")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument(

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,11 +18,19 @@ from utils.watchdog import EXIT_STUCK, CollectiveError
 
 
 class ShowDefaults(argparse.HelpFormatter):
-    """Help in which each option that takes a value says what it is without one."""
+    """Help in which each option says whether it is required, or what its value is without it."""
+
+    one_of: Mapping[str, str] = {}  # destination of an option -> all options of its group, one of which is required
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        if not action.option_strings or action.nargs == 0 or action.required or "default" in text:
+        if not action.option_strings:
+            return text
+        if action.required:
+            return f"{text} (required)".lstrip()
+        if action.dest in self.one_of:
+            return f"{text} (one of {self.one_of[action.dest]} is required)".lstrip()
+        if action.nargs == 0 or "default" in text:
             return text
         default = action.default
         if isinstance(default, (list, tuple)):
@@ -38,6 +46,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: object, **kwargs: object):
         usual = {"allow_abbrev": False, "formatter_class": ShowDefaults}
         super().__init__(*args, **{**usual, **kwargs})  # type: ignore[arg-type]
+
+    def _get_formatter(self) -> argparse.HelpFormatter:
+        formatter = super()._get_formatter()
+        if isinstance(formatter, ShowDefaults):
+            groups = [group._group_actions for group in self._mutually_exclusive_groups if group.required]
+            formatter.one_of = {
+                action.dest: ", ".join(other.option_strings[0] for other in group)
+                for group in groups
+                for action in group
+            }
+        return formatter
 
     def error(self, message: str) -> NoReturn:
         prefix = "unrecognized arguments: "

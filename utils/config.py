@@ -26,7 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from utils.errors import ConfigError
 from utils.fields import SHOWN, describe, field_types, hint_at, options_of, section_type, short_list, show, suggest
-from utils.variants import has_variants, kind_in, laid, merged, without_other_kinds
+from utils.variants import has_variants, kind_in, laid, merged, without_absent, without_other_kinds
 
 T = TypeVar("T")
 
@@ -35,21 +35,36 @@ T = TypeVar("T")
 
 
 def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read ``path`` (YAML), lay ``overrides`` (``a.b=value``) over it, return a checked instance of ``schema``.
+    """Read ``path`` (YAML), lay ``overrides`` over it, return a checked instance of ``schema``.
 
-    A YAML file may have a top-level ``base: other.yaml`` (relative to the file): it is merged under the file.
-    Mappings merge, lists are replaced. All overrides are one layer. A layer that changes a section's ``kind`` drops
-    what the layers below it say for the other kind alone (see utils/variants.py). An enum is written by its value (or
-    name). ``__post_init__`` may raise ``ValueError``: when the message begins with a field's name, the path of the
-    section is put before it.
+    An override is ``a.b=value`` or an overlay: a YAML file that changes what is there and adds no optional section.
+    Overlays are laid in their order, and all ``a.b=value`` are one layer over them. A YAML file may have a top-level
+    ``base: other.yaml`` (relative to the file): it is merged under the file. Mappings merge, lists are replaced. A
+    layer that changes a section's ``kind`` drops what the layers below it say for the other kind alone (see
+    utils/variants.py). An enum is written by its value (or name). ``__post_init__`` may raise ``ValueError``: when the
+    message begins with a field's name, the path of the section is put before it.
 
     Raises ConfigError: missing or malformed file, unknown key, wrong type, illegal value, failed ``__post_init__``.
     """
-    overriding: dict[Any, Any] = functools.reduce(merged, map(_parse_override, overrides), {})
-    layers = [*_read_chain(Path(path), ()), overriding]
+    overlays = [text for text in overrides if is_overlay(text)]
+    pairs = [text for text in overrides if not is_overlay(text)]
+    overriding: dict[Any, Any] = functools.reduce(merged, map(_parse_override, pairs), {})
+    values = _layered(schema, {}, _read_chain(Path(path), ()))
+    for overlay in overlays:
+        layers = _read_chain(Path(overlay), ())
+        values = _layered(schema, values, [without_absent(schema, values, _layered(schema, {}, layers))])
+    return from_plain(schema, _layered(schema, values, [overriding]))
+
+
+def is_overlay(override: str) -> bool:
+    """Whether an override is a YAML file to lay over the first one, not ``key=value``."""
+    return "=" not in override and Path(override).suffix in (".yaml", ".yml")
+
+
+def _layered(schema: type, values: dict[Any, Any], layers: Sequence[dict[Any, Any]]) -> dict[Any, Any]:
     for layer in layers:
         _refuse_colons(layer, "")
-    return from_plain(schema, functools.reduce(functools.partial(laid, schema), layers))
+    return functools.reduce(functools.partial(laid, schema), layers, values)
 
 
 def _refuse_colons(values: Any, path: str) -> None:
@@ -145,7 +160,8 @@ def _parse_override(text: str) -> dict[Any, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key or not all(key.split(".")):
         raise ConfigError(
-            f"override {text!r} is not of the form key=value (for instance seed=1 or training.max_steps=100)"
+            f"override {text!r} is not of the form key=value (for instance seed=1 or training.max_steps=100), and no "
+            "YAML file"
         )
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)

@@ -88,6 +88,25 @@ def without_other_kinds(schema: type, values: Mapping[Any, Any]) -> dict[Any, An
     return kept
 
 
+def without_absent(schema: type, below: Mapping[Any, Any], above: Mapping[Any, Any]) -> dict[Any, Any]:
+    """An overlay's values without its optional sections, at any depth, that the values of a `schema` below it lack."""
+    hints, kept = field_types(schema), dict(above)
+    defaults = {field.name: field.default for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    for key, value in above.items():
+        section: Any = section_type(hints.get(key))
+        if section is None or not isinstance(value, Mapping):
+            continue
+        stands = below.get(key, defaults[key])
+        if stands is None:
+            del kept[key]
+            continue
+        stands = stands if isinstance(stands, Mapping) else {}
+        if has_variants(section):
+            section = variant_in(section, {**stands, **value}) or section
+        kept[key] = without_absent(section, stands, value)
+    return kept
+
+
 def _are_mappings(*values: Any) -> bool:
     return all(isinstance(value, Mapping) for value in values)
 

@@ -20,6 +20,7 @@ from model.released import Source
 from model.text_encoder import toy_text_encoder
 from model.wan.family import FAMILY
 from model.wan.transformer import WanTransformer
+from scripts.tiny_models import small_transformer
 from tests.generation.test_export import BIDIRECTIONAL, NETWORKS, exported, make_run, network, parts, stock  # noqa: F401
 from tests.generation.test_two_experts import HIGH, LOW
 from tests.small import DIFFUSION, DISTILLATION, config, merged
@@ -42,14 +43,9 @@ def released(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stock: Any) -> Pat
     monkeypatch.chdir(tmp_path)
     geometry = FAMILY.presets["tiny"]
     text = toy_text_encoder([PROMPT], geometry.text_len, geometry.text_dim, seed=0)
-    transformer = stock.WanTransformer3DModel(
-        patch_size=geometry.patch_size, num_attention_heads=geometry.num_heads, attention_head_dim=geometry.head_dim,
-        in_channels=geometry.in_dim, out_channels=geometry.out_dim, text_dim=geometry.text_dim, freq_dim=geometry.freq_dim,
-        ffn_dim=geometry.ffn_dim, num_layers=geometry.num_layers,
-    )  # fmt: skip
     pipe = stock.WanPipeline(
         vae=parts(geometry.out_dim, geometry.text_dim)["vae"], text_encoder=text.encoder, tokenizer=text.tokenizer,
-        transformer=transformer, scheduler=stock.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        transformer=small_transformer(geometry, 0), scheduler=stock.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
     )  # fmt: skip
     pipe.save_pretrained(tmp_path / BASE)
     return tmp_path

@@ -23,14 +23,12 @@ from generation.sampling import Sampling
 from generation.videos import generate_videos
 from model.schedule import flow_match_euler_sigmas
 from model.score import ScoreNet
-from model.text_encoder import toy_text_encoder
 from model.wan.config import WanConfig
 from model.wan.tiny_decoder import TinyDecoder
 from pipeline.bidirectional_inference import euler_sample
 from pipeline.causal import CausalConfig
-from tests.model.wan.test_diffusers_parity import pair
-from tests.model.wan.test_image_encoder import as_pil, picture, save_image_encoder
-from tests.model.wan.vaes import small_vae
+from scripts.tiny_models import SHIFT, pipeline_class, save_pipeline, small_text_encoder
+from tests.model.wan.test_image_encoder import as_pil, picture
 from tests.nets import relative
 from utils.errors import UserError
 from utils.random import Noise
@@ -41,7 +39,7 @@ transformers = pytest.importorskip("transformers")
 
 CPU = torch.device("cpu")
 PROMPTS, NEGATIVE = ["a cat on a mat", "a hat"], "no cat"
-WIDTH, STEPS, SHIFT = 32, 4, 3.0
+WIDTH, STEPS = 32, 4
 KINDS = ("t2v", "t2v_experts", "i2v", "i2v_experts", "ti2v")
 
 
@@ -65,41 +63,15 @@ def geometry(kind: str) -> WanConfig:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A saved pipeline of each kind, made when it is first asked for."""
     root = tmp_path_factory.mktemp("released")
-    text = toy_text_encoder([*PROMPTS, NEGATIVE], 512, WIDTH, seed=0)
-    save_image_encoder(root / "clip")
-    with torch.no_grad():
-        text.encoder.shared.weight.mul_(4)  # type: ignore[union-attr, operator]
+    text = small_text_encoder([*PROMPTS, NEGATIVE], WIDTH)
 
     def folder(kind: str) -> Path:
         path = root / kind
-        if path.is_dir():
-            return path
-        options: dict[str, Any] = {"transformer": pair(geometry(kind), seed=3)[1]}
-        if kind.endswith("experts"):
-            options["transformer_2"] = pair(geometry(kind), seed=4)[1]
-            options["boundary_ratio"] = 0.9 if kind == "i2v_experts" else 0.875
-        if kind == "ti2v":
-            options["expand_timesteps"] = True
-        if kind == "i2v":
-            options["image_encoder"] = transformers.CLIPVisionModel.from_pretrained(root / "clip/image_encoder")
-            options["image_processor"] = transformers.CLIPImageProcessorPil.from_pretrained(
-                root / "clip/image_processor"
-            )
-        made = pipeline_class(kind)(
-            tokenizer=text.tokenizer, text_encoder=text.encoder, vae=small_vae("2.2" if kind == "ti2v" else "2.1"),
-            scheduler=diffusers.UniPCMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
-            ),
-            **options,
-        )  # fmt: skip
-        made.save_pretrained(path)
+        if not path.is_dir():
+            save_pipeline(path, geometry(kind), text, experts=kind.endswith("experts"))
         return path
 
     return folder
-
-
-def pipeline_class(kind: str) -> Any:
-    return diffusers.WanPipeline if kind.startswith("t2v") else diffusers.WanImageToVideoPipeline
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -150,7 +122,7 @@ def test_a_released_model_gives_the_pipelines_latents(folders: Callable[[str], P
     arguments: dict[str, Any] = {"guidance_scale": high}
     arguments |= {"guidance_scale_2": low} if has_experts else {}
     arguments |= {"image": as_pil(image)} if image is not None else {}
-    expected = theirs(folder, pipeline_class(kind), noise(generator), **arguments)
+    expected = theirs(folder, pipeline_class(geometry(kind)), noise(generator), **arguments)
     first = None if image is None else image[None]
     made = generator(PROMPTS, args.sampling, [0, 1], first)
     assert relative(made, expected) < 1e-4
@@ -163,7 +135,7 @@ def test_a_released_model_gives_the_pipelines_latents(folders: Callable[[str], P
     if has_experts:
         other, args = opened(folder, "--guidance", str(high))  # as in Diffusers, one guidance is both experts'
         arguments.pop("guidance_scale_2")
-        same = theirs(folder, pipeline_class(kind), noise(generator), **arguments)
+        same = theirs(folder, pipeline_class(geometry(kind)), noise(generator), **arguments)
         assert relative(other(PROMPTS, args.sampling, [0, 1], first), same) < 1e-4 < 1e-3 < relative(same, expected)
 
 

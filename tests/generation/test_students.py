@@ -28,8 +28,8 @@ from model.text_encoder import toy_text_encoder
 from model.wan.config import WanConfig
 from model.wan.formats import to_diffusers_key
 from model.wan.geometry import diffusers_config
+from scripts.tiny_models import save_text_encoder, small_vae
 from serving.command import demo_args
-from tests.model.wan.vaes import small_vae
 from tests.nets import random_net
 from utils import checkpoint
 from utils.config import to_plain, to_yaml
@@ -57,8 +57,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text encoder and VAE."""
     root = tmp_path_factory.mktemp("base")
     text = toy_text_encoder([PROMPT], 512, 32, seed=0)
-    text.encoder.save_pretrained(root / "text_encoder")  # type: ignore[operator]
-    text.tokenizer.save_pretrained(root / "tokenizer")
+    save_text_encoder(root, text)
     small_vae("2.1").save_pretrained(root / "vae")
     return root
 

@@ -14,6 +14,7 @@ from model.score import ScoreNet
 from model.types import Conditioning
 from model.wan.config import WanConfig
 from pipeline.bidirectional_inference import Solver, SolverGrid, euler_sample, many_step_sample, unipc_sample
+from scripts.tiny_models import small_image_encoder
 from tests.model.wan.test_diffusers_parity import pair
 
 diffusers = pytest.importorskip("diffusers")
@@ -39,22 +40,12 @@ def parts() -> dict[str, Any]:
     text = transformers.UMT5EncoderModel(
         transformers.UMT5Config(vocab_size=32, d_model=WIDTH, d_kv=4, d_ff=16, num_layers=2, num_heads=3)
     )
-    vision = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(
-            hidden_size=20,
-            intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        )
-    )
     size = {"height": 16, "width": 16}
     processor = transformers.CLIPImageProcessor(size=size, crop_size=size)
     return {
         "vae": vae.eval(),
         "text_encoder": text.eval(),
-        "image_encoder": vision.eval(),
+        "image_encoder": small_image_encoder(20),
         "image_processor": processor,
     }
 

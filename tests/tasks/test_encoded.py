@@ -22,17 +22,17 @@ from model.codec import VAEConfig
 from model.text_encoder import TextEncoder, toy_text_encoder
 from model.wan import text_encoder as umt5
 from model.wan.codecs import WanCodecs
+from model.wan.config import WanConfig
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.text_encoder import load_text_encoder
 from model.wan.vae import load_vae
+from scripts.tiny_models import save_image_encoder, save_text_encoder, small_transformer, small_vae
 from tasks.build import build_task, task_to_sample
 from tasks.fitting import fitting_vae, statistics_of
 from tasks.kinds.encoded import EncodedTask
 from tasks.task import for_each
 from tasks.text import prompt_encoder
 from tests.evaluation.test_evaluation import save_encoder
-from tests.model.wan.test_image_encoder import save_image_encoder
-from tests.model.wan.vaes import small_vae
 from tests.small import DISTILLATION, NETWORKS, config, merged, trainer
 from utils.config import to_yaml
 from utils.data.buckets import Size
@@ -54,8 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline's folder, prompts, and a finished cache."""
     root = tmp_path_factory.mktemp("wan")
     text = toy_text_encoder([*PROMPTS, NEGATIVE], 8, 32, seed=0)
-    text.encoder.save_pretrained(root / "pipeline/text_encoder")  # type: ignore[operator]
-    text.tokenizer.save_pretrained(root / "pipeline/tokenizer")
+    save_text_encoder(root / "pipeline", text)
     small_vae("2.1").save_pretrained(root / "pipeline/vae")
     (root / "prompts.txt").write_text("\n".join([*PROMPTS, PROMPTS[0]]))
     (root / "run.yaml").write_text(to_yaml(run(root, encoder=True)))
@@ -193,7 +192,7 @@ def test_given_frames_and_reencoded_ones_go_through_the_vae(folder: Path) -> Non
 @pytest.mark.parametrize("kind", ["t2v", "ti2v", "i2v", "i2v_clip"])
 def test_given_pixels_become_what_the_networks_take(folder: Path, kind: str) -> None:
     """Latents, or channels and CLIP's tokens; one image for all prompts or one for each."""
-    save_image_encoder(folder / "clip")
+    save_image_encoder(folder / "clip", 20)
     overrides = {"model_type": kind.removesuffix("_clip")}
     overrides |= {"in_dim": 36} if "i2v" in kind.split("_") else {}
     overrides |= {"image_dim": 20} if kind == "i2v_clip" else {}
@@ -293,7 +292,7 @@ def test_an_encoder_on_the_hub_is_compared_by_what_the_cache_says(
 
 
 def test_a_run_of_stored_clip_tokens_takes_an_image_encoder_for_inference(folder: Path, tmp_path: Path) -> None:
-    save_image_encoder(folder / "clip")
+    save_image_encoder(folder / "clip", 20)
     image = Sample("0", PROMPTS[0], latents=torch.randn(1, 16, 4, 4), first_latents=torch.randn(3, 16, 4, 4))
     write_latents(tmp_path / "images/a.safetensors", [replace(image, clip=torch.randn(5, 20))], normalised=True)
     network = {"overrides": {**NETWORK["overrides"], "model_type": "i2v", "in_dim": 36, "image_dim": 20}}
@@ -467,16 +466,11 @@ def test_real_videos_need_a_folder_of_this_size(folder: Path, tmp_path: Path) ->
 @pytest.fixture
 def released(folder: Path) -> Path:
     """The pipeline with a network and a scheduler, as Diffusers saves them."""
-    from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+    from diffusers import UniPCMultistepScheduler
 
     if not (folder / "pipeline/transformer").is_dir():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            net = WanTransformer3DModel(
-                num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=32, freq_dim=32,
-                ffn_dim=32, num_layers=1,
-            )  # fmt: skip
-        net.save_pretrained(folder / "pipeline/transformer")
+        geometry = WanConfig(dim=24, num_heads=2, text_dim=32, freq_dim=32, ffn_dim=32, num_layers=1)
+        small_transformer(geometry, 0).save_pretrained(folder / "pipeline/transformer")
         UniPCMultistepScheduler(
             flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
         ).save_pretrained(folder / "pipeline/scheduler")

@@ -14,9 +14,8 @@ from model.text_encoder import toy_text_encoder
 from model.wan.codecs import WanCodecs
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.vae import WanVAE
+from scripts.tiny_models import save_image_encoder, save_text_encoder, small_vae
 from tasks.preprocess_video import preprocess_images, preprocess_video
-from tests.model.wan.test_image_encoder import save_image_encoder
-from tests.model.wan.vaes import small_vae
 from tests.nets import relative
 from tests.small import trainer
 from tests.utils.data.test_videos import encode
@@ -39,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VAE and an image encoder; a wide image, a tall one that is stored on its side, and captions."""
     root = tmp_path_factory.mktemp("images")
     small_vae("2.1").save_pretrained(root / "model/vae")
-    save_image_encoder(root / "model")
+    save_image_encoder(root / "model", 20)
     (root / "pictures").mkdir()
     for name, exif in (("wide", None), ("tall", 6)):
         levels = np.random.default_rng(len(name) + (exif or 0)).integers(0, 256, (40, 56, 3), np.uint8)
@@ -177,8 +176,7 @@ def test_bad_options_are_one_line(folder: Path, tmp_path: Path) -> None:
 def test_a_run_from_image_files_to_a_validation_video(folder: Path, tmp_path: Path) -> None:
     """An i2v student learns from the cache alone, and shows what it makes of the images."""
     text = toy_text_encoder(["a wide one", "a tall one", ""], 6, 16, seed=0)
-    text.encoder.save_pretrained(tmp_path / "text/text_encoder")  # type: ignore[operator]
-    text.tokenizer.save_pretrained(tmp_path / "text/tokenizer")
+    save_text_encoder(tmp_path / "text", text)
     where = ["--images", str(folder / "pictures"), "--vae", str(folder / "model"), "--bucket", "5x32x32"]
     clip = ["--i2v", "--image_encoder", str(folder / "model"), "--vae_dtype", "fp32"]
     assert preprocess_images([*where, *clip, "--out", str(tmp_path / "cache")]) == 0

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from model.wan.vae import WanVAE
+from scripts.tiny_models import small_vae
 from tasks.preprocess_video import preprocess_video
-from tests.model.wan.vaes import small_vae
 from tests.nets import relative
 from tests.utils.data.test_videos import encode
 from utils.data.buckets import Pace, Size

@@ -17,6 +17,7 @@ from model.text_encoder import toy_text_encoder
 from model.types import Conditioning, VisualConditioning
 from planning.hardware import GPUS
 from planning.plan import Cluster, make_plan
+from scripts.tiny_models import save_text_encoder
 from tasks.build import build_task
 from tasks.kinds.encoded import EncodedTask
 from tests.nets import random_net
@@ -72,8 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder of text, images and videos of two kinds of images, and trajectories that end in those videos."""
     root = tmp_path_factory.mktemp("images")
     text = toy_text_encoder([*CAPTIONS, "none"], 6, 16, seed=0)
-    text.encoder.save_pretrained(root / "text/text_encoder")  # type: ignore[operator]
-    text.tokenizer.save_pretrained(root / "text/tokenizer")
+    save_text_encoder(root / "text", text)
     (root / "prompts.txt").write_text("\n".join(CAPTIONS))
     for seed in (1, 2):
         write_latents(root / f"images{seed}/a.safetensors", samples(seed, 1), normalised=True)

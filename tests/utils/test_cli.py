@@ -48,11 +48,13 @@ def test_help_shows_what_each_option_is_by_default(
     (parser,) = seen
     valued = [a for a in parser._actions if a.option_strings and a.nargs != 0 and a.help != argparse.SUPPRESS]
     assert valued
+    needed = {a for group in parser._mutually_exclusive_groups if group.required for a in group._group_actions}
     for action in valued:
         formatter = parser._get_formatter()
         formatter.add_argument(action)
         said = " ".join(formatter.format_help().split())
-        assert action.required or "default" in said, said
+        assert ("required" if action.required or action in needed else "default") in said, said
+        assert action not in needed or "default: none" not in said, said
         assert not isinstance(action.default, (int, float)) or f"{action.default:g}" in said, said
 
 

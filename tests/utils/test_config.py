@@ -94,6 +94,34 @@ def test_yaml_base_and_overrides_merge_in_this_order(tmp_path: Path) -> None:
     assert isinstance(loaded.student.optimizer.betas, tuple)
 
 
+def test_an_overlay_changes_what_is_there_and_adds_no_section(tmp_path: Path) -> None:
+    """Overlays lie in their order over the file, and all key=value over them, wherever they stand."""
+    (tmp_path / "run.yaml").write_text("gan: {lr: 0.5}\nstudent: {optimizer: {lr: 1.0}}\nwindow: 3\n")
+    (tmp_path / "bare.yaml").write_text("gan: null\n")
+    (tmp_path / "below.yaml").write_text("seed: 1\nwindow: 4\n")
+    (tmp_path / "tiny.yaml").write_text("base: below.yaml\ngan: {fused: true}\nseed: 2\ncritic: {steps: [7]}\n")
+    (tmp_path / "other.yaml").write_text("seed: 3\n")
+
+    def loaded(name: str, *overrides: str) -> Schema:
+        paths = [str(tmp_path / text) if text.endswith(".yaml") else text for text in overrides]
+        return config.load(Schema, tmp_path / name, paths)
+
+    full = loaded("run.yaml", "seed=5", "tiny.yaml")
+    assert full.gan == Optimizer(lr=0.5, fused=True)
+    assert (full.seed, full.window, full.critic.steps, full.student.optimizer.lr) == (5, 4, [7], 1.0)
+    for name in ("run.yaml", "bare.yaml"):
+        assert [loaded(name, "tiny.yaml", "other.yaml").seed, loaded(name, "other.yaml", "tiny.yaml").seed] == [3, 2]
+    assert loaded("bare.yaml", "tiny.yaml").gan is None
+    (tmp_path / "bare.yaml").write_text("seed: 0\n")  # its default is none, too
+    assert loaded("bare.yaml", "tiny.yaml").gan is None
+    assert loaded("bare.yaml", "tiny.yaml", "gan.lr=2").gan == Optimizer(lr=2)
+    with pytest.raises(ConfigError, match="gone.yaml' does not exist"):
+        loaded("run.yaml", "gone.yaml")
+    (tmp_path / "wrong.yaml").write_text("gan: {rate: 1}\n")
+    with pytest.raises(ConfigError, match="gan.rate: unknown key"):
+        loaded("run.yaml", "wrong.yaml")
+
+
 def test_sections_in_lists_and_interpolation(tmp_path: Path) -> None:
     loaded = read(tmp_path, "data: x\nseed: 7\nwindow: ${seed}\nheads: [{layer: 2}, {}]")
     assert loaded.heads == [Head(2), Head(0)]

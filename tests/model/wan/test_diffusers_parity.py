@@ -12,6 +12,7 @@ from model.attention.backends import Backend
 from model.wan.config import WanConfig
 from model.wan.transformer import WanTransformer
 from model.wan.weights import to_diffusers_key, to_native_key
+from scripts.tiny_models import small_transformer
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -53,36 +54,9 @@ def native_key(key: str) -> str:
     return to_native_key(key)
 
 
-def theirs(config: WanConfig) -> Any:
-    return diffusers.WanTransformer3DModel(
-        patch_size=config.patch_size,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.in_dim,
-        out_channels=config.out_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-        cross_attn_norm=config.cross_attn_norm,
-        qk_norm="rms_norm_across_heads",
-        eps=config.eps,
-        image_dim=config.image_dim,
-        added_kv_proj_dim=None if config.image_dim is None else config.dim,
-    )
-
-
 def pair(config: WanConfig, seed: int) -> tuple[WanTransformer, Any]:
     """Both networks with the same weights, none of them zero or one, so that every parameter matters."""
-    generator = torch.Generator().manual_seed(seed)
-    other = theirs(config).train(False)
-    with torch.no_grad():
-        for name, p in other.named_parameters():
-            base = (
-                1.0 if name.endswith(("norm_q.weight", "norm_k.weight", "norm_added_k.weight", "norm2.weight")) else 0.0
-            )
-            scale = 0.3 if p.ndim == 1 or "scale_shift" in name else p[0].numel() ** -0.5
-            p.copy_(base + scale * torch.randn(p.shape, generator=generator))
+    other = small_transformer(config, seed)
     net = WanTransformer(config, Backend.PLAIN)
     net.load_state_dict({native_key(key): value for key, value in other.state_dict().items()})
     return net, other

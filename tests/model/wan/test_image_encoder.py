@@ -14,30 +14,10 @@ from torch import Tensor
 
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.vae import WanVAE
-from tests.model.wan.vaes import small_vae
+from scripts.tiny_models import save_image_encoder, small_image_encoder, small_vae
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
-
-
-def vision() -> Any:
-    """A tiny CLIP with random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return transformers.CLIPVisionModel(
-            transformers.CLIPVisionConfig(
-                hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16,
-                patch_size=8,
-            )
-        ).eval()  # fmt: skip
-
-
-def save_image_encoder(folder: Path) -> None:
-    vision().save_pretrained(folder / "image_encoder")
-    # the shape of Wan2.1's own: the shorter side to the size, then the middle
-    transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-    ).save_pretrained(folder / "image_processor")
 
 
 def picture(height: int = 24, width: int = 40, seed: int = 0) -> Tensor:
@@ -58,9 +38,9 @@ def pipeline(vae: Any, **parts: Any) -> Any:
 @torch.no_grad()
 def test_tokens_are_the_pipelines(tmp_path: Path) -> None:
     """Also of several images at once, from a file whose names have the prefix that older transformers wrote."""
-    save_image_encoder(tmp_path)
+    save_image_encoder(tmp_path, 20)
     processor = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path / "image_processor")
-    pipe = pipeline(small_vae("2.1"), image_encoder=vision(), image_processor=processor)
+    pipe = pipeline(small_vae("2.1"), image_encoder=small_image_encoder(20), image_processor=processor)
     images = [picture(), picture(seed=1)]
     expected = torch.cat([pipe.encode_image(as_pil(image), torch.device("cpu")) for image in images])
     encoder = load_image_encoder(tmp_path)
@@ -111,7 +91,7 @@ def test_what_is_no_image_encoder_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
     refused("has no image_encoder/config.json")
-    save_image_encoder(tmp_path)
+    save_image_encoder(tmp_path, 20)
     with pytest.raises(ValueError, match=r"images must be \[B, 3, h, w\], got \[1, 1, 8, 8\]"):
         load_image_encoder(tmp_path).encode(torch.zeros(1, 1, 8, 8))
     file = tmp_path / "image_encoder/model.safetensors"

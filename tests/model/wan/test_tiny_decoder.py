@@ -13,7 +13,7 @@ from torch.nn import functional
 from model.codec import VAEConfig
 from model.wan.tiny_decoder import TinyDecoder, load_tiny_decoder
 from model.wan.vae import WanVAE, load_vae
-from tests.model.wan.vaes import small_vae
+from scripts.tiny_models import small_vae
 
 WIDTHS = (256, 128, 64, 64)
 

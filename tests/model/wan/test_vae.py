@@ -12,9 +12,9 @@ from torch import Tensor
 from model.codec import VAEConfig
 from model.wan import vae as vae_module
 from model.wan.vae import WanVAE, load_vae
-from tests.model.wan.vaes import KINDS, small_vae
+from scripts.tiny_models import VAES, small_vae
 
-kinds = pytest.mark.parametrize("kind", list(KINDS))
+kinds = pytest.mark.parametrize("kind", list(VAES))
 
 
 def latents(vae: WanVAE, frames: int = 4, height: int = 4, width: int = 4, batch: int = 1) -> Tensor:
