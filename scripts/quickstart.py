@@ -7,22 +7,25 @@ after Ctrl-C, a kill or a failure, it goes on where it stopped.
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
-from configs.load import load_run
-from scripts.report_samples import CAUSAL_INIT, DMD, TEACHER, TEACHER_ASSET
+# nothing that imports the networks: each of its commands does, and it would only begin later
 from scripts.stages import Runner, Stage, Stopped, Teller
 from utils.cli import Parser, run_cli
 from utils.errors import UserError
 from utils.logging import read_jsonl
 
+TEACHER, CAUSAL_INIT, DMD = "teacher", "causal_init", "self_forcing_dmd"
+TEACHER_ASSET = Path("assets/shapes_teacher")
 RECIPES = Path("configs/shapes")
 PROMPTS = RECIPES / "prompts.txt"
 FIRST_RECIPE = Path("configs/wan2.1_1.3b/dmd_3step_lora.yaml")  # what one may do next
@@ -77,7 +80,9 @@ class Quickstart:
         """In their order. Where there are two cores, videos of what is trained already are made beside a training."""
         stages = [*self._teacher(), self._look()]
         made_of = stages[-2].digest if self.from_scratch else ""
-        ahead = [self._sampling(name) for name in (TEACHER, CAUSAL_INIT)] if self.cores > 1 else [(), ()]
+        ahead = [self._report_command("--sample", *names) for names in ((TEACHER,), (TEACHER, CAUSAL_INIT))]
+        if self.cores < 2:
+            ahead = [[], []]
         stages.append(
             self._training(
                 CAUSAL_INIT, "causal start by diffusion forcing", {"student": self.teacher}, made_of, beside=ahead[0]
@@ -86,8 +91,7 @@ class Quickstart:
         starts = {"student": self.root / CAUSAL_INIT, "teacher": self.teacher, "critic": self.teacher}
         title = "Self-Forcing + DMD: the teacher's quality in few steps"
         stages.append(self._training(DMD, title, starts, stages[-1].digest, beside=ahead[1]))
-        stages += [self._videos(stages[-1].digest), self._report(stages[-1].digest)]
-        return stages
+        return [*stages, self._report(stages[-1].digest)]
 
     def _teacher(self) -> list[Stage]:
         if not self.from_scratch:
@@ -103,7 +107,6 @@ class Quickstart:
         recipe, run = RECIPES / f"{name}.yaml", self.root / name
         begun = [f"{network}.init={path}" for network, path in starts.items()]
         overrides = [*begun, "logging.tensorboard=false", *self.overrides]  # a package less to install
-        config = load_run(recipe, overrides)
         arguments = ["--config_path", str(recipe), "--logdir", str(run), "--resume", "auto"]
         return Stage(
             name=name,
@@ -112,7 +115,7 @@ class Quickstart:
             command=[self.python, "train.py", *arguments, *overrides],
             beside=[beside] if beside else [],
             made_of=made_of + recipe.read_text(),
-            fraction=steps_done(run, config.training.max_steps),
+            fraction=lambda: steps_done(run),
             start=START,
             resumes_in=run,
         )
@@ -122,44 +125,29 @@ class Quickstart:
         source = ["--run", str(self.teacher)]
         if not self.from_scratch:
             source = ["--model", str(self.teacher), "--config_path", str(RECIPES / f"{TEACHER_DETAILS}.yaml")]
-        return self._inference(
-            "look", "a first look: videos of the teacher in 20 steps", out, [*source, "--steps", "20"]
-        )
-
-    def _videos(self, made_of: str) -> Stage:
-        out, source = self.root / "videos", ["--run", str(self.root / DMD)]
-        return self._inference("videos", "videos of the student", out, source, made_of)
-
-    def _inference(self, name: str, title: str, out: Path, source: Sequence[str], made_of: str = "") -> Stage:
-        command = [
-            self.python,
-            "inference.py",
-            *source,
-            "--prompts",
-            str(PROMPTS),
-            "--format",
-            "gif",
-            "--out",
-            str(out),
-        ]
-        return Stage(name, title, COSTS[name], command, made_of=made_of + PROMPTS.read_text(), result=f"{out}/*.gif")
+        files = ["--prompts", str(PROMPTS), "--format", "gif", "--out", str(out)]
+        command = [self.python, "inference.py", *source, "--steps", "20", *files]
+        title, made_of = "a first look: videos of the teacher in 20 steps", PROMPTS.read_text()
+        return Stage("look", title, COSTS["look"], command, made_of=made_of, result=f"{out}/*.gif")
 
     def _report_command(self, *more: str) -> list[str]:
         arguments = ["--root", str(self.root), "--teacher", str(self.teacher), "--count", str(self.count)]
         return [self.python, "-m", "scripts.report", *arguments, *more]
 
-    def _sampling(self, run: str) -> list[str]:
-        return self._report_command("--workers", "1", "--sample", run)
-
     def _report(self, made_of: str) -> Stage:
-        command = self._report_command("--workers", str(min(self.cores, 2) or 1))
-        report = self.root / "report.html"
-        return Stage("report", "the table and a report", COSTS["report"], command, made_of=made_of, result=str(report))
+        title, result = "the table, and a report with videos", str(self.root / "report.html")
+        return Stage("report", title, COSTS["report"], self._report_command(), made_of=made_of, result=result)
 
 
-def steps_done(run: Path, steps: int) -> Callable[[], float]:
-    """How much of a training is done, by its log."""
-    return lambda: max((int(line["step"]) for line in read_jsonl(run / "metrics.jsonl")), default=0) / steps
+def steps_done(run: Path) -> float:
+    """How much of a training is done, from 0 to 1, by its folder."""
+    lines = read_jsonl(run / "metrics.jsonl")
+    return int(lines[-1]["step"]) / _steps(run / "config.yaml") if lines else 0.0
+
+
+@functools.cache
+def _steps(config: Path) -> int:
+    return int(OmegaConf.load(config).training.max_steps)
 
 
 def next_commands(quickstart: Quickstart) -> str:

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from evaluation.command import SPLITS, Row, eval_prompts, write_rows
 from scripts import report_html as html
 from scripts import report_samples as samples
+from scripts.quickstart import CAUSAL_INIT, DMD, TEACHER, TEACHER_ASSET
 from scripts.report_plots import Panel, curves, held, short, side_by_side, write_comparison
-from scripts.report_samples import CAUSAL_INIT, DMD, RUNS, TEACHER, TEACHER_ASSET, Method, Part, Place
+from scripts.report_samples import RUNS, Method, Part, Place
 from tasks.kinds.shapes import ShapesData
 from utils.cli import Parser, run_cli
 from utils.config import to_yaml
@@ -200,7 +201,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100, help="videos judged a row")
     parser.add_argument("--split", choices=tuple(SPLITS), default="test", help="prompts and seeds")
     parser.add_argument("--prompts", type=Path, default=Path("configs/shapes/prompts.txt"), help="file of those shown")
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes that sample")
+    parser.add_argument("--workers", type=int, default=1, help="processes that sample")
     parser.add_argument("--sample", nargs="+", choices=tuple(RUNS), metavar="RUN", help="only make these runs' videos")
     args = parser.parse_args()
     if args.workers < 1 or args.count < 2:

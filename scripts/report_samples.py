@@ -29,17 +29,16 @@ from configs.schema import RunConfig
 from generation.generator import Generator
 from generation.pretrained import Model, load_model
 from generation.sampling import Sampling
+from scripts.quickstart import CAUSAL_INIT, DMD, RECIPES, TEACHER, TEACHER_ASSET, TEACHER_DETAILS
 from utils import checkpoint, distributed
 from utils.errors import UserError
 
-TEACHER, CAUSAL_INIT, DMD = "teacher", "causal_init", "self_forcing_dmd"
 RUNS = {
     TEACHER: "Teacher",
     CAUSAL_INIT: "Causal initialisation (diffusion forcing)",
     DMD: "Self-Forcing + DMD",
 }
-TEACHER_ASSET = Path("assets/shapes_teacher")
-TEACHER_RECIPE = Path("configs/shapes/teacher_details.yaml")  # says how the asset's weights are sampled
+TEACHER_RECIPE = RECIPES / f"{TEACHER_DETAILS}.yaml"  # says how the asset's weights are sampled
 PART = 25  # judged videos a file
 BATCH_MANY_STEPS, BATCH_FEW_STEPS = 10, 25  # videos at once: measured on CPU, the bidirectional net likes them small
 
@@ -201,8 +200,14 @@ def parts(place: Place, method: Method, name: str, prompts: Sequence[str], seed:
 
 
 def make(todo: Sequence[Part], workers: int) -> Iterable[Part]:
-    """Makes these parts in `workers` processes of one thread each, the costly ones first; yields each as it is done."""
+    """Makes these parts, the costly ones first, in `workers` processes of one thread each, or in this one; yields each
+    as it is done."""
     order = sorted(todo, key=_cost, reverse=True)
+    if workers == 1:
+        for part in order:
+            make_part(part)
+            yield part
+        return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:

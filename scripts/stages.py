@@ -34,7 +34,7 @@ class Stage:
     title: in words.
     cost: seconds that it took on the machine where the costs of all stages were measured.
     command: makes its results.
-    beside: other commands that run at the same time.
+    beside: commands that work ahead at the same time. They end with it, wherever they are.
     made_of: what it depends on beside its command, as text: settings, marks of stages before it.
     fraction: how much of it is done, from 0 to 1, once it can be seen; None goes by the clock.
     start: seconds of the cost before anything of it can be seen.
@@ -205,7 +205,7 @@ class Runner:
         processes = self._start(stage)
         try:
             codes: list[int | None] = []
-            while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            while (codes := [process.poll() for process in processes])[0] is None and not any(codes):
                 share = stage.share(self.teller.clock() - began, factor)
                 self.teller.moves(title, share, self._left(share, stage))
                 time.sleep(POLL)
