@@ -83,12 +83,12 @@ $(VENV)/.quick-%: requirements.txt
 	@$(PIP) --no-compile $$(for name in $(QUICK); do grep "^$$name==" requirements.txt; done)
 	@touch $@
 
-# ARGS=--help says what it may be told
+# ARGS=--help says what it may be told. The packages came without bytecode, which the first process has to write.
 quickstart: $(QUICK_STAMP)
-	@$(RUN) -m scripts.quickstart $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(RUN) -m scripts.quickstart $(ARGS)
 
 quickstart-from-scratch: $(QUICK_STAMP)
-	@$(RUN) -m scripts.quickstart --from_scratch --root logs/quickstart_from_scratch $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(RUN) -m scripts.quickstart --from_scratch --root logs/quickstart_from_scratch $(ARGS)
 
 # two workers, each file's tests in one of them, in order: the long files (tests/distributed) begin first
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
