@@ -18,8 +18,8 @@ export DS_BUILD_OPS := 0
 .PHONY: help venv quickstart quickstart-from-scratch test test-all test-fast lint format bench gpu-check methods docs clean distclean
 
 help:
-	@echo 'make quickstart   distils the teacher that ships into a causal 2-step student; videos, table, report (6 minutes on 2 cores)'
-	@echo 'make quickstart-from-scratch   trains that teacher first (40 minutes more)'
+	@echo 'make quickstart   distils the teacher that ships into a causal 2-step student; videos, table, report (5 to 6 minutes on 2 cores)'
+	@echo 'make quickstart-from-scratch   trains that teacher first (35 minutes more)'
 	@echo 'make test         one test of each kind (9 minutes on 2 cores); make test-fast: without the slow ones'
 	@echo 'make test-all     every test (45 minutes at most)'
 	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'

@@ -30,16 +30,15 @@ RECIPES = Path("configs/shapes")
 PROMPTS = RECIPES / "prompts.txt"
 FIRST_RECIPE = Path("configs/wan2.1_1.3b/dmd_3step_lora.yaml")  # what one may do next
 TEACHER_DETAILS = "teacher_details"
-START = 9.0  # seconds until a training's first iteration
+START = 8.0  # seconds until a training's first iteration
 # seconds of each stage on two cores of an AMD EPYC without bf16 instructions
 COSTS = {
-    TEACHER: 1000.0,
-    TEACHER_DETAILS: 750.0,
-    "look": 20.0,
-    CAUSAL_INIT: 70.0,
-    DMD: 140.0,
-    "videos": 10.0,
-    "report": 25.0,
+    TEACHER: 510.0,
+    TEACHER_DETAILS: 1600.0,
+    "look": 15.0,
+    CAUSAL_INIT: 58.0,
+    DMD: 139.0,
+    "report": 28.0,
 }
 # idle threads that spin would take the cores from each other's processes; glibc gives large blocks back to the system
 # at once and pays for each page again
