@@ -77,6 +77,7 @@ FULL = {
     "tests/generation/test_card.py::test_a_base_is_found_through_earlier_runs": "test_a_base_is_named_where_it_is_certain",
     "tests/generation/test_average.py::test_each_use_of_an_average": "tests/model/test_ema.py",
     "tests/scripts/test_shapes_teacher.py::test_its_first_steps": "test_the_weights_are_those_of_the_record",
+    "tests/fuzz/test_readers.py::test_many_damaged_files": "test_a_damaged_file_is_one_line, three of each reader",
     "tests/model/attention/test_vsa.py::test_kernels_build_for_hopper": "the kernels in Triton's interpreter",
 }
 
