@@ -401,9 +401,8 @@ def _is_complete(path: Path, identity: dict[str, str]) -> bool:
         return False
     for key, value in identity.items():
         if found.get(key) != value:
-            raise UserError(
-                f"{path} is of another {key} ({show(found.get(key))}): give another --out, or delete this folder"
-            )
+            held = show(found.get(key))
+            raise UserError(f"{path} is of another {key} ({held}): give another --out, or delete this folder")
     return True
 
 

@@ -316,7 +316,7 @@ def fuzzed(name: str, folder: Path, count: int) -> Counter[str]:
 def check(name: str, folder: Path, count: int) -> None:
     found = fuzzed(name, folder, count)
     assert found["one line"] + found["read"] == count == found.total(), found
-    assert found["one line"], "no mutation was noticed"
+    assert found["one line"] or count < len(KINDS), "no mutation was noticed"
 
 
 @pytest.mark.parametrize("name", READERS)
