@@ -240,6 +240,8 @@ class TextCache:
             known = ("format", "prompts", "encoder", "tensors")
             identity: dict[str, str] = {key: manifest[key] for key in known if key in manifest}
             for number, name in enumerate(manifest["shards"]):
+                if not _NAME.fullmatch(name):
+                    raise ValueError(f"{show(name)} is no name of a shard")
                 if not _is_complete(folder / name, identity):
                     raise UserError(f"{folder / name} is absent or damaged: {AGAIN}")
                 shard = _OpenShard(folder / name, shapes)
