@@ -5,13 +5,13 @@ B batch  F frames  C channels  h w pixels  D features
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
+
+from utils.reading import read_json, reading
 
 _CHUNK = 32  # frames a forward
 _INPUT = "pixel_values"
@@ -79,13 +79,11 @@ def load_features(folder: str | Path, device: torch.device | str = "cpu") -> Fea
     _read(folder, "config.json")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"features: {folder} holds no .safetensors file: convert its weights")
-    try:
+    with reading("features", folder, says="does not load"):
         loaded: Any = AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         model, report = loaded
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as problem:
-        raise ValueError(f"features: {folder} does not load: {' '.join(str(problem).split())[:300]}") from None
     missing = sorted(map(str, report.get("missing_keys") or ()))
     pooled = not any("pooler" in key.split(".") for key in missing)  # a classifier's weights have no pooling layer
     if lost := [key for key in missing if "pooler" not in key.split(".")]:
@@ -101,14 +99,7 @@ def load_features(folder: str | Path, device: torch.device | str = "cpu") -> Fea
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError) as problem:
-        raise ValueError(
-            f"features: cannot read {folder / name} ({problem}): give a folder of transformers' save_pretrained, with "
-            "its preprocessor"
-        ) from None
+    return read_json("features", folder / name, "give a folder of transformers' save_pretrained, with its preprocessor")
 
 
 def _size(folder: Path, config: Any, settings: dict[str, Any]) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from utils.reading import read_text, reading
+
 SAMPLES: Final = 5  # videos of a prompt
 FLICKER: Final = "temporal_flickering"
 FLICKER_SAMPLES: Final = 25  # of which VBench's static filter keeps five still ones
@@ -92,11 +94,9 @@ def read_suite(path: str | Path) -> list[Prompt]:
 
     Raises ValueError for a file that cannot be read or is another, and for a dimension that is unknown.
     """
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    with reading("vbench: cannot read", path, says="is not VBench's full info"):
+        rows = json.loads(read_text("vbench", Path(path)))
         read = [(str(row["prompt_en"]), tuple(map(str, row["dimension"]))) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as problem:
-        raise ValueError(f"vbench: cannot read {path} as VBench's full info: {problem!r}") from None
     merged: dict[str, tuple[str, ...]] = {}
     for text, dimensions in read:
         if unknown := sorted(set(dimensions) - DIMENSIONS.keys()):
@@ -162,9 +162,7 @@ def read_scores(folder: str | Path) -> dict[str, float]:
     """
     scores: dict[str, float] = {}
     for file in sorted(Path(folder).glob("*_eval_results.json")):
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+        with reading("vbench: cannot read", file, says="are no results of VBench"):
+            found = json.loads(read_text("vbench", file))
             scores |= {str(name).replace(" ", "_"): float(value[0]) for name, value in found.items()}
-        except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as problem:
-            raise ValueError(f"vbench: cannot read {file} as VBench's results: {problem!r}") from None
     return scores

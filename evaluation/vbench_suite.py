@@ -33,6 +33,7 @@ from utils import distributed
 from utils.data.prompts import load_prompts
 from utils.data.shard_files import atomic
 from utils.errors import UserError
+from utils.reading import read_json
 from utils.video import write_video
 
 FULL_INFO = "VBench_full_info.json"
@@ -137,8 +138,8 @@ def load_augmented(args: VBenchArgs) -> dict[str, str] | None:
         return None
     try:
         if args.augmented.suffix == ".json":
-            found = json.loads(args.augmented.read_text(encoding="utf-8"))
-            if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+            found = read_json("augmented prompts", args.augmented)
+            if not all(isinstance(text, str) for text in found.values()):
                 raise ValueError(f"{args.augmented} must be an object of texts by VBench's prompt")
             return found
         if args.originals is None:
@@ -235,8 +236,8 @@ def _same_settings(args: VBenchArgs, augmented: dict[str, str] | None, sampling:
     }
     settings = json.loads(json.dumps(settings))  # as they are read back
     file = args.videos.with_name(f"{args.videos.name}_settings.json")
+    stored = read_json("settings", file, "give another --videos, or delete it") if file.is_file() else None
     try:
-        stored = json.loads(file.read_text()) if file.is_file() else None
         if stored is None:
             with atomic(file) as partial:
                 partial.write_text(json.dumps(settings, indent=1))

@@ -22,6 +22,7 @@ from pipeline.bidirectional_inference import Solver
 from utils.cli import Parser
 from utils.data.prompts import load_prompts
 from utils.errors import UserError
+from utils.limits import FPS, SIDE
 
 FORMATS = ("mp4", "gif", "png", "safetensors")
 STEPS_HELP = (
@@ -210,6 +211,8 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     for name in ("frames", "fps", "scale", "batch", "sequence_parallel"):
         if (value := getattr(a, name)) is not None and value < 1:
             raise UserError(f"--{name} {value}: give a number of at least 1")
+    if a.fps is not None and a.fps > FPS:
+        raise UserError(f"--fps {a.fps}: give a number of at most {FPS}")
     try:
         prompts = (a.prompt,) if a.prompt is not None else tuple(load_prompts(a.prompts))
     except (ValueError, OSError) as problem:
@@ -283,6 +286,8 @@ def size_of(a: argparse.Namespace) -> tuple[int, int] | None:
     found = re.fullmatch(r"(\d+)x(\d+)", a.size)
     if found is None:
         raise UserError(f"--size {a.size}: give height x width in pixels, such as 480x832")
+    if max(len(found[1]), len(found[2])) > 5 or max(int(found[1]), int(found[2])) > 8 * SIDE:
+        raise UserError(f"--size {a.size[:40]}: give sides of at most {8 * SIDE} pixels")
     return int(found[1]), int(found[2])
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from model.network import Expert, LoraWeights
 from pipeline.bidirectional_inference import Solver
+from utils.errors import UserError
+from utils.limits import FRAMES, STEPS
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,14 @@ class Sampling:
     strength: float | None = None
     block_steps: tuple[int, ...] = ()
     noisy_context: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what no video has, before anything of its size is made."""
+        for name, limit in {"frames": FRAMES, "window": FRAMES, "sinks": FRAMES, "steps": STEPS}.items():
+            if (value := getattr(self, name)) is not None and value > limit:
+                raise UserError(f"--{name} {value}: give a number of at most {limit}")
+        if (most := max(self.block_steps, default=0)) > STEPS:
+            raise UserError(f"--block_steps {most}: give numbers of at most {STEPS}")
 
 
 @dataclass(frozen=True)

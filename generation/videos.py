@@ -26,9 +26,12 @@ from utils import distributed
 from utils.config import config_hash
 from utils.data.shard_files import atomic
 from utils.errors import ConfigError, UserError
+from utils.limits import check_size
 from utils.overlap import SideDecoder
 from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from utils.parallel.sequence import apply_sequence_parallel, check_degree
+from utils.reading import read_json
+from utils.shards import is_finite
 from utils.video import drop_partials, eight_bits, write_video
 
 
@@ -62,6 +65,9 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     _same_checkpoints(generator)
     mesh, footage = team(args, generator), read_footage(generator, args.footage, args.sampling)
     fps, batch = args.fps or generator.config.fps, args.batch or _fitting(generator, args, mesh)
+    if args.scale is not None and args.suffix != "safetensors":
+        size = generator.task.pixel_size(1)
+        check_size("pixels", size.height * size.width * args.scale**2, f"--scale {args.scale}", unit="pixels")
     if resumable:
         _same_settings(args, generator.checkpoints, fps, batch)
     # one process looks: others may see a network's files later, or those of one that is at work already
@@ -179,6 +185,8 @@ def _write(
     every = chain([first], parts)
     if args.suffix == "safetensors":
         for latents, path, prompt in zip(torch.cat(list(every), 1), paths, prompts, strict=True):
+            if not is_finite(latents):
+                raise UserError(f"--out {path}: its latents hold NaN or infinity: the network gave no numbers")
             with atomic(path) as temporary:
                 said = {"prompt": prompt, "seed": str(args.sampling.seed)}
                 save_file({"latents": latents.contiguous()}, temporary, said)
@@ -223,7 +231,7 @@ def _same_settings(args: InferenceArgs, checkpoints: Sequence[str], fps: int, ba
     file = args.out / "settings.json"
     settings = json.loads(json.dumps(settings))  # as they come back
     if file.is_file():
-        stored = json.loads(file.read_text())
+        stored = read_json("settings", file, "give another --out, or delete it with its videos")
         stored["image"] = None if stored.get("image") == "None" else stored.get("image")  # as version 0.1 wrote it
         changed = sorted(key for key in settings if key != "batch" and stored.get(key) != settings[key])
         if changed:

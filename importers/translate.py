@@ -19,6 +19,8 @@ import yaml
 
 from importers.recipe import Dialect, Recipe, Untranslated
 from utils.errors import ConfigError
+from utils.reading import reading
+from utils.yaml_files import check_yaml, recipe_text
 
 
 def translate(dialect: Dialect, options: Mapping[str, Any]) -> Recipe:
@@ -52,16 +54,12 @@ def read_options(path: Path) -> dict[str, Any]:
 
     Raises ConfigError.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}): give a YAML, JSON or shell recipe") from None
+    text = recipe_text(path)
     if path.suffix in (".sh", ".slurm", ".bash"):
         return shell_options(text, path)
-    try:
+    with reading("recipe", path, "fix it", says="is neither YAML nor JSON", error=ConfigError):
+        check_yaml("" if path.suffix == ".json" else text, path)
         loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: neither YAML nor JSON ({' '.join(str(error).split())[:99]}): fix it") from None
     if not isinstance(loaded, dict) or not loaded:
         raise ConfigError(f"{path}: holds no options: give a file of `key: value` lines")
     return _flat(loaded)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from model.hub import snapshot
+from model.weights import real_numbers
+from utils.reading import read_json, reading
 
 WHOLE, PIECES, PIECE = 1 << 20, 64, 1 << 14  # bytes of a small file; how many pieces of a large one, their bytes
 
@@ -39,11 +40,9 @@ def part_folder(path: str | Path, part: str) -> Path:
 
 def read_config(folder: Path, *wanted: str) -> dict[str, Any]:
     """Its config.json, which must be of a class in `wanted`. Raises ValueError."""
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as problem:
-        raise ValueError(f"{folder / 'config.json'} cannot be read: {problem}") from None
-    found = config.get("_class_name") or ", ".join(config.get("architectures") or []) or "nothing that says its class"
+    config = read_json("config", folder / "config.json")
+    named = config.get("_class_name") or config.get("architectures") or "nothing that says its class"
+    found = named if isinstance(named, str) else ", ".join(map(str, named)) if isinstance(named, list) else str(named)
     if found not in wanted:
         raise ValueError(f"{folder} holds {found}: give the folder of {' or '.join(wanted)}")
     return config
@@ -52,10 +51,8 @@ def read_config(folder: Path, *wanted: str) -> dict[str, Any]:
 @contextmanager
 def loading(what: str, path: str | Path) -> Iterator[None]:
     """What diffusers or transformers raise inside for files that do not load is a ValueError, one line."""
-    try:
+    with reading(what, path, "fetch it again", says="does not load"):
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
-        raise ValueError(f"{what}: {path} does not load: {' '.join(str(problem).split())}") from None
 
 
 def load_whole(model: Any, folder: Path, what: str, *, unused: str | None = None, **options: Any) -> Any:
@@ -72,6 +69,8 @@ def load_whole(model: Any, folder: Path, what: str, *, unused: str | None = None
         keys = sorted(map(str, report.get(f"{kind}_keys") or ()))
         if keys := [key for key in keys if unused is None or not key.startswith(unused)]:
             raise ValueError(f"{what}: {folder} has {len(keys)} {kind} weights ({', '.join(keys[:4])}): fetch it again")
+    for name, parameter in loaded.named_parameters():
+        real_numbers(parameter.detach(), f"{what}: {folder}: {name}")
     return loaded
 
 

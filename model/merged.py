@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +35,12 @@ class Change:
             raise ValueError(f"has no {'up' if self.up is None else 'down'} matrix")
         if self.down is None or self.up is None:
             return None if self.diff is None else self.diff.shape
+        if any(len(shape) < 2 for shape in (self.up.shape, self.down.shape)):
+            raise ValueError(f"has factors {list(self.up.shape)} and {list(self.down.shape)}, which are no matrices")
+        if not self.down.shape[0]:
+            raise ValueError("has rank 0")
+        if self.alpha is not None and math.prod(self.alpha.shape) != 1:
+            raise ValueError(f"has an alpha {list(self.alpha.shape)}, which is no number")
         if self.up.shape[1] != self.down.shape[0]:
             raise ValueError(f"has ranks {self.down.shape[0]} and {self.up.shape[1]}")
         return (self.up.shape[0], *self.down.shape[1:])

@@ -5,11 +5,12 @@ A family says all of its own (`Family.released`, `Family.students`, `Family.sour
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from utils.reading import read_json as read_object
 
 INDEX = "model_index.json"
 CLUES = (INDEX, "*config.json")  # files of a few bytes that say what a model is
@@ -109,11 +110,7 @@ class Source:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a file, empty where there is none. Raises ValueError for a file that is not JSON."""
-    try:
-        values = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError:
-        raise ValueError(f"{file} is not JSON: fetch it again") from None
-    return values if isinstance(values, dict) else {}
+    return read_object("config", file, "fetch it again") if file.is_file() else {}
 
 
 def classes_of(folder: Path) -> list[str]:

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from utils.errors import UserError
+from utils.shards import is_finite
+
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -31,6 +34,18 @@ class Weights(Protocol):
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, value) in this order, as stored."""
         ...
+
+
+def real_numbers(value: Tensor, where: str) -> Tensor:
+    """The tensor. Raises UserError for whole, boolean and complex numbers (one whole number alone may be, such as
+    LoRA's alpha), and for NaN and infinity. The tensor is read once, and nothing of its size is made."""
+    if not value.is_floating_point():
+        if value.numel() > 1 or value.is_complex():
+            raise UserError(f"{where} is of {value.dtype}, and weights are real numbers: fetch it again")
+        return value
+    if not value.is_meta and not is_finite(value):
+        raise UserError(f"{where} holds NaN or infinity: the file is damaged, or the training that made it diverged")
+    return value
 
 
 def misfits(wanted: Shapes, theirs: Shapes) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from configs.schema import RunConfig
 from configs.sections import TrainerKind
@@ -41,6 +41,7 @@ from trainer.run_networks import sharing
 from trainer.weight_sources import open_init
 from utils.data.prompts import load_prompts
 from utils.data.tensors import Statistics
+from utils.reading import reading
 
 
 @dataclass(frozen=True)
@@ -272,11 +273,8 @@ def _check_headers(folder: Path) -> None:
     if not files:
         raise ValueError(f"{folder} holds no .safetensors: fetch it again")
     for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                opened.keys()
-        except (OSError, SafetensorError) as problem:
-            raise ValueError(f"{file} cannot be read ({first_line(problem)}): fetch it again") from None
+        with reading("", file, "fetch it again"), safe_open(file, "pt") as opened:
+            opened.keys()
 
 
 def _shape(config: RunConfig) -> tuple[int, int, int, int]:

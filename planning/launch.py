@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from configs.schema import RunConfig
 from planning.hardware import GB, GPU, GPUS, find_gpu
 from planning.plan import Cluster
@@ -19,6 +17,7 @@ from planning.pretend_run import networks_of
 from trainer.command import PlanArgs, default_logdir
 from trainer.micro_batch import micro_batches
 from utils.errors import ConfigError
+from utils.yaml_files import read_yaml
 
 PER_NODE = 8  # GPUs of a node, where nobody says otherwise
 DEFAULT_GPU = "h200"  # as train.py --plan takes it
@@ -51,8 +50,7 @@ class Recipe:
         for _ in range(10):  # the loader has refused a circle
             text = path.read_text(encoding="utf-8")
             found += re.findall(r"^# ?(.*)$", text, re.MULTILINE)
-            values = yaml.safe_load(text)
-            base = values.get("base") if isinstance(values, dict) else None
+            base = read_yaml(path).get("base")
             if base is None:
                 break
             path = path.parent / str(base)

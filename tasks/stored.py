@@ -23,6 +23,7 @@ from utils.data.safetensors_shards import SafetensorsFolder
 from utils.data.stream import CorruptSample, Sample, Stream, TooManyCorrupt, stacked
 from utils.data.tensors import Statistics
 from utils.errors import ConfigError, UserError
+from utils.reading import reading
 
 
 class Stored:
@@ -233,7 +234,8 @@ class StoredPairs(Stored):
         """The sections of the config that the files say they were made with; empty for files of other programs."""
         if not isinstance(self.source, SafetensorsFolder):
             return {}
-        return dict(json.loads(self.source.headers[0].get("settings", "{}")))
+        with reading("ode.path", self.path):
+            return dict(json.loads(self.source.headers[0].get("settings", "{}")))
 
     def read(self, positions: range) -> Pairs:
         """The trajectories at these positions. Raises UserError."""

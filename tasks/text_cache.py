@@ -23,7 +23,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,10 @@ from torch import Tensor
 
 from model.types import Prompt, PromptShapes
 from utils.errors import UserError
+from utils.fields import show
+from utils.reading import read_json, reading
 
+AGAIN = "run preprocess.py text again"
 ONE_TEXT, NAMED = "2", "3"  # formats
 Encode = Callable[[Sequence[str]], Prompt]  # zero after each prompt's tokens
 _NAME = re.compile(r"shard_(\d{5})_of_(\d{5})\.safetensors")
@@ -227,19 +230,23 @@ class TextCache:
         self.folder, self.shapes = folder, shapes
         if not (folder / "manifest.json").is_file():
             raise UserError(f"{folder} holds no finished text cache: run preprocess.py text, every shard of it")
-        manifest = json.loads((folder / "manifest.json").read_text())
-        self.encoder: str = manifest["encoder"]
-        self.made_with: dict[str, str | int | None] = manifest.get("made_with", {})  # older caches do not say
-        self._check_names(manifest)
-        identity = {key: manifest[key] for key in ("format", "prompts", "encoder", "tensors") if key in manifest}
+        manifest = read_json("text cache", folder / "manifest.json", AGAIN)
         self._places: dict[bytes, tuple[int, int]] = {}  # digest -> shard, place in it
         self._shards = []
-        for number, name in enumerate(manifest["shards"]):
-            if not _is_complete(folder / name, identity):
-                raise UserError(f"{folder / name} is absent or damaged: run preprocess.py text again")
-            shard = _OpenShard(folder / name, shapes)
-            self._shards.append(shard)
-            self._places.update({key: (number, place) for place, key in enumerate(shard.digests())})
+        with reading("text cache", folder / "manifest.json", AGAIN):
+            self.encoder: str = manifest["encoder"]
+            self.made_with: dict[str, str | int | None] = dict(manifest.get("made_with", {}))  # older ones do not say
+            self._check_names(manifest)
+            known = ("format", "prompts", "encoder", "tensors")
+            identity: dict[str, str] = {key: manifest[key] for key in known if key in manifest}
+            for number, name in enumerate(manifest["shards"]):
+                if not _NAME.fullmatch(name):
+                    raise ValueError(f"{show(name)} is no name of a shard")
+                if not _is_complete(folder / name, identity):
+                    raise UserError(f"{folder / name} is absent or damaged: {AGAIN}")
+                shard = _OpenShard(folder / name, shapes)
+                self._shards.append(shard)
+                self._places.update({key: (number, place) for place, key in enumerate(shard.digests)})
 
     def _check_names(self, manifest: Mapping[str, Any]) -> None:
         named = None if manifest["format"] == ONE_TEXT else json.loads(manifest["tensors"])
@@ -273,16 +280,26 @@ class _OpenShard:
     """A shard, whose tensors are read where they are asked for. Raises UserError where they do not fit `shapes`."""
 
     def __init__(self, path: Path, shapes: PromptShapes) -> None:
-        self.path, self.columns, self._file = path, _columns(shapes), safe_open(path, "pt")
+        self.path, self.columns = path, _columns(shapes)
         self._ends: dict[str, list[int]] = {}  # of each prompt's tokens
-        for column in self.columns:
-            if column.has_tokens:
-                self._open_tokens(column)
-            elif (found := self._shape(f"{column.prefix}values")) != list(column.shape):
-                raise self._misfit(f"{column.name} {found}", str(list(column.shape)))
+        with reading("text cache", path, AGAIN):
+            self._file = safe_open(path, "pt")
+            digests = self._file.get_tensor("digests")
+            if digests.dtype != torch.uint8 or digests.shape[1:] != (32,):
+                raise ValueError(f"its digests are {list(digests.shape)} of {digests.dtype}")
+            self.digests = [key.tobytes() for key in digests.numpy()]  # of its prompts, in order
+            for column in self.columns:
+                if column.has_tokens:
+                    self._open_tokens(column)
+                elif (found := self._shape(f"{column.prefix}values")) != list(column.shape):
+                    raise self._misfit(f"{column.name} {found}", str(list(column.shape)))
 
     def _open_tokens(self, column: _Column) -> None:
         lengths = self._file.get_tensor(f"{column.prefix}lengths")
+        tokens = self._file.get_slice(f"{column.prefix}tokens").get_shape()[0]
+        whole = lengths.dtype == torch.int64 and lengths.shape == (len(self.digests),)
+        if not whole or (lengths < 0).any() or int(lengths.sum()) != tokens:
+            raise ValueError(f"it has {tokens} tokens of {column.name}, and lengths of other ones")
         found, longest = self._shape(f"{column.prefix}tokens"), max(lengths.tolist(), default=0)
         length, *wanted = column.shape
         if found != wanted or longest > length:
@@ -300,22 +317,22 @@ class _OpenShard:
             "networks"
         )
 
-    def digests(self) -> Iterator[bytes]:
-        """Of its prompts, in order."""
-        return (key.tobytes() for key in self._file.get_tensor("digests").numpy())
-
     def fill(self, row: Mapping[str, Tensor], place: int) -> None:
         """Writes the tensors of the prompt at a place into zeros of their shapes. Raises ValueError."""
         for column in self.columns:
-            if column.has_tokens:
-                first, end = self._ends[column.name][place : place + 2]
-                read, into = self._file.get_slice(f"{column.prefix}tokens")[first:end], row[column.name][: end - first]
-            else:
-                read = self._file.get_slice(f"{column.prefix}values")[place : place + 1][0]
-                into = row[column.name]
-            into.copy_(read)
+            with reading("text cache", self.path, AGAIN):
+                if column.has_tokens:
+                    first, end = self._ends[column.name][place : place + 2]
+                    read = self._file.get_slice(f"{column.prefix}tokens")[first:end]
+                    into = row[column.name][: end - first]
+                else:
+                    read = self._file.get_slice(f"{column.prefix}values")[place : place + 1][0]
+                    into = row[column.name]
+                if not read.is_floating_point():
+                    raise ValueError(f"its {column.name} is of {read.dtype}, and not of real numbers")
+                into.copy_(read)
             if not into.isfinite().all():
-                raise ValueError(f"{self.path} holds {column.name} that is not finite: delete it and make it again")
+                raise UserError(f"{self.path} holds {column.name} that is not finite: delete it and make it again")
 
 
 def _encode(prompts: Sequence[str], shapes: PromptShapes, encode: Encode) -> dict[str, Tensor]:
@@ -380,17 +397,18 @@ def _split_of(out: Path) -> int:
 def _is_complete(path: Path, identity: dict[str, str]) -> bool:
     """False for a file that is absent or damaged. Raises UserError for one of other prompts or another encoder."""
     try:
-        with safe_open(path, "pt") as file:
+        with reading("text cache", path), safe_open(path, "pt") as file:
             found = file.metadata() or {}
-    except (OSError, SafetensorError):
+    except UserError:
         return False
     for key, value in identity.items():
         if found.get(key) != value:
-            raise UserError(f"{path} is of another {key} ({found.get(key)}): give another --out, or delete this folder")
+            held = show(found.get(key))
+            raise UserError(f"{path} is of another {key} ({held}): give another --out, or delete this folder")
     return True
 
 
 def _read(path: Path, name: str) -> Tensor:
-    with safe_open(path, "pt") as file:
+    with reading("text cache", path, AGAIN), safe_open(path, "pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor

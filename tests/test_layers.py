@@ -181,8 +181,9 @@ def test_an_installation_has_every_room_and_command() -> None:
 
 
 def test_tests_lie_as_the_rooms_do() -> None:
-    """A test file is in the folder of its room; beside those, what needs processes, Slurm, a GPU or a browser."""
-    beside = {"tests", "tests/distributed", "tests/slurm", "tests/gpu", "tests/serving/browser"}
+    """A test file is in the folder of its room; beside those, what needs processes, Slurm, a GPU or a browser,
+    and what is of all readers."""
+    beside = {"tests", "tests/distributed", "tests/slurm", "tests/gpu", "tests/serving/browser", "tests/fuzz"}
     folders = {path.relative_to(ROOT).parent for path in ROOT.glob("tests/**/test_*.py")}
     missing = [
         path for path in folders if path.as_posix() not in beside and not (ROOT / path.relative_to("tests")).is_dir()

@@ -50,7 +50,8 @@ from utils.checkpoint_folder import (
     write,
 )
 from utils.errors import UserError
-from utils.shards import Damaged, Groups, Table
+from utils.reading import reading
+from utils.shards import Damaged, Groups, Table, is_finite
 
 # the folder's functions are this module's as well: callers need not know where the line is
 __all__ = [
@@ -241,18 +242,17 @@ def layout(path: Path) -> Table:
     path = Path(path)
     manifest = read_manifest(path)
     try:
-        if manifest["format"] == 1:
-            refuse_missing(path, manifest["files"])
-            return shards.table_of_files(path, manifest["files"])
-        refuse_missing(path, [TABLE])
-        text = (path / TABLE).read_bytes()
-        if zlib.crc32(text) != manifest["crc32"]["tensors"]:
-            raise Damaged(f"{path / TABLE} is corrupt (its checksum is another)")
-        return shards.table_from_json(json.loads(text))
+        with reading("", path / TABLE, "", says="is malformed", error=Damaged):
+            if manifest["format"] == 1:
+                refuse_missing(path, manifest["files"])
+                return shards.table_of_files(path, manifest["files"])
+            refuse_missing(path, [TABLE])
+            text = (path / TABLE).read_bytes()
+            if zlib.crc32(text) != manifest["crc32"]["tensors"]:
+                raise Damaged(f"{path / TABLE} is corrupt (its checksum is another)")
+            return shards.table_from_json(json.loads(text))
     except Damaged as error:
         raise UserError(f"{error}; {other_checkpoints(path)}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / TABLE} is malformed ({error!r}); {other_checkpoints(path)}") from error
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -276,10 +276,10 @@ def load_tensors(path: Path, name: str, device: torch.device | str = "cpu") -> d
 
 
 class StoredGroup:
-    """One group, read one tensor at a time. Raises UserError when missing or damaged."""
+    """One group, read one tensor at a time. Raises UserError when missing or damaged, or not finite."""
 
     def __init__(self, path: Path, name: str) -> None:
-        self.path, self.entries = Path(path), _entries(path, name)
+        self.path, self.group, self.entries = Path(path), name, _entries(path, name)
         refuse_missing(self.path, _files(self.entries))
         self.shapes = {key: entry.shape for key, entry in self.entries.items()}
         self.config: dict[str, Any] | None = None  # shapes and the run's own config say what they are of
@@ -288,9 +288,15 @@ class StoredGroup:
         """(name, value) in this order, as stored."""
         for name in names:
             try:
-                yield name, shards.read_group(self.path, {name: self.entries[name]})[name]
+                value = shards.read_group(self.path, {name: self.entries[name]})[name]
             except Damaged as error:
                 raise UserError(f"{error}; {other_checkpoints(self.path)}") from error
+            if not is_finite(value):
+                raise UserError(
+                    f"{self.path}: {name} of {self.group} holds NaN or infinity: the run diverged before it was saved: "
+                    "take an earlier checkpoint"
+                )
+            yield name, value
 
 
 def load_into(path: Path, table: Table, tensors: Groups, group: dist.ProcessGroup | None = None) -> None:

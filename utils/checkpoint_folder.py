@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.fields import show
+from utils.reading import read_json
 
 FORMAT = 2
 READABLE = (1, 2)  # 1: one process, no table, no checksums
@@ -68,20 +70,20 @@ def refuse_missing(path: Path, files: Iterable[str]) -> None:
 def read_manifest(path: Path) -> dict[str, Any]:
     """What ``state.json`` holds. Raises UserError when it is missing, corrupt or of another format."""
     file = Path(path) / STATE
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is not a checkpoint: it has no {STATE}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is corrupt ({error}); {other_checkpoints(path)}") from error
-    if not isinstance(manifest, dict) or not {"format", "step", "files", "state"} <= manifest.keys():
+    if not file.exists():
+        raise UserError(f"{path} is not a checkpoint: it has no {STATE}")
+    manifest = read_json("state of a checkpoint", file, other_checkpoints(path))
+    if not {"format", "step", "files", "state"} <= manifest.keys():
         raise UserError(
             f"{file} is not a checkpoint's state: it lacks format, step, files or state; {other_checkpoints(path)}"
         )
+    kinds = {"format": int, "step": int, "files": dict, "state": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(manifest[name], kind)]:
+        raise UserError(f"{file} is malformed ({wrong[0]} is {show(manifest[wrong[0]])}); {other_checkpoints(path)}")
     if manifest["format"] not in READABLE:
         known = " and ".join(map(str, READABLE))
         raise UserError(f"{file} has format {manifest['format']}, this code reads {known}: use the code that wrote it")
-    if manifest["format"] != 1 and checksum(manifest["state"]) != manifest.get("crc32", {}).get("state"):
+    if manifest["format"] != 1 and checksum(manifest["state"]) != dict(manifest.get("crc32") or {}).get("state"):
         raise UserError(f"{file} is corrupt (its checksum is another); {other_checkpoints(path)}")
     return manifest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import NoReturn
 
 from utils import distributed
 from utils.errors import UserError
+from utils.fields import show
 from utils.watchdog import EXIT_STUCK, CollectiveError
 
 
@@ -57,6 +59,15 @@ class Parser(argparse.ArgumentParser):
                 for action in group
             }
         return formatter
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
+        value = super()._get_value(action, arg_string)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise argparse.ArgumentError(action, f"{arg_string!r} is not finite: give a number")
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise argparse.ArgumentError(action, f"{show(number)} is too large: give a number of at most 63 bits")
+        return value
 
     def error(self, message: str) -> NoReturn:
         prefix = "unrecognized arguments: "

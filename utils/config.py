@@ -26,9 +26,16 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from utils.errors import ConfigError
 from utils.fields import SHOWN, describe, field_types, hint_at, options_of, section_type, short_list, show, suggest
+from utils.reading import reading
 from utils.variants import has_variants, kind_in, laid, merged, without_absent, without_other_kinds
+from utils.yaml_files import DEPTH, check_yaml, read_yaml
 
 T = TypeVar("T")
+
+BASES = 32  # files below a recipe; ours have 2
+# `${name:...}`, which has OmegaConf call a function; a backslash before it makes it text
+_CALL = re.compile(r"(?<!\\)\$\{(?:[^{}]|\$?\{[^{}]*\})*?:")
+_ENVIRONMENT = re.compile(r"\boc\.env\s*:\s*([^,{}]*)")
 
 
 # ---------------------------------------------------------------------------------------------------------------- load
@@ -81,6 +88,23 @@ def _refuse_colons(values: Any, path: str) -> None:
             _refuse_colons(value, where)
 
 
+def _refuse_calls(value: Any, where: str) -> None:
+    """Raises ConfigError for a text that has OmegaConf call a function, such as `${oc.env:HOME}`: a config says all
+    that it means, and a run folder is another machine's too."""
+    if isinstance(value, str) and (found := _CALL.search(value)):
+        if name := _ENVIRONMENT.search(value):
+            remedy = f"{name[1] or 'it'} is of this machine's environment: write its value, or give it as {where}=VALUE"
+        else:
+            remedy = "only ${another.key} can be put in: write the value out"
+        raise ConfigError(f"{where}: {show(value)} calls {found[0][2:-1].strip() or 'a function'}: {remedy}")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_calls(item, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _refuse_calls(item, f"{where}[{number}]")
+
+
 def from_plain(
     schema: type[T], plain: Mapping[str, Any], *, other_kinds: Literal["refused", "dropped"] = "refused"
 ) -> T:
@@ -89,6 +113,7 @@ def from_plain(
     other_kinds: what becomes of keys that a section has in another kind alone; "dropped" is for what earlier versions
         saved, whose sections had the keys of all kinds.
     """
+    _refuse_calls(plain, "")
     if other_kinds == "dropped":
         plain = without_other_kinds(schema, plain)
     node = _blank(schema)
@@ -109,6 +134,8 @@ def _first_blank(schema: type) -> DictConfig:
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict[Any, Any]]:
     """Plain contents of ``path`` preceded by those of its bases, furthest first."""
     resolved = path.resolve()
+    if len(seen) >= BASES:
+        raise ConfigError(f"base: more than {BASES} files lie below {seen[0].name}: put them together")
     if resolved in seen:
         raise ConfigError(f"base: cycle {' -> '.join(p.name for p in (*seen, resolved))}: remove one `base:` line")
     values = _read_yaml(path)
@@ -126,22 +153,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict[Any, Any]]:
 def _read_yaml(path: Path) -> dict[Any, Any]:
     if not path.is_file():
         raise ConfigError(f"config file {str(path)!r} does not exist: {_nearby(path)}")
-    try:
-        loaded = OmegaConf.load(path)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {error.problem}: fix the file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}: fix the file") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error.full_key}: {error.msg}: close the ${{...}} or quote it as text") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}: give a readable file of `key: value` lines") from None
-    values = OmegaConf.to_container(loaded, resolve=False)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds a {type(values).__name__} at its top: write `key: value` lines")
-    return values
+    return read_yaml(path)
 
 
 def _nearby(path: Path) -> str:
@@ -163,12 +175,16 @@ def _parse_override(text: str) -> dict[Any, Any]:
             f"override {text!r} is not of the form key=value (for instance seed=1 or training.max_steps=100), and no "
             "YAML file"
         )
-    try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException):
-        raise ConfigError(f"{key}: {show(value)} is not a valid YAML value: close its brackets or quote it") from None
-    assert isinstance(values, dict)
-    return values
+    if key.count(".") > DEPTH:
+        raise ConfigError(f"override {show(text)}: no key lies so deep")
+    with reading("override", show(text), "close its brackets or quote it", error=ConfigError):
+        try:
+            check_yaml(value, f"override {show(text)}")
+            return OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)  # type: ignore[return-value]
+        except (yaml.YAMLError, OmegaConfBaseException):
+            raise ConfigError(
+                f"{key}: {show(value)} is not a valid YAML value: close its brackets or quote it"
+            ) from None
 
 
 # -------------------------------------------------------------------------------------------- user values -> typed node
@@ -247,6 +263,8 @@ def _convert(value: Any, hint: Any, where: str, root: type) -> Any:
         return value
     if float in options and _is_unbounded(value):
         raise ConfigError(f"{where}: {show(value)} is not allowed: give {describe(hint)} that is finite")
+    if int in options and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where}: {show(value)} is not allowed: give {describe(hint)} of at most 63 bits")
     for option in options:
         if isinstance(option, type) and issubclass(option, Enum):
             return _enum_member(option, value, hint, where)
@@ -260,7 +278,9 @@ def _is_unbounded(value: Any) -> bool:
     """Whether a value, maybe a text, is infinite or not a number."""
     try:
         return not math.isfinite(float(value))
-    except (TypeError, ValueError, OverflowError):
+    except OverflowError:  # a whole number beyond all floats
+        return True
+    except (TypeError, ValueError):
         return False  # no number at all, which is refused when it is set
 
 

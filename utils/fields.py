@@ -95,6 +95,8 @@ def short_list(names: Sequence[str], most: int = 12) -> str:
 
 def show(value: Any) -> str:
     """A value as an error shows it, not too long."""
+    if isinstance(value, int) and value.bit_length() > 999:  # Python refuses to write those of 4,300 digits
+        return f"a number of {value.bit_length()} bits"
     text = str(value) if isinstance(value, Enum) else repr(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 

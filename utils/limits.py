@@ -1,8 +1,18 @@
-"""Sizes that no real run reaches: a number above them is a slip of the hand, and would end in a failed allocation."""
+"""Sizes that no real run reaches, and no real file: what is above them is a slip of the hand or a damaged file, and
+would end in a failed allocation. They are looked at before anything is allocated.
+
+What files may ask for can be raised: `FEWSTEP_LIMITS="pixels=400000000,text=2000000000" python ...`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import os
+from dataclasses import dataclass
 from typing import Any
+
+from utils.errors import UserError
 
 # Latent frames of one sample: 4.6 hours at 24 frames a second and 4 frames a latent one. The longest training videos
 # are minutes, and the keys and values of one latent frame of Wan 1.3B at 480p take 0.3 GB.
@@ -13,6 +23,67 @@ SIDE = 4096
 VOLUME = 2**31 - 1
 # Samples of one update: at the 32,760 tokens of a Wan clip 3e10 tokens, hundreds of times a language model's largest.
 BATCH = 1_000_000
+# Denoising steps: schedules have 1000 levels.
+STEPS = 10_000
+# Frames a second: MP4 counts time in 1/90,000 s.
+FPS = 1000
+VARIABLE = "FEWSTEP_LIMITS"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file may ask for.
+
+    text: bytes of a text file that is read whole: prompts, captions, JSON. A million prompts have 0.3 GB.
+    line: bytes of one prompt or caption.
+    recipe: bytes of a YAML. The longest recipe here has 4,000.
+    nodes: values in a YAML, each as often as an alias repeats it.
+    pixels: of a picture or a frame. Those of 16K have 133 million.
+    media: bytes of a video or an image in a tar.
+    row: bytes that a row group of a table, or a video that is read whole, becomes in memory.
+    ratio: how many bytes one compressed byte may become in a row group of more than 64 MiB.
+    pickle: bytes of the part of a torch file that is no tensor.
+    rows: samples of a data set.
+    """
+
+    text: int = 1 << 29
+    line: int = 1 << 20
+    recipe: int = 1 << 18
+    nodes: int = 100_000
+    pixels: int = 1 << 27
+    media: int = 1 << 32
+    row: int = 1 << 34
+    ratio: int = 1000
+    pickle: int = 1 << 28
+    rows: int = 100_000_000
+
+
+def limits() -> Limits:
+    """Those of this process. Raises UserError for an environment variable that is no list of them."""
+    return _limits(os.environ.get(VARIABLE, ""))
+
+
+@functools.lru_cache(maxsize=8)
+def _limits(text: str) -> Limits:
+    known, given = [field.name for field in dataclasses.fields(Limits)], {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, value = part.partition("=")
+        if name not in known or not value.isdecimal() or not 0 < len(value) < 20:
+            raise UserError(f"{VARIABLE}={text}: {part!r} is no limit: write NAME=NUMBER, NAME of {', '.join(known)}")
+        given[name] = int(value)
+    return Limits(**given)
+
+
+def check_size(
+    name: str, asked: int, where: object, *, error: type[ValueError] = UserError, unit: str = "bytes"
+) -> None:
+    """Raises `error`, one line, where a file asks for more than the limit of this name."""
+    limit = getattr(limits(), name)
+    if not asked <= limit:
+        raise error(
+            f"{where} asks for {asked} {unit} and the limit is {limit}: give another file, or raise the limit "
+            f"({VARIABLE}={name}={asked})"
+        )
 
 
 def check_counts(section: Any, limits: dict[str, int], why: str = "no real video is larger") -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
+
+from utils.reading import reading
 
 SUFFIX = ".safetensors"
 # names of https://github.com/huggingface/safetensors, "Format"
@@ -58,6 +60,14 @@ class Entry(NamedTuple):
 
 Table = dict[str, dict[str, Entry]]  # group -> tensor -> entry
 Groups = Mapping[str, Mapping[str, Tensor]]  # group -> tensor; a group is a file, or one file of each rank
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor of real numbers has neither NaN nor infinity; nothing of its size is made."""
+    if not value.numel():
+        return True
+    low, high = torch.aminmax(value.bfloat16() if value.element_size() == 1 else value)  # fp8 has no reductions
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 class Damaged(ValueError):
@@ -227,8 +237,5 @@ def _checked(handle: Any, path: Path, name: str, entry: Entry, piece: Piece) -> 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise Damaged(f"{path} is corrupt ({' '.join(str(error).split())})") from error
+    with reading("", path, "", says="is corrupt", error=Damaged), safe_open(path, framework="pt") as handle:
+        yield handle

@@ -8,6 +8,7 @@ keys of `kind`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -124,10 +125,26 @@ def check_kind(config: Any) -> None:
         raise ValueError(f"{'an' if name[0] in 'AEIO' else 'a'} {name} is no config of kind {kind}: choose {right}")
 
 
+def refuse_unbounded(value: Any, where: str) -> None:
+    """Raises ValueError for NaN and infinity, alone or in lists and tables."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be finite, got {value}")
+    if isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            refuse_unbounded(item, f"{where}[{number}]")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            refuse_unbounded(item, f"{where}.{key}")
+    elif dataclasses.is_dataclass(value) and where.endswith("]"):  # a section in a list
+        check_kinds(value, where)
+
+
 def check_kinds(config: Any, path: str = "") -> None:
-    """Raises ValueError, one line, for a section of `config`, at any depth, that `check_kind` refuses."""
+    """Raises ValueError, one line, for a section of `config`, at any depth, that `check_kind` refuses, and for a number
+    that is not finite."""
     for field in dataclasses.fields(config):
         section, where = getattr(config, field.name), f"{path}.{field.name}".lstrip(".")
+        refuse_unbounded(section, where)
         if not dataclasses.is_dataclass(section):
             continue
         if has_variants(type(section)):

@@ -12,11 +12,16 @@ from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from utils.errors import UserError
+from utils.limits import check_size, limits
+from utils.reading import reading
 
 Frame = NDArray[np.uint8]  # [H, W, 3]
 Frames = NDArray[np.uint8]  # [T, H, W, 3]
@@ -57,33 +62,40 @@ def write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
 def read_video(path: str | Path) -> Tensor:
     """All frames of an MP4 or GIF (or anything else PyAV decodes): [T, 3, H, W] in [0, 1].
 
-    Raises ValueError if there is no such file or no video in it.
+    Raises ValueError if there is no such file or no video in it, or one that is too large (`Limits`).
     """
     import av
 
     path = _existing(path)
-    if path.suffix == ".gif":
-        return _to_float(_read_gif(path))
-    try:
+    with reading("video: cannot decode", path, says="is no video"):
+        if path.suffix == ".gif":
+            return _to_float(_held(_gif_frames(path), path))
         with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"video: cannot decode {path}: {error}") from error
-    if not frames:
-        raise ValueError(f"video: {path} holds no frame")
-    return _to_float(np.stack(frames))
+            container.streams.video[0].codec_context.options = {"max_pixels": str(limits().pixels)}
+            decoded: Any = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+            return _to_float(_held(decoded, path))
 
 
 def read_image(path: str | Path) -> Tensor:
     """An image file as RGB [3, H, W] in [0, 1]. Raises ValueError if there is no such file or it is no image."""
-    from PIL import Image, UnidentifiedImageError
-
     path = _existing(path)
+    with reading("image: cannot decode", path, says="is no image"), open_image(path, f"image: {path}") as image:
+        return _to_float(np.asarray(image.convert("RGB"))[None])[0]
+
+
+def open_image(file: Path | BinaryIO, name: str) -> Any:
+    """The image of Pillow's in a file, nothing decoded. Raises UserError for one of more pixels than `Limits.pixels`,
+    and what Pillow raises."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # of Pillow, a fixed limit; ours is looked at here, from the header too
+    image = Image.open(file)
     try:
-        with Image.open(path) as image:
-            return _to_float(np.asarray(image.convert("RGB"))[None])[0]
-    except UnidentifiedImageError as error:
-        raise ValueError(f"image: cannot decode {path}") from error
+        check_size("pixels", image.width * image.height, name, unit="pixels")
+    except UserError:
+        image.close()
+        raise
+    return image
 
 
 def grid(videos_BTCHW: Tensor, columns: int | None = None, padding: int = 1, value: float = 0.5) -> Tensor:
@@ -107,6 +119,8 @@ def to_uint8(pixels_TCHW: Tensor, scale: int = 1) -> Frames:
     Raises ValueError for another shape, NaN or infinity."""
     if pixels_TCHW.ndim != 4 or pixels_TCHW.shape[1] not in (1, 3) or 0 in pixels_TCHW.shape:
         raise ValueError(f"video: pixels must be [T, 1 or 3, H, W] and not empty, got {list(pixels_TCHW.shape)}")
+    height, width = pixels_TCHW.shape[-2:]
+    check_size("pixels", height * width * scale**2, f"video: scale {scale}", unit="pixels")
     levels = eight_bits(pixels_TCHW).cpu().expand(-1, 3, -1, -1)
     enlarged = levels.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
     return np.ascontiguousarray(enlarged.permute(0, 2, 3, 1).numpy())
@@ -119,7 +133,7 @@ def eight_bits(pixels: Tensor) -> Tensor:
         return pixels
     pixels = pixels.detach().float()
     if not torch.isfinite(pixels).all():
-        raise ValueError("video: pixels hold NaN or infinity")
+        raise UserError("video: pixels hold NaN or infinity: the network or the decoder gave no numbers")
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -180,11 +194,23 @@ def _write_gif(path: Path, frames: Iterable[Frame], fps: float) -> None:
     first.save(path, save_all=True, append_images=rest, duration=max(round(1000 / fps), 20), loop=0, disposal=1)
 
 
-def _read_gif(path: Path) -> Frames:
-    from PIL import Image, ImageSequence
+def _gif_frames(path: Path) -> Iterator[Frame]:
+    from PIL import ImageSequence
 
-    with Image.open(path) as image:
-        return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+    with open_image(path, f"video: {path}") as image:
+        yield from (np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image))
+
+
+def _held(frames: Iterable[Frame], path: Path) -> Frames:
+    """All frames of a video. Raises UserError for none, and for more bytes than `Limits.row`."""
+    kept, size = [], 0
+    for frame in frames:
+        size += 5 * frame.nbytes  # as they come, and as fp32
+        check_size("row", size, f"video: {path}")
+        kept.append(frame)
+    if not kept:
+        raise UserError(f"video: {path} holds no frame: give another")
+    return np.stack(kept)
 
 
 def _write_png(path: Path, frames: Iterable[Frame], fps: float) -> None:

@@ -68,6 +68,8 @@ class WanConfig:
         if not isinstance(self.patch_size, (list, tuple)) or not all(isinstance(n, int) for n in self.patch_size):
             raise ValueError(f"patch_size must be three whole numbers (frames, height, width), got {self.patch_size!r}")
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if not isinstance(self.eps, (int, float)) or not 0 < self.eps < 1:
+            raise ValueError(f"eps must be a number in (0, 1), got {self.eps!r}")
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide dim {self.dim}: choose a divisor of dim")
         if self.head_dim % 2 or self.head_dim < 6:

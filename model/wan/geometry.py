@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from model.wan.config import PRESETS, WanConfig
+from utils.reading import read_json, reading
 
 Fields = dict[str, Any]
 
@@ -39,17 +39,12 @@ def read_config(file: Path) -> Fields | None:
 
     Raises ValueError when it is not JSON or lacks a size.
     """
-    try:
-        values = json.loads(file.read_text())
-    except ValueError:
-        raise ValueError(f"'{file}' is not JSON: fetch it again") from None
-    try:
+    values = read_json("config of a Wan DiT", file, "fetch it again")
+    with reading("config of a Wan DiT", file, "fetch it again"):
         if "num_attention_heads" in values and "attention_head_dim" in values:
             return _of_diffusers(values) | _of_pipeline(file.parent.parent / "model_index.json")
         if "num_heads" in values and "ffn_dim" in values:
             return _of_native(values)
-    except (KeyError, TypeError) as problem:
-        raise ValueError(f"'{file}' is not a Wan DiT's config ({problem}): fetch it again") from None
     return None
 
 
@@ -72,10 +67,7 @@ def _of_pipeline(file: Path) -> Fields:
     """What Diffusers says of the task in its pipeline's file only: TI2V's time is one a token."""
     if not file.is_file():
         return {}
-    try:
-        return {"model_type": "ti2v"} if json.loads(file.read_text()).get("expand_timesteps") else {}
-    except ValueError:
-        raise ValueError(f"'{file}' is not JSON: fetch it again") from None
+    return {"model_type": "ti2v"} if read_json("config", file, "fetch it again").get("expand_timesteps") else {}
 
 
 def _of_native(values: Mapping[str, Any]) -> Fields:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from model.export import ADAPTER_CONFIG
@@ -20,6 +20,7 @@ from model.merged import Change
 from model.wan.formats import to_diffusers_key, to_native_key, unwrapped
 from model.wan.sources import located, open_tensors, weight_files
 from model.weights import State, Stored
+from utils.reading import read_json, reading
 
 # trainers' names of the same two matrices, an adapter's name perhaps between them and the leaf
 _FACTOR = re.compile(
@@ -47,7 +48,7 @@ class LoraFile:
             stored = _of_expert(open_tensors(_adapter(place), "lora"), expert)
             self.alphas = _stated_alphas(place)
             self.changes = _changes(stored, modules)
-        except (ValueError, OSError, SafetensorError) as problem:
+        except ValueError as problem:
             raise ValueError(f"{path}: {problem}") from None
 
     def factor(self, module: str, change: Change) -> float:
@@ -55,15 +56,12 @@ class LoraFile:
         assert change.down is not None
         rank = change.down.shape[0]
         if change.alpha is not None:
-            return float(change.alpha.read()) / rank
+            with reading("LoRA", self.path):
+                return float(change.alpha.read()) / rank
         if self.alphas is None:
             return 1.0
         alpha = next(
-            (
-                value
-                for name, value in self.alphas["pattern"].items()
-                if re.search(rf"(^|\.){name}$", to_diffusers_key(module))
-            ),
+            (value for name, value in self.alphas["pattern"].items() if name.search(to_diffusers_key(module))),
             self.alphas["alpha"],
         )
         return float(alpha) / (math.sqrt(rank) if self.alphas["rslora"] else rank)
@@ -138,23 +136,33 @@ def _stated_alphas(place: Path) -> dict[str, Any] | None:
     """What PEFT's adapter_config.json, or the metadata that Diffusers writes, says of alpha; None where neither is."""
     folder = place if place.is_dir() else place.parent
     if (folder / ADAPTER_CONFIG).is_file():
-        values = json.loads((folder / ADAPTER_CONFIG).read_text())
+        place = folder / ADAPTER_CONFIG
+        values = read_json("LoRA", place)
     else:
         file = weight_files(_adapter(place))[0]
         if file.suffix != ".safetensors":
             return None
-        with safe_open(file, framework="pt") as opened:
+        with reading("LoRA", file), safe_open(file, framework="pt") as opened:
             text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
-        values = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
+            values = {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
     if "lora_alpha" not in values:
         return None
     if values.get("use_dora"):
         raise ValueError("DoRA is not supported: merge it where it was trained")
-    return {
-        "alpha": values["lora_alpha"],
-        "pattern": values.get("alpha_pattern") or {},
-        "rslora": bool(values.get("use_rslora")),
-    }
+    with reading("LoRA", place, "its lora_alpha and alpha_pattern must be numbers, its names regular expressions"):
+        patterns = dict(values.get("alpha_pattern") or {})
+        return {
+            "alpha": _alpha(values["lora_alpha"]),
+            "pattern": {re.compile(rf"(^|\.){name}$"): _alpha(value) for name, value in patterns.items()},
+            "rslora": bool(values.get("use_rslora")),
+        }
+
+
+def _alpha(value: Any) -> float:
+    """Raises ValueError unless it is a finite number."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"alpha {value!r} is no finite number")
+    return float(value)
 
 
 # --------------------------------------------------------------------------------------------------------------- write

@@ -5,9 +5,10 @@ Nothing is read here but names, headers and config.json: tensors are mapped, and
 
 from __future__ import annotations
 
-import json
+import functools
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model.hub import hub_name, snapshot
-from model.weights import Stored
+from model.weights import Stored, real_numbers
+from utils.errors import UserError
+from utils.limits import check_size
+from utils.reading import read_json, reading
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # folders of the experts of Wan2.2 A14B, which split the noise levels: Diffusers' names, Wan's own
@@ -128,13 +132,16 @@ def _shards(index: Path, found: list[Path]) -> list[Path]:
     return files
 
 
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and 0 < len(name) < 256 and Path(name).name == name
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor -> file of an index.json. Raises ValueError."""
-    try:
-        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return dict(found)
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"'{index}' is no index of shards: fetch it again") from None
+    found = read_json("index of shards", index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(map(_is_file_name, found.values())):
+        raise ValueError(f"'{index}' is no index of shards: fetch it again")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- open
@@ -143,7 +150,7 @@ def weight_map(index: Path) -> dict[str, str]:
 def open_tensors(path: str | Path, which: str = "ema") -> dict[str, Stored]:
     """Every tensor of located weights under its stored name. which: group of a file that has several (see GROUPS).
 
-    Raises ValueError, SafetensorError or OSError.
+    Raises ValueError.
     """
     out: dict[str, Stored] = {}
     files = weight_files(path)
@@ -166,12 +173,15 @@ def _check_shard(file: Path, part: Mapping[str, Stored], others: Mapping[str, St
 
 
 def _open_safetensors(file: Path) -> dict[str, Stored]:
-    opened = safe_open(file, framework="pt")
+    with reading("weights", file):
+        opened = safe_open(file, framework="pt")
+        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no mapping
 
-    def stored(key: str) -> Stored:
-        return Stored(tuple(opened.get_slice(key).get_shape()), lambda: opened.get_tensor(key))
+    def read(key: str) -> Tensor:
+        with reading("weights", file):
+            return real_numbers(opened.get_tensor(key), f"{file}: {key}")
 
-    return {key: stored(key) for key in opened.keys()}  # noqa: SIM118 - it is no mapping
+    return {key: Stored(shape, functools.partial(read, key)) for key, shape in shapes.items()}
 
 
 def groups_of(path: str | Path) -> frozenset[str]:
@@ -179,30 +189,54 @@ def groups_of(path: str | Path) -> frozenset[str]:
     files = weight_files(path)
     if len(files) != 1 or files[0].suffix == ".safetensors":
         return frozenset()
-    state = _read_torch(files[0])
+    state = read_torch(files[0])
     return frozenset(KNOWN_GROUPS & state.keys()) if isinstance(state, dict) else frozenset()
 
 
-def _read_torch(file: Path) -> Any:
+def read_torch(file: Path) -> Any:
     """What a torch file holds, its tensors mapped. Raises ValueError for anything but tensors and plain values."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{file.name} is damaged, or holds objects besides tensors, which could run code: save its state_dict alone"
-        ) from None
-    except (RuntimeError, EOFError) as problem:
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else "it ends too early"
-        raise ValueError(
-            f"{file.name} cannot be mapped ({reason}): fetch it again; one of a torch before 1.6 load and save anew"
-        ) from None
+    remedy = "fetch it again; one of a torch before 1.6 load and save anew"
+    with reading("weights", file, remedy, says="cannot be mapped"):
+        check_archive(file)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:
+            raise UserError(
+                f"{file} is damaged, or holds objects besides tensors, which could run code: save its state_dict alone"
+            ) from None
+
+
+def check_archive(file: Path) -> None:
+    """Raises UserError for a torch file whose members are packed, or whose part that is no tensor is too large; other
+    errors for one that is no archive. torch packs no members, and unpacks what it finds without a limit."""
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise UserError(
+                    f"{file}: its member {member.filename} is packed and asks for {member.file_size} bytes: torch "
+                    "packs nothing: fetch it again"
+                )
+            if member.filename.endswith(".pkl"):
+                check_size("pickle", member.file_size, f"{file}: {member.filename}")
+
+
+def check_tensor(value: Tensor, where: str) -> None:
+    """Raises UserError for a tensor that is no plain array of numbers."""
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        kind = "quantised" if value.is_quantized else "without numbers (meta)" if value.is_meta else "sparse"
+        raise UserError(f"{where} is {kind}: save it as a plain tensor")
 
 
 def _open_torch(file: Path, which: str) -> dict[str, Stored]:
-    state = _group(_read_torch(file), which)
+    state = _group(read_torch(file), which)
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file.name} holds no state_dict of tensors: give a file saved from one")
-    return {key: Stored(tuple(value.shape), lambda value=value: value) for key, value in state.items()}  # type: ignore[misc]
+    out: dict[str, Stored] = {}
+    for key, value in state.items():
+        where = f"{file}: {key}"
+        check_tensor(value, where)
+        out[str(key)] = Stored(tuple(value.shape), functools.partial(real_numbers, value, where))
+    return out
 
 
 def _group(state: Any, which: str) -> Any:

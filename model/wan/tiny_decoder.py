@@ -8,15 +8,17 @@ by 1x1 convolutions that make two frames of one. It reads normalised latents and
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
+
+from model.wan.sources import check_archive, check_tensor
+from model.weights import real_numbers
+from utils.reading import reading
 
 WIDTHS = (256, 128, 64, 64)
 GROWTH = (1, 2, 2)  # frames that each stage makes of one
@@ -147,10 +149,16 @@ def _is_grow(net: TinyDecoder, name: str) -> bool:
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix not in (".safetensors", ".pth", ".pt") or not path.is_file():
         raise ValueError(f"tiny decoder: {path} is no .safetensors or .pth file: give taehv's, such as taew2_1.pth")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as problem:
-        raise ValueError(f"tiny decoder: {path} cannot be read: {str(problem).splitlines()[0]}") from None
+    with reading("tiny decoder", path, "give taehv's file, such as taew2_1.pth"):
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            check_archive(path)
+            state = torch.load(path, "cpu", weights_only=True)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"tiny decoder: {path} is no table of tensors: give taehv's file, such as taew2_1.pth")
+    for name, value in state.items():
+        where = f"tiny decoder: {path}: {name}"
+        check_tensor(value, where)
+        real_numbers(value, where)
     return state

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model.export import Format
@@ -103,7 +102,7 @@ class LazyWeights:
             file = config_file(place)
             self.config = None if file is None else read_config(file)
             named = {name: found[key] for key, name in _names(found).items()}
-        except (ValueError, OSError, SafetensorError) as problem:
+        except ValueError as problem:
             raise ValueError(f"{path}: {problem}") from None
         self._scales: dict[str, Stored] = {}
         for name in [name for name in named if name.endswith(SCALES)]:

@@ -132,3 +132,8 @@ def test_muon_is_torchs(shape: tuple[int, int]) -> None:
 def test_a_loss_that_reaches_no_parameter_is_an_error() -> None:
     with pytest.raises(ValueError, match="no parameter has a gradient"):
         NetworkOptimizer(trainable(linear()), AdamWConfig(), LRScheduleConfig(), 1).clip()
+
+
+def test_an_adapter_of_matrices_alone_is_all_muons() -> None:
+    made = MuonConfig().make([], [torch.nn.Parameter(torch.ones(2, 3))], torch.float32)
+    assert list(made) == ["muon"]

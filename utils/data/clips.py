@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from itertools import islice
@@ -27,7 +28,12 @@ from utils.data.media import Media
 from utils.data.order import BucketOrder
 from utils.data.shard_files import atomic
 from utils.data.stream import REMEDY_BEFORE, CorruptSample, Faults, Sample
+from utils.errors import UserError
+from utils.fields import show
+from utils.limits import check_size, limits
 from utils.random import keyed_seed
+from utils.reading import read_json, reading
+from utils.video import open_image
 
 console = logging.getLogger("fewstep")
 
@@ -186,32 +192,27 @@ def probe(media: Media) -> Info:
     """A video's header. Raises CorruptSample."""
     import av
 
-    try:
-        with media.part.open() as file, av.open(file, "r") as container:
-            stream = container.streams.video[0]
-            rate = stream.average_rate or stream.guessed_rate
-            if not rate:
-                raise CorruptSample(f"{media.name} does not say its frames a second")
-            fps = float(rate)
-            seconds = _seconds(stream.duration, stream.time_base, container.duration)
-            frames = stream.frames or round(seconds * fps)
-            turned = _rotation(next(container.decode(stream))) % 2
-            height, width = stream.height, stream.width
-    except (av.FFmpegError, OSError, IndexError, StopIteration) as problem:
-        raise CorruptSample(f"{media.name} cannot be decoded: {problem or 'no frame in it'}") from None
+    with _decoding(media), media.part.open() as file, av.open(file, "r") as container:
+        stream = _video_of(container, media)
+        rate = stream.average_rate or stream.guessed_rate
+        if not rate:
+            raise CorruptSample(f"{media.name} does not say its frames a second")
+        fps = float(rate)
+        seconds = _seconds(stream.duration, stream.time_base, container.duration)
+        frames = stream.frames or round(seconds * fps)
+        if (first := next(container.decode(stream), None)) is None:
+            raise CorruptSample(f"{media.name} cannot be decoded: no frame in it")
+        turned, height, width = _rotation(first) % 2, stream.height, stream.width
+        if not (fps > 0 and min(frames, height, width) > 0):
+            raise CorruptSample(f"{media.name} says that it has {frames} frames of {height}x{width}, {fps:g} a second")
     return Info(frames, fps, *((width, height) if turned else (height, width)))
 
 
 def probe_image(media: Media) -> Info:
     """An image's header, as a video of one frame. Raises CorruptSample."""
-    from PIL import Image
-
-    try:
-        with media.part.open() as file, Image.open(file) as image:
-            turned = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
-            width, height = image.size
-    except (OSError, ValueError, SyntaxError) as problem:
-        raise CorruptSample(f"{media.name} cannot be decoded: {problem}") from None
+    with _decoding(media), media.part.open() as file, open_image(file, media.name) as image:
+        turned = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+        width, height = image.size
     return Info(1, 1.0, *((width, height) if turned else (height, width)))
 
 
@@ -231,13 +232,10 @@ def decode_clip(media: Media, size: Size, pace: Pace, source_fps: float, begin: 
     import av
 
     times = [begin + i * pace.step(source_fps) for i in range(size.frames)]
-    try:
-        with media.part.open() as file, av.open(file, "r") as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            pictures = list(_pictures(container, stream, times, 0.5 / source_fps, size))
-    except (av.FFmpegError, OSError, IndexError) as problem:
-        raise CorruptSample(f"{media.name} cannot be decoded: {problem}") from None
+    with _decoding(media), media.part.open() as file, av.open(file, "r") as container:
+        stream = _video_of(container, media)
+        stream.thread_type = "AUTO"
+        pictures = list(_pictures(container, stream, times, 0.5 / source_fps, size))
     if len(pictures) < size.frames:
         raise CorruptSample(f"{media.name} ends after {len(pictures)} of the {size.frames} frames of its clip")
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
@@ -248,15 +246,12 @@ def decode_end(media: Media, size: Size, *, last: bool) -> Tensor:
     to cover the size, the middle cropped. Raises CorruptSample where the video cannot be decoded or has too few."""
     import av
 
-    try:
-        with media.part.open() as file, av.open(file, "r") as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            decoded = container.decode(stream)
-            kept = deque(decoded if last else islice(decoded, size.frames), maxlen=size.frames)
-            pictures = [_picture(frame, size) for frame in kept]
-    except (av.FFmpegError, OSError, IndexError) as problem:
-        raise CorruptSample(f"{media.name} cannot be decoded: {problem}") from None
+    with _decoding(media), media.part.open() as file, av.open(file, "r") as container:
+        stream = _video_of(container, media)
+        stream.thread_type = "AUTO"
+        decoded = container.decode(stream)
+        kept = deque(decoded if last else islice(decoded, size.frames), maxlen=size.frames)
+        pictures = [_picture(frame, size) for frame in kept]
     if len(pictures) < size.frames:
         raise CorruptSample(
             f"{media.name} has {len(pictures)} frames, {size.frames} are needed: give a longer video, or ask for fewer "
@@ -269,14 +264,30 @@ def decode_image(media: Media, size: Size) -> Tensor:
     """An image as [1, 3, H, W] in [0, 1], scaled to cover the size, the middle cropped. Raises CorruptSample."""
     from PIL import Image, ImageOps
 
-    try:
-        with media.part.open() as file, Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as problem:  # Pillow raises SyntaxError for broken PNG
-        raise CorruptSample(f"{media.name} cannot be decoded: {problem}") from None
-    height, width = cover(upright.height, upright.width, size)
-    pixels = np.asarray(upright.resize((width, height), Image.Resampling.BICUBIC))
+    with _decoding(media), media.part.open() as file, open_image(file, media.name) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        height, width = _covered(upright, size, media.name)
+        pixels = np.asarray(upright.resize((width, height), Image.Resampling.BICUBIC))
     return torch.from_numpy(_middle(pixels, size).copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def _decoding(media: Media) -> AbstractContextManager[None]:
+    return reading("", media.name, "", says="cannot be decoded", error=CorruptSample)
+
+
+def _video_of(container: Any, media: Media) -> Any:
+    """The video's stream, which then decodes no picture that is too large. Raises CorruptSample."""
+    stream = container.streams.video[0]
+    check_size("pixels", stream.width * stream.height, media.name, error=CorruptSample, unit="pixels")
+    stream.codec_context.options = {"max_pixels": str(limits().pixels)}  # a later header may say another size
+    return stream
+
+
+def _covered(picture: Any, size: Size, name: str) -> tuple[int, int]:
+    """`cover` of a picture: a very narrow one would become a very large one. Raises CorruptSample."""
+    height, width = cover(picture.height, picture.width, size)
+    check_size("pixels", height * width, f"{name} scaled to {height}x{width}", error=CorruptSample, unit="pixels")
+    return height, width
 
 
 def _pictures(
@@ -312,7 +323,7 @@ def _picture(frame: Any, size: Size) -> NDArray[np.uint8]:
     """A frame as uint8 [H, W, 3] of the size, upright."""
     turns = _rotation(frame)
     shown = Size(size.frames, size.width, size.height) if turns % 2 else size
-    height, width = cover(frame.height, frame.width, shown)
+    height, width = _covered(frame, shown, "a frame")
     picture = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
     return np.rot90(_middle(picture, shown), turns)
 
@@ -337,12 +348,7 @@ def _headers(
     media: Sequence[Media], cache: Path | None, threads: int, header: Callable[[Media], Info]
 ) -> Iterator[Info | CorruptSample]:
     """The header of each video in order, from the cache where the file has not changed since."""
-    known: dict[str, dict[str, Any]] = {}
-    if cache is not None and cache.is_file():
-        try:
-            known = json.loads(cache.read_text())
-        except ValueError:
-            console.warning("%s cannot be read: the videos' headers are read again", cache)
+    known = {} if cache is None or not cache.is_file() else _known_headers(cache)
     keys = [_identity(file) for file in media]
     with ThreadPoolExecutor(threads) as pool:
         new = {key: file for key, file in zip(keys, media, strict=True) if key not in known}
@@ -353,6 +359,21 @@ def _headers(
             partial.write_text(json.dumps({key: known[key] for key in keys}))
     for key in keys:
         yield CorruptSample(known[key]["corrupt"]) if "corrupt" in known[key] else Info(**known[key])
+
+
+def _known_headers(cache: Path) -> dict[str, dict[str, Any]]:
+    """What the cache holds, by the files' keys; empty, with a warning, for a damaged one."""
+    kinds = {"frames": int, "fps": float, "height": int, "width": int}
+    try:
+        found = read_json("headers of videos", cache, "they are read again")
+        for key, header in found.items():
+            given = {name: type(value) for name, value in header.items()} if isinstance(header, dict) else {}
+            if given not in (kinds, {"corrupt": str}):
+                raise UserError(f"headers of videos: {cache} holds {show(header)} of {show(key)}: they are read again")
+    except UserError as problem:
+        console.warning("%s", problem)
+        return {}
+    return found
 
 
 def _probed(header: Callable[[Media], Info], media: Media) -> Info | CorruptSample:

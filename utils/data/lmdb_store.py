@@ -9,16 +9,22 @@ a first frame `img_shape`, `img_{i}_data` -> uint8 [H, W, 3]. Noise levels are n
 from __future__ import annotations
 
 import contextlib
+import math
+import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from utils.data.stream import CorruptSample, Sample
 from utils.data.tensors import finite, from_bytes
+from utils.errors import UserError
+from utils.fields import show
+from utils.limits import check_size
+from utils.reading import reading
 
 
 class LMDBFolder:
@@ -38,13 +44,12 @@ class LMDBFolder:
         self.shapes_of: list[tuple[int, ...]] = []
         with contextlib.ExitStack() as stack:
             for folder in self.folders:
-                try:
+                with reading("data", folder, says="is no LMDB folder"):
+                    check_whole(folder / "data.mdb")
                     found = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, meminit=False)
-                except lmdb.Error as problem:
-                    raise ValueError(f"data: {folder} is no LMDB folder: {problem}") from None
-                stack.callback(found.close)
-                self.environments.append(found)
-                self.shapes_of.append(_shape(found, folder))
+                    stack.callback(found.close)
+                    self.environments.append(found)
+                    self.shapes_of.append(_shape(found, folder))
             self.shard_sizes = [shape[0] for shape in self.shapes_of]
             self._first = [0]
             for size in self.shard_sizes:
@@ -58,18 +63,19 @@ class LMDBFolder:
         shard = bisect_right(self._first, item) - 1
         row, shape = item - self._first[shard], self.shapes_of[shard]
         where = f"{self.folders[shard]}, row {row}"
-        latents, prompt, image = self._values(shard, row, where)
-        x = finite(from_bytes(latents, shape[1:], "float16", where).float(), where)
-        x = x if x.ndim == 5 else x.unsqueeze(0)  # some are stored without the axis of points
-        is_trajectory = x.shape[0] > 1
-        return Sample(
-            name=where,
-            caption=prompt.decode(errors="replace"),
-            latents=x[-1],
-            pixels=self._first_frame(shard, image, where),
-            trajectory=x if is_trajectory else None,
-            sigmas=self.sigmas if is_trajectory else None,
-        )
+        with reading("", where, "", error=CorruptSample):
+            latents, prompt, image = self._values(shard, row, where)
+            x = finite(from_bytes(latents, shape[1:], "float16", where).float(), where)
+            x = x if x.ndim == 5 else x.unsqueeze(0)  # some are stored without the axis of points
+            is_trajectory = x.shape[0] > 1
+            return Sample(
+                name=where,
+                caption=prompt.decode(errors="replace"),
+                latents=x[-1],
+                pixels=self._first_frame(shard, image, where),
+                trajectory=x if is_trajectory else None,
+                sigmas=self.sigmas if is_trajectory else None,
+            )
 
     def shapes(self) -> list[tuple[int, ...]]:
         """The latents' shape (F, C, H, W) of every row: to make buckets of."""
@@ -78,8 +84,9 @@ class LMDBFolder:
     def captions(self) -> list[str]:
         """The prompt of every row, empty where it has none."""
         out: list[str] = []
-        for environment, size in zip(self.environments, self.shard_sizes, strict=True):
-            with environment.begin() as view:  # of gigabytes of latents none is touched
+        for folder, environment, size in zip(self.folders, self.environments, self.shard_sizes, strict=True):
+            # of gigabytes of latents none is touched
+            with reading("data", folder), environment.begin() as view:
                 found = (view.get(f"prompts_{row}_data".encode()) for row in range(size))
                 out += [(prompt or b"").decode(errors="replace") for prompt in found]
         return out
@@ -138,15 +145,49 @@ def _environments(path: Path) -> list[Path]:
 def _shape(environment: Any, folder: Path) -> tuple[int, ...]:
     with environment.begin() as view:
         text = view.get(b"latents_shape")
-    try:
+    says = "has no readable key 'latents_shape'"
+    with reading("data", folder, "it is not one of Self-Forcing's", says=says):
         shape = tuple(map(int, text.decode().split()))
-    except (AttributeError, ValueError):
-        raise ValueError(
-            f"data: {folder} has no readable key 'latents_shape': it is not one of Self-Forcing's"
-        ) from None
-    if len(shape) not in (5, 6):
-        raise ValueError(f"data: {folder}: latents must be N [S] F C H W, got {list(shape)}")
+    if len(shape) not in (5, 6) or min(shape) < 1:
+        raise UserError(f"data: {folder}: latents must be N [S] F C H W, got {show(list(shape))}")
+    rows, each = shape[0], 2 * math.prod(shape[1:])  # bytes of fp16
+    check_size("rows", rows, f"data: {folder}", unit="rows")
+    entries, size = environment.stat()["entries"], (folder / "data.mdb").stat().st_size
+    if rows > entries or each > size:
+        raise UserError(
+            f"data: {folder} says that it has {rows} rows of {each} bytes, and holds {entries} values in {size} bytes: "
+            "it is damaged: fetch it or make it again"
+        )
     return shape
+
+
+def check_whole(file: Path) -> None:
+    """Raises UserError for a data.mdb that is shorter than its newest meta page says: to read it would end the process
+    by a signal, for LMDB maps it. Other errors for what is no such file."""
+    with file.open("rb") as opened:
+        size = opened.seek(0, 2)
+        page = _meta(opened, 0).page
+        newest = max(_meta(opened, 0), _meta(opened, page))
+    if (needed := (newest.last + 1) * page) > size:
+        raise UserError(f"data: {file} is cut short: {size} bytes of {needed}: fetch it or make it again")
+
+
+class _Meta(NamedTuple):
+    """Of a meta page (lmdb's mdb.c, MDB_meta): number of the transaction, of the last page, bytes of a page."""
+
+    transaction: int
+    last: int
+    page: int
+
+
+def _meta(file: BinaryIO, place: int) -> _Meta:
+    """The meta page that begins at this byte: a head of 16 bytes, magic and version, an address, the map's size, two
+    tables of 48 bytes, of which the first begins with the size of a page. Raises ValueError or struct.error."""
+    file.seek(place + 16)
+    magic, _, _, _, page, _, last, transaction = struct.unpack("<IIQQI92sQQ", file.read(136))
+    if magic != 0xBEEFC0DE or not 512 <= page <= 65536:
+        raise ValueError(f"its meta page begins with {magic:#x}, and its pages have {page} bytes")
+    return _Meta(transaction, last, page)
 
 
 def _lmdb() -> Any:

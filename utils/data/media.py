@@ -17,8 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from utils.data.shard_files import arrow, found_files
+from utils.data.shard_files import arrow, column_values, found_files
 from utils.data.stream import CorruptSample
+from utils.errors import UserError
+from utils.fields import show
+from utils.limits import check_size
+from utils.reading import read_text, reading
 
 console = logging.getLogger("fewstep")
 
@@ -30,26 +34,31 @@ CAPTION_COLUMNS: Final = ("caption", "prompt", "text", "cap")
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes of a file: all of it (size None), or those of a member of a tar."""
+    """Bytes of a file: all of it (size None), or those of a member of a tar; of one with holes (size -1) none."""
 
     path: Path
     offset: int = 0
     size: int | None = None
 
     def open(self) -> BinaryIO:
-        """As a file. Raises OSError."""
+        """As a file. Raises OSError, and CorruptSample for a member of more bytes than `Limits.media`."""
         if self.size is None:
             return self.path.open("rb")
         return io.BytesIO(self.read())
 
-    def read(self) -> bytes:
-        """Its bytes. Raises OSError, also where the file is shorter."""
+    def read(self, limit: str = "media") -> bytes:
+        """Its bytes. Raises OSError, also where the file is shorter, and CorruptSample for more than `limit` of them,
+        which is the name of one of `Limits`."""
+        there = self.path.stat().st_size
+        size = there if self.size is None else self.size
+        if size < 0:
+            raise OSError("a member with holes: pack it without --sparse")
+        if self.offset + size > there:
+            raise OSError(f"{self.path} ends within a member")
+        check_size(limit, size, self.path, error=CorruptSample)
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            data = file.read(-1 if self.size is None else self.size)
-        if self.size is not None and len(data) < self.size:
-            raise OSError(f"{self.path} ends within a member")
-        return data
+            return file.read(size)
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,10 @@ class Media:
         if self.caption is None:
             raise CorruptSample(f"{self.name} has no caption: no .txt and no .json beside it")
         part, suffix = self.caption
-        try:
-            text = part.read().decode("utf-8-sig")
+        with reading("", f"{self.name}: its caption ({suffix})", "", error=CorruptSample):
+            text = part.read("line").decode("utf-8-sig")
             found = text if suffix == ".txt" else caption_of(json.loads(text))
-        except (OSError, ValueError) as problem:
-            raise CorruptSample(f"{self.name}: its caption ({suffix}) cannot be read: {problem}") from None
+            (found or "").encode()  # JSON may hold what UTF-8 cannot
         if not found or not found.strip():
             raise CorruptSample(f"{self.name}: its caption ({suffix}) is empty, or has no field 'caption' or 'prompt'")
         return " ".join(found.split())
@@ -127,18 +135,15 @@ def _of_folder(path: Path, suffixes: tuple[str, ...]) -> list[Media]:
 def _of_tar(path: Path, suffixes: tuple[str, ...]) -> list[Media]:
     """The members of a tar, grouped as webdataset does: one sample is what shares a name up to its first dot."""
     groups: dict[str, dict[str, Part]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if member.isfile() and dot and stem:
-                    key = f"{folder}/{stem}" if folder else stem
-                    groups.setdefault(key, {})[f".{extension.lower()}"] = Part(path, member.offset_data, member.size)
-    except (tarfile.TarError, OSError) as problem:
-        raise ValueError(
-            f"data: {path} is damaged, or no uncompressed tar ({problem}): fetch or pack it again"
-        ) from None
+    remedy = "fetch or pack it again"
+    with reading("data", path, remedy, says="is damaged, or no uncompressed tar"), tarfile.open(path, "r:") as tar:
+        for member in tar:
+            folder, _, base = member.name.rpartition("/")
+            stem, dot, extension = base.partition(".")
+            if member.isfile() and dot and stem:
+                key = f"{folder}/{stem}" if folder else stem
+                size = -1 if member.issparse() else member.size
+                groups.setdefault(key, {})[f".{extension.lower()}"] = Part(path, member.offset_data, size)
     out = []
     for key, parts in groups.items():
         media = next((suffix for suffix in parts if suffix in suffixes), None)
@@ -149,11 +154,12 @@ def _of_tar(path: Path, suffixes: tuple[str, ...]) -> list[Media]:
 
 
 def _of_table(table: Path, root: Path) -> list[Media]:
-    rows, out = list(_rows(table)), []
+    with reading("data: cannot read the table of captions", table, "mend it", says="is not one"):
+        rows, out = list(_rows(table)), []
     has_captions = any(caption_of(row) is not None for row in rows)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
-            raise ValueError(f"data: {table}, row {number} is no table of fields but {row!r}")
+            raise ValueError(f"data: {table}, row {number} is no table of fields but {show(row)}")
         file = next((row[name] for name in FILE_COLUMNS if row.get(name)), None)
         caption = caption_of(row) if has_captions else ""
         if file is None or caption is None:
@@ -171,22 +177,22 @@ def _of_table(table: Path, root: Path) -> list[Media]:
 def _rows(table: Path) -> Iterator[Mapping[str, Any]]:
     """The rows of a table. Raises ValueError for a file that is absent, of another kind or not readable."""
     if not table.is_file():
-        raise ValueError(f"data: no such table of captions: {table}")
-    try:
-        if table.suffix == ".csv":
-            with table.open(encoding="utf-8-sig", newline="") as file:
-                yield from csv.DictReader(file)
-        elif table.suffix == ".jsonl":
-            yield from (json.loads(line) for line in table.read_text("utf-8-sig").splitlines() if line.strip())
-        elif table.suffix == ".json":
-            yield from json.loads(table.read_text("utf-8-sig"))
-        elif table.suffix == ".parquet":
-            pa, pq = arrow()
-            try:
-                yield from pq.read_table(table).to_pylist()
-            except pa.ArrowException as problem:
-                raise ValueError(" ".join(str(problem).split())) from None
-        else:
-            raise ValueError("give a .csv, .jsonl, .json or .parquet file")
-    except (OSError, ValueError, AttributeError, TypeError) as problem:
-        raise ValueError(f"data: cannot read the table of captions {table}: {problem}") from None
+        raise UserError(f"data: no such table of captions: {table}")
+    if table.suffix == ".csv":
+        yield from csv.DictReader(io.StringIO(read_text("data", table), newline=""))
+    elif table.suffix == ".jsonl":
+        yield from (json.loads(line) for line in read_text("data", table).splitlines() if line.strip())
+    elif table.suffix == ".json":
+        yield from json.loads(read_text("data", table))
+    elif table.suffix == ".parquet":
+        yield from _parquet_rows(table)
+    else:
+        raise UserError(f"data: {table} is no table of captions: give a .csv, .jsonl, .json or .parquet file")
+
+
+def _parquet_rows(table: Path) -> Iterator[Mapping[str, Any]]:
+    """The columns that name files and captions."""
+    with arrow()[1].ParquetFile(table) as file:
+        names = [name for name in (*FILE_COLUMNS, *CAPTION_COLUMNS) if name in file.schema_arrow.names]
+        columns = [column_values(file, name, f"data: {table}") for name in names]
+    yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))

@@ -21,14 +21,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from utils.data.shard_files import arrow, atomic, found_files, whole
+from utils.data.shard_files import arrow, atomic, check_group, column_values, found_files, whole
 from utils.data.stream import CorruptSample, Sample
 from utils.data.tensors import Statistics, finite, from_row, to_row
+from utils.fields import show
+from utils.limits import check_size
+from utils.reading import reading
 
 NORMALISED: Final = b"fewstep.normalised"
 _TENSORS: Final = ("vae_latent", "text_embedding", "first_frame_latent", "clip_feature")
 _TRAJECTORY: Final = ("trajectory_latents", "trajectory_timesteps")
 _TEXT: Final = ("id", "file_name", "caption", "media_type")
+_CAPTIONS: Final = ("caption", "prompt")
 _WHOLE: Final = ("width", "height", "num_frames")
 _REAL: Final = ("duration_sec", "fps")
 TIMESTEPS: Final = 1000.0  # FastVideo stores timesteps, we speak of sigma
@@ -78,20 +82,19 @@ class ParquetFolder:
         file, number = self.groups[group]
         place = item - self._first[group]
         where = f"{file}, row group {number}, row {place}"
-        try:
+        with reading("", where, "", error=CorruptSample):
             row = self._table(group).slice(place, 1).to_pylist()[0]
-        except (OSError, ValueError) as problem:  # pyarrow's errors are of these classes
-            raise CorruptSample(f"{where} cannot be read: {problem}") from None
-        return self._sample(row, where, self.raw[file])
+            return self._sample(row, where, self.raw[file])
 
     def shapes(self) -> list[tuple[int, ...]]:
         """The latents' shape (F, C, H, W) of every row, from the shape column alone: to make buckets of."""
         _, pq = arrow()
         out: list[tuple[int, ...]] = []
         for file in dict.fromkeys(file for file, _ in self.groups):
-            for shape in pq.read_table(file, columns=["vae_latent_shape"])["vae_latent_shape"].to_pylist():
-                c, *f, h, w = shape if shape and len(shape) in (3, 4) else (0, 0, 0, 0)
-                out.append((f[0] if f else 1, c, h, w))
+            with reading("data", file), pq.ParquetFile(file) as opened:
+                for shape in column_values(opened, "vae_latent_shape", f"data: {file}"):
+                    c, *f, h, w = shape if shape and len(shape) in (3, 4) else (0, 0, 0, 0)
+                    out.append((f[0] if f else 1, c, h, w))
         return out
 
     def captions(self) -> list[str]:
@@ -99,18 +102,18 @@ class ParquetFolder:
         _, pq = arrow()
         out: list[str] = []
         for file in dict.fromkeys(file for file, _ in self.groups):
-            names = [name for name in ("caption", "prompt") if name in pq.read_schema(file).names]
-            rows = pq.read_table(file, columns=names or ["id"]).to_pylist()
-            out += [row.get("caption") or row.get("prompt") or "" for row in rows]
+            with reading("data", file), pq.ParquetFile(file) as opened:
+                names = [name for name in _CAPTIONS if name in opened.schema_arrow.names]
+                columns = [column_values(opened, name, f"data: {file}") for name in names or ["id"]]
+                rows = [dict(zip(names, row, strict=False)) for row in zip(*columns, strict=True)]
+                out += [_caption(row, f"data: {file}") for row in rows]
         return out
 
     def _index(self, file: Path, normalised: bool | None) -> None:
-        pa, pq = arrow()
-        try:
-            with pq.ParquetFile(file) as opened:
-                schema, metadata = opened.schema_arrow, opened.metadata
-        except (OSError, pa.ArrowInvalid) as problem:
-            raise ValueError(f"data: {file} is no parquet file: {' '.join(str(problem).split())}") from None
+        _, pq = arrow()
+        with reading("data", file, says="is no parquet file"), pq.ParquetFile(file) as opened:
+            schema, metadata = opened.schema_arrow, opened.metadata
+            check_size("rows", metadata.num_rows, f"data: {file}", unit="rows")
         names = set(schema.names)
         if not {"vae_latent_bytes", "trajectory_latents_bytes"} & names:
             raise ValueError(
@@ -129,7 +132,8 @@ class ParquetFolder:
             present = opened.schema_arrow.names
             fields = [*_TENSORS[1:], *_TRAJECTORY] if f"{_TRAJECTORY[0]}_bytes" in present else _TENSORS
             wanted = [f"{name}_{part}" for name in fields for part in ("bytes", "shape", "dtype")]
-            columns = [name for name in ("id", "caption", "prompt", *wanted) if name in present]
+            columns = [name for name in ("id", *_CAPTIONS, *wanted) if name in present]
+            check_group(opened.metadata, number, columns, f"{file}, row group {number}")
             return opened.read_row_group(number, columns=columns)
 
     def _sample(self, row: Mapping[str, Any], where: str, raw: bool) -> Sample:
@@ -141,13 +145,13 @@ class ParquetFolder:
         points = None if trajectory is None else _points(trajectory, name)
         return Sample(
             name=name,
-            caption=row.get("caption") or row.get("prompt") or "",
-            text=_unbatched(text, 2),
+            caption=_caption(row, name),
+            text=_tokens(text, f"{name}: text"),
             latents=self._frames_first(latent, name, raw) if points is None else points[-1],
             first_latents=self._frames_first(first, name, raw=False),
-            clip=_unbatched(clip, 2),
+            clip=_tokens(clip, f"{name}: clip"),
             trajectory=points,
-            sigmas=None if timesteps is None else left_levels(timesteps),
+            sigmas=None if timesteps is None else left_levels(finite(timesteps.float(), f"{name}: timesteps")),
         )
 
     def _frames_first(self, latents: Tensor | None, name: str, raw: bool) -> Tensor | None:
@@ -157,7 +161,7 @@ class ParquetFolder:
         latents = latents.unsqueeze(1) if latents.ndim == 3 else latents
         if latents.ndim != 4:
             raise CorruptSample(f"{name}: latents must be [C, F, H, W], got {list(latents.shape)}")
-        out = finite(latents.transpose(0, 1).contiguous().float(), f"{name}: latents")
+        out = finite(latents, f"{name}: latents").transpose(0, 1).contiguous().float()
         try:
             return self.statistics.normalise(out) if raw and self.statistics else out
         except ValueError as problem:
@@ -166,11 +170,9 @@ class ParquetFolder:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What `write_parquet` was given as metadata. Raises ValueError for a damaged file."""
-    pa, pq = arrow()
-    try:
+    _, pq = arrow()
+    with reading("data", path, says="is no parquet file"):
         found = pq.read_schema(path).metadata or {}
-    except (OSError, pa.ArrowException) as problem:
-        raise ValueError(f"data: {path} is no parquet file: {' '.join(str(problem).split())}") from None
     return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in found.items()}
 
 
@@ -239,8 +241,20 @@ def _fields(tensors: Sequence[str]) -> list[Any]:
     return out + [pa.field(name, pa.float64()) for name in _REAL]
 
 
-def _unbatched(tensor: Tensor | None, ndim: int) -> Tensor | None:
-    return tensor[0] if tensor is not None and tensor.ndim == ndim + 1 and tensor.shape[0] == 1 else tensor
+def _tokens(tensor: Tensor | None, where: str) -> Tensor | None:
+    """[L, D] as stored, or with a batch of one before it. Raises CorruptSample."""
+    if tensor is None:
+        return None
+    tensor = tensor[0] if tensor.ndim == 3 and tensor.shape[0] == 1 else tensor
+    return finite(tensor, where)
+
+
+def _caption(row: Mapping[str, Any], where: str) -> str:
+    """Raises CorruptSample for what is no text."""
+    found = next((row[name] for name in _CAPTIONS if row.get(name)), "")
+    if not isinstance(found, str):
+        raise CorruptSample(f"{where} has a caption {show(found)}, which is no text")
+    return found
 
 
 def _points(trajectory: Tensor, name: str) -> Tensor:
@@ -248,4 +262,4 @@ def _points(trajectory: Tensor, name: str) -> Tensor:
     trajectory = trajectory[0] if trajectory.ndim == 6 and trajectory.shape[0] == 1 else trajectory
     if trajectory.ndim != 5:
         raise CorruptSample(f"{name}: a trajectory must be [S, C, F, H, W], got {list(trajectory.shape)}")
-    return finite(trajectory.transpose(1, 2).contiguous().float(), f"{name}: trajectory")
+    return finite(trajectory, f"{name}: trajectory").transpose(1, 2).contiguous().float()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import json
 from pathlib import Path
 
 import torch
 
-from utils.data.shard_files import arrow
+from utils.data.shard_files import arrow, column_values
+from utils.errors import UserError
+from utils.fields import show
+from utils.limits import check_size
 from utils.random import generator
+from utils.reading import read_text, reading
 
 _COLUMNS = ("prompt", "caption")
 
@@ -28,54 +33,53 @@ def load_prompts(path: str | Path) -> list[str]:
         raise ValueError(f"prompts: cannot read {path}; give a {', '.join(readers)} file")
     if not path.is_file():
         raise ValueError(f"prompts: no such file: {path}")
-    prompts = [prompt.strip() for prompt in readers[path.suffix](path) if prompt.strip()]
+    with reading("prompts", path):
+        prompts = [prompt.strip() for prompt in readers[path.suffix](path) if prompt.strip()]
+        longest = max((len(prompt.encode()) for prompt in prompts), default=0)  # refuses what UTF-8 cannot hold, too
+        check_size("line", longest, f"prompts: a prompt of {path}")
     if not prompts:
         raise ValueError(f"prompts: {path} holds no prompt; write at least one")
     return prompts
 
 
 def _read_txt(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8-sig").splitlines()
+    return read_text("prompts", path).splitlines()
 
 
 def _read_csv(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        found = list(reader.fieldnames or [])
-        column = next((name for name in _COLUMNS if name in found), None)
-        if column is None:
-            raise ValueError(f"prompts: {path} needs a column 'prompt' or 'caption', it has {found}")
-        return [row[column] or "" for row in reader]
+    reader = csv.DictReader(io.StringIO(read_text("prompts", path), newline=""))
+    found = list(reader.fieldnames or [])
+    column = next((name for name in _COLUMNS if name in found), None)
+    if column is None:
+        raise UserError(f"prompts: {path} needs a column 'prompt' or 'caption', it has {show(found)}")
+    return [row[column] or "" for row in reader]
 
 
 def _read_jsonl(path: Path) -> list[str]:
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(read_text("prompts", path).splitlines(), start=1):
         if not line.strip():
             continue
-        try:
+        with reading("prompts", f"{path}, line {number}", "", says="is not JSON"):
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"prompts: {path}, line {number} is not JSON: {error}") from error
         value = next((row[name] for name in _COLUMNS if name in row), None) if isinstance(row, dict) else None
         if not isinstance(value, str):
-            raise ValueError(f"prompts: {path}, line {number} needs a text field 'prompt' or 'caption'")
+            raise UserError(f"prompts: {path}, line {number} needs a text field 'prompt' or 'caption'")
         prompts.append(value)
     return prompts
 
 
 def _read_parquet(path: Path) -> list[str]:
-    pa, pq = arrow()
-    try:
-        found = list(pq.read_schema(path).names)
+    _, pq = arrow()
+    with reading("prompts", path, says="is no parquet file"), pq.ParquetFile(path) as file:
+        found = list(file.schema_arrow.names)
         column = next((name for name in _COLUMNS if name in found), None)
         if column is None:
-            raise ValueError(f"prompts: {path} needs a column 'prompt' or 'caption', it has {found}")
-        values = pq.read_table(path, columns=[column])[column].to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"prompts: {path} is no parquet file: {' '.join(str(error).split())}") from error
-    if wrong := next((value for value in values if value is not None and not isinstance(value, str)), None):
-        raise ValueError(f"prompts: {path}, column '{column}' holds {wrong!r}, which is no text")
+            raise UserError(f"prompts: {path} needs a column 'prompt' or 'caption', it has {show(found)}")
+        values = column_values(file, column, f"prompts: {path}")
+    wrong = next((value for value in values if value is not None and not isinstance(value, str)), None)
+    if wrong is not None:
+        raise UserError(f"prompts: {path}, column '{column}' holds {show(wrong)}, which is no text")
     return [value or "" for value in values]
 
 

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from utils.data.shard_files import atomic, found_files, whole
 from utils.data.stream import CorruptSample, Sample
 from utils.data.tensors import Statistics, finite
+from utils.errors import UserError
+from utils.reading import reading
 
 LATENTS: Final = "fewstep latents 1"
 TRAJECTORIES: Final = "fewstep trajectories 1"
@@ -69,30 +71,27 @@ class SafetensorsFolder:
         row, file, header = item - self._first[number], self.files[number], self.headers[number]
         where = f"{file}, row {row}"
         name = header["names"][row] or where
-        try:
-            with safe_open(file, "pt") as opened:
-                if self.is_trajectory:
-                    x = finite(opened.get_slice("x")[row].float(), where)
-                    visual = {f: finite(opened.get_slice(f)[row].float(), where) for f in _VISUAL if f in opened.keys()}  # noqa: SIM118 - no mapping
-                    return Sample(
-                        name, header["captions"][row], latents=x[-1], trajectory=x, sigmas=self.sigmas, **visual
-                    )
-                keys = set(opened.keys())
-                found = {f: opened.get_tensor(f"{row}.{f}") for f in _FIELDS if f"{row}.{f}" in keys}
-        except (OSError, SafetensorError) as problem:
-            raise CorruptSample(f"{where} cannot be read: {problem}") from None
+        with reading("", where, "", error=CorruptSample), safe_open(file, "pt") as opened:
+            keys = set(opened.keys())
+            if self.is_trajectory:
+                x = finite(opened.get_slice("x")[row], where).float()
+                visual = {f: finite(opened.get_slice(f)[row], f"{where}: {f}").float() for f in _VISUAL if f in keys}
+                return Sample(name, header["captions"][row], latents=x[-1], trajectory=x, sigmas=self.sigmas, **visual)
+            found = {
+                f: finite(opened.get_tensor(f"{row}.{f}"), f"{where}: {f}") for f in _FIELDS if f"{row}.{f}" in keys
+            }
         if "latents" not in found:
             raise CorruptSample(f"{where} has no latents")
         found["latents"] = self._normalised(found["latents"], file, where)
         if "first_latents" in found:  # normalised in any file
-            found["first_latents"] = finite(found["first_latents"].float(), where)
+            found["first_latents"] = found["first_latents"].float()
         return Sample(name, header["captions"][row], **found)
 
     def shapes(self) -> list[tuple[int, ...]]:
         """The latents' shape (F, C, H, W) of every row, from the headers alone: to make buckets of."""
         out: list[tuple[int, ...]] = []
         for file, size in zip(self.files, self.shard_sizes, strict=True):
-            with safe_open(file, "pt") as opened:
+            with reading("data", file), safe_open(file, "pt") as opened:
                 if self.is_trajectory:
                     out += [tuple(opened.get_slice("x").get_shape()[2:])] * size
                 else:
@@ -104,7 +103,7 @@ class SafetensorsFolder:
         return [caption for header in self.headers for caption in header["captions"]]
 
     def _normalised(self, latents: Tensor, file: Path, where: str) -> Tensor:
-        out = finite(latents.float(), where)
+        out = latents.float()
         if file not in self._raw or self.statistics is None:
             return out
         try:
@@ -116,8 +115,12 @@ class SafetensorsFolder:
         """The noise levels that all shards share."""
         levels = []
         for file in self.files:
-            with safe_open(file, "pt") as opened:
-                levels.append(opened.get_tensor("sigma").float())
+            with reading("data", file), safe_open(file, "pt") as opened:
+                level = finite(opened.get_tensor("sigma"), f"data: {file}: sigma")
+                stored = opened.get_slice("x").get_shape()
+                if len(stored) != 6 or list(level.shape) != stored[1:2]:
+                    raise UserError(f"data: {file} has trajectories {stored} at noise levels {list(level.shape)}")
+                levels.append(level.float())
         other = next((i for i, level in enumerate(levels) if not torch.equal(level, levels[0])), None)
         if other is not None:
             raise ValueError(
@@ -129,14 +132,17 @@ class SafetensorsFolder:
 
 def read_header(file: Path) -> dict[str, Any]:
     """A shard's metadata, names and captions as lists. Raises ValueError for a file that is no shard of ours."""
-    try:
-        with safe_open(file, "pt") as opened:
-            header: dict[str, Any] = dict(opened.metadata() or {})
+    with reading("data", file, says="is no shard of latents or trajectories"), safe_open(file, "pt") as opened:
+        header: dict[str, Any] = dict(opened.metadata() or {})
         if header.get("format") not in (LATENTS, TRAJECTORIES):
             raise ValueError("its metadata names no format of ours")
         header["names"], header["captions"] = json.loads(header["names"]), json.loads(header["captions"])
-    except (OSError, SafetensorError, KeyError, ValueError) as problem:
-        raise ValueError(f"data: {file} is no shard of latents or trajectories: {problem}") from None
+        for name in ("names", "captions"):
+            if not isinstance(header[name], list) or not all(isinstance(text, str) for text in header[name]):
+                raise ValueError(f"its {name} are no list of texts")
+            "".join(header[name]).encode()  # JSON may hold what UTF-8 cannot
+        if len(header["names"]) != len(header["captions"]):
+            raise ValueError(f"it has {len(header['names'])} names and {len(header['captions'])} captions")
     return header
 
 

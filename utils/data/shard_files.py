@@ -6,10 +6,14 @@ import contextlib
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from utils.limits import check_size
+
+SMALL = 1 << 26  # bytes that any ratio may lead to
+BATCH = 256  # rows that are read at a time
 _NUMBERED = re.compile(r"(.*)_(\d{5})_of_(\d{5})")
 
 
@@ -58,6 +62,32 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_group(metadata: Any, group: int, columns: Collection[str], where: str) -> None:
+    """Looks at what a row group of a parquet file says of itself, before it is read. Raises UserError."""
+    found = metadata.row_group(group)
+    parts = [found.column(i) for i in range(found.num_columns)]
+    wanted = [part for part in parts if part.path_in_schema.split(".")[0] in columns]
+    whole, packed = sum(p.total_uncompressed_size for p in wanted), sum(p.total_compressed_size for p in wanted)
+    check_size("rows", found.num_rows, where, unit="rows")
+    check_size("row", whole, where)
+    if whole > SMALL:
+        check_size("ratio", whole // max(packed, 1), where, unit="bytes of each packed byte")
+
+
+def column_values(file: Any, column: str, where: str) -> list[Any]:
+    """A column of an opened parquet file, read in parts, as a few bytes may stand for many rows. Raises UserError."""
+    out: list[Any] = []
+    held = 0
+    for group in range(file.metadata.num_row_groups):
+        check_group(file.metadata, group, [column], where)
+    for part in file.iter_batches(batch_size=BATCH, columns=[column]):
+        held += part.nbytes
+        check_size("text", held, where)
+        check_size("rows", len(out), where, unit="rows")
+        out += part.column(0).to_pylist()
+    return out
 
 
 def arrow() -> tuple[Any, Any]:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from utils.data.stream import CorruptSample
+from utils.fields import show
+from utils.reading import reading
+from utils.shards import is_finite
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool
@@ -76,17 +79,22 @@ def from_bytes(data: bytes, shape: Sequence[int], dtype: str, where: str) -> Ten
     known = _DTYPES.get(dtype.removeprefix("torch."))
     if known is None:
         raise CorruptSample(f"{where} has dtype {dtype!r}; known are {', '.join(_DTYPES)}")
-    numbers = math.prod(shape)
-    if len(data) != numbers * known.itemsize:
-        if len(data) != numbers * 4:
-            raise CorruptSample(f"{where} has {len(data)} bytes, and {list(shape)} in {dtype} needs "
-                                f"{numbers * known.itemsize}")  # fmt: skip
-        known = torch.float32
-    return torch.frombuffer(bytearray(data), dtype=known).reshape(tuple(shape))
+    with reading("", where, "", error=CorruptSample):
+        if not all(isinstance(side, int) and side > 0 for side in shape):
+            raise CorruptSample(f"{where} has the shape {show(list(shape))}")
+        numbers = math.prod(shape)
+        if len(data) != numbers * known.itemsize:
+            if len(data) != numbers * 4:
+                raise CorruptSample(f"{where} has {len(data)} bytes, and {show(list(shape))} in {dtype} needs "
+                                    f"{numbers * known.itemsize}")  # fmt: skip
+            known = torch.float32
+        return torch.frombuffer(bytearray(data), dtype=known).reshape(tuple(shape))
 
 
 def finite(tensor: Tensor, where: str) -> Tensor:
-    """The tensor. Raises CorruptSample if it holds NaN or infinity."""
-    if not torch.isfinite(tensor).all():
+    """The tensor. Raises CorruptSample if it holds NaN or infinity, or other numbers than real ones."""
+    if not tensor.is_floating_point():
+        raise CorruptSample(f"{where} is of {tensor.dtype}, and not of real numbers")
+    if not is_finite(tensor):
         raise CorruptSample(f"{where} holds NaN or infinity")
     return tensor

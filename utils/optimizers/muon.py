@@ -44,7 +44,8 @@ class MuonConfig(AdamWConfig):
             raise ValueError(f"muon_lr must be positive, got {self.muon_lr}")
 
     def make(self, params: Params, matrices: Params, precision: torch.dtype) -> dict[str, torch.optim.Optimizer]:
-        made: dict[str, torch.optim.Optimizer] = {"adamw": adamw(params, self)}
+        # of an adapter every weight is a matrix
+        made: dict[str, torch.optim.Optimizer] = {"adamw": adamw(params, self)} if params else {}
         if matrices:
             made["muon"] = Muon(matrices, self.muon_lr, self.momentum, self.muon_weight_decay, precision)
         return made

@@ -1,0 +1,79 @@
+"""The one boundary of all files that somebody else made: whatever a library raises inside becomes one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.limits import check_size
+
+REMEDY = "fetch it or make it again"
+LONGEST = 300  # characters of a library's words that are worth showing
+# no file's failure; the last is a defect of ours
+_OTHERS = (KeyboardInterrupt, SystemExit, GeneratorExit, NameError)
+_WORDS = {RecursionError: "it is nested too deep", MemoryError: "it asks for more memory than there is"}
+
+
+@contextmanager
+def reading(
+    what: str,
+    path: object,
+    remedy: str = REMEDY,
+    *,
+    says: str = "cannot be read",
+    error: type[ValueError] = UserError,
+) -> Iterator[None]:
+    """Anything that is raised inside becomes one line: what is read, the file, why, and what to do.
+
+    what: what the file should be, such as "LoRA". Like `remedy` it may be empty.
+    path: the file, or the place in it.
+    remedy: what to do about it.
+    says: what the file does, in words.
+    error: the class of what is raised. It is one line already, and so is a UserError, which becomes it.
+    """
+    try:
+        yield
+    except error:
+        raise
+    except UserError as problem:
+        raise error(str(problem)) from None
+    except BaseException as problem:  # Rust's panics are no Exception
+        if isinstance(problem, _OTHERS):
+            raise
+        said = f"{path} {says} ({reason(problem)})"
+        raise error(": ".join(filter(None, (what, said, remedy)))) from problem
+
+
+def reason(problem: BaseException) -> str:
+    """What went wrong, in one line that is not too long."""
+    if isinstance(problem, tuple(_WORDS)):
+        return next(words for kind, words in _WORDS.items() if isinstance(problem, kind))
+    if isinstance(problem, OSError) and problem.strerror:
+        return problem.strerror
+    text = " ".join(str(problem).split())
+    if isinstance(problem, KeyError):
+        text = f"it has no {text}"
+    return (text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}...") or type(problem).__name__
+
+
+def read_text(what: str, path: Path, remedy: str = REMEDY) -> str:
+    """A text file in UTF-8, which may begin with a mark. Raises UserError, also for one larger than `Limits.text`."""
+    with reading(what, path, remedy):
+        check_size("text", path.stat().st_size, path)
+        return path.read_text(encoding="utf-8-sig")
+
+
+def read_json(what: str, path: Path, remedy: str = REMEDY) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError, one line."""
+    text = read_text(what, path, remedy)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{what}: {path} is not JSON: {remedy} ({reason(problem)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{what}: {path} holds a {type(values).__name__} and no {{...}} at its top: {remedy}")
+    return values
