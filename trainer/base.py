@@ -22,18 +22,21 @@ from model.types import Conditioning, Evaluations, Prompt
 from pipeline.sampling import sample
 from tasks.build import build_task
 from trainer.drawn_sizes import DrawnSizes
+from trainer.ended import Ended
 from trainer.faults import SharedFaults
 from trainer.micro_batch import MicroBatch, micro_batches
 from trainer.networks import Trained, TrainedNetwork
 from trainer.notices import Notices
 from trainer.observer import TrainerObserver
 from trainer.progress import Extent, Setting, closing, finished_before, opening, stopped
+from trainer.run_folder import RUN_FILES, set_aside
 from trainer.run_networks import RunNetworks
 from trainer.state import load_run, save_run
 from trainer.update import Skips, Update
 from trainer.validation import average_warning, read_prompts, sample_pixels, shown_weights, way_of
 from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed
+from utils.agreement import first_ruined
 from utils.config import differences, save, to_plain
 from utils.data.stream import Stream
 from utils.errors import ConfigError, UserError
@@ -91,7 +94,8 @@ class Trainer(ABC):
         self.step = 0
         self.cursor = 0
         self.skips = Skips(config.training.non_finite_limit)
-        self.ended: str | None = None  # why the run ends after this iteration
+        self.ended: Ended | None = None  # why the run ends after this iteration
+        self.ruined: str | None = None  # which weights were not finite when they were last saved
         self.stop_signal: int | None = None
         self.latest: dict[str, float] = {}
         self.validation_prompts = read_prompts(config.validation, self.task)
@@ -163,14 +167,13 @@ class Trainer(ABC):
                     self.logger.scalars(self.step, unlogged)
                     unlogged = {}
                 progress.update(self.step, {k: self.latest[k] for k in self.headline if k in self.latest})
-                if (why := self.skips.ended or self.ended) is not None:
-                    self.save_checkpoint()
-                    self.finish_saving()
-                    raise UserError(why)
+                self._refuse_ended()
                 with progress.pausing():
                     self._between(total)
+                self._refuse_ended()
             if self.stop_signal is not None and self.step < total:
                 self.save_checkpoint()
+            self._refuse_ended()
             self.finish_saving()
         progress.close()
         self.logger.close()
@@ -186,8 +189,18 @@ class Trainer(ABC):
         if self.step % self.config.checkpoint.every == 0 or self.step == total:
             self.save_checkpoint()
         every = self.config.validation.every
-        if every and (self.step % every == 0 or self.step == total):
+        if every and self.ended is None and (self.step % every == 0 or self.step == total):
             self.validate()
+
+    def _refuse_ended(self) -> None:
+        """Saves and raises UserError where the run must not go on."""
+        ended = self.skips.ended or self.ended
+        if ended is None:
+            return
+        self.save_checkpoint()
+        self.finish_saving()
+        sound = checkpoint.latest_sound(self.checkpoints) if self.ruined else None
+        raise UserError(ended.line(saves=self.options.save, ruined=self.ruined, sound=sound))
 
     def _say(self, lines: Sequence[str]) -> None:
         for line in lines if self.options.log and distributed.is_main() else ():
@@ -317,21 +330,31 @@ class Trainer(ABC):
 
     @activity.doing("checkpoint", slow=True)
     def save_checkpoint(self) -> None:
-        """Begins a save; `finish_saving` ends it. A step that was saved, or is being saved, is not saved again."""
+        """Begins a save; `finish_saving` ends it. A step that was saved, or is being saved, is not saved again.
+
+        The weights of a run that has gone wrong take no good checkpoint's place; if they are not finite, the run ends.
+        """
         if not self.options.save or self.saver.step == self.step:
             return
         evaluations = self.summed_evaluations()
         tensors, state = save_run(portable(self.trained))
+        weights = [name for trained in self.trained for name in (trained, f"{trained}_ema") if name in tensors]
+        self.ruined = first_ruined({name: tensors[name] for name in weights})
+        if self.ruined is not None:
+            why = f"the weights are not finite after step {self.step} ({self.ruined})"
+            self.ended = self.ended or Ended(why, "lower the learning rate or look at the data")
         state |= {
             "step": self.step,
             "cursor": self.cursor,
             "skipped": self.skips.total,
             "skipped_in_a_row": self.skips.in_a_row,
+            checkpoint.NON_FINITE: self.ruined,
             "evaluations": evaluations,
             "config": to_plain(self.config),
             "extras": {name: extra.state() for name, extra in self.extras.items()},
         }
-        self.saver.save(self.step, tensors, state)
+        prunes = not self.skips.is_in_streak and self.ended is None
+        self.saver.save(self.step, tensors, state, prunes=prunes)
 
     @activity.doing("checkpoint", slow=True)
     def finish_saving(self) -> None:
@@ -394,22 +417,5 @@ class Trainer(ABC):
         if self.stop_signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         self.stop_signal = number
-        console.warning("%s: saving after this step, then stopping", signal.Signals(number).name)
-
-
-RUN_FILES = ("checkpoints", "metrics.jsonl", "config.yaml", "validation", "tensorboard", "wandb", "wandb_id.txt")
-
-
-def set_aside(logdir: Path, paths: Sequence[Path]) -> None:
-    """Moves what an earlier run left in this folder to `previous_N`: nothing resumes from it, nothing is lost."""
-    present = [path for path in paths if path.exists()]
-    if distributed.is_main() and present:
-        number = 1
-        while (logdir / f"previous_{number}").exists():
-            number += 1
-        for path in present:
-            target = logdir / f"previous_{number}" / path.relative_to(logdir)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
-        console.warning("%d files or folders of an earlier run were moved to %s", len(present), target.parent)
-    distributed.barrier()
+        first = "saving after this step, then stopping" if self.options.save else "stopping after this step (--no_save)"
+        console.warning("%s: %s", signal.Signals(number).name, first)

@@ -29,6 +29,7 @@ from torch import Tensor
 from utils import shards
 from utils.checkpoint_folder import (
     FORMAT,
+    NON_FINITE,
     STATE,
     TABLE,
     TEMPORARY,
@@ -36,6 +37,7 @@ from utils.checkpoint_folder import (
     checksum,
     fsync,
     latest,
+    latest_sound,
     list_checkpoints,
     load_state,
     other_checkpoints,
@@ -54,8 +56,9 @@ from utils.shards import Damaged, Groups, Table
 
 # the folder's functions are this module's as well: callers need not know where the line is
 __all__ = [
-    "FORMAT", "Saver", "check", "files_of", "find_resume", "latest", "layout", "list_checkpoints", "load_into",
-    "load_state", "load_tensors", "on_main", "prune", "resolve_resume", "save", "step_of", "tensor_names",
+    "FORMAT", "NON_FINITE", "Saver", "check", "files_of", "find_resume", "latest", "latest_sound", "layout",
+    "list_checkpoints", "load_into", "load_state", "load_tensors", "on_main", "prune", "resolve_resume", "save",
+    "step_of", "tensor_names",
 ]  # fmt: skip
 
 _GROUP = re.compile(r"[\w.]+")
@@ -94,13 +97,17 @@ class Saver:
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         return dist.new_group(backend="gloo", timeout=self.timeout) if many else None
 
-    def save(self, step: int, tensors: Groups, state: Mapping[str, Any]) -> None:
-        """Save as ``save`` below does, after the save before is through. Raises what went wrong with that one."""
+    def save(self, step: int, tensors: Groups, state: Mapping[str, Any], *, prunes: bool = True) -> None:
+        """Save as ``save`` below does, after the save before is through. Raises what went wrong with that one.
+
+        prunes: older checkpoints beyond ``keep_last`` may go, for this one takes their place.
+        """
         self.wait()
         self.step = step
         job = _Save(
             self.root, step, tensors, state,
-            group=self.group, keep_last=self.keep_last, keep_every=self.keep_every, copy=self.background,
+            group=self.group, keep_last=self.keep_last if prunes else None, keep_every=self.keep_every,
+            copy=self.background,
         )  # fmt: skip
         # not a daemon: a run that ends by an error still finishes the write that it began
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save {step}", daemon=False)
