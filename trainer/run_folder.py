@@ -8,7 +8,16 @@ from pathlib import Path
 from utils import distributed
 from utils.logging import console
 
-RUN_FILES = ("checkpoints", "metrics.jsonl", "config.yaml", "validation", "tensorboard", "wandb", "wandb_id.txt")
+LOGS = ("metrics.jsonl", "wandb_id.txt")
+RUN_FILES = (
+    "checkpoints",
+    "config.yaml",
+    "validation",
+    "tensorboard",
+    "wandb",
+    *LOGS,
+    *(f"{name}.damaged" for name in LOGS),
+)
 
 
 def set_aside(logdir: Path, paths: Sequence[Path]) -> None:
