@@ -7,7 +7,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -27,7 +26,7 @@ from trainer.faults import SharedFaults
 from trainer.micro_batch import MicroBatch, micro_batches
 from trainer.networks import Trained, TrainedNetwork
 from trainer.notices import Notices
-from trainer.observer import TrainerObserver
+from trainer.options import RunOptions
 from trainer.progress import Extent, Setting, closing, finished_before, opening, stopped
 from trainer.run_folder import RUN_FILES, set_aside
 from trainer.run_networks import RunNetworks
@@ -42,31 +41,10 @@ from utils.data.stream import Stream
 from utils.errors import ConfigError, UserError
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
-from utils.parallel.mesh import Mesh, build_mesh
+from utils.parallel.mesh import build_mesh
 from utils.random import Noise, keyed_seed
 from utils.signals import handled
 from utils.video import grid, write_video
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What the command line says beside the config. `log`, `mesh` and `observer` are for a planner, whose run writes
-    nothing, whose processes are pretended, and who wants to know where the trainer is.
-
-    mesh: None takes the mesh of the processes that run.
-    notices: whom the run tells of its validations and its end; None for nobody.
-    """
-
-    logdir: Path
-    resume: str = "auto"
-    max_steps: int | None = None
-    wandb: bool = True
-    save: bool = True
-    visualize: bool = True
-    log: bool = True
-    mesh: Mesh | None = None
-    observer: TrainerObserver = TrainerObserver()
-    notices: Notices | None = None
 
 
 class Extra(Protocol):
@@ -109,6 +87,7 @@ class Trainer(ABC):
         self.saver = checkpoint.Saver(
             self.checkpoints, cadence.keep_last, cadence.keep_every,
             background=cadence.background, timeout=config.watchdog.group_timeout(),
+            allowed=options.lock.check if options.lock is not None else lambda: None,
         )  # fmt: skip
         if options.resume == "never":
             set_aside(options.logdir, [options.logdir / name for name in RUN_FILES])
@@ -403,8 +382,11 @@ class Trainer(ABC):
     def _stopping(self) -> bool:
         # Agreed by all: a rank that stopped alone would leave the others waiting in a collective.
         mine = self.stop_signal  # a signal that arrives from here on is seen by the next call
-        now = {"signal": float(mine or 0), "unsaved": float(self.saver.failed)}
+        lost = self.options.lock.lost if self.options.lock is not None else None
+        now = {"signal": float(mine or 0), "unsaved": float(self.saver.failed), "lost": float(lost is not None)}
         now = distributed.all_reduce_scalars(now, "max")
+        if now["lost"]:
+            raise UserError(lost or f"{self.options.logdir} was taken by another run")
         if now["unsaved"]:
             self.saver.wait()  # raises what went wrong, on every rank that knows
             raise UserError("a checkpoint could not be written on another rank: its log says why")

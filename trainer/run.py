@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from utils.agreement import code_revision, require_agreement
 from utils.config import config_hash
 from utils.logging import setup_console
 from utils.parallel.mesh import split
+from utils.run_lock import LockTimes, RunLock
 from utils.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[1]
+LOCK_TIMES = LockTimes()
 
 
 def train(config: RunConfig, options: RunOptions) -> int:
@@ -40,4 +43,11 @@ def train(config: RunConfig, options: RunOptions) -> int:
                 "mesh": "replicate {} x shard {} x sequence {}".format(*mesh),
             }
         )
-        return build_trainer(config, replace(options, notices=notices)).train()
+        lock = RunLock(options.logdir, LOCK_TIMES) if options.save else None
+        with lock or nullcontext():
+            trainer = build_trainer(config, replace(options, notices=notices, lock=lock))
+            try:
+                return trainer.train()
+            finally:
+                if distributed.world_size() == 1:  # a save that was begun is part of what the lock is held for
+                    trainer.saver.settle()

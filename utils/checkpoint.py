@@ -74,6 +74,7 @@ class Saver:
     background: ``save`` returns once the tensors are copied to the host; a thread writes them, at most one at a time.
     It talks to the other ranks over a process group of its own, so training's collectives keep their order.
     timeout: how long ranks that have written wait for the slowest, None for torch's own.
+    allowed: called on rank 0 before anyone writes; the UserError that it may raise is raised on every rank.
     """
 
     def __init__(
@@ -84,8 +85,9 @@ class Saver:
         *,
         background: bool = False,
         timeout: timedelta | None = None,
+        allowed: Callable[[], None] = lambda: None,
     ) -> None:
-        self.timeout = timeout
+        self.timeout, self.allowed = timeout, allowed
         self.root, self.keep_last, self.keep_every, self.background = Path(root), keep_last, keep_every, background
         self.step: int | None = None  # of the last save, finished or not
         self._thread: threading.Thread | None = None
@@ -109,6 +111,7 @@ class Saver:
             group=self.group, keep_last=self.keep_last if prunes else None, keep_every=self.keep_every,
             copy=self.background,
         )  # fmt: skip
+        job.allowed = self.allowed
         # not a daemon: a run that ends by an error still finishes the write that it began
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save {step}", daemon=False)
         self._thread.start()
@@ -123,6 +126,11 @@ class Saver:
         problem, self._problem = self._problem, None
         if problem is not None:
             raise problem
+
+    def settle(self) -> None:
+        """Return when nothing is being written, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
 
     @property
     def failed(self) -> bool:
@@ -171,6 +179,7 @@ class _Save:
             raise ValueError(f"{unusable[0]!r} cannot be a file's name: use letters, digits, _ and .")
         self.root, self.step, self.group, self.names = root, step, group, list(tensors)
         self.keep_last, self.keep_every = keep_last, keep_every
+        self.allowed: Callable[[], None] = lambda: None
         self.final = root / f"step_{step:08d}"
         self.temporary = root / f"{TEMPORARY}{self.final.name}"
         self.rank = 0 if group is None else dist.get_rank(group)
@@ -203,6 +212,7 @@ class _Save:
 
     def prepare(self) -> None:
         """On rank 0, before anyone writes."""
+        self.allowed()
         self.root.mkdir(parents=True, exist_ok=True)
         sweep(self.root)
         self.temporary.mkdir()
