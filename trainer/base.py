@@ -34,11 +34,12 @@ from trainer.state import load_run, save_run
 from trainer.update import Skips, Update
 from trainer.validation import average_warning, read_prompts, sample_pixels, shown_weights, way_of
 from trainer.zero import absorb, portable
-from utils import activity, checkpoint, distributed
+from utils import activity, checkpoint, distributed, launcher
 from utils.agreement import first_ruined
 from utils.config import differences, save, to_plain
 from utils.data.stream import Stream
 from utils.errors import ConfigError, UserError
+from utils.launcher import LauncherGone
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
 from utils.parallel.mesh import build_mesh
@@ -75,6 +76,7 @@ class Trainer(ABC):
         self.ended: Ended | None = None  # why the run ends after this iteration
         self.ruined: str | None = None  # which weights were not finite when they were last saved
         self.stop_signal: int | None = None
+        self.orphaned = False  # a launcher is gone: the ranks save and end
         self.latest: dict[str, float] = {}
         self.validation_prompts = read_prompts(config.validation, self.task)
         self.networks: dict[str, TrainedNetwork] = {}
@@ -89,6 +91,8 @@ class Trainer(ABC):
             background=cadence.background, timeout=config.watchdog.group_timeout(),
             allowed=options.lock.check if options.lock is not None else lambda: None,
         )  # fmt: skip
+        if options.save:
+            _ = self.saver.group  # now: later there may be no store to make it by
         if options.resume == "never":
             set_aside(options.logdir, [options.logdir / name for name in RUN_FILES])
         self._resume()
@@ -132,7 +136,7 @@ class Trainer(ABC):
         progress = Progress(total, self.step, desc=self.config.name, every=None, first=3, is_main=speaks)
         unlogged: dict[str, float] = {}
         activity.begin(self.step, slow=True)  # the first iteration compiles and allocates
-        with handled(self._on_signal):
+        with handled(self._on_signal), launcher.agreeing():
             while self.step < total and not self._stopping():
                 started = time.perf_counter()
                 sparsity = self._ramp_sparsity()
@@ -150,6 +154,8 @@ class Trainer(ABC):
                 with progress.pausing():
                     self._between(total)
                 self._refuse_ended()
+            if self.orphaned and self.step < total:
+                raise self._last_words(total)
             if self.stop_signal is not None and self.step < total:
                 self.save_checkpoint()
             self._refuse_ended()
@@ -170,6 +176,17 @@ class Trainer(ABC):
         every = self.config.validation.every
         if every and self.ended is None and (self.step % every == 0 or self.step == total):
             self.validate()
+
+    def _last_words(self, total: int) -> LauncherGone:
+        """Saves, if all ranks can, and says how the run ended."""
+        what = launcher.gone() or "the launcher of another rank"
+        saved = f"step {self.step} of {total} is saved in {self.options.logdir}" if self.options.save else "--no_save"
+        try:
+            self.save_checkpoint()
+            self.finish_saving()
+        except UserError as problem:
+            saved = " ".join(str(problem).split())
+        return LauncherGone(f"{what} is gone: {saved}: start the same command again")
 
     def _refuse_ended(self) -> None:
         """Saves and raises UserError where the run must not go on."""
@@ -384,16 +401,18 @@ class Trainer(ABC):
         mine = self.stop_signal  # a signal that arrives from here on is seen by the next call
         lost = self.options.lock.lost if self.options.lock is not None else None
         now = {"signal": float(mine or 0), "unsaved": float(self.saver.failed), "lost": float(lost is not None)}
+        now["orphaned"] = float(launcher.gone() is not None)
         now = distributed.all_reduce_scalars(now, "max")
         if now["lost"]:
             raise UserError(lost or f"{self.options.logdir} was taken by another run")
         if now["unsaved"]:
             self.saver.wait()  # raises what went wrong, on every rank that knows
             raise UserError("a checkpoint could not be written on another rank: its log says why")
+        self.orphaned = bool(now["orphaned"])
         agreed = int(now["signal"])
         if agreed and mine is None:
             self.stop_signal = agreed
-        return agreed != 0
+        return agreed != 0 or self.orphaned
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is not None and number == signal.SIGINT:

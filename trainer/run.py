@@ -15,6 +15,7 @@ from trainer.notices import Notices, webhook_url
 from utils import distributed
 from utils.agreement import code_revision, require_agreement
 from utils.config import config_hash
+from utils.launcher import LauncherTimes, LauncherWatch
 from utils.logging import setup_console
 from utils.parallel.mesh import split
 from utils.run_lock import LockTimes, RunLock
@@ -22,13 +23,20 @@ from utils.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[1]
 LOCK_TIMES = LockTimes()
+LAUNCHER_TIMES = LauncherTimes()
 
 
 def train(config: RunConfig, options: RunOptions) -> int:
     """Trains, or goes on, and returns the exit code: 0, or 128 + n after signal n, whose state was saved first.
 
-    All ranks call it together. Raises UserError, also when they disagree on config, code, torch or mesh.
+    All ranks call it together. Raises UserError, also when they disagree on config, code, torch or mesh; LauncherGone
+    when their launcher is gone, after the state was saved.
     """
+    with LauncherWatch(LAUNCHER_TIMES):
+        return _train(config, options)
+
+
+def _train(config: RunConfig, options: RunOptions) -> int:
     url = webhook_url(config.logging)
     setup_console(distributed.rank(), distributed.world_size())
     distributed.init(config.watchdog.group_timeout())

@@ -95,7 +95,7 @@ class Owner:
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
 
-    def bytes(self) -> bytes:
+    def encoded(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
 
     @classmethod
@@ -204,7 +204,7 @@ class RunLock:
         assert self.owner is not None
         fresh = self.folder / f".{NAME}.{self.owner.token}"
         try:
-            file = _write(fresh, self.owner.bytes())
+            file = _write(fresh, self.owner.encoded())
             placed = False
             try:
                 placed = _linked(fresh, self.path)
@@ -216,7 +216,7 @@ class RunLock:
             if error.errno not in _NO_LINKS:
                 raise
             try:
-                file, placed = _write(self.path, self.owner.bytes()), True
+                file, placed = _write(self.path, self.owner.encoded()), True
             except FileExistsError:
                 placed = False
         if placed:
@@ -266,7 +266,7 @@ class RunLock:
                     self._place()
                 self.check()
                 if self.owner is not None and self._file is not None:
-                    os.pwrite(self._file, replace(self.owner, beat=beat).bytes(), 0)
+                    os.pwrite(self._file, replace(self.owner, beat=beat).encoded(), 0)
                     os.fsync(self._file)
                 complained = False
             except UserError:

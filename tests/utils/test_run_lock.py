@@ -50,7 +50,7 @@ def left(folder: Path, *processes: Process, beat: int = 0) -> Path:
     """The lock of a run of these processes."""
     folder.mkdir(exist_ok=True)
     owner = Owner("abc", "node7", 4711, "2026-01-02 03:04:05", processes, beat)
-    (folder / "run.lock").write_bytes(owner.bytes())
+    (folder / "run.lock").write_bytes(owner.encoded())
     return folder / "run.lock"
 
 
