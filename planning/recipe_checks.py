@@ -156,7 +156,7 @@ def check_host(config: RunConfig, machine: Machine, state: State) -> Finding:
 def check_run_folder(recipe: Recipe, config: RunConfig) -> Finding:
     """Whether a run is there already."""
     folder, steps = recipe.folder, config.training.max_steps
-    found = checkpoint.latest(folder / "checkpoints")
+    found = checkpoint.latest_sound(folder / "checkpoints")
     if found is None:
         return Finding("run folder", True, f"{folder}: new, {steps} iterations")
     step = checkpoint.step_of(found)

@@ -34,6 +34,7 @@ FULL = {
     "tests/distributed/test_fsdp.py::test_hybrid_sharding_sums": "test_gradients_are_reduced, on two ranks",
     "tests/distributed/test_fsdp.py::test_ode_pairs_are_shared_out": "tests/trainer/test_ode.py, on one rank",
     "tests/distributed/test_plan.py": "test_plan.py::test_peak_is_that_of_a_real_run, on one rank",
+    "tests/distributed/test_launcher.py": "tests/utils/test_launcher.py, on one rank",
     "tests/slurm/test_slurm.py": "test_settle.py; tests/distributed for kill, resume and signals",
     "tests/model/attention/test_backends.py::test_defect_05_flex_agrees_over_shapes": "test_vsa.py::test_flex_agrees_eagerly",
     "tests/benchmarks/test_benchmarks.py::test_one_configuration_end_to_end": "test_streaming_end_to_end",

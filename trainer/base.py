@@ -7,7 +7,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -22,48 +21,31 @@ from model.types import Conditioning, Evaluations, Prompt
 from pipeline.sampling import sample
 from tasks.build import build_task
 from trainer.drawn_sizes import DrawnSizes
+from trainer.ended import Ended
 from trainer.faults import SharedFaults
 from trainer.micro_batch import MicroBatch, micro_batches
 from trainer.networks import Trained, TrainedNetwork
 from trainer.notices import Notices
-from trainer.observer import TrainerObserver
+from trainer.options import RunOptions
 from trainer.progress import Extent, Setting, closing, finished_before, opening, stopped
+from trainer.run_folder import RUN_FILES, set_aside
 from trainer.run_networks import RunNetworks
 from trainer.state import load_run, save_run
 from trainer.update import Skips, Update
 from trainer.validation import average_warning, read_prompts, sample_pixels, shown_weights, way_of
 from trainer.zero import absorb, portable
-from utils import activity, checkpoint, distributed
+from utils import activity, checkpoint, distributed, launcher
+from utils.agreement import first_ruined
 from utils.config import differences, save, to_plain
 from utils.data.stream import Stream
 from utils.errors import ConfigError, UserError
+from utils.launcher import LauncherGone
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
-from utils.parallel.mesh import Mesh, build_mesh
+from utils.parallel.mesh import build_mesh
 from utils.random import Noise, keyed_seed
 from utils.signals import handled
 from utils.video import grid, write_video
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What the command line says beside the config. `log`, `mesh` and `observer` are for a planner, whose run writes
-    nothing, whose processes are pretended, and who wants to know where the trainer is.
-
-    mesh: None takes the mesh of the processes that run.
-    notices: whom the run tells of its validations and its end; None for nobody.
-    """
-
-    logdir: Path
-    resume: str = "auto"
-    max_steps: int | None = None
-    wandb: bool = True
-    save: bool = True
-    visualize: bool = True
-    log: bool = True
-    mesh: Mesh | None = None
-    observer: TrainerObserver = TrainerObserver()
-    notices: Notices | None = None
 
 
 class Extra(Protocol):
@@ -91,8 +73,10 @@ class Trainer(ABC):
         self.step = 0
         self.cursor = 0
         self.skips = Skips(config.training.non_finite_limit)
-        self.ended: str | None = None  # why the run ends after this iteration
+        self.ended: Ended | None = None  # why the run ends after this iteration
+        self.ruined: str | None = None  # which weights were not finite when they were last saved
         self.stop_signal: int | None = None
+        self.orphaned = False  # a launcher is gone: the ranks save and end
         self.latest: dict[str, float] = {}
         self.validation_prompts = read_prompts(config.validation, self.task)
         self.networks: dict[str, TrainedNetwork] = {}
@@ -105,7 +89,10 @@ class Trainer(ABC):
         self.saver = checkpoint.Saver(
             self.checkpoints, cadence.keep_last, cadence.keep_every,
             background=cadence.background, timeout=config.watchdog.group_timeout(),
+            allowed=options.lock.check if options.lock is not None else lambda: None,
         )  # fmt: skip
+        if options.save:
+            _ = self.saver.group  # now: later there may be no store to make it by
         if options.resume == "never":
             set_aside(options.logdir, [options.logdir / name for name in RUN_FILES])
         self._resume()
@@ -149,7 +136,7 @@ class Trainer(ABC):
         progress = Progress(total, self.step, desc=self.config.name, every=None, first=3, is_main=speaks)
         unlogged: dict[str, float] = {}
         activity.begin(self.step, slow=True)  # the first iteration compiles and allocates
-        with handled(self._on_signal):
+        with handled(self._on_signal), launcher.agreeing():
             while self.step < total and not self._stopping():
                 started = time.perf_counter()
                 sparsity = self._ramp_sparsity()
@@ -163,14 +150,15 @@ class Trainer(ABC):
                     self.logger.scalars(self.step, unlogged)
                     unlogged = {}
                 progress.update(self.step, {k: self.latest[k] for k in self.headline if k in self.latest})
-                if (why := self.skips.ended or self.ended) is not None:
-                    self.save_checkpoint()
-                    self.finish_saving()
-                    raise UserError(why)
+                self._refuse_ended()
                 with progress.pausing():
                     self._between(total)
+                self._refuse_ended()
+            if self.orphaned and self.step < total:
+                raise self._last_words(total)
             if self.stop_signal is not None and self.step < total:
                 self.save_checkpoint()
+            self._refuse_ended()
             self.finish_saving()
         progress.close()
         self.logger.close()
@@ -186,8 +174,29 @@ class Trainer(ABC):
         if self.step % self.config.checkpoint.every == 0 or self.step == total:
             self.save_checkpoint()
         every = self.config.validation.every
-        if every and (self.step % every == 0 or self.step == total):
+        if every and self.ended is None and (self.step % every == 0 or self.step == total):
             self.validate()
+
+    def _last_words(self, total: int) -> LauncherGone:
+        """Saves, if all ranks can, and says how the run ended."""
+        what = launcher.gone() or "the launcher of another rank"
+        saved = f"step {self.step} of {total} is saved in {self.options.logdir}" if self.options.save else "--no_save"
+        try:
+            self.save_checkpoint()
+            self.finish_saving()
+        except UserError as problem:
+            saved = " ".join(str(problem).split())
+        return LauncherGone(f"{what} is gone: {saved}: start the same command again")
+
+    def _refuse_ended(self) -> None:
+        """Saves and raises UserError where the run must not go on."""
+        ended = self.skips.ended or self.ended
+        if ended is None:
+            return
+        self.save_checkpoint()
+        self.finish_saving()
+        sound = checkpoint.latest_sound(self.checkpoints) if self.ruined else None
+        raise UserError(ended.line(saves=self.options.save, ruined=self.ruined, sound=sound))
 
     def _say(self, lines: Sequence[str]) -> None:
         for line in lines if self.options.log and distributed.is_main() else ():
@@ -317,21 +326,31 @@ class Trainer(ABC):
 
     @activity.doing("checkpoint", slow=True)
     def save_checkpoint(self) -> None:
-        """Begins a save; `finish_saving` ends it. A step that was saved, or is being saved, is not saved again."""
+        """Begins a save; `finish_saving` ends it. A step that was saved, or is being saved, is not saved again.
+
+        The weights of a run that has gone wrong take no good checkpoint's place; if they are not finite, the run ends.
+        """
         if not self.options.save or self.saver.step == self.step:
             return
         evaluations = self.summed_evaluations()
         tensors, state = save_run(portable(self.trained))
+        weights = [name for trained in self.trained for name in (trained, f"{trained}_ema") if name in tensors]
+        self.ruined = first_ruined({name: tensors[name] for name in weights})
+        if self.ruined is not None:
+            why = f"the weights are not finite after step {self.step} ({self.ruined})"
+            self.ended = self.ended or Ended(why, "lower the learning rate or look at the data")
         state |= {
             "step": self.step,
             "cursor": self.cursor,
             "skipped": self.skips.total,
             "skipped_in_a_row": self.skips.in_a_row,
+            checkpoint.NON_FINITE: self.ruined,
             "evaluations": evaluations,
             "config": to_plain(self.config),
             "extras": {name: extra.state() for name, extra in self.extras.items()},
         }
-        self.saver.save(self.step, tensors, state)
+        prunes = not self.skips.is_in_streak and self.ended is None
+        self.saver.save(self.step, tensors, state, prunes=prunes)
 
     @activity.doing("checkpoint", slow=True)
     def finish_saving(self) -> None:
@@ -380,36 +399,24 @@ class Trainer(ABC):
     def _stopping(self) -> bool:
         # Agreed by all: a rank that stopped alone would leave the others waiting in a collective.
         mine = self.stop_signal  # a signal that arrives from here on is seen by the next call
-        now = {"signal": float(mine or 0), "unsaved": float(self.saver.failed)}
+        lost = self.options.lock.lost if self.options.lock is not None else None
+        now = {"signal": float(mine or 0), "unsaved": float(self.saver.failed), "lost": float(lost is not None)}
+        now["orphaned"] = float(launcher.gone() is not None)
         now = distributed.all_reduce_scalars(now, "max")
+        if now["lost"]:
+            raise UserError(lost or f"{self.options.logdir} was taken by another run")
         if now["unsaved"]:
             self.saver.wait()  # raises what went wrong, on every rank that knows
             raise UserError("a checkpoint could not be written on another rank: its log says why")
+        self.orphaned = bool(now["orphaned"])
         agreed = int(now["signal"])
         if agreed and mine is None:
             self.stop_signal = agreed
-        return agreed != 0
+        return agreed != 0 or self.orphaned
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.stop_signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         self.stop_signal = number
-        console.warning("%s: saving after this step, then stopping", signal.Signals(number).name)
-
-
-RUN_FILES = ("checkpoints", "metrics.jsonl", "config.yaml", "validation", "tensorboard", "wandb", "wandb_id.txt")
-
-
-def set_aside(logdir: Path, paths: Sequence[Path]) -> None:
-    """Moves what an earlier run left in this folder to `previous_N`: nothing resumes from it, nothing is lost."""
-    present = [path for path in paths if path.exists()]
-    if distributed.is_main() and present:
-        number = 1
-        while (logdir / f"previous_{number}").exists():
-            number += 1
-        for path in present:
-            target = logdir / f"previous_{number}" / path.relative_to(logdir)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
-        console.warning("%d files or folders of an earlier run were moved to %s", len(present), target.parent)
-    distributed.barrier()
+        first = "saving after this step, then stopping" if self.options.save else "stopping after this step (--no_save)"
+        console.warning("%s: %s", signal.Signals(number).name, first)

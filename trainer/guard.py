@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from configs.sections import GuardConfig
+from trainer.ended import Ended
 
 
 class Guard:
@@ -18,18 +19,21 @@ class Guard:
         self.patience = config.patience
         self.beyond = dict.fromkeys(self.bounds, 0)
 
-    def check(self, metrics: Mapping[str, float]) -> str | None:
-        """What to say when the run is to end. metrics: of an update of the student, the same on all ranks."""
+    def check(self, metrics: Mapping[str, float]) -> Ended | None:
+        """Why the run is to end, None while it may go on.
+
+        metrics: of an update of the student, the same on all ranks.
+        """
         for name, (least, most) in self.bounds.items():
             value = metrics.get(f"student/{name}")
             if value is None:
                 continue
             self.beyond[name] = 0 if least <= value <= most else self.beyond[name] + 1
             if self.beyond[name] >= self.patience:
-                return (
+                return Ended(
                     f"guard.{name}: the student's samples are at {value:.3g}, beyond [{least:g}, {most:g}] for "
-                    f"{self.patience} updates in a row; the state is saved: go on from an earlier checkpoint with a "
-                    "lower learning rate, or widen the bound"
+                    f"{self.patience} updates in a row",
+                    "go on from an earlier checkpoint with a lower learning rate, or widen the bound",
                 )
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +15,28 @@ from trainer.notices import Notices, webhook_url
 from utils import distributed
 from utils.agreement import code_revision, require_agreement
 from utils.config import config_hash
+from utils.launcher import LauncherTimes, LauncherWatch
 from utils.logging import setup_console
 from utils.parallel.mesh import split
+from utils.run_lock import LockTimes, RunLock
 from utils.watchdog import Watchdog
 
 ROOT = Path(__file__).parents[1]
+LOCK_TIMES = LockTimes()
+LAUNCHER_TIMES = LauncherTimes()
 
 
 def train(config: RunConfig, options: RunOptions) -> int:
     """Trains, or goes on, and returns the exit code: 0, or 128 + n after signal n, whose state was saved first.
 
-    All ranks call it together. Raises UserError, also when they disagree on config, code, torch or mesh.
+    All ranks call it together. Raises UserError, also when they disagree on config, code, torch or mesh; LauncherGone
+    when their launcher is gone, after the state was saved.
     """
+    with LauncherWatch(LAUNCHER_TIMES):
+        return _train(config, options)
+
+
+def _train(config: RunConfig, options: RunOptions) -> int:
     url = webhook_url(config.logging)
     setup_console(distributed.rank(), distributed.world_size())
     distributed.init(config.watchdog.group_timeout())
@@ -40,4 +51,11 @@ def train(config: RunConfig, options: RunOptions) -> int:
                 "mesh": "replicate {} x shard {} x sequence {}".format(*mesh),
             }
         )
-        return build_trainer(config, replace(options, notices=notices)).train()
+        lock = RunLock(options.logdir, LOCK_TIMES) if options.save else None
+        with lock or nullcontext():
+            trainer = build_trainer(config, replace(options, notices=notices, lock=lock))
+            try:
+                return trainer.train()
+            finally:
+                if distributed.world_size() == 1:  # a save that was begun is part of what the lock is held for
+                    trainer.saver.settle()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from model.types import LossOutput
+from trainer.ended import Ended
 from trainer.micro_batch import MicroBatch
 from trainer.networks import Trained
 from trainer.observer import TrainerObserver
@@ -25,7 +26,12 @@ class Skips:
         self.limit = limit
         self.total = 0
         self.in_a_row: dict[str, int] = {}
-        self.ended: str | None = None
+        self.ended: Ended | None = None
+
+    @property
+    def is_in_streak(self) -> bool:
+        """Whether the last update of some network was not taken, or the run ends because of such updates."""
+        return self.ended is not None or any(self.in_a_row.values())
 
     def accepts(self, name: str, problem: str | None, step: int) -> bool:
         """Whether the update of network `name` is taken. problem: what is not finite and on which rank, the same text
@@ -39,9 +45,9 @@ class Skips:
             console.warning("step %d: %s: not finite: %s; update skipped", step, name, problem)
         if count >= self.limit:
             # the iteration is finished first, so that the checkpoint is of a whole one
-            self.ended = (
-                f"{count} updates of {name} in a row were not finite (last: {problem} at step {step}); the "
-                "state is saved: lower the learning rate or look at the data"
+            self.ended = Ended(
+                f"{count} updates of {name} in a row were not finite (last: {problem} at step {step})",
+                "lower the learning rate or look at the data",
             )
             self.in_a_row[name] = 0
         return False
@@ -118,12 +124,13 @@ class Update:
         check = FiniteCheck(self.sums | {"loss": self.loss}, {**self.trained.optimizer.named, **parameters})
         sums = distributed.all_reduce_scalars(self.sums)
         metrics = {f"{name}/{key}": value / self.sequence for key, value in sums.items()}
-        norms = {}
+        norms, clipped = {}, 0.0
         for member in self.group:
             self.observer.step_begins(member.name)
             norms[member.name] = float(member.engine.clip())
+            clipped += float(member.engine.clipped_norm())
         metrics |= {f"{key}/grad_norm": norm for key, norm in norms.items()}
-        if self.skips.accepts(name, check.agree(sum(norms.values())), self.iteration):
+        if self.skips.accepts(name, check.agree(sum(norms.values()), clipped), self.iteration):
             for member in self.group:
                 metrics[f"{member.name}/lr"] = member.engine.step()
                 if member.ema is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from utils import distributed
+from utils.distributed import local
 from utils.errors import ConfigError
 
 
@@ -65,15 +66,18 @@ class FiniteCheck:
         # read only if something is wrong: no waiting for a GPU here
         self.norm = torch.nn.utils.get_total_norm(local) if local and distributed.world_size() > 1 else None
 
-    def agree(self, grad_norm: float) -> str | None:
+    def agree(self, grad_norm: float, clipped_norm: float = 0.0) -> str | None:
         """None if all is finite on all ranks, else what is not, and on which ranks; the same on every rank.
 
         grad_norm: the global one. Gradients must be as they were summed, not yet clipped by a norm that is NaN.
+        clipped_norm: that of the gradients as the optimizer will see them.
         """
-        flag = float(bool(self.bad) or not math.isfinite(grad_norm))
+        flag = float(bool(self.bad) or not math.isfinite(grad_norm + clipped_norm))
         if not distributed.all_reduce_scalars({"non_finite": flag}, "max")["non_finite"]:
             return None
         found = list(self.bad)
+        if math.isfinite(grad_norm) and not math.isfinite(clipped_norm):
+            return "; ".join([*found, "the gradient once it is clipped: look at clip_norm and clip_value"])
         innocent = self.norm is not None and bool(self.norm.isfinite())
         suspects = {name: p for name, p in self.named.items() if not innocent or isinstance(p.grad, DTensor)}
         if where := first_non_finite(suspects):
@@ -89,10 +93,26 @@ class FiniteCheck:
 def first_non_finite(named: Mapping[str, torch.nn.Parameter]) -> str | None:
     """The first parameter whose gradient (of a sharded one: the part held here) has a NaN or infinity."""
     for name, p in named.items():
-        if p.grad is not None and not bool(_local(p.grad).isfinite().all()):
+        if p.grad is not None and not bool(local(p.grad).isfinite().all()):
             return f"{name} (its shard)" if isinstance(p.grad, DTensor) else name
     return None
 
 
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+@torch.no_grad()
+def first_ruined(groups: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """The first of these weights, as "group: name", whose norm in fp32 is not finite on some rank, and on which: a
+    collective, the same text on every rank. None if all are sound.
+
+    A weight so large that its square overflows counts too: no network computes with it.
+    """
+    mine = next((f"{group}: {name}" for group, of in groups.items() for name in of if not _is_sound(of[name])), "")
+    if not distributed.all_reduce_scalars({"ruined": float(bool(mine))}, "max")["ruined"]:
+        return None
+    texts = distributed.all_gather_text(mine)
+    first = next(text for text in texts if text)
+    return f"{first} on {distributed.ranks([rank for rank, text in enumerate(texts) if text])}"
+
+
+def _is_sound(weight: Tensor) -> bool:
+    part = local(weight)
+    return not part.is_floating_point() or bool(torch.linalg.vector_norm(part.float()).isfinite())

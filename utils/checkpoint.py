@@ -29,6 +29,7 @@ from torch import Tensor
 from utils import shards
 from utils.checkpoint_folder import (
     FORMAT,
+    NON_FINITE,
     STATE,
     TABLE,
     TEMPORARY,
@@ -36,6 +37,7 @@ from utils.checkpoint_folder import (
     checksum,
     fsync,
     latest,
+    latest_sound,
     list_checkpoints,
     load_state,
     other_checkpoints,
@@ -55,8 +57,9 @@ from utils.shards import Damaged, Groups, Table, is_finite
 
 # the folder's functions are this module's as well: callers need not know where the line is
 __all__ = [
-    "FORMAT", "Saver", "check", "files_of", "find_resume", "latest", "layout", "list_checkpoints", "load_into",
-    "load_state", "load_tensors", "on_main", "prune", "resolve_resume", "save", "step_of", "tensor_names",
+    "FORMAT", "NON_FINITE", "Saver", "check", "files_of", "find_resume", "latest", "latest_sound", "layout",
+    "list_checkpoints", "load_into", "load_state", "load_tensors", "on_main", "prune", "resolve_resume", "save",
+    "step_of", "tensor_names",
 ]  # fmt: skip
 
 _GROUP = re.compile(r"[\w.]+")
@@ -72,6 +75,7 @@ class Saver:
     background: ``save`` returns once the tensors are copied to the host; a thread writes them, at most one at a time.
     It talks to the other ranks over a process group of its own, so training's collectives keep their order.
     timeout: how long ranks that have written wait for the slowest, None for torch's own.
+    allowed: called on rank 0 before anyone writes; the UserError that it may raise is raised on every rank.
     """
 
     def __init__(
@@ -82,8 +86,9 @@ class Saver:
         *,
         background: bool = False,
         timeout: timedelta | None = None,
+        allowed: Callable[[], None] = lambda: None,
     ) -> None:
-        self.timeout = timeout
+        self.timeout, self.allowed = timeout, allowed
         self.root, self.keep_last, self.keep_every, self.background = Path(root), keep_last, keep_every, background
         self.step: int | None = None  # of the last save, finished or not
         self._thread: threading.Thread | None = None
@@ -95,14 +100,19 @@ class Saver:
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         return dist.new_group(backend="gloo", timeout=self.timeout) if many else None
 
-    def save(self, step: int, tensors: Groups, state: Mapping[str, Any]) -> None:
-        """Save as ``save`` below does, after the save before is through. Raises what went wrong with that one."""
+    def save(self, step: int, tensors: Groups, state: Mapping[str, Any], *, prunes: bool = True) -> None:
+        """Save as ``save`` below does, after the save before is through. Raises what went wrong with that one.
+
+        prunes: older checkpoints beyond ``keep_last`` may go, for this one takes their place.
+        """
         self.wait()
         self.step = step
         job = _Save(
             self.root, step, tensors, state,
-            group=self.group, keep_last=self.keep_last, keep_every=self.keep_every, copy=self.background,
+            group=self.group, keep_last=self.keep_last if prunes else None, keep_every=self.keep_every,
+            copy=self.background,
         )  # fmt: skip
+        job.allowed = self.allowed
         # not a daemon: a run that ends by an error still finishes the write that it began
         self._thread = threading.Thread(target=self._run, args=(job,), name=f"save {step}", daemon=False)
         self._thread.start()
@@ -117,6 +127,11 @@ class Saver:
         problem, self._problem = self._problem, None
         if problem is not None:
             raise problem
+
+    def settle(self) -> None:
+        """Return when nothing is being written, whatever came of it."""
+        if self._thread is not None:
+            self._thread.join()
 
     @property
     def failed(self) -> bool:
@@ -165,6 +180,7 @@ class _Save:
             raise ValueError(f"{unusable[0]!r} cannot be a file's name: use letters, digits, _ and .")
         self.root, self.step, self.group, self.names = root, step, group, list(tensors)
         self.keep_last, self.keep_every = keep_last, keep_every
+        self.allowed: Callable[[], None] = lambda: None
         self.final = root / f"step_{step:08d}"
         self.temporary = root / f"{TEMPORARY}{self.final.name}"
         self.rank = 0 if group is None else dist.get_rank(group)
@@ -197,6 +213,7 @@ class _Save:
 
     def prepare(self) -> None:
         """On rank 0, before anyone writes."""
+        self.allowed()
         self.root.mkdir(parents=True, exist_ok=True)
         sweep(self.root)
         self.temporary.mkdir()

@@ -16,6 +16,7 @@ from utils.fields import show
 from utils.reading import read_json
 
 FORMAT = 2
+NON_FINITE = "non_finite"  # of a state: which of the weights is not finite, null or missing for none
 READABLE = (1, 2)  # 1: one process, no table, no checksums
 STATE, TABLE = "state.json", "tensors.json"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -35,6 +36,18 @@ def list_checkpoints(root: Path) -> list[Path]:
 def latest(root: Path) -> Path | None:
     """The complete checkpoint of the highest step under ``root``, if there is one."""
     return next(reversed(list_checkpoints(root)), None)
+
+
+def latest_sound(root: Path) -> Path | None:
+    """The complete checkpoint of the highest step under ``root`` whose weights are finite, if there is one. Raises
+    UserError for a damaged state."""
+    return next((path for path in reversed(list_checkpoints(root)) if ruined(path) is None), None)
+
+
+def ruined(path: Path) -> str | None:
+    """What is not finite of checkpoint ``path``'s weights, as its state says; None for a sound one."""
+    text: str | None = read_manifest(path)["state"].get(NON_FINITE)
+    return text
 
 
 def step_of(path: Path) -> int:
@@ -149,18 +162,29 @@ def fsync(path: Path) -> None:
 def resolve_resume(arg: str, root: Path) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start.
 
-    ``"auto"``: the latest under ``root``, if any. ``"never"``: None. Else a path: a checkpoint, a folder of
-    checkpoints or a run folder with ``checkpoints/`` in it. Raises UserError, naming what is there, when there is none.
+    ``"auto"``: the latest sound one under ``root``, if any. ``"never"``: None. Else a path: a checkpoint, a folder of
+    checkpoints or a run folder with ``checkpoints/`` in it. Raises UserError, naming what is there, when there is none,
+    or none whose weights are finite.
     """
     if arg == "never":
         return None
-    if arg == "auto":
-        return latest(root)
     path = Path(arg)
-    if (path / STATE).is_file():
+    if arg == "auto":
+        folders, found = [root], latest_sound(root)
+    elif (path / STATE).is_file():
+        if (what := ruined(path)) is not None:
+            raise UserError(f"{path}: its weights are not finite ({what}); {other_checkpoints(path)}")
         return path
-    found = latest(path / "checkpoints") or latest(path)
-    if found is None:
+    else:
+        folders = [path / "checkpoints", path]
+        found = latest_sound(folders[0]) or latest_sound(path)
+    if found is None and (present := [path for folder in folders for path in list_checkpoints(folder)]):
+        last = present[-1]
+        raise UserError(
+            f"no checkpoint in {last.parent} has finite weights (of the last: {ruined(last)}): start anew with a lower "
+            "learning rate and --resume never"
+        )
+    if found is None and arg != "auto":
         raise UserError(f"no checkpoint in {arg}: {_whats_there(path)}; give a run's folder, or a checkpoint's")
     return found
 
@@ -175,17 +199,17 @@ def _whats_there(path: Path) -> str:
 
 
 def prune(root: Path, keep_last: int, keep_every: int | None = None) -> list[Path]:
-    """Delete all but the last ``keep_last`` whole checkpoints and those whose step divides by ``keep_every``.
+    """Delete all but the last ``keep_last`` good checkpoints and those whose step divides by ``keep_every``.
 
-    One with a missing or truncated file does not count as kept, so the only good one is never deleted. Returns what was
-    deleted. Raises ValueError for ``keep_last`` < 1 or ``keep_every`` < 1.
+    One with a missing or truncated file, or with weights that are not finite, does not count as kept: the only good one
+    is never deleted. Returns what was deleted. Raises ValueError for ``keep_last`` < 1 or ``keep_every`` < 1.
     """
     if keep_last < 1 or (keep_every is not None and keep_every < 1):
         raise ValueError(f"keep_last={keep_last}, keep_every={keep_every}: give whole numbers of at least 1")
     found = list_checkpoints(root)
-    whole = 0
-    while found and whole < keep_last:
-        whole += _is_whole(found.pop())
+    good = 0
+    while found and good < keep_last:
+        good += _is_good(found.pop())
     doomed = [path for path in found if keep_every is None or step_of(path) % keep_every]
     for path in doomed:
         # renamed first: half a deletion must not look like a checkpoint
@@ -194,9 +218,9 @@ def prune(root: Path, keep_last: int, keep_every: int | None = None) -> list[Pat
     return doomed
 
 
-def _is_whole(path: Path) -> bool:
+def _is_good(path: Path) -> bool:
     try:
         check(path)
+        return ruined(path) is None
     except UserError:
         return False
-    return True

@@ -16,7 +16,8 @@ from typing import NoReturn
 from utils import distributed
 from utils.errors import UserError
 from utils.fields import show
-from utils.watchdog import EXIT_STUCK, CollectiveError
+from utils.launcher import EXIT_STUCK, LauncherGone
+from utils.watchdog import CollectiveError
 
 
 class ShowDefaults(argparse.HelpFormatter):
@@ -91,7 +92,8 @@ SAME_ERROR_SECONDS = 2.0  # in which a launcher has ended the other ranks of a r
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and exit: 0 or its return value; a UserError is one line on stderr and exit code 2; a lost rank,
-    which the watchdog has reported, is exit code EXIT_STUCK. A MemoryError is one line, too, which names the function.
+    which the watchdog has reported, and a lost launcher are exit code EXIT_STUCK. A MemoryError is one line, too, which
+    names the function.
 
     Most UserErrors are every rank's: rank 0 says them at once, another rank only if it is still there
     SAME_ERROR_SECONDS later, for then it may be the only one.
@@ -119,6 +121,10 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         )
     except CollectiveError:
         code = EXIT_STUCK
+    except LauncherGone as error:
+        code = EXIT_STUCK
+        if distributed.is_main():
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
     finally:

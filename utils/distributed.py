@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Literal, NoReturn
 
@@ -42,6 +43,15 @@ def set_timeout(timeout: timedelta | None, groups: Iterable[dist.ProcessGroup]) 
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
+_LEAVING: list[Callable[[], None]] = []
+
+
+def before_leaving(action: Callable[[], None]) -> None:
+    """Have `action` run as this process ends, by `leave` or otherwise; by a kill it is not."""
+    atexit.register(action)
+    _LEAVING.append(action)
+
+
 def leave(code: int, *, together: bool = True) -> NoReturn:
     """End this process with ``code``; together: all ranks are doing so, and the process group ends first.
 
@@ -52,6 +62,8 @@ def leave(code: int, *, together: bool = True) -> NoReturn:
         sys.exit(code)
     if together:
         dist.destroy_process_group()
+    for action in _LEAVING:
+        action()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

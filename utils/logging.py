@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import sys
 import threading
@@ -49,12 +50,41 @@ def setup_console(rank: int = 0, world_size: int = 1, level: int = logging.INFO)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a last line cut short by a kill is left out. None for a missing file."""
+    """The objects of a JSONL file; a last line cut short by a kill is left out, a damaged one is warned of. None for a
+    missing file."""
+    entries, damaged = _read_lines(path)
+    if damaged:
+        console.warning("%s: left out are damaged lines: %d", path, len(damaged))
+    return entries
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """(objects, lines that are none): NUL bytes and torn blocks are what a power loss leaves."""
+    entries: list[dict[str, Any]] = []
+    damaged: list[bytes] = []
     if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    # what follows the last newline is "" or half a line
-    return [json.loads(line) for line in lines[:-1] if line]
+        return entries, damaged
+    *lines, tail = path.read_bytes().split(b"\n")
+    for line in filter(None, lines):
+        try:
+            entry = json.loads(line.decode())
+        except (ValueError, RecursionError):  # not UTF-8, not JSON, a number of 5,000 digits, nested too deep
+            entry = None
+        if isinstance(entry, dict):
+            entries.append(entry)
+        else:
+            damaged.append(line)
+    if b"\0" in tail:  # else it is "", or half a line of a killed process
+        damaged.append(tail)
+    return entries, damaged
+
+
+def _set_aside(path: Path, damaged: bytes) -> None:
+    """Adds what cannot be read of `path` to a file beside it, and says so in one line."""
+    beside = path.with_name(f"{path.name}.damaged")
+    with beside.open("ab") as file:
+        file.write(damaged + b"\n")
+    console.warning("%s was damaged: %d bytes were moved to %s; the run goes on", path, len(damaged), beside)
 
 
 class RunLogger:
@@ -132,13 +162,17 @@ class RunLogger:
         self._file.flush()
 
     def _rewrite(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Keep some lines, and no half line at the end; replaced as a whole, so that a kill loses nothing."""
+        """Keep some lines, no damaged ones and no half line at the end; replaced as a whole: a kill loses nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None
         if not self.path.is_file():
             return
-        entries = [entry for entry in read_jsonl(self.path) if keep(entry)]
+        entries, damaged = _read_lines(self.path)
+        strange = [entry for entry in entries if type(entry.get("step")) is not int]
+        if damaged or strange:
+            _set_aside(self.path, b"\n".join([*damaged, *(json.dumps(entry).encode() for entry in strange)]))
+        entries = [entry for entry in entries if entry not in strange and keep(entry)]
         fresh = self.path.with_suffix(".jsonl.tmp")
         fresh.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
         os.replace(fresh, self.path)
@@ -176,7 +210,7 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any]) -> Any:
     def start() -> None:
         import wandb
 
-        known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else None
+        known = _known_id(id_file)
         run = wandb.init(
             project="fewstep",
             name="/".join(run_dir.resolve().parts[-2:]),
@@ -192,6 +226,17 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any]) -> Any:
 
     _within(_WANDB_SECONDS, start, "W&B did not start: metrics are in metrics.jsonl")
     return started[0] if started else None
+
+
+def _known_id(file: Path) -> str | None:
+    """The id in `file`; None where there is none, or none that W&B can have given."""
+    if not file.is_file():
+        return None
+    text = file.read_bytes()
+    if re.fullmatch(rb"\s*[\w.-]{1,128}\s*", text):
+        return text.decode().strip()
+    _set_aside(file, text)
+    return None
 
 
 def _within(seconds: float, action: Callable[[], object], lament: str) -> None:

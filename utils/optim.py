@@ -172,10 +172,7 @@ class NetworkOptimizer:
 
         By a norm that is not finite nothing is clipped: all would become NaN, and nobody could tell where it began.
         """
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if not gradients:
-            raise ValueError("no parameter has a gradient: the loss does not reach this network")
-        norm = full(torch.nn.utils.get_total_norm(gradients))
+        norm = self.norm()
         if not bool(norm.isfinite()):
             return norm
         if self.config.clip_norm is not None:
@@ -183,6 +180,13 @@ class NetworkOptimizer:
         elif self.config.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self.parameters, self.config.clip_value)
         return norm
+
+    def norm(self) -> Tensor:
+        """The global norm of the gradients as they are now, a scalar tensor that is the same on every rank."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not gradients:
+            raise ValueError("no parameter has a gradient: the loss does not reach this network")
+        return full(torch.nn.utils.get_total_norm(gradients))
 
     def step(self) -> float:
         """One update; returns the scheduled rate of the config's `lr`."""

@@ -21,10 +21,9 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from utils import activity, distributed
+from utils import activity, distributed, launcher
+from utils.launcher import EXIT_STUCK
 from utils.logging import console
-
-EXIT_STUCK = 75  # EX_TEMPFAIL of sysexits.h: the run may be started again from its last checkpoint
 
 _FRAMES = 8  # of a stack are shown
 _STACKS = 3  # of odd ranks are shown
@@ -118,6 +117,8 @@ class Watchdog:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+        if launcher.gone() is not None:
+            self._store = None
         self._seen = activity.current()
         if error is not None and lost:
             where = f"step {self._seen.step} in '{self._seen.what}'"
@@ -130,17 +131,19 @@ class Watchdog:
     # ------------------------------------------------------------------------------------------------ the thread
 
     def _watch(self) -> None:
-        complained = False
         while not self._stop.wait(self.period):
             self._tick()
+            if launcher.gone() is not None:
+                self._store = None  # torch prints a stack each time that a lost store is asked
             try:
-                self._publish()
-                limit = self._limit()
-                over = self._held > limit and not self._excused()
-            except RuntimeError as problem:  # of the store: its host is gone, and maybe only that
-                if not complained:
-                    console.warning("watchdog: no contact to the other ranks: %s", _one_line(problem))
-                complained, over = True, self._held > self._own_limit()
+                if self._store is not None:
+                    self._publish()
+                    over = self._held > self._limit() and not self._excused()
+                else:
+                    over = self._held > self._own_limit()
+            except RuntimeError as problem:  # of the store: its host is gone
+                launcher.lose(f"the store of the ranks ({_one_line(problem)})")
+                self._store, over = None, False
             if over:
                 self._report(f"rank {self.rank} has not moved for {self._held:.0f} s")
                 os._exit(EXIT_STUCK)
@@ -210,7 +213,8 @@ class Watchdog:
     def _report(self, introduction: str) -> None:
         """Prints where all ranks are, unless another rank does, and tells them that it is done."""
         try:
-            text = "the other ranks are not watched" if self._store is None else self._ask()
+            unwatched = f"the other ranks are not watched\nrank {self.rank}:\n{self._stack or _main_stack()}"
+            text = unwatched if self._store is None else self._ask()
         except RuntimeError as problem:
             stack = self._stack or _main_stack()
             text = f"the other ranks cannot be asked ({_one_line(problem)})\nrank {self.rank}:\n{stack}"

@@ -32,6 +32,13 @@ def steps_of(folder: Path) -> list[int]:
     return [entry["step"] for entry in read_jsonl(folder / "metrics.jsonl")]
 
 
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(logging.console, "warning", lambda text, *args: said.append(text % args))
+    return said
+
+
 def test_one_object_a_line_with_exact_numbers(tmp_path: Path) -> None:
     before = time.time()
     logger = write_run(tmp_path, range(3))
@@ -70,6 +77,49 @@ def test_half_a_last_line_is_dropped(tmp_path: Path) -> None:
     assert steps_of(tmp_path) == [0, 1, 2]
     write_run(tmp_path, range(3, 5)).close()
     assert steps_of(tmp_path) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\0" * 4096,
+        b'\0\0{"step": 9, "time": 1.0}',
+        b'{"step": 9, "ti{"step": 9, "time": 1.0}',
+        b'{"step": 9, "name": "\xff\xfe"}',
+        b"[1, 2]",
+        b'{"step": 9',
+        b"{" + b'"a": {' * 20_000,
+        b'{"step": ' + b"9" * 5000 + b"}",
+        b'{"time": 3.0}',
+        b'{"step": null}',
+    ],
+    ids=["nul", "nul and a line", "torn", "not utf-8", "list", "half", "deep", "long number", "no step", "no number"],
+)
+def test_a_damaged_line_is_set_aside_and_the_run_goes_on(tmp_path: Path, warnings: list[str], line: bytes) -> None:
+    write_run(tmp_path, range(4)).close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], line + b"\n", *lines[2:]]))
+    logger = RunLogger(tmp_path, {})
+    logger.truncate_after(2)
+    logger.scalars(3, {"loss": 1.0})
+    logger.close()
+    assert steps_of(tmp_path) == [0, 1, 2, 3]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == line + b"\n"
+    [said] = warnings
+    assert "\n" not in said and str(tmp_path / "metrics.jsonl.damaged") in said
+
+
+def test_zeros_at_the_end_are_set_aside_too(tmp_path: Path, warnings: list[str]) -> None:
+    """What a power loss leaves of a block that was not written yet."""
+    write_run(tmp_path, range(3)).close()
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0" * 100)
+    assert steps_of(tmp_path) == [0, 1, 2]  # whoever only reads is told
+    assert warnings == [f"{tmp_path / 'metrics.jsonl'}: left out are damaged lines: 1"]
+    write_run(tmp_path, range(3, 4)).close()
+    assert steps_of(tmp_path) == [0, 1, 2, 3]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"\0" * 100 + b"\n"
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
@@ -117,13 +167,6 @@ class FakeRun:
 
     def finish(self) -> None:
         self.finished = True
-
-
-@pytest.fixture
-def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    said: list[str] = []
-    monkeypatch.setattr(logging.console, "warning", lambda text, *args: said.append(text % args))
-    return said
 
 
 def test_a_tensorboard_that_fails_is_one_warning(
@@ -176,6 +219,21 @@ def test_wandb_is_offline_without_a_key(
     assert run.finished
     RunLogger(tmp_path, {}, wandb=True)
     assert calls[1]["id"] == "abc"  # a resume goes on in the same W&B run
+
+
+@pytest.mark.parametrize("kept", [b"", b"\0" * 8, b"\xff\xfe", b"a/b?c"])
+def test_a_damaged_id_begins_a_new_run_in_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str], kept: bytes
+) -> None:
+    (tmp_path / "wandb_id.txt").write_bytes(kept)
+    run = FakeRun()
+    calls = fake_wandb(monkeypatch, lambda: run)
+    RunLogger(tmp_path, {}, wandb=True).close()
+    assert calls[0]["id"] is None
+    assert (tmp_path / "wandb_id.txt").read_text() == "abc"
+    assert (tmp_path / "wandb_id.txt.damaged").read_bytes() == kept + b"\n"
+    assert len(warnings) == 1
+    assert run.finished
 
 
 def test_wandb_that_fails_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
