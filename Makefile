@@ -53,12 +53,12 @@ CPU_BUILDS := https://download.pytorch.org/whl/cpu
 
 # $(call install_torch,OPTIONS OF PIP)
 define install_torch
-	@torch=$$(grep '^torch==' requirements.txt); index='$(TORCH_INDEX)'; \
+	@index='$(TORCH_INDEX)'; \
 	if [ -z "$$index" ] && [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
-	  $(PIP) $(1) --retries 1 --index-url $(CPU_BUILDS) "$$torch" 2>/dev/null && exit; \
+	  $(PIP) $(1) --retries 1 --index-url $(CPU_BUILDS) "$$(grep '^torch==' requirements.txt)" 2>/dev/null && exit; \
 	  echo "==> no build of torch for CPUs alone at $(CPU_BUILDS): taking the usual one"; \
 	fi; \
-	$(PIP) $(1) $${index:+--index-url "$$index"} "$$torch"
+	$(PIP) $(1) $${index:+--index-url "$$index"} "$$(grep '^torch==' requirements.txt)"
 endef
 
 $(STAMP): requirements.txt requirements-dev.txt

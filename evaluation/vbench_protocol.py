@@ -94,7 +94,7 @@ def read_suite(path: str | Path) -> list[Prompt]:
 
     Raises ValueError for a file that cannot be read or is another, and for a dimension that is unknown.
     """
-    with reading("vbench: cannot read", path, says="is not VBench's full info"):
+    with reading("vbench", path, says="cannot be read as VBench's full info"):
         rows = json.loads(read_text("vbench", Path(path)))
         read = [(str(row["prompt_en"]), tuple(map(str, row["dimension"]))) for row in rows]
     merged: dict[str, tuple[str, ...]] = {}
@@ -162,7 +162,7 @@ def read_scores(folder: str | Path) -> dict[str, float]:
     """
     scores: dict[str, float] = {}
     for file in sorted(Path(folder).glob("*_eval_results.json")):
-        with reading("vbench: cannot read", file, says="are no results of VBench"):
+        with reading("vbench", file, says="cannot be read as VBench's results"):
             found = json.loads(read_text("vbench", file))
             scores |= {str(name).replace(" ", "_"): float(value[0]) for name, value in found.items()}
     return scores

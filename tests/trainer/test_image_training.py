@@ -447,4 +447,4 @@ def test_a_run_counts_corrupt_images(folder: Path, tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.WARNING):
         run.train()
     assert curve(tmp_path / "run")[-1]["corrupt_samples"] == len(stream.faults.reasons) == 1
-    assert "a.safetensors, row 2 holds NaN or infinity" in caplog.text
+    assert "a.safetensors, row 2: first_latents holds NaN or infinity" in caplog.text

@@ -82,7 +82,7 @@ def test_ts_schedule_needs_one_exit_step_for_all_blocks() -> None:
         )
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*/*.yaml")), ids=str)
 def test_every_recipe_loads_and_says_how_to_run_it(path: Path) -> None:
     load_run(path)
     header = path.read_text().split("\nname:")[0]
