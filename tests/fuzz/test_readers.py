@@ -39,7 +39,7 @@ from utils.data.safetensors_shards import write_latents, write_trajectories
 from utils.data.stream import Sample, Stream
 from utils.video import write_video
 
-MUTATIONS, SAMPLE = 30, 3
+MUTATIONS, SAMPLE = 30, 1
 MEMORY, SECONDS = 3 << 30, 60  # beyond what is there already; for all mutations of a reader
 TARGETS = {f"blocks.0.self_attn.q.lora_{part}.weight" for part in "AB"}
 
