@@ -139,8 +139,11 @@ def recipe_findings(asked: Asked, config: RunConfig, machine: Machine, report: R
     yield check_run_folder(recipe, config)
     try:
         state = state_of(config)
-    except (ConfigError, ImportError) as problem:  # without peft an adapter cannot even be counted
+    except ConfigError as problem:
         yield Finding("networks", False, str(problem), "change what it names")
+        return
+    except ImportError as problem:  # without peft an adapter cannot even be counted; that it is absent was said above
+        yield Finding("networks", False, f"cannot be counted: {problem}", "install it first", needed=False)
         return
     yield check_disk(recipe, config, machine, state)
     ranks = check_ranks(config, cluster, meant_for)
@@ -178,7 +181,8 @@ def lines(finding: Finding) -> list[str]:
 
 def ending(asked: Asked, report: Report) -> list[str]:
     """The command, and the last line."""
-    shown = [] if report.command is None else ["start it", f"  {report.command}"]
+    title = "start it" if report.missing == 0 else "start it, once nothing is missing"
+    shown = [] if report.command is None else [title, f"  {report.command}"]
     return [*shown, verdict(asked, report.missing)]
 
 

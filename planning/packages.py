@@ -67,7 +67,7 @@ def check_core(version: Version = installed) -> list[Finding]:
             findings.append(Finding("torch", True, torch))
     if missing:
         what = f"without {', '.join(missing)}: nothing here runs"
-        findings.append(Finding("packages", False, what, install(*missing)))
+        findings.append(Finding("packages", False, what, _remedy(missing)))
         return findings
     behind = _behind(version)
     if behind:
@@ -76,6 +76,13 @@ def check_core(version: Version = installed) -> list[Finding]:
     else:
         findings.append(Finding("packages", True, "as new as what is tested, or newer"))
     return findings
+
+
+def _remedy(missing: list[str]) -> str:
+    environment = ROOT / ".venv"
+    if (environment / "bin" / "python").exists() and Path(sys.prefix).resolve() != environment.resolve():
+        return "source .venv/bin/activate: make installs into that environment, and this is another Python"
+    return install(*missing)
 
 
 def _behind(version: Version) -> list[str]:

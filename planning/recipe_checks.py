@@ -61,6 +61,8 @@ def check_software(config: RunConfig, machine: Machine) -> Iterator[Finding]:
         yield check_package("peft", f"{with_lora}.lora", version)
     if config.parallel.engine is EngineKind.deepspeed:
         yield check_package("deepspeed", "parallel.engine", version)
+    for package in config.data.packages:
+        yield check_package(package, f"data.kind {config.data.kind}", version)
     for name, network in networks.items():
         if network.sparse is None:
             continue

@@ -88,7 +88,7 @@ class Quickstart:
             )
         )
         starts = {"student": self.root / CAUSAL_INIT, "teacher": self.teacher, "critic": self.teacher}
-        title = "Self-Forcing + DMD: the teacher's quality in few steps"
+        title = "Self-Forcing + DMD: from many steps to two"
         stages.append(self._training(DMD, title, starts, stages[-1].digest, beside=ahead[1]))
         return [*stages, self._report(stages[-1].digest)]
 
@@ -182,15 +182,19 @@ def main() -> int:
     parser.add_argument("--from_scratch", action="store_true", help="train the teacher too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all trainings")
     args = parser.parse_args()
+    if args.count < 2:
+        raise UserError(f"--count {args.count}: a distance needs at least 2 videos")
     gpu = torch.cuda.is_available()
     quickstart = Quickstart(
         args.root, args.count, args.from_scratch, tuple(args.overrides), 0 if gpu else os.cpu_count() or 1
     )
     stages, teller = quickstart.stages(), Teller(sys.stdout)
     lock = locked(args.root)
+    runner = Runner(stages, args.root, teller, ENVIRONMENT, lock)
+    runner.check()
     (args.root / "commands.txt").write_text("".join(f"{shlex.join(stage.command)}\n" for stage in stages))
     try:
-        Runner(stages, args.root, teller, ENVIRONMENT, lock).run()
+        runner.run()
     except Stopped as stopped:
         print("\nquickstart: stopped, and saved; the same command goes on from here", file=sys.stderr)
         return 128 + stopped.number

@@ -56,6 +56,7 @@ COLUMNS = (
            "block but the last, to remember it."),
     Column("milliseconds", "ms a video", "{:.1f}", "low", "Processor time for one video, many videos at a time."),
 )  # fmt: skip
+IN_A_TERMINAL = ("prompt_right", "appearance_fd", "motion_error", "diversity", "evaluations")
 GOOD = {"high": "higher is better", "low": "lower is better", "real": "the nearer to real videos the better"}
 
 
@@ -117,12 +118,13 @@ def cell(row: Row, column: Column) -> tuple[str, str]:
 
 
 def text_table(lines: Sequence[Line]) -> str:
-    """The table for a terminal, with standard errors for the first column alone."""
-    heads = ["", *(column.head for column in COLUMNS)]
+    """The most important columns for a terminal, with standard errors for the first alone."""
+    columns = [column for column in COLUMNS if column.key in IN_A_TERMINAL]
+    heads = ["", *(column.head for column in columns)]
     body = []
     for line in lines:
         if line.row is not None:
-            cells = [cell(line.row, column) for column in COLUMNS]
+            cells = [cell(line.row, column) for column in columns]
             first = f"{cells[0][0]} ±{cells[0][1]}"
             body.append([line.label, first, *(number for number, _ in cells[1:])])
     split = [_halves(head) for head in heads]

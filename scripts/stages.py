@@ -187,7 +187,6 @@ class Runner:
     def run(self) -> None:
         """All stages that are not done. Raises UserError for one that fails, Stopped after a signal; what was done
         stays, and the next run goes on with it."""
-        self.check()
         (self.folder / "stages").mkdir(parents=True, exist_ok=True)
         with signals_stop():
             for number, stage in enumerate(self.stages, 1):

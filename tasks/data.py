@@ -59,6 +59,7 @@ class DataConfig:
     draws_images: ClassVar[bool] = False
     is_noise: ClassVar[bool] = False
     suite: ClassVar[str | None] = None
+    packages: ClassVar[tuple[str, ...]] = ()
 
     kind: str = "toy"
     real: bool = True

@@ -19,6 +19,7 @@ class DigitsData(WorldData):
     """Scikit-learn's handwriting, as videos of one frame of 8x8. digits: the images."""
 
     suite: ClassVar[str | None] = "toy"
+    packages: ClassVar[tuple[str, ...]] = ("scikit-learn",)  # its handwriting
 
     kind: str = "digits"
     digits: DigitsConfig = field(default_factory=DigitsConfig)

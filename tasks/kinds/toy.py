@@ -19,6 +19,7 @@ class ToyData(SquareData):
     """The toy world: a handwritten digit that glides over a small canvas. toy: the world."""
 
     suite: ClassVar[str | None] = "toy"
+    packages: ClassVar[tuple[str, ...]] = ("scikit-learn",)  # its handwriting
     called: ClassVar[str] = "the toy world"
     place: ClassVar[int] = 2
 

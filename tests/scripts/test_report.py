@@ -249,7 +249,8 @@ def test_text_table_has_a_standard_error_and_all_rows() -> None:
     assert len(table) == 4
     assert len({len(line) for line in table}) == 1
     assert "88.5 ±1.6" in table[2]
-    assert table[2].split()[-2:] == ["4.5", "12.3"]
+    assert table[2].split()[-1] == "4.5"
+    assert len(table[0]) < 100
 
 
 def test_method_labels_are_unique_and_short_ones_within_their_group() -> None:

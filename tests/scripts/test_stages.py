@@ -84,7 +84,9 @@ def test_what_was_begun_with_other_settings_is_not_gone_on_with(tmp_path: Path) 
     fails = python(f"import pathlib, sys; pathlib.Path({str(run)!r}).mkdir(exist_ok=True); sys.exit(1)")
     for made_of, said in (("a", "exit code 1"), ("a", "exit code 1"), ("b", "have changed since it was begun")):
         with pytest.raises(UserError, match=said):
-            runner(tmp_path, Stage("train", "train", 1, fails, made_of=made_of, resumes_in=run)).run()
+            stages = runner(tmp_path, Stage("train", "train", 1, fails, made_of=made_of, resumes_in=run))
+            stages.check()
+            stages.run()
     run.rmdir()
     with pytest.raises(UserError, match="exit code 1"):
         runner(tmp_path, Stage("train", "train", 1, fails, made_of="b", resumes_in=run)).run()
