@@ -123,9 +123,9 @@ def said(shapes: PromptShapes) -> str:
 
 def check_shapes(encoded: Prompt, shapes: PromptShapes) -> None:
     """Raises ValueError for encoded prompts of other names, shapes or precision than the networks take."""
-    given = {name: tuple(value.shape[1:]) for name, value in encoded.items()}
-    if given != dict(shapes):
-        raise ValueError(f"the text encoder gives {said(given)}, the networks take {said(shapes)}")
+    found = {name: tuple(value.shape[1:]) for name, value in encoded.items()}
+    if found != dict(shapes):
+        raise ValueError(f"the text encoder gives {said(found)}, the networks take {said(shapes)}")
     if other := [name for name, value in encoded.items() if value.dtype != torch.float32]:
         raise ValueError(f"the text encoder gives {other[0]} in {encoded[other[0]].dtype}, and not in torch.float32")
 

@@ -65,13 +65,13 @@ def limits() -> Limits:
 
 @functools.lru_cache(maxsize=8)
 def _limits(text: str) -> Limits:
-    known, given = [field.name for field in dataclasses.fields(Limits)], {}
+    known, raised = [field.name for field in dataclasses.fields(Limits)], {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, value = part.partition("=")
         if name not in known or not value.isdecimal() or not 0 < len(value) < 20:
             raise UserError(f"{VARIABLE}={text}: {part!r} is no limit: write NAME=NUMBER, NAME of {', '.join(known)}")
-        given[name] = int(value)
-    return Limits(**given)
+        raised[name] = int(value)
+    return Limits(**raised)
 
 
 def check_size(

@@ -367,8 +367,8 @@ def _known_headers(cache: Path) -> dict[str, dict[str, Any]]:
     try:
         found = read_json("headers of videos", cache, "they are read again")
         for key, header in found.items():
-            given = {name: type(value) for name, value in header.items()} if isinstance(header, dict) else {}
-            if given not in (kinds, {"corrupt": str}):
+            types = {name: type(value) for name, value in header.items()} if isinstance(header, dict) else {}
+            if types not in (kinds, {"corrupt": str}):
                 raise UserError(f"headers of videos: {cache} holds {show(header)} of {show(key)}: they are read again")
     except UserError as problem:
         console.warning("%s", problem)

@@ -49,11 +49,11 @@ class Part:
     def read(self, limit: str = "media") -> bytes:
         """Its bytes. Raises OSError, also where the file is shorter, and CorruptSample for more than `limit` of them,
         which is the name of one of `Limits`."""
-        there = self.path.stat().st_size
-        size = there if self.size is None else self.size
+        available = self.path.stat().st_size
+        size = available if self.size is None else self.size
         if size < 0:
             raise OSError("a member with holes: pack it without --sparse")
-        if self.offset + size > there:
+        if self.offset + size > available:
             raise OSError(f"{self.path} ends within a member")
         check_size(limit, size, self.path, error=CorruptSample)
         with self.path.open("rb") as file:
