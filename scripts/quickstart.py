@@ -77,8 +77,9 @@ class Quickstart:
 
     def stages(self) -> list[Stage]:
         """In their order. Where there are two cores, videos of what is trained already are made beside a training."""
-        stages = [*self._teacher(), self._look()]
-        made_of = stages[-2].digest if self.from_scratch else ""
+        stages = self._teacher()
+        made_of = stages[-1].digest if stages else (TEACHER_ASSET / "training" / "record.json").read_text()
+        stages.append(self._look(made_of))
         ahead = [self._report_command("--sample", *names) for names in ((TEACHER,), (TEACHER, CAUSAL_INIT))]
         if self.cores < 2:
             ahead = [[], []]
@@ -119,15 +120,17 @@ class Quickstart:
             resumes_in=run,
         )
 
-    def _look(self) -> Stage:
+    def _look(self, made_of: str) -> Stage:
         out = self.root / "teacher_videos"
         source = ["--run", str(self.teacher)]
         if not self.from_scratch:
             source = ["--model", str(self.teacher), "--config_path", str(RECIPES / f"{TEACHER_DETAILS}.yaml")]
         files = ["--prompts", str(PROMPTS), "--format", "gif", "--out", str(out)]
         command = [self.python, "inference.py", *source, "--steps", "20", *files]
-        title, made_of = "a first look: videos of the teacher in 20 steps", PROMPTS.read_text()
-        return Stage("look", title, COSTS["look"], command, made_of=made_of, result=f"{out}/*.gif")
+        title = "a first look: videos of the teacher in 20 steps"
+        return Stage(
+            "look", title, COSTS["look"], command, made_of=made_of + PROMPTS.read_text(), result=f"{out}/*.gif"
+        )
 
     def _report_command(self, *more: str) -> list[str]:
         arguments = ["--root", str(self.root), "--teacher", str(self.teacher), "--count", str(self.count)]

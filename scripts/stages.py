@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TextIO
 
 from utils.errors import UserError
+from utils.signals import handled
 
 POLL = 0.5  # seconds between two looks at the processes
 WIDTH = 100  # of a line that is written over
@@ -133,12 +134,8 @@ def signals_stop() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise Stopped(number)
 
-    before = {each: signal.signal(each, stop) for each in SIGNALS}
-    try:
+    with handled(stop, SIGNALS):
         yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 class Runner:

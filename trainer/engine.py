@@ -43,10 +43,6 @@ class Engine:
         """Clips as configured; returns the global norm before that, a scalar that is the same on every rank."""
         return self.optimizer.clip()
 
-    def clipped_norm(self) -> Tensor:
-        """The global norm of what the optimizer will see, after `clip`; a collective like it."""
-        return self.optimizer.norm()
-
     def step(self) -> float:
         """One update; returns the learning rate."""
         return self.optimizer.step()

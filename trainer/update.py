@@ -128,7 +128,7 @@ class Update:
         for member in self.group:
             self.observer.step_begins(member.name)
             norms[member.name] = float(member.engine.clip())
-            clipped += float(member.engine.clipped_norm())
+            clipped += member.engine.optimizer.clipped(norms[member.name])
         metrics |= {f"{key}/grad_norm": norm for key, norm in norms.items()}
         if self.skips.accepts(name, check.agree(sum(norms.values()), clipped), self.iteration):
             for member in self.group:

@@ -38,11 +38,6 @@ class DeepSpeedEngine(Engine):
         """The norm; the clipping itself is part of the step."""
         return self.zero.norm()
 
-    def clipped_norm(self) -> Tensor:
-        """What the step will make of the norm."""
-        norm, bound = self.zero.norm(), self.optimizer.config.clip_norm
-        return norm if bound is None else norm * (bound / (norm + 1e-6)).clamp(max=1.0)
-
     def step(self) -> float:
         rate = self.optimizer.set_rates()
         self.zero.step()

@@ -172,7 +172,10 @@ class NetworkOptimizer:
 
         By a norm that is not finite nothing is clipped: all would become NaN, and nobody could tell where it began.
         """
-        norm = self.norm()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not gradients:
+            raise ValueError("no parameter has a gradient: the loss does not reach this network")
+        norm = full(torch.nn.utils.get_total_norm(gradients))
         if not bool(norm.isfinite()):
             return norm
         if self.config.clip_norm is not None:
@@ -181,12 +184,14 @@ class NetworkOptimizer:
             torch.nn.utils.clip_grad_value_(self.parameters, self.config.clip_value)
         return norm
 
-    def norm(self) -> Tensor:
-        """The global norm of the gradients as they are now, a scalar tensor that is the same on every rank."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if not gradients:
-            raise ValueError("no parameter has a gradient: the loss does not reach this network")
-        return full(torch.nn.utils.get_total_norm(gradients))
+    def clipped(self, norm: float) -> float:
+        """The most that clipping leaves of a global norm; NaN where a bound is NaN, for then the gradients are too. The
+        gradients are not read again for it."""
+        bound, largest = self.config.clip_norm, self.config.clip_value
+        if bound is not None:
+            factor = bound / (norm + 1e-6)  # torch's and DeepSpeed's own
+            return norm if factor > 1 else norm * factor
+        return math.nan if largest is not None and math.isnan(largest) else norm
 
     def step(self) -> float:
         """One update; returns the scheduled rate of the config's `lr`."""

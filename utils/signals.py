@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -11,9 +11,11 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @contextmanager
-def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGTERM, SIGINT and SIGUSR1 call `handler` inside; what they did before is put back after."""
-    previous = {number: signal.signal(number, handler) for number in STOP}
+def handled(
+    handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals] = STOP
+) -> Iterator[None]:
+    """These signals call `handler` inside; what they did before is put back after."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
