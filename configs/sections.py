@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 
 from configs.video_size import VideoSize, check_values
-from utils.fields import check_modes
-from utils.limits import BATCH, check_counts
+from utils.fields import check_modes, show
+from utils.limits import BATCH, FPS, STEPS, THREADS, check_counts, check_within, limits
 from utils.webhook import check_url, hidden
 
 # Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
@@ -58,8 +59,7 @@ class ConsistencyConfig:
     caption_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise ValueError(f"steps must be at least 2, got {self.steps}")
+        check_within(self, steps=f"[2, {STEPS}]")
         if self.huber is not None and self.huber <= 0:
             raise ValueError(f"huber must be positive, or null for the squared distance, got {self.huber}")
         if not 0 <= self.caption_dropout < 1:
@@ -113,8 +113,13 @@ class ODEConfig:
     causal_teacher: bool = False
 
     def __post_init__(self) -> None:
-        if self.pairs < 1 or self.steps < 1:
-            raise ValueError(f"pairs and steps must be at least 1, got {self.pairs} and {self.steps}")
+        check_counts(self, {"pairs": limits().rows, "steps": STEPS}, "no real teacher makes more")
+        check_within(self, shift="(0, inf)")
+        levels = self.sigmas
+        if levels is not None and not (
+            len(levels) > 1 and levels[0] <= 1 and levels[-1] == 0 and all(a > b for a, b in pairwise(levels))
+        ):
+            raise ValueError(f"sigmas must strictly decrease from at most 1 to 0, got {show(levels)}")
 
 
 @dataclass
@@ -153,8 +158,7 @@ class TrainingConfig:
         check_modes(self)
         if self.sizes is not None:
             check_values(self.sizes)
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, or null for torch's choice, got {self.threads}")
+        check_counts(self, {"threads": THREADS}, "no machine has more")
         if self.update_schedule is UpdateSchedule.alternating and self.generator_update_interval == 1:
             raise ValueError("generator_update_interval 1 leaves an alternating critic no iteration: use 2 or more")
         least = {"critic_warmup_steps": 0}
@@ -233,8 +237,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         check_modes(self)
-        if self.fps is not None and self.fps < 1:
-            raise ValueError(f"fps must be at least 1, or null for the model's own, got {self.fps}")
+        check_counts(self, {"fps": FPS, "count": BATCH, "steps": STEPS}, "no video needs more")
         if (self.every is not None and self.every < 1) or self.count < 1 or self.steps < 1:
             raise ValueError(f"every, count and steps must be at least 1, got {self.every}, {self.count}, {self.steps}")
 
@@ -259,6 +262,7 @@ class GuardConfig:
             bounds = getattr(self, name)
             if bounds is not None and (len(bounds) != 2 or not bounds[0] < bounds[1]):
                 raise ValueError(f"{name} must be [least, most], or null for no bound, got {bounds}")
+        check_within(self, clipped="[0, 1]")
         if self.patience < 1:
             raise ValueError(f"patience must be at least 1, got {self.patience}")
 

@@ -31,6 +31,7 @@ from model.released import Released, Source, Student
 from model.text_encoder import PromptEncoder, TextConfig
 from model.types import Prompt, PromptShapes
 from model.weights import Weights, misfits, shapes_of
+from utils.fields import show
 from utils.parallel.sequence import SequenceParallel
 
 if TYPE_CHECKING:
@@ -349,4 +350,4 @@ def family_of(preset: str) -> Family:
     for family in families().values():
         if preset in family.presets:
             return family
-    raise ValueError(f"unknown geometry preset '{preset}': choose one of {', '.join(presets())}")
+    raise ValueError(f"unknown geometry preset {show(preset)}: choose one of {', '.join(presets())}")

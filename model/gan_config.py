@@ -8,6 +8,7 @@ from enum import Enum
 from model.discriminator import DEPTHS, tapped_blocks
 from model.gan import Adversarial, Penalty
 from utils.fields import check_modes
+from utils.limits import check_within
 from utils.optim import TrainedConfig
 
 
@@ -59,8 +60,8 @@ class GANConfig:
             raise ValueError(
                 f"weight must be >= 0, discriminator_weight > 0, got {self.weight} and {self.discriminator_weight}"
             )
+        check_within(self, r1="[0, inf)", r2="[0, inf)", penalty_step="(0, inf)")
         tapped_blocks(1, self.depths)
-        self.penalty()
 
     def penalty(self) -> Penalty:
         return Penalty(self.r1, self.r2, self.penalty_step, self.penalty_per_step)

@@ -17,6 +17,7 @@ from model.path import Path
 from model.released import CLUES, Released, classes_of
 from model.types import PromptShapes
 from utils.fields import check_modes
+from utils.limits import RANK, check_counts
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -61,8 +62,7 @@ class LoraConfig:
     share: bool = True
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        check_counts(self, {"rank": RANK}, "no matrix is larger")
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(f"alpha must be positive, or null for the rank, got {self.alpha}")
         if self.targets is not None and not self.targets:
@@ -111,7 +111,11 @@ class NetworkConfig:
     checkpointing: Checkpointing = Checkpointing.none
 
     def __post_init__(self) -> None:
-        self.geometry()
+        family = self.family
+        try:
+            family.geometry(self.preset, self.overrides)
+        except ValueError as problem:
+            raise ValueError(f"overrides: {problem}") from None
         check_modes(self)
         if self.loras and self.init is None:
             raise ValueError("loras are added to the weights of init, which is null: set it")

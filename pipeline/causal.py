@@ -10,6 +10,7 @@ from torch import Tensor
 from model.attention.kv_cache import CacheSpec, KVCache, context_frames
 from model.attention.masks import FrameMask, block_causal_mask, check_window, frame_blocks, teacher_forcing_mask
 from model.family import Network
+from utils.limits import FRAMES, check_counts, check_within
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,14 @@ class CausalConfig:
     context_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.num_frame_per_block < 1:
-            raise ValueError(f"num_frame_per_block must be at least 1, got {self.num_frame_per_block}")
+        check_counts(self, {"num_frame_per_block": FRAMES, "window_frames": FRAMES})
+        check_within(self, sink_frames=f"[0, {FRAMES}]")
         if not 0 <= self.context_noise < 1000:
             raise ValueError(f"context_noise is a timestep in [0, 1000), got {self.context_noise}")
-        check_window(self.window_frames, self.sink_frames, self.num_frame_per_block)
+        try:
+            check_window(self.window_frames, self.sink_frames, self.num_frame_per_block)
+        except ValueError as problem:
+            raise ValueError(f"window_frames and sink_frames: {problem}") from None
 
     @property
     def context_sigma(self) -> float:

@@ -118,7 +118,26 @@ def from_plain(
         plain = without_other_kinds(schema, plain)
     node = _blank(schema)
     _apply(node, schema, plain, "", schema)
+    _check_references(node, plain, "")
     return _instantiate(node, schema)
+
+
+def _check_references(node: DictConfig, value: Any, where: str) -> None:
+    """Raises ConfigError, which names the key, for a `${...}` whose value is not there or of another type."""
+    if isinstance(value, str) and "${" in value:
+        try:
+            OmegaConf.select(node, where, throw_on_resolution_failure=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            problem = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"{where}: {show(value)}: {problem}: name an existing key of the same type in ${{...}}"
+            ) from None
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_references(node, item, f"{where}.{key}".lstrip("."))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _check_references(node, item, f"{where}[{number}]")
 
 
 def _blank(schema: type) -> DictConfig:
@@ -263,6 +282,8 @@ def _convert(value: Any, hint: Any, where: str, root: type) -> Any:
         return value
     if float in options and _is_unbounded(value):
         raise ConfigError(f"{where}: {show(value)} is not allowed: give {describe(hint)} that is finite")
+    if bool in options and not isinstance(value, bool) and not _names_bool(value):
+        raise ConfigError(f"{where}: {show(value)} is not allowed: give {describe(hint)}")
     if int in options and isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ConfigError(f"{where}: {show(value)} is not allowed: give {describe(hint)} of at most 63 bits")
     for option in options:
@@ -272,6 +293,10 @@ def _convert(value: Any, hint: Any, where: str, root: type) -> Any:
         if typing.get_origin(option) in (list, tuple) and items and isinstance(value, (list, tuple)):
             return [_convert_item(item, items[0], f"{where}[{i}]", root) for i, item in enumerate(value)]
     return value
+
+
+def _names_bool(value: Any) -> bool:
+    return isinstance(value, str) and (value.lower() in ("true", "false") or "${" in value)
 
 
 def _is_unbounded(value: Any) -> bool:

@@ -73,7 +73,7 @@ def suggest(key: str, schema: type, path: str, root: type) -> str:
     near = difflib.get_close_matches(key, legal, n=1)
     if near:
         return f"did you mean {path + '.' + near[0] if path else near[0]!r}?"
-    elsewhere = [other for other in _key_paths(root) if other.split(".")[-1] == key]
+    elsewhere = list(dict.fromkeys(other for other in _key_paths(root) if other.split(".")[-1] == key))
     if elsewhere:
         return f"did you mean {short_list(elsewhere, 3)}?"
     return f"allowed in {path or 'the top level'}: {short_list(legal, 40)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,14 @@ VOLUME = 2**31 - 1
 BATCH = 1_000_000
 # Denoising steps: schedules have 1000 levels.
 STEPS = 10_000
+# Seconds of any limit of time: 30 years.
+SECONDS = 1e9
+# Threads of one process.
+THREADS = 4096
 # Frames a second: MP4 counts time in 1/90,000 s.
 FPS = 1000
+# Rank of an adapter: no matrix that it is added to is larger.
+RANK = 1_000_000
 VARIABLE = "FEWSTEP_LIMITS"
 
 
@@ -96,6 +103,25 @@ def check_counts(section: Any, limits: dict[str, int], why: str = "no real video
             raise ValueError(f"{name} must be at least 1, got {value}")
         if value > limit:
             raise ValueError(f"{name} must be at most {limit} ({why}), got {value}: lower it")
+
+
+_INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
+
+
+def check_within(section: Any, **intervals: str) -> None:
+    """Raises ValueError unless each named field of a section lies in its interval, or is None where it may be.
+
+    intervals: as mathematics writes them, such as "[0, 1)" or "(0, inf)". NaN lies in none.
+    """
+    for name, interval in intervals.items():
+        value, found = getattr(section, name), _INTERVAL.fullmatch(interval)
+        assert found is not None, interval
+        if value is None:
+            continue
+        least, most = float(found[2]), float(found[3])
+        above = value >= least if found[1] == "[" else value > least
+        if not (above and (value <= most if found[4] == "]" else value < most)):
+            raise ValueError(f"{name} must be in {interval}, got {value}")
 
 
 def check_video(section: Any) -> None:

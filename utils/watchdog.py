@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from utils import activity, distributed, launcher
 from utils.launcher import EXIT_STUCK
+from utils.limits import SECONDS, check_within
 from utils.logging import console
 
 _FRAMES = 8  # of a stack are shown
@@ -43,6 +44,7 @@ class WatchdogConfig:
     def __post_init__(self) -> None:
         if self.stuck_after_seconds is not None and self.stuck_after_seconds <= 0:
             raise ValueError(f"stuck_after_seconds must be positive, or null for ever, got {self.stuck_after_seconds}")
+        check_within(self, stuck_after_seconds=f"(0, {SECONDS:g}]", slow_after_seconds=f"(0, {SECONDS:g}]")
         if self.slow_after_seconds < (self.stuck_after_seconds or 0):
             raise ValueError(
                 f"slow_after_seconds {self.slow_after_seconds} is less than stuck_after_seconds "

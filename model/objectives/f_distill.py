@@ -14,6 +14,7 @@ from model.objective import SCORES, Draws, Objective, ObjectiveConfig, Role, Wei
 from model.query import ScoreQuery
 from model.types import LossOutput, Total
 from utils.fields import check_modes
+from utils.limits import check_within
 
 
 @dataclass
@@ -30,8 +31,7 @@ class FDistillConfig:
 
     def __post_init__(self) -> None:
         check_modes(self)
-        if self.bin_momentum is not None:
-            RatioBins(self.bin_momentum)
+        check_within(self, bin_momentum="(0, 1)")  # what 0 and 1 would do, RatioBins says
 
 
 @dataclass

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.family import FirstFrame, replaced
+from utils.fields import show
 
 TIME_SCALE = 1000.0  # Wan embeds its noise level as a timestep in 0..1000
 MODEL_TYPES = ("t2v", "i2v", "ti2v")
@@ -139,5 +140,5 @@ PRESETS: dict[str, WanConfig] = {
 def geometry(preset: str, overrides: dict[str, Any] | None = None) -> WanConfig:
     """A preset with some fields replaced. Raises ValueError naming the legal presets or fields."""
     if preset not in PRESETS:
-        raise ValueError(f"unknown geometry preset '{preset}': choose one of {', '.join(PRESETS)}")
+        raise ValueError(f"unknown geometry preset {show(preset)}: choose one of {', '.join(PRESETS)}")
     return replaced(PRESETS[preset], overrides or {})

@@ -72,7 +72,7 @@ def test_an_optimizers_options_are_of_all_that_it_makes(kind: str) -> None:
         ),
         (
             ["objective='${rollout}'"],
-            "a section in ${...}: Invalid type assigned: SelfForcingConfig is not a subclass of",
+            "objective: '${rollout}': Invalid type assigned: SelfForcingConfig is not a subclass of",
         ),
         (["rollout=noised_data"], "rollout: 'noised_data' is a kind of this section: write rollout.kind=noised_data"),
         (["rollout.num_training_frames=9"], "rollout.num_training_frames 9 must be 6 plus a multiple of the block of"),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from utils.distributed import local
+from utils.limits import check_within
 from utils.optim import OptimizerConfig, Params
 
 
@@ -33,6 +34,7 @@ class AdamWConfig(OptimizerConfig):
         super().__post_init__()
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        check_within(self, eps="[0, inf)", weight_decay="[0, inf)")
 
     def make(self, params: Params, matrices: Params, precision: torch.dtype) -> dict[str, torch.optim.Optimizer]:
         return {"adamw": adamw(params, self)}

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from utils import distributed
 from utils.distributed import full, like, local
+from utils.limits import check_within
 from utils.optim import Params
 from utils.optimizers.adamw import AdamWConfig, adamw
 
@@ -42,6 +43,7 @@ class MuonConfig(AdamWConfig):
         super().__post_init__()
         if self.muon_lr <= 0:
             raise ValueError(f"muon_lr must be positive, got {self.muon_lr}")
+        check_within(self, momentum="[0, 1)", muon_weight_decay="[0, inf)")
 
     def make(self, params: Params, matrices: Params, precision: torch.dtype) -> dict[str, torch.optim.Optimizer]:
         # of an adapter every weight is a matrix
