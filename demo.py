@@ -23,7 +23,7 @@ from utils.cli import refuse_several_ranks, run_cli
 def main() -> int:
     args = demo_args()
     refuse_several_ranks("demo.py")
-    return demo(open_generator(args, distributed.device()), args)
+    return demo(lambda: open_generator(args, distributed.device()), args)
 
 
 def open_generator(args: DemoArgs, device: torch.device) -> Generator:

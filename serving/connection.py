@@ -236,11 +236,11 @@ class Connection:
         await self._sent(self._socket.send_json({"type": kind, **values}))
 
     async def _sent(self, sending: Awaitable[None]) -> None:
-        """Waits until it is sent. Raises WebSocketDisconnect for a visitor who reads nothing.
+        """Waits until it is sent. Raises WebSocketDisconnect for a visitor who reads nothing, or who is gone.
 
         Such a connection is dropped: closing it would wait until the visitor has read everything.
         """
-        from starlette.websockets import WebSocketDisconnect
+        from starlette.websockets import WebSocketDisconnect, WebSocketState
 
         try:
             async with asyncio.timeout(self._limits.send_seconds):
@@ -248,3 +248,7 @@ class Connection:
         except TimeoutError:
             abort(self._socket.scope)
             raise WebSocketDisconnect(1006) from None
+        except RuntimeError:
+            if self._socket.application_state is not WebSocketState.DISCONNECTED:
+                raise
+            raise WebSocketDisconnect(1006) from None  # another task was the first to find the visitor gone

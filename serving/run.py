@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,30 +14,45 @@ from generation.generator import Generator
 from generation.live import Live
 from serving.command import DemoArgs
 from serving.connection import Format
+from serving.faults import VisitorFaults
 from serving.limits import Limits
 from serving.scheduler import Scheduler
 from serving.server import Site, make_app
 from utils.errors import UserError
-from utils.logging import setup_console
+from utils.logging import console, setup_console
 
 if TYPE_CHECKING:
     from uvicorn import Config
 
+UNUSABLE = {
+    errno.EADDRINUSE: "another program listens there",
+    errno.EACCES: "ports below 1024 are not for every user",
+    errno.EADDRNOTAVAIL: "this machine has no such address",
+    socket.EAI_NONAME: "no host has this name",
+}
 MIN_WIDTH = 256  # pixels to which a small video is enlarged for the download, unless --scale says otherwise
 
 
-def demo(generator: Generator, args: DemoArgs) -> int:
+def demo(open_generator: Callable[[], Generator], args: DemoArgs) -> int:
     """Serves a run's videos until SIGINT or SIGTERM.
 
-    Raises UserError for a run that cannot be streamed, an address that it cannot listen on, and a device that fails.
+    open_generator: loads the run, once it is known that its videos can be served at the address that is asked for.
+
+    Raises UserError for an address that it cannot listen on, a run that cannot be streamed, and a device that fails.
     """
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
         import websockets  # noqa: F401
     except ImportError as problem:
         raise UserError(f"the demo needs {problem.name}: pip install -r requirements.txt") from None
-    console = setup_console()
+    setup_console()
+    with listen(args.host, args.port) as listening:
+        return _serve(open_generator(), args, listening)
+
+
+def _serve(generator: Generator, args: DemoArgs, listening: socket.socket) -> int:
+    import uvicorn
 
     def open_video(prompt: str, seed: int) -> Live:
         return Live(generator, prompt, args.sampling(seed))
@@ -50,22 +66,22 @@ def demo(generator: Generator, args: DemoArgs) -> int:
     def on_break() -> None:
         server.should_exit = True
 
-    scheduler = Scheduler(open_video, args.limits, recache=args.recache, on_break=on_break)
-    listening = listen(args.host, args.port)
-    with listening:
-        app = make_app(scheduler, args.limits, site, (args.host, *args.allow_host))
-        server = uvicorn.Server(server_config(app, args.limits))
-        if not _is_local(listening):
-            console.warning(
-                "--host %s: anyone who reaches this address can use the device, and nothing is encrypted; "
-                "ssh -L is the safe way", args.host,
-            )  # fmt: skip
-        print(f"fewstep demo: {_url(args.host, listening)}  (Ctrl+C ends it)", flush=True)
-        with _signals_end_it():
-            try:
-                server.run([listening])
-            finally:
-                scheduler.close()  # a second Ctrl+C spares uvicorn the end of the application, which does it else
+    faults = VisitorFaults()
+    scheduler = Scheduler(open_video, args.limits, recache=args.recache, on_break=on_break, faults=faults)
+    app = make_app(scheduler, args.limits, site, (args.host, *args.allow_host))
+    server = uvicorn.Server(server_config(app, args.limits, faults))
+    if not _is_local(listening):
+        console.warning(
+            "--host %s: anyone who reaches this address can use the device, and nothing is encrypted; "
+            "ssh -L is the safe way", args.host,
+        )  # fmt: skip
+    print(f"fewstep demo: {_url(args.host, listening)}  (Ctrl+C ends it)", flush=True)
+    with _signals_end_it():
+        try:
+            server.run([listening])
+        finally:
+            scheduler.close()  # a second Ctrl+C spares uvicorn the end of the application, which does it else
+            faults.close()
     if scheduler.broken:
         raise UserError(f"the demo ended, for the device failed: {scheduler.broken}: start it again")
     print("fewstep demo: ended", flush=True)
@@ -93,13 +109,13 @@ def warm_up(generator: Generator, video: Live) -> tuple[int, int]:
     return frames.shape[2], frames.shape[3]
 
 
-def server_config(app: Any, limits: Limits) -> Config:
+def server_config(app: Any, limits: Limits, faults: VisitorFaults) -> Config:
     """uvicorn with our limits, and without an access log: its lines would hold tokens of videos."""
     from uvicorn import Config
 
     from serving.bounded import protocols
 
-    http, ws = protocols(limits)
+    http, ws = protocols(limits, faults)
     return Config(
         app, http=http, ws=ws, ws_max_size=limits.message_bytes, ws_per_message_deflate=False, log_config=None,
         access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=5,
@@ -107,14 +123,15 @@ def server_config(app: Any, limits: Limits) -> Config:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that browsers can connect to from here on. Raises UserError."""
+    """A socket that browsers can connect to from here on; who comes early waits for the server. Raises UserError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except (OSError, UnicodeError) as problem:  # a name may be none at all
+        number = problem.errno if isinstance(problem, OSError) and problem.errno else 0
         raise UserError(
-            f"--host {host} --port {port}: {problem}: give an address of this machine and a free port, or "
-            "--port 0 to get one"
+            f"--host {host} --port {port}: {UNUSABLE.get(number, str(problem))}: give an address of this machine and "
+            "a free port, or --port 0 to get one"
         ) from None
 
 

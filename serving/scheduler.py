@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from generation.live import Pace
+from serving.faults import VisitorFaults
 from serving.limits import Limits
 from serving.protocol import one_line, without_paths, without_prompt
 from utils.errors import UserError
@@ -110,6 +111,7 @@ class Scheduler:
     limits: bounds of the server.
     recache: how a prompt is changed, see `Live.switch`.
     on_break: called on that thread when the device has failed; `broken` then says why.
+    faults: prompts that are refused for what visitors may not read are counted there; None makes one of its own.
     """
 
     def __init__(
@@ -119,7 +121,9 @@ class Scheduler:
         *,
         recache: bool = False,
         on_break: Callable[[], None] = lambda: None,
+        faults: VisitorFaults | None = None,
     ) -> None:
+        self._faults = faults or VisitorFaults()
         self._open, self._limits, self._recache, self._on_break = open_video, limits, recache, on_break
         self.broken = ""
         self._changed = threading.Condition()
@@ -281,10 +285,10 @@ class Scheduler:
                 try:
                     video.switch(wanted, recache=self._recache)
                 except UserError as problem:
-                    notice = _told(problem, wanted)
+                    notice = self._told(problem, wanted)
             frames = to_uint8(video.next_frames())
         except UserError as problem:
-            self._fail(session, video, _told(problem, wanted or ""))
+            self._fail(session, video, self._told(problem, wanted or ""))
         except Exception as problem:  # of one visitor's video: the others' go on, if the device does
             console.exception("demo: a video failed")
             if _ends_the_device(problem):
@@ -292,6 +296,12 @@ class Scheduler:
             self._fail(session, video, f"the video failed ({type(problem).__name__}): the server's log says why")
         else:
             self._made(session, video, frames, notice)
+
+    def _told(self, problem: UserError, prompt: str) -> str:
+        """What a visitor reads of a prompt that was refused."""
+        if (text := without_paths(problem, prompt)) is None:
+            self._faults.count(without_prompt(problem, prompt))
+        return text or "this prompt cannot be used here: the server's log says why"
 
     def _break(self, error: str) -> None:
         """Ends every session, since everything that is asked of the device from now on fails."""
@@ -321,13 +331,6 @@ class Scheduler:
                 self._end(session, State.ended)
             else:
                 session.changed()
-
-
-def _told(problem: UserError, prompt: str) -> str:
-    """What a visitor reads of a prompt that was refused."""
-    if (text := without_paths(problem, prompt)) is None:
-        console.warning("demo: %s", without_prompt(problem, prompt))
-    return text or "this prompt cannot be used here: the server's log says why"
 
 
 def _ends_the_device(problem: Exception) -> bool:

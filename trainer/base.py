@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from configs.load import run_from_state
 from configs.schema import RunConfig
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations, Prompt
@@ -28,6 +27,8 @@ from trainer.networks import Trained, TrainedNetwork
 from trainer.notices import Notices
 from trainer.options import RunOptions
 from trainer.progress import Extent, Setting, closing, finished_before, opening, stopped
+from trainer.provenance import KEY as MADE_WITH
+from trainer.provenance import changed_since, versions
 from trainer.run_folder import RUN_FILES, set_aside
 from trainer.run_networks import RunNetworks
 from trainer.state import load_run, save_run
@@ -36,9 +37,9 @@ from trainer.validation import average_warning, read_prompts, sample_pixels, sho
 from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed, launcher
 from utils.agreement import first_ruined
-from utils.config import differences, save, to_plain
+from utils.config import save, to_plain
 from utils.data.stream import Stream
-from utils.errors import ConfigError, UserError
+from utils.errors import UserError
 from utils.launcher import LauncherGone
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
@@ -347,6 +348,7 @@ class Trainer(ABC):
             checkpoint.NON_FINITE: self.ruined,
             "evaluations": evaluations,
             "config": to_plain(self.config),
+            MADE_WITH: versions(self.device),
             "extras": {name: extra.state() for name, extra in self.extras.items()},
         }
         prunes = not self.skips.is_in_streak and self.ended is None
@@ -389,12 +391,9 @@ class Trainer(ABC):
         self.evaluations.load(state["evaluations"] if self.mesh.dp_rank == 0 else Evaluations().state())
         self.notices.reached(self.step, {})
         console.info("resumed from %s at step %d", path, self.step)
-        try:
-            saved = to_plain(run_from_state(state["config"]))
-        except ConfigError:  # of a version with other keys
-            saved = state["config"]
-        if changed := differences(saved, to_plain(self.config)):
-            console.warning("the config is not that of the checkpoint: %s", "; ".join(changed))
+        changed = changed_since(state, self.config, versions(self.device))
+        if changed and distributed.is_main():
+            console.warning("%s", changed)
 
     def _stopping(self) -> bool:
         # Agreed by all: a rank that stopped alone would leave the others waiting in a collective.

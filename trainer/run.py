@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -12,8 +11,9 @@ from configs.schema import RunConfig
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from trainer.notices import Notices, webhook_url
+from trainer.provenance import code
 from utils import distributed
-from utils.agreement import code_revision, require_agreement
+from utils.agreement import require_agreement
 from utils.config import config_hash
 from utils.launcher import LauncherTimes, LauncherWatch
 from utils.logging import setup_console
@@ -21,7 +21,6 @@ from utils.parallel.mesh import split
 from utils.run_lock import LockTimes, RunLock
 from utils.watchdog import Watchdog
 
-ROOT = Path(__file__).parents[1]
 LOCK_TIMES = LockTimes()
 LAUNCHER_TIMES = LauncherTimes()
 
@@ -46,7 +45,7 @@ def _train(config: RunConfig, options: RunOptions) -> int:
         require_agreement(
             {
                 "config": config_hash(config)[:12],
-                "code": code_revision(ROOT),
+                "code": code(),
                 "torch": torch.__version__,
                 "mesh": "replicate {} x shard {} x sequence {}".format(*mesh),
             }

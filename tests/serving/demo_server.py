@@ -24,6 +24,7 @@ from generation.generator import Generator
 from generation.live import Live, Pace
 from generation.sampling import Sampling
 from serving.connection import Format
+from serving.faults import VisitorFaults
 from serving.limits import Limits
 from serving.run import listen, server_config
 from serving.scheduler import Scheduler, Video
@@ -118,8 +119,15 @@ def running(
     """The address, as host:port, of a server that ends with the block."""
     site = Site("small", examples, size, 2, Format(fps=60, scale=2))
     app = make_app(Scheduler(open_video, limits), limits, site, ("demo.example",))
+    with served(app, limits, VisitorFaults()) as address:
+        yield address
+
+
+@contextmanager
+def served(app: Any, limits: Limits, faults: VisitorFaults) -> Iterator[str]:
+    """The same of any application."""
     with listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(server_config(app, limits))
+        server = uvicorn.Server(server_config(app, limits, faults))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
@@ -149,7 +157,9 @@ class Client:
     def __init__(self, address: str, *, watches: bool = True, origin: str | None = None) -> None:
         origin = f"http://{address}" if origin is None else origin
         # without a bound of its own: a client that stops to read keeps the server's goodbye from itself
-        self._opened = connect(f"ws://{address}/stream", origin=Origin(origin), proxy=None, max_queue=None)
+        self._opened = connect(
+            f"ws://{address}/stream", origin=Origin(origin), proxy=None, max_queue=None, open_timeout=SECONDS
+        )
         self.watches = watches
         self.images: list[bytes] = []
         self.heard: list[dict[str, Any]] = []

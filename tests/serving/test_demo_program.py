@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import re
@@ -9,14 +10,17 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 import uvicorn
 from websockets.exceptions import ConnectionClosed
 
+from generation.generator import Generator
 from serving import run
 from serving.command import demo_args
 from serving.run import demo, listen
@@ -102,8 +106,6 @@ def test_the_program_says_where_it_is_and_ends_on_a_signal(
 
 
 def test_the_program_ends_with_one_line_when_its_device_fails(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from generation.generator import Generator
-
     ports = told_ports(monkeypatch)
 
     def visit() -> None:
@@ -116,24 +118,62 @@ def test_the_program_ends_with_one_line_when_its_device_fails(student: Path, mon
     visitor = threading.Thread(target=visit)
     visitor.start()
     with pytest.raises(UserError, match="the demo ended, for the device failed: CUDA error: an illegal memory access"):
-        demo(Generator.load(student, torch.device("cpu")), demo_args(["--run", "x", "--port", "0"]))
+        demo(lambda: Generator.load(student, torch.device("cpu")), demo_args(["--run", "x", "--port", "0"]))
     visitor.join(SECONDS)
 
 
 def test_what_cannot_be_served_is_one_line(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from generation.generator import Generator
-
     generator = Generator.load(student, torch.device("cpu"))
     with listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         with pytest.raises(
             UserError, match=f"--host 127.0.0.1 --port {port}: .*: give an address of this machine and a"
         ):
-            demo(generator, demo_args(["--run", "x", "--port", port]))
+            demo(lambda: generator, demo_args(["--run", "x", "--port", port]))
     with pytest.raises(UserError, match="--steps 9: this student has 2 steps"):
-        demo(generator, demo_args(["--run", "x", "--steps", "9"]))
+        demo(lambda: generator, demo_args(["--run", "x", "--port", "0", "--steps", "9"]))
     for name in ("fastapi", "uvicorn", "websockets"):
         with monkeypatch.context() as without:
             without.setitem(sys.modules, name, None)
             with pytest.raises(UserError, match=f"the demo needs {name}: pip install -r requirements.txt"):
-                demo(generator, demo_args(["--run", "x"]))
+                demo(lambda: generator, demo_args(["--run", "x"]))
+
+
+def refusal(*options: str, loads: bool = False) -> str:
+    """What the program says, whose run is loaded only where `loads` says so."""
+
+    def load() -> Generator:
+        assert loads
+        raise UserError("loaded")
+
+    with pytest.raises(UserError) as refused:
+        demo(load, demo_args(["--run", "x", *options]))
+    return str(refused.value)
+
+
+def test_an_address_that_is_not_to_be_had_is_noticed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    remedy = "give an address of this machine and a free port, or --port 0 to get one"
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        assert refusal("--port", port) == f"--host 127.0.0.1 --port {port}: another program listens there: {remedy}"
+    assert refusal("--host", "192.0.2.1", "--port", "0") == (  # an address of documentation
+        f"--host 192.0.2.1 --port 0: this machine has no such address: {remedy}"
+    )
+    assert refusal("--host", "a..b").endswith(remedy)
+    assert refusal("--port", "70000") == "--port 70000: give a number from 0 to 65535"
+    assert refusal("--port", "0", loads=True) == "loaded"
+
+    def refused(problem: OSError) -> Callable[..., NoReturn]:
+        def fails(*args: object, **kwargs: object) -> NoReturn:
+            raise problem
+
+        return fails
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "create_server", refused(PermissionError(errno.EACCES, "denied")))
+        assert refusal("--port", "80") == (
+            f"--host 127.0.0.1 --port 80: ports below 1024 are not for every user: {remedy}"
+        )
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "getaddrinfo", refused(socket.gaierror(socket.EAI_NONAME, "unknown")))
+        assert refusal("--host", "nowhere") == f"--host nowhere --port 7860: no host has this name: {remedy}"

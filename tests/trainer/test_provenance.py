@@ -1,0 +1,62 @@
+"""A resume says in one line what has changed since its checkpoint: config and versions."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.small import BRIEF, config, trainer
+from trainer import base
+from trainer.provenance import changed_since, versions
+from utils.checkpoint import load_state
+from utils.config import to_plain
+from utils.logging import console
+
+NOW = {"fewstep": "0.2.0 (b)", "python": "3.12.1", "torch": "2.12.0", "cuda": "12.8"}
+
+
+def saved(made_with: dict[str, str | None] | None) -> dict[str, Any]:
+    state: dict[str, Any] = {"config": to_plain(config(BRIEF))}
+    return state if made_with is None else {**state, "made_with": made_with}
+
+
+def test_the_versions_of_a_run_are_told_apart() -> None:
+    mine = versions(torch.device("cpu"))
+    assert mine["torch"] == torch.__version__
+    assert mine["cuda"] is None
+    assert mine["fewstep"] is not None
+    assert mine["fewstep"].startswith("0.")
+    assert json.loads(json.dumps(mine)) == mine
+    assert changed_since(saved(mine), config(BRIEF), mine) == ""
+
+
+def test_what_has_changed_is_in_one_line() -> None:
+    assert changed_since(saved({**NOW, "torch": "2.11.0", "cuda": None}), config(BRIEF, seed=7), NOW) == (
+        "the config is not that of the checkpoint: seed is 0 there and 7 here; the checkpoint was made with other "
+        'versions: cuda is null there and "12.8" here; torch is "2.11.0" there and "2.12.0" here'
+    )
+
+
+@pytest.mark.parametrize("made_with", [None, {}, {"torch": "2.12.0"}, {**NOW, "something else": "1"}])
+def test_what_a_checkpoint_does_not_know_has_not_changed(made_with: dict[str, str | None] | None) -> None:
+    assert changed_since(saved(made_with), config(BRIEF), NOW) == ""
+
+
+def test_a_resume_under_another_torch_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "propagate", True)
+    caplog.set_level(logging.WARNING, "fewstep")
+    trainer(tmp_path, BRIEF, max_steps=1).train()
+    mine = versions(torch.device("cpu"))
+    assert load_state(tmp_path / "checkpoints/step_00000001")["made_with"] == mine
+    monkeypatch.setattr(base, "versions", lambda device: {**mine, "torch": "9.9.9"})
+    trainer(tmp_path, BRIEF, max_steps=1)
+    assert caplog.messages == [
+        f'the checkpoint was made with other versions: torch is "{mine["torch"]}" there and "9.9.9" here'
+    ]

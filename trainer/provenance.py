@@ -1,0 +1,66 @@
+"""What a checkpoint was made with: its config, and the versions of the code and of what it stands on."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import tomllib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.load import run_from_state
+from configs.schema import RunConfig
+from utils.agreement import code_revision
+from utils.config import differences, to_plain
+from utils.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+KEY = "made_with"  # of a checkpoint's state; those of earlier versions have none
+
+
+@functools.cache
+def code() -> str:
+    """`code_revision` of the project, as it was when this process first asked: what is edited later is not loaded."""
+    return code_revision(ROOT)
+
+
+def versions(device: torch.device) -> dict[str, str | None]:
+    """Versions by name, for a checkpoint's state. cuda is None for a run on the CPU."""
+    return {
+        "fewstep": f"{_version(ROOT / 'pyproject.toml')} ({code()})",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+
+
+def _version(project: Path) -> str:
+    if project.is_file():
+        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+    return metadata.version("fewstep")  # installed, and not run from its folder
+
+
+def changed_since(state: Mapping[str, Any], config: RunConfig, mine: Mapping[str, str | None]) -> str:
+    """In one line, how a run differs from the checkpoint that it goes on from; empty if it does not.
+
+    state: of the checkpoint.
+    config: of the run.
+    mine: `versions` of the run.
+    """
+    try:
+        saved = to_plain(run_from_state(state["config"]))
+    except ConfigError:  # of a version with other keys
+        saved = state["config"]
+    theirs = state.get(KEY, {})
+    known = theirs.keys() & mine.keys()
+    found = {
+        "the config is not that of the checkpoint": differences(saved, to_plain(config)),
+        "the checkpoint was made with other versions": differences(
+            {name: theirs[name] for name in known}, {name: mine[name] for name in known}
+        ),
+    }
+    return "; ".join(f"{what}: {'; '.join(keys)}" for what, keys in found.items() if keys)
