@@ -28,6 +28,7 @@ from trainer.networks import Trained, TrainedNetwork
 from trainer.notices import Notices
 from trainer.options import RunOptions
 from trainer.progress import Extent, Setting, closing, finished_before, opening, stopped
+from trainer.room import Room, bytes_of, save_bytes
 from trainer.run_folder import RUN_FILES, set_aside
 from trainer.run_networks import RunNetworks
 from trainer.state import load_run, save_run
@@ -46,6 +47,7 @@ from utils.parallel.mesh import build_mesh
 from utils.random import Noise, keyed_seed
 from utils.signals import handled
 from utils.video import grid, write_video
+from utils.views import View
 
 
 class Extra(Protocol):
@@ -78,6 +80,8 @@ class Trainer(ABC):
         self.stop_signal: int | None = None
         self.orphaned = False  # a launcher is gone: the ranks save and end
         self.latest: dict[str, float] = {}
+        self.room: Room | None = None
+        self.videos = View("validation videos", "videos", lambda text: console.warning("%s", text))
         self.validation_prompts = read_prompts(config.validation, self.task)
         self.networks: dict[str, TrainedNetwork] = {}
         self.heads: dict[str, Trained] = {}
@@ -129,8 +133,8 @@ class Trainer(ABC):
         speaks = self.options.log and distributed.is_main()
         if self.step < total:
             self._say(opening(extent, Setting(self.trained, self.teacher, self.mesh, self.device, self.counts())))
-            if distributed.is_main():
-                save(self.config, self.options.logdir / "config.yaml")
+            self._keep_config()
+            self._look_for_room(extent)
         else:
             self._say([finished_before(extent)])
         progress = Progress(total, self.step, desc=self.config.name, every=None, first=3, is_main=speaks)
@@ -162,6 +166,7 @@ class Trainer(ABC):
             self.finish_saving()
         progress.close()
         self.logger.close()
+        self.videos.close()
         distributed.barrier()
         self._say(self._ending(extent))
         if extent.begins < total:
@@ -197,6 +202,22 @@ class Trainer(ABC):
         self.finish_saving()
         sound = checkpoint.latest_sound(self.checkpoints) if self.ruined else None
         raise UserError(ended.line(saves=self.options.save, ruined=self.ruined, sound=sound))
+
+    def _keep_config(self) -> None:
+        """The config as it is beside what comes of it."""
+        if distributed.is_main():
+            with View("config.yaml", "copies", lambda text: console.warning("%s", text)).showing():
+                save(self.config, self.options.logdir / "config.yaml")
+
+    def _look_for_room(self, extent: Extent) -> None:
+        """Warns where the disk does not last to the run's end."""
+        if not self.options.save:
+            return
+        size = save_bytes(self.trained)
+        if distributed.is_main():
+            self.room = Room(extent.folder, self.config.checkpoint, extent.begins, extent.total)
+            if short := self.room.before_run(size):
+                console.warning("%s", short)
 
     def _say(self, lines: Sequence[str]) -> None:
         for line in lines if self.options.log and distributed.is_main() else ():
@@ -313,14 +334,15 @@ class Trainer(ABC):
         if pixels is None:
             return
         path = self.options.logdir / "validation" / f"step_{self.step:06d}_{which}.mp4"
-        write_video(path, grid(pixels), self.config.fps, scale=max(1, 96 // pixels.shape[-1]))
-        self.logger.video(self.step, f"validation/{which}", path)
-        self._say([f"validation after step {self.step}, {which} weights: {path}"])
+        with self.videos.showing():
+            write_video(path, grid(pixels), self.config.fps, scale=max(1, 96 // pixels.shape[-1]))
+            self.logger.video(self.step, f"validation/{which}", path)
+            self._say([f"validation after step {self.step}, {which} weights: {path}"])
+            videos.append(path)
         means = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
         values = {f"validation/{which}_{name}": float(value) for name, value in means.items()}
         self.logger.scalars(self.step, values)
         statistics |= values
-        videos.append(path)
 
     # --------------------------------------------------------------------------------------------- state and signals
 
@@ -349,6 +371,9 @@ class Trainer(ABC):
             "config": to_plain(self.config),
             "extras": {name: extra.state() for name, extra in self.extras.items()},
         }
+        self.saver.wait()
+        if self.room is not None and (short := self.room.before_save(self.step, bytes_of(tensors))):
+            console.warning("%s", short)
         prunes = not self.skips.is_in_streak and self.ended is None
         self.saver.save(self.step, tensors, state, prunes=prunes)
 

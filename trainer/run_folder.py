@@ -7,6 +7,7 @@ from pathlib import Path
 
 from utils import distributed
 from utils.logging import console
+from utils.writing import writing
 
 LOGS = ("metrics.jsonl", "wandb_id.txt")
 RUN_FILES = (
@@ -27,9 +28,10 @@ def set_aside(logdir: Path, paths: Sequence[Path]) -> None:
         number = 1
         while (logdir / f"previous_{number}").exists():
             number += 1
-        for path in present:
-            target = logdir / f"previous_{number}" / path.relative_to(logdir)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
+        with writing("--logdir", logdir):
+            for path in present:
+                target = logdir / f"previous_{number}" / path.relative_to(logdir)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
         console.warning("%d files or folders of an earlier run were moved to %s", len(present), target.parent)
     distributed.barrier()
