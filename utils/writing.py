@@ -128,10 +128,10 @@ def check_writable(path: Path, what: str, *, folder: bool = False) -> None:
 
     Folders on the way are made. Nothing else is left.
     """
-    with writing(what, path):
-        file = path / "file" if folder else path
+    file = path / "file" if folder else path
+    trial = neighbour(file)
+    with writing(what, path, trial):
         _prepare(file)
-        trial = neighbour(file)
         try:
             trial.write_bytes(b"\n")
         finally:
@@ -140,8 +140,9 @@ def check_writable(path: Path, what: str, *, folder: bool = False) -> None:
 
 def drop_partials(path: Path) -> None:
     """Removes what processes left beside `path` that were killed while they wrote it. Nobody may be writing it."""
-    begins = re.escape(neighbour(path).name[:-_TOKEN])
-    partial = re.compile(rf"{begins}[0-9a-f]{{{_TOKEN}}}")
+    ours = rf"{re.escape(neighbour(path).name[:-_TOKEN])}[0-9a-f]{{{_TOKEN}}}"
+    older = rf"\.{re.escape(path.stem)}\.\d+{re.escape(path.suffix)}"  # as version 0.2 named them
+    partial = re.compile(f"{ours}|{older}")
     for file in path.parent.glob(".*") if path.parent.is_dir() else ():
         if partial.fullmatch(file.name):
             _drop(file)
