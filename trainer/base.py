@@ -48,6 +48,7 @@ from utils.random import Noise, keyed_seed
 from utils.signals import handled
 from utils.video import grid, write_video
 from utils.views import View
+from utils.writing import Unwritten
 
 
 class Extra(Protocol):
@@ -205,9 +206,12 @@ class Trainer(ABC):
 
     def _keep_config(self) -> None:
         """The config as it is beside what comes of it."""
-        if distributed.is_main():
-            with View("config.yaml", "copies", lambda text: console.warning("%s", text)).showing():
-                save(self.config, self.options.logdir / "config.yaml")
+        if not distributed.is_main():
+            return
+        try:
+            save(self.config, self.options.logdir / "config.yaml")
+        except Unwritten as refused:
+            console.warning("%s: the run goes on without it", refused)
 
     def _look_for_room(self, extent: Extent) -> None:
         """Warns where the disk does not last to the run's end."""

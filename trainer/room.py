@@ -39,7 +39,7 @@ class Room:
     cadence: when it is saved.
     begins: iterations that were done before.
     total: iterations in all.
-    free: bytes that are free where a folder is.
+    free: bytes that are free where a folder is; None asks the disk.
     clock: seconds that only grow.
     """
 
@@ -50,11 +50,11 @@ class Room:
         begins: int,
         total: int,
         *,
-        free: Callable[[Path], int] = free_space,
+        free: Callable[[Path], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder, self.cadence, self.begins, self.total = folder, cadence, begins, total
-        self._free, self._clock = free, clock
+        self._free, self._clock = free or free_space, clock
         self._began, self._logs = clock(), _size(folder)
 
     def before_run(self, size: int) -> str | None:

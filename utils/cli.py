@@ -118,11 +118,11 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             flush=True,
         )
     except OSError as error:
-        if error.errno not in REFUSALS:
+        refused = refusal(error) if error.errno in REFUSALS else None
+        if refused is None:
             raise
         code = 2
-        where = f"{error.filename}: " if error.filename is not None else ""
-        _say_error(f"{where}{refusal(error)}")
+        _say_error(": ".join(filter(None, (str(error.filename or ""), *refused))))
     except CollectiveError:
         code = EXIT_STUCK
     except LauncherGone as error:

@@ -171,7 +171,7 @@ class RunLogger:
         except (OSError, Unwritten) as problem:
             console.warning(
                 "%s cannot be changed (%s): the run goes on; steps may be in it twice",
-                self.path, reason(problem.__cause__ or problem),
+                self.path, problem.why if isinstance(problem, Unwritten) else reason(problem),
             )  # fmt: skip
 
     def _keep(self, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -37,7 +37,7 @@ class View:
             if not self._fails:
                 self._fails, self._times = True, self._times + 1
                 if self._is_told:
-                    why = reason(problem.__cause__ or problem)
+                    why = problem.why if isinstance(problem, Unwritten) else reason(problem)
                     self.say(
                         f"{self.what} cannot be written ({why}): the run goes on, and loses {self.unit} until it can"
                     )

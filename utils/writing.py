@@ -30,7 +30,11 @@ _IN_RUST = re.compile(r"I/O error: .*\(os error (\d+)\)")  # of a SafetensorErro
 
 
 class Unwritten(UserError):
-    """One line: what could not be written, where, why, and what to do."""
+    """One line: what could not be written, where, why, and what to do. why: that part alone."""
+
+    def __init__(self, what: str, path: Path, why: str, remedy: str) -> None:
+        super().__init__(f"{what} {path} could not be written: {why}: {remedy}".lstrip())
+        self.why = why
 
 
 @contextlib.contextmanager
@@ -44,13 +48,13 @@ def writing(what: str, path: Path, within: Path | None = None) -> Iterator[None]
     try:
         yield
     except (OSError, SafetensorError) as problem:
-        if (why := refusal(problem, *filter(None, (path, within)))) is None:
+        if (refused := refusal(problem, *filter(None, (path, within)))) is None:
             raise
-        raise Unwritten(f"{what} {path} could not be written: {why}".lstrip()) from problem
+        raise Unwritten(what, path, *refused) from problem
 
 
-def refusal(problem: BaseException, *paths: Path) -> str | None:
-    """Why one of these paths could not be written, and what to do; None where something else went wrong."""
+def refusal(problem: BaseException, *paths: Path) -> tuple[str, str] | None:
+    """(why one of these paths could not be written, what to do); None where something else went wrong."""
     if isinstance(problem, SafetensorError):
         found = _IN_RUST.search(str(problem))
         return None if found is None else refusal(OSError(int(found[1]), os.strerror(int(found[1]))))
@@ -60,9 +64,9 @@ def refusal(problem: BaseException, *paths: Path) -> str | None:
     if named and paths and not any(_concerns(name, path) for name in named for path in paths):
         return None
     if isinstance(problem, FileExistsError | NotADirectoryError) and (file := _file_among(paths)) is not None:
-        return f"{file} is a file and no folder: {PLACE}"
+        return f"{file} is a file and no folder", PLACE
     why = problem.strerror or " ".join(str(problem).split()) or type(problem).__name__
-    return f"{why}: {SPACE if problem.errno in _LACK_SPACE else PLACE}"
+    return why, SPACE if problem.errno in _LACK_SPACE else PLACE
 
 
 def _concerns(name: Path, path: Path) -> bool:
