@@ -75,7 +75,7 @@ class Room:
         passing = [step for step in stored if cadence.keep_every is None or step % cadence.keep_every]
         for_good = share_for_good(cadence.every, cadence.keep_every)
         saves = Saves(size, len(passing), cadence.keep_last, for_good, logs)
-        short = shortage(saves, self._free(self.folder), to_come=max(last - number + 1, 1), hours=hours)
+        short = shortage(saves, self._free(self.folder / "checkpoints"), to_come=max(last - number + 1, 1), hours=hours)
         return None if short is None else f"{self.folder}: {short}: {REMEDY}"
 
 

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from utils.reading import reason
-from utils.views import Lines, View
+from utils.views import Lines, View, silence_threads
 from utils.writing import Unwritten, write_text
 
 _WANDB_SECONDS = 60  # how long W&B may take to start or to finish before the run goes on without it
@@ -111,6 +111,7 @@ class RunLogger:
         self.run_dir, self.is_main = Path(run_dir), is_main
         self.path = self.run_dir / "metrics.jsonl"
         self._lines = Lines(self.path)
+        self._unchanged = False  # it could not be cut or mended, and that was told
         self._view = View(str(self.path), "lines", lambda text: console.warning("%s", text))
         self._board: Any = None
         self._wandb: Any = None
@@ -169,10 +170,10 @@ class RunLogger:
             self._lines.close()
             self._keep(keep)
         except (OSError, Unwritten) as problem:
-            console.warning(
-                "%s cannot be changed (%s): the run goes on; steps may be in it twice",
-                self.path, problem.why if isinstance(problem, Unwritten) else reason(problem),
-            )  # fmt: skip
+            why = problem.why if isinstance(problem, Unwritten) else reason(problem)
+            if not self._unchanged:
+                console.warning("%s cannot be changed (%s): the run goes on; steps may be in it twice", self.path, why)
+            self._unchanged = True
 
     def _keep(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         if not self.path.is_file():
@@ -195,6 +196,7 @@ class RunLogger:
             if self._board is None:
                 from torch.utils.tensorboard import SummaryWriter
 
+                silence_threads("tensorboard")
                 self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self._purge_step)
             write(self._board)
         except Exception as error:  # it only shows what metrics.jsonl has, so it must not end a run

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -59,6 +61,18 @@ class View:
     @property
     def _is_told(self) -> bool:
         return self._times & (self._times - 1) == 0
+
+
+@functools.cache
+def silence_threads(package: str) -> None:
+    """Threads of a package's own print no traceback of an error: for packages that raise it to their caller as well."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith(f"{package}."):
+            before(args)
+
+    threading.excepthook = hook
 
 
 class Lines:

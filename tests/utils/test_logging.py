@@ -436,6 +436,21 @@ def test_damaged_metrics_on_a_full_disk_stay_as_they_are(tmp_path: Path, warning
     assert said == f"{path} cannot be changed (File too large): the run goes on; steps may be in it twice"
 
 
+def test_a_tensorboard_whose_disk_is_full_says_so_in_one_line(
+    tmp_path: Path, warnings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own thread writes, and would print a traceback."""
+    pytest.importorskip("tensorboard")
+    logger = RunLogger(tmp_path, {}, tensorboard=True)
+    logger.scalars(0, {"loss": 1.0})
+    with files_of_at_most(0):
+        for step in range(1, 50):
+            logger._to_tensorboard(lambda board, step=step: (board.add_scalar("loss", 1.0, step), board.flush()))
+    logger.close()
+    assert warnings == ["TensorBoard failed ([Errno 27] File too large): going on without it"]
+    assert capsys.readouterr().err == ""
+
+
 def test_wandb_that_cannot_show_a_video_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
