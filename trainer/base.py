@@ -28,8 +28,8 @@ from trainer.networks import Trained, TrainedNetwork
 from trainer.notices import Notices
 from trainer.options import RunOptions
 from trainer.progress import Extent, Setting, closing, finished_before, opening, stopped
-from trainer.room import Room, bytes_of, save_bytes
-from trainer.run_folder import RUN_FILES, set_aside
+from trainer.room import Room, bytes_of, room_for, warn
+from trainer.run_folder import RUN_FILES, keep_config, set_aside
 from trainer.run_networks import RunNetworks
 from trainer.state import load_run, save_run
 from trainer.update import Skips, Update
@@ -37,7 +37,7 @@ from trainer.validation import average_warning, read_prompts, sample_pixels, sho
 from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed, launcher
 from utils.agreement import first_ruined
-from utils.config import differences, save, to_plain
+from utils.config import differences, to_plain
 from utils.data.stream import Stream
 from utils.errors import ConfigError, UserError
 from utils.launcher import LauncherGone
@@ -48,7 +48,6 @@ from utils.random import Noise, keyed_seed
 from utils.signals import handled
 from utils.video import grid, write_video
 from utils.views import View
-from utils.writing import Unwritten
 
 
 class Extra(Protocol):
@@ -82,7 +81,7 @@ class Trainer(ABC):
         self.orphaned = False  # a launcher is gone: the ranks save and end
         self.latest: dict[str, float] = {}
         self.room: Room | None = None
-        self.videos = View("validation videos", "videos", lambda text: console.warning("%s", text))
+        self.videos = View("validation videos", "videos", warn)
         self.validation_prompts = read_prompts(config.validation, self.task)
         self.networks: dict[str, TrainedNetwork] = {}
         self.heads: dict[str, Trained] = {}
@@ -134,8 +133,8 @@ class Trainer(ABC):
         speaks = self.options.log and distributed.is_main()
         if self.step < total:
             self._say(opening(extent, Setting(self.trained, self.teacher, self.mesh, self.device, self.counts())))
-            self._keep_config()
-            self._look_for_room(extent)
+            keep_config(self.config, self.options.logdir)
+            self.room = room_for(self.trained, extent) if self.options.save else None
         else:
             self._say([finished_before(extent)])
         progress = Progress(total, self.step, desc=self.config.name, every=None, first=3, is_main=speaks)
@@ -203,25 +202,6 @@ class Trainer(ABC):
         self.finish_saving()
         sound = checkpoint.latest_sound(self.checkpoints) if self.ruined else None
         raise UserError(ended.line(saves=self.options.save, ruined=self.ruined, sound=sound))
-
-    def _keep_config(self) -> None:
-        """The config as it is beside what comes of it."""
-        if not distributed.is_main():
-            return
-        try:
-            save(self.config, self.options.logdir / "config.yaml")
-        except Unwritten as refused:
-            console.warning("%s: the run goes on without it", refused)
-
-    def _look_for_room(self, extent: Extent) -> None:
-        """Warns where the disk does not last to the run's end."""
-        if not self.options.save:
-            return
-        size = save_bytes(self.trained)
-        if distributed.is_main():
-            self.room = Room(extent.folder, self.config.checkpoint, extent.begins, extent.total)
-            if short := self.room.before_run(size):
-                console.warning("%s", short)
 
     def _say(self, lines: Sequence[str]) -> None:
         for line in lines if self.options.log and distributed.is_main() else ():
@@ -376,8 +356,8 @@ class Trainer(ABC):
             "extras": {name: extra.state() for name, extra in self.extras.items()},
         }
         self.saver.wait()
-        if self.room is not None and (short := self.room.before_save(self.step, bytes_of(tensors))):
-            console.warning("%s", short)
+        if self.room is not None:
+            warn(self.room.before_save(self.step, bytes_of(tensors)))
         prunes = not self.skips.is_in_streak and self.ended is None
         self.saver.save(self.step, tensors, state, prunes=prunes)
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from configs.sections import CheckpointConfig
 from trainer.networks import Trained
+from trainer.progress import Extent
 from trainer.run_folder import RUN_FILES
 from trainer.state import Tensors, save_run
 from trainer.zero import portable
-from utils import checkpoint
+from utils import checkpoint, distributed
+from utils.logging import console
 from utils.space import Saves, free_space, share_for_good, shortage
 
 LOGS = [name for name in RUN_FILES if name != "checkpoints"]
@@ -77,6 +79,22 @@ class Room:
         saves = Saves(size, len(passing), cadence.keep_last, for_good, logs)
         short = shortage(saves, self._free(self.folder / "checkpoints"), to_come=max(last - number + 1, 1), hours=hours)
         return None if short is None else f"{self.folder}: {short}: {REMEDY}"
+
+
+def room_for(trained: Mapping[str, Trained], extent: Extent) -> Room | None:
+    """On rank 0 the room of a run that is saved, None on others; warns where it is short. All ranks call it."""
+    size = save_bytes(trained)
+    if not distributed.is_main():
+        return None
+    room = Room(extent.folder, extent.config.checkpoint, extent.begins, extent.total)
+    warn(room.before_run(size))
+    return room
+
+
+def warn(text: str | None) -> None:
+    """A line on the console, nothing for None."""
+    if text is not None:
+        console.warning("%s", text)
 
 
 def _size(folder: Path) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.schema import RunConfig
 from utils import distributed
+from utils.config import save
 from utils.logging import console
-from utils.writing import writing
+from utils.writing import Unwritten, writing
 
 LOGS = ("metrics.jsonl", "wandb_id.txt")
 RUN_FILES = (
@@ -19,6 +21,16 @@ RUN_FILES = (
     *LOGS,
     *(f"{name}.damaged" for name in LOGS),
 )
+
+
+def keep_config(config: RunConfig, logdir: Path) -> None:
+    """The config as it is, beside what comes of it. A run goes on without, for its checkpoints have it too."""
+    if not distributed.is_main():
+        return
+    try:
+        save(config, logdir / "config.yaml")
+    except Unwritten as refused:
+        console.warning("%s: the run goes on without it", refused)
 
 
 def set_aside(logdir: Path, paths: Sequence[Path]) -> None:

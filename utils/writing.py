@@ -65,7 +65,10 @@ def refusal(problem: BaseException, *paths: Path) -> tuple[str, str] | None:
         return None
     if isinstance(problem, FileExistsError | NotADirectoryError) and (file := _file_among(paths)) is not None:
         return f"{file} is a file and no folder", PLACE
-    why = problem.strerror or " ".join(str(problem).split()) or type(problem).__name__
+    if problem.errno == errno.EISDIR:
+        return "it is a folder", PLACE
+    # the system's words: a library's own are long
+    why = os.strerror(problem.errno) if problem.errno in errno.errorcode else " ".join(str(problem).split())
     return why, SPACE if problem.errno in _LACK_SPACE else PLACE
 
 
@@ -158,7 +161,7 @@ def _prepare(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         path.stat()  # a name that is too long would otherwise be noticed at the end
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def _sync(path: Path) -> None:
