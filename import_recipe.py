@@ -13,6 +13,7 @@ from importers.tables import DIALECTS
 from importers.translate import read_options, to_text, translate
 from utils.cli import Parser, run_cli
 from utils.errors import ConfigError
+from utils.writing import write_text, writing
 
 
 def main() -> int:
@@ -29,10 +30,12 @@ def main() -> int:
     text = to_text(recipe, f"{args.dialect}'s {args.file.name}")
     if args.out is None:
         print(text, end="")
-    elif args.out.exists():
+        return 0
+    with writing("--out", args.out):
+        is_there = args.out.exists()
+    if is_there:
         raise ConfigError(f"--out {args.out}: is there already: give another name")
-    else:
-        args.out.write_text(text, encoding="utf-8")
+    write_text(args.out, text, "--out")
     return 0
 
 

@@ -9,13 +9,14 @@ from datetime import timedelta
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from generation.command import inference_args, open_generator
-from generation.videos import generate_videos
+from generation.videos import check_out, generate_videos
 from utils import distributed
 from utils.cli import run_cli
 
 
 def main() -> int:
     args = inference_args()
+    check_out(args)
     distributed.init(timedelta(days=7))  # ranks whose videos are done wait for those who make theirs
     return generate_videos(open_generator(args, distributed.device()), args)
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from utils.writing import write_text
+
 # settings of the C allocator that move peak memory and page faults; a fresh process inherits them
 ALLOCATOR = (
     "GLIBC_TUNABLES",
@@ -154,7 +156,4 @@ def left_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a result, making its folder. Whoever reads finds the old content or the new, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")

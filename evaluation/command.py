@@ -29,8 +29,8 @@ from generation.generator import Generator
 from generation.sampling import Sampling, StudentChoice
 from utils import checkpoint, distributed
 from utils.cli import Parser, refuse_several_ranks
-from utils.data.shard_files import atomic
 from utils.errors import UserError
+from utils.writing import check_writable, write_text
 
 __all__ = [  # the toy world's functions too, which scripts take from here
     "COLUMNS", "SPLITS", "Row", "eval_prompts", "evaluate_generator", "evaluate_real", "generate_all", "main", "table",
@@ -99,6 +99,8 @@ def main() -> int:
         args.split, args.cache = args.split or "test", args.cache or Path("logs/cache")
         if args.count < 2:
             raise UserError(f"--count {args.count}: a distance needs at least 2 videos, 400 to be worth reading")
+    if args.out is not None:
+        check_writable(args.out, "--out")
     generator = Generator.load(args.run, distributed.device(), student=StudentChoice(args.weights))
     {"toy": _toy, "fid": _fid, "vbench": _vbench}[args.suite](generator, args)
     return 0
@@ -169,5 +171,4 @@ def _vbench(generator: Generator, args: argparse.Namespace) -> None:
 def _write(path: Path | None, rows: object) -> None:
     """JSON, replaced as a whole."""
     if path is not None:
-        with atomic(path) as partial:
-            partial.write_text(json.dumps(rows, indent=1))
+        write_text(path, json.dumps(rows, indent=1), "--out")

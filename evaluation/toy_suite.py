@@ -7,7 +7,6 @@ Videos are judged by a classifier and a tracker that never saw a generator, for 
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from generation.sampling import Sampling
 from tasks.task import Task
 from tasks.world import Judge, WorldTask
 from utils.random import keyed_seed
+from utils.writing import write_text
 
 SPLITS = {"dev": 7001, "test": 9001}  # seeds of prompts and noise
 
@@ -117,7 +117,4 @@ def table(rows: Sequence[Row]) -> str:
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """JSON, replaced as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    os.replace(partial, path)
+    write_text(path, json.dumps([asdict(row) for row in rows], indent=1), "--out")

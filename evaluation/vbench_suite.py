@@ -31,10 +31,10 @@ from generation.generator import Generator
 from generation.sampling import Sampling
 from utils import distributed
 from utils.data.prompts import load_prompts
-from utils.data.shard_files import atomic
 from utils.errors import UserError
 from utils.reading import read_json
 from utils.video import write_video
+from utils.writing import write_text, writing
 
 FULL_INFO = "VBench_full_info.json"
 _WORKER = Path(__file__).with_name("vbench_worker.py")
@@ -236,14 +236,11 @@ def _same_settings(args: VBenchArgs, augmented: dict[str, str] | None, sampling:
     }
     settings = json.loads(json.dumps(settings))  # as they are read back
     file = args.videos.with_name(f"{args.videos.name}_settings.json")
-    stored = read_json("settings", file, "give another --videos, or delete it") if file.is_file() else None
-    try:
+    with writing("--videos", args.videos):
+        stored = read_json("settings", file, "give another --videos, or delete it") if file.is_file() else None
         if stored is None:
-            with atomic(file) as partial:
-                partial.write_text(json.dumps(settings, indent=1))
+            write_text(file, json.dumps(settings, indent=1), "--videos")
         args.videos.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as problem:
-        raise UserError(f"--videos {args.videos}: {problem}: give a folder that can be written") from None
     if stored is not None and (changed := sorted(key for key in settings if stored.get(key) != settings[key])):
         raise UserError(
             f"the videos in {args.videos} were made with other settings ({', '.join(changed)}): give another --videos"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +23,7 @@ from utils import checkpoint
 from utils.cli import Parser, refuse_several_ranks
 from utils.errors import UserError
 from utils.shards import write_file
+from utils.writing import whole_folder, writing
 
 LIBRARY = "diffusers"
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a repository
@@ -193,31 +191,18 @@ def weights_writer(args: ExportArgs, exported: Exported, parts: Mapping[str, Fou
 def written(out: Path, write: Callable[[Path], None]) -> Path:
     """Lets `write` fill a temporary folder beside `out`, then gives it that name. Raises UserError for an `out` that is
     not new or empty, or cannot be written; then nothing is left behind."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    with writing("--out", out):
+        is_taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if is_taken:
         raise UserError(f"--out {out}: it is there already: give a new folder, or delete it")
-    temporary = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        write(temporary)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's are the owner's alone
-        os.rename(temporary, out)
-    except OSError as problem:
-        raise UserError(
-            f"--out {out}: {problem.strerror or problem}: free some space, or give another folder"
-        ) from None
+        with whole_folder(out, "--out") as temporary:
+            write(temporary)
+    except UserError:
+        raise
     except ValueError as problem:
         raise UserError(str(problem)) from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was renamed
     return out
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _json(file: Path, values: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from generation.card import CARD, addressed, licence_of
 from utils.errors import UserError
 from utils.logging import console
+from utils.writing import write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -47,7 +48,7 @@ def push(folder: Path, to: Push) -> str:
         raise UserError(
             f"--out {folder}: its {CARD} has no line `license:`: export it again with --licence NAME, or add the line"
         )
-    page.write_text(addressed(page.read_text(), to.repo))
+    write_text(page, addressed(page.read_text(), to.repo), "--out")
     again = f"python export.py --out {shlex.quote(str(folder))} --push {to.repo}{' --public' if to.public else ''}"
     with _failing(to, _token(to), f"{folder} is whole; go on with: {again}"):
         api = _api(to)

@@ -24,7 +24,6 @@ from generation.generator import Generator
 from model.family import Network, Trait
 from utils import distributed
 from utils.config import config_hash
-from utils.data.shard_files import atomic
 from utils.errors import ConfigError, UserError
 from utils.limits import check_size
 from utils.overlap import SideDecoder
@@ -32,7 +31,8 @@ from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from utils.parallel.sequence import apply_sequence_parallel, check_degree
 from utils.reading import read_json
 from utils.shards import is_finite
-from utils.video import drop_partials, eight_bits, write_video
+from utils.video import eight_bits, write_video
+from utils.writing import check_writable, drop_partials, whole_file, write_text, writing
 
 
 def team(args: InferenceArgs, generator: Generator) -> Mesh:
@@ -55,6 +55,12 @@ def team(args: InferenceArgs, generator: Generator) -> Mesh:
             raise UserError(f"--sequence_parallel: {problem}") from None
         apply_sequence_parallel(net, mesh.sequence_group)
     return mesh
+
+
+def check_out(args: InferenceArgs) -> None:
+    """Raises UserError where no video can be written: before a network is loaded for it."""
+    paths, resumable = _paths(args)
+    check_writable(args.out if resumable else paths[0], "--out", folder=resumable)
 
 
 def generate_videos(generator: Generator, args: InferenceArgs) -> int:
@@ -167,7 +173,9 @@ def _paths(args: InferenceArgs) -> tuple[list[Path], bool]:
     """Where each prompt's video goes, and whether existing ones are kept. Raises UserError."""
     if not args.from_file and args.out.suffix:
         return [args.out], False
-    if args.out.exists() and not args.out.is_dir():
+    with writing("--out", args.out):
+        is_file = args.out.exists() and not args.out.is_dir()
+    if is_file:
         raise UserError(f"--out {args.out} is a file: give a folder")
     return [args.out / f"{i:04d}_{slug(prompt)}.{args.suffix}" for i, prompt in enumerate(args.prompts)], args.from_file
 
@@ -187,7 +195,7 @@ def _write(
         for latents, path, prompt in zip(torch.cat(list(every), 1), paths, prompts, strict=True):
             if not is_finite(latents):
                 raise UserError(f"--out {path}: its latents hold NaN or infinity: the network gave no numbers")
-            with atomic(path) as temporary:
+            with whole_file(path, "--out") as temporary:
                 said = {"prompt": prompt, "seed": str(args.sampling.seed)}
                 save_file({"latents": latents.contiguous()}, temporary, said)
         return
@@ -239,9 +247,5 @@ def _same_settings(args: InferenceArgs, checkpoints: Sequence[str], fps: int, ba
                 f"the videos in {args.out} were made with other settings ({', '.join(changed)}): give another --out"
                 + (f", or their --checkpoint (in {file})" if "source" in changed else "")
             )
-    try:
-        if distributed.is_main():
-            with atomic(file) as temporary:
-                temporary.write_text(json.dumps(settings, indent=1))
-    except OSError as problem:
-        raise UserError(f"--out {args.out}: {problem.strerror}: give a folder that can be written") from None
+    if distributed.is_main():
+        write_text(file, json.dumps(settings, indent=1), "--out")

@@ -26,7 +26,6 @@ from planning.sources import (
     HUB_NAME,
     cache_remedy,
     expert_part,
-    size_text,
     stored_remedy,
     trajectories_remedy,
     weights_remedy,
@@ -42,6 +41,7 @@ from trainer.weight_sources import open_init
 from utils.data.prompts import load_prompts
 from utils.data.tensors import Statistics
 from utils.reading import reading
+from utils.space import size_text
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from model.attention.backends import Backend, attend
 from planning.finding import Finding, Lack, first_line, tried
 from planning.hardware import GB
 from planning.packages import install, installed
+from utils.space import free_space
 from utils.video import write_video
 
 FLASH = {"flash 3": "flash_attn_interface", "flash 2": "flash_attn"}  # the first that is there is used
@@ -56,13 +57,6 @@ def has_bf16() -> bool:
     file = Path("/proc/cpuinfo")
     text = file.read_text() if file.is_file() else ""
     return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", text) is not None
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes that are free where a folder is, or will be made."""
-    while not folder.is_dir():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def try_attention(backend: Backend, device: torch.device) -> None:
@@ -133,7 +127,7 @@ class Probes:
     memory: Callable[[], int] = memory
     cores: Callable[[], int] = cores
     has_bf16: Callable[[], bool] = has_bf16
-    free_disk: Callable[[Path], int] = free_disk
+    free_disk: Callable[[Path], int] = free_space
     has_module: Callable[[str], bool] = lambda name: find_spec(name) is not None
     attention: Callable[[Backend, torch.device], None] = try_attention
     triton: Callable[[torch.device], None] = try_triton

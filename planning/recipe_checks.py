@@ -16,12 +16,12 @@ from planning.launch import CPU, Recipe, own_cluster
 from planning.machine import Machine
 from planning.packages import check_package
 from planning.plan import Cluster, Plan, make_plan
-from planning.sources import size_text
 from tasks.kinds.encoded import EncodedData
 from trainer.micro_batch import micro_batches
 from utils import checkpoint
 from utils.errors import ConfigError, UserError
 from utils.parallel.mesh import EngineKind, split
+from utils.space import size_text
 
 # ------------------------------------------------------------------------------------------------------------- software
 

@@ -12,23 +12,15 @@ from configs.schema import RunConfig
 from model.family import FirstFrame, families
 from model.released import Source
 from planning.disk import stored_bytes
-from planning.hardware import GB
 from planning.launch import Recipe
 from tasks.kinds.encoded import EncodedData
 from trainer.command import default_logdir
 from utils.data.prompts import load_prompts
+from utils.space import size_text
 
 ROOT = Path(__file__).parents[1]
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILES = (".safetensors", ".pt", ".pth", ".bin")
-
-
-def size_text(size: float) -> str:
-    """Bytes in words."""
-    for unit, least in (("GB", GB), ("MB", 1e6)):
-        if size >= least:
-            return f"{size / least:.1f} {unit}"
-    return f"{size / 1e3:.1f} kB"
 
 
 def weights_remedy(path: str, parts: Sequence[str], preset: str, key: str, comments: Sequence[str]) -> str:

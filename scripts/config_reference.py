@@ -25,6 +25,7 @@ from configs import rules
 from configs.schema import RunConfig
 from utils.cli import run_cli
 from utils.config import to_plain
+from utils.writing import write_text
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 WORDS = {float: "number", int: "whole number", str: "text", bool: "true or false", type(None): "null", Any: "value"}
@@ -247,7 +248,7 @@ def main() -> int:
     argparse.ArgumentParser(
         prog="python -m scripts.config_reference", description="Write docs/configuration.md from the schema."
     ).parse_args()
-    PAGE.write_text(page(), encoding="utf-8")
+    write_text(PAGE, page())
     print(f"wrote {PAGE.relative_to(PAGE.parents[1])}")
     return 0
 

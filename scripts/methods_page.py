@@ -17,6 +17,7 @@ from scripts.methods_run import Job, pictures
 from scripts.methods_table import GROUPS, Group, Method
 from scripts.report_plots import write_strips
 from utils.metrics import binomial_error
+from utils.writing import write_text
 
 # head, key of the judge's metrics, format, which way is better
 Columns = Sequence[tuple[str, str, str, str]]
@@ -68,13 +69,13 @@ def write_page(path: Path, jobs: Sequence[Job]) -> None:
         if shown:
             parts.append(_section(group, shown, naive, beside))
     parts.append(_how(lines))
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(parts) + "\n")
     judged = [line for line in lines if line.method.group]
     numbers = [
         {"row": line.method.key, "label": line.method.label, "seeds": [_public(result) for result in line.results]}
         for line in judged
     ]
-    (beside / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    write_text(beside / "results.json", json.dumps(numbers, indent=1) + "\n")
 
 
 def _public(result: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from utils import distributed
 from utils.config import config_hash, to_plain
 from utils.errors import UserError
 from utils.logging import peak_memory_gib, read_jsonl
+from utils.writing import write_text
 
 SHOWN = 6  # videos a strip
 
@@ -146,7 +147,7 @@ def _train(job: Job) -> dict[str, float]:
         known: dict[str, float] = json.loads(cost.read_text())
         return known
     cost.unlink(missing_ok=True)
-    begun.write_text(identity)
+    write_text(begun, identity)
     idle = peak_memory_gib()
     options = RunOptions(job.folder, "auto" if same else "never", wandb=False, visualize=False)
     if build_trainer(config, options).train():
@@ -156,7 +157,7 @@ def _train(job: Job) -> dict[str, float]:
         "network_evaluations": last["network_evaluations"],
         "peak_mb": (peak_memory_gib() - idle) * 2**30 / 1e6,
     }
-    cost.write_text(json.dumps(spent))
+    write_text(cost, json.dumps(spent))
     return spent
 
 
@@ -165,9 +166,7 @@ def _judge(job: Job, trained: dict[str, float]) -> None:
     said: dict[str, Any] = {"key": job.method.key, "seed": job.seed, "training": trained, "identity": job.judged()}
     if job.method.group:
         said |= _judged(job)
-    partial = job.result.with_suffix(".partial")
-    partial.write_text(json.dumps(said, indent=1))
-    partial.rename(job.result)
+    write_text(job.result, json.dumps(said, indent=1))
 
 
 def _judged(job: Job) -> dict[str, Any]:

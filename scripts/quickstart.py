@@ -23,6 +23,7 @@ from scripts.stages import Runner, Stage, Stopped, Teller
 from utils.cli import Parser, run_cli
 from utils.errors import UserError
 from utils.logging import read_jsonl
+from utils.writing import write_text
 
 TEACHER, CAUSAL_INIT, DMD = "teacher", "causal_init", "self_forcing_dmd"
 TEACHER_ASSET = Path("assets/shapes_teacher")
@@ -195,7 +196,7 @@ def main() -> int:
     lock = locked(args.root)
     runner = Runner(stages, args.root, teller, ENVIRONMENT, lock)
     runner.check()
-    (args.root / "commands.txt").write_text("".join(f"{shlex.join(stage.command)}\n" for stage in stages))
+    write_text(args.root / "commands.txt", "".join(f"{shlex.join(stage.command)}\n" for stage in stages), "--root")
     try:
         runner.run()
     except Stopped as stopped:

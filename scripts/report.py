@@ -27,6 +27,7 @@ from utils.data.prompts import load_prompts
 from utils.errors import UserError
 from utils.logging import read_jsonl
 from utils.video import write_video
+from utils.writing import write_text
 from worlds.shapes import ShapesWorld
 from worlds.shapes_judge import ShapesJudge
 
@@ -214,11 +215,9 @@ def main() -> int:
     write_rows(args.root / "evaluation" / "rows.json", rows)
     content = build(evaluation, rows)
     report = args.root / "report.html"
-    partial = report.with_suffix(".partial")
-    partial.write_text(html.page(content), encoding="utf-8")
-    os.replace(partial, report)
+    write_text(report, html.page(content), "--root")
     table = "\n".join([html.text_table(content.lines), "", *content.notes])
-    (args.root / "table.txt").write_text(f"{table}\n", encoding="utf-8")
+    write_text(args.root / "table.txt", f"{table}\n", "--root")
     print(f"{table}\n\nreport: {report.resolve()}")
     return 0
 

@@ -32,6 +32,7 @@ from generation.sampling import Sampling
 from scripts.quickstart import CAUSAL_INIT, DMD, RECIPES, TEACHER, TEACHER_ASSET, TEACHER_DETAILS
 from utils import checkpoint, distributed
 from utils.errors import UserError
+from utils.writing import whole_file
 
 RUNS = {
     TEACHER: "Teacher",
@@ -232,10 +233,8 @@ def make_part(part: Part) -> None:
     latents = torch.cat([generator(part.prompts[c], sampling, part.ids[c]).float().cpu() for c in chunks])
     evaluated = (evaluations.total_frames - before) / latents.shape[1]
     about = {"key": _key(part), "evaluations": repr(evaluated), "seconds": repr(process_time() - started)}
-    part.path.parent.mkdir(parents=True, exist_ok=True)
-    partial = part.path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"latents": latents.contiguous()}, partial, metadata=about)
-    os.replace(partial, part.path)
+    with whole_file(part.path, "--root") as partial:
+        save_file({"latents": latents.contiguous()}, partial, metadata=about)
 
 
 def is_done(part: Part) -> bool:

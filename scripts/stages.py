@@ -21,6 +21,7 @@ from typing import TextIO
 
 from utils.errors import UserError
 from utils.signals import handled
+from utils.writing import write_text
 
 POLL = 0.5  # seconds between two looks at the processes
 WIDTH = 100  # of a line that is written over
@@ -184,16 +185,15 @@ class Runner:
     def run(self) -> None:
         """All stages that are not done. Raises UserError for one that fails, Stopped after a signal; what was done
         stays, and the next run goes on with it."""
-        (self.folder / "stages").mkdir(parents=True, exist_ok=True)
         with signals_stop():
             for number, stage in enumerate(self.stages, 1):
                 title = f"{number}/{len(self.stages)} {stage.title}"
                 if self.is_done(stage):
                     self.teller.line(f"{title}: done before")
                     continue
-                self.mark(stage).with_suffix(".begun").write_text(stage.digest + "\n")
+                write_text(self.mark(stage).with_suffix(".begun"), stage.digest + "\n", "--root")
                 self._run(stage, title)
-                self.mark(stage).write_text(stage.digest + "\n")
+                write_text(self.mark(stage), stage.digest + "\n", "--root")
 
     def _run(self, stage: Stage, title: str) -> None:
         began, factor = self.teller.clock(), self._factor()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -13,6 +14,8 @@ from starlette.types import Receive, Scope, Send
 from serving.frames import Kept
 from serving.limits import Limits
 from serving.wire import abort
+from utils.logging import console
+from utils.reading import reason
 
 PIECE = 2**16  # bytes
 
@@ -46,10 +49,14 @@ class _Download(Response):
         self._kept.busy = True
         self._downloads.open += 1
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "video.mp4")
-                async with self._downloads.muxing:
-                    await asyncio.to_thread(self._kept.mp4, path)
+            with contextlib.ExitStack() as folder:
+                try:
+                    path = Path(folder.enter_context(tempfile.TemporaryDirectory()), "video.mp4")
+                    async with self._downloads.muxing:
+                        await asyncio.to_thread(self._kept.mp4, path)
+                except OSError as problem:
+                    console.warning("demo: a download could not be made on this disk: %s", reason(problem))
+                    return await Response("no video: the server's disk takes no file\n", 507)(scope, receive, send)
                 async with asyncio.timeout(self._downloads.limits.download_seconds):
                     await self._send(path, send)
         except TimeoutError:

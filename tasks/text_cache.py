@@ -20,16 +20,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,6 +35,7 @@ from model.types import Prompt, PromptShapes
 from utils.errors import UserError
 from utils.fields import show
 from utils.reading import read_json, reading
+from utils.writing import check_writable, whole_file, write_text, writing
 
 AGAIN = "run preprocess.py text again"
 ONE_TEXT, NAMED = "2", "3"  # formats
@@ -175,9 +174,11 @@ def write_shard(out: Path, shard: Shard, source: Source, encode: Encode) -> bool
     Raises UserError where `out` holds the work of another prompt file, encoder or split, or cannot be written.
     """
     path, identity = out / shard.name, source.identity()
-    _refuse_others(out, shard.count)
+    with writing("--out", out):
+        _refuse_others(out, shard.count)
     made = not _is_complete(path, identity)
     if made:
+        check_writable(path, "--out")
         part = [source.prompts[i] for i in shard.part(len(source.prompts))]
         _save(path, _encode(part, source.shapes, encode), identity)
     if all(_is_complete(out / Shard(i, shard.count).name, identity) for i in range(shard.count)):
@@ -213,9 +214,7 @@ def check(out: Path, source: Source) -> dict[str, object]:
         "count": len(source.prompts),
         "shards": files,
     }
-    partial = out / f".manifest.{uuid.uuid4().hex}"  # two tasks may finish last at once
-    partial.write_text(json.dumps(manifest, indent=1))
-    os.replace(partial, out / "manifest.json")
+    write_text(out / "manifest.json", json.dumps(manifest, indent=1), "--out")  # two tasks may finish last at once
     return manifest
 
 
@@ -368,14 +367,8 @@ def _digests(prompts: Sequence[str]) -> Tensor:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], identity: dict[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path, "--out") as partial:
         save_file(tensors, partial, identity)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as problem:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written: {problem}") from None
 
 
 def _refuse_others(out: Path, count: int) -> None:

@@ -29,7 +29,8 @@ from trainer.options import RunOptions
 from trainer.progress import Extent, Setting, closing, finished_before, opening, stopped
 from trainer.provenance import KEY as MADE_WITH
 from trainer.provenance import changed_since, versions
-from trainer.run_folder import RUN_FILES, set_aside
+from trainer.room import Room, bytes_of, room_for, warn
+from trainer.run_folder import RUN_FILES, keep_config, set_aside
 from trainer.run_networks import RunNetworks
 from trainer.state import load_run, save_run
 from trainer.update import Skips, Update
@@ -37,7 +38,7 @@ from trainer.validation import average_warning, read_prompts, sample_pixels, sho
 from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed, launcher
 from utils.agreement import first_ruined
-from utils.config import save, to_plain
+from utils.config import to_plain
 from utils.data.stream import Stream
 from utils.errors import UserError
 from utils.launcher import LauncherGone
@@ -47,6 +48,7 @@ from utils.parallel.mesh import build_mesh
 from utils.random import Noise, keyed_seed
 from utils.signals import handled
 from utils.video import grid, write_video
+from utils.views import View
 
 
 class Extra(Protocol):
@@ -79,6 +81,8 @@ class Trainer(ABC):
         self.stop_signal: int | None = None
         self.orphaned = False  # a launcher is gone: the ranks save and end
         self.latest: dict[str, float] = {}
+        self.room: Room | None = None
+        self.videos = View("validation videos", "videos", warn)
         self.validation_prompts = read_prompts(config.validation, self.task)
         self.networks: dict[str, TrainedNetwork] = {}
         self.heads: dict[str, Trained] = {}
@@ -130,8 +134,8 @@ class Trainer(ABC):
         speaks = self.options.log and distributed.is_main()
         if self.step < total:
             self._say(opening(extent, Setting(self.trained, self.teacher, self.mesh, self.device, self.counts())))
-            if distributed.is_main():
-                save(self.config, self.options.logdir / "config.yaml")
+            keep_config(self.config, self.options.logdir)
+            self.room = room_for(self.trained, extent) if self.options.save else None
         else:
             self._say([finished_before(extent)])
         progress = Progress(total, self.step, desc=self.config.name, every=None, first=3, is_main=speaks)
@@ -163,6 +167,7 @@ class Trainer(ABC):
             self.finish_saving()
         progress.close()
         self.logger.close()
+        self.videos.close()
         distributed.barrier()
         self._say(self._ending(extent))
         if extent.begins < total:
@@ -314,14 +319,15 @@ class Trainer(ABC):
         if pixels is None:
             return
         path = self.options.logdir / "validation" / f"step_{self.step:06d}_{which}.mp4"
-        write_video(path, grid(pixels), self.config.fps, scale=max(1, 96 // pixels.shape[-1]))
-        self.logger.video(self.step, f"validation/{which}", path)
-        self._say([f"validation after step {self.step}, {which} weights: {path}"])
+        with self.videos.showing():
+            write_video(path, grid(pixels), self.config.fps, scale=max(1, 96 // pixels.shape[-1]))
+            self.logger.video(self.step, f"validation/{which}", path)
+            self._say([f"validation after step {self.step}, {which} weights: {path}"])
+            videos.append(path)
         means = {"luma": luma(pixels).mean(), "saturation": saturation(pixels).mean()}
         values = {f"validation/{which}_{name}": float(value) for name, value in means.items()}
         self.logger.scalars(self.step, values)
         statistics |= values
-        videos.append(path)
 
     # --------------------------------------------------------------------------------------------- state and signals
 
@@ -351,6 +357,9 @@ class Trainer(ABC):
             MADE_WITH: versions(self.device),
             "extras": {name: extra.state() for name, extra in self.extras.items()},
         }
+        self.saver.wait()
+        if self.room is not None:
+            warn(self.room.before_save(self.step, bytes_of(tensors)))
         prunes = not self.skips.is_in_streak and self.ended is None
         self.saver.save(self.step, tensors, state, prunes=prunes)
 

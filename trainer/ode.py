@@ -31,9 +31,10 @@ from trainer.micro_batch import MicroBatch
 from utils import activity, distributed
 from utils.config import config_hash, differences, to_plain
 from utils.data.stream import Stream
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError
 from utils.logging import Progress
 from utils.random import Noise, keyed_seed
+from utils.writing import Unwritten, whole_file
 
 
 class ODETrainer(Trainer):
@@ -146,12 +147,15 @@ class ODETrainer(Trainer):
         path = self.options.logdir / f"ode_pairs_{key[:12]}.safetensors"
         missing = distributed.all_reduce_scalars({"missing": float(distributed.is_main() and not path.is_file())})
         if missing["missing"]:
-            pairs = self._make()
+            pairs, problem = self._make(), ""
             if pairs is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_suffix(".partial")
-                save_file(pairs, partial)
-                partial.rename(path)
+                try:
+                    with whole_file(path, "--logdir") as partial:
+                        save_file(pairs, partial)
+                except Unwritten as refused:
+                    problem = str(refused)
+            if problem := distributed.all_gather_text(problem, size=2048)[0]:
+                raise UserError(problem)
         distributed.barrier()
         stored = load_file(path)
         return stored["x"], stored["sigma"]

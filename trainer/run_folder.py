@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.schema import RunConfig
 from utils import distributed
+from utils.config import save
 from utils.logging import console
+from utils.writing import Unwritten, writing
 
 LOGS = ("metrics.jsonl", "wandb_id.txt")
 RUN_FILES = (
@@ -20,6 +23,16 @@ RUN_FILES = (
 )
 
 
+def keep_config(config: RunConfig, logdir: Path) -> None:
+    """The config as it is, beside what comes of it. A run goes on without, for its checkpoints have it too."""
+    if not distributed.is_main():
+        return
+    try:
+        save(config, logdir / "config.yaml")
+    except Unwritten as refused:
+        console.warning("%s: the run goes on without it", refused)
+
+
 def set_aside(logdir: Path, paths: Sequence[Path]) -> None:
     """Moves what an earlier run left in this folder to `previous_N`: nothing resumes from it, nothing is lost."""
     present = [path for path in paths if path.exists()]
@@ -27,9 +40,10 @@ def set_aside(logdir: Path, paths: Sequence[Path]) -> None:
         number = 1
         while (logdir / f"previous_{number}").exists():
             number += 1
-        for path in present:
-            target = logdir / f"previous_{number}" / path.relative_to(logdir)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
+        with writing("--logdir", logdir):
+            for path in present:
+                target = logdir / f"previous_{number}" / path.relative_to(logdir)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
         console.warning("%d files or folders of an earlier run were moved to %s", len(present), target.parent)
     distributed.barrier()

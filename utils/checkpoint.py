@@ -52,8 +52,9 @@ from utils.checkpoint_folder import (
     write,
 )
 from utils.errors import UserError
-from utils.reading import reading
+from utils.reading import reading, reason
 from utils.shards import Damaged, Groups, Table, is_finite
+from utils.writing import refusal
 
 # the folder's functions are this module's as well: callers need not know where the line is
 __all__ = [
@@ -201,9 +202,15 @@ class _Save:
             problem = failure.problem
             if not isinstance(problem, (OSError, MemoryError)):
                 raise problem from failure
-            raise self.unwritten(f"{f'rank {failure.rank}: ' if self.ranks > 1 else ''}{_reason(problem)}") from failure
+            raise self.unwritten(
+                f"{f'rank {failure.rank}: ' if self.ranks > 1 else ''}{self.reason(problem)}"
+            ) from failure
         except dcp.Unreachable as error:
             raise self.unwritten(f"another rank cannot be reached ({error})") from error
+
+    def reason(self, problem: BaseException) -> str:
+        refused = refusal(problem, self.temporary)
+        return refused[0] if refused is not None else reason(problem)
 
     def unwritten(self, why: str) -> UserError:
         return UserError(
@@ -245,10 +252,6 @@ class _Save:
                     f"{self.final} is written, but an older checkpoint could not be deleted: {error}: allow it, then "
                     "start again with --resume auto"
                 ) from error
-
-
-def _reason(error: BaseException) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------- load

@@ -18,6 +18,7 @@ from utils.errors import UserError
 from utils.fields import show
 from utils.launcher import EXIT_STUCK, LauncherGone
 from utils.watchdog import CollectiveError
+from utils.writing import REFUSALS, refusal
 
 
 class ShowDefaults(argparse.HelpFormatter):
@@ -93,7 +94,7 @@ SAME_ERROR_SECONDS = 2.0  # in which a launcher has ended the other ranks of a r
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and exit: 0 or its return value; a UserError is one line on stderr and exit code 2; a lost rank,
     which the watchdog has reported, and a lost launcher are exit code EXIT_STUCK. A MemoryError is one line, too, which
-    names the function.
+    names the function, and so is what a disk refuses, such as a full one.
 
     Most UserErrors are every rank's: rank 0 says them at once, another rank only if it is still there
     SAME_ERROR_SECONDS later, for then it may be the only one.
@@ -105,11 +106,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except UserError as error:
-        code, rank = 2, distributed.rank()
-        if rank:
-            time.sleep(SAME_ERROR_SECONDS)
-        whose = f"rank {rank}: " if rank else ""
-        print(f"{Path(sys.argv[0]).name}: error: {whose}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        code = 2
+        _say_error(" ".join(str(error).split()))
     except MemoryError as error:
         code = 2
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -119,6 +117,12 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             file=sys.stderr,
             flush=True,
         )
+    except OSError as error:
+        refused = refusal(error) if error.errno in REFUSALS else None
+        if refused is None:
+            raise
+        code = 2
+        _say_error(": ".join(filter(None, (str(error.filename or ""), *refused))))
     except CollectiveError:
         code = EXIT_STUCK
     except LauncherGone as error:
@@ -129,6 +133,21 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         code = 130
     finally:
         if folder := os.environ.get("EXIT_CODES"):
-            Path(folder, f"rank_{distributed.rank()}").write_text(f"{code}\n")
+            _leave_code(Path(folder, f"rank_{distributed.rank()}"), code)
     # after a failure of one rank, or of one it waits for, the group's orderly end would wait for the others
     distributed.leave(code, together=code not in (2, 130, EXIT_STUCK))
+
+
+def _say_error(text: str) -> None:
+    if rank := distributed.rank():
+        time.sleep(SAME_ERROR_SECONDS)
+    whose = f"rank {rank}: " if rank else ""
+    print(f"{Path(sys.argv[0]).name}: error: {whose}{text}", file=sys.stderr, flush=True)
+
+
+def _leave_code(file: Path, code: int) -> None:
+    """Tells a launcher how this rank ended. Where that cannot be written it goes by torchrun's own code."""
+    try:
+        file.write_text(f"{code}\n")
+    except OSError as problem:
+        print(f"{file} cannot be written: {problem.strerror}: exit code {code}", file=sys.stderr, flush=True)

@@ -28,6 +28,7 @@ from utils.errors import ConfigError
 from utils.fields import SHOWN, describe, field_types, hint_at, options_of, section_type, short_list, show, suggest
 from utils.reading import reading
 from utils.variants import has_variants, kind_in, laid, merged, without_absent, without_other_kinds
+from utils.writing import write_text
 from utils.yaml_files import DEPTH, check_yaml, read_yaml
 
 T = TypeVar("T")
@@ -392,9 +393,8 @@ def to_yaml(config: Any) -> str:
 
 
 def save(config: Any, path: str | Path) -> None:
-    """Write ``to_yaml(config)``; folders on the way are made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(to_yaml(config), encoding="utf-8")
+    """Write ``to_yaml(config)``; folders on the way are made. Raises Unwritten."""
+    write_text(Path(path), to_yaml(config))
 
 
 def config_hash(config: Any) -> str:

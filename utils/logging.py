@@ -18,6 +18,10 @@ from typing import Any, TextIO
 
 import torch
 
+from utils.reading import reason
+from utils.views import Lines, View, silence_threads
+from utils.writing import Unwritten, write_text
+
 _WANDB_SECONDS = 60  # how long W&B may take to start or to finish before the run goes on without it
 
 console = logging.getLogger("fewstep")
@@ -80,7 +84,7 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
 
 
 def _set_aside(path: Path, damaged: bytes) -> None:
-    """Adds what cannot be read of `path` to a file beside it, and says so in one line."""
+    """Adds what cannot be read of `path` to a file beside it, and says so in one line. Raises OSError."""
     beside = path.with_name(f"{path.name}.damaged")
     with beside.open("ab") as file:
         file.write(damaged + b"\n")
@@ -90,8 +94,9 @@ def _set_aside(path: Path, damaged: bytes) -> None:
 class RunLogger:
     """Metrics of a run: ``metrics.jsonl`` (one object a line: step, time, ...) and, when asked, TensorBoard and W&B.
 
-    ``time`` is in seconds since the epoch. NaN and inf are written as Python's json does. Other processes than the main
-    one write nothing. W&B works offline unless WANDB_API_KEY is set, and is given up with one warning when it fails.
+    They stop no run: what cannot be written is told once and counted. ``time`` is in seconds since the epoch. NaN and
+    inf are written as Python's json does. Other processes than the main one write nothing. W&B works offline unless
+    WANDB_API_KEY is set, and is given up with one warning when it fails.
     """
 
     def __init__(
@@ -105,14 +110,15 @@ class RunLogger:
     ):
         self.run_dir, self.is_main = Path(run_dir), is_main
         self.path = self.run_dir / "metrics.jsonl"
-        self._file: TextIO | None = None
+        self._lines = Lines(self.path)
+        self._unchanged = False  # it could not be cut or mended, and that was told
+        self._view = View(str(self.path), "lines", lambda text: console.warning("%s", text))
         self._board: Any = None
         self._wandb: Any = None
         self._want_board = tensorboard and is_main
         self._purge_step: int | None = None
         if not is_main:
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         self._rewrite(lambda entry: True)
         if wandb:
             self._wandb = _start_wandb(self.run_dir, config_dict)
@@ -139,15 +145,14 @@ class RunLogger:
         self._write({"step": step, "time": time.time(), "video": {name: os.path.relpath(path, self.run_dir)}})
         self._to_tensorboard(lambda board: board.add_text(name, str(path), step))
         if self._wandb is not None:
-            import wandb
-
-            self._to_wandb(step, {name: wandb.Video(str(path))})
+            self._to_wandb(step, {}, {name: path})
 
     def close(self) -> None:
         """Flush and close everything; W&B gets a bounded time for it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._lines.is_open:
+            with self._view.showing():
+                self._lines.close()
+        self._view.close()
         if self._board is not None:
             self._to_tensorboard(lambda board: board.close())
             self._board = None
@@ -156,16 +161,21 @@ class RunLogger:
             self._wandb = None
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        if self._file is None:
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        with self._view.showing():
+            self._lines.append(json.dumps(entry))
 
     def _rewrite(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Keep some lines, no damaged ones and no half line at the end; replaced as a whole: a kill loses nothing."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Keep some lines, no damaged ones and no half line at the end. A kill on the way loses nothing."""
+        try:
+            self._lines.close()
+            self._keep(keep)
+        except (OSError, Unwritten) as problem:
+            why = problem.why if isinstance(problem, Unwritten) else reason(problem)
+            if not self._unchanged:
+                console.warning("%s cannot be changed (%s): the run goes on; steps may be in it twice", self.path, why)
+            self._unchanged = True
+
+    def _keep(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         if not self.path.is_file():
             return
         entries, damaged = _read_lines(self.path)
@@ -173,9 +183,11 @@ class RunLogger:
         if damaged or strange:
             _set_aside(self.path, b"\n".join([*damaged, *(json.dumps(entry).encode() for entry in strange)]))
         entries = [entry for entry in entries if entry not in strange and keep(entry)]
-        fresh = self.path.with_suffix(".jsonl.tmp")
-        fresh.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-        os.replace(fresh, self.path)
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        if self.path.read_bytes().startswith(text.encode()):
+            os.truncate(self.path, len(text.encode()))  # a disk that is full allows that too
+        else:
+            write_text(self.path, text)
 
     def _to_tensorboard(self, write: Callable[[Any], object]) -> None:
         if not self._want_board:
@@ -184,17 +196,21 @@ class RunLogger:
             if self._board is None:
                 from torch.utils.tensorboard import SummaryWriter
 
+                silence_threads("tensorboard")
                 self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self._purge_step)
             write(self._board)
         except Exception as error:  # it only shows what metrics.jsonl has, so it must not end a run
             console.warning("TensorBoard failed (%s): going on without it", " ".join(str(error).split()))
             self._want_board, self._board = False, None
 
-    def _to_wandb(self, step: int, values: Mapping[str, Any]) -> None:
+    def _to_wandb(self, step: int, values: Mapping[str, Any], videos: Mapping[str, Path] = {}) -> None:
         if self._wandb is None:
             return
         try:
-            self._wandb.log(dict(values), step=step)
+            import wandb
+
+            shown = {name: wandb.Video(str(path)) for name, path in videos.items()}
+            self._wandb.log({**values, **shown}, step=step)
         except Exception as error:  # a tracker must not end a run, whatever it raises
             console.warning("W&B failed (%s): going on without it", " ".join(str(error).split()))
             self._wandb = None
@@ -211,6 +227,7 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any]) -> Any:
         import wandb
 
         known = _known_id(id_file)
+        run_dir.mkdir(parents=True, exist_ok=True)
         run = wandb.init(
             project="fewstep",
             name="/".join(run_dir.resolve().parts[-2:]),
@@ -221,7 +238,7 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any]) -> Any:
             mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(init_timeout=_WANDB_SECONDS / 2, silent=True, console="off"),
         )
-        id_file.write_text(str(run.id), encoding="utf-8")
+        write_text(id_file, str(run.id))
         started.append(run)
 
     _within(_WANDB_SECONDS, start, "W&B did not start: metrics are in metrics.jsonl")

@@ -152,9 +152,9 @@ class NetworkOptimizer:
     ) -> None:
         self.config, self.schedule, self.total = config, schedule, total_updates
         self.named = dict(named)
-        whole = set(matrices) if config.takes_matrices else set()
-        inside = [p for name, p in self.named.items() if name in whole]
-        rest = [p for name, p in self.named.items() if name not in whole]
+        self.matrices = set(matrices) if config.takes_matrices else set()
+        inside = [p for name, p in self.named.items() if name in self.matrices]
+        rest = [p for name, p in self.named.items() if name not in self.matrices]
         self.optimizers = config.make(rest, inside, precision or torch.float32)
         self.updates = 0
 
@@ -166,6 +166,20 @@ class NetworkOptimizer:
         """The parameters of one of the optimizers, by name."""
         held = {id(p) for group in self.optimizers[kind].param_groups for p in group["params"]}
         return {name: p for name, p in self.named.items() if id(p) in held}
+
+    def state_bytes(self) -> int:
+        """Bytes of the state that the first update makes, over all ranks together. Nothing is computed."""
+        shapes = {
+            name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in self.named.items()
+        }
+        twin = NetworkOptimizer(shapes, self.config, self.schedule, self.total, self.matrices)
+        for p in twin.parameters:
+            p.grad = torch.zeros_like(p)
+        for optimizer in twin.optimizers.values():
+            optimizer.step()
+        states = [state for optimizer in twin.optimizers.values() for state in optimizer.state.values()]
+        held = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return sum(value.numel() * value.element_size() for value in held)
 
     def clip(self) -> Tensor:
         """Clips as configured and returns the gradient's global norm before that, a scalar tensor.

@@ -26,6 +26,7 @@ from typing import Any
 from utils import distributed
 from utils.errors import UserError
 from utils.logging import console
+from utils.writing import SPACE
 
 NAME = "run.lock"
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}  # of file systems without them
@@ -140,7 +141,8 @@ class RunLock:
             try:
                 self._acquire([Process(**json.loads(rank)) for rank in ranks])
             except OSError as error:
-                problem = f"--logdir {self.folder} cannot be written to: {error.strerror or error}"
+                why = error.strerror or str(error)
+                problem = f"--logdir {self.folder} cannot be written to: {why}: {SPACE}"
             except UserError as error:
                 problem = str(error)
         problem = distributed.all_gather_text(problem, size=2048)[0]
@@ -284,8 +286,13 @@ class RunLock:
 def _write(path: Path, data: bytes) -> int:
     """A new file with this content, open. Raises FileExistsError."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-    os.write(file, data)
-    os.fsync(file)
+    try:
+        os.write(file, data)
+        os.fsync(file)
+    except OSError:
+        os.close(file)
+        path.unlink(missing_ok=True)
+        raise
     return file
 
 

@@ -4,10 +4,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
@@ -22,6 +19,7 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.limits import check_size, limits
 from utils.reading import reading
+from utils.writing import whole_file
 
 Frame = NDArray[np.uint8]  # [H, W, 3]
 Frames = NDArray[np.uint8]  # [T, H, W, 3]
@@ -35,7 +33,8 @@ def write_video(path: str | Path, pixels_TCHW: Tensor | Iterable[Tensor], fps: f
     than a part is ever held.
     `scale` repeats each pixel that many times a side. Odd MP4 sizes are padded by their last row or column, which
     yuv420p needs. A GIF counts time in 1/100 s and merges equal neighbouring frames. The file appears whole or not at
-    all; missing folders are made. Raises ValueError on an unknown suffix, a wrong shape, fps <= 0 or scale < 1.
+    all; missing folders are made. Raises ValueError on an unknown suffix, a wrong shape, fps <= 0 or scale < 1, and
+    Unwritten where it cannot be written.
     """
     path = Path(path)
     writers: dict[str, Writer] = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
@@ -45,8 +44,7 @@ def write_video(path: str | Path, pixels_TCHW: Tensor | Iterable[Tensor], fps: f
         raise ValueError(f"video: fps must be positive and scale at least 1, got fps {fps} and scale {scale}")
     parts = [pixels_TCHW] if isinstance(pixels_TCHW, Tensor) else pixels_TCHW
     frames = (frame for part in parts for frame in to_uint8(part, scale))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as temporary:
+    with whole_file(path, "video:") as temporary:
         writers[path.suffix](temporary, frames, fps)
     return path
 
@@ -148,25 +146,6 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour that becomes `path` on success and vanishes on failure."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def drop_partials(path: Path) -> None:
-    """Removes what processes left beside `path` that were killed while they wrote it. Nobody may be writing it."""
-    partial = re.compile(rf"\.{re.escape(path.stem)}\.\d+{re.escape(path.suffix)}")
-    for file in path.parent.glob(".*") if path.parent.is_dir() else ():
-        if partial.fullmatch(file.name):
-            file.unlink(missing_ok=True)
-
-
 def _write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
     import av
 
@@ -176,7 +155,7 @@ def _write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> None:
         raise ValueError("video: no frames to write")
     height, width = first.shape[:2]
     padding = ((0, height % 2), (0, width % 2), (0, 0))
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = height + height % 2, width + width % 2
         stream.pix_fmt = "yuv420p"
@@ -191,7 +170,8 @@ def _write_gif(path: Path, frames: Iterable[Frame], fps: float) -> None:
     from PIL import Image
 
     first, *rest = [Image.fromarray(frame).quantize(256) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=max(round(1000 / fps), 20), loop=0, disposal=1)
+    duration = max(round(1000 / fps), 20)
+    first.save(path, "GIF", save_all=True, append_images=rest, duration=duration, loop=0, disposal=1)
 
 
 def _gif_frames(path: Path) -> Iterator[Frame]:
@@ -217,4 +197,4 @@ def _write_png(path: Path, frames: Iterable[Frame], fps: float) -> None:
     from PIL import Image
 
     del fps  # a strip has no time
-    Image.fromarray(np.concatenate(list(frames), axis=1)).save(path)
+    Image.fromarray(np.concatenate(list(frames), axis=1)).save(path, "PNG")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from utils.metrics import diversity, frechet_distance
+from utils.writing import check_writable, whole_file, writing
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -77,17 +77,18 @@ def stored_at(folder: str | Path, name: str, world: DataclassInstance) -> Path:
 
 def kept(path: Path, side: int, make: Callable[[], tuple[DigitNet, float]]) -> tuple[DigitNet, float]:
     """The network at `path` and its accuracy on held-out handwriting; made and written there if it is absent."""
-    if path.exists():
+    with writing("judge", path):
+        is_there = path.exists()
+    if is_there:
         with safe_open(path, framework="pt") as file:
             accuracy = float(file.metadata()["held_out_accuracy"])
             net = DigitNet(side)
             net.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
         return net.eval().requires_grad_(False), accuracy
+    check_writable(path, "judge")
     net, accuracy = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    save_file(net.state_dict(), temporary, metadata={"held_out_accuracy": repr(accuracy)})
-    os.replace(temporary, path)
+    with whole_file(path, "judge") as temporary:
+        save_file(net.state_dict(), temporary, metadata={"held_out_accuracy": repr(accuracy)})
     return net, accuracy
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from evaluation.features import load_features
 from evaluation.fid_suite import VideoSet, compare, video_set
 from evaluation.vbench_protocol import DIMENSIONS, FLICKER, Prompt, read_scores, read_suite, totals, wanted_videos
 from tests.small import NETWORK, config
+from tests.utils.test_writing import PLACES, a_long_name, files_of_at_most, names, through_a_file
 from trainer.network_factory import NetworkSpec, build_network
 from utils import checkpoint, metrics
 from utils.config import to_plain
@@ -492,3 +494,29 @@ def test_vbench_says_what_is_missing(
         "0.5",
         "-",
     ]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+def test_rows_that_could_not_be_written_are_not_made(
+    place: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = place(tmp_path)
+    before = names(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--run", "absent", "--out", str(path)])
+    with pytest.raises(UserError, match="^--out .* could not be written: .*: give another place$"):
+        evaluate()
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", [through_a_file, a_long_name])
+def test_a_judge_that_could_not_be_kept_is_not_trained(place: Callable[[Path], Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^judge .* could not be written: .*: give another place$"):
+        digit_net.kept(place(tmp_path), 8, lambda: pytest.fail("a minute of training"))
+
+
+def test_a_judge_that_cannot_be_kept_leaves_no_half_file(tmp_path: Path) -> None:
+    net = digit_net.DigitNet(8)
+    refused = pytest.raises(UserError, match="^judge .* could not be written: File too large: free some space there")
+    with files_of_at_most(1000), refused:
+        digit_net.kept(tmp_path / "judge.safetensors", 8, lambda: (net, 0.9))
+    assert names(tmp_path) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from generation.command import inference_args
 from generation.generator import Generator
 from generation.live import Live, Pace
 from generation.sampling import Sampling, StudentChoice
-from generation.videos import Rate, generate_videos, slug
+from generation.videos import Rate, check_out, generate_videos, slug
 from model.attention.captured import Captured
 from model.attention.kv_cache import KVCache
 from model.network import NetworkConfig
 from model.wan.transformer import WanTransformer
 from tests import forked
 from tests.small import DIFFUSION, DISTILLATION, trainer
+from tests.utils.test_writing import PLACES, a_folder, files_of_at_most, names
 from trainer.run_networks import build_for_inference
 from utils.errors import ConfigError, UserError
 from utils.video import read_image, read_video, write_video
@@ -414,3 +416,50 @@ def test_bad_runs_are_refused_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="--out x.avi: unknown format"):
         inference_args(["--run", "x", "--prompt", "y", "--out", "x.avi"])
+
+
+# ------------------------------------------------------------------------------------------------- a disk that refuses
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png", ".safetensors", ""])
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+def test_a_place_that_takes_no_video_is_refused_before_a_network_is_loaded(
+    place: Callable[[Path], Path], suffix: str, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    out = place(tmp_path / "disk")
+    if suffix and place is a_folder:
+        out = out.rename(out.with_suffix(suffix))
+    elif suffix:
+        out = out.with_name(out.name + suffix)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    text = ["--prompt", PROMPTS[0]] if suffix else ["--prompts", str(prompts)]
+    args, before = inference_args(["--run", "absent", *text, "--out", str(out)]), names(tmp_path)
+    if not suffix and place is a_folder:
+        return check_out(args)  # it takes many
+    with pytest.raises(UserError, match="^--out .* could not be written: .*: give another place$"):
+        check_out(args)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif", "png", "safetensors"])
+def test_a_disk_that_fills_ends_it_in_one_line_and_leaves_no_half_video(run: Path, tmp_path: Path, suffix: str) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("\n".join(PROMPTS))
+    command = ["--run", str(run), "--prompts", str(prompts), "--out", str(out), "--format", suffix, "--batch", "2"]
+    args, generator = inference_args(command), Generator.load(run, CPU)
+    with (
+        files_of_at_most(1500),
+        pytest.raises(UserError, match=rf"0000_[\w-]*\.{suffix} could not be written: .*: free"),
+    ):
+        generate_videos(generator, args)
+    assert names(out) == ["settings.json"]
+    assert generate_videos(generator, args) == 0  # with room it goes on
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert len(whole) == 3
+    next(out.glob("0001*")).unlink()
+    with files_of_at_most(1500), pytest.raises(UserError, match=r"0001_.* could not be written"):
+        generate_videos(generator, args)
+    assert names(out) == [name for name in sorted(whole) if not name.startswith("0001")]
+    assert all((out / name).read_bytes() == whole[name] for name in names(out))

@@ -23,7 +23,8 @@ from model.network import LoraConfig
 from model.wan.config import geometry
 from model.wan.transformer import WanTransformer
 from tests import forked
-from utils.errors import ConfigError
+from tests.utils.test_writing import files_of_at_most, names
+from utils.errors import ConfigError, UserError
 
 SELF_FORCING = """
 generator_ckpt: checkpoints/ode_init.pt
@@ -392,6 +393,21 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_run(out).objective.real_guidance_scale == 4.0
     assert "before train.py takes it" not in out.read_text()
     with pytest.raises(ConfigError, match="is there already"):
+        import_recipe.main()
+
+
+def test_a_disk_that_takes_no_recipe_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sf.yaml").write_text(SELF_FORCING)
+    out = tmp_path / "ours.yaml"
+    monkeypatch.setattr(sys, "argv", ["import_recipe.py", "self_forcing", str(tmp_path / "sf.yaml"), "--out", str(out)])
+    with (
+        files_of_at_most(100),
+        pytest.raises(UserError, match=r"--out .*ours.yaml could not be written: File too large"),
+    ):
+        import_recipe.main()
+    assert names(tmp_path) == ["sf.yaml"]
+    sys.argv[-1] = str(tmp_path / "sf.yaml" / "ours.yaml")
+    with pytest.raises(UserError, match=r"sf.yaml is a file and no folder: give another place"):
         import_recipe.main()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from tasks.kinds.toy import ToyData, ToyTask
 from tasks.task import TaskContext
 from tasks.text_cache import Encode, Shard, Source, TextCache, check, write_shard
 from tests import ROOT, forked
+from tests.utils.test_writing import PLACES, a_folder, files_of_at_most, names
+from utils import writing
 from utils.errors import UserError
 
 GEOMETRY = geometry("toy")
@@ -107,7 +110,7 @@ def test_a_killed_task_leaves_nothing_that_counts(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(text_cache.os, "replace", killed)
+        patch.setattr(writing.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             write_shard(tmp_path, Shard(0, 2), source, encoding(task))
     with pytest.raises(UserError, match="holds no shard"):
@@ -168,3 +171,30 @@ def test_the_command(tmp_path: Path) -> None:
     assert embeddings[0].ne(embeddings[1]).all()
     assert said[1] == (0, f"{tmp_path / 'out'}: each of 4 prompts is there exactly once")
     assert said[2] == (2, "preprocess.py: error: --shard 2/2: give i/n, i from 0 to n - 1")
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+def test_a_place_that_takes_no_shard_is_one_line_before_anything_is_encoded(
+    place: Callable[[Path], Path], source: Source, tmp_path: Path
+) -> None:
+    out = place(tmp_path)
+    if place is a_folder:
+        (out / Shard(0, 1).name).mkdir()
+    before = names(tmp_path)
+    with pytest.raises(UserError, match="^--out .* could not be written: .*: give another place$"):
+        write_shard(out, Shard(0, 1), source, lambda prompts: pytest.fail("hours of work"))
+    assert names(tmp_path) == before
+
+
+def test_a_disk_that_fills_leaves_no_half_shard_and_no_half_manifest(
+    source: Source, task: ToyTask, tmp_path: Path
+) -> None:
+    full = pytest.raises(UserError, match="^--out .* could not be written: File too large: free some space there")
+    with files_of_at_most(100), full:
+        write_all(tmp_path, 1, source, task)
+    assert names(tmp_path) == []
+    write_all(tmp_path, 1, source, task)
+    (tmp_path / "manifest.json").unlink()
+    with files_of_at_most(100), full:
+        write_all(tmp_path, 1, source, task)
+    assert names(tmp_path) == [Shard(0, 1).name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -491,6 +493,27 @@ def test_run_cli_passes_on_return_values_and_our_own_defects() -> None:
     assert exit_code(lambda: 3) == 3
     with pytest.raises(ValueError, match="^ours$"):
         cli.run_cli(lambda: _raise(ValueError("ours")))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.EACCES, errno.EDQUOT])
+def test_what_a_disk_refuses_is_no_defect_of_ours(
+    number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert exit_code(lambda: _raise(OSError(number, os.strerror(number), "/data/x"))) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"train.py: error: /data/x: {os.strerror(number)}: ") and said.count("\n") == 1
+    with pytest.raises(FileNotFoundError):
+        cli.run_cli(lambda: _raise(FileNotFoundError(errno.ENOENT, "no such file", "/data/x")))
+
+
+def test_a_launchers_folder_that_is_full_changes_no_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXIT_CODES", str(tmp_path / "absent"))
+    assert exit_code(refuse) == 2
+    assert exit_code(lambda: 0) == 0
+    assert "absent" in capsys.readouterr().err
 
 
 def _raise(error: Exception) -> int:

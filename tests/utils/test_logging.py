@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.utils.test_writing import files_of_at_most
 from utils import logging
 from utils.logging import Progress, RunLogger, peak_memory_gib, read_jsonl
 
@@ -377,3 +378,89 @@ def test_pace_and_time_left_leave_out_pauses_and_the_first_step() -> None:
                 clock.now += 500
     # 100 steps in 50 s: 899 steps are left, that is 449.5 s
     assert progress._line(101, {}) == "train 101/1000  2.00 it/s  0:07:30 left"
+
+
+# ------------------------------------------------------------------------------------------------- a disk that refuses
+
+
+def test_metrics_go_on_when_there_is_room_again(tmp_path: Path, warnings: list[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir()  # where the file should be
+    logger = write_run(tmp_path, range(3))
+    path.rmdir()
+    logger.scalars(3, {"loss": 1.0})
+    logger.close()
+    assert steps_of(tmp_path) == [3]
+    assert warnings == [
+        f"{path} cannot be written (Is a directory): the run goes on, and loses lines until it can",
+        f"{path} can be written again: 3 lines were lost",
+    ]
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_line_leaves_none_of_it(tmp_path: Path, warnings: list[str]) -> None:
+    logger = write_run(tmp_path, range(2))
+    size = logger.path.stat().st_size
+    with files_of_at_most(size + 10):
+        logger.scalars(2, {"loss": 1.0})
+        logger.scalars(3, {"loss": 1.0})
+    assert logger.path.stat().st_size == size
+    logger.scalars(4, {"loss": 1.0})
+    logger.close()
+    assert steps_of(tmp_path) == [0, 1, 4]
+    assert [text.removeprefix(str(logger.path)) for text in warnings] == [
+        " cannot be written (File too large): the run goes on, and loses lines until it can",
+        " can be written again: 2 lines were lost",
+    ]
+
+
+def test_a_resume_on_a_full_disk_cuts_the_metrics_where_it_goes_on(tmp_path: Path, warnings: list[str]) -> None:
+    write_run(tmp_path, range(5)).close()
+    with files_of_at_most(0):
+        logger = RunLogger(tmp_path, {})
+        logger.truncate_after(2)
+    logger.scalars(3, {"loss": 1.0})
+    assert steps_of(tmp_path) == [0, 1, 2, 3]
+    assert warnings == []
+
+
+def test_damaged_metrics_on_a_full_disk_stay_as_they_are(tmp_path: Path, warnings: list[str]) -> None:
+    write_run(tmp_path, range(3)).close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b"torn\n", *lines[1:]]))
+    before = path.read_bytes()
+    with files_of_at_most(0):
+        RunLogger(tmp_path, {}).close()
+    assert path.read_bytes() == before
+    [said] = warnings
+    assert said == f"{path} cannot be changed (File too large): the run goes on; steps may be in it twice"
+
+
+def test_a_tensorboard_whose_disk_is_full_says_so_in_one_line(
+    tmp_path: Path, warnings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own thread writes, and would print a traceback."""
+    pytest.importorskip("tensorboard")
+    logger = RunLogger(tmp_path, {}, tensorboard=True)
+    logger.scalars(0, {"loss": 1.0})
+    with files_of_at_most(0):
+        for step in range(1, 50):
+            logger._to_tensorboard(lambda board, step=step: (board.add_scalar("loss", 1.0, step), board.flush()))
+    logger.close()
+    assert warnings == ["TensorBoard failed ([Errno 27] File too large): going on without it"]
+    assert capsys.readouterr().err == ""
+
+
+def test_wandb_that_cannot_show_a_video_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    def refused(path: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    shown = SimpleNamespace(log=lambda values, step: None, id="x", finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Video=refused))
+    logger = RunLogger(tmp_path, {})
+    logger._wandb = shown
+    logger.video(1, "validation/ema", tmp_path / "x.mp4")
+    assert len(warnings) == 1 and "W&B failed" in warnings[0]
+    assert steps_of(tmp_path) == [1]

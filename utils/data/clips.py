@@ -26,7 +26,6 @@ from torch import Tensor
 from utils.data.buckets import Info, Pace, Size, choose, cover
 from utils.data.media import Media
 from utils.data.order import BucketOrder
-from utils.data.shard_files import atomic
 from utils.data.stream import REMEDY_BEFORE, CorruptSample, Faults, Sample
 from utils.errors import UserError
 from utils.fields import show
@@ -34,6 +33,7 @@ from utils.limits import check_size, limits
 from utils.random import keyed_seed
 from utils.reading import read_json, reading
 from utils.video import open_image
+from utils.writing import write_text
 
 console = logging.getLogger("fewstep")
 
@@ -355,8 +355,7 @@ def _headers(
         for key, found in zip(new, pool.map(functools.partial(_probed, header), new.values()), strict=True):
             known[key] = {"corrupt": str(found)} if isinstance(found, CorruptSample) else asdict(found)
     if cache is not None and new:
-        with atomic(cache) as partial:
-            partial.write_text(json.dumps({key: known[key] for key in keys}))
+        write_text(cache, json.dumps({key: known[key] for key in keys}), "headers of videos")
     for key in keys:
         yield CorruptSample(known[key]["corrupt"]) if "corrupt" in known[key] else Info(**known[key])
 

@@ -21,12 +21,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from utils.data.shard_files import arrow, atomic, check_group, column_values, found_files, whole
+from utils.data.shard_files import arrow, check_group, column_values, found_files, whole
 from utils.data.stream import CorruptSample, Sample
 from utils.data.tensors import Statistics, finite, from_row, to_row
 from utils.fields import show
 from utils.limits import check_size
 from utils.reading import reading
+from utils.writing import whole_file
 
 NORMALISED: Final = b"fewstep.normalised"
 _TENSORS: Final = ("vae_latent", "text_embedding", "first_frame_latent", "clip_feature")
@@ -225,7 +226,7 @@ def write_parquet(
     if tensors is _TENSORS:
         rows = [{"pil_image_bytes": b"", "pil_image_shape": [], "pil_image_dtype": ""} | row for row in rows]
     table = pa.Table.from_pylist(rows, schema=pa.schema(_fields(tensors), metadata=notes))
-    with atomic(path) as partial:
+    with whole_file(path) as partial:
         pq.write_table(table, partial, row_group_size=rows_per_group, compression="zstd")
 
 

@@ -30,6 +30,7 @@ from utils.data.safetensors_shards import read_header, write_latents, write_traj
 from utils.data.stream import MAX_CORRUPT, REMEDY_BEFORE, CorruptSample, Faults, Sample
 from utils.data.tensors import Statistics
 from utils.logging import Progress
+from utils.writing import check_writable, writing
 
 EncodeVideo = Callable[[Tensor], Tensor]  # pixels [B, T, 3, H, W] in [0, 1] -> normalised latents [B, F, C, H, W]
 # a video's number of frames, first frames [B, 3, H, W] -> Sample fields
@@ -155,7 +156,12 @@ class Files:
         return range(share.index, self.count, share.count)
 
     def missing(self, share: Share) -> list[int]:
-        """The files of a share that are missing or damaged. Raises ValueError where `out` holds another job's."""
+        """The files of a share that are missing or damaged. Raises ValueError where `out` holds another job's, or can
+        hold none."""
+        with writing("--out", self.out):
+            return self._missing(share)
+
+    def _missing(self, share: Share) -> list[int]:
         wanted = {self.path(number).name for number in range(self.count)}
         for path in self.out.glob(f"{self.stem}_*_of_*"):
             if path.name not in wanted:
@@ -187,6 +193,8 @@ def encode_videos(
     items = sorted(clips.plan.bucket_of)
     files = _latent_files(clips, items, encoding.raw, job, kind)
     todo = files.missing(job.share)
+    if todo:
+        check_writable(job.out, "--out", folder=True)
     numbers = files.numbers(job.share)
     report = Report(present=len(numbers) - len(todo))
     faults = Faults(max(sum(len(files.items(n)) for n in numbers), 1), max_corrupt, REMEDY_BEFORE)
@@ -249,6 +257,8 @@ def write_ode(
     """
     files = _ode_files(prompts, list(sigmas), job)
     todo = files.missing(job.share)
+    if todo and writes:
+        check_writable(job.out, "--out", folder=True)
     report = Report(present=len(files.numbers(job.share)) - len(todo))
     parts = {number: list(_parts(files.items(number), job.batch)) for number in todo}
     calls = sum(map(len, parts.values()))

@@ -21,11 +21,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from utils.data.shard_files import atomic, found_files, whole
+from utils.data.shard_files import found_files, whole
 from utils.data.stream import CorruptSample, Sample
 from utils.data.tensors import Statistics, finite
 from utils.errors import UserError
 from utils.reading import reading
+from utils.writing import whole_file
 
 LATENTS: Final = "fewstep latents 1"
 TRAJECTORIES: Final = "fewstep trajectories 1"
@@ -220,5 +221,5 @@ def _write(
     from safetensors.torch import save_file
 
     notes = {**header, "names": json.dumps(list(names)), "captions": json.dumps(list(captions))}
-    with atomic(path) as partial:
+    with whole_file(path) as partial:
         save_file(dict(tensors), partial, notes)

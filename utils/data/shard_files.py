@@ -1,12 +1,9 @@
-"""Files of a data set on disk: found in one order everywhere, and written whole or not at all."""
+"""Files of a data set on disk: found in one order everywhere."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +47,6 @@ def whole(files: list[Path], path: Path) -> list[Path]:
                 f"data: {folder} lacks {len(missing)} of {count} files '{stem}_*' ({shown}): finish its preprocessing"
             )
     return files
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A hidden neighbour to write to, which becomes `path` on success and vanishes on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_group(metadata: Any, group: int, columns: Collection[str], where: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tasks.video_command import Encoders, video_command
 from tests.utils.data.test_videos import SIZES, encode, media
+from tests.utils.test_writing import files_of_at_most, names, through_a_file
 from utils.data.buckets import Pace
 from utils.data.clips import Start, VideoClips, decode_clip, plan_clips
 from utils.data.latents import latent_order, open_latents
@@ -311,3 +312,34 @@ def test_the_command_refuses_in_one_line(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no statistics of its latents"):
         command(videos, tmp_path, *BUCKETS, "--raw", statistics=None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["parquet", "safetensors"])
+def test_a_disk_that_fills_leaves_whole_files_alone(videos: Path, tmp_path: Path, kind: str) -> None:
+    clips, out = clips_of(videos), tmp_path / "out"
+
+    def run(out: Path, encode_video: Any = vae) -> Report:
+        return encode_videos(clips, Encoding(encode_video, text), Job(out, {}, rows=4), kind=kind)
+
+    with pytest.raises(UserError, match=r"^--out .*file/deep/x could not be written: .*file is a file and no folder"):
+        run(through_a_file(tmp_path), lambda pixels: pytest.fail("hours of work"))
+    first, second = (f"latents_0000{i}_of_00002.{kind}" for i in range(2))
+    refused = pytest.raises(UserError, match=rf"{first} could not be written: File too large: free some space there")
+    with files_of_at_most(1000), refused:
+        run(out)
+    assert names(out) == []
+    run(out)
+    (out / second).unlink()
+    with files_of_at_most(1000), pytest.raises(UserError, match=f"{second} could not be written"):
+        run(out)
+    assert names(out) == [first]
+    assert (run(out).made, names(out)) == (1, [first, second])
+
+
+def test_trajectories_of_a_full_disk(tmp_path: Path) -> None:
+    def run() -> None:
+        write_ode(PROMPTS, trajectories, LEVELS, Job(tmp_path, {}, rows=4))
+
+    with files_of_at_most(100), pytest.raises(UserError, match=r"ode_0.* could not be written: File too large: free"):
+        run()
+    assert names(tmp_path) == []
