@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from configs.video_size import VideoSize, check_values
 from utils.fields import check_modes, show
-from utils.limits import BATCH, FPS, STEPS, THREADS, check_counts, check_within, limits
+from utils.limits import BATCH, FPS, SHIFT, STEPS, THREADS, check_counts, check_within, limits
 from utils.webhook import check_url, hidden
 
 # Members are lower case because OmegaConf reads an enum by its name, and YAML is written in lower case.
@@ -114,7 +114,7 @@ class ODEConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, {"pairs": limits().rows, "steps": STEPS}, "no real teacher makes more")
-        check_within(self, shift="(0, inf)")
+        check_within(self, shift=f"(0, {SHIFT}]")
         levels = self.sigmas
         if levels is not None and not (
             len(levels) > 1 and levels[0] <= 1 and levels[-1] == 0 and all(a > b for a, b in pairwise(levels))

@@ -22,7 +22,7 @@ from pipeline.bidirectional_inference import Solver
 from utils.cli import Parser
 from utils.data.prompts import load_prompts
 from utils.errors import UserError
-from utils.limits import FPS, SIDE
+from utils.limits import FPS, SHIFT, SIDE
 
 FORMATS = ("mp4", "gif", "png", "safetensors")
 STEPS_HELP = (
@@ -169,8 +169,8 @@ def step_count(a: argparse.Namespace) -> int | None:
 
 def model_of(a: argparse.Namespace, negative: str = "") -> Model:
     """The released model that the options name. Raises UserError."""
-    if a.shift is not None and a.shift <= 0:
-        raise UserError(f"--shift {a.shift}: give a positive number, 1 for none")
+    if a.shift is not None and not 0 < a.shift <= SHIFT:
+        raise UserError(f"--shift {a.shift}: give a positive number of at most {SHIFT}, 1 for none")
     if a.block_frames is not None and a.block_frames < 0:
         raise UserError(f"--block_frames {a.block_frames}: give a number of frames, 0 for a bidirectional student")
     if a.config_path is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.types import expand_like
+from utils.limits import SHIFT
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -134,6 +135,8 @@ class ScheduleConfig:
         ):
             if shift <= 0:
                 raise ValueError(f"{name} must be positive (1 = none), got {shift}")
+            if shift > SHIFT:
+                raise ValueError(f"{name} must be at most {SHIFT}, where all levels are noise, got {shift}: lower it")
         if not 0 <= self.min_sigma < self.max_sigma <= 1:
             raise ValueError(
                 f"min_sigma and max_sigma must satisfy 0 <= min < max <= 1, got {self.min_sigma} and {self.max_sigma}"

@@ -50,7 +50,7 @@ def _train(config: RunConfig, options: RunOptions) -> int:
                 "mesh": "replicate {} x shard {} x sequence {}".format(*mesh),
             }
         )
-        lock = RunLock(options.logdir, LOCK_TIMES) if options.save else None
+        lock = RunLock(options.logdir, LOCK_TIMES) if options.save or options.log else None
         with lock or nullcontext():
             trainer = build_trainer(config, replace(options, notices=notices, lock=lock))
             try:

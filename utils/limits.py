@@ -32,6 +32,8 @@ SECONDS = 1e9
 THREADS = 4096
 # Frames a second: MP4 counts time in 1/90,000 s.
 FPS = 1000
+# Shift of noise levels. Above it all levels are noise, to four digits.
+SHIFT = 10_000
 # Rank of an adapter: no matrix that it is added to is larger.
 RANK = 1_000_000
 VARIABLE = "FEWSTEP_LIMITS"

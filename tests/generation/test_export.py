@@ -206,6 +206,19 @@ def test_what_cannot_be_exported_is_one_line(run: Path, tmp_path: Path, options:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("format", ["diffusers", "native"])
+def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path, format: str) -> None:
+    made = config(DISTILLATION, **BIDIRECTIONAL)
+    tensors = {name: dict(network(made, seed).state_dict()) for name, seed in NETWORKS.items()}
+    tensors["student_ema"]["blocks.1.ffn.0.weight"][3, 2] = torch.nan
+    checkpoint.save(tmp_path / "run" / "checkpoints", 5, tensors, {"config": to_plain(made)})
+    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.0\.weight of student_ema holds NaN or infinity") as error:
+        exported(tmp_path / "run", tmp_path / "out", format=format)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    assert exported(tmp_path / "run", tmp_path / "out", "--weights", "raw", format=format).is_dir()
+
+
 def test_a_family_that_nothing_reads_is_refused_before_its_weights_are_read(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

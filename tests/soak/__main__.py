@@ -8,6 +8,7 @@ checkpoint must be those of the unbroken run, bit for bit. Prints its counts, an
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import random
 import resource
@@ -22,14 +23,14 @@ from pathlib import Path
 
 import torch
 
-import train  # noqa: F401  what the forked ranks need is imported once, here
+from tests.forked import PRELOAD
 from tests.small import BRIEF, config, merged
 from tests.soak.launch import Try, adopt_orphans
 from utils import checkpoint
 from utils.config import to_yaml
 from utils.logging import read_jsonl
 
-STEPS = 24
+STEPS = 12
 PATIENCE = 150.0  # seconds until a rank whose launcher or peers were killed must have ended
 VICTIMS = ("a rank", "the launcher", "all at once")
 RUN = merged(
@@ -85,8 +86,7 @@ class Soak:
         self.counts["tries"] += 1
         clock = self.draw.choice((0.0, -86400.0 * self.draw.random(), 3600.0 * self.draw.random()))
         self.counts["clocks set back or ahead"] += bool(clock)
-        self.said = self.folder / f"said_{number}"
-        return Try(ranks, self.arguments(run), self.said, self.folder / f"codes_{number}", clock)
+        return Try(ranks, self.arguments(run), self.folder / f"codes_{number}", clock)
 
     def finish(self, ranks: int, run: Path) -> None:
         """Without a disturbance."""
@@ -103,13 +103,13 @@ class Soak:
             self.slowest = max(self.slowest, time.monotonic() - began)
         found = attempt.exit_codes()
         if codes is not None and found != codes:
-            self.fault(f"{what}: exit codes {found}")
+            self.fault(f"{what}: exit codes {found}:\n{attempt.said[-2000:]}")
         if unusual := [code for code in found if code not in (0, 2, 75, 128 + signal.SIGTERM)]:
-            self.fault(f"{what}: exit codes {unusual}")
-        said = self.said.read_text(errors="replace") if self.said.exists() else ""
-        if "Traceback" in said or "frame #" in said:
-            self.fault(f"{what}: a traceback:\n{said[-3000:]}")
-        self.said.unlink(missing_ok=True)
+            self.fault(f"{what}: exit codes {unusual}:\n{attempt.said[-2000:]}")
+        if "Traceback" in attempt.said or "frame #" in attempt.said:
+            self.fault(f"{what}: a traceback:\n{attempt.said[-3000:]}")
+
+        attempt.close()
 
     def fault(self, text: str) -> None:
         self.faults.append(text)
@@ -169,6 +169,8 @@ def is_complete(run: Path) -> bool:
 
 def main(wanted: int, seed: int, ranks: list[int], folder: Path) -> int:
     """Kills `wanted` times. Returns the exit code."""
+    for name in PRELOAD:  # what the ranks need is imported once, here
+        importlib.import_module(name)
     adopt_orphans()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.yaml").write_text(to_yaml(config(RUN)))

@@ -6,6 +6,7 @@ the ranks' parent, so that its death is seen as that of torchrun is.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -32,26 +33,40 @@ def adopt_orphans() -> None:
 class Try:
     """`train.py` with its arguments on some ranks.
 
-    said: the file of all that the ranks print.
     codes: a folder in which each rank leaves its exit code.
     clock: seconds by which their time of day is wrong.
     """
 
-    def __init__(self, ranks: int, arguments: Sequence[str], said: Path, codes: Path, clock: float = 0.0) -> None:
+    def __init__(self, ranks: int, arguments: Sequence[str], codes: Path, clock: float = 0.0) -> None:
         codes.mkdir()
-        self.codes = codes
+        self.codes, self._said = codes, b""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         receive, send = os.pipe()
-        self.launcher = _forked(lambda: _launch(ranks, port, send, arguments, said, codes, clock))
+        self._output, output = os.pipe()  # a file would be limited, too
+        self.launcher = _forked(lambda: _launch(ranks, port, send, arguments, output, codes, clock))
         os.close(send)
+        os.close(output)
+        os.set_blocking(self._output, False)
         with os.fdopen(receive) as pids:
             self.ranks = [int(pid) for pid in pids.readline().split()]
         self._left = {self.launcher, *self.ranks}
 
+    @property
+    def said(self) -> str:
+        """What the ranks printed so far."""
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._output, 1 << 16):
+                self._said += data
+        return self._said.decode(errors="replace")
+
+    def close(self) -> None:
+        os.close(self._output)
+
     def alive(self) -> set[int]:
         """Those of its processes that have not ended."""
+        _ = self.said  # or a full pipe would hold them up
         while True:
             try:
                 pid, _ = os.waitpid(-1, os.WNOHANG)
@@ -110,9 +125,9 @@ def _forked(work: Callable[[], int]) -> int:
     return pid
 
 
-def _launch(ranks: int, port: int, send: int, arguments: Sequence[str], said: Path, codes: Path, clock: float) -> int:
+def _launch(ranks: int, port: int, send: int, arguments: Sequence[str], output: int, codes: Path, clock: float) -> int:
     children = {
-        _forked(lambda rank=rank: _rank(rank, ranks, port, arguments, said, codes, clock)) for rank in range(ranks)
+        _forked(lambda rank=rank: _rank(rank, ranks, port, arguments, output, codes, clock)) for rank in range(ranks)
     }  # type: ignore[misc]
     os.write(send, (" ".join(map(str, children)) + "\n").encode())
     os.close(send)
@@ -136,13 +151,12 @@ def _launch(ranks: int, port: int, send: int, arguments: Sequence[str], said: Pa
     return 1 if failed else 0
 
 
-def _rank(rank: int, ranks: int, port: int, arguments: Sequence[str], said: Path, codes: Path, clock: float) -> int:
+def _rank(rank: int, ranks: int, port: int, arguments: Sequence[str], output: int, codes: Path, clock: float) -> int:
     """Becomes the program."""
     import torch
 
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
-        os.dup2(file, number)
+        os.dup2(output, number)
     os.environ.update(environment() | of_rank(rank, ranks, port) | {"EXIT_CODES": str(codes)})
     true_time, true_nanoseconds = time.time, time.time_ns
     time.time = lambda: true_time() + clock

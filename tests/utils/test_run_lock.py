@@ -209,13 +209,14 @@ def test_training_touches_nothing_of_a_folder_that_another_run_holds(
     (tmp_path / "metrics.jsonl").write_text('{"step": 900}\n')
     left(tmp_path, ELSEWHERE)
     options = RunOptions(tmp_path, wandb=False)
-    with pytest.raises(UserError, match="in use by another run"):
-        run.train(config(DIFFUSION), options)
+    for logs in (options, dataclasses.replace(options, save=False)):  # --no_save has metrics, too
+        with pytest.raises(UserError, match="in use by another run"):
+            run.train(config(DIFFUSION), logs)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 900}\n'
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "run.lock"]
     (tmp_path / "run.lock").unlink()
     assert run.train(config(DIFFUSION, training={"max_steps": 1}), options) == 0
     assert not (tmp_path / "run.lock").exists()
     left(tmp_path / "elsewhere", ELSEWHERE)
-    alone = dataclasses.replace(options, logdir=tmp_path / "elsewhere", save=False, visualize=False)
-    assert run.train(config(DIFFUSION, training={"max_steps": 1}), alone) == 0  # --no_save
+    silent = dataclasses.replace(options, logdir=tmp_path / "elsewhere", save=False, visualize=False, log=False)
+    assert run.train(config(DIFFUSION, training={"max_steps": 1}), silent) == 0  # writes nothing
