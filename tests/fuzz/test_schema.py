@@ -7,13 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import random
-import resource
-import signal
-import sys
 import tempfile
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +16,11 @@ from typing import Any
 
 import torch
 
-import train
+import train  # noqa: F401  once, and not in each child
 from configs.load import load_run, run_from_plain
 from configs.schema import RunConfig
+from tests.fuzz.program import ended
 from tests.small import BRIEF, DIFFUSION, NETWORK, ODE, SHORT, merged
-from utils.cli import run_cli
 from utils.config import to_yaml
 from utils.errors import ConfigError
 from utils.fields import field_types, section_type
@@ -34,7 +29,6 @@ from utils.variants import has_variants
 NUMBERS = ["nan", "-inf", "-1", "0", "1", "1e30", "1e-30", str(2**62), str(2**70), "0x10", "'7'"]
 VALUES = [*NUMBERS, "true", "null", "''", "abc", "'a: b\tc'", "[]", "[-1]", "[nan]", "[[]]", "{}", "{a: 1}", "'${seed}'", "'${oc.env:HOME}'", "2020-01-01", "x" * 5000, "'\\ud800'"]  # fmt: skip
 SAMPLE, TRAINED = 25, 40  # in make test, and in make test-all
-MEMORY, SECONDS = 4 << 30, 60
 HEADS = {"optimizer": {"lr": 1e-2, "betas": [0.0, 0.99]}}
 GAN: dict[str, Any] = {"weight": 0.5, "discriminator_weight": 0.5, "depths": [0.5], "training": HEADS}
 MUON = {"optimizer": {"kind": "muon"}}
@@ -166,38 +160,9 @@ def loaded(folder: Path, base: str, path: str, value: str) -> str:
 
 
 def trained(folder: Path, base: str, path: str, value: str) -> str:
-    """How two steps of it end: "0" or "2" (its exit code, after one line), or else what is wrong."""
-    said, run = folder / "said", folder / "run"
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setpgid(0, 0)
-            file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for number in (1, 2):
-                os.dup2(file, number)
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-            cpu = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime) + SECONDS
-            resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
-            arguments = ["--config_path", str(folder / f"{base}.yaml"), "--logdir", str(run), "--max_steps", "2"]
-            sys.argv = ["train.py", *arguments, f"{path}={value}"]
-            run_cli(train.main)
-        except SystemExit as end:
-            os._exit(end.code if isinstance(end.code, int) else 1)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    text = said.read_text(errors="replace")
-    if os.WIFSIGNALED(status):
-        return f"signal {signal.Signals(os.WTERMSIG(status)).name}"
-    code = os.WEXITSTATUS(status)
-    if "Traceback" in text or code not in (0, 2):
-        return f"exit code {code}: {text[-1500:]}"
-    if code == 2 and sum("error:" in line for line in text.splitlines()) != 1:
-        return f"exit code 2 without one line: {text[-500:]}"
-    return str(code)
+    """How two steps of it end: as `ended` says it."""
+    arguments = ["--config_path", str(folder / f"{base}.yaml"), "--logdir", str(folder / "run"), "--max_steps", "2"]
+    return ended("train.py", [*arguments, f"{path}={value}"], folder / "said")
 
 
 @functools.cache
