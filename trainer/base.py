@@ -355,7 +355,7 @@ class Trainer(ABC):
             "config": to_plain(self.config),
             "extras": {name: extra.state() for name, extra in self.extras.items()},
         }
-        self.saver.wait()
+        self.saver.settle()  # half a save would be counted
         if self.room is not None:
             warn(self.room.before_save(self.step, bytes_of(tensors)))
         prunes = not self.skips.is_in_streak and self.ended is None
