@@ -29,7 +29,7 @@ from utils import distributed
 from utils.config import config_hash, to_plain
 from utils.errors import UserError
 from utils.logging import peak_memory_gib, read_jsonl
-from utils.writing import write_text
+from utils.writing import whole_file, write_text
 
 SHOWN = 6  # videos a strip
 
@@ -184,7 +184,8 @@ def _judged(job: Job) -> dict[str, Any]:
             job.method.key, generator, judge, count=options.count, split=options.split, sampling=sampling
         )
         pictures = generate_all(generator, shown, sampling)
-    save_file({"pixels": judge.world.decode(pictures)[:, :, :1].contiguous()}, job.folder / "shown.safetensors")
+    with whole_file(job.folder / "shown.safetensors") as temporary:
+        save_file({"pixels": judge.world.decode(pictures)[:, :, :1].contiguous()}, temporary)
     return {"metrics": row.metrics, "evaluations": row.evaluations, "shown": shown}
 
 

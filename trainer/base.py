@@ -357,7 +357,7 @@ class Trainer(ABC):
             MADE_WITH: versions(self.device),
             "extras": {name: extra.state() for name, extra in self.extras.items()},
         }
-        self.saver.wait()
+        self.saver.settle()  # half a save would be counted
         if self.room is not None:
             warn(self.room.before_save(self.step, bytes_of(tensors)))
         prunes = not self.skips.is_in_streak and self.ended is None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from torch import Tensor
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from serving.download import Downloads
 from serving.frames import Kept, encode
 from serving.guard import HEADERS
 from serving.limits import Limits
@@ -31,6 +36,7 @@ from tests.serving.demo_server import (
     fetch,
     running,
 )
+from utils.logging import console
 from utils.video import read_video
 
 # ---------------------------------------------------------------------------------------------------------- the turns
@@ -435,3 +441,25 @@ def test_the_end_of_the_server_ends_its_sessions() -> None:
             client.status("running", frames=2)
             client.watches = False
         assert code_of(client)[0] == 1012
+
+
+def test_a_download_that_no_disk_takes_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, sent, said = Kept(8, 1), list[Any](), list[str]()
+    kept.images = [b"a frame"]
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("nothing is asked")
+
+    monkeypatch.setattr(kept, "mp4", full)
+    monkeypatch.setattr(console, "warning", lambda text, *args: said.append(text % args))
+    downloads = Downloads({kept.token: kept}, DEFAULT)
+    asyncio.run(downloads.of(kept.token)({"type": "http", "method": "GET"}, receive, send))
+    assert sent[0]["status"] == 507
+    assert (downloads.open, kept.busy) == (0, False)
+    assert said == ["demo: a download could not be made on this disk: No space left on device"]
