@@ -208,7 +208,12 @@ class Connection:
             if session is None:
                 continue
             view = self._scheduler.view(session)  # before its blocks are taken: an ended session makes no later ones
-            while session is self._session and (block := self._scheduler.take(session)) is not None:
+            # no more than the view knows of: blocks made as fast as they are sent would put off the status for ever
+            while (
+                session is self._session
+                and len(kept.images) < view.made
+                and (block := self._scheduler.take(session)) is not None
+            ):
                 images = await asyncio.to_thread(encode, block.frames)
                 if session is not self._session:
                     break

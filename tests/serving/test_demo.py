@@ -335,7 +335,8 @@ def test_stop_keeps_what_was_made_and_frees_the_place() -> None:
 
 
 def test_two_clients_at_once_and_a_third_that_follows_who_disconnects() -> None:
-    with running(StandIns(), replace(DEFAULT, users=2)) as address:  # noqa: SIM117 - one page within the other
+    limits = replace(DEFAULT, users=2, max_frames=10**6)  # a video that came to its end would free a place
+    with running(StandIns(), limits) as address:  # noqa: SIM117 - one page within the other
         with Client(address) as first, Client(address) as second, Client(address) as third:
             for client, prompt in ((first, "one"), (second, "two")):
                 client.say("start", prompt=prompt)

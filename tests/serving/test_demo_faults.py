@@ -167,7 +167,7 @@ def test_invalid_frames_are_a_line_and_no_traceback(caplog: pytest.LogCaptureFix
 
 
 def test_the_demo_goes_on_after_invalid_frames(caplog: pytest.LogCaptureFixture) -> None:
-    limits = replace(DEFAULT, ahead=600)
+    limits = replace(DEFAULT, ahead=600, max_frames=10**6)
     with running(StandIns(), limits) as address:
         for data in (FRAMES["a frame that is none of a websocket's"][0], frame(2, b"bytes"), frame(1, b"{")):
             for _ in range(3):
