@@ -9,6 +9,7 @@ from model.decoupled_dmd import decoupled_dmd_loss
 from model.objective import Draws, Objective, ObjectiveConfig
 from model.query import ScoreQuery
 from model.types import LossOutput
+from utils.limits import SHIFT, check_within
 
 
 @dataclass
@@ -25,8 +26,7 @@ class DecoupledDMDConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cfg_score_shift is not None and self.cfg_score_shift <= 0:
-            raise ValueError(f"cfg_score_shift must be positive, or null, got {self.cfg_score_shift}")
+        check_within(self, cfg_score_shift=f"(0, {SHIFT}]")
 
 
 class DecoupledDMD(Objective):
