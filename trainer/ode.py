@@ -5,7 +5,8 @@ B batch  S stored points  F latent frames
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,9 +33,10 @@ from utils import activity, distributed
 from utils.config import config_hash, differences, to_plain
 from utils.data.stream import Stream
 from utils.errors import ConfigError, UserError
-from utils.logging import Progress
+from utils.logging import Progress, console
 from utils.random import Noise, keyed_seed
-from utils.writing import Unwritten, whole_file
+from utils.space import free_space, size_text
+from utils.writing import check_writable, whole_file
 
 
 class ODETrainer(Trainer):
@@ -147,18 +149,28 @@ class ODETrainer(Trainer):
         path = self.options.logdir / f"ode_pairs_{key[:12]}.safetensors"
         missing = distributed.all_reduce_scalars({"missing": float(distributed.is_main() and not path.is_file())})
         if missing["missing"]:
-            pairs, problem = self._make(), ""
-            if pairs is not None:
-                try:
-                    with whole_file(path, "--logdir") as partial:
-                        save_file(pairs, partial)
-                except Unwritten as refused:
-                    problem = str(refused)
-            if problem := distributed.all_gather_text(problem, size=2048)[0]:
-                raise UserError(problem)
+            _together(lambda: self._check_room(path))
+            pairs = self._make()
+            _together(lambda: _keep(path, pairs))
         distributed.barrier()
         stored = load_file(path)
         return stored["x"], stored["sigma"]
+
+    def _check_room(self, path: Path) -> None:
+        """Before hours of work: raises UserError where nothing can be written, warns where it seems too much."""
+        check_writable(path, "--logdir")
+        points = len(store_levels(self._grid, self.config.schedule.sigmas())) + 1
+        size = 4 * self.config.ode.pairs * points * math.prod(self.task.latent_shape)
+        if (free := free_space(path.parent)) < size:
+            console.warning(
+                "%s: %s free, trajectories of %s do not fit: free some space there, or make fewer (ode.pairs)",
+                path.parent, size_text(free), size_text(size),
+            )  # fmt: skip
+
+    @property
+    def _grid(self) -> tuple[float, ...]:
+        """The noise levels of the teacher's steps."""
+        return uniform_sigmas(self.config.ode.steps, self.config.ode.shift, self.teacher.path.start)
 
     @torch.no_grad()
     def _make(self) -> dict[str, Tensor] | None:
@@ -168,8 +180,7 @@ class ODETrainer(Trainer):
         changes nothing in it. Where the last turn has none for a rank, it repeats another's, for a sharded teacher
         needs all ranks; that is not counted.
         """
-        config, mesh = self.config.ode, self.mesh
-        grid = uniform_sigmas(config.steps, config.shift, self.teacher.path.start)
+        config, mesh, grid = self.config.ode, self.mesh, self._grid
         keep = [*store_levels(grid, self.config.schedule.sigmas()), len(grid)]
         size = self.config.training.micro_batch_size
         batches = [range(start, min(start + size, config.pairs)) for start in range(0, config.pairs, size)]
@@ -191,6 +202,25 @@ class ODETrainer(Trainer):
             progress.update(dealt[-1].stop, {})
         progress.close()
         return None if x is None else {"x": x, "sigma": torch.tensor([*grid, 0.0])[keep]}
+
+
+def _keep(path: Path, pairs: dict[str, Tensor] | None) -> None:
+    """Raises UserError where they cannot be written."""
+    assert pairs is not None
+    with whole_file(path, "--logdir") as partial:
+        save_file(pairs, partial)
+
+
+def _together(action: Callable[[], None]) -> None:
+    """Done on rank 0; the UserError that it may raise is raised on every rank."""
+    problem = ""
+    try:
+        if distributed.is_main():
+            action()
+    except UserError as error:
+        problem = str(error)
+    if problem := distributed.all_gather_text(problem, size=2048)[0]:
+        raise UserError(problem)
 
 
 def trajectories(

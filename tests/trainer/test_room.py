@@ -13,7 +13,7 @@ from trainer.state import save_run
 from utils.checkpoint import list_checkpoints
 from utils.errors import UserError
 from utils.logging import console, read_jsonl
-from utils.space import free_space
+from utils.space import free_space, size_text
 
 MB = 10**6
 MUON = {"generator_training": {"optimizer": {"kind": "muon"}}}
@@ -124,3 +124,19 @@ def test_trajectories_that_cannot_be_kept_end_the_run_in_one_line(tmp_path: Path
     ):
         trainer(tmp_path / "file" / "run", merged(ODE, SHORT))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_trajectories_that_do_not_fit_are_told_before_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    run = trainer(tmp_path, merged(ODE, SHORT))
+    assert warnings == []
+    (kept,) = tmp_path.glob("ode_pairs_*.safetensors")
+    needed = run.trajectories.numel() * 4  # type: ignore[attr-defined]
+    assert needed < kept.stat().st_size < needed + 500
+    for free in (needed, needed - 1):
+        kept.unlink()
+        monkeypatch.setattr("trainer.ode.free_space", lambda folder, free=free: free)
+        trainer(tmp_path, merged(ODE, SHORT))
+    [said] = warnings
+    assert f"trajectories of {size_text(needed)} do not fit: free some space there, or make fewer (ode.pairs)" in said
