@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := passive
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart quickstart-from-scratch test test-all test-fast lint format bench gpu-check methods docs clean distclean
+.PHONY: help venv quickstart quickstart-from-scratch test test-all test-fast lint format bench gpu-check methods soak docs clean distclean
 
 help:
 	@echo 'make quickstart   distils the teacher that ships into a causal 2-step student; videos, table, report (5 to 6 minutes on 2 cores)'
@@ -24,6 +24,7 @@ help:
 	@echo 'make test-all     every test (45 minutes at most)'
 	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'
 	@echo 'make methods      every method from the same teachers, 3 seeds each: docs/methods.md (an hour or more on 2 cores)'
+	@echo 'make soak         small runs killed 200 times, on disks that fill, under clocks that jump: nothing differs (half an hour)'
 	@echo 'make bench        cost of a training step, of streaming and of attention; make gpu-check: tests and true sizes on one GPU'
 	@echo 'make docs         the site of docs/ with search, in site/'
 	@echo 'make venv         only set up .venv    make clean       remove caches (distclean: .venv too)'
@@ -127,6 +128,10 @@ gpu-check:
 # ARGS=--quick is a trial of a few iterations each, ARGS='--only ROW ...' makes some rows
 methods: $(STAMP)
 	@OMP_NUM_THREADS=1 $(RUN) -m scripts.methods $(ARGS)
+
+# ARGS="--kills 20 --ranks 1 2" is a short one
+soak: $(STAMP)
+	@OMP_NUM_THREADS=1 $(RUN) -m tests.soak $(ARGS)
 
 # the site of docs/ in site/, with an environment of its own: it needs no torch
 DOCS := $(VENV)/docs

@@ -30,6 +30,8 @@ PRELOAD = [
     "preprocess",
     "evaluation.command",
     "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "sklearn.datasets",
     "tests.distributed.sequence_ranks",
 ]
 PRELOAD += ["transformers.models.umt5.modeling_umt5", "transformers.tokenization_utils_tokenizers"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import resource
 import runpy
@@ -11,8 +13,12 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests import ROOT
+import torch
 
+from tests import ROOT
+from tests.forked import PRELOAD
+
+MORE = ("generation.export", "planning.doctor")
 MEMORY, SECONDS = 4 << 30, 60  # beyond what is there already
 
 
@@ -24,12 +30,21 @@ def limit(memory: int = MEMORY, seconds: int = SECONDS) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
 
 
+@functools.cache
+def preload() -> None:
+    """Imports what programs need: once, and not in each child."""
+    torch.set_num_threads(1)
+    for name in (*PRELOAD, *MORE):
+        importlib.import_module(name)
+
+
 def ended(program: str, arguments: Sequence[str], said: Path) -> str:
     """ "0" or "2" (after one line), or else what is wrong with the end of `python PROGRAM ARGUMENTS`.
 
     program: a file of the repository's root.
     said: the file that gets what it prints.
     """
+    preload()
     child = os.fork()
     if child == 0:
         try:

@@ -108,7 +108,6 @@ class Soak:
             self.fault(f"{what}: exit codes {unusual}:\n{attempt.said[-2000:]}")
         if "Traceback" in attempt.said or "frame #" in attempt.said:
             self.fault(f"{what}: a traceback:\n{attempt.said[-3000:]}")
-
         attempt.close()
 
     def fault(self, text: str) -> None:
@@ -130,8 +129,8 @@ class Soak:
         else:
             victim = self.draw.choice(VICTIMS)
             pids = {"a rank": [self.draw.choice(attempt.ranks)], "the launcher": [attempt.launcher]}
-            attempt.kill(pids.get(victim, [attempt.launcher, *attempt.ranks]))
-            self.kills[f"{victim} of {ranks}"] += 1
+            killed = attempt.kill(pids.get(victim, [attempt.launcher, *attempt.ranks]))
+            self.kills[f"{victim} of {ranks}"] += bool(killed)
             self.end(attempt, f"{victim} of {ranks} was killed")
         if self.draw.random() < 0.3 and run.exists():  # as a clock that was set back leaves them
             for path in run.rglob("*"):

@@ -88,11 +88,12 @@ class Try:
             time.sleep(0.02)
         return True
 
-    def kill(self, pids: Sequence[int]) -> None:
-        """-9, for those that are there."""
-        for pid in pids:
-            if pid in self.alive():
-                os.kill(pid, signal.SIGKILL)
+    def kill(self, pids: Sequence[int]) -> list[int]:
+        """-9, for those that are there. Returns them."""
+        there = [pid for pid in pids if pid in self.alive()]
+        for pid in there:
+            os.kill(pid, signal.SIGKILL)
+        return there
 
     def limit_files(self, size: int) -> None:
         """No rank's file may grow beyond so many bytes; RLIM_INFINITY takes the limit away."""
