@@ -27,6 +27,7 @@ from evaluation.toy_suite import (
 from generation.batch import MOST, chosen_batch, free_memory
 from generation.generator import Generator
 from generation.sampling import Sampling, StudentChoice
+from model.network import Expert
 from utils import checkpoint, distributed
 from utils.cli import Parser, refuse_several_ranks
 from utils.data.shard_files import atomic
@@ -51,6 +52,7 @@ _OF_SUITES = {
 def evaluation_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description="Judge a run's videos.")
     parser.add_argument("--run", type=Path, required=True, help="run or checkpoint folder")
+    parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, beside --run of the high-noise one")
     parser.add_argument("--suite", choices=("toy", "fid", "vbench"), default="toy", help="what judges")
     parser.add_argument("--steps", type=int, help="denoising steps (default: as trained)")
     parser.add_argument("--guidance", type=float, help="of a many-step network (default: as validation has it)")
@@ -99,9 +101,20 @@ def main() -> int:
         args.split, args.cache = args.split or "test", args.cache or Path("logs/cache")
         if args.count < 2:
             raise UserError(f"--count {args.count}: a distance needs at least 2 videos, 400 to be worth reading")
-    generator = Generator.load(args.run, distributed.device(), student=StudentChoice(args.weights))
+    generator = _generator(args)
     {"toy": _toy, "fid": _fid, "vbench": _vbench}[args.suite](generator, args)
     return 0
+
+
+def _generator(args: argparse.Namespace) -> Generator:
+    device = distributed.device()
+    if args.low_run is None:
+        return Generator.load(args.run, device, student=StudentChoice(args.weights))
+    high, low = (
+        Generator.load(run, device, student=StudentChoice(args.weights, expert=expert))
+        for run, expert in ((args.run, Expert.high), (args.low_run, Expert.low))
+    )
+    return high.with_low(low)
 
 
 def _toy(generator: Generator, args: argparse.Namespace) -> None:
@@ -159,7 +172,9 @@ def _vbench(generator: Generator, args: argparse.Namespace) -> None:
         batch=args.batch or chosen_batch(generator, sampling, MOST, free_memory(generator.device)),
         fps=args.fps or generator.config.fps,
     )
-    source = f"{checkpoint.resolve_resume(str(args.run), args.run)}, {args.weights}"
+    runs = [args.run] if args.low_run is None else [args.run, args.low_run]
+    folders = [str(checkpoint.resolve_resume(str(run), run)) for run in runs]
+    source = ", ".join([*folders, args.weights])
     scores = vbench_suite.evaluate_vbench(generator, asked, sampling, source)
     if scores is not None:
         print(vbench_suite.report(scores))

@@ -19,7 +19,8 @@ from configs.load import load_run
 from configs.schema import RunConfig
 from evaluation.toy_suite import evaluate_generator, evaluate_real, generate_all, judge_of
 from generation.generator import Generator
-from generation.sampling import Sampling
+from generation.sampling import Sampling, StudentChoice
+from model.network import Expert
 from scripts.methods_table import BY_KEY, Method
 from scripts.report_samples import end_with_parent
 from tasks.task import spread
@@ -194,9 +195,10 @@ def _generator(job: Job) -> Generator:
     if method.key.endswith("real"):
         return Generator.load(job.folder_of(next(iter(method.needs()))), device)
     folder = job.folder if method.run is None else job.folder_of(method.run)
-    generator = Generator.load(folder, device)
     if method.low is not None:
-        return generator.with_low(Generator.load(job.folder_of(method.low), device))
+        low = Generator.load(job.folder_of(method.low), device, student=StudentChoice(expert=Expert.low))
+        return Generator.load(folder, device, student=StudentChoice(expert=Expert.high)).with_low(low)
+    generator = Generator.load(folder, device)
     if method.causal_from is not None:
         return generator.as_causal(Generator.load(job.folder_of(method.causal_from), device).config)
     return generator

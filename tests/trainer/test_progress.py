@@ -123,6 +123,11 @@ def test_commands_fit_what_was_trained() -> None:
     see, _, write = programs(**low)
     assert "--run HIGH_NOISE_RUN --low_run logs/x" in see
     assert "--run HIGH_NOISE_RUN --low_run logs/x --format diffusers" in write
+    see, judge, write = programs(
+        **{**low, "schedule": {"denoising_step_list": [1000, 750], "min_score_timestep": 400}},
+        objective={"kind": "phased_dmd"},
+    )
+    assert all("--run logs/x --low_run LOW_NOISE_RUN" in command for command in (see, judge, write))
     synthetic = {"data": {"kind": "synthetic", "synthetic": {"frames": 6, "height": 8, "width": 8}}}
     assert "demo.py" in programs(**synthetic)[1]
     nothing_exports = load_run(ROOT / "configs/digits_edm/dmd2.yaml")
