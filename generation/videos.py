@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +31,7 @@ from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from utils.parallel.sequence import apply_sequence_parallel, check_degree
 from utils.reading import read_json
 from utils.shards import is_finite
+from utils.tensor_files import save_file
 from utils.video import drop_partials, eight_bits, write_video
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.load import load_run
@@ -30,6 +30,7 @@ from utils import distributed
 from utils.config import config_hash, to_plain
 from utils.errors import UserError
 from utils.logging import peak_memory_gib, read_jsonl
+from utils.tensor_files import save_file
 
 SHOWN = 6  # videos a strip
 

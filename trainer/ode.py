@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.schema import RunConfig
@@ -34,6 +34,7 @@ from utils.data.stream import Stream
 from utils.errors import ConfigError
 from utils.logging import Progress
 from utils.random import Noise, keyed_seed
+from utils.tensor_files import save_file
 
 
 class ODETrainer(Trainer):
