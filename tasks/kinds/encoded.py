@@ -299,8 +299,8 @@ class EncodedTask:
             warn_once(f"data.text: only prompts of {self.text.config.cache} can be used: {problem}")
 
     def check_captions(self, stored: Stored) -> None:
-        """Raises ConfigError if there is no encoder and the cache lacks a stored caption."""
-        if not self.text.from_cache_alone:
+        """Raises ConfigError if there is no encoder and the cache lacks a stored caption. With one it warns."""
+        if self.text.cache is None:
             return
         try:
             self.text.check(stored.captions)
