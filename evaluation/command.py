@@ -133,11 +133,11 @@ def _toy(generator: Generator, args: argparse.Namespace) -> None:
         write_rows(args.out, rows)
 
 
-def _warn_of_few(videos: int) -> None:
+def _warn_of_few(videos: int, what: str = "videos") -> None:
     if videos < ENOUGH:
         print(
-            f"evaluate.py: warning: {videos} videos: distances of fewer than {ENOUGH} say little, for they grow "
-            "as videos become fewer: judge more (--count, --real), and compare numbers of as many videos alone",
+            f"evaluate.py: warning: {videos} {what}: distances of fewer than {ENOUGH} say little, for they grow as "
+            "videos become fewer: judge more, and compare only distances of the same numbers of videos",
             file=sys.stderr,
         )
 
@@ -154,7 +154,8 @@ def _fid(generator: Generator, args: argparse.Namespace) -> None:
     )
     rows = fid_suite.evaluate_fid(generator, asked, Sampling(steps=args.steps, guidance=args.guidance))
     print(fid_suite.report(rows))
-    _warn_of_few(int(min(row["videos"] for row in rows.values())))
+    fewest = min(rows, key=lambda name: rows[name]["videos"])
+    _warn_of_few(int(rows[fewest]["videos"]), "real videos (--real)" if fewest == "real" else "videos")
     _write(args.out, rows)
 
 

@@ -75,6 +75,8 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     todo = sorted(distributed.union(missing if distributed.is_main() else ()))
     if len(todo) < len(paths) and distributed.is_main():
         print(f"{len(paths) - len(todo)} of {len(paths)} videos are there already")
+    if not resumable and any(path.is_file() for path in paths) and distributed.is_main():
+        print(f"{paths[0]} is there already: it is made again, and replaced once that is done")
     mine, writes = todo[mesh.dp_rank :: mesh.dp_size], mesh.sequence_rank == 0
     rate = Rate()
     with tqdm(total=len(mine), desc="videos", disable=None if distributed.is_main() else True) as bar:

@@ -70,6 +70,7 @@ class Trainer(ABC):
         self.sizes = DrawnSizes(config, self.task.latent_shape)
         self.make = RunNetworks(config, self.evaluations, self.device, self.mesh)
         self.micro_batches_per_rank = micro_batches(config.training, self.mesh.dp_size)
+        self.changed = False  # the config is not that of the checkpoint
         self.step = 0
         self.cursor = 0
         self.skips = Skips(config.training.non_finite_limit)
@@ -132,7 +133,7 @@ class Trainer(ABC):
             if distributed.is_main():
                 save(self.config, self.options.logdir / "config.yaml")
         else:
-            self._say([finished_before(extent)])
+            self._say([finished_before(extent, changed=self.changed)])
         progress = Progress(total, self.step, desc=self.config.name, every=None, first=3, is_main=speaks)
         unlogged: dict[str, float] = {}
         activity.begin(self.step, slow=True)  # the first iteration compiles and allocates
@@ -394,6 +395,7 @@ class Trainer(ABC):
         except ConfigError:  # of a version with other keys
             saved = state["config"]
         if changed := differences(saved, to_plain(self.config)):
+            self.changed = True
             console.warning("the config is not that of the checkpoint: %s", "; ".join(changed))
 
     def _stopping(self) -> bool:

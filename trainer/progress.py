@@ -123,17 +123,20 @@ def _cadence(extent: Extent) -> str:
     checkpoint, validation = extent.config.checkpoint, extent.config.validation
     kept = f"the last {checkpoint.keep_last} kept"
     kept += f" and each {checkpoint.keep_every}th" if checkpoint.keep_every else ""
-    videos = f"validation videos every {validation.every}" if validation.every else "no validation videos"
+    videos = "no validation videos"
+    if validation.every:
+        videos = f"validation videos every {validation.every} and after the last"
     return f"a checkpoint every {checkpoint.every} steps ({kept}), {videos}"
 
 
-def finished_before(extent: Extent) -> str:
-    """The line of a run that was finished when this process began."""
+def finished_before(extent: Extent, *, changed: bool) -> str:
+    """The line of a run that was finished when this process began. changed: whether its config was another one."""
     planned = extent.config.training.max_steps
     key = f"training.max_steps {planned}" if extent.total == planned else f"--max_steps {extent.total}"
+    other = "; nothing was trained with the config that differs: give another --logdir for it" if changed else ""
     return (
         f"this run is finished: {extent.begins} steps are done, and {key} asks for no more: raise it to go on, or give "
-        "--resume never to start anew"
+        f"--resume never to start anew{other}"
     )
 
 

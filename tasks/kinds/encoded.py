@@ -101,7 +101,7 @@ class EncodedData(DataConfig):
         try:
             identity = encoder_hash(encoder)
         except (ValueError, OSError) as problem:
-            raise UserError(f"data.{problem}") from None
+            raise UserError(f"data.text.encoder: {problem}") from None
 
         embeddings = TextEmbeddings(replace(self.text, cache=None), context.student, context.device)
         return TextSource(identity, embeddings.encode, embeddings.shapes, encoder.made_with())

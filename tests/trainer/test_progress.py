@@ -70,6 +70,8 @@ def test_a_run_says_what_it_is_and_what_to_do_next(said: pytest.LogCaptureFixtur
     assert trainer(folder, TWO_STEPS, seed=9).train() == 0
     assert any("this run is finished: 2 steps are done, and training.max_steps 2" in m for m in said.messages)
     assert (folder / "config.yaml").read_bytes() == kept
+    other = "nothing was trained with the config that differs: give another --logdir for it"  # of another seed
+    assert any(m.endswith(other) for m in said.messages)
 
 
 def test_a_stopped_run_says_how_to_go_on(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
