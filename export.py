@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 
-# Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from planning.packages import before_torch
+
+# Before anything imports torch, which may not be installed.
+os.environ.update(before_torch())
 
 from generation.export import main
 from utils.cli import run_cli

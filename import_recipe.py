@@ -6,7 +6,13 @@ be refused the YAML says so.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from planning.packages import before_torch
+
+# Before anything imports torch, which may not be installed.
+os.environ.update(before_torch())
 
 from configs.load import run_from_plain
 from importers.tables import DIALECTS

@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
-# Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from planning.packages import before_torch
+
+# Before anything imports torch, which may not be installed.
+os.environ.update(before_torch())
 
 from generation.command import inference_args, open_generator
 from generation.videos import check_out, generate_videos
 from utils import distributed
 from utils.cli import run_cli
+from utils.logging import console
 
 
 def main() -> int:
     args = inference_args()
     check_out(args)
+    if distributed.is_main() and (line := distributed.unused_gpus()):
+        console.warning(line)
     distributed.init(timedelta(days=7))  # ranks whose videos are done wait for those who make theirs
     return generate_videos(open_generator(args, distributed.device()), args)
 

@@ -8,13 +8,27 @@ from typing import Any
 
 from configs.checks import check_run
 from configs.schema import RunConfig
-from utils.config import from_plain, load
+from utils.config import from_plain, is_overlay, load
 from utils.errors import ConfigError
+from utils.yaml_files import read_yaml
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that a YAML file describes, with ``key=value`` and overlays laid over it. Raises ConfigError."""
+    _refuse_swapped(Path(path), [Path(text) for text in overrides if is_overlay(text)])
     return checked(load(RunConfig, path, overrides))
+
+
+def _refuse_swapped(path: Path, overlays: Sequence[Path]) -> None:
+    """Raises ConfigError for an overlay in the place of the recipe, and the recipe after it."""
+
+    def says(file: Path, *keys: str) -> bool:
+        return file.is_file() and any(key in read_yaml(file) for key in keys)
+
+    if path.is_file() and not says(path, "base", "trainer", "name"):
+        for overlay in overlays:
+            if says(overlay, "base", "trainer"):
+                raise ConfigError(f"{path} is an overlay, and {overlay} a recipe: give the recipe first")
 
 
 def run_from_plain(values: Mapping[str, Any]) -> RunConfig:

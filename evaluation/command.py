@@ -27,6 +27,7 @@ from evaluation.toy_suite import (
 from generation.batch import MOST, chosen_batch, free_memory
 from generation.generator import Generator
 from generation.sampling import Sampling, StudentChoice
+from model.network import Expert
 from utils import checkpoint, distributed
 from utils.cli import Parser, refuse_several_ranks
 from utils.errors import UserError
@@ -51,6 +52,7 @@ _OF_SUITES = {
 def evaluation_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description="Judge a run's videos.")
     parser.add_argument("--run", type=Path, required=True, help="run or checkpoint folder")
+    parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, beside --run of the high-noise one")
     parser.add_argument("--suite", choices=("toy", "fid", "vbench"), default="toy", help="what judges")
     parser.add_argument("--steps", type=int, help="denoising steps (default: as trained)")
     parser.add_argument("--guidance", type=float, help="of a many-step network (default: as validation has it)")
@@ -101,9 +103,20 @@ def main() -> int:
             raise UserError(f"--count {args.count}: a distance needs at least 2 videos, 400 to be worth reading")
     if args.out is not None:
         check_writable(args.out, "--out")
-    generator = Generator.load(args.run, distributed.device(), student=StudentChoice(args.weights))
+    generator = _generator(args)
     {"toy": _toy, "fid": _fid, "vbench": _vbench}[args.suite](generator, args)
     return 0
+
+
+def _generator(args: argparse.Namespace) -> Generator:
+    device = distributed.device()
+    if args.low_run is None:
+        return Generator.load(args.run, device, student=StudentChoice(args.weights))
+    high, low = (
+        Generator.load(run, device, student=StudentChoice(args.weights, expert=expert))
+        for run, expert in ((args.run, Expert.high), (args.low_run, Expert.low))
+    )
+    return high.with_low(low)
 
 
 def _toy(generator: Generator, args: argparse.Namespace) -> None:
@@ -122,11 +135,11 @@ def _toy(generator: Generator, args: argparse.Namespace) -> None:
         write_rows(args.out, rows)
 
 
-def _warn_of_few(videos: int) -> None:
+def _warn_of_few(videos: int, what: str = "videos") -> None:
     if videos < ENOUGH:
         print(
-            f"evaluate.py: warning: {videos} videos: distances of fewer than {ENOUGH} say little, for they grow "
-            "as videos become fewer: judge more (--count, --real), and compare numbers of as many videos alone",
+            f"evaluate.py: warning: {videos} {what}: distances of fewer than {ENOUGH} say little, for they grow as "
+            "videos become fewer: judge more, and compare only distances of the same numbers of videos",
             file=sys.stderr,
         )
 
@@ -143,7 +156,8 @@ def _fid(generator: Generator, args: argparse.Namespace) -> None:
     )
     rows = fid_suite.evaluate_fid(generator, asked, Sampling(steps=args.steps, guidance=args.guidance))
     print(fid_suite.report(rows))
-    _warn_of_few(int(min(row["videos"] for row in rows.values())))
+    fewest = min(rows, key=lambda name: rows[name]["videos"])
+    _warn_of_few(int(rows[fewest]["videos"]), "real videos (--real)" if fewest == "real" else "videos")
     _write(args.out, rows)
 
 
@@ -161,7 +175,9 @@ def _vbench(generator: Generator, args: argparse.Namespace) -> None:
         batch=args.batch or chosen_batch(generator, sampling, MOST, free_memory(generator.device)),
         fps=args.fps or generator.config.fps,
     )
-    source = f"{checkpoint.resolve_resume(str(args.run), args.run)}, {args.weights}"
+    runs = [args.run] if args.low_run is None else [args.run, args.low_run]
+    folders = [str(checkpoint.resolve_resume(str(run), run)) for run in runs]
+    source = ", ".join([*folders, args.weights])
     scores = vbench_suite.evaluate_vbench(generator, asked, sampling, source)
     if scores is not None:
         print(vbench_suite.report(scores))

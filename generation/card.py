@@ -14,7 +14,7 @@ from generation.find import Found
 from model.export import ADAPTER_FILE, Dtype, Pipeline
 from model.released import Source
 from model.schedule import TIMESTEPS, unshift_sigma
-from trainer.validation import starts_from_noise
+from trainer.validation import expert_of
 
 CARD = "README.md"
 PROMPT = "a red fox runs through fresh snow"
@@ -128,8 +128,7 @@ def _sampling(exported: Exported) -> list[str]:
         return ["This is the critic of a distillation. It knows the student's videos, and is not meant to make any."]
     lines = _table(_settings(exported))
     config = exported.config
-    if exported.boundary is None and (config.student.expert is not None or not _whole(config)):
-        side = config.student.expert if _whole(config) else "low"
+    if exported.boundary is None and (side := expert_of(config)) is not None:
         return [*lines, "", f"This is the {side}-noise expert of two: videos need the other one too."]
     code = _code(exported)
     if isinstance(code, str):
@@ -142,10 +141,6 @@ def _sampling(exported: Exported) -> list[str]:
     if config.is_causal:
         lines += ["", "It was trained to generate block by block; this pipeline denoises all frames at once."]
     return lines
-
-
-def _whole(config: RunConfig) -> bool:
-    return not config.few_steps or starts_from_noise(config)
 
 
 def _settings(exported: Exported) -> dict[str, str]:

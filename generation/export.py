@@ -18,7 +18,8 @@ from generation.find import Found, find
 from generation.push import Push, check_push, push
 from generation.two_experts import joined
 from model.export import ADAPTER_CONFIG, ADAPTER_FILE, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
-from trainer.validation import starts_from_noise
+from model.network import Expert
+from trainer.validation import expert_of
 from utils import checkpoint
 from utils.cli import Parser, refuse_several_ranks
 from utils.errors import UserError
@@ -132,10 +133,11 @@ def export(args: ExportArgs) -> Path:
         parts[exporter.networks[1]] = low = find(args.low, args.network, args.weights)
         config, boundary = joined(found.config, low.config)
         found = replace(found, config=config)
-    elif args.format == "diffusers" and found.config.few_steps and not starts_from_noise(found.config):
+    elif args.format == "diffusers" and (side := expert_of(found.config)) is not None:
+        pair = "give it as --low_run beside the high one's --run"
+        pair = pair if side is Expert.low else "give the low one's run as --low_run"
         raise UserError(
-            f"--run {args.run}: a low-noise expert makes no pipeline alone: give it as --low_run beside the high one's "
-            "--run, or use --format native"
+            f"--run {args.run}: a {side}-noise expert makes no pipeline alone: {pair}, or use --format native"
         )
     exported = described(args, found, tuple(parts.values()), boundary)
     write = adapter_writer(args, found) if args.format == "lora" else weights_writer(args, exported, parts)

@@ -19,7 +19,7 @@ from generation.acceleration import UNCHANGED, Acceleration
 from generation.refusals import refuse_inputs, refuse_unused
 from generation.run_data import change_data
 from generation.sampling import Sampler, Sampling, StudentChoice
-from generation.two_experts import joined
+from generation.two_experts import joined, refuse_half
 from model.attention.checkpointing import Checkpointing
 from model.attention.kv_cache import KVCache
 from model.experts import Experts
@@ -125,6 +125,8 @@ class Generator:
             )
         if distributed.is_main() and (lag := lag_of(folder, student.weights)):
             console.warning("%s: %s: choose the raw weights (--weights raw)", folder, lag)
+        if student.expert is None:  # not half of a pair
+            refuse_half(config)
         change_data(config, image_encoder, size, tiny_decoder)
         network: NetworkConfig = replace(
             config.student,

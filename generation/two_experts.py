@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from configs.schema import RunConfig
+from model.network import Expert
 from model.objective import ObjectiveConfig, objectives
 from model.schedule import TIMESTEPS
+from trainer.validation import expert_of
 from utils.errors import UserError
 
 
@@ -35,6 +37,23 @@ def joined(high: RunConfig, low: RunConfig) -> tuple[RunConfig, float]:
     if objectives()[objective.kind].in_interval:  # the joined run has no interval, and is only sampled
         objective = ObjectiveConfig.variants()["dmd"]()
     return replace(high, schedule=whole, objective=objective), boundary
+
+
+def refuse_half(config: RunConfig) -> None:
+    """Raises UserError for one of two experts that is to make videos alone from noise. A low-noise one may make a clip
+    anew, so the sampler looks at that."""
+    side = expert_of(config)
+    if side is None or (side is Expert.low and config.few_steps):
+        return
+    if not config.few_steps:
+        raise UserError(
+            f"--run: it is the {side}-noise expert of two, a many-step network, and makes no video alone: export it "
+            "with --format native, and put it into its model's folder for --model"
+        )
+    raise UserError(
+        "--run: it is the high-noise expert of two, and makes no video alone: give the low-noise one's run beside it, "
+        "as --low_run (of inference.py, evaluate.py and export.py)"
+    )
 
 
 def _shown(config: RunConfig) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from utils.parallel.sequence import apply_sequence_parallel, check_degree
 from utils.reading import read_json
 from utils.shards import is_finite
+from utils.tensor_files import save_file
 from utils.video import eight_bits, write_video
 from utils.writing import check_writable, drop_partials, whole_file, write_text, writing
 
@@ -81,6 +81,8 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     todo = sorted(distributed.union(missing if distributed.is_main() else ()))
     if len(todo) < len(paths) and distributed.is_main():
         print(f"{len(paths) - len(todo)} of {len(paths)} videos are there already")
+    if not resumable and any(path.is_file() for path in paths) and distributed.is_main():
+        print(f"{paths[0]} is there already: it is made again, and replaced once that is done")
     mine, writes = todo[mesh.dp_rank :: mesh.dp_size], mesh.sequence_rank == 0
     rate = Rate()
     with tqdm(total=len(mine), desc="videos", disable=None if distributed.is_main() else True) as bar:

@@ -32,10 +32,10 @@ def snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
             include = " ".join(f"--include '{pattern}'" for pattern in patterns)
             raise ValueError(
                 f"'{repo}' is no local path, and HF_HUB_OFFLINE is set and the cache lacks it: fetch it where there is "
-                f"a network (hf download {repo} {include}), or give a local folder"
+                f"a network (hf download {repo} {include}), or give a local folder (seen from {Path.cwd()})"
             ) from problem
         reason = (str(problem).strip().splitlines() or [""])[0]
         raise ValueError(
             f"'{repo}' is no local path, and cannot be had from the Hub ({type(problem).__name__}: {reason}): correct "
-            "the path, or check the name, the network and your access"
+            f"the path (seen from {Path.cwd()}), or check the name, the network and your access"
         ) from problem

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -76,6 +78,18 @@ def check_core(version: Version = installed) -> list[Finding]:
     else:
         findings.append(Finding("packages", True, "as new as what is tested, or newer"))
     return findings
+
+
+def before_torch() -> dict[str, str]:
+    """The environment that a program needs before it imports torch. Ends it in one line where a package is absent that
+    nothing runs without."""
+    imported = [name for name in CORE if name != "pillow"]  # which is asked for where a picture is
+    if missing := [name for name in imported if importlib.util.find_spec(name) is None]:
+        what = f"this Python has no {', '.join(missing)}: {_remedy(missing)}"
+        print(f"{Path(sys.argv[0]).name}: error: {what}", file=sys.stderr)
+        sys.exit(2)
+    # threads of OpenMP that spin while they wait starve another process on the same few cores
+    return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
 
 
 def _remedy(missing: list[str]) -> str:

@@ -109,7 +109,7 @@ def check_memory(recipe: Recipe, config: RunConfig, cluster: Cluster, state: Sta
     try:
         plan = make_plan(config, cluster)
     except UserError as problem:
-        what = f"{least:.1f} GB at least ({held}) of {limit:.0f} GB {each}; not all of it is known: {problem}"
+        what = f"{least:.1f} GB at least ({held}) of {limit:.0f} GB {each}; of activations nothing is known: {problem}"
         return Finding("memory", True, what)
     need = needed_gb(plan.peak + copy)
     copied = f" and {copy / GB:.1f} GB for a checkpoint that is being written" if copy else ""

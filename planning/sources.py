@@ -133,4 +133,5 @@ def trajectories_remedy(recipe: Recipe, config: RunConfig, path: str) -> str:
     ranks = parallel.replicate * (parallel.shard or 1) * parallel.sequence
     program = "python" if ranks == 1 else f"torchrun --nproc_per_node {ranks}"
     command = f"{program} preprocess.py ode {recipe.arguments(with_logdir=False)} --out {shlex.quote(path)}"
-    return f"{command}   ({size_text(stored_bytes(config))})"
+    several = "" if ranks > 1 else "; on N GPUs: torchrun --nproc_per_node N in the place of python"
+    return f"{command}   ({size_text(stored_bytes(config))}{several})"

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.load import load_run
 from configs.schema import RunConfig
 from evaluation.toy_suite import evaluate_generator, evaluate_real, generate_all, judge_of
 from generation.generator import Generator
-from generation.sampling import Sampling
+from generation.sampling import Sampling, StudentChoice
+from model.network import Expert
 from scripts.methods_table import BY_KEY, Method
 from scripts.report_samples import end_with_parent
 from tasks.task import spread
@@ -29,6 +30,7 @@ from utils import distributed
 from utils.config import config_hash, to_plain
 from utils.errors import UserError
 from utils.logging import peak_memory_gib, read_jsonl
+from utils.tensor_files import save_file
 from utils.writing import whole_file, write_text
 
 SHOWN = 6  # videos a strip
@@ -194,9 +196,10 @@ def _generator(job: Job) -> Generator:
     if method.key.endswith("real"):
         return Generator.load(job.folder_of(next(iter(method.needs()))), device)
     folder = job.folder if method.run is None else job.folder_of(method.run)
-    generator = Generator.load(folder, device)
     if method.low is not None:
-        return generator.with_low(Generator.load(job.folder_of(method.low), device))
+        low = Generator.load(job.folder_of(method.low), device, student=StudentChoice(expert=Expert.low))
+        return Generator.load(folder, device, student=StudentChoice(expert=Expert.high)).with_low(low)
+    generator = Generator.load(folder, device)
     if method.causal_from is not None:
         return generator.as_causal(Generator.load(job.folder_of(method.causal_from), device).config)
     return generator

@@ -21,7 +21,6 @@ from time import process_time
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.load import load_run, run_from_state
@@ -32,6 +31,7 @@ from generation.sampling import Sampling
 from scripts.quickstart import CAUSAL_INIT, DMD, RECIPES, TEACHER, TEACHER_ASSET, TEACHER_DETAILS
 from utils import checkpoint, distributed
 from utils.errors import UserError
+from utils.tensor_files import save_file
 from utils.writing import whole_file
 
 RUNS = {

@@ -15,8 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Before torch loads OpenMP: threads that spin while they wait starve another process on the same few cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from planning.packages import before_torch
+
+# Before anything imports torch, which may not be installed.
+os.environ.update(before_torch())
 
 import torch
 from torch import Tensor

@@ -53,7 +53,7 @@ class TextEmbeddings:
                 f"{self.encoder.what}"
             )
         self.cache = TextCache(Path(config.cache), self.shapes) if config.cache else None
-        self._loaded = False
+        self._loaded = self._said = False
         if self.cache and config.encoder:
             self._check_encoder(self.cache)
 
@@ -102,6 +102,7 @@ class TextEmbeddings:
         """
         if self.cache and (not self.config.encoder or not self.cache.missing(prompts)):
             return {name: value.to(self.device) for name, value in self.cache.encode(prompts).items()}
+        self._say_missing(prompts)
         self.load()
         return self.encoder.encode(prompts)
 
@@ -111,6 +112,18 @@ class TextEmbeddings:
         return self.cache is not None and not self.config.encoder
 
     def check(self, prompts: Iterable[str]) -> None:
-        """Raises ValueError naming a prompt that training would not find."""
+        """Raises ValueError naming a prompt that training would not find. Where an encoder would make it, it warns."""
+        prompts = list(dict.fromkeys(prompts))
         if self.cache and self.from_cache_alone and (missing := self.cache.missing(prompts)):
             self.cache.encode(missing[:1])
+        self._say_missing(prompts)
+
+    def _say_missing(self, prompts: Sequence[str]) -> None:
+        """Warns, once, that prompts are not in the cache, for their encoder costs memory and time."""
+        if self.cache is None or self._said or not (missing := self.cache.missing(prompts)):
+            return
+        self._said = True
+        warn_once(
+            f"data.text: {len(missing)} of {len(prompts)} prompts are not in {self.config.cache} (the first: "
+            f"{missing[0][:60]!r}): each process loads the text encoder for them. preprocess.py text can store them"
+        )

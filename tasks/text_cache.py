@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model.types import Prompt, PromptShapes
 from utils.errors import UserError
 from utils.fields import show
 from utils.reading import read_json, reading
+from utils.tensor_files import save_file
 from utils.writing import check_writable, whole_file, write_text, writing
 
 AGAIN = "run preprocess.py text again"
@@ -127,6 +127,13 @@ def check_shapes(encoded: Prompt, shapes: PromptShapes) -> None:
         raise ValueError(f"the text encoder gives {said(found)}, the networks take {said(shapes)}")
     if other := [name for name, value in encoded.items() if value.dtype != torch.float32]:
         raise ValueError(f"the text encoder gives {other[0]} in {encoded[other[0]].dtype}, and not in torch.float32")
+
+
+# what a shard that is another's was made from, by the key of `Source.identity`
+_OTHERWISE = {
+    "prompts": "of other prompts (--prompts, validation.prompts and data.negative_prompt together)",
+    "encoder": "by another text encoder, precision or cleaning (data.text)",
+}
 
 
 @dataclass(frozen=True)
@@ -396,8 +403,11 @@ def _is_complete(path: Path, identity: dict[str, str]) -> bool:
         return False
     for key, value in identity.items():
         if found.get(key) != value:
-            held = show(found.get(key))
-            raise UserError(f"{path} is of another {key} ({held}): give another --out, or delete this folder")
+            other = _OTHERWISE.get(key, f"with another {key} ({show(found.get(key))})")
+            raise UserError(
+                f"{path} was made {other}: all prompts are encoded anew: give another --out, and name it as "
+                f"data.text.cache, or delete {path.parent}"
+            )
     return True
 
 

@@ -43,6 +43,7 @@ FULL = {
     "tests/scripts/test_quickstart.py::test_the_whole_way": "test_report.py; test_stages.py",
     "tests/scripts/test_methods_page.py::test_quick_trains": "test_methods.py, row by row",
     "tests/utils/test_parallel.py::test_compiled_blocks_are_the_blocks": "test_acceleration.py::test_compiled_blocks",
+    "tests/planning/test_doctor.py::test_every_program_says": "test_a_program_ends_before_it_imports_what_is_absent",
     "tests/planning/test_plan.py::test_shapes_are_those_of_fake_tensor_mode": "test_peak_is_that_of_a_real_run",
     "tests/planning/test_plan.py::test_what_would_make_it_fit": "test_a_plan_needs_no_weights_and_leaves_no_files",
     "tests/planning/test_plan.py::test_few_layers_of_a_sparse_student": "test_few_layers_tell_of_many",

@@ -28,7 +28,7 @@ from trainer.notices import Notices
 from trainer.options import RunOptions
 from trainer.progress import Extent, Setting, closing, finished_before, opening, stopped
 from trainer.provenance import KEY as MADE_WITH
-from trainer.provenance import changed_since, versions
+from trainer.provenance import changed_since, config_changes, versions
 from trainer.room import Room, bytes_of, room_for, warn
 from trainer.run_folder import RUN_FILES, keep_config, set_aside
 from trainer.run_networks import RunNetworks
@@ -73,6 +73,7 @@ class Trainer(ABC):
         self.sizes = DrawnSizes(config, self.task.latent_shape)
         self.make = RunNetworks(config, self.evaluations, self.device, self.mesh)
         self.micro_batches_per_rank = micro_batches(config.training, self.mesh.dp_size)
+        self.changed = False  # the config is not that of the checkpoint
         self.step = 0
         self.cursor = 0
         self.skips = Skips(config.training.non_finite_limit)
@@ -137,7 +138,7 @@ class Trainer(ABC):
             keep_config(self.config, self.options.logdir)
             self.room = room_for(self.trained, extent) if self.options.save else None
         else:
-            self._say([finished_before(extent)])
+            self._say([finished_before(extent, changed=self.changed)])
         progress = Progress(total, self.step, desc=self.config.name, every=None, first=3, is_main=speaks)
         unlogged: dict[str, float] = {}
         activity.begin(self.step, slow=True)  # the first iteration compiles and allocates
@@ -401,6 +402,7 @@ class Trainer(ABC):
         self.notices.reached(self.step, {})
         console.info("resumed from %s at step %d", path, self.step)
         changed = changed_since(state, self.config, versions(self.device))
+        self.changed = bool(config_changes(state, self.config))
         if changed and distributed.is_main():
             console.warning("%s", changed)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.schema import RunConfig
@@ -36,6 +36,7 @@ from utils.errors import ConfigError, UserError
 from utils.logging import Progress, console
 from utils.random import Noise, keyed_seed
 from utils.space import free_space, size_text
+from utils.tensor_files import save_file
 from utils.writing import check_writable, whole_file
 
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from configs.schema import RunConfig
 from model.family import FirstFrame
+from model.network import Expert
 from model.score import ScoreNet
 from trainer.networks import Trained
-from trainer.validation import starts_from_noise
+from trainer.validation import expert_of
 from utils.parallel.mesh import Mesh
 
 
@@ -122,17 +123,20 @@ def _cadence(extent: Extent) -> str:
     checkpoint, validation = extent.config.checkpoint, extent.config.validation
     kept = f"the last {checkpoint.keep_last} kept"
     kept += f" and each {checkpoint.keep_every}th" if checkpoint.keep_every else ""
-    videos = f"validation videos every {validation.every}" if validation.every else "no validation videos"
+    videos = "no validation videos"
+    if validation.every:
+        videos = f"validation videos every {validation.every} and after the last"
     return f"a checkpoint every {checkpoint.every} steps ({kept}), {videos}"
 
 
-def finished_before(extent: Extent) -> str:
-    """The line of a run that was finished when this process began."""
+def finished_before(extent: Extent, *, changed: bool) -> str:
+    """The line of a run that was finished when this process began. changed: whether its config was another one."""
     planned = extent.config.training.max_steps
     key = f"training.max_steps {planned}" if extent.total == planned else f"--max_steps {extent.total}"
+    other = "; nothing was trained with the config that differs: give another --logdir for it" if changed else ""
     return (
         f"this run is finished: {extent.begins} steps are done, and {key} asks for no more: raise it to go on, or give "
-        "--resume never to start anew"
+        f"--resume never to start anew{other}"
     )
 
 
@@ -171,21 +175,21 @@ def next_commands(extent: Extent, prompt: str, weights: str | None) -> list[str]
     """What to type to see, to judge and to export the student. weights: 'ema' or 'raw', None for the default."""
     config, folder = extent.config, shlex.quote(str(extent.folder))
     run = f"--run {folder}"
-    if config.few_steps and not starts_from_noise(config):
-        run = f"--run HIGH_NOISE_RUN --low_run {folder}"  # this expert alone cannot begin a video
+    if (side := expert_of(config)) is not None:  # alone it makes no video
+        high, low = (folder, "LOW_NOISE_RUN") if side is Expert.high else ("HIGH_NOISE_RUN", folder)
+        run = f"--run {high} --low_run {low}"
     run += "" if weights is None else f" --weights {weights}"
     geometry = config.student.geometry()
     image = " --image FILE" if geometry.first_frame is FirstFrame.channels else ""
     videos, exported = (shlex.quote(str(extent.folder / name)) for name in ("videos", "export"))
     out = [f"python inference.py {run}{image} --prompt {shlex.quote(prompt)} --out {videos}"]
-    alone = "--low_run" not in run
     if config.data.suite == "toy":  # evaluate.py's default
         out += [f"python evaluate.py {run}"]
-    elif alone and config.is_causal and not image:
+    elif side is None and config.is_causal and not image:
         out += [f"python demo.py {run}"]
-    elif alone and config.data.suite is not None:
+    elif config.data.suite is not None:
         out += [f"python evaluate.py {run} --suite {config.data.suite}"]
     if config.student.family.exporter.formats:
-        layout = "lora" if alone and config.student.lora is not None else "diffusers"
+        layout = "lora" if side is None and config.student.lora is not None else "diffusers"
         out += [f"python export.py {run} --format {layout} --out {exported}"]
     return out

@@ -44,6 +44,15 @@ def _version(project: Path) -> str:
     return metadata.version("fewstep")  # installed, and not run from its folder
 
 
+def config_changes(state: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Which keys of a run are not those of the checkpoint that it goes on from, in words."""
+    try:
+        saved = to_plain(run_from_state(state["config"]))
+    except ConfigError:  # of a version with other keys
+        saved = state["config"]
+    return differences(saved, to_plain(config))
+
+
 def changed_since(state: Mapping[str, Any], config: RunConfig, mine: Mapping[str, str | None]) -> str:
     """In one line, how a run differs from the checkpoint that it goes on from; empty if it does not.
 
@@ -51,14 +60,10 @@ def changed_since(state: Mapping[str, Any], config: RunConfig, mine: Mapping[str
     config: of the run.
     mine: `versions` of the run.
     """
-    try:
-        saved = to_plain(run_from_state(state["config"]))
-    except ConfigError:  # of a version with other keys
-        saved = state["config"]
     theirs = state.get(KEY, {})
     known = theirs.keys() & mine.keys()
     found = {
-        "the config is not that of the checkpoint": differences(saved, to_plain(config)),
+        "the config is not that of the checkpoint": config_changes(state, config),
         "the checkpoint was made with other versions": differences(
             {name: theirs[name] for name in known}, {name: mine[name] for name in known}
         ),

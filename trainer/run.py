@@ -16,7 +16,7 @@ from utils import distributed
 from utils.agreement import require_agreement
 from utils.config import config_hash
 from utils.launcher import LauncherTimes, LauncherWatch
-from utils.logging import setup_console
+from utils.logging import console, setup_console
 from utils.parallel.mesh import split
 from utils.run_lock import LockTimes, RunLock
 from utils.watchdog import Watchdog
@@ -38,6 +38,8 @@ def train(config: RunConfig, options: RunOptions) -> int:
 def _train(config: RunConfig, options: RunOptions) -> int:
     url = webhook_url(config.logging)
     setup_console(distributed.rank(), distributed.world_size())
+    if distributed.is_main() and (line := distributed.unused_gpus()):
+        console.warning(line)
     distributed.init(config.watchdog.group_timeout())
     notices = Notices(config.name, options.logdir, url if distributed.is_main() else None)
     with notices, Watchdog(config.watchdog):

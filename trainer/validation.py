@@ -12,6 +12,8 @@ from torch import Tensor
 
 from configs.schema import RunConfig
 from configs.sections import SampleWeights, ValidationConfig
+from model.network import Expert
+from model.objective import objectives
 from model.types import Conditioning, Prompt
 from pipeline.sampling import FewSteps, ManySteps
 from tasks.task import Task
@@ -73,6 +75,17 @@ FROM_NOISE = 0.95  # a run whose first step is below this level cannot start fro
 def starts_from_noise(config: RunConfig) -> bool:
     """Whether the run's student can be given pure noise; a low-noise expert cannot."""
     return config.schedule.sigmas()[0] >= FROM_NOISE * config.student.path.start
+
+
+def expert_of(config: RunConfig) -> Expert | None:
+    """Which of a model's two experts the run's student is, None for a whole model. Neither makes a video alone."""
+    if config.student.expert is not None:
+        return config.student.expert
+    if config.few_steps and not starts_from_noise(config):
+        return Expert.low
+    if config.few_steps and objectives()[config.objective.kind].in_interval:
+        return Expert.high
+    return None
 
 
 def way_of(config: RunConfig) -> ManySteps | FewSteps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -89,6 +90,15 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def unused_gpus() -> str | None:
+    """What to say where the processor is used though the driver of NVIDIA's GPUs is here; None elsewhere, and where
+    somebody hid them (CUDA_VISIBLE_DEVICES)."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.cuda.is_available() or hidden or shutil.which("nvidia-smi") is None:
+        return None
+    return f"nvidia-smi is here, and torch {torch.__version__} finds no GPU: this runs on the processor. See doctor.py"
 
 
 def barrier() -> None:

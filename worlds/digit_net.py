@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from utils.metrics import diversity, frechet_distance
+from utils.tensor_files import save_file
 from utils.writing import check_writable, whole_file, writing
 
 if TYPE_CHECKING:

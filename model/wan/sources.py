@@ -19,6 +19,7 @@ from torch import Tensor
 
 from model.hub import hub_name, snapshot
 from model.weights import Stored, real_numbers
+from utils.absent import absent
 from utils.errors import UserError
 from utils.limits import check_size
 from utils.reading import read_json, reading
@@ -99,8 +100,12 @@ def weight_files(path: str | Path) -> list[Path]:
     path = Path(path)
     if path.is_file() and path.suffix in (".safetensors", *TORCH_SUFFIXES):
         return [path]
+    if not path.exists():
+        raise ValueError(f"no weights at '{path}': it {absent(path)} doctor.py says how to get what a recipe names")
     if not path.is_dir():
-        raise ValueError(f"no weights at '{path}': give a .safetensors, .pt or .pth file, or a folder of them")
+        raise ValueError(
+            f"no weights at '{path}': give a .safetensors, .pt or .pth file, a folder of them, or a run's folder"
+        )
     kinds = {
         "safetensors": (path.glob("*.safetensors"), path.glob("*.safetensors.index.json")),
         "torch": (

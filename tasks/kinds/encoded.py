@@ -101,7 +101,7 @@ class EncodedData(DataConfig):
         try:
             identity = encoder_hash(encoder)
         except (ValueError, OSError) as problem:
-            raise UserError(f"data.{problem}") from None
+            raise UserError(f"data.text.encoder: {problem}") from None
 
         embeddings = TextEmbeddings(replace(self.text, cache=None), context.student, context.device)
         return TextSource(identity, embeddings.encode, embeddings.shapes, encoder.made_with())
@@ -299,8 +299,8 @@ class EncodedTask:
             warn_once(f"data.text: only prompts of {self.text.config.cache} can be used: {problem}")
 
     def check_captions(self, stored: Stored) -> None:
-        """Raises ConfigError if there is no encoder and the cache lacks a stored caption."""
-        if not self.text.from_cache_alone:
+        """Raises ConfigError if there is no encoder and the cache lacks a stored caption. With one it warns."""
+        if self.text.cache is None:
             return
         try:
             self.text.check(stored.captions)

@@ -11,6 +11,7 @@ import pytest
 from configs.load import load_run
 from tests import ROOT
 from trainer.run_networks import sharing
+from utils.errors import ConfigError
 from utils.parallel.mesh import split
 
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("wan2*/*.yaml"))
@@ -97,3 +98,11 @@ def test_every_config_that_a_program_names_is_there(tmp_path: Path) -> None:
     assert not missing, missing
     (tmp_path / "old.py").write_text('x = ROOT / "configs" / "wan" / "old.yaml"\n')
     assert named_configs(tmp_path / "old.py") == {"configs/wan/old.yaml"}
+
+
+def test_an_overlay_in_the_place_of_a_recipe_is_told() -> None:
+    recipe, tiny = ROOT / "configs/wan2.1_1.3b/self_forcing_dmd.yaml", ROOT / "configs/wan_tiny.yaml"
+    with pytest.raises(
+        ConfigError, match="wan_tiny.yaml is an overlay, and .*self_forcing_dmd.yaml a recipe: give the"
+    ):
+        load_run(tiny, [str(recipe)])

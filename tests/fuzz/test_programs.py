@@ -39,7 +39,7 @@ class Case:
 
 
 def _weights_of_run(folder: Path) -> str:
-    return str(next((folder / "run/checkpoints").glob("*/*.safetensors")).relative_to(folder))
+    return str(next((folder / "run/checkpoints").glob("*/student_ema.safetensors")).relative_to(folder))
 
 
 SAMPLING = "--run FOLDER/run --frames 6 --out FOLDER/out"

@@ -225,9 +225,15 @@ def test_rates_of_first_parts_and_later_ones_are_apart(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "png"])
-def test_one_prompt_to_one_file_of_each_format(run: Path, tmp_path: Path, suffix: str) -> None:
+def test_one_prompt_to_one_file_of_each_format(
+    run: Path, tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = inference_args(["--run", str(run), "--prompt", PROMPTS[0], "--out", str(tmp_path / f"v.{suffix}")])
     generate_videos(Generator.load(run, CPU), args)
+    assert "there already" not in capsys.readouterr().out
+    if suffix == "gif":
+        generate_videos(Generator.load(run, CPU), args)
+        assert f"{tmp_path}/v.gif is there already: it is made again" in capsys.readouterr().out
     assert (tmp_path / f"v.{suffix}").stat().st_size > 100
 
 

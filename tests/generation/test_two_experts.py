@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+import demo
 from generation.card import scheduler_sigmas
+from generation.command import inference_args, open_generator
 from generation.generator import Generator
 from generation.sampling import Sampling, StudentChoice
-from generation.two_experts import joined
+from generation.two_experts import joined, refuse_half
 from model.types import Conditioning
+from serving.command import demo_args
 from tests.generation.test_export import exported, make_run, network
-from tests.small import DISTILLATION, config
+from tests.small import DIFFUSION, DISTILLATION, config
+from trainer.validation import expert_of
 from utils.errors import UserError
 from utils.random import Noise
 
@@ -70,6 +74,29 @@ def test_a_low_noise_expert_alone_is_refused_not_fed_noise(runs: dict[str, Path]
     assert bool(made.isfinite().all())
     with pytest.raises(UserError, match="a low-noise expert makes no pipeline alone"):
         exported(runs["low"], tmp_path / "no")
+
+
+def test_a_high_noise_expert_alone_is_refused_by_every_program(tmp_path: Path) -> None:
+    half = {**HIGH, "student": {"expert": "high"}, "teacher": {"expert": "high"}, "critic": {"expert": "high"}}
+    run = make_run(tmp_path / "high", config(DISTILLATION, **half))
+    with pytest.raises(UserError, match="the high-noise expert of two.*--low_run"):
+        open_generator(inference_args(["--run", str(run), "--prompt", "x", "--out", str(tmp_path / "x.mp4")]), CPU)
+    with pytest.raises(UserError, match="the high-noise expert of two.*--low_run"):
+        demo.open_generator(demo_args(["--run", str(run)]), CPU)
+    with pytest.raises(UserError, match="a high-noise expert makes no pipeline alone: give the low one's run as --low"):
+        exported(run, tmp_path / "no")
+    page = (exported(run, tmp_path / "native", format="native") / "README.md").read_text()
+    assert "This is the high-noise expert of two" in page
+
+
+def test_half_a_model_is_known_without_its_name_too() -> None:
+    phased = config(DISTILLATION, **HIGH, objective={"kind": "phased_dmd"})
+    assert expert_of(phased) == "high"
+    for half in (phased, config(DIFFUSION, student={"expert": "low"})):
+        with pytest.raises(UserError, match="makes no video alone"):
+            refuse_half(half)
+    refuse_half(config(DISTILLATION, **LOW))  # it may make a clip anew
+    assert expert_of(config(DISTILLATION)) is None
 
 
 def test_an_expert_of_phased_dmd_is_joined_too() -> None:

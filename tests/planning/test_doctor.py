@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from planning.finding import Finding
 from planning.hardware import GPUS
 from planning.launch import Recipe, cluster_in, start_command, table_name
 from planning.machine import Machine, Probes, check_machine
-from planning.packages import check_core, older
+from planning.packages import before_torch, check_core, older
 from planning.plan import Cluster
 from planning.recipe_checks import check_disk, check_memory, check_ranks
 from tests import ROOT, small
@@ -80,6 +82,26 @@ def test_a_bare_machine_can_train_and_is_told_what_it_lacks(capsys: pytest.Captu
     for name in ("GPU", "processor", "attention flash", "Triton", "VAE", "video", "Slurm"):
         assert f"\n  -       {name} " in text
     assert len(text.splitlines()) < 40
+
+
+def test_a_program_ends_before_it_imports_what_is_absent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert before_torch() == {"OMP_WAIT_POLICY": "PASSIVE"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "einops" else name)
+    with pytest.raises(SystemExit, match="2"):
+        before_torch()
+    assert "error: this Python has no einops: " in capsys.readouterr().err
+
+
+def test_every_program_says_what_a_bare_python_lacks() -> None:
+    """Started by a Python that has no packages at all."""
+    for name in ("train", "inference", "export", "evaluate", "preprocess", "demo", "import_recipe"):
+        done = subprocess.run([sys.executable, "-S", str(ROOT / f"{name}.py")], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"{name}.py: error: this Python has no torch, numpy, ")
+        assert done.stderr.count("\n") == 1
 
 
 def test_without_attention_nothing_can_be_trained(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ from tasks.build import build_task, task_to_sample
 from tasks.fitting import fitting_vae, statistics_of
 from tasks.kinds.encoded import EncodedTask
 from tasks.task import for_each
-from tasks.text import prompt_encoder
+from tasks.text import prompt_encoder, warn_once
 from tests.evaluation.test_evaluation import save_encoder
 from tests.small import DISTILLATION, NETWORKS, config, merged, trainer
 from utils.config import to_yaml
@@ -416,7 +416,9 @@ def test_training_on_the_latents_of_several_buckets(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["videos", "trajectories"])
-def test_captions_that_the_cache_lacks_are_refused_at_the_start(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_captions_that_the_cache_lacks_are_refused_at_the_start(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
     """Of all samples, not of the first; an encoder beside the cache makes what it lacks."""
     captions, latents = [*PROMPTS, "a hat"], torch.randn(4, 3, 16, 4, 4)
     if kind == "videos":
@@ -434,8 +436,11 @@ def test_captions_that_the_cache_lacks_are_refused_at_the_start(folder: Path, tm
     with pytest.raises(ConfigError, match=f"{key}: prompt 'a hat' is not in the text cache") as caught:
         trainer(tmp_path / "run", merged(base(folder), changes))
     assert "\n" not in str(caught.value)
+    warn_once.cache_clear()
     made = trainer(tmp_path / "run", merged(base(folder, encoder=True), changes))
+    assert f"1 of 4 prompts are not in {folder}/text (the first: 'a hat'): each process loads" in caplog.text
     assert made.train() == 0
+    assert caplog.text.count("loads the text encoder") == 1
 
 
 def test_a_prompt_that_is_missed_later_is_one_line(folder: Path, tmp_path: Path) -> None:

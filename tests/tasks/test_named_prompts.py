@@ -207,7 +207,7 @@ def test_a_cache_of_other_tensors_is_refused_in_one_line(folder: Path, tmp_path:
     build = run(folder, data={"text": {"cache": str(tmp_path)}})
     with pytest.raises(ConfigError, match=r"data: .* holds text of each prompt, the networks take pooled \[5\], text"):
         build_task(build, CPU)
-    with pytest.raises(UserError, match="is of another format"):
+    with pytest.raises(UserError, match="with another format"):
         write_shard(tmp_path, Shard(0, 1), Source(["cats"], "e", SHAPES), lambda prompts: {})
 
 

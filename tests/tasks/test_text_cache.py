@@ -103,6 +103,13 @@ def test_embeddings_that_bf16_holds_are_stored_in_it(task: ToyTask, tmp_path: Pa
     )
 
 
+def test_a_shard_follows_the_umask(source: Source, task: ToyTask, tmp_path: Path) -> None:
+    """The library alone would make it its owner's."""
+    write_shard(tmp_path, Shard(0, 1), source, encoding(task))
+    (tmp_path / "plain").touch()
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_a_killed_task_leaves_nothing_that_counts(
     source: Source, task: ToyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,9 +151,9 @@ def test_other_work_in_the_folder_is_refused(source: Source, task: ToyTask, tmp_
     write_all(tmp_path, 2, source, task)
     with pytest.raises(UserError, match="holds shard_0000._of_00002.safetensors: give that number of shards"):
         write_shard(tmp_path, Shard(0, 3), source, encoding(task))
-    with pytest.raises(UserError, match="of another encoder"):
+    with pytest.raises(UserError, match="by another text encoder.*another --out"):
         write_shard(tmp_path, Shard(0, 2), Source(source.prompts, "other", SHAPES), encoding(task))
-    with pytest.raises(UserError, match="of another prompts"):
+    with pytest.raises(UserError, match="of other prompts .*data.negative_prompt.*another --out"):
         write_shard(tmp_path, Shard(0, 2), Source(source.prompts[1:], "encoder", SHAPES), encoding(task))
     with pytest.raises(UserError, match="unknown word 'dog'"):
         write_shard(tmp_path / "b", Shard(0, 1), Source(["the dog"], "encoder", SHAPES), encoding(task))

@@ -70,6 +70,8 @@ def test_a_run_says_what_it_is_and_what_to_do_next(said: pytest.LogCaptureFixtur
     assert trainer(folder, TWO_STEPS, seed=9).train() == 0
     assert any("this run is finished: 2 steps are done, and training.max_steps 2" in m for m in said.messages)
     assert (folder / "config.yaml").read_bytes() == kept
+    other = "nothing was trained with the config that differs: give another --logdir for it"  # of another seed
+    assert any(m.endswith(other) for m in said.messages)
 
 
 def test_a_stopped_run_says_how_to_go_on(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -123,6 +125,11 @@ def test_commands_fit_what_was_trained() -> None:
     see, _, write = programs(**low)
     assert "--run HIGH_NOISE_RUN --low_run logs/x" in see
     assert "--run HIGH_NOISE_RUN --low_run logs/x --format diffusers" in write
+    see, judge, write = programs(
+        **{**low, "schedule": {"denoising_step_list": [1000, 750], "min_score_timestep": 400}},
+        objective={"kind": "phased_dmd"},
+    )
+    assert all("--run logs/x --low_run LOW_NOISE_RUN" in command for command in (see, judge, write))
     synthetic = {"data": {"kind": "synthetic", "synthetic": {"frames": 6, "height": 8, "width": 8}}}
     assert "demo.py" in programs(**synthetic)[1]
     nothing_exports = load_run(ROOT / "configs/digits_edm/dmd2.yaml")

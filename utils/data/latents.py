@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from utils.absent import absent
 from utils.data.lmdb_store import LMDBFolder
 from utils.data.order import BucketOrder, Order, ShardedOrder
 from utils.data.parquet import ParquetFolder
@@ -42,6 +43,8 @@ def open_latents(
         "LMDB": (path / "data.mdb").is_file() or any(path.glob("*/data.mdb")),
     }
     kinds = [kind for kind, is_there in found.items() if is_there]
+    if not path.exists():
+        raise ValueError(f"data: {path} {absent(path)}")
     if len(kinds) != 1:
         held = f"holds {' and '.join(kinds)} files" if kinds else "holds no .parquet, .safetensors or data.mdb"
         raise ValueError(f"data: {path} {held}: give a folder of one kind of latents")

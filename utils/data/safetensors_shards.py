@@ -26,6 +26,7 @@ from utils.data.stream import CorruptSample, Sample
 from utils.data.tensors import Statistics, finite
 from utils.errors import UserError
 from utils.reading import reading
+from utils.tensor_files import save_file
 from utils.writing import whole_file
 
 LATENTS: Final = "fewstep latents 1"
@@ -218,8 +219,6 @@ def write_trajectories(
 def _write(
     path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str], names: Sequence[str], captions: Sequence[str]
 ) -> None:
-    from safetensors.torch import save_file
-
     notes = {**header, "names": json.dumps(list(names)), "captions": json.dumps(list(captions))}
     with whole_file(path) as partial:
         save_file(dict(tensors), partial, notes)

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from utils.absent import absent
 from utils.limits import check_size
 
 SMALL = 1 << 26  # bytes that any ratio may lead to
@@ -22,7 +23,7 @@ def found_files(path: Path, *suffixes: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ValueError(f"data: no such file or folder: {path}")
+        raise ValueError(f"data: no such file or folder: {path} {absent(path)}")
     found = [file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file()]
     shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not shown:
