@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
     parser.add_argument("--no_save", "--no-save", action="store_true", help="write no checkpoints")
     parser.add_argument("--no_visualize", "--no-visualize", action="store_true", help="make no validation videos")
     parser.add_argument("--print_config", "--print-config", action="store_true", help="print it checked, and exit")
+    # the launchers of DeepSpeed and of older torch give it, beside the variable LOCAL_RANK, which counts
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     plan = parser.add_argument_group("planning", "what the run would need of its GPUs, found out without one")
     plan.add_argument("--plan", action="store_true", help="print it, and exit")
     plan.add_argument("--nodes", type=_positive, metavar="N", help="default: those that the recipe is meant for")
@@ -78,6 +81,8 @@ def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
     space = parser.parse_intermixed_args(argv)
     if any(re.match(r"logging\.webhook=(?!null$)", override) for override in space.overrides):
         parser.error(f"logging.webhook: others can read a command line: set {VARIABLE} in the environment")
+    if space.local_rank is not None and os.environ.get("LOCAL_RANK") != str(space.local_rank):
+        parser.error(f"--local_rank {space.local_rank} is a launcher's, and LOCAL_RANK is not set to it: use torchrun")
     if not space.plan and (space.nodes or space.gpus_per_node or space.gpu):
         parser.error("--nodes, --gpus_per_node and --gpu say what to plan for: add --plan, or start with torchrun")
     return TrainArgs(

@@ -17,6 +17,7 @@ from model.network import Expert
 from model.score import ScoreNet
 from trainer.networks import Trained
 from trainer.validation import expert_of
+from utils import distributed
 from utils.parallel.mesh import Mesh
 
 
@@ -72,13 +73,23 @@ def opening(extent: Extent, setting: Setting) -> list[str]:
     return [
         f"run        {config.name} ({config.trainer.value}) in {extent.folder}",
         *(f"network    {name}: {text}" for name, text in _networks(config, setting).items()),
-        f"device     {device}, {_counted(mesh.world, 'rank')} (replicate {mesh.replicate} x shard {mesh.shard} x "
-        f"sequence {mesh.sequence}), precision {training.precision.value}",
+        f"device     {device}, {_counted(mesh.world, 'rank')} on {_counted(distributed.nodes(), 'node')} (replicate "
+        f"{mesh.replicate} x shard {mesh.shard} x sequence {mesh.sequence}), precision {training.precision.value}",
+        *_idle_gpus(mesh.world),
         f"data       {config.data.kind}: " + ", ".join(_counted(n, name) for name, n in setting.counts.items()),
         f"batch      {training.global_batch_size} = {mesh.dp_size} at once x {each} in turn x micro-batches of {size}",
         f"saved      {_cadence(extent)}",
         f"steps      {extent.total - extent.begins} to go: {extent.begins} of {extent.total} are done; the first is "
         "slower than the others, for it allocates and compiles",
+    ]
+
+
+def _idle_gpus(ranks: int) -> list[str]:
+    gpus = torch.cuda.device_count()
+    if ranks > 1 or gpus < 2:
+        return []
+    return [
+        f"device     1 of this machine's {gpus} GPUs is used: torchrun --nproc_per_node {gpus} train.py ... takes all"
     ]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from utils import distributed
+from utils import distributed, ranks
 from utils.errors import UserError
 from utils.fields import show
 from utils.launcher import EXIT_STUCK, LauncherGone
@@ -84,8 +84,8 @@ class Parser(argparse.ArgumentParser):
 
 def refuse_several_ranks(program: str) -> None:
     """Raises UserError under a launcher of several processes: ``program`` is one, and others would write its files."""
-    if (ranks := distributed.world_size()) > 1:
-        raise UserError(f"{program} runs as one process and was started as {ranks}: start it without torchrun")
+    if (started := distributed.world_size()) > 1:
+        raise UserError(f"{program} runs as one process and was started as {started}: start it without torchrun")
 
 
 SAME_ERROR_SECONDS = 2.0  # in which a launcher has ended the other ranks of a run after the first one's exit
@@ -104,6 +104,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """
     code = 1
     try:
+        ranks.adopt(os.environ)
         code = main() or 0
     except UserError as error:
         code = 2

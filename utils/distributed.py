@@ -80,15 +80,21 @@ def world_size() -> int:
     return dist.get_world_size() if _joined() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def nodes() -> int:
+    """Number of machines, as torchrun or srun says it; 1 where neither does."""
+    return int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_NODES") or 1)
+
+
 def is_main() -> bool:
     """Whether this is the process that writes files and speaks."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """The device of this process: its own GPU, or the CPU."""
+    """The device of this process: its own GPU, or the CPU. srun can show each process one GPU, which is its first."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        alone = torch.cuda.device_count() == 1
+        return torch.device("cuda", 0 if alone else int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 

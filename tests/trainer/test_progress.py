@@ -46,7 +46,7 @@ def test_a_run_says_what_it_is_and_what_to_do_next(said: pytest.LogCaptureFixtur
         f"student: toy, {short(weights)} parameters, trained",
         f"critic: toy, {short(weights)} parameters, trained",
         f"teacher: toy, {short(weights)} parameters, frozen",
-        "cpu, 1 rank (replicate 1 x shard 1 x sequence 1), precision fp32",
+        "cpu, 1 rank on 1 node (replicate 1 x shard 1 x sequence 1), precision fp32",
         f"toy: {len(run.task.library)} prompts",
         "2 = 1 at once x 1 in turn x micro-batches of 2",
         "a checkpoint every 5 steps (the last 3 kept), no validation videos",

@@ -446,6 +446,7 @@ def test_switches() -> None:
     [
         ("", ["--config_path", "required"]),
         ("--config_path x --no_sav", ["--no_sav", "did you mean --no_save?"]),
+        ("--config_path x --local_rank=1", ["--local_rank 1 is a launcher's, and LOCAL_RANK is not set to it"]),
         ("--config_path x --max_steps 0", ["--max_steps", "'0'", "at least 1"]),
         ("--config_path x --max_steps", ["--max_steps"]),
         ("--config_path x --quux", ["--quux", "--help"]),
