@@ -138,7 +138,8 @@ class TrainingConfig:
     threads: CPU threads of a rank, null for torch's choice.
     sizes: sizes of videos, of which each update draws one, null for the data's own; stored latents of several buckets
         are read by shape.
-    scale_shift: whether the schedule's shifts grow with the root of a drawn video's tokens.
+    scale_shift: whether, with sizes, the schedule's shifts grow with the root of a video's tokens, in training and in
+        sampling.
     """
 
     max_steps: int = 600

@@ -1,4 +1,4 @@
-"""Training on videos of several sizes: which there are, and what must fit them.
+"""Videos of several sizes: which there are, the noise schedule of each, and what must fit them.
 
 F latent frames  C channels  H W latent size
 """
@@ -6,6 +6,7 @@ F latent frames  C channels  H W latent size
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from configs.rollout import SelfForcingConfig
@@ -17,6 +18,7 @@ from utils.limits import VOLUME
 
 if TYPE_CHECKING:
     from configs.schema import RunConfig
+    from tasks.data import DataConfig
 
 
 def sizes_of(config: RunConfig) -> list[LatentSize]:
@@ -27,6 +29,52 @@ def sizes_of(config: RunConfig) -> list[LatentSize]:
 def largest(config: RunConfig) -> LatentSize:
     """The size of the most tokens."""
     return max(sizes_of(config), key=math.prod)
+
+
+def scales_shift(config: RunConfig) -> bool:
+    """Whether the schedule's shifts follow the size of a video."""
+    return config.training.sizes is not None and config.training.scale_shift
+
+
+def shift_factor_of(config: RunConfig, shape: Sequence[int]) -> float:
+    """By which the shifts grow for videos of `shape` ([F, C, H, W] or [F, H, W]): 1 for a run of one size, or without
+    scaling.
+
+    A causal network's frames count within what it was trained on: it makes each block at the levels of the videos that
+    it knows, however many blocks follow.
+    """
+    if not scales_shift(config):
+        return 1.0
+    frames, height, width = shape[0], *shape[-2:]
+    if config.is_causal:
+        known = [size[0] for size in sizes_of(config)]
+        frames = min(max(frames, min(known)), max(known))
+    return shift_factor((frames, height, width), config.data.size)
+
+
+def schedule_at(config: RunConfig, shape: Sequence[int]) -> ScheduleConfig:
+    """The schedule of videos of `shape` ([F, C, H, W] or [F, H, W]): whatever trains or samples them takes this one.
+
+    Raises ValueError for a shift that is too large.
+    """
+    return config.schedule.scaled(shift_factor_of(config, shape))
+
+
+def resize(config: RunConfig, data: DataConfig) -> None:
+    """Puts data of another size in place of the run's, whose schedule becomes that of their size.
+
+    Raises ValueError for a size at which the schedule cannot be.
+    """
+    factor = shift_factor(data.size, config.data.size) if scales_shift(config) else 1.0
+    scaled = config.schedule.scaled(factor)
+    if config.few_steps and not keeps_bounds(config.schedule, scaled):
+        raise ValueError(leaves_bounds(config.schedule, scaled, "choose a size nearer to those that it was trained on"))
+    config.data, config.schedule = data, scaled
+
+
+def trained_frames(config: RunConfig) -> int:
+    """Latent frames of the longest video that the run trains on."""
+    return max(config.rollout.longest(frames) for frames, _, _ in sizes_of(config))
 
 
 def check_sizes(config: RunConfig) -> None:
@@ -66,14 +114,21 @@ def _check_size(config: RunConfig, size: LatentSize) -> None:
         return
     if config.rollout.longest(frames) != frames:
         rollout_lengths(frames, config.rollout.longest(frames), config.causal.num_frame_per_block)
-    schedule = scaled = config.schedule
-    if config.training.scale_shift:
-        scaled = schedule.scaled(shift_factor(size, config.data.size))
-    if _within_bounds(schedule) and not _within_bounds(scaled):
-        raise ValueError(
-            f"scales schedule.timestep_shift {schedule.timestep_shift:g} to {scaled.timestep_shift:.3g}, and a step "
-            "leaves schedule.min_score_timestep and max_score_timestep: set training.scale_shift to false"
-        )
+    scaled = schedule_at(config, size)
+    if not keeps_bounds(config.schedule, scaled):
+        raise ValueError(leaves_bounds(config.schedule, scaled, "set training.scale_shift to false"))
+
+
+def keeps_bounds(schedule: ScheduleConfig, scaled: ScheduleConfig) -> bool:
+    """Whether steps that lie within the schedule's bounds still do after its shifts were scaled."""
+    return _within_bounds(scaled) or not _within_bounds(schedule)
+
+
+def leaves_bounds(schedule: ScheduleConfig, scaled: ScheduleConfig, remedy: str) -> str:
+    return (
+        f"scales schedule.timestep_shift {schedule.timestep_shift:g} to {scaled.timestep_shift:.3g}, and a step "
+        f"leaves schedule.min_score_timestep and max_score_timestep: {remedy}"
+    )
 
 
 def _within_bounds(schedule: ScheduleConfig) -> bool:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from configs.schema import RunConfig
+from configs.sizes import schedule_at, sizes_of
 from generation.base import Base, base_of
 from generation.find import Found
 from model.export import ADAPTER_FILE, Dtype, Pipeline
 from model.released import Source
 from model.schedule import TIMESTEPS, unshift_sigma
+from model.types import LatentSize
 from trainer.validation import expert_of
 
 CARD = "README.md"
@@ -146,21 +148,38 @@ def _sampling(exported: Exported) -> list[str]:
 def _settings(exported: Exported) -> dict[str, str]:
     """How the run samples it."""
     config, out = exported.config, {}
-    shift = config.schedule.timestep_shift
+    schedule = schedule_at(config, config.data.size)
     if config.few_steps:
-        sigmas = config.schedule.sigmas()
+        sigmas = schedule.sigmas()
         out["steps"] = str(len(sigmas))
         out["noise levels (sigmas)"] = ", ".join(f"{sigma:.6g}" for sigma in sigmas)
         out["timesteps"] = ", ".join(f"{sigma * TIMESTEPS:.6g}" for sigma in sigmas)
     else:
         out["steps"] = str(config.validation.steps)
-    out["shift"] = f"{shift:g}"
+    out["shift"] = f"{schedule.timestep_shift:g}"
     out["scheduler"] = _call(scheduler_config(config))
     out["guidance"] = "1 (none: one pass a step)" if config.few_steps else f"{config.validation.guidance:g}"
     if exported.boundary is not None:
         out["experts"] = f"high noise from sigma {exported.boundary:g} up, low noise below"
     frames, height, width = _size(exported)
-    return out | {"video": f"{frames} frames of {height}x{width} pixels, {config.fps} a second"}
+    out["video"] = f"{frames} frames of {height}x{width} pixels, {config.fps} a second"
+    return out | _other_sizes(exported)
+
+
+def _other_sizes(exported: Exported) -> dict[str, str]:
+    """The schedule at each other size of video that the run was trained on, where it is another one."""
+    config, out = exported.config, {}
+    own = schedule_at(config, config.data.size)
+    for size in sizes_of(config):
+        schedule = schedule_at(config, size)
+        if schedule == own:
+            continue
+        frames, height, width = _pixels(exported, size)
+        said = f"shift {schedule.timestep_shift:.6g}"
+        if config.few_steps:
+            said += f", noise levels {', '.join(f'{sigma:.6g}' for sigma in schedule.sigmas())}"
+        out[f"for {frames} frames of {height}x{width} pixels"] = said
+    return out
 
 
 def _training(exported: Exported) -> dict[str, str]:
@@ -200,14 +219,15 @@ def _table(rows: dict[str, str]) -> list[str]:
 
 
 def scheduler_config(config: RunConfig) -> dict[str, Any]:
-    """Diffusers' scheduler of the run."""
-    return config.student.family.exporter.scheduler(config.schedule.timestep_shift, few_steps=config.few_steps)
+    """Diffusers' scheduler of the run, for videos of the data's size: its shift is one number."""
+    shift = schedule_at(config, config.data.size).timestep_shift
+    return config.student.family.exporter.scheduler(shift, few_steps=config.few_steps)
 
 
 def scheduler_sigmas(config: RunConfig) -> list[float]:
     """The student's steps as that scheduler's `set_timesteps(sigmas=...)` takes them: it applies its shift to them."""
-    shift = config.schedule.timestep_shift
-    return [unshift_sigma(sigma, shift) for sigma in config.schedule.sigmas()]
+    schedule = schedule_at(config, config.data.size)
+    return [unshift_sigma(sigma, schedule.timestep_shift) for sigma in schedule.sigmas()]
 
 
 def _call(scheduler: dict[str, Any]) -> str:
@@ -218,7 +238,11 @@ def _call(scheduler: dict[str, Any]) -> str:
 
 def _size(exported: Exported) -> tuple[int, int, int]:
     """Frames, height and width of a video in pixels."""
-    frames, height, width = exported.config.data.size
+    return _pixels(exported, exported.config.data.size)
+
+
+def _pixels(exported: Exported, size: LatentSize) -> tuple[int, int, int]:
+    frames, height, width = size
     side = exported.pipeline.pixels
     return 1 + (frames - 1) * exported.config.student.codecs.time_stride, height * side, width * side
 

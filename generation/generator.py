@@ -15,7 +15,9 @@ from torch import Tensor
 
 from configs.load import run_from_state
 from configs.schema import RunConfig
+from configs.sizes import trained_frames
 from generation.acceleration import UNCHANGED, Acceleration
+from generation.levels import chosen_levels, schedule_of
 from generation.refusals import refuse_inputs, refuse_unused
 from generation.run_data import change_data
 from generation.sampling import Sampler, Sampling, StudentChoice
@@ -25,7 +27,7 @@ from model.attention.kv_cache import KVCache
 from model.experts import Experts
 from model.family import FirstFrame
 from model.network import InitWeights, NetworkConfig
-from model.schedule import step_sigmas
+from model.schedule import ScheduleConfig
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations
 from pipeline.bidirectional_inference import Solver, SolverGrid, from_clip, many_step_sample
@@ -162,16 +164,15 @@ class Generator:
         task = self.task if student.data == self.config.data else None
         return Generator(config, self.score, self.device, task=task, sampler=Sampler(causal=True))
 
-    def step_list(self, steps: int | None) -> tuple[float, ...]:
-        """The student's noise levels, or an even choice among them. Raises UserError for more steps than it has."""
-        schedule = self.config.schedule
-        trained = schedule.denoising_step_list
-        if steps is None:
-            return schedule.sigmas()
-        if not 1 <= steps <= len(trained):
-            raise UserError(f"--steps {steps}: this student has {len(trained)} steps: choose 1 to {len(trained)}")
-        chosen = [trained[i * len(trained) // steps] for i in range(steps)]
-        return step_sigmas(chosen, warp=schedule.warp_denoising_step, shift=schedule.timestep_shift)
+    def schedule(self, frames: int | None = None) -> ScheduleConfig:
+        """The noise schedule of videos of so many latent frames in all, None: the run's. Raises UserError."""
+        length, *frame = self.task.latent_shape
+        shape = (length if frames is None else frames, *frame)
+        return schedule_of(self.config, self.score.net, shape, few_steps=self.few_steps)
+
+    def step_list(self, steps: int | None, frames: int | None = None) -> tuple[float, ...]:
+        """`chosen_levels` for videos of so many latent frames in all, None: the run's. Raises UserError."""
+        return chosen_levels(self.schedule(frames), steps)
 
     def __call__(
         self,
@@ -216,10 +217,10 @@ class Generator:
         if not self.few_steps:
             assert noise is not None
             noise = noise if start is not None else self.score.path.start_noise(noise)
-            yield self._many_steps(noise, conditioning, sampling, start)
+            yield self._many_steps(noise, conditioning, sampling, start, self.schedule(frames).timestep_shift)
             return
-        sigmas = self.step_list(sampling.steps)
-        if start is None and not starts_from_noise(self.config):
+        sigmas = self.step_list(sampling.steps, frames)
+        if start is None and not starts_from_noise(self.config, (frames, *self.task.latent_shape[1:])):
             raise UserError(
                 f"--run: its first step is at noise level {sigmas[0]:.3g}, so it cannot start from noise: give it as "
                 "--low_run beside its high-noise expert's --run, or --video with --strength"
@@ -262,7 +263,8 @@ class Generator:
         block = 1 if trained.independent_first_frame and not initial else trained.num_frame_per_block
         causal = self._causal(sampling, initial + block, initial)
         source = Noise(sampling.seed, 0, ids, self.device)
-        return self._open(conditioning, sampling, self.step_list(sampling.steps), causal, source, None)
+        sigmas = self.step_list(sampling.steps, self.trained_frames)
+        return self._open(conditioning, sampling, sigmas, causal, source, None)
 
     def keep(self, video: CausalStream, frames: int | None = None) -> None:
         """Keeps the cache of a video that has ended, and what is recorded of its passes: the next video of its geometry
@@ -278,7 +280,7 @@ class Generator:
     @property
     def trained_frames(self) -> int:
         """Latent frames of the longest video that this network was trained on."""
-        return self.config.rollout.longest(self.task.latent_shape[0])
+        return trained_frames(self.config)
 
     def _open(
         self,
@@ -290,7 +292,8 @@ class Generator:
         frames: int | None,
     ) -> CausalStream:
         """Videos of so many latent frames in all, None: without end."""
-        schedules: list[Sequence[float]] = [self.step_list(steps) for steps in sampling.block_steps]
+        shown = self.trained_frames if frames is None else frames
+        schedules: list[Sequence[float]] = [self.step_list(steps, shown) for steps in sampling.block_steps]
         if self.first_block and not schedules and sampling.steps is None and sampling.strength is None:
             schedules = [self.first_block, sigmas]
         config = StreamConfig(schedules or [sigmas], sampling.noisy_context)
@@ -352,7 +355,7 @@ class Generator:
         return latents.expand(noise.shape)
 
     def _many_steps(
-        self, noise: Tensor, conditioning: Conditioning, sampling: Sampling, start: Tensor | None
+        self, noise: Tensor, conditioning: Conditioning, sampling: Sampling, start: Tensor | None, shift: float
     ) -> Tensor:
         validation, net = self.config.validation, self.score.net
         guidance = validation.guidance if sampling.guidance is None else sampling.guidance
@@ -369,7 +372,7 @@ class Generator:
             noise,
             conditioning,
             self.task.negative(conditioning.batch),
-            grid=SolverGrid(steps, self.config.schedule.timestep_shift, solver, self.score.path.start),
+            grid=SolverGrid(steps, shift, solver, self.score.path.start),
             guidance=partial(net.each_step, high=guidance, low=low) if isinstance(net, Experts) else guidance,
             clip=start,
             strength=1.0 if sampling.strength is None else sampling.strength,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from configs.schema import RunConfig
+from configs.sizes import resize
 from model.network import NetworkConfig
 from tasks.data import DataConfig
 from tasks.kinds.encoded import EncodedData
@@ -24,7 +25,7 @@ def change_data(
         config.data = replace(config.data, image_encoder=_pipelines_image_encoder(config.data, config.student))
     if size is not None:
         try:
-            config.data = config.data.resized(*size, config.student)
+            resize(config, config.data.resized(*size, config.student))
         except (ValueError, OSError) as problem:
             raise UserError(f"--size {size[0]}x{size[1]}: {problem}") from None
     if tiny_decoder is not None:

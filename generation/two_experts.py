@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from configs.schema import RunConfig
+from configs.sizes import scales_shift
 from model.network import Expert
 from model.objective import ObjectiveConfig, objectives
 from model.schedule import TIMESTEPS
@@ -20,6 +21,11 @@ def joined(high: RunConfig, low: RunConfig) -> tuple[RunConfig, float]:
             raise UserError(f"{name}: two experts share no cache: both must be bidirectional few-step students")
     if high.student.geometry() != low.student.geometry() or high.data.frames != low.data.frames:
         raise UserError("--low_run is of another geometry or length than --run: give the two experts of one model")
+    if scales_shift(high) != scales_shift(low) or (scales_shift(high) and high.data.size != low.data.size):
+        raise UserError(
+            "--run and --low_run scale their shifts by the size of a video differently: train both with one "
+            "training.scale_shift, and training.sizes beside data of one size, or with null"
+        )
     boundary = low.schedule.max_score_timestep / TIMESTEPS
     if boundary >= 1:
         raise UserError("--low_run was trained at all noise levels: its schedule.max_score_timestep is 1000")

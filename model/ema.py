@@ -19,8 +19,9 @@ class EMAConfig:
     """The average of the student's weights. All keys count generator updates, not iterations.
 
     decay: what is kept of the average at an update, null for no average.
-    start: the first update that is averaged; until then the average is a copy.
-    every: updates between two steps of the average.
+    start: the last update up to which the average is a copy of the weights; it follows those after it. 0 averages from
+        the weights that the student begins with.
+    every: after start, the average follows each update that is a multiple of this.
     """
 
     decay: float | None = 0.99
@@ -57,7 +58,7 @@ class EMA:
     net: the network whose parameters are averaged.
     decay: what is kept of the average at an update.
     start: the generator update, counted from 1, up to which the average is a copy.
-    every: it follows each so many generator updates.
+    every: after that it follows each generator update that is a multiple of this.
     named: the parameters by the names under which they are kept; None for all that `net` trains, under its own names.
     """
 
@@ -72,9 +73,10 @@ class EMA:
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """After the `updates`-th generator update (counted from 1)."""
-        if updates % self.every:
+        copies = updates <= self.start
+        if not copies and updates % self.every:
             return
-        decay = 0.0 if updates <= self.start else self.decay
+        decay = 0.0 if copies else self.decay
         shadow = [local(value) for value in self.shadow.values()]
         live = [local(p).detach().float() for p in self.live.values()]
         torch._foreach_lerp_(shadow, live, 1 - decay)

@@ -35,6 +35,7 @@ def few_step_stream(
     sigmas: Sequence[float],
     causal: CausalConfig | None,
     source: NoiseSource,
+    trained_frames: int | None = None,
 ) -> Iterator[Tensor]:
     """A student's new frames [B, f, C, H, W]: block by block over a cache, or all at once where `causal` is None.
 
@@ -44,6 +45,7 @@ def few_step_stream(
     sigmas: noise levels of the steps.
     causal: blocks and context of a causal student, None of a bidirectional one.
     source: draws the noise that is added between steps.
+    trained_frames: latent frames of the longest video that a causal student was trained on, see `new_cache`.
     """
     with torch.no_grad():
         if causal is None:
@@ -53,7 +55,7 @@ def few_step_stream(
             return
         assert isinstance(score.net, Network)
         videos = VideoShape.of(noise, conditioning.initial_frames)
-        cache = causal.new_cache(score.net, videos, cache_dtype(score), noise.device)
+        cache = causal.new_cache(score.net, videos, cache_dtype(score), noise.device, trained_frames=trained_frames)
         yield from stream(score, noise, conditioning, sigmas, causal, source, cache=cache)
 
 
@@ -118,10 +120,14 @@ class ManySteps:
 
 @dataclass(frozen=True)
 class FewSteps:
-    """A student's own noise levels, block by block over a cache, or all frames at once where `causal` is None."""
+    """A student's own noise levels, block by block over a cache, or all frames at once where `causal` is None.
+
+    trained_frames: latent frames of the longest video that it was trained on, see `few_step_stream`.
+    """
 
     sigmas: Sequence[float]
     causal: CausalConfig | None
+    trained_frames: int | None = None
 
 
 def sample(
@@ -152,6 +158,6 @@ def sample(
         noise = score.path.start_noise(source.normal("noise", (frames, *shape[1:])))
     else:
         noise = block_noise(source, causal.split(initial, frames)[1], shape[1:])
-    new = list(few_step_stream(score, noise, conditioning, way.sigmas, causal, source))
+    new = list(few_step_stream(score, noise, conditioning, way.sigmas, causal, source, way.trained_frames))
     kept = [conditioning.initial] if initial and conditioning.initial is not None else []
     return torch.cat([*kept, *new], dim=1)

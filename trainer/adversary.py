@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import RunConfig
+from configs.sizes import schedule_at
 from model.discriminator import Discriminator, ImageHeads, RegisterHead, VideoHeads, tapped_blocks
 from model.family import Geometry
 from model.gan import Adversarial, NoisedSamples, discriminator_loss, gan_loss
@@ -18,7 +19,6 @@ from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout
 from tasks.task import Shape, Task
 from trainer.caption_dropout import with_dropout
-from trainer.drawn_sizes import schedule_at
 from trainer.engine import ReplicatedEngine
 from trainer.networks import Trained
 from utils.errors import ConfigError

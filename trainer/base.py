@@ -123,8 +123,9 @@ class Trainer(ABC):
 
     def sample(self, conditioning: Conditioning, negative: Prompt, noise: Noise) -> Tensor:
         """Latents [B, F, C, H, W] from the student as it is."""
-        way = way_of(self.config)
-        return sample(way, self.networks["student"].score, self.task.latent_shape, conditioning, negative, noise)
+        shape = self.task.latent_shape
+        way = way_of(self.config, shape)
+        return sample(way, self.networks["student"].score, shape, conditioning, negative, noise)
 
     # ------------------------------------------------------------------------------------------------------ the loop
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from configs.sizes import schedule_at
 from model.consistency import adjacent, consistency_loss
 from model.schedule import uniform_sigmas
 from model.score import ScoreNet
@@ -14,7 +15,6 @@ from model.types import LossOutput
 from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from trainer.base import Trainer
 from trainer.caption_dropout import with_dropout
-from trainer.drawn_sizes import schedule_at
 from trainer.micro_batch import MicroBatch
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from configs.sections import DiffusionMode
+from configs.sizes import schedule_at
 from model.diffusion import flow_matching_loss
 from model.schedule import TIMESTEPS, mix, shift_sigma
 from model.types import Conditioning, LossOutput
 from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from trainer.base import Trainer
 from trainer.caption_dropout import dropped
-from trainer.drawn_sizes import schedule_at
 from trainer.micro_batch import MicroBatch
 
 

@@ -18,6 +18,7 @@ from configs.rollout import (
     SelfForcingConfig,
     TeacherForcingConfig,
 )
+from configs.sizes import schedule_at
 from model.gan_config import Features
 from model.ida import Alignment
 from model.objective import Objective, Weights, objective_of
@@ -28,7 +29,6 @@ from pipeline.self_forcing_training import RolloutPlan, rollout_lengths, self_fo
 from trainer.adversary import Adversary
 from trainer.base import Trainer
 from trainer.caption_dropout import with_dropout
-from trainer.drawn_sizes import schedule_at
 from trainer.guard import Guard
 from trainer.losses import Losses, Sample
 from trainer.micro_batch import MicroBatch

@@ -1,15 +1,12 @@
-"""The sizes of a run's videos, update by update, and the noise schedule that goes with a size.
+"""The sizes of a run's videos, update by update.
 
 F latent frames  C channels  H W latent size
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from configs.schema import RunConfig
 from configs.sizes import sizes_of
-from model.schedule import ScheduleConfig, shift_factor
 from model.types import LatentSize
 from utils import activity
 from utils.random import Noise, keyed_seed
@@ -26,19 +23,6 @@ def drawn_size(config: RunConfig, noise: Noise) -> LatentSize:
         if left < 0:
             return size
     return sizes_of(config)[-1]
-
-
-def shift_factor_of(config: RunConfig, shape: Sequence[int]) -> float:
-    """By which the shifts grow for videos of `shape` (F, C, H, W): 1 for a run of one size, or without scaling."""
-    if config.training.sizes is None or not config.training.scale_shift:
-        return 1.0
-    frames, _, height, width = shape
-    return shift_factor((frames, height, width), config.data.size)
-
-
-def schedule_at(config: RunConfig, shape: Sequence[int]) -> ScheduleConfig:
-    """The schedule for videos of `shape` (F, C, H, W)."""
-    return config.schedule.scaled(shift_factor_of(config, shape))
 
 
 class DrawnSizes:

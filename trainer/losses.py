@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
+from configs.sizes import shift_factor_of
 from model.gan import with_term
 from model.objective import Objective, Role, Weights
 from model.path import Path
@@ -22,7 +23,6 @@ from model.score import ScoreNet
 from model.types import Conditioning, LossOutput, Rollout, Total
 from tasks.task import Reward, Task
 from trainer.adversary import NAME, Adversary
-from trainer.drawn_sizes import shift_factor_of
 from utils.random import Noise
 
 

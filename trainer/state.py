@@ -65,6 +65,11 @@ def load_run(
             tensors[group_name] = restore_optimizer(
                 optimizer, named, layout.get(group_name, {}), saved["optimizers"][kind]
             )
+        trained.optimizer.apply_config()
+        gone = trained.optimizer.fit_state()
+        for kind in trained.optimizer.optimizers:
+            slots = tensors[f"{name}_{kind}"]
+            tensors[f"{name}_{kind}"] = {key: slot for key, slot in slots.items() if key not in gone}
         if trained.ema is not None:
             if f"{name}_ema" not in layout:
                 raise UserError(f"{path} has no average of {name}: set ema.decay to null, or --resume never")
@@ -72,7 +77,6 @@ def load_run(
             _refuse_other_geometry(f"{name}_ema", trained.ema.shadow, layout[f"{name}_ema"], path)
     checkpoint.load_into(path, layout, tensors, group)
     for name, trained in networks.items():
-        trained.optimizer.apply_config()
         trained.optimizer.updates = state["networks"][name]["updates"]
 
 

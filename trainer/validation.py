@@ -5,13 +5,14 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
 from configs.sections import SampleWeights, ValidationConfig
+from configs.sizes import schedule_at, trained_frames
 from model.network import Expert
 from model.objective import objectives
 from model.types import Conditioning, Prompt
@@ -72,9 +73,11 @@ def sample_pixels(
 FROM_NOISE = 0.95  # a run whose first step is below this level cannot start from pure noise
 
 
-def starts_from_noise(config: RunConfig) -> bool:
-    """Whether the run's student can be given pure noise; a low-noise expert cannot."""
-    return config.schedule.sigmas()[0] >= FROM_NOISE * config.student.path.start
+def starts_from_noise(config: RunConfig, shape: Sequence[int] | None = None) -> bool:
+    """Whether the run's student can be given pure noise for videos of `shape` (None: the data's); a low-noise expert
+    cannot."""
+    sigmas = schedule_at(config, config.data.size if shape is None else shape).sigmas()
+    return sigmas[0] >= FROM_NOISE * config.student.path.start
 
 
 def expert_of(config: RunConfig) -> Expert | None:
@@ -88,9 +91,10 @@ def expert_of(config: RunConfig) -> Expert | None:
     return None
 
 
-def way_of(config: RunConfig) -> ManySteps | FewSteps:
-    """How the run's network is meant to be sampled."""
+def way_of(config: RunConfig, shape: Sequence[int]) -> ManySteps | FewSteps:
+    """How the run's network is meant to be sampled, for videos of `shape` (F, C, H, W)."""
+    schedule = schedule_at(config, shape)
     if not config.few_steps:
         validation = config.validation
-        return ManySteps(validation.steps, config.schedule.timestep_shift, validation.guidance)
-    return FewSteps(config.schedule.sigmas(), config.causal if config.is_causal else None)
+        return ManySteps(validation.steps, schedule.timestep_shift, validation.guidance)
+    return FewSteps(schedule.sigmas(), config.causal if config.is_causal else None, trained_frames(config))

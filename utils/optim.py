@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.distributed import full
+from utils.errors import UserError
 from utils.fields import check_modes
 from utils.found import Registry
 from utils.variants import check_kind
@@ -169,6 +170,37 @@ class NetworkOptimizer:
 
     def state_bytes(self) -> int:
         """Bytes of the state that the first update makes, over all ranks together. Nothing is computed."""
+        states = [state for kind in self._first_states().values() for state in kind.values()]
+        held = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return sum(value.numel() * value.element_size() for value in held)
+
+    def fit_state(self) -> set[str]:
+        """Makes the state that a checkpoint brought that of the config's settings, which may be others than it was made
+        with: what they keep beside it begins at 0, what they do not keep goes.
+
+        Returns what went, as `<parameter>/<key>`. Raises UserError where what they need cannot begin at 0.
+        """
+        gone = set()
+        for kind, wanted in self._first_states().items():
+            for name, p in self.names_of(kind).items():
+                state = self.optimizers[kind].state.get(p)
+                if not state:
+                    continue  # it had no gradient yet
+                for key in [key for key in state if key not in wanted[name]]:
+                    del state[key]
+                    gone.add(f"{name}/{key}")
+                for key in [key for key in wanted[name] if key not in state]:
+                    like = wanted[name][key]
+                    if not isinstance(like, Tensor) or like.shape != p.shape:
+                        raise UserError(
+                            f"the checkpoint has no {key} of {name}, which these settings of {self.config.kind} need: "
+                            "resume with those of that run, or --resume never"
+                        )
+                    state[key] = torch.zeros_like(p, dtype=like.dtype, requires_grad=False)
+        return gone
+
+    def _first_states(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The state that the first update makes, on the device meta, by optimizer and parameter."""
         shapes = {
             name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in self.named.items()
         }
@@ -177,9 +209,10 @@ class NetworkOptimizer:
             p.grad = torch.zeros_like(p)
         for optimizer in twin.optimizers.values():
             optimizer.step()
-        states = [state for optimizer in twin.optimizers.values() for state in optimizer.state.values()]
-        held = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-        return sum(value.numel() * value.element_size() for value in held)
+        return {
+            kind: {name: dict(optimizer.state[p]) for name, p in twin.names_of(kind).items()}
+            for kind, optimizer in twin.optimizers.items()
+        }
 
     def clip(self) -> Tensor:
         """Clips as configured and returns the gradient's global norm before that, a scalar tensor.

@@ -58,8 +58,8 @@ def restore_optimizer(
     slots: dict[str, Tensor] = {}
     optimizer.state.clear()
     for group, members, theirs in zip(optimizer.param_groups, ours, saved["groups"], strict=True):
-        for key, value in theirs["options"].items():
-            group[key] = _like(group.get(key), value)
+        for key in theirs["options"].keys() & group.keys():  # the others are another optimizer's
+            group[key] = _like(group[key], theirs["options"][key])
         on_device = bool(group.get("capturable") or group.get("fused"))
         for name, parameter in zip(members, group["params"], strict=True):
             tensors = {key: _slot(key, entry, parameter, on_device) for key, entry in entries.get(name, {}).items()}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from configs.sizes import schedule_at
 from generation.base import base_of
 from generation.card import PROMPT, scheduler_sigmas
 from generation.export import described, export_args
@@ -205,3 +206,16 @@ def test_a_base_is_found_through_earlier_runs_and_an_added_lora_makes_the_licenc
     args = export_args(options)
     with pytest.raises(UserError, match="the licence is unknown.*give --licence NAME"):
         described(args, find(styled, "student", None), (find(styled, "student", None),), None)
+
+
+def test_the_card_of_a_run_of_several_sizes_has_the_schedule_of_each(tmp_path: Path) -> None:
+    changes = merged(BIDIRECTIONAL, {"training": {"sizes": [{}, {"frames": 3}]}})
+    run = config(DISTILLATION, **changes)
+    page = (exported(make_run(tmp_path / "run", run), tmp_path / "out") / "README.md").read_text()
+    frames, height, width = run.data.size
+    schedule = schedule_at(run, (3, height, width))
+    levels = ", ".join(f"{sigma:.6g}" for sigma in schedule.sigmas())
+    shift = 3 * (3 / frames) ** 0.5
+    assert f"| for 9 frames of {8 * height}x{8 * width} pixels | shift {shift:.6g}, noise levels {levels} |" in page
+    assert "| shift | 3 |" in page
+    assert page.count("frames of") == 2

@@ -132,3 +132,11 @@ REFUSED = [
 def test_what_is_no_pair_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         joined(config(DISTILLATION, **HIGH), config(DISTILLATION, **{**LOW, **changes}))
+
+
+def test_experts_that_scale_their_shifts_differently_are_no_pair() -> None:
+    sized = {**LOW, "training": {"sizes": [{}]}}
+    with pytest.raises(UserError, match="scale their shifts by the size of a video differently"):
+        joined(config(DISTILLATION, **HIGH), config(DISTILLATION, **sized))
+    both = config(DISTILLATION, **HIGH, training={"sizes": [{}]})
+    assert joined(both, config(DISTILLATION, **sized))[1] == 0.875

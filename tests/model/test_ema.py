@@ -52,3 +52,22 @@ def test_the_share_that_is_said_to_be_old_is_the_share_that_is_old(config: EMACo
 )
 def test_an_average_that_is_a_copy_or_has_followed_long_enough_does_not_lag(config: EMAConfig, updates: int) -> None:
     assert config.lag(updates) is None
+
+
+@pytest.mark.parametrize("start", range(7))
+@pytest.mark.parametrize("every", range(1, 6))
+def test_the_average_is_a_copy_until_it_starts_and_then_its_closed_form(start: int, every: int) -> None:
+    """Weights w_n after update n: w_n up to `start`, then of w_start and the w_n at multiples of `every`."""
+    decay, weights = 0.5, [float(3**n) for n in range(13)]
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(net.weight, weights[0])
+    average = EMA(net, decay, start, every)
+    for update in range(1, 13):
+        nn.init.constant_(net.weight, weights[update])
+        average.update(update)
+        followed = [n for n in range(start + 1, update + 1) if n % every == 0]
+        expected = weights[min(start, update)] * decay ** len(followed)
+        expected += sum(0.5 * decay**age * weights[n] for age, n in enumerate(reversed(followed)))
+        assert average.shadow["weight"].item() == pytest.approx(expected, rel=1e-6)
+        if update <= start:
+            assert average.shadow["weight"].item() == weights[update]  # a copy, to the bit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,13 @@ import torch
 
 from configs.load import run_from_plain
 from configs.schema import RunConfig
-from configs.sizes import sizes_of
-from model.schedule import shift_sigma
+from configs.sizes import resize, schedule_at, sizes_of, trained_frames
+from generation.generator import Generator
+from generation.levels import schedule_of
+from generation.run_data import change_data
+from generation.sampling import Sampling
+from model.schedule import shift_sigma, uniform_sigmas
+from model.score import ScoreNet
 from model.types import VisualConditioning
 from tasks.build import build_task
 from tasks.clips import Clips
@@ -23,11 +29,11 @@ from tests.trainer.test_methods import GAN
 from tests.trainer.test_trainer import assert_same_run, curve, tensors
 from trainer.diffusion import DiffusionTrainer
 from trainer.distillation import ScoreDistillationTrainer
-from trainer.drawn_sizes import drawn_size, schedule_at
+from trainer.drawn_sizes import drawn_size
 from trainer.losses import SampleDraws
 from trainer.rollout_cache import RolloutCache
 from utils.config import to_plain
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError
 from utils.parallel.mesh import Mesh
 from utils.random import Noise
 from worlds.toy import ToyWorld
@@ -176,7 +182,6 @@ def test_caches_of_all_sizes_lie_in_the_memory_of_the_largest() -> None:
 
 
 def build_student(of: RunConfig) -> Any:
-    from model.score import ScoreNet
     from tests.nets import random_net
 
     return ScoreNet(random_net(0, of.student.geometry()), "student")
@@ -246,6 +251,90 @@ def test_diffusion_training_uses_the_scaled_shift(tmp_path: Path) -> None:
     shift = run.config.schedule.timestep_shift * math.sqrt(3 * 6 * 6 / math.prod(OWN))
     expected = shift_sigma(micro.noise.uniform("sigma", (1,)), shift).expand(-1, 3)
     torch.testing.assert_close(run._block_sigmas(micro, 3), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ the samples
+
+
+def levels_seen(net: torch.nn.Module, make: Callable[[], object]) -> set[float]:
+    """The noise levels above 0 at which `make` runs a network."""
+    seen: set[float] = set()
+    hook = net.register_forward_pre_hook(lambda _, args: seen.update(args[1].flatten().tolist()))
+    with torch.no_grad():
+        make()
+    hook.remove()
+    return seen - {0.0}
+
+
+def sampler(run: RunConfig, score: ScoreNet, shape: Sequence[int]) -> Generator:
+    """What samples a run at another height and width, as `--size` asks for them."""
+    changed = run_from_plain(to_plain(run))
+    change_data(changed, None, None if shape[2:] == SHAPES[2][2:] else (2 * shape[2], 2 * shape[3]), None)
+    return Generator(changed, score, CPU)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["self_forcing", "backward_simulation"])
+def test_a_student_is_sampled_at_the_levels_that_it_was_trained_at(
+    kind: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    run = distiller(
+        tmp_path, merged(DISTILLATION, merged(CHANGES, {"rollout": {"kind": kind, "last_step_only": True}}))
+    )
+    score = run.networks["student"].score
+    micro = replace(run.batch("generator")[0], shape=shape)
+    trained = levels_seen(score.net, lambda: run.rollout(micro, with_gradient=False))
+    videos = sampler(run.config, score, shape)
+    assert levels_seen(score.net, lambda: videos(["the digit one"], Sampling(frames=shape[0]), [0])) == trained
+    assert len(trained) == 2
+    if shape == SHAPES[2]:  # the data's own: what validation makes
+        positions = run.task.conditioning(["the digit one"])
+        shown = lambda: run.sample(positions, run.task.negative(1), Noise(0, 0, [0]))  # noqa: E731
+        assert levels_seen(score.net, shown) == trained
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_teacher_is_sampled_with_the_shift_that_it_was_trained_with(shape: tuple[int, ...], tmp_path: Path) -> None:
+    run = trainer(tmp_path, merged(DIFFUSION_RUN, {"validation": {"steps": 4}}))
+    score, shift = run.networks["student"].score, schedule_at(run.config, shape).timestep_shift
+    videos = sampler(run.config, score, shape)
+    seen = levels_seen(score.net, lambda: videos(["the digit one"], Sampling(frames=shape[0]), [0]))
+    assert sorted(seen, reverse=True) == pytest.approx(uniform_sigmas(4, shift))
+
+
+def test_a_size_after_another_is_that_size() -> None:
+    """A run put to another height and width, then asked for other lengths, has the schedule of its own rule."""
+    several = config(DIFFUSION_RUN, training={"scale_shift": True})
+    for shape in ((3, 4, 6, 6), (9, 4, 6, 6), (6, 4, 12, 12)):
+        changed = run_from_plain(to_plain(several))
+        resize(changed, changed.data.resized(2 * shape[2], 2 * shape[3], changed.student))
+        assert schedule_at(changed, shape).sigmas() == pytest.approx(schedule_at(several, shape).sigmas(), rel=1e-14)
+    single = config(DIFFUSION_RUN, training={"sizes": None})
+    before = replace(single.schedule)
+    resize(single, single.data.resized(12, 12, single.student))
+    assert schedule_at(single, (9, 4, 6, 6)) == before
+
+
+def test_a_causal_student_makes_long_videos_at_the_levels_of_those_that_it_knows() -> None:
+    causal, whole = config(GAN_RUN), config(DIFFUSION_RUN)
+    assert schedule_at(causal, (600, 4, 8, 8)) == schedule_at(causal, SHAPES[2])
+    assert schedule_at(causal, (1, 4, 8, 8)) == schedule_at(causal, SHAPES[0])
+    assert schedule_at(whole, (24, 4, 8, 8)).timestep_shift == 2 * whole.schedule.timestep_shift
+    short = config(merged(DISTILLATION, CHANGES), training={"sizes": [{"frames": 3}]})
+    assert trained_frames(short) == 3
+    assert schedule_at(short, OWN).timestep_shift == pytest.approx(3.0 / math.sqrt(2))
+
+
+def test_a_size_that_takes_a_step_from_its_expert_is_refused() -> None:
+    bounds = {"max_score_timestep": 760, "denoising_step_list": [750, 500], "timestep_shift": 1.0}
+    expert = config(
+        merged(DISTILLATION, {"rollout": {"kind": "noised_data"}}), schedule=bounds,
+        data=CHANGES["data"], training={"sizes": [{}]},
+    )  # fmt: skip
+    with pytest.raises(UserError, match="--size 24x24: scales schedule.timestep_shift 1 to 1.5, and a step leaves"):
+        change_data(expert, None, (24, 24), None)
+    with pytest.raises(UserError, match="--frames 24: scales schedule.timestep_shift 1 to 2, and a step leaves"):
+        schedule_of(expert, torch.nn.Identity(), (24, 4, 8, 8), few_steps=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- the data

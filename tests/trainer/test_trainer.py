@@ -229,6 +229,16 @@ def test_resume_takes_the_rates_and_decay_of_the_config(tmp_path: Path) -> None:
     assert tuple(group["betas"]) == (0.0, 0.9)
 
 
+@pytest.mark.parametrize("first", [0.0, 0.9])
+def test_resume_takes_the_momentum_of_the_config(first: float, tmp_path: Path) -> None:
+    """Beta1 from 0 to 0.9 and back, through the files."""
+    settings = [{"generator_training": {"optimizer": {"betas": [beta, 0.99]}}} for beta in (first, 0.9 - first)]
+    assert trainer(tmp_path, max_steps=2, **settings[0]).train() == 0
+    assert trainer(tmp_path, max_steps=4, **settings[1]).train() == 0
+    kept = {name.rpartition("/")[2] for name in tensors(tmp_path)["student_adamw"]}
+    assert kept == {"step", "exp_avg_sq"} | ({"exp_avg"} if first == 0 else set())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_saves_and_the_run_goes_on_exactly(number: signal.Signals, tmp_path: Path) -> None:
     trainer(tmp_path / "whole", DISTILLATION).train()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.optim import LRScheduleConfig, NetworkOptimizer, trainable
+from utils.optim import LRScheduleConfig, NetworkOptimizer, optimizers, trainable
+from utils.optim_state import flatten_optimizer, restore_optimizer
 from utils.optimizers.adamw import AdamWConfig, MomentumFreeAdamW
 from utils.optimizers.muon import Muon, MuonConfig
+from utils.shards import Entry
 
 
 def linear() -> nn.Linear:
@@ -137,3 +141,76 @@ def test_a_loss_that_reaches_no_parameter_is_an_error() -> None:
 def test_an_adapter_of_matrices_alone_is_all_muons() -> None:
     made = MuonConfig().make([], [torch.nn.Parameter(torch.ones(2, 3))], torch.float32)
     assert list(made) == ["muon"]
+
+
+def stepped(optimizer: NetworkOptimizer, updates: int) -> None:
+    for _ in range(updates):
+        for number, p in enumerate(optimizer.parameters):
+            p.grad = torch.full_like(p, 1.0 + number + optimizer.updates)
+        optimizer.step()
+
+
+def resumed(optimizer: NetworkOptimizer, saved: NetworkOptimizer) -> None:
+    """As trainer/state.py does, without the files."""
+    for kind, mine in optimizer.optimizers.items():
+        tensors, rest = flatten_optimizer(saved.optimizers[kind], saved.names_of(kind).items())
+        layout = {name: Entry(t.dtype, tuple(t.shape), []) for name, t in tensors.items()}
+        for name, slot in restore_optimizer(mine, optimizer.names_of(kind).items(), layout, rest).items():
+            slot.copy_(tensors[name])
+    optimizer.apply_config()
+    optimizer.fit_state()
+    optimizer.updates = saved.updates
+
+
+OTHER: dict[str, Any] = {
+    "lr": 0.3, "clip_norm": 2.0, "clip_value": 1.0, "betas": [0.9, 0.99], "eps": 1e-3, "weight_decay": 0.2,
+    "muon_lr": 0.5, "momentum": 0.5, "muon_weight_decay": 0.3,
+}  # fmt: skip
+FIRST: dict[str, Any] = {"clip_norm": None}
+SETTINGS = [
+    (kind, field.name)
+    for kind, config in optimizers().items()
+    for field in fields(config)
+    if field.name != "kind"  # refused by name: trainer/state.py
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), SETTINGS)
+@pytest.mark.parametrize("back", [False, True])
+def test_every_setting_may_change_on_resume(kind: str, name: str, back: bool) -> None:
+    """The state is that of the settings: nothing is kept for others, and what they need is there."""
+    settings = [optimizers()[kind](**FIRST), optimizers()[kind](**{**FIRST, name: OTHER[name]})]
+    before, after = reversed(settings) if back else settings
+    nets = [nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 2)) for _ in range(3)]
+    saved, mine, fresh = (
+        NetworkOptimizer(trainable(net), config, LRScheduleConfig(), 9, ["0.weight"])
+        for net, config in zip(nets, (before, after, after), strict=True)
+    )
+    stepped(saved, 2)
+    resumed(mine, saved)
+    stepped(mine, 1)
+    stepped(fresh, 1)
+    for key, optimizer in mine.optimizers.items():
+        (group,), (wanted,) = optimizer.param_groups, fresh.optimizers[key].param_groups
+        assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in wanted.items() if k != "params"}
+        for parameter, twin in zip(group["params"], wanted["params"], strict=True):
+            assert optimizer.state[parameter].keys() == fresh.optimizers[key].state[twin].keys()
+
+
+def test_a_first_moment_that_was_not_kept_begins_at_zero() -> None:
+    nets = [nn.Linear(3, 2) for _ in range(3)]
+    configs = (AdamWConfig(), AdamWConfig(betas=[0.9, 0.999]), AdamWConfig())
+    saved, with_moment, again = (
+        NetworkOptimizer(trainable(net), config, LRScheduleConfig(), 9)
+        for net, config in zip(nets, configs, strict=True)
+    )
+    stepped(saved, 3)
+    resumed(with_moment, saved)
+    stepped(with_moment, 1)
+    weight = nets[1].weight
+    state = with_moment.optimizers["adamw"].state[weight]
+    assert weight.grad is not None
+    torch.testing.assert_close(state["exp_avg"], 0.1 * weight.grad)
+    assert state["step"] == 4
+    resumed(again, with_moment)
+    assert "exp_avg" not in again.optimizers["adamw"].state[nets[2].weight]  # it would be old when it is next wanted
