@@ -101,7 +101,7 @@ def weight_files(path: str | Path) -> list[Path]:
     if path.is_file() and path.suffix in (".safetensors", *TORCH_SUFFIXES):
         return [path]
     if not path.exists():
-        raise ValueError(f"no weights at '{path}': it {absent(path)} doctor.py says how to get what a recipe names")
+        raise ValueError(f"no weights at '{path}': it {absent(path)}: doctor.py says how to get what a recipe names")
     if not path.is_dir():
         raise ValueError(
             f"no weights at '{path}': give a .safetensors, .pt or .pth file, a folder of them, or a run's folder"

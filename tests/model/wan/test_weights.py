@@ -260,7 +260,7 @@ def test_what_is_no_wan_dit_is_one_line(state: State, tmp_path: Path) -> None:
             LazyWeights(tmp_path / name)
         assert "\n" not in str(error.value)
         assert name in str(error.value)
-    with pytest.raises(ValueError, match="lora.safetensor': it does not exist: did you mean '.*/lora.safetensors'"):
+    with pytest.raises(ValueError, match=r"lora.safetensor': it does not exist \(did you mean '.*/lora.safetensors'"):
         LazyWeights(tmp_path / "lora.safetensor")
     with pytest.raises(ValueError, match=r"it does not exist \('.*' holds lora.safetensors, vae.safetensors\)"):
         LazyWeights(tmp_path / "logs" / "ode_init")
