@@ -33,6 +33,9 @@ from utils.parallel.mesh import ParallelConfig
 from utils.watchdog import WatchdogConfig
 
 
+NAME = 200  # characters of a run's name, which is shown in each line
+
+
 @dataclass
 class RunConfig:
     """One run.
@@ -74,6 +77,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_modes(self)
+        if len(self.name) > NAME:
+            raise ValueError(f"name must have at most {NAME} characters, got {len(self.name)}: shorten it")
 
     @property
     def is_causal(self) -> bool:
