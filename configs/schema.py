@@ -32,7 +32,6 @@ from utils.optim import TrainedConfig
 from utils.parallel.mesh import ParallelConfig
 from utils.watchdog import WatchdogConfig
 
-
 NAME = 200  # characters of a run's name, which is shown in each line
 
 
