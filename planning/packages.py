@@ -88,8 +88,13 @@ def before_torch() -> dict[str, str]:
         what = f"this Python has no {', '.join(missing)}: {_remedy(missing)}"
         print(f"{Path(sys.argv[0]).name}: error: {what}", file=sys.stderr)
         sys.exit(2)
-    # threads of OpenMP that spin while they wait starve another process on the same few cores
-    return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    usual = {
+        # threads of OpenMP that spin while they wait starve another process on the same few cores
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # a warning of torch's C++ has its whole stack, at each try to reach a launcher that is gone
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    return {name: os.environ.get(name, value) for name, value in usual.items()}
 
 
 def _remedy(missing: list[str]) -> str:

@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 
+from planning.packages import before_torch
 from tests import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -39,7 +40,7 @@ GRACE = 30.0  # between SIGTERM and SIGKILL, as torchrun has it
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    return os.environ | before_torch() | {"OMP_NUM_THREADS": "1"}
 
 
 def serve() -> None:

@@ -88,7 +88,8 @@ def test_a_program_ends_before_it_imports_what_is_absent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert before_torch() == {"OMP_WAIT_POLICY": "PASSIVE"}
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    assert before_torch() == {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "einops" else name)
     with pytest.raises(SystemExit, match="2"):
         before_torch()

@@ -21,6 +21,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from planning.packages import before_torch
+
+os.environ.update(before_torch())  # as the programs do
+
 import torch
 
 from tests.forked import PRELOAD
