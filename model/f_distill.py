@@ -165,5 +165,6 @@ def f_distill_loss(
     assert query.weight is not None
     output = dmd_loss(query)
     output.metrics |= {"ratio": ratio.mean(), "weight_max": query.weight.max(), "weight_min": query.weight.min()}
+    output.reduced |= {"weight_max": "max", "weight_min": "min"}
     gan = generator_terms(logits, None, Adversarial.softplus).mean()
     return with_term(output, LossOutput(gan, {"gan_loss": gan.detach()}), gan_weight) if gan_weight > 0 else output

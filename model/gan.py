@@ -190,4 +190,5 @@ def discriminator_loss(
 def with_term(main: LossOutput, term: LossOutput, weight: float) -> LossOutput:
     """main + weight * term, the metrics of both; what main calls loss is then the sum."""
     loss = main.loss + weight * term.loss
-    return LossOutput(loss, term.metrics | main.metrics | {"loss": loss.detach()}, main.kl_gradient)
+    metrics = term.metrics | main.metrics | {"loss": loss.detach()}
+    return LossOutput(loss, metrics, main.kl_gradient, term.reduced | main.reduced)

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from utils.distributed import Reduction
+
 LatentSize = tuple[int, int, int]  # latent frames, height, width
 Prompt = Mapping[str, Tensor]  # an encoded prompt by the names that the network's arguments have, batch first
 PromptShapes = Mapping[str, tuple[int, ...]]  # of its tensors, without the batch
@@ -132,11 +134,18 @@ class Rollout:
 
 @dataclass
 class LossOutput:
-    """loss: a scalar with gradient, the mean over the samples. metrics: detached scalars for the log."""
+    """What a loss gives.
+
+    loss: a scalar with gradient, the mean over the samples.
+    metrics: detached scalars for the log.
+    kl_gradient: [B, F, C, H, W], of distribution matching.
+    reduced: how metrics that are no means over the samples come together, over micro-batches and over ranks.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     kl_gradient: Tensor | None = None
+    reduced: dict[str, Reduction] = field(default_factory=dict)
 
 
 class NoiseSource(Protocol):

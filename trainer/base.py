@@ -29,6 +29,7 @@ from trainer.options import RunOptions
 from trainer.progress import Extent, Setting, closing, finished_before, opening, stopped
 from trainer.provenance import KEY as MADE_WITH
 from trainer.provenance import changed_since, config_changes, versions
+from trainer.reduction import over_ranks
 from trainer.room import Room, bytes_of, room_for, warn
 from trainer.run_folder import RUN_FILES, keep_config, set_aside
 from trainer.run_networks import RunNetworks
@@ -271,8 +272,7 @@ class Trainer(ABC):
 
     def summed(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over the batches that run at a time: the ranks of a sequence group share one, and count once."""
-        sums = distributed.all_reduce_scalars(values)
-        return {name: value / self.mesh.sequence for name, value in sums.items()}
+        return over_ranks(values, dict.fromkeys(values, "sum"), self.mesh.sequence)
 
     # ----------------------------------------------------------------------------------------------------- an update
 

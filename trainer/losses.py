@@ -155,6 +155,7 @@ class Losses:
         if output is None:
             return adversarial
         adversarial.metrics = {f"{NAME}_{name}": value for name, value in adversarial.metrics.items()}
+        adversarial.reduced = {f"{NAME}_{name}": kind for name, kind in adversarial.reduced.items()}
         return with_term(output, adversarial, self.adversary.config.discriminator_weight)
 
     # ---------------------------------------------------------------------------------------------------------- state

@@ -9,6 +9,7 @@ from trainer.ended import Ended
 from trainer.micro_batch import MicroBatch
 from trainer.networks import Trained
 from trainer.observer import TrainerObserver
+from trainer.reduction import Reduced
 from utils import activity, distributed
 from utils.agreement import FiniteCheck
 from utils.logging import console
@@ -79,7 +80,7 @@ class Update:
     ) -> None:
         self.trained, self.beside, self.group = trained, beside, [trained, *beside]
         self.observer, self.skips, self.sequence, self.iteration = observer, skips, sequence, iteration
-        self.sums: dict[str, float] = {}
+        self.metrics = Reduced()
         self.loss = 0.0
         self.micro: MicroBatch | None = None
         self.is_last = False
@@ -108,8 +109,7 @@ class Update:
         self.observer.backward_ended(name)
         for member in self.beside:
             member.engine.after_backward(last=last)
-        for key, value in output.metrics.items():
-            self.sums[key] = self.sums.get(key, 0.0) + float(value) * weight
+        self.metrics.add(output, weight)
         self.loss += float(output.loss.detach())
 
     def step(self) -> dict[str, float]:
@@ -121,9 +121,8 @@ class Update:
         name = self.trained.name
         activity.mark(f"{name} update")
         parameters = {f"{member.name}.{key}": p for member in self.beside for key, p in member.optimizer.named.items()}
-        check = FiniteCheck(self.sums | {"loss": self.loss}, {**self.trained.optimizer.named, **parameters})
-        sums = distributed.all_reduce_scalars(self.sums)
-        metrics = {f"{name}/{key}": value / self.sequence for key, value in sums.items()}
+        check = FiniteCheck(self.metrics.values | {"loss": self.loss}, {**self.trained.optimizer.named, **parameters})
+        metrics = {f"{name}/{key}": value for key, value in self.metrics.over_ranks(self.sequence).items()}
         norms, clipped = {}, 0.0
         for member in self.group:
             self.observer.step_begins(member.name)

@@ -29,13 +29,16 @@ from utils.fields import SHOWN, describe, field_types, hint_at, options_of, sect
 from utils.reading import reading
 from utils.variants import has_variants, kind_in, laid, merged, without_absent, without_other_kinds
 from utils.writing import write_text
-from utils.yaml_files import DEPTH, check_yaml, read_yaml
+from utils.yaml_files import DEPTH, LITERAL, check_yaml, read_yaml
 
 T = TypeVar("T")
 
 BASES = 32  # files below a recipe; ours have 2
-# `${name:...}`, which has OmegaConf call a function; a backslash before it makes it text
-_CALL = re.compile(r"(?<!\\)\$\{(?:[^{}]|\$?\{[^{}]*\})*?:")
+# `${name:...}`, which has OmegaConf call a function; a backslash before it makes it text, but two stand for one
+_CALL = re.compile(r"(?<!\\)(?:\\\\)*(\$\{(?:[^{}]|\$?\{[^{}]*\})*?:)")
+_OPENED = re.compile(r"(\\*)\$\{")
+# a bare text in which YAML sees a comment
+_HASH = re.compile(r"\s*(?:#|(?!-\s)[^\s\"'\[{&*!|>%@`].*\s#)", re.DOTALL)
 _ENVIRONMENT = re.compile(r"\boc\.env\s*:\s*([^,{}]*)")
 
 
@@ -96,8 +99,8 @@ def _refuse_calls(value: Any, where: str) -> None:
         if name := _ENVIRONMENT.search(value):
             remedy = f"{name[1] or 'it'} is of this machine's environment: write its value, or give it as {where}=VALUE"
         else:
-            remedy = "only ${another.key} can be put in: write the value out"
-        raise ConfigError(f"{where}: {show(value)} calls {found[0][2:-1].strip() or 'a function'}: {remedy}")
+            remedy = f"only ${{another.key}} can be put in: write the value out, or {LITERAL}"
+        raise ConfigError(f"{where}: {show(value)} calls {found[1][2:-1].strip() or 'a function'}: {remedy}")
     if isinstance(value, Mapping):
         for key, item in value.items():
             _refuse_calls(item, f"{where}.{key}".lstrip("."))
@@ -131,7 +134,7 @@ def _check_references(node: DictConfig, value: Any, where: str) -> None:
         except OmegaConfBaseException as error:
             problem = str(error).partition("\n")[0]
             raise ConfigError(
-                f"{where}: {show(value)}: {problem}: name an existing key of the same type in ${{...}}"
+                f"{where}: {show(value)}: {problem}: name an existing key of the same type in ${{...}}, or {LITERAL}"
             ) from None
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -197,14 +200,16 @@ def _parse_override(text: str) -> dict[Any, Any]:
         )
     if key.count(".") > DEPTH:
         raise ConfigError(f"override {show(text)}: no key lies so deep")
+    if _HASH.match(value):
+        value = json.dumps(value.strip(), ensure_ascii=False)  # no comment: nobody writes one on a command line
+        text = f"{key}={value}"
     with reading("override", show(text), "close its brackets or quote it", error=ConfigError):
         try:
             check_yaml(value, f"override {show(text)}")
             return OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)  # type: ignore[return-value]
         except (yaml.YAMLError, OmegaConfBaseException):
-            raise ConfigError(
-                f"{key}: {show(value)} is not a valid YAML value: close its brackets or quote it"
-            ) from None
+            remedy = f"close its ${{...}}, or {LITERAL}" if "${" in value else "close its brackets or quote it"
+            raise ConfigError(f"{key}: {show(value)} is not a valid YAML value: {remedy}") from None
 
 
 # -------------------------------------------------------------------------------------------- user values -> typed node
@@ -281,6 +286,11 @@ def _convert(value: Any, hint: Any, where: str, root: type) -> Any:
     options = options_of(hint)
     if value is None:
         return value
+    if str in options and isinstance(value, (bool, int, float)) and not {bool, int, float} & set(options):
+        raise ConfigError(
+            f"{where}: {show(value)} is not allowed: give {describe(hint)}, in quotes (bare no, 010 and 12:30:45 are a "
+            f"""boolean and numbers in YAML; on a command line {where}='"..."')"""
+        )
     if float in options and _is_unbounded(value):
         raise ConfigError(f"{where}: {show(value)} is not allowed: give {describe(hint)} that is finite")
     if bool in options and not isinstance(value, bool) and not _names_bool(value):
@@ -370,8 +380,11 @@ def _locate(node: DictConfig, schema: type, path: str, message: str) -> tuple[st
 def to_plain(config: Any) -> Any:
     """Dataclass (or mapping) -> dicts, lists and scalars as YAML or JSON would hold them; enums by value.
 
-    A field whose metadata has `saved_as` is what that makes of its value: secrets are not kept.
+    A text's `${` is `\\${`, for a config that is read puts in the values of other keys. A field whose metadata has
+    `saved_as` is what that makes of its value: secrets are not kept.
     """
+    if isinstance(config, str) and not isinstance(config, Enum):
+        return _OPENED.sub(r"\1\1\\${", config)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {field.name: _plain_field(field, getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, Enum):
@@ -380,7 +393,7 @@ def to_plain(config: Any) -> Any:
         return {key: to_plain(value) for key, value in config.items()}
     if isinstance(config, (list, tuple)):
         return [to_plain(value) for value in config]
-    return str(config) if isinstance(config, Path) else config
+    return to_plain(str(config)) if isinstance(config, Path) else config
 
 
 def _plain_field(field: dataclasses.Field[Any], value: Any) -> Any:

@@ -19,6 +19,7 @@ from utils.limits import check_size
 from utils.reading import reading
 
 DEPTH = 32  # lists and sections in each other; a recipe has 5
+LITERAL = r"write \${ for these characters themselves (\\${ within double quotes)"
 _TAG = "tag:yaml.org,2002:"
 _TAGS = {None, "!", *(f"{_TAG}{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq"))}
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -48,7 +49,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
             raise ConfigError(f"{place}: not valid YAML: {error.problem}: fix the file") from None
         except OmegaConfBaseException as error:
             where = f"{path}: {error.full_key}" if error.full_key else str(path)
-            raise ConfigError(f"{where}: {error.msg}: close the ${{...}} or quote it") from None
+            raise ConfigError(f"{where}: {error.msg}: close the ${{...}}, or {LITERAL}") from None
 
 
 def check_yaml(text: str, where: object) -> None:

@@ -110,7 +110,10 @@ def test_weights_are_of_the_whole_batch_however_it_is_split(folder: Path, tmp_pa
     for name in ("student/loss", "student/grad_norm", "critic/loss"):
         assert at_once[name] == pytest.approx(split[name], rel=2e-5), name
     if method == "f_distill":
-        assert at_once["student/weight_max"] > split["student/weight_max"] + 1e-4  # a mean of four
+        for name in ("student/weight_max", "student/weight_min", "student/ratio"):
+            assert at_once[name] == pytest.approx(split[name], rel=2e-5), name
+        assert at_once["student/weight_max"] > 1 + 1e-4
+        assert at_once["student/weight_min"] < 1 - 1e-4
         a, b = (run.losses.objective.bins for run in runs)  # type: ignore[attr-defined]
         torch.testing.assert_close(a.means, b.means)
 

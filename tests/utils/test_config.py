@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +67,7 @@ class Schema:
     backend: Literal["sdpa", "flex"] = "sdpa"
     seed: int = 0
     window: int | None = None
+    names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.seed == 13:
@@ -130,6 +132,36 @@ def test_sections_in_lists_and_interpolation(tmp_path: Path) -> None:
     assert loaded.window == 7
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("a cat #1", "a cat #1"),
+        ("#1 cat", "#1 cat"),
+        ("-cat #1", "-cat #1"),
+        ("it's #1", "it's #1"),
+        ('"a cat #1"', "a cat #1"),
+        ("'a cat'  # a comment", "a cat"),
+        ('"no"', "no"),
+        ("2020-01-01", "2020-01-01"),
+        (r"a \${seed} #1", "a ${seed} #1"),
+    ],
+)
+def test_a_text_on_the_command_line_is_what_it_says(tmp_path: Path, text: str, meant: str) -> None:
+    assert read(tmp_path, "", f"data={text}").data == meant
+
+
+def test_any_text_is_saved_and_read_again(tmp_path: Path) -> None:
+    """Whatever stands for something else in YAML or in a reference, and every four of these parts in a row."""
+    parts = ("\\", "${", "}", "seed", ":")
+    texts = ["no", "010", "12:30:45", "1e3", "a #1", "~", "a: b", "\n\t", *map("".join, product(parts, repeat=4))]
+    assert config.from_plain(Schema, config.to_plain(Schema(names=texts))).names == texts
+    config.save(Schema(names=texts), tmp_path / "saved.yaml")
+    assert config.load(Schema, tmp_path / "saved.yaml").names == texts
+    text = Schema(data="costs ${seed}")
+    config.save(text, tmp_path / "saved.yaml")
+    assert config.load(Schema, tmp_path / "saved.yaml") == text
+
+
 # text of the YAML, overrides, what the line must have: key path, value, remedy
 MISTAKES = [
     ("student: {optimizer: {lrr: 3}}", [], ["student.optimizer.lrr:", "3", "did you mean 'student.optimizer.lr'?"]),
@@ -165,7 +197,14 @@ MISTAKES = [
     ("heads: [{layer: x}]", [], ["heads[0].layer:", "'x'", "give a whole number"]),
     ("heads: [3]", [], ["heads:", "[3]", "each item a section with keys layer"]),
     ("window: ${sed}", [], ["window:", "sed", "name an existing key"]),
-    ("window: ${seed", [], ["window:", "close the ${...}"]),
+    ("window: ${seed", [], ["window:", "close the ${...}", r"write \${"]),
+    ("data: a ${seat} by", [], ["data:", "'a ${seat} by'", "name an existing key", r"write \${"]),
+    ("data: a ${5:00} fee", [], ["data:", "close the ${...}", r"write \${"]),
+    (r"data: a \\${oc.env:HOME}", [], ["data:", "calls oc.env", "HOME is of this machine's environment"]),
+    ("", ["data=a ${ cat"], ["data:", "'a ${ cat'", r"write \${"]),
+    *((f"data: {bare}", [], ["data:", "give text, in quotes"]) for bare in ("no", "010", "12:30:45", "1e3", "0x1F")),
+    ("names: [cat, off]", [], ["names[1]:", "False", "give text, in quotes"]),
+    ("", ["data=no"], ["data:", "False", """on a command line data='"..."'"""]),
     ("critic: {optimizer: {lr: -1}}", [], ["critic.optimizer.lr=-1.0 is not positive: give a number above 0"]),
     ("gan: {lr: -1}", [], ["gan.lr=-1.0 is not positive"]),
     ("seed: 13", [], ["seed: 13 with window is impossible: give another"]),
