@@ -51,6 +51,7 @@ def ended(program: str, arguments: Sequence[str], said: Path) -> str:
             file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for number in (1, 2):
                 os.dup2(file, number)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # pytest has put its own there
             limit()
             sys.argv = [program, *arguments]
             runpy.run_path(str(ROOT / program), run_name="__main__")

@@ -261,9 +261,11 @@ def test_a_folder_is_read_by_its_kind(tmp_path: Path) -> None:
     write_ode(PROMPTS, trajectories, LEVELS, Job(tmp_path / "ode", {}))
     assert isinstance(open_latents(tmp_path / "ode"), SafetensorsFolder)
     (tmp_path / "x.parquet").write_text("")
+    (tmp_path / "empty").mkdir()
     for action, message in [
         (lambda: open_latents(tmp_path), "holds parquet and safetensors files: give a folder of one kind"),
-        (lambda: open_latents(tmp_path / "absent"), "holds no .parquet, .safetensors or data.mdb"),
+        (lambda: open_latents(tmp_path / "absent"), "absent does not exist"),
+        (lambda: open_latents(tmp_path / "empty"), "holds no .parquet, .safetensors or data.mdb"),
         (lambda: open_latents(tmp_path / "ode", sigmas=LEVELS), "stores its own noise levels: leave sigmas out"),
     ]:
         with pytest.raises(ValueError, match=message):
