@@ -80,8 +80,9 @@ FULL = {
     "tests/generation/test_average.py::test_each_use_of_an_average": "tests/model/test_ema.py",
     "tests/scripts/test_shapes_teacher.py::test_its_first_steps": "test_the_weights_are_those_of_the_record",
     "tests/test_wan_from_zero.py::test_as_typed": "its other tests, and those of each program",
+    "tests/trainer/test_room.py::test_the_size_of_a_save": "test_a_run_warns_once_and_saves_once_it_fits",
     "tests/fuzz/test_programs.py": "test_readers.py; test_hostile_recipes",
-    "tests/fuzz/test_schema.py::test_every_hostile_value": "test_a_hostile_value, a few of each kind",
+    "tests/fuzz/test_schema.py::test_many_hostile_values": "test_a_hostile_value, a few of each kind",
     "tests/fuzz/test_readers.py::test_many_damaged_files": "test_a_damaged_file_is_one_line, one of each reader",
     "tests/model/attention/test_vsa.py::test_kernels_build_for_hopper": "the kernels in Triton's interpreter",
 }

@@ -88,6 +88,15 @@ def refuse_several_ranks(program: str) -> None:
         raise UserError(f"{program} runs as one process and was started as {started}: start it without torchrun")
 
 
+LONGEST = 1200  # characters of an error that are worth reading
+
+
+def one_line(error: object) -> str:
+    """What an error says, in one line; of a very long one, which quotes what somebody's file holds, both ends."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
 SAME_ERROR_SECONDS = 2.0  # in which a launcher has ended the other ranks of a run after the first one's exit
 
 
@@ -108,7 +117,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except UserError as error:
         code = 2
-        _say_error(" ".join(str(error).split()))
+        _say_error(one_line(error))
     except MemoryError as error:
         code = 2
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -123,7 +132,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         if refused is None:
             raise
         code = 2
-        _say_error(": ".join(filter(None, (str(error.filename or ""), *refused))))
+        _say_error(one_line(": ".join(filter(None, (str(error.filename or ""), *refused)))))
     except CollectiveError:
         code = EXIT_STUCK
     except LauncherGone as error:

@@ -70,6 +70,6 @@ def ended(program: str, arguments: Sequence[str], said: Path) -> str:
         return f"exit code {code}: {text[-1500:]}"
     errors = [line for line in text.splitlines() if "error: " in line]
     found_missing = program == "doctor.py" and "MISSING" in text  # a table, not an error
-    if code == 2 and (len(errors) + found_missing != 1 or max(map(len, text.splitlines())) > 1500):
+    if code == 2 and (len(errors) + found_missing != 1 or any(len(line) > 1500 for line in errors)):
         return f"exit code 2 without one line: {text[-1500:]}"
     return str(code)

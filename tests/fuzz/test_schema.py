@@ -28,7 +28,7 @@ from utils.variants import has_variants
 
 NUMBERS = ["nan", "-inf", "-1", "0", "1", "1e30", "1e-30", str(2**62), str(2**70), "0x10", "'7'"]
 VALUES = [*NUMBERS, "true", "null", "''", "abc", "'a: b\tc'", "[]", "[-1]", "[nan]", "[[]]", "{}", "{a: 1}", "'${seed}'", "'${oc.env:HOME}'", "2020-01-01", "x" * 5000, "'\\ud800'"]  # fmt: skip
-SAMPLE, TRAINED = 25, 40  # in make test, and in make test-all
+SAMPLE, MANY, TRAINED = 25, 1500, 40  # in make test; in make test-all, and of those trained
 HEADS = {"optimizer": {"lr": 1e-2, "betas": [0.0, 0.99]}}
 GAN: dict[str, Any] = {"weight": 0.5, "discriminator_weight": 0.5, "depths": [0.5], "training": HEADS}
 MUON = {"optimizer": {"kind": "muon"}}
@@ -184,11 +184,11 @@ def test_a_hostile_value_is_refused_by_name(tmp_path: Path) -> None:
     assert 0.5 < sum(result == "refused" for result in found.values()) / SAMPLE < 1
 
 
-def test_every_hostile_value_is_refused_by_name_or_trains(tmp_path: Path) -> None:
+def test_many_hostile_values_are_refused_by_name_or_train(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    found = {trial: loaded(tmp_path, *trial) for trial in trials()}
+    found = {trial: loaded(tmp_path, *trial) for trial in trials()[:MANY]}
     assert not {trial: result for trial, result in found.items() if result not in ("refused", "accepted")}
-    accepted = [trial for trial in trials() if found[trial] == "accepted"]
+    accepted = [trial for trial, result in found.items() if result == "accepted"]
     for number, trial in enumerate(accepted[:TRAINED]):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / f"{trial[0]}.yaml").write_text(to_yaml(BASES[trial[0]]))

@@ -19,6 +19,8 @@ from model.family import presets
 from preprocess import COMMANDS
 from serving.command import demo_args
 from trainer.command import train_args
+from utils.cli import LONGEST, one_line
+from utils.errors import UserError
 
 BENCHMARKS = ["streaming", "gpu_check", "attention", "train_step"]
 HELP = ["--help"]
@@ -65,3 +67,9 @@ def test_help_names_the_presets_where_one_can_be_given(program: str, capsys: pyt
     said = " ".join(capsys.readouterr().out.split())
     assert all(name in said for name in presets())
     assert ", ".join(presets()) in said
+
+
+def test_an_error_that_quotes_a_long_text_keeps_both_its_ends() -> None:
+    assert one_line(UserError("a\n  b")) == "a b"
+    said = one_line(UserError(f"--out {'x' * 200_000}: give another place"))
+    assert said.startswith("--out xxx") and said.endswith("xxx: give another place") and len(said) < LONGEST + 10
