@@ -5,6 +5,7 @@ Only names, headers and small files are read. Nothing is fetched, where HF_HUB_O
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def uses(recipe: Recipe, config: RunConfig, comments: list[str]) -> list[Use]:
 
 def is_here(path: str) -> bool:
     """Whether a path is on this machine; of a name on the Hub, whether something of it lies in the Hub's cache."""
-    if Path(path).exists():
+    if os.path.exists(path):  # False also for a name that no file can have
         return True
     if HUB_NAME.fullmatch(path) is None:
         return False
