@@ -24,7 +24,7 @@ class Launcher:
     size, rank, local: how many processes there are, which one this is, and which one on its node.
     local_size: how many there are on its node.
     nodes: names of the nodes, the first one's first; empty where none says.
-    job: what is the same for all processes and for no other run.
+    job: what is the same for all processes and for no other run; empty where nothing is.
     """
 
     name: str
@@ -47,8 +47,7 @@ LAUNCHERS = (
         "OMPI_COMM_WORLD_LOCAL_SIZE", "", ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
     ),
     Launcher(
-        "a launcher of PMI, such as mpiexec", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "",
-        ("PMI_JOBID", "HYDI_CONTROL_FD"),
+        "a launcher of PMI, such as mpiexec", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "", (),
     ),
 )  # fmt: skip
 
@@ -99,7 +98,7 @@ def _of(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:
     if "MASTER_PORT" not in environment:
         named = [f"{name}={environment[name]}" for name in launcher.job if name in environment]
         if not named:
-            raise UserError(f"{started}, and none of {', '.join(launcher.job)} is set: give all of them MASTER_PORT")
+            raise UserError(f"{started}, and nothing says which port is theirs: give all of them one MASTER_PORT")
         found["MASTER_PORT"] = str(PORTS[zlib.crc32(" ".join(named).encode()) % len(PORTS)])
     return found
 
