@@ -35,7 +35,6 @@ from utils.checkpoint_folder import (
     TEMPORARY,
     check,
     checksum,
-    fsync,
     latest,
     latest_sound,
     list_checkpoints,
@@ -54,7 +53,7 @@ from utils.checkpoint_folder import (
 from utils.errors import UserError
 from utils.reading import reading, reason
 from utils.shards import Damaged, Groups, Table, is_finite
-from utils.writing import refusal
+from utils.writing import refusal, sync
 
 # the folder's functions are this module's as well: callers need not know where the line is
 __all__ = [
@@ -242,7 +241,7 @@ class _Save:
         head = {"format": FORMAT, "step": self.step, "ranks": self.ranks, "files": files, "crc32": sums}
         manifest = json.dumps(head | {"state": self.state}, indent=1)
         write(self.temporary / STATE, manifest.encode())
-        fsync(self.temporary)
+        sync(self.temporary)
         publish(self.temporary, self.final)
         if self.keep_last is not None:
             try:

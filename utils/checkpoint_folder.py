@@ -14,6 +14,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.fields import show
 from utils.reading import read_json
+from utils.writing import sync
 
 FORMAT = 2
 NON_FINITE = "non_finite"  # of a state: which of the weights is not finite, null or missing for none
@@ -121,7 +122,7 @@ def publish(temporary: Path, final: Path) -> None:
     if final.exists():
         os.rename(final, replaced)
     os.rename(temporary, final)
-    fsync(final.parent)
+    sync(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
 
@@ -148,15 +149,6 @@ def write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def fsync(path: Path) -> None:
-    """Sync a folder's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def resolve_resume(arg: str, root: Path) -> Path | None:

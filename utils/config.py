@@ -27,6 +27,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from utils.errors import ConfigError
 from utils.fields import SHOWN, describe, field_types, hint_at, options_of, section_type, short_list, show, suggest
 from utils.reading import reading
+from utils.references import check_references, literal, refuse_calls
 from utils.variants import has_variants, kind_in, laid, merged, without_absent, without_other_kinds
 from utils.writing import write_text
 from utils.yaml_files import DEPTH, LITERAL, check_yaml, read_yaml
@@ -34,12 +35,8 @@ from utils.yaml_files import DEPTH, LITERAL, check_yaml, read_yaml
 T = TypeVar("T")
 
 BASES = 32  # files below a recipe; ours have 2
-# `${name:...}`, which has OmegaConf call a function; a backslash before it makes it text, but two stand for one
-_CALL = re.compile(r"(?<!\\)(?:\\\\)*(\$\{(?:[^{}]|\$?\{[^{}]*\})*?:)")
-_OPENED = re.compile(r"(\\*)\$\{")
 # a bare text in which YAML sees a comment
 _HASH = re.compile(r"\s*(?:#|(?!-\s)[^\s\"'\[{&*!|>%@`].*\s#)", re.DOTALL)
-_ENVIRONMENT = re.compile(r"\boc\.env\s*:\s*([^,{}]*)")
 
 
 # ---------------------------------------------------------------------------------------------------------------- load
@@ -92,23 +89,6 @@ def _refuse_colons(values: Any, path: str) -> None:
             _refuse_colons(value, where)
 
 
-def _refuse_calls(value: Any, where: str) -> None:
-    """Raises ConfigError for a text that has OmegaConf call a function, such as `${oc.env:HOME}`: a config says all
-    that it means, and a run folder is another machine's too."""
-    if isinstance(value, str) and (found := _CALL.search(value)):
-        if name := _ENVIRONMENT.search(value):
-            remedy = f"{name[1] or 'it'} is of this machine's environment: write its value, or give it as {where}=VALUE"
-        else:
-            remedy = f"only ${{another.key}} can be put in: write the value out, or {LITERAL}"
-        raise ConfigError(f"{where}: {show(value)} calls {found[1][2:-1].strip() or 'a function'}: {remedy}")
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _refuse_calls(item, f"{where}.{key}".lstrip("."))
-    elif isinstance(value, (list, tuple)):
-        for number, item in enumerate(value):
-            _refuse_calls(item, f"{where}[{number}]")
-
-
 def from_plain(
     schema: type[T], plain: Mapping[str, Any], *, other_kinds: Literal["refused", "dropped"] = "refused"
 ) -> T:
@@ -117,31 +97,13 @@ def from_plain(
     other_kinds: what becomes of keys that a section has in another kind alone; "dropped" is for what earlier versions
         saved, whose sections had the keys of all kinds.
     """
-    _refuse_calls(plain, "")
+    refuse_calls(plain, "")
     if other_kinds == "dropped":
         plain = without_other_kinds(schema, plain)
     node = _blank(schema)
     _apply(node, schema, plain, "", schema)
-    _check_references(node, plain, "")
+    check_references(node, plain, "")
     return _instantiate(node, schema)
-
-
-def _check_references(node: DictConfig, value: Any, where: str) -> None:
-    """Raises ConfigError, which names the key, for a `${...}` whose value is not there or of another type."""
-    if isinstance(value, str) and "${" in value:
-        try:
-            OmegaConf.select(node, where, throw_on_resolution_failure=True, throw_on_missing=True)
-        except OmegaConfBaseException as error:
-            problem = str(error).partition("\n")[0]
-            raise ConfigError(
-                f"{where}: {show(value)}: {problem}: name an existing key of the same type in ${{...}}, or {LITERAL}"
-            ) from None
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_references(node, item, f"{where}.{key}".lstrip("."))
-    elif isinstance(value, (list, tuple)):
-        for number, item in enumerate(value):
-            _check_references(node, item, f"{where}[{number}]")
 
 
 def _blank(schema: type) -> DictConfig:
@@ -384,7 +346,7 @@ def to_plain(config: Any) -> Any:
     `saved_as` is what that makes of its value: secrets are not kept.
     """
     if isinstance(config, str) and not isinstance(config, Enum):
-        return _OPENED.sub(r"\1\1\\${", config)
+        return literal(config)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {field.name: _plain_field(field, getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, Enum):

@@ -104,7 +104,7 @@ def whole_file(path: Path, what: str = "") -> Iterator[Path]:
         _prepare(path)
         try:
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, path)
         finally:
             _drop(temporary)
@@ -164,8 +164,9 @@ def _prepare(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
-def _sync(path: Path) -> None:
-    """What is left in memory reaches the disk, or its refusal reaches us: some file systems tell only now."""
+def sync(path: Path) -> None:
+    """What is left in memory of a file, or of a folder's entries, reaches the disk, or its refusal reaches us: some
+    file systems tell only now."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
