@@ -24,8 +24,9 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from utils.absent import absent
 from utils.errors import ConfigError
-from utils.fields import SHOWN, describe, field_types, hint_at, options_of, section_type, short_list, show, suggest
+from utils.fields import SHOWN, describe, field_types, hint_at, options_of, section_type, show, suggest
 from utils.reading import reading
 from utils.references import check_references, literal, refuse_calls
 from utils.variants import has_variants, kind_in, laid, merged, without_absent, without_other_kinds
@@ -34,6 +35,7 @@ from utils.yaml_files import DEPTH, LITERAL, check_yaml, read_yaml
 
 T = TypeVar("T")
 
+YAML = (".yaml", ".yml")
 BASES = 32  # files below a recipe; ours have 2
 # a bare text in which YAML sees a comment
 _HASH = re.compile(r"\s*(?:#|(?!-\s)[^\s\"'\[{&*!|>%@`].*\s#)", re.DOTALL)
@@ -66,7 +68,7 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 
 def is_overlay(override: str) -> bool:
     """Whether an override is a YAML file to lay over the first one, not ``key=value``."""
-    return "=" not in override and Path(override).suffix in (".yaml", ".yml")
+    return "=" not in override and Path(override).suffix in YAML
 
 
 def _layered(schema: type, values: dict[Any, Any], layers: Sequence[dict[Any, Any]]) -> dict[Any, Any]:
@@ -131,26 +133,14 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict[Any, Any]]:
         raise ConfigError(f"base: {show(base)} in {path} is not a path: give one YAML file relative to this one")
     target = path.parent / base
     if not target.is_file():
-        raise ConfigError(f"base: {base!r} in {path} does not exist (looked for {target}): {_nearby(target)}")
+        raise ConfigError(f"base: {base!r} in {path} {absent(target, YAML)}")
     return [*_read_chain(target, (*seen, resolved)), values]
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
     if not path.is_file():
-        raise ConfigError(f"config file {str(path)!r} does not exist: {_nearby(path)}")
+        raise ConfigError(f"config file {str(path)!r} {absent(path, YAML)}")
     return read_yaml(path)
-
-
-def _nearby(path: Path) -> str:
-    """The files beside a missing file that may have been meant."""
-    folder = path.parent
-    if not folder.is_dir():
-        return f"there is no folder {str(folder)!r}"
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml"))
-    near = difflib.get_close_matches(path.name, names, n=1)
-    if near:
-        return f"did you mean {str(folder / near[0])!r}?"
-    return f"{str(folder)!r} has {short_list(names)}" if names else f"{str(folder)!r} has no YAML file"
 
 
 def _parse_override(text: str) -> dict[Any, Any]:
