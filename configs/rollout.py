@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from utils.limits import FRAMES, check_counts
+from utils.limits import FRAMES, check_counts, check_within
 from utils.variants import check_kind
 
 
@@ -47,8 +47,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check_kind(self)
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
+        check_within(self, caption_dropout="[0, 1)")
 
     def longest(self, frames: int) -> int:
         """Latent frames of the longest rollout where the data's videos have `frames`."""

@@ -62,8 +62,7 @@ class ConsistencyConfig:
         check_within(self, steps=f"[2, {STEPS}]")
         if self.huber is not None and self.huber <= 0:
             raise ValueError(f"huber must be positive, or null for the squared distance, got {self.huber}")
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
+        check_within(self, caption_dropout="[0, 1)")
 
 
 @dataclass
@@ -82,10 +81,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         check_modes(self)
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
-        if not 0 <= self.clean_block_share < 1:
-            raise ValueError(f"clean_block_share must be in [0, 1), got {self.clean_block_share}")
+        check_within(self, caption_dropout="[0, 1]", clean_block_share="[0, 1)")
         if not 0 <= self.clean_noise_max < 1000:
             raise ValueError(f"clean_noise_max is a timestep in [0, 1000), got {self.clean_noise_max}")
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from configs.experts import expert_of
 from configs.schema import RunConfig
 from configs.sizes import schedule_at, sizes_of
 from generation.base import Base, base_of
@@ -16,7 +17,6 @@ from model.export import ADAPTER_FILE, Dtype, Pipeline
 from model.released import Source
 from model.schedule import TIMESTEPS, unshift_sigma
 from model.types import LatentSize
-from trainer.validation import expert_of
 
 CARD = "README.md"
 PROMPT = "a red fox runs through fresh snow"

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from configs.experts import expert_of
 from configs.schema import RunConfig
 from generation.base import base_of, sources_of
 from generation.card import CARD, Exported, card, scheduler_config
@@ -19,7 +20,6 @@ from generation.push import Push, check_push, push
 from generation.two_experts import joined
 from model.export import ADAPTER_CONFIG, ADAPTER_FILE, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
 from model.network import Expert
-from trainer.validation import expert_of
 from utils import checkpoint
 from utils.cli import Parser, refuse_several_ranks
 from utils.errors import UserError

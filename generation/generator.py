@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configs.experts import starts_from_noise
 from configs.load import run_from_state
 from configs.schema import RunConfig
 from configs.sizes import trained_frames
@@ -37,7 +38,6 @@ from pipeline.sampling import few_step_stream, student_with_cache
 from tasks.build import build_task, task_to_sample
 from tasks.task import Task
 from trainer.run_networks import build_for_inference, compute_dtype
-from trainer.validation import starts_from_noise
 from trainer.weight_sources import lag_of
 from utils import checkpoint, distributed
 from utils.errors import UserError

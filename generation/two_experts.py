@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from configs.experts import expert_of
 from configs.schema import RunConfig
 from configs.sizes import scales_shift
 from model.network import Expert
 from model.objective import ObjectiveConfig, objectives
 from model.schedule import TIMESTEPS
-from trainer.validation import expert_of
 from utils.errors import UserError
 
 

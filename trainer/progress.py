@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from configs.experts import expert_of
 from configs.schema import RunConfig
 from model.family import FirstFrame
 from model.network import Expert
 from model.score import ScoreNet
 from trainer.networks import Trained
-from trainer.validation import expert_of
 from utils import distributed
 from utils.parallel.mesh import Mesh
 

@@ -11,6 +11,7 @@ from model.attention.masks import FrameMask
 from model.attention.vsa.attention import SparseBackend, video_sparse_attention
 from model.attention.vsa.tiles import CUBES, Grids, Shape
 from utils.fields import check_modes
+from utils.limits import check_within
 
 Size = tuple[int, int]  # tokens of a frame along height and width
 
@@ -35,8 +36,7 @@ class SparseConfig:
 
     def __post_init__(self) -> None:
         check_modes(self)
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        check_within(self, sparsity="[0, 1)")
         exact = (
             self.backend is SparseBackend.REFERENCE
             and self.cube is not None

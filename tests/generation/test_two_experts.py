@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import demo
+from configs.experts import expert_of
 from generation.card import scheduler_sigmas
 from generation.command import inference_args, open_generator
 from generation.generator import Generator
@@ -18,7 +19,6 @@ from model.types import Conditioning
 from serving.command import demo_args
 from tests.generation.test_export import exported, make_run, network
 from tests.small import DIFFUSION, DISTILLATION, config
-from trainer.validation import expert_of
 from utils.errors import UserError
 from utils.random import Noise
 
