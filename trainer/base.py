@@ -402,8 +402,9 @@ class Trainer(ABC):
         self.evaluations.load(state["evaluations"] if self.mesh.dp_rank == 0 else Evaluations().state())
         self.notices.reached(self.step, {})
         console.info("resumed from %s at step %d", path, self.step)
-        changed = changed_since(state, self.config, versions(self.device))
-        self.changed = bool(config_changes(state, self.config))
+        changes = config_changes(state, self.config)
+        self.changed = bool(changes)
+        changed = changed_since(state, changes, versions(self.device))
         if changed and distributed.is_main():
             console.warning("%s", changed)
 

@@ -6,7 +6,7 @@ B batch  S stored points  F latent frames
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,9 +30,10 @@ from tasks.task import Task
 from trainer.base import Trainer
 from trainer.micro_batch import MicroBatch
 from utils import activity, distributed
+from utils.agreement import on_main
 from utils.config import config_hash, differences, to_plain
 from utils.data.stream import Stream
-from utils.errors import ConfigError, UserError
+from utils.errors import ConfigError
 from utils.logging import Progress, console
 from utils.random import Noise, keyed_seed
 from utils.space import free_space, size_text
@@ -150,9 +151,9 @@ class ODETrainer(Trainer):
         path = self.options.logdir / f"ode_pairs_{key[:12]}.safetensors"
         missing = distributed.all_reduce_scalars({"missing": float(distributed.is_main() and not path.is_file())})
         if missing["missing"]:
-            _together(lambda: self._check_room(path))
+            on_main(lambda: self._check_room(path))
             pairs = self._make()
-            _together(lambda: _keep(path, pairs))
+            on_main(lambda: _keep(path, pairs))
         distributed.barrier()
         stored = load_file(path)
         return stored["x"], stored["sigma"]
@@ -210,18 +211,6 @@ def _keep(path: Path, pairs: dict[str, Tensor] | None) -> None:
     assert pairs is not None
     with whole_file(path, "--logdir") as partial:
         save_file(pairs, partial)
-
-
-def _together(action: Callable[[], None]) -> None:
-    """Done on rank 0; the UserError that it may raise is raised on every rank."""
-    problem = ""
-    try:
-        if distributed.is_main():
-            action()
-    except UserError as error:
-        problem = str(error)
-    if problem := distributed.all_gather_text(problem, size=2048)[0]:
-        raise UserError(problem)
 
 
 def trajectories(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,17 +53,17 @@ def config_changes(state: Mapping[str, Any], config: RunConfig) -> list[str]:
     return differences(saved, to_plain(config))
 
 
-def changed_since(state: Mapping[str, Any], config: RunConfig, mine: Mapping[str, str | None]) -> str:
+def changed_since(state: Mapping[str, Any], changes: Sequence[str], mine: Mapping[str, str | None]) -> str:
     """In one line, how a run differs from the checkpoint that it goes on from; empty if it does not.
 
     state: of the checkpoint.
-    config: of the run.
+    changes: `config_changes` of the run.
     mine: `versions` of the run.
     """
     theirs = state.get(KEY, {})
     known = theirs.keys() & mine.keys()
     found = {
-        "the config is not that of the checkpoint": config_changes(state, config),
+        "the config is not that of the checkpoint": changes,
         "the checkpoint was made with other versions": differences(
             {name: theirs[name] for name in known}, {name: mine[name] for name in known}
         ),

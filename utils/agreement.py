@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from utils import distributed
 from utils.distributed import local
-from utils.errors import ConfigError
+from utils.errors import ConfigError, UserError
 
 
 def code_revision(root: Path) -> str:
@@ -49,6 +49,18 @@ def require_agreement(fields: Mapping[str, str]) -> None:
         raise ConfigError(
             f"the ranks do not run the same: {'; '.join(differing)}: start all of them from one folder with one command"
         )
+
+
+def on_main(action: Callable[[], object]) -> None:
+    """Done on rank 0 while the others wait; the UserError that it may raise is raised on every rank."""
+    problem = ""
+    try:
+        if distributed.is_main():
+            action()
+    except UserError as error:
+        problem = str(error)
+    if problem := distributed.all_gather_text(problem, size=2048)[0]:
+        raise UserError(problem)
 
 
 class FiniteCheck:

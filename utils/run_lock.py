@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from utils import distributed
+from utils.agreement import on_main
 from utils.errors import UserError
 from utils.logging import console
 from utils.writing import SPACE
@@ -136,19 +137,16 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         ranks = distributed.all_gather_text(json.dumps(asdict(Process.this())))
-        problem = ""
-        if distributed.is_main():
-            try:
-                self._acquire([Process(**json.loads(rank)) for rank in ranks])
-            except OSError as error:
-                why = error.strerror or str(error)
-                problem = f"--logdir {self.folder} cannot be written to: {why}: {SPACE}"
-            except UserError as error:
-                problem = str(error)
-        problem = distributed.all_gather_text(problem, size=2048)[0]
-        if problem:
-            raise UserError(problem)
+        on_main(lambda: self._enter([Process(**json.loads(rank)) for rank in ranks]))
         return self
+
+    def _enter(self, processes: Sequence[Process]) -> None:
+        """On rank 0. Raises UserError."""
+        try:
+            self._acquire(processes)
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise UserError(f"--logdir {self.folder} cannot be written to: {why}: {SPACE}") from error
 
     def __exit__(self, _kind: type | None, error: BaseException | None, _trace: TracebackType | None) -> None:
         if error is None or distributed.world_size() == 1:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from configs.schema import RunConfig
 from tests.small import BRIEF, config, trainer
 from trainer import base
-from trainer.provenance import changed_since, versions
+from trainer.provenance import changed_since, config_changes, versions
 from utils.checkpoint import load_state
 from utils.config import to_plain
 from utils.logging import console
@@ -25,6 +26,10 @@ def saved(made_with: dict[str, str | None] | None) -> dict[str, Any]:
     return state if made_with is None else {**state, "made_with": made_with}
 
 
+def since(state: dict[str, Any], run: RunConfig, mine: dict[str, str | None]) -> str:
+    return changed_since(state, config_changes(state, run), mine)
+
+
 def test_the_versions_of_a_run_are_told_apart() -> None:
     mine = versions(torch.device("cpu"))
     assert mine["torch"] == torch.__version__
@@ -32,11 +37,11 @@ def test_the_versions_of_a_run_are_told_apart() -> None:
     assert mine["fewstep"] is not None
     assert mine["fewstep"].startswith("0.")
     assert json.loads(json.dumps(mine)) == mine
-    assert changed_since(saved(mine), config(BRIEF), mine) == ""
+    assert since(saved(mine), config(BRIEF), mine) == ""
 
 
 def test_what_has_changed_is_in_one_line() -> None:
-    assert changed_since(saved({**NOW, "torch": "2.11.0", "cuda": None}), config(BRIEF, seed=7), NOW) == (
+    assert since(saved({**NOW, "torch": "2.11.0", "cuda": None}), config(BRIEF, seed=7), NOW) == (
         "the config is not that of the checkpoint: seed is 0 there and 7 here; the checkpoint was made with other "
         'versions: cuda is null there and "12.8" here; torch is "2.11.0" there and "2.12.0" here'
     )
@@ -44,7 +49,7 @@ def test_what_has_changed_is_in_one_line() -> None:
 
 @pytest.mark.parametrize("made_with", [None, {}, {"torch": "2.12.0"}, {**NOW, "something else": "1"}])
 def test_what_a_checkpoint_does_not_know_has_not_changed(made_with: dict[str, str | None] | None) -> None:
-    assert changed_since(saved(made_with), config(BRIEF), NOW) == ""
+    assert since(saved(made_with), config(BRIEF), NOW) == ""
 
 
 def test_a_resume_under_another_torch_says_so(
