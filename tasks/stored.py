@@ -84,6 +84,11 @@ class Stored:
         except ValueError as problem:
             raise UserError(f"{self.key}: {problem}") from None
 
+    def index(self) -> list[str]:
+        """Shape and caption of every sample, in order. Raises UserError."""
+        shapes = zip(self.source.shapes(), self.captions, strict=True)
+        return [f"{list(shape)} {caption}" for shape, caption in shapes]
+
     def samples(self, positions: range, stream: Stream | None = None) -> list[Sample]:
         """The samples at these positions of a stream, None for the first. Raises UserError if too many samples cannot
         be read."""

@@ -5,7 +5,7 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -50,6 +50,10 @@ class Task(Protocol):
     negative_prompt: str
     library: list[str]  # prompts to train on; empty where stored samples bring them
     streams: Sequence[Stream]  # of files: where corrupt samples are counted
+
+    def contents(self) -> Mapping[str, Sequence[str]]:
+        """What all ranks must have alike, by the option that names it: prompts, samples by shape and caption. What
+        follows a NUL byte is compared, and not shown. No tensors are read."""
 
     def prompts(self, positions: range) -> list[str]: ...
 

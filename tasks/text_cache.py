@@ -263,6 +263,13 @@ class TextCache:
                 f"{said(self.shapes)}: make a cache with the encoder of these networks"
             )
 
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def keys(self) -> list[str]:
+        """Hashes of the prompts, in order."""
+        return [f"an embedding\0{digest.hex()}" for digest in self._places]
+
     def missing(self, prompts: Iterable[str]) -> list[str]:
         """The prompts that the cache does not hold."""
         return [prompt for prompt in prompts if digest(prompt) not in self._places]

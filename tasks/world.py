@@ -5,7 +5,7 @@ B batch  F latent frames  C channels  H W latent size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -135,6 +135,10 @@ class WorldTask:
         except (ValueError, OSError) as problem:
             raise ConfigError(f"data: {problem}") from None
         self.stream = PromptStream(len(self.library), context.seed)
+
+    def contents(self) -> Mapping[str, Sequence[str]]:
+        """What all ranks must have alike: see `Task`."""
+        return {"data.prompts": self.library}
 
     def prompts(self, positions: range) -> list[str]:
         """Training prompts at these positions of the endless shuffled library.

@@ -19,6 +19,7 @@ from model.score import ScoreNet
 from model.types import Conditioning, Evaluations, Prompt
 from pipeline.sampling import sample
 from tasks.build import build_task
+from trainer.agreed import require_same_data
 from trainer.drawn_sizes import DrawnSizes
 from trainer.ended import Ended
 from trainer.faults import SharedFaults
@@ -38,10 +39,10 @@ from trainer.update import Skips, Update
 from trainer.validation import average_warning, read_prompts, sample_pixels, shown_weights, way_of
 from trainer.zero import absorb, portable
 from utils import activity, checkpoint, distributed, launcher
-from utils.agreement import first_ruined
 from utils.config import to_plain
 from utils.data.stream import Stream
 from utils.errors import UserError
+from utils.finite import first_ruined
 from utils.launcher import LauncherGone
 from utils.logging import Progress, RunLogger, console, peak_memory_gib
 from utils.metrics import luma, saturation
@@ -71,6 +72,7 @@ class Trainer(ABC):
         distributed.set_timeout(config.watchdog.group_timeout(), self.mesh.groups)
         self.evaluations = Evaluations()
         self.task = build_task(config, self.device)
+        require_same_data(self.task.contents)
         self.sizes = DrawnSizes(config, self.task.latent_shape)
         self.make = RunNetworks(config, self.evaluations, self.device, self.mesh)
         self.micro_batches_per_rank = micro_batches(config.training, self.mesh.dp_size)

@@ -32,7 +32,7 @@ class TrainArgs:
     config_path: Path
     overrides: tuple[str, ...]  # key=value and overlays, laid over the YAML
     logdir: Path
-    resume: str  # "auto", "never" or a path: see checkpoint.resolve_resume
+    resume: str  # "auto", "never", "last-good" or a path: see checkpoint.find_resume
     max_steps: int | None  # stop after this step whatever the config says
     wandb: bool
     save: bool
@@ -48,7 +48,7 @@ def train_args(argv: Sequence[str] | None = None) -> TrainArgs:
     parser.add_argument("--config_path", "--config-path", type=Path, required=True, metavar="YAML", help="of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value|YAML", help=OVERRIDES)
     parser.add_argument("--logdir", type=Path, help="run folder (default: logs/<family>/<method> of the YAML's path)")
-    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|last-good|PATH", help="default: auto")
     parser.add_argument(
         "--max_steps",
         "--max-steps",

@@ -27,6 +27,7 @@ from pipeline.sampling import cache_dtype
 from tasks.first_frames import visual_reader
 from tasks.stored import StoredPairs
 from tasks.task import Task
+from trainer.agreed import require_same_data
 from trainer.base import Trainer
 from trainer.micro_batch import MicroBatch
 from utils import activity, distributed
@@ -60,9 +61,10 @@ class ODETrainer(Trainer):
         takes = config.student.geometry().first_frame
         has_first_frame = config.data.has_first_frame(takes, real=False)
         visual_of = visual_reader(config.student, shape[0], self.device, has_first_frame=has_first_frame)
-        self.stored = StoredPairs(Path(config.ode.path), shape, config.seed, config.ode.sigmas, visual_of)
-        self.sigmas_S = self.stored.sigmas_S
-        self.task.check_captions(self.stored)
+        self.stored = stored = StoredPairs(Path(config.ode.path), shape, config.seed, config.ode.sigmas, visual_of)
+        require_same_data(lambda: {"ode.path": stored.index()})
+        self.sigmas_S = stored.sigmas_S
+        self.task.check_captions(stored)
         self._check_levels()
 
     def _check_levels(self) -> None:

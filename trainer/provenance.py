@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import platform
+import subprocess
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -14,7 +16,6 @@ import torch
 
 from configs.load import run_from_state
 from configs.schema import RunConfig
-from utils.agreement import code_revision
 from utils.config import differences, to_plain
 from utils.errors import ConfigError
 
@@ -23,15 +24,34 @@ KEY = "made_with"  # of a checkpoint's state; those of earlier versions have non
 
 
 @functools.cache
-def code() -> str:
-    """`code_revision` of the project, as it was when this process first asked: what is edited later is not loaded."""
-    return code_revision(ROOT)
+def sources() -> Mapping[str, str]:
+    """`source_digests` of the project, as it was when this process first asked: what is edited later is not loaded."""
+    return source_digests(ROOT)
+
+
+def source_digests(root: Path) -> dict[str, str]:
+    """A hash of each `*.py` of ``root`` and of the packages in it, by its path below ``root``: edits that are not
+    committed count, a run's logs do not."""
+    files = [*root.glob("*.py"), *(file for mark in root.glob("*/__init__.py") for file in mark.parent.rglob("*.py"))]
+    by_path = {file.relative_to(root).as_posix(): file for file in sorted(files)}
+    return {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in by_path.items()}
+
+
+def code(root: Path, digests: Mapping[str, str]) -> str:
+    """``<git revision>+<digest of the sources>``; the digest alone where there is no git."""
+    digest = hashlib.sha256("".join(f"{path}\0{of_file}\n" for path, of_file in digests.items()).encode()).hexdigest()
+    command = ["git", "-C", str(root), "rev-parse", "--short=10", "HEAD"]
+    try:
+        revision = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):  # no git here, or none that answers: the digest says enough
+        revision = ""
+    return "+".join(filter(None, [revision, digest[:12]]))
 
 
 def versions(device: torch.device) -> dict[str, str | None]:
     """Versions by name, for a checkpoint's state. cuda is None for a run on the CPU."""
     return {
-        "fewstep": f"{_version(ROOT / 'pyproject.toml')} ({code()})",
+        "fewstep": f"{_version(ROOT / 'pyproject.toml')} ({code(ROOT, sources())})",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda if device.type == "cuda" else None,

@@ -5,16 +5,12 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 
-import torch
-
 from configs.schema import RunConfig
+from trainer.agreed import require_same_command
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from trainer.notices import Notices, webhook_url
-from trainer.provenance import code
 from utils import distributed
-from utils.agreement import require_agreement
-from utils.config import config_hash
 from utils.launcher import LauncherTimes, LauncherWatch
 from utils.logging import console, setup_console
 from utils.parallel.mesh import split
@@ -40,18 +36,11 @@ def _train(config: RunConfig, options: RunOptions) -> int:
     setup_console(distributed.rank(), distributed.world_size())
     if distributed.is_main() and (line := distributed.unused_gpus()):
         console.warning(line)
+    split(config.parallel, distributed.world_size())  # refused before ranks wait for each other
     distributed.init(config.watchdog.group_timeout())
     notices = Notices(config.name, options.logdir, url if distributed.is_main() else None)
     with notices, Watchdog(config.watchdog):
-        mesh = split(config.parallel, distributed.world_size())
-        require_agreement(
-            {
-                "config": config_hash(config)[:12],
-                "code": code(),
-                "torch": torch.__version__,
-                "mesh": "replicate {} x shard {} x sequence {}".format(*mesh),
-            }
-        )
+        require_same_command(config, options)
         lock = RunLock(options.logdir, LOCK_TIMES) if options.save or options.log else None
         with lock or nullcontext():
             trainer = build_trainer(config, replace(options, notices=notices, lock=lock))

@@ -11,7 +11,7 @@ from trainer.networks import Trained
 from trainer.observer import TrainerObserver
 from trainer.reduction import Reduced
 from utils import activity, distributed
-from utils.agreement import FiniteCheck
+from utils.finite import FiniteCheck
 from utils.logging import console
 
 

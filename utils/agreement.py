@@ -1,58 +1,104 @@
-"""What all ranks must agree on: what they run, before they begin; whether an update is finite, at each one."""
+"""What all ranks must have alike, compared before they begin, and what rank 0 does for all."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-import subprocess
-from collections.abc import Callable, Mapping
-from pathlib import Path
-
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+import json
+from collections.abc import Callable, Mapping, Sequence
 
 from utils import distributed
-from utils.distributed import local
-from utils.errors import ConfigError, UserError
+from utils.errors import AgreedError, UserError
+
+SHOWN = 80  # characters of a value
+NAMED = 5  # values of one disagreement
+ONE_COMMAND = "start all of them from one folder with one command"
+
+Value = str | Sequence[str]
 
 
-def code_revision(root: Path) -> str:
-    """``<git revision>+<digest of the sources>``; the digest alone where there is no git.
+def require_agreement(values: Mapping[str, Value], remedy: str = ONE_COMMAND) -> None:
+    """Compares values by name over all ranks; a collective.
 
-    Sources are `*.py` of ``root`` and of the packages in it: edits that are not committed count, a run's logs do not.
+    values: a text, or a list of texts, of which the first that differs is shown. What follows a NUL byte in a text is
+        compared and not shown, such as a hash.
+    remedy: what to do about a difference.
+
+    Raises AgreedError, naming what differs, its values and whose they are.
     """
-    files = [*root.glob("*.py"), *(file for mark in root.glob("*/__init__.py") for file in mark.parent.rglob("*.py"))]
+    if distributed.world_size() == 1:
+        return
+    mine = {name: _brief(value) for name, value in values.items()}
+    if _alike(_digest(json.dumps(mine, sort_keys=True))):
+        return
+    theirs = [json.loads(text) for text in distributed.all_gather_long_text(json.dumps(mine))]
+    names = dict.fromkeys(name for rank in theirs for name in rank)
+    differing = [name for name in names if len({rank.get(name) for rank in theirs}) > 1]
+    found = []
+    for name in differing[:NAMED]:
+        value = values.get(name)
+        if isinstance(value, str) or any(name not in rank for rank in theirs):
+            found.append(_said(name, [rank.get(name, "absent") for rank in theirs]))
+        elif value is not None:
+            found.append(_first_difference(name, value))
+    if len(differing) > NAMED:
+        found.append(f"and {len(differing) - NAMED} more")
+    raise AgreedError(f"the ranks do not run the same: {'; '.join(found)}: {remedy}")
+
+
+def _brief(value: Value) -> str:
+    """What stands for a value where it is not known to differ."""
+    return value if isinstance(value, str) else f"{len(value)} items\0{_digest(*value)}"
+
+
+def _digest(*texts: str) -> str:
+    """A hash of texts one after the other, and of where each ends."""
     digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    command = ["git", "-C", str(root), "rev-parse", "--short=10", "HEAD"]
-    try:
-        revision = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):  # no git here, or none that answers: the digest says enough
-        revision = ""
-    return "+".join(filter(None, [revision, digest.hexdigest()[:12]]))
+    for text in texts:
+        raw = text.encode(errors="surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()
 
 
-def require_agreement(fields: Mapping[str, str]) -> None:
-    """Compare short texts (<= 256 bytes) by name over all ranks; every rank gives the same names.
+def _alike(text: str) -> bool:
+    """Whether a short text is the same on all ranks; a collective."""
+    return len(set(distributed.all_gather_text(text))) == 1
 
-    Raises ConfigError on every rank, naming each field that differs, its values and whose they are.
-    """
-    differing = []
-    for name, value in fields.items():
-        values = distributed.all_gather_text(value)
-        if len(set(values)) > 1:
-            differing.append(f"{name} differs: {distributed.grouped(values)}")
-    if differing:
-        raise ConfigError(
-            f"the ranks do not run the same: {'; '.join(differing)}: start all of them from one folder with one command"
-        )
+
+def _first_difference(name: str, items: Sequence[str]) -> str:
+    """A collective: all ranks have a list of this name. Halves the part in which the first difference lies."""
+    lengths = {"shortest": float(len(items))}
+    low, high = 0, int(distributed.all_reduce_scalars(lengths, "min")["shortest"])
+    while low < high:  # items[:low] are alike
+        middle = (low + high + 1) // 2
+        if _alike(_digest(*items[low:middle])):
+            low = middle
+        else:
+            high = middle - 1
+    held = distributed.all_gather_long_text(items[low] if low < len(items) else "nothing")
+    return _said(f"{name}, number {low + 1}", held)
+
+
+def _said(name: str, of_ranks: Sequence[str]) -> str:
+    shown = [text.partition("\0")[0] for text in of_ranks]
+    if len(set(shown)) == 1:  # what differs is hidden
+        whose = distributed.grouped(of_ranks, lambda number, _: "one" if number == 0 else "another")
+        return f"{name} ({_cut(shown[0], 0)}) is not the same: {whose}"
+    shortest = min(map(len, shown))
+    begins = next((i for i in range(shortest) if len({text[i] for text in shown}) > 1), shortest)
+    return f"{name} differs: {distributed.grouped([_cut(text, begins) for text in shown])}"
+
+
+def _cut(text: str, begins: int) -> str:
+    """The part of a long text in which the difference begins."""
+    if len(text) <= SHOWN:
+        return text
+    first = max(0, begins - SHOWN // 4)
+    before, after = "..." if first else "", "..." if first + SHOWN < len(text) else ""
+    return f"{before}{text[first : first + SHOWN]}{after}"
 
 
 def on_main(action: Callable[[], object]) -> None:
-    """Done on rank 0 while the others wait; the UserError that it may raise is raised on every rank."""
+    """Done on rank 0 while the others wait; the UserError that it may raise is an AgreedError on every rank."""
     problem = ""
     try:
         if distributed.is_main():
@@ -60,71 +106,4 @@ def on_main(action: Callable[[], object]) -> None:
     except UserError as error:
         problem = str(error)
     if problem := distributed.all_gather_text(problem, size=2048)[0]:
-        raise UserError(problem)
-
-
-class FiniteCheck:
-    """Whether an update may be taken, agreed by all ranks, and if not whose numbers spoilt it.
-
-    Made before gradients are summed over ranks, from this rank's own numbers: a sum does not tell whose they were.
-    Sharded gradients (DTensor) are summed by then, and a rank answers for its shard; its losses are always its own.
-    ``agree`` costs one all-reduce of one number.
-    """
-
-    def __init__(self, losses: Mapping[str, float], named: Mapping[str, torch.nn.Parameter]) -> None:
-        self.bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        self.named = named
-        local = [p.grad for p in named.values() if p.grad is not None and not isinstance(p.grad, DTensor)]
-        # read only if something is wrong: no waiting for a GPU here
-        self.norm = torch.nn.utils.get_total_norm(local) if local and distributed.world_size() > 1 else None
-
-    def agree(self, grad_norm: float, clipped_norm: float = 0.0) -> str | None:
-        """None if all is finite on all ranks, else what is not, and on which ranks; the same on every rank.
-
-        grad_norm: the global one. Gradients must be as they were summed, not yet clipped by a norm that is NaN.
-        clipped_norm: that of the gradients as the optimizer will see them.
-        """
-        flag = float(bool(self.bad) or not math.isfinite(grad_norm + clipped_norm))
-        if not distributed.all_reduce_scalars({"non_finite": flag}, "max")["non_finite"]:
-            return None
-        found = list(self.bad)
-        if math.isfinite(grad_norm) and not math.isfinite(clipped_norm):
-            return "; ".join([*found, "the gradient once it is clipped: look at clip_norm and clip_value"])
-        innocent = self.norm is not None and bool(self.norm.isfinite())
-        suspects = {name: p for name, p in self.named.items() if not innocent or isinstance(p.grad, DTensor)}
-        if where := first_non_finite(suspects):
-            found.append(f"gradient of {where}")
-        texts = distributed.all_gather_text(", ".join(found))
-        by_text: dict[str, list[int]] = {}
-        for rank, text in enumerate(texts):
-            by_text.setdefault(text, []).append(rank)
-        parts = [f"{text} on {distributed.ranks(numbers)}" for text, numbers in by_text.items() if text]
-        return "; ".join(parts) or "the gradient's norm"
-
-
-def first_non_finite(named: Mapping[str, torch.nn.Parameter]) -> str | None:
-    """The first parameter whose gradient (of a sharded one: the part held here) has a NaN or infinity."""
-    for name, p in named.items():
-        if p.grad is not None and not bool(local(p.grad).isfinite().all()):
-            return f"{name} (its shard)" if isinstance(p.grad, DTensor) else name
-    return None
-
-
-@torch.no_grad()
-def first_ruined(groups: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-    """The first of these weights, as "group: name", whose norm in fp32 is not finite on some rank, and on which: a
-    collective, the same text on every rank. None if all are sound.
-
-    A weight so large that its square overflows counts too: no network computes with it.
-    """
-    mine = next((f"{group}: {name}" for group, of in groups.items() for name in of if not _is_sound(of[name])), "")
-    if not distributed.all_reduce_scalars({"ruined": float(bool(mine))}, "max")["ruined"]:
-        return None
-    texts = distributed.all_gather_text(mine)
-    first = next(text for text in texts if text)
-    return f"{first} on {distributed.ranks([rank for rank, text in enumerate(texts) if text])}"
-
-
-def _is_sound(weight: Tensor) -> bool:
-    part = local(weight)
-    return not part.is_floating_point() or bool(torch.linalg.vector_norm(part.float()).isfinite())
+        raise AgreedError(problem)

@@ -29,6 +29,7 @@ from torch import Tensor
 from utils import shards
 from utils.checkpoint_folder import (
     FORMAT,
+    LAST_GOOD,
     NON_FINITE,
     STATE,
     TABLE,
@@ -46,11 +47,13 @@ from utils.checkpoint_folder import (
     refuse_missing,
     resolve_resume,
     restore,
+    ruined,
     step_of,
     sweep,
     write,
 )
-from utils.errors import UserError
+from utils.errors import AgreedError, UserError
+from utils.logging import console
 from utils.reading import reading, reason
 from utils.shards import Damaged, Groups, Table, is_finite
 from utils.writing import refusal, sync
@@ -342,17 +345,48 @@ def _files(entries: Mapping[str, shards.Entry]) -> set[str]:
     return {piece.file for entry in entries.values() for piece in entry.pieces}
 
 
+def newest_whole(root: Path) -> Path:
+    """The newest checkpoint under ``root`` whose files have the checksums of what was written, and whose weights are
+    finite. Raises UserError where there is none."""
+    found = list_checkpoints(root)
+    for path in reversed(found):
+        try:
+            verify(path)
+        except UserError as problem:
+            console.warning("left out: %s", problem)
+            continue
+        if ruined(path) is None:
+            return path
+    names = f"none of {', '.join(path.name for path in found)} is whole" if found else "it holds no checkpoint"
+    raise UserError(f"--resume {LAST_GOOD}: {root}: {names}: start anew with --resume never")
+
+
+def verify(path: Path) -> None:
+    """Reads all of a checkpoint. Raises UserError where anything is missing or damaged."""
+    check(path)
+    table = layout(path)
+    for entries in table.values():
+        refuse_missing(path, _files(entries))
+    wanted = [(name, entry, piece) for of in table.values() for name, entry in of.items() for piece in entry.pieces]
+    try:
+        for _ in shards.read_pieces(path, wanted):
+            pass
+    except Damaged as error:
+        raise UserError(str(error)) from error
+
+
 def find_resume(
     arg: str, root: Path, group: dist.ProcessGroup | None = None
 ) -> tuple[Path, dict[str, Any], Table] | None:
-    """(checkpoint to go on from, its state, its layout), or None for a fresh start: ``arg`` as ``resolve_resume``.
+    """(checkpoint to go on from, its state, its layout), or None for a fresh start: ``arg`` as ``resolve_resume``, or
+    "last-good": the newest whole one under ``root``, of which every byte is read first.
 
     Rank 0 of ``group`` looks and checks that all files are whole; the others hear from it. Raises UserError on all.
     """
 
     def look() -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
         restore(root)
-        path = resolve_resume(arg, root)
+        path = newest_whole(root) if arg == LAST_GOOD else resolve_resume(arg, root)
         if path is None:
             return None
         check(path)
@@ -365,7 +399,7 @@ def find_resume(
 def on_main(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """What ``function`` gives on rank 0 of ``group``, on every rank; what it raises is raised on every rank.
 
-    What a user can put right (UserError, OSError) is a UserError everywhere; rank 0 keeps the traceback of the rest.
+    What a user can put right (UserError, OSError) is an AgreedError everywhere; rank 0 keeps the traceback of the rest.
     """
     if group is None:
         return function()
@@ -383,4 +417,4 @@ def on_main(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:
         found = answer[0]
         return found  # type: ignore[return-value]
     users, text = answer[1]
-    raise (UserError(text) if users else RuntimeError(f"rank 0 failed: {text}")) from failure
+    raise (AgreedError(text) if users else RuntimeError(f"rank 0 failed: {text}")) from failure

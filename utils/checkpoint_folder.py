@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from utils.writing import sync
 FORMAT = 2
 NON_FINITE = "non_finite"  # of a state: which of the weights is not finite, null or missing for none
 READABLE = (1, 2)  # 1: one process, no table, no checksums
+LAST_GOOD = "last-good"  # of --resume
 STATE, TABLE = "state.json", "tensors.json"
 _NAME = re.compile(r"step_(\d{8,})")
 TEMPORARY, REPLACED = ".tmp-", ".old-"
@@ -47,7 +49,11 @@ def latest_sound(root: Path) -> Path | None:
 
 def ruined(path: Path) -> str | None:
     """What is not finite of checkpoint ``path``'s weights, as its state says; None for a sound one."""
-    text: str | None = read_manifest(path)["state"].get(NON_FINITE)
+    return _ruined(read_manifest(path))
+
+
+def _ruined(manifest: Mapping[str, Any]) -> str | None:
+    text: str | None = manifest["state"].get(NON_FINITE)
     return text
 
 
@@ -65,40 +71,69 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
+class _Harmed(UserError):
+    """A checkpoint is not what was written. `_advised` adds what else there is."""
+
+
+@contextmanager
+def _advised(path: Path) -> Iterator[None]:
+    """Inside, an error about a damaged checkpoint gets what `other_checkpoints` says."""
+    try:
+        yield
+    except _Harmed as error:
+        raise UserError(f"{error}; {other_checkpoints(path)}") from error
+
+
 def check(path: Path) -> None:
     """Raises UserError unless every file of checkpoint ``path`` is there, of the size that was written."""
-    refuse_missing(Path(path), read_manifest(path)["files"])
+    with _advised(path):
+        _check(Path(path))
+
+
+def _check(path: Path) -> None:
+    manifest = _manifest(path)
+    _refuse_missing(path, manifest["files"], manifest["files"])
 
 
 def refuse_missing(path: Path, files: Iterable[str]) -> None:
     """Raises UserError unless these files of checkpoint ``path`` are there, of the size that was written."""
-    sizes: dict[str, int] = read_manifest(path)["files"]
+    with _advised(path):
+        _refuse_missing(path, files, _manifest(path)["files"])
+
+
+def _refuse_missing(path: Path, files: Iterable[str], sizes: Mapping[str, int]) -> None:
     for name in sorted(files):
         file = path / name
         if not file.is_file():
-            raise UserError(f"{file} is missing: the checkpoint is damaged; {other_checkpoints(path)}")
+            raise _Harmed(f"{file} is missing: the checkpoint is damaged")
         if (size := file.stat().st_size) != sizes[name]:
-            raise UserError(f"{file} is truncated or changed: {size} bytes of {sizes[name]}; {other_checkpoints(path)}")
+            raise _Harmed(f"{file} is truncated or changed: {size} bytes of {sizes[name]}")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """What ``state.json`` holds. Raises UserError when it is missing, corrupt or of another format."""
-    file = Path(path) / STATE
+    with _advised(path):
+        return _manifest(Path(path))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / STATE
     if not file.exists():
         raise UserError(f"{path} is not a checkpoint: it has no {STATE}")
-    manifest = read_json("state of a checkpoint", file, other_checkpoints(path))
+    try:
+        manifest = read_json("state of a checkpoint", file, "")
+    except UserError as error:
+        raise _Harmed(str(error)) from error
     if not {"format", "step", "files", "state"} <= manifest.keys():
-        raise UserError(
-            f"{file} is not a checkpoint's state: it lacks format, step, files or state; {other_checkpoints(path)}"
-        )
+        raise _Harmed(f"{file} is not a checkpoint's state: it lacks format, step, files or state")
     kinds = {"format": int, "step": int, "files": dict, "state": dict}
     if wrong := [name for name, kind in kinds.items() if not isinstance(manifest[name], kind)]:
-        raise UserError(f"{file} is malformed ({wrong[0]} is {show(manifest[wrong[0]])}); {other_checkpoints(path)}")
+        raise _Harmed(f"{file} is malformed ({wrong[0]} is {show(manifest[wrong[0]])})")
     if manifest["format"] not in READABLE:
         known = " and ".join(map(str, READABLE))
         raise UserError(f"{file} has format {manifest['format']}, this code reads {known}: use the code that wrote it")
     if manifest["format"] != 1 and checksum(manifest["state"]) != dict(manifest.get("crc32") or {}).get("state"):
-        raise UserError(f"{file} is corrupt (its checksum is another); {other_checkpoints(path)}")
+        raise _Harmed(f"{file} is corrupt (its checksum is another)")
     return manifest
 
 
@@ -109,8 +144,11 @@ def checksum(state: Any) -> int:
 
 def other_checkpoints(path: Path) -> str:
     """What an error about checkpoint ``path`` says of the other checkpoints."""
-    others = [other.name for other in list_checkpoints(Path(path).parent) if other.name != Path(path).name]
-    return f"resume from another: {', '.join(others)}" if others else "there is no other checkpoint beside it"
+    others = [other for other in list_checkpoints(Path(path).parent) if other.name != Path(path).name]
+    good = next((other for other in reversed(others) if is_good(other)), None)
+    if good is None:
+        return f"there is no {'whole' if others else 'other'} checkpoint beside it"
+    return f"the newest whole one is {good.name}: --resume {LAST_GOOD} goes on from it, and sets the damaged aside"
 
 
 # -------------------------------------------------------------------------------------------------------- coming, going
@@ -201,7 +239,7 @@ def prune(root: Path, keep_last: int, keep_every: int | None = None) -> list[Pat
     found = list_checkpoints(root)
     good = 0
     while found and good < keep_last:
-        good += _is_good(found.pop())
+        good += is_good(found.pop())
     doomed = [path for path in found if keep_every is None or step_of(path) % keep_every]
     for path in doomed:
         # renamed first: half a deletion must not look like a checkpoint
@@ -210,9 +248,10 @@ def prune(root: Path, keep_last: int, keep_every: int | None = None) -> list[Pat
     return doomed
 
 
-def _is_good(path: Path) -> bool:
+def is_good(path: Path) -> bool:
+    """Whether all files of checkpoint ``path`` are there, of the size that was written, and its weights are finite."""
     try:
-        check(path)
-        return ruined(path) is None
+        _check(path)
     except UserError:
         return False
+    return _ruined(_manifest(path)) is None

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from utils import distributed, ranks
-from utils.errors import UserError
+from utils.errors import AgreedError, UserError
 from utils.fields import show
 from utils.launcher import EXIT_STUCK, LauncherGone
-from utils.watchdog import CollectiveError
+from utils.watchdog import EXIT_REFUSED, CollectiveError, RefusedElsewhere
 from utils.writing import REFUSALS, refusal
 
 
@@ -105,8 +105,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     which the watchdog has reported, and a lost launcher are exit code EXIT_STUCK. A MemoryError is one line, too, which
     names the function, and so is what a disk refuses, such as a full one.
 
-    Most UserErrors are every rank's: rank 0 says them at once, another rank only if it is still there
-    SAME_ERROR_SECONDS later, for then it may be the only one.
+    An AgreedError is every rank's, and rank 0 says it. Most UserErrors are too: rank 0 says them at once, another rank
+    only if it is still there SAME_ERROR_SECONDS later, for then it may be the only one.
 
     Anything else is a defect of ours and keeps its traceback. Where the environment names a folder EXIT_CODES, each
     rank leaves its code there: torchrun makes 1 of all codes, and a launcher has to tell a saved run from a failed one.
@@ -116,8 +116,9 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         ranks.adopt(os.environ)
         code = main() or 0
     except UserError as error:
-        code = 2
-        _say_error(one_line(error))
+        code = EXIT_REFUSED
+        if distributed.is_main() or not isinstance(error, AgreedError):
+            _say_error(one_line(error))
     except MemoryError as error:
         code = 2
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -133,8 +134,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             raise
         code = 2
         _say_error(one_line(": ".join(filter(None, (str(error.filename or ""), *refused)))))
-    except CollectiveError:
-        code = EXIT_STUCK
+    except (CollectiveError, RefusedElsewhere) as error:
+        code = error.code
     except LauncherGone as error:
         code = EXIT_STUCK
         if distributed.is_main():

@@ -387,6 +387,11 @@ def differences(theirs: Any, ours: Any, keys: Sequence[str] | None = None) -> li
     return [f"{key} is {shown[key][0]} there and {shown[key][1]} here" for key in chosen]
 
 
+def leaves(config: Any) -> dict[str, str]:
+    """Each value of a config as JSON, by its key path."""
+    return {key: json.dumps(value, default=str) for key, value in _flatten(to_plain(config))}
+
+
 def _flatten(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if not isinstance(plain, dict) or not plain:
         yield path, plain

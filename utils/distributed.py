@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from utils import rendezvous
 from utils.activity import doing
 
 Reduction = Literal["sum", "mean", "max", "min"]
@@ -24,16 +25,21 @@ def init(timeout: timedelta | None = None) -> None:
     """Join the process group of torchrun's environment (nccl with CUDA, else gloo); without one do nothing.
 
     timeout: of its collectives, None for torch's own. Groups made later have torch's own: see ``set_timeout``.
-    With CUDA there is gloo beside nccl, for what lies in CPU memory.
+    With CUDA there is gloo beside nccl, for what lies in CPU memory. Raises UserError if a rank does not come.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     if world_size() == 1 or dist.is_initialized():
         return
-    if torch.cuda.is_available():
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device(), timeout=timeout)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+    store = rendezvous.launcher_store(rank(), world_size(), timeout or dist.default_pg_timeout)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        timeout=timeout,
+        store=store,
+        rank=-1 if store is None else rank(),  # -1: by the environment, as torch does it
+        world_size=-1 if store is None else world_size(),
+        device_id=device() if torch.cuda.is_available() else None,
+    )
 
 
 def set_timeout(timeout: timedelta | None, groups: Iterable[dist.ProcessGroup]) -> None:
@@ -216,12 +222,23 @@ def all_gather_text(text: str, size: int = 256) -> list[str]:
     return [raw.rstrip(b"\0").decode(errors="ignore") for raw in raws]
 
 
-def grouped(values: Sequence[str]) -> str:
-    """Values by rank in one line, equal ones together: ``ranks 0-6: abc, rank 7: def``."""
+def all_gather_long_text(text: str) -> list[str]:
+    """As ``all_gather_text``, whole, whatever its length."""
+    longest = all_reduce_scalars({"bytes": float(len(text.encode()))}, "max")["bytes"]
+    return all_gather_text(text, size=max(1, int(longest)))
+
+
+def grouped(values: Sequence[str], shown: Callable[[int, str], str] = lambda _, value: value) -> str:
+    """Values by rank in one line, equal ones together: ``ranks 0-6: abc, rank 7: def``.
+
+    shown: how a value is written, from its number among the different ones and itself.
+    """
     by_value: dict[str, list[int]] = {}
     for number, value in enumerate(values):
         by_value.setdefault(value, []).append(number)
-    return ", ".join(f"{ranks(numbers)}: {value}" for value, numbers in by_value.items())
+    return ", ".join(
+        f"{ranks(numbers)}: {shown(place, value)}" for place, (value, numbers) in enumerate(by_value.items())
+    )
 
 
 def ranks(numbers: Sequence[int]) -> str:

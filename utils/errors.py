@@ -12,3 +12,7 @@ class ConfigError(UserError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
+
+
+class AgreedError(UserError):
+    """Raised on every rank alike: rank 0 says it for all."""

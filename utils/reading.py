@@ -70,10 +70,9 @@ def read_text(what: str, path: Path, remedy: str = REMEDY) -> str:
 def read_json(what: str, path: Path, remedy: str = REMEDY) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError, one line."""
     text = read_text(what, path, remedy)
-    try:
+    with reading(what, path, remedy, says="is not JSON"):
         values = json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{what}: {path} is not JSON: {remedy} ({reason(problem)})") from None
     if not isinstance(values, dict):
-        raise UserError(f"{what}: {path} holds a {type(values).__name__} and no {{...}} at its top: {remedy}")
+        said = f"{path} holds a {type(values).__name__} and no {{...}} at its top"
+        raise UserError(": ".join(filter(None, (what, said, remedy))))
     return values

@@ -25,7 +25,7 @@ from typing import Any
 
 from utils import distributed
 from utils.agreement import on_main
-from utils.errors import UserError
+from utils.errors import AgreedError, UserError
 from utils.logging import console
 from utils.writing import SPACE
 
@@ -42,12 +42,14 @@ class LockTimes:
     patience: how long a run waits for a folder that another one holds: a run that was started again finds the one
         before on its way out.
     look: between two looks of one who waits.
+    sight: how long a lock may take to be seen by the other ranks: a file system may remember that there was none.
     """
 
     beat: float = 5.0
     stale: float = 45.0
     patience: float = 90.0
     look: float = 0.5
+    sight: float = 15.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,30 @@ class RunLock:
     def __enter__(self) -> RunLock:
         ranks = distributed.all_gather_text(json.dumps(asdict(Process.this())))
         on_main(lambda: self._enter([Process(**json.loads(rank)) for rank in ranks]))
+        self._require_sight()
         return self
+
+    def _require_sight(self) -> None:
+        """Raises AgreedError, on every rank, unless all of them see the lock that rank 0 has taken."""
+        token = distributed.all_gather_text(self.owner.token if self.owner is not None else "")[0]
+        deadline = time.monotonic() + self.times.sight
+        while not (seen := self._sees(token)) and time.monotonic() < deadline:
+            time.sleep(self.times.look)
+        blind = [
+            (number, host)
+            for number, host in enumerate(distributed.all_gather_text("" if seen else socket.gethostname()))
+            if host
+        ]
+        if blind:
+            hosts = ", ".join(dict.fromkeys(host for _, host in blind))
+            raise AgreedError(
+                f"--logdir {self.folder}: {distributed.ranks([number for number, _ in blind])} on {hosts} cannot see "
+                "what rank 0 writes there: give a folder that all nodes share"
+            )
+
+    def _sees(self, token: str) -> bool:
+        found = Owner.read(self._content() or b"")
+        return found is not None and found.token == token
 
     def _enter(self, processes: Sequence[Process]) -> None:
         """On rank 0. Raises UserError."""
@@ -277,8 +302,7 @@ class RunLock:
                 complained = True
 
     def _is_ours(self) -> bool:
-        found = Owner.read(self._content() or b"")
-        return found is not None and self.owner is not None and found.token == self.owner.token
+        return self.owner is not None and self._sees(self.owner.token)
 
 
 def _write(path: Path, data: bytes) -> int:

@@ -21,14 +21,18 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from utils import activity, distributed, launcher
+from utils import activity, distributed, launcher, rendezvous
+from utils.errors import UserError
 from utils.launcher import EXIT_STUCK
 from utils.limits import SECONDS, check_within
 from utils.logging import console
 
 _FRAMES = 8  # of a stack are shown
 _STACKS = 3  # of odd ranks are shown
+_FAILED, _REFUSED = "failed", "refused"  # keys: a rank ended by a defect, or by what its user can put right
 _AFTER_FAILURE = 30.0  # seconds that a rank may still wait for one that has failed
+_AFTER_REFUSAL = 5.0  # the same for one that refused to run, which has said why by then
+EXIT_REFUSED = 2  # of a rank that refused to run, and of those that wait for it
 
 
 @dataclass
@@ -58,8 +62,16 @@ class WatchdogConfig:
         return timedelta(seconds=self.slow_after_seconds + 2 * self.stuck_after_seconds + 60)
 
 
+class RefusedElsewhere(RuntimeError):
+    """A collective failed because another rank has refused to run, and has said why. Nothing more is to be said."""
+
+    code = EXIT_REFUSED
+
+
 class CollectiveError(RuntimeError):
     """A collective failed because another rank is gone; the backend's own error is the cause. Reported already."""
+
+    code = EXIT_STUCK
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,8 @@ class Watchdog:
         if self.size == 1:
             return
         lost = error is not None and is_collective_error(error)
+        if lost and self._is_refused():
+            raise RefusedElsewhere from error
         if lost:
             # the launcher ends this process as soon as it misses the other one: first the report
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -128,7 +142,8 @@ class Watchdog:
             self._stack = _shown(traceback.extract_tb(error.__traceback__))
             self._report(line)
             raise CollectiveError(line) from error
-        self._end("finished" if error is None else f"{type(error).__name__}: {_one_line(error)}", error is not None)
+        why = "finished" if error is None else f"{type(error).__name__}: {_one_line(error)}"
+        self._end(why, None if error is None else _REFUSED if isinstance(error, UserError) else _FAILED)
 
     # ------------------------------------------------------------------------------------------------ the thread
 
@@ -146,6 +161,8 @@ class Watchdog:
             except RuntimeError as problem:  # of the store: its host is gone
                 launcher.lose(f"the store of the ranks ({_one_line(problem)})")
                 self._store, over = None, False
+            if over and self._is_refused():
+                os._exit(EXIT_REFUSED)
             if over:
                 self._report(f"rank {self.rank} has not moved for {self._held:.0f} s")
                 os._exit(EXIT_STUCK)
@@ -162,13 +179,22 @@ class Watchdog:
 
     def _limit(self) -> float:
         assert self._store is not None
-        limit = self._own_limit()
-        return min(limit, _AFTER_FAILURE) if self._store.check(["failed"]) else limit
+        limits = [self._own_limit()]
+        limits += [_AFTER_FAILURE] if self._store.check([_FAILED]) else []
+        limits += [_AFTER_REFUSAL] if self._store.check([_REFUSED]) else []
+        return min(limits)
+
+    def _is_refused(self) -> bool:
+        """Whether another rank has refused to run. False where that cannot be asked."""
+        try:
+            return self._store is not None and self._store.check([_REFUSED])
+        except RuntimeError:  # of the store: its host is gone
+            return False
 
     def _excused(self) -> bool:
         """Whether another rank is alive in slow work of its own, for which this one may have to wait."""
         assert self._store is not None
-        if self._seen.slow or self._store.check(["failed"]):
+        if self._seen.slow or self._store.check([_FAILED]) or self._store.check([_REFUSED]):
             return False
         for rank, place in self._places("at").items():
             alive = place.beat > self._excuses.get(rank, -1)
@@ -200,13 +226,14 @@ class Watchdog:
         known = [rank for rank in range(self.size) if self._store.check([f"{key}/{rank}"])]
         return {rank: Place(**json.loads(self._store.get(f"{key}/{rank}"))) for rank in known}
 
-    def _end(self, why: str, failed: bool) -> None:
+    def _end(self, why: str, key: str | None) -> None:
+        """Says that this rank leaves, and why. key: tells the others not to wait for it."""
         if self._store is None:
             return
         try:
             self._publish(ended=why)
-            if failed:
-                self._store.set("failed", str(self.rank))
+            if key is not None:
+                self._store.set(key, str(self.rank))
         except RuntimeError as problem:
             console.warning("watchdog: could not tell the other ranks: %s", _one_line(problem))
 
@@ -298,8 +325,7 @@ def _own_store() -> dist.Store:
     """A connection of the thread's own: the main thread may be waiting in the other one, which then serves nobody."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30), wait_for_workers=False)
-    # a launcher that starts the ranks again may keep its store
-    return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"{rendezvous.attempt()}/watchdog", store)
 
 
 def _main_stack() -> str:

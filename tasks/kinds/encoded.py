@@ -186,8 +186,8 @@ class EncodedTask:
         statistics = statistics_of(self.codecs, config.vae)
         self.videos = self._videos(config, statistics) if config.latents is not None and config.real else None
         self.images = None if config.images is None else self._images(config, statistics)
-        folders = [stored for stored in (self.videos, self.images) if stored is not None]
-        self.streams: Sequence[Stream] = [stream for stored in folders for stream in stored.streams]
+        self.folders = [stored for stored in (self.videos, self.images) if stored is not None]
+        self.streams: Sequence[Stream] = [stream for stored in self.folders for stream in stored.streams]
         self._check_first(geometry)
 
     def _videos(self, config: EncodedData, statistics: Statistics | None) -> StoredLatents:
@@ -252,6 +252,11 @@ class EncodedTask:
             return encoder
         except (ValueError, OSError) as problem:
             raise UserError(f"data.{problem}") from None
+
+    def contents(self) -> Mapping[str, Sequence[str]]:
+        """What all ranks must have alike: see `Task`. Raises UserError."""
+        stored = {folder.key: folder.index() for folder in self.folders}
+        return {"data.prompts": self.library, **stored, "data.text.cache": self.text.contents()}
 
     def prompts(self, positions: range) -> list[str]:
         """Training prompts at these positions of the endless shuffled library, or of the shuffled images."""

@@ -99,6 +99,10 @@ class SyntheticTask:
             raise ConfigError(f"data: {problem}") from None
         self.stream = PromptStream(len(self.library), seed)
 
+    def contents(self) -> Mapping[str, Sequence[str]]:
+        """What all ranks must have alike: see `Task`."""
+        return {"data.prompts": self.library}
+
     def prompts(self, positions: range) -> list[str]:
         """Training prompts at these positions of the endless shuffled library."""
         return [self.library[i] for i in self.stream.indices(positions.start, len(positions))]

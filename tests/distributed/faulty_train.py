@@ -14,10 +14,12 @@ from torch.distributed.tensor import DTensor
 
 import train
 import trainer.base
+import trainer.run
 from model.types import LossOutput
 from trainer.networks import Trained
 from trainer.update import Update
 from utils.cli import run_cli
+from utils.run_lock import LockTimes
 
 FAULT, RANK, WORLD = os.environ["FAULT"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 NOTES = Path(os.environ["NOTES"])
@@ -30,7 +32,7 @@ def misbehave(step: int) -> None:
         return
     if FAULT == "absent":
         time.sleep(600)
-    if FAULT == "killed":
+    if FAULT == "killed" or (FAULT == "killed once" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -71,6 +73,9 @@ class FaultyUpdate(Update):
 
 trainer.base.Update = FaultyUpdate  # type: ignore[misc, attr-defined]
 note(str(os.getpid()))
-if FAULT == "config" and RANK == ODD:
-    sys.argv.append("seed=1")
+if FAULT == "command" and RANK == ODD:
+    sys.argv += ["seed=1", "--max_steps", "6", "--resume", "never"]
+if FAULT == "disks":  # relative paths lead to a disk of each node
+    os.chdir(NOTES / f"disk{RANK}")
+    trainer.run.LOCK_TIMES = LockTimes(sight=0.5)
 run_cli(train.main)

@@ -1,4 +1,5 @@
-"""torchrun killed by -9 under a run of two ranks: they save, end with code 75, print no stacks, and leave the folder."""
+"""torchrun killed by -9 under a run of two ranks: they save, end with code 75, print no stacks, and leave the folder.
+A rank killed by -9 under a torchrun that may start them again."""
 
 from __future__ import annotations
 
@@ -58,6 +59,26 @@ def test_ranks_whose_launcher_was_killed_save_and_end(tmp_path: Path) -> None:
     assert within(20, lambda: not (run / "run.lock").exists())
     assert len(read_jsonl(run / "metrics.jsonl")) == checkpoint.step_of(saved)
     assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and runs_in(int(pid), run)]
+
+
+def test_torchrun_starts_the_ranks_again_after_one_was_killed(tmp_path: Path) -> None:
+    """They find each other in the store that held the first attempt's keys, and go on from the last checkpoint."""
+    yaml, run = tmp_path / "run.yaml", tmp_path / "run"
+    brief = {"training": {"max_steps": 4, "micro_batch_size": 2}, "checkpoint": {"every": 1}}
+    yaml.write_text(to_yaml(config(merged(DIFFUSION, SHORT), **brief)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["--max_restarts", "2", "-m", "tests.distributed.faulty_train"]
+    done = subprocess.run(
+        [*command, "--config_path", str(yaml), "--logdir", str(run)],
+        cwd=forked.ROOT,
+        env=forked.environment() | {"FAULT": "killed once", "NOTES": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stderr
+    assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def runs_in(pid: int, folder: Path) -> bool:

@@ -93,16 +93,48 @@ def test_a_killed_rank_is_reported_by_the_one_that_missed_it(tmp_path: Path) -> 
     assert codes == {-9, EXIT_STUCK}
 
 
-def test_ranks_that_run_different_configs_do_not_start(tmp_path: Path) -> None:
-    stderr, codes, notes = faulty("config", 2, tmp_path)
-    [line] = [line for line in stderr.splitlines() if "error: " in line and "ranks" in line]
-    assert re.search(r"the ranks do not run the same: config differs: rank 0: \w{12}, rank 1: \w{12}: ", line)
-    assert "code differs" not in line
-    assert "torch differs" not in line
+def refused(path: Path, fault: str, *more: str) -> str:
+    """The one line of a run that does not begin, without a report of the watchdog."""
+    stderr, codes, notes = faulty(fault, 2, path, *more)
+    lines = [line for line in stderr.splitlines() if line.strip() and not line.startswith("rank 0: ")]
+    assert len(lines) == 1, stderr
     assert codes <= {2, -15}
     assert 2 in codes
     assert notes == [[], []]
+    return lines[0].partition("error: ")[2]
+
+
+def test_ranks_with_different_commands_do_not_start(tmp_path: Path) -> None:
+    line = refused(tmp_path, "command")
+    said = [
+        "--resume differs: rank 0: auto, rank 1: never",
+        "--max_steps differs: rank 0: None, rank 1: 6",
+        "seed differs: rank 0: 0, rank 1: 1",
+    ]
+    assert line.startswith(f"the ranks do not run the same: {'; '.join(said)}: ")
     assert not (tmp_path / "run").exists()
+
+
+LEFT, RIGHT, UP = (f"a red square moves {way}" for way in ("left", "right", "up"))
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ([LEFT, UP], f"the ranks do not run the same: data.prompts, number 2 differs: rank 0: {RIGHT}, rank 1: {UP}: "),
+        ([], "rank 1: data: prompts: no such file: prompts.txt"),
+        ([LEFT, RIGHT], "--logdir run: rank 1 on "),
+    ],
+    ids=["prompts", "no prompts", "folder"],
+)
+def test_ranks_on_nodes_with_other_files_do_not_start(tmp_path: Path, other: list[str], expected: str) -> None:
+    for name, prompts in {"disk0": [LEFT, RIGHT], "disk1": other}.items():
+        (tmp_path / name).mkdir()
+        if prompts:
+            (tmp_path / name / "prompts.txt").write_text("\n".join(prompts))
+    # prompts are compared on a folder that both see
+    logdir = "run" if other == [LEFT, RIGHT] else str(tmp_path / "run")
+    assert refused(tmp_path, "disks", "data.prompts=prompts.txt", "--logdir", logdir).startswith(expected)
 
 
 def test_one_ranks_bad_numbers_are_its_own_and_no_rank_takes_the_update(tmp_path: Path) -> None:

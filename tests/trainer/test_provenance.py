@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from configs.schema import RunConfig
 from tests.small import BRIEF, config, trainer
 from trainer import base
-from trainer.provenance import changed_since, config_changes, versions
+from trainer.provenance import changed_since, code, config_changes, source_digests, versions
 from utils.checkpoint import load_state
 from utils.config import to_plain
 from utils.logging import console
@@ -64,3 +66,42 @@ def test_a_resume_under_another_torch_says_so(
     trainer(tmp_path, BRIEF, max_steps=1)
     line = f'the checkpoint was made with other versions: torch is "{mine["torch"]}" there and "9.9.9" here'
     assert set(caplog.messages) == {line}  # a set: pytest hears a logger twice that once did not propagate
+
+
+def test_sources_are_the_same_wherever_they_lie_and_whether_or_not_git_is_there(tmp_path: Path) -> None:
+    def write(root: Path) -> Path:
+        for name in ("train.py", "model/__init__.py", "model/attention/rope.py", "logs/snapshot/old.py"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(f"# {name}\n")
+        return root
+
+    first, other = write(tmp_path / "a"), write(tmp_path / "b")
+    (other / "logs/snapshot/old.py").write_text("edited")
+    subprocess.run(["git", "init", "-q", str(other)], check=True)
+    subprocess.run(
+        [
+            "git",
+            "-C",
+            str(other),
+            "-c",
+            "user.name=a",
+            "-c",
+            "user.email=a@b",
+            "commit",
+            "-q",
+            "--allow-empty",
+            "-m",
+            "x",
+        ],
+        check=True,
+    )
+    same = source_digests(first)
+    assert list(same) == ["model/__init__.py", "model/attention/rope.py", "train.py"]
+    assert same == source_digests(other)
+    assert re.fullmatch(r"\w{12}", code(first, same))
+    assert re.fullmatch(r"\w{10}\+" + code(first, same), code(other, same))
+    (other / "model/attention/rope.py").write_text("edited")
+    assert [path for path, digest in source_digests(other).items() if digest != same[path]] == [
+        "model/attention/rope.py"
+    ]
+    assert code(first, source_digests(other)) != code(first, same)

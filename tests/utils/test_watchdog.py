@@ -1,11 +1,10 @@
-"""What a report says, when a wait is excused, what counts as different code. Runs that really hang: tests/distributed."""
+"""What a report says and when a wait is excused. Runs that really hang: tests/distributed."""
 
 from __future__ import annotations
 
 import json
 import threading
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ import torch.distributed as dist
 
 from configs.load import run_from_plain
 from utils import activity, distributed
-from utils.agreement import code_revision
 from utils.errors import ConfigError
 from utils.watchdog import Place, Watchdog, WatchdogConfig, describe, is_collective_error
 
@@ -179,24 +177,3 @@ def test_limits_are_checked_and_process_groups_outlast_them() -> None:
     assert timeout is not None
     assert timeout.total_seconds() > 3600 + 600
     assert WatchdogConfig(stuck_after_seconds=None).group_timeout() is None
-
-
-# ------------------------------------------------------------------------------------------------------------ revision
-
-
-def test_code_revision_is_of_the_sources_wherever_they_lie(tmp_path: Path) -> None:
-    def write(root: Path) -> Path:
-        for name in ("train.py", "model/__init__.py", "model/attention/rope.py", "logs/snapshot/old.py"):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text(f"# {name}\n")
-        return root
-
-    first, other = write(tmp_path / "a"), write(tmp_path / "b")
-    same = code_revision(first)
-    assert same == code_revision(other)
-    (other / "logs/snapshot/old.py").write_text("edited")
-    assert code_revision(other) == same
-    (other / "model/attention/rope.py").write_text("edited")
-    assert code_revision(other) != same
-    (first / "model/attention/rope.py").rename(first / "model/attention/ropes.py")
-    assert code_revision(first) != same

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from utils.agreement import FiniteCheck
+from utils.finite import FiniteCheck
 from utils.optim import LRScheduleConfig, NetworkOptimizer, trainable
 from utils.optimizers.adamw import AdamWConfig
 
