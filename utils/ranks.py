@@ -72,6 +72,12 @@ def adopt(environment: MutableMapping[str, str]) -> None:
         if _number(environment, launcher.size, 1) > 1:
             environment.update(_of(launcher, environment))
             return
+    # `accelerate launch --cpu --num_processes 2` starts one process, and says no number: only that there is an address
+    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment:
+        raise UserError(
+            f"MASTER_PORT={environment['MASTER_PORT']} says that accelerate was asked for several processes, and RANK "
+            f"is not set, for it started one: start them with {TORCHRUN}"
+        )
 
 
 def _of(launcher: Launcher, environment: Mapping[str, str]) -> dict[str, str]:

@@ -216,7 +216,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], Any], 
     checkpoint.save(tmp_path, 1, {}, {})
     path = checkpoint.save(tmp_path, 2, tensors(), {})
     damage(path / "student.safetensors")
-    with pytest.raises(UserError, match=rf"step_00000002/student.safetensors .*{say}.*whole one is step_00000001: --resume last-good") as caught:
+    with pytest.raises(
+        UserError, match=rf"step_00000002/student.safetensors .*{say}.*whole one is step_00000001: --resume last-good"
+    ) as caught:
         checkpoint.load_tensors(path, "student")
     assert "\n" not in str(caught.value)
     into = {"student": {name: torch.zeros_like(value) for name, value in tensors()["student"].items()}}

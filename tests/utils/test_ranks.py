@@ -40,6 +40,15 @@ def test_a_process_that_is_alone_stays_so() -> None:
         assert of(**alone) == {}
 
 
+def test_accelerates_single_process_in_place_of_several_is_refused() -> None:
+    one = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
+    assert of(**one) == {}
+    with pytest.raises(UserError, match=r"MASTER_PORT=29500 .* accelerate .* torchrun --nproc_per_node"):
+        of(**one, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    torchrun = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert of(**one, **torchrun) == {}  # which it starts for several GPUs
+
+
 def test_torchruns_own_variables_come_first() -> None:
     torchrun = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert of(**SRUN, **torchrun, SLURM_PROCID="0") == {}
