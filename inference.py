@@ -14,14 +14,13 @@ from generation.command import inference_args, open_generator
 from generation.videos import check_out, generate_videos
 from utils import distributed
 from utils.cli import run_cli
-from utils.logging import console
+from utils.logging import warn
 
 
 def main() -> int:
     args = inference_args()
     check_out(args)
-    if distributed.is_main() and (line := distributed.unused_gpus()):
-        console.warning(line)
+    warn(distributed.unused_gpus())
     distributed.init(timedelta(days=7))  # ranks whose videos are done wait for those who make theirs
     return generate_videos(open_generator(args, distributed.device()), args)
 

@@ -15,7 +15,7 @@ from trainer.weight_sources import lag_of, open_group
 from utils import checkpoint
 from utils.checkpoint_folder import read_manifest
 from utils.errors import UserError
-from utils.logging import console
+from utils.logging import warn
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,6 @@ def find(run: Path, network: str, weights: str | None) -> Found:
     assert section is not None
     label = f"{network}, {'averaged' if averaged else 'raw'} weights, step {read_manifest(folder)['step']}"
     if averaged and network == "student" and (lag := lag_of(folder, "ema")):
-        console.warning("--run %s: %s: choose the raw weights (--weights raw)", folder, lag)
+        warn(f"--run {folder}: {lag}: choose the raw weights (--weights raw)")
     group = f"{network}_ema" if averaged else network
     return Found(folder, group, section, config, label)

@@ -39,10 +39,10 @@ from tasks.build import build_task, task_to_sample
 from tasks.task import Task
 from trainer.run_networks import build_for_inference, compute_dtype
 from trainer.weight_sources import lag_of
-from utils import checkpoint, distributed
+from utils import checkpoint
 from utils.errors import UserError
 from utils.fields import member_of
-from utils.logging import console
+from utils.logging import warn
 from utils.random import Noise
 
 
@@ -125,8 +125,8 @@ class Generator:
             raise UserError(
                 f"--lora_scale {student.lora_scale}: this run trained no adapter: give --lora, or leave it out"
             )
-        if distributed.is_main() and (lag := lag_of(folder, student.weights)):
-            console.warning("%s: %s: choose the raw weights (--weights raw)", folder, lag)
+        if lag := lag_of(folder, student.weights):
+            warn(f"{folder}: {lag}: choose the raw weights (--weights raw)")
         if student.expert is None:  # not half of a pair
             refuse_half(config)
         change_data(config, image_encoder, size, tiny_decoder)

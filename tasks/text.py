@@ -12,16 +12,11 @@ from model.network import NetworkConfig
 from model.text_encoder import PromptEncoder, TextConfig
 from model.types import Prompt
 from tasks.text_cache import TextCache, check_shapes
-from utils import distributed
 from utils.config import config_hash
 from utils.errors import ConfigError
-from utils.logging import console
+from utils.logging import warn
 
-
-@cache
-def warn_once(message: str) -> None:
-    if distributed.is_main():
-        console.warning("%s", message)
+warn_once = cache(warn)
 
 
 def prompt_encoder(config: TextConfig, student: NetworkConfig, device: torch.device) -> PromptEncoder:

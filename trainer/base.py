@@ -31,7 +31,7 @@ from trainer.progress import Extent, Setting, closing, finished_before, opening,
 from trainer.provenance import KEY as MADE_WITH
 from trainer.provenance import changed_since, config_changes, versions
 from trainer.reduction import over_ranks
-from trainer.room import Room, bytes_of, room_for, warn
+from trainer.room import Room, bytes_of, room_for
 from trainer.run_folder import RUN_FILES, keep_config, set_aside
 from trainer.run_networks import RunNetworks
 from trainer.state import load_run, save_run
@@ -44,7 +44,7 @@ from utils.data.stream import Stream
 from utils.errors import UserError
 from utils.finite import first_ruined
 from utils.launcher import LauncherGone
-from utils.logging import Progress, RunLogger, console, peak_memory_gib
+from utils.logging import Progress, RunLogger, console, peak_memory_gib, warn
 from utils.metrics import luma, saturation
 from utils.parallel.mesh import build_mesh
 from utils.random import Noise, keyed_seed
@@ -309,8 +309,8 @@ class Trainer(ABC):
         statistics: dict[str, float] = {}
         videos: list[Path] = []
         for which in shown_weights(self.config.validation.weights, ema is not None):
-            if which == "ema" and warning and distributed.is_main():
-                console.warning("%s", warning)
+            if which == "ema":
+                warn(warning)
             with ema.applied() if which == "ema" and ema is not None else nullcontext():
                 self._validation_video(which, statistics, videos)
         self.notices.validated(statistics, videos)
@@ -403,12 +403,11 @@ class Trainer(ABC):
         # the count is over all batches, and one rank carries it on; what a new start has cost is not in it
         self.evaluations.load(state["evaluations"] if self.mesh.dp_rank == 0 else Evaluations().state())
         self.notices.reached(self.step, {})
-        console.info("resumed from %s at step %d", path, self.step)
+        self._say([f"resumed from {path} at step {self.step}"])
         changes = config_changes(state, self.config)
         self.changed = bool(changes)
         changed = changed_since(state, changes, versions(self.device))
-        if changed and distributed.is_main():
-            console.warning("%s", changed)
+        warn(changed or None)
 
     def _stopping(self) -> bool:
         # Agreed by all: a rank that stopped alone would leave the others waiting in a collective.
@@ -433,4 +432,4 @@ class Trainer(ABC):
             raise KeyboardInterrupt  # the second Ctrl-C does not wait
         self.stop_signal = number
         first = "saving after this step, then stopping" if self.options.save else "stopping after this step (--no_save)"
-        console.warning("%s: %s", signal.Signals(number).name, first)
+        warn(f"{signal.Signals(number).name}: {first}")

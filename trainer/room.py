@@ -14,7 +14,7 @@ from trainer.run_folder import RUN_FILES
 from trainer.state import Tensors, save_run
 from trainer.zero import portable
 from utils import checkpoint, distributed
-from utils.logging import console
+from utils.logging import warn
 from utils.space import Saves, free_space, share_for_good, shortage
 
 LOGS = [name for name in RUN_FILES if name != "checkpoints"]
@@ -89,12 +89,6 @@ def room_for(trained: Mapping[str, Trained], extent: Extent) -> Room | None:
     room = Room(extent.folder, extent.config.checkpoint, extent.begins, extent.total)
     warn(room.before_run(size))
     return room
-
-
-def warn(text: str | None) -> None:
-    """A line on the console, nothing for None."""
-    if text is not None:
-        console.warning("%s", text)
 
 
 def _size(folder: Path) -> int:

@@ -12,7 +12,7 @@ from trainer.build import build_trainer
 from trainer.notices import Notices, webhook_url
 from utils import distributed
 from utils.launcher import LauncherTimes, LauncherWatch
-from utils.logging import console, setup_console
+from utils.logging import setup_console, warn
 from utils.parallel.mesh import split
 from utils.run_lock import LockTimes, RunLock
 from utils.watchdog import Watchdog
@@ -34,8 +34,7 @@ def train(config: RunConfig, options: RunOptions) -> int:
 def _train(config: RunConfig, options: RunOptions) -> int:
     url = webhook_url(config.logging)
     setup_console(distributed.rank(), distributed.world_size())
-    if distributed.is_main() and (line := distributed.unused_gpus()):
-        console.warning(line)
+    warn(distributed.unused_gpus())
     split(config.parallel, distributed.world_size())  # refused before ranks wait for each other
     distributed.init(config.watchdog.group_timeout())
     notices = Notices(config.name, options.logdir, url if distributed.is_main() else None)

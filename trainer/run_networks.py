@@ -24,10 +24,9 @@ from trainer.networks import TrainedNetwork
 from trainer.origin import adapter_origin, base_digest
 from trainer.weight_sources import is_run, lag_of, stored_weights
 from trainer.zero import DeepSpeedEngine
-from utils import distributed
 from utils.config import config_hash
 from utils.errors import ConfigError
-from utils.logging import console
+from utils.logging import warn
 from utils.optim import NetworkOptimizer, TrainedConfig, trainable
 from utils.parallel.mesh import EngineKind, Mesh, ParallelConfig
 from utils.parallel.parallelize import Sharding, is_sharded
@@ -179,10 +178,10 @@ class RunNetworks:
 
 def _warn_of_lag(name: str, network: NetworkConfig) -> None:
     """Says in one line where a network begins from a run's average that lags behind the run's student."""
-    if network.init is None or not is_run(Path(network.init)) or not distributed.is_main():
+    if network.init is None or not is_run(Path(network.init)):
         return
     if lag := lag_of(Path(network.init), network.init_weights):
-        console.warning("%s.init %s: %s: set %s.init_weights to raw", name, network.init, lag, name)
+        warn(f"{name}.init {network.init}: {lag}: set {name}.init_weights to raw")
 
 
 def build_for_inference(

@@ -10,9 +10,9 @@ from trainer.micro_batch import MicroBatch
 from trainer.networks import Trained
 from trainer.observer import TrainerObserver
 from trainer.reduction import Reduced
-from utils import activity, distributed
+from utils import activity
 from utils.finite import FiniteCheck
-from utils.logging import console
+from utils.logging import warn
 
 
 class Skips:
@@ -42,8 +42,7 @@ class Skips:
             return True
         self.total += 1
         self.in_a_row[name] = count = self.in_a_row.get(name, 0) + 1
-        if distributed.is_main():
-            console.warning("step %d: %s: not finite: %s; update skipped", step, name, problem)
+        warn(f"step {step}: {name}: not finite: {problem}; update skipped")
         if count >= self.limit:
             # the iteration is finished first, so that the checkpoint is of a whole one
             self.ended = Ended(

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 import torch
 
+from utils import distributed
 from utils.reading import reason
 from utils.views import Lines, View, silence_threads
 from utils.writing import Unwritten, write_text
@@ -48,6 +49,12 @@ def setup_console(rank: int = 0, world_size: int = 1, level: int = logging.INFO)
     console.setLevel(level if rank == 0 else logging.WARNING)
     console.propagate = False
     return console
+
+
+def warn(text: str | None) -> None:
+    """A warning that is true of the whole run, and not of one rank: rank 0 says it. None says nothing."""
+    if text is not None and distributed.is_main():
+        console.warning("%s", text)
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics

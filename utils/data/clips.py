@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,12 +29,11 @@ from utils.data.stream import REMEDY_BEFORE, CorruptSample, Faults, Sample
 from utils.errors import UserError
 from utils.fields import show
 from utils.limits import check_size, limits
+from utils.logging import warn
 from utils.random import keyed_seed
 from utils.reading import read_json, reading
 from utils.video import open_image
 from utils.writing import write_text
-
-console = logging.getLogger("fewstep")
 
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF: the tag, and its values where height and width are swapped
 
@@ -181,7 +179,7 @@ def plan_clips(
             plan.bucket_of[item] = bucket
     if plan.left_out:
         first, count = next(iter(plan.left_out.values())), len(plan.left_out)
-        console.warning("%d of %d videos suit no bucket and are left out; the first: %s", count, len(media), first)
+        warn(f"{count} of {len(media)} videos suit no bucket and are left out; the first: {first}")
     if not plan.bucket_of:
         why = next(iter([*plan.left_out.values(), *faults.reasons.values()]))
         raise ValueError(f"data: none of {len(media)} videos suits a bucket of {', '.join(map(str, sizes))}: {why}")
@@ -370,7 +368,7 @@ def _known_headers(cache: Path) -> dict[str, dict[str, Any]]:
             if types not in (kinds, {"corrupt": str}):
                 raise UserError(f"headers of videos: {cache} holds {show(header)} of {show(key)}: they are read again")
     except UserError as problem:
-        console.warning("%s", problem)
+        warn(str(problem))
         return {}
     return found
 

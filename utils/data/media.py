@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,9 +21,8 @@ from utils.data.stream import CorruptSample
 from utils.errors import UserError
 from utils.fields import show
 from utils.limits import check_size
+from utils.logging import warn
 from utils.reading import read_text, reading
-
-console = logging.getLogger("fewstep")
 
 VIDEOS: Final = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".gif")
 IMAGES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -104,7 +102,7 @@ def find_media(
         raise ValueError(f"data: {path} holds no {', '.join(kinds)} in its tar files")
     media = [file for shard in shards for file in shard]
     if all(file.caption is None for file in media):
-        console.warning("%s: none of %d files has a caption: all captions are empty", path, len(media))
+        warn(f"{path}: none of {len(media)} files has a caption: all captions are empty")
         return [[replace(file, caption="") for file in shard] for shard in shards]
     return shards
 
