@@ -58,7 +58,9 @@ PROGRAMS = {
     "tests.replay": "tests/replay.py",
 }
 OPTIONS_OF_OTHERS = {
-    "torchrun": {"--standalone", "--nnodes", "--nproc_per_node"},
+    "torchrun": {"--standalone", "--nnodes", "--nproc_per_node", "--max_restarts"},
+    "accelerate launch": {"--multi_gpu", "--cpu", "--num_processes"},
+    "srun": {"--kill-on-bad-exit"},
     "ruff": {"--check"},
     "sbatch": {"--nodes", "--signal"},
     "scancel": {"--signal", "--batch"},

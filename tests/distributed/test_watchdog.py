@@ -115,7 +115,7 @@ def test_ranks_with_different_commands_do_not_start(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-LEFT, RIGHT, UP = (f"a red square moves {way}" for way in ("left", "right", "up"))
+LEFT, RIGHT, UP = (f"the digit two moving {way}" for way in ("left", "right", "up"))
 
 
 @pytest.mark.parametrize(
