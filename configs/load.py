@@ -15,20 +15,33 @@ from utils.yaml_files import read_yaml
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that a YAML file describes, with ``key=value`` and overlays laid over it. Raises ConfigError."""
-    _refuse_swapped(Path(path), [Path(text) for text in overrides if is_overlay(text)])
+    overlays = [Path(text) for text in overrides if is_overlay(text)]
+    _refuse_swapped(Path(path), overlays)
+    _refuse_recipes(overlays)
     return checked(load(RunConfig, path, overrides))
 
 
 def _refuse_swapped(path: Path, overlays: Sequence[Path]) -> None:
     """Raises ConfigError for an overlay in the place of the recipe, and the recipe after it."""
 
-    def says(file: Path, *keys: str) -> bool:
-        return file.is_file() and any(key in read_yaml(file) for key in keys)
-
-    if path.is_file() and not says(path, "base", "trainer", "name"):
+    if path.is_file() and not _says(path, "base", "trainer", "name"):
         for overlay in overlays:
-            if says(overlay, "base", "trainer"):
+            if _says(overlay, "base", "trainer"):
                 raise ConfigError(f"{path} is an overlay, and {overlay} a recipe: give the recipe first")
+
+
+def _refuse_recipes(overlays: Sequence[Path]) -> None:
+    """Raises ConfigError for an overlay with a base: all keys of the base would silently replace the recipe's."""
+    for overlay in overlays:
+        if _says(overlay, "base"):
+            raise ConfigError(
+                f"{overlay} has `base:`, so it is a recipe, and its base would replace what the recipe before it says: "
+                "give it alone, or lay a file without `base:` over the recipe"
+            )
+
+
+def _says(file: Path, *keys: str) -> bool:
+    return file.is_file() and any(key in read_yaml(file) for key in keys)
 
 
 def run_from_plain(values: Mapping[str, Any]) -> RunConfig:

@@ -19,7 +19,7 @@ from pipeline.causal import CausalConfig
 def per_frame(values_Bb: Tensor, blocks: Sequence[int]) -> Tensor:
     """One value a block, [B, blocks], repeated for each of its frames: [B, F]."""
     sizes = torch.tensor(list(blocks), device=values_Bb.device)
-    return values_Bb.repeat_interleave(sizes, dim=1)
+    return values_Bb.repeat_interleave(sizes, dim=1, output_size=sum(blocks))  # known, so nothing waits to count it
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from utils.video import read_video
 PAGE = (ROOT / "docs/wan_from_zero.md").read_text()
 TITLED = re.compile(r'^```\w+ title="(\S+)"\n(.*?)^```$', re.M | re.S)
 PROGRAM = r"\b(train|preprocess|doctor|inference|evaluate|export|demo)\.py"
-FETCHING = ("hf ", "head -n 40000 ", "make ", "source ", "pip ")  # what the trial does without
+FETCHING = ("mkdir ", "hf ", "head -n 40000 ", "sed ", "make ", "source ", "pip ")  # what the trial does without
 SETTING_UP = ("python -m scripts.tiny_models", "cd ")
 NEVER_ENDS = "../demo.py"
 PROMPT, SECONDS = "a red square moves left", 1200  # alone a command takes half a minute
@@ -53,6 +53,7 @@ def made_small(command: str) -> str:
     command = re.sub(PROGRAM, r"../\1.py", command)
     command = re.sub(r"(--config_path|doctor\.py) (configs/\S+)", r"\1 ../\2 ../configs/wan_tiny.yaml", command)
     command = re.sub(r" --base \S+$", "", command)
+    command = command.replace("data/held_out.txt", "data/prompts.txt")
     return command.replace("81x480x832", "21x64x64").replace("--count 400", "--count 8")
 
 

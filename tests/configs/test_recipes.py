@@ -106,3 +106,10 @@ def test_an_overlay_in_the_place_of_a_recipe_is_told() -> None:
         ConfigError, match="wan_tiny.yaml is an overlay, and .*self_forcing_dmd.yaml a recipe: give the"
     ):
         load_run(tiny, [str(recipe)])
+
+
+def test_a_recipe_in_the_place_of_an_overlay_is_told() -> None:
+    """Its bases would set keys of the recipe again that its own lines do not name."""
+    low, adapters = (ROOT / f"configs/wan2.2_a14b/{name}.yaml" for name in ("dmd_low", "dmd_high_lora"))
+    with pytest.raises(ConfigError, match="dmd_high_lora.yaml has `base:`, so it is a recipe, .*: give it alone, or"):
+        load_run(low, [str(adapters)])

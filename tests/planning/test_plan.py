@@ -253,6 +253,13 @@ def test_what_no_plan_can_know_stops_none() -> None:
     assert run(plain, Meter(), [Iteration(0, [0])]).phases
 
 
+def test_a_run_on_noised_real_videos_is_planned() -> None:
+    """Its levels are drawn by block; a pretended tensor of block sizes has no numbers to count frames by."""
+    changes: dict[str, Any] = {"rollout": {"kind": "diffusion_forcing"}, "data": {"real": True}}
+    plain = stripped(config(**changes, training={"global_batch_size": 1}))
+    assert run(plain, Meter(), [Iteration(0, [0])]).phases
+
+
 def test_cost_is_affine_in_the_exit_step() -> None:
     plain = stripped(config(schedule={"denoising_step_list": [1000, 750, 500]}))
     record = run(plain, Meter(), [Iteration(0, [1, 0]), Iteration(0, [2, 2])])
