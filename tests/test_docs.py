@@ -60,7 +60,7 @@ PROGRAMS = {
 OPTIONS_OF_OTHERS = {
     "torchrun": {"--standalone", "--nnodes", "--nproc_per_node"},
     "ruff": {"--check"},
-    "sbatch": {"--nodes", "--signal"},
+    "sbatch": {"--nodes", "--signal", "--partition", "--account", "--export", "--array", "--gpus"},
     "scancel": {"--signal", "--batch"},
     "docker": {
         *("--tag", "--file", "--build-arg", "--rm", "--gpus", "--shm-size", "--user", "--env", "--volume"),
@@ -92,7 +92,7 @@ def spans(text: str) -> list[str]:
 def words() -> frozenset[str]:
     """Every identifier in the project's sources, these tests left out."""
     files = [p for p in ROOT.glob("*/**/*.py") if p.relative_to(ROOT).parts[0] not in (".venv", "logs")]
-    files += [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "Makefile"]
+    files += [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("slurm/*"), ROOT / "Makefile"]
     found: set[str] = set()
     for path in files:
         if path != Path(__file__).resolve():

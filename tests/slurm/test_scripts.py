@@ -42,7 +42,7 @@ def test_a_head_says_what_a_cluster_asks_for(script: Path) -> None:
 
 
 def test_scripts_begin_alike() -> None:
-    begins = {head_and_rest(script)[1].split("common.sh\"\n")[0] for script in SCRIPTS}
+    begins = {head_and_rest(script)[1].split('common.sh"\n')[0] for script in SCRIPTS}
     assert len(begins) == 1
 
 

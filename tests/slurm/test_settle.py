@@ -23,7 +23,13 @@ RUNNING = "JobState=RUNNING Reason=None Requeue=1 Restarts={restarts} PreemptTim
 
 
 def settled(
-    folder: Path, codes: tuple[int, ...], *, signalled: str = "", terminated: str = "", restarts: int = 0, says: str = ""
+    folder: Path,
+    codes: tuple[int, ...],
+    *,
+    signalled: str = "",
+    terminated: str = "",
+    restarts: int = 0,
+    says: str = "",
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """How `settle` ends, and what it asks of Slurm, which holds `says` of the job."""
     for attempt, ended in {"attempt_0": (138, 138), "attempt_1": (75, 143), f"attempt_{restarts}": codes}.items():
@@ -39,7 +45,9 @@ def settled(
     for name, answer in {"scontrol": f"[ $1 != --oneliner ] || echo {says!r}", "scancel": ""}.items():
         program = folder / "bin" / name
         program.parent.mkdir(exist_ok=True)
-        program.write_text(f'#!/bin/bash\n{answer}\n[ "$2" = show ] || [ "$1" = show ] || echo {name} "$@" >> {asked}\n')
+        program.write_text(
+            f'#!/bin/bash\n{answer}\n[ "$2" = show ] || [ "$1" = show ] || echo {name} "$@" >> {asked}\n'
+        )
         program.chmod(0o755)
     body = BODY.format(bin=folder / "bin", folder=folder, signalled=signalled, terminated=terminated)
     env = os.environ | {
@@ -82,7 +90,12 @@ def test_settle(
 ) -> None:  # fmt: skip
     for says in ("", RUNNING.format(restarts=restarts)):
         done, asked = settled(
-            tmp_path / (says and "running"), codes, signalled=signalled, terminated=terminated, restarts=restarts, says=says
+            tmp_path / (says and "running"),
+            codes,
+            signalled=signalled,
+            terminated=terminated,
+            restarts=restarts,
+            says=says,
         )
         assert ("scontrol requeue 12" in asked) == requeued
         assert done.returncode == (status or 0)
