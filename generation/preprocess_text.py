@@ -51,11 +51,13 @@ def preprocess_text(argv: Sequence[str]) -> int:
 
 
 def _shards(shard: str | None, prompts: int) -> list[Shard]:
-    """The shard that --shard names; without the option, this process's share of all shards."""
+    """The shard that --shard names, which several processes cut into as many; without it, this process's of all."""
+    rank, ranks = distributed.rank(), distributed.world_size()
     if shard is not None:
-        return [Shard.parse(shard)]
+        part = Shard.parse(shard)
+        return [Shard(part.index * ranks + rank, part.count * ranks)]
     count = -(-prompts // SHARD_PROMPTS)
-    return [Shard(i, count) for i in range(distributed.rank(), count, distributed.world_size())]
+    return [Shard(i, count) for i in range(rank, count, ranks)]
 
 
 def _prompts(config: RunConfig, files: Sequence[Path]) -> list[str]:

@@ -1,15 +1,23 @@
 # shellcheck shell=bash
-# What all Slurm scripts share; they source it, it is not run by itself. Nothing here is particular to one cluster.
+# What all Slurm scripts share; they source it, it is not run by itself. What is particular to a cluster goes to sbatch, or into
+# SETUP.
 #
 # From the sbatch line, all optional (`CONFIG=my.yaml LOGDIR=logs/my sbatch --nodes=2 slurm/distill_14b.slurm seed=1`):
 #   OVERRIDES="a.b=1 'c.d={e: 2}'"   laid over the YAML; so are the arguments after the script's name
+#   SETUP=FILE          bash that is read first: `module load`, `conda activate`, NCCL's variables, PYTHON
 #   NPROC=8             processes a node (default: the GPUs that Slurm gives, else 1)
 #   PYTHON=python       default: .venv/bin/python of the repository, else python3
 #   CONTAINER=IMAGE     run inside it; CONTAINER_RUNTIME=pyxis|apptainer (default: what there is)
 #   CONTAINER_MOUNTS    more folders to mount, comma-separated (the repository and the run folder are mounted anyway)
-#   MAX_RESTARTS=20     how often a job may requeue itself
+#   CONTAINER_PYTHON    the interpreter inside (default: python3)
+#   FEWSTEP_ROOT        the repository (default: the folder above that of the script)
+# For jobs that train:
+#   MAX_RESTARTS=20     after how many restarts, Slurm's own counted, a job no longer requeues itself
 #   SAVE_SECONDS=240    time to save after USR1; keep it below the lead of --signal=B:USR1@300
-# Paths are relative to the folder in which sbatch was called.
+# For arrays:
+#   SHARDS=16           parts of the work (default: the tasks of the array, which then begin at 0)
+# CONFIG, LOGDIR, SETUP and the paths that a script names itself are relative to the folder in which sbatch was called. All others
+# are relative to the repository, in which the programs run: those in overrides, options and configs, PYTHON and CONTAINER.
 
 set -uo pipefail
 
@@ -18,10 +26,45 @@ die() { echo "slurm: error: $*" >&2; exit 2; } # one line; a job that ends like 
 
 # ------------------------------------------------------------------------------------------------------- where we are
 
-: "${SLURM_JOB_ID:?submit this with sbatch}"
+[ -n "${SLURM_JOB_ID:-}" ] || die "this is no job: submit it with sbatch"
+# The settings would be their defaults, and the run another one than was meant.
+[[ ! ${SLURM_EXPORT_ENV:-} =~ ^(NONE|NIL)$ ]] ||
+  die "--export=$SLURM_EXPORT_ENV keeps the settings from the job: leave it out, or name them, as in --export=CONFIG=my.yaml,LOGDIR=logs/my"
+export SLURM_EXPORT_ENV=ALL # else srun takes sbatch's --export for its own, and its tasks lack what is exported here
 HERE=${SLURM_SUBMIT_DIR:-$PWD}
-cd "$ROOT" || die "no folder $ROOT: set FEWSTEP_ROOT to the repository"
+ROOT=$(cd "$ROOT" && pwd)
+cd "$ROOT" || exit 2
 [ -f train.py ] || die "$ROOT is not the repository: set FEWSTEP_ROOT to it"
+
+# absolute PATH: as the one who called sbatch meant it
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$HERE/$1" ;; esac; }
+
+# existing NAME PATH: dies unless there is such a file or folder
+existing() { [ -e "$2" ] || die "$1=$2: there is no such file or folder"; }
+
+# folder NAME PATH: makes it
+folder() {
+  local why
+  why=$(mkdir -p "$2" 2>&1) || die "$1: $2 cannot be made: ${why##*: }"
+}
+
+# needs NAME WHAT ...: dies where one of these settings is not set
+needs() {
+  while [ $# -gt 0 ]; do
+    [ -n "${!1:-}" ] || die "set $1 ($2): the head of the script has an example"
+    shift 2
+  done
+}
+
+if [ -n "${SETUP:-}" ]; then
+  SETUP=$(absolute "$SETUP")
+  existing SETUP "$SETUP"
+  set +u # conda's and the modules' own scripts read variables that are not set
+  # shellcheck disable=SC1090  # the user's file
+  . "$SETUP" || die "SETUP=$SETUP: its last command failed with code $?"
+  set -u
+fi
+
 RESTART=${SLURM_RESTART_COUNT:-0}
 MAX_RESTARTS=${MAX_RESTARTS:-20}
 SAVE_SECONDS=${SAVE_SECONDS:-240}
@@ -30,12 +73,6 @@ NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
 CPUS=${SLURM_CPUS_ON_NODE:-1}
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || die "NPROC=$NPROC: give the number of processes a node"
 [[ $MAX_RESTARTS =~ ^[0-9]+$ && $SAVE_SECONDS =~ ^[0-9]+$ ]] || die "MAX_RESTARTS and SAVE_SECONDS are whole numbers"
-
-# absolute PATH: as the one who called sbatch meant it
-absolute() { case $1 in /*) echo "$1" ;; *) echo "$HERE/$1" ;; esac; }
-
-# existing NAME PATH: dies unless there is such a file or folder
-existing() { [ -e "$2" ] || die "$1=$2: there is no such file or folder"; }
 
 # ------------------------------------------------------------------------------------------------------- environment
 
@@ -106,8 +143,14 @@ use_container() {
 # one COMMAND...: runs it once, on the first node, in the container where there is one
 one() { "${SRUN[@]}" "${IMAGE[@]}" --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${INSIDE[@]}" "$@" < /dev/null; }
 
+# on_gpus PROGRAM.py ...: in one process, or in one for each GPU of the task, which share its work
+on_gpus() {
+  local launch=("$PYTHON")
+  [ "$NPROC" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node="$NPROC" --)
+  one "${launch[@]}" "$@"
+}
 
-# ---------------------------------------------------------------------------------------------------------- snapshots
+# ---------------------------------------------------------------------------------------------------------- overrides
 
 # Words of OVERRIDES (quotes are kept together) and of the script's arguments.
 overrides() {
@@ -118,128 +161,19 @@ overrides() {
   OVERRIDDEN+=("$@")
 }
 
-# snapshot FOLDER: what code this attempt runs
-snapshot() {
-  {
-    git rev-parse HEAD 2>/dev/null || echo "no git revision"
-    git status --porcelain 2>/dev/null
-  } > "$1/revision.txt"
-  git diff HEAD > "$1/changes.patch" 2>/dev/null || :
-  scontrol show job "$SLURM_JOB_ID" > "$1/job.txt"
-  local file before=$RUN_SLURM/attempt_$((RESTART - 1))
-  for file in revision.txt changes.patch; do
-    [ ! -e "$before/$file" ] || cmp -s "$1/$file" "$before/$file" ||
-      say "warning: the code is not that of the attempt before: compare $before/$file and $1/$file"
-  done
+# ------------------------------------------------------------------------------------------------------------- arrays
+
+# part_of_array: PART=i/n, what this task of an array does. Without SHARDS the tasks have to be 0 to n - 1: others would leave
+# parts undone.
+part_of_array() {
+  local task=${SLURM_ARRAY_TASK_ID:-0} count=${SLURM_ARRAY_TASK_COUNT:-1}
+  local parts=${SHARDS:-$count}
+  [[ $parts =~ ^[1-9][0-9]*$ ]] || die "SHARDS=$parts: give the number of parts"
+  [ -n "${SHARDS:-}" ] || [ $((${SLURM_ARRAY_TASK_MAX:-0} + 1)) = "$count" ] ||
+    die "--array: $count tasks up to number $SLURM_ARRAY_TASK_MAX leave parts out: count them from 0, or say SHARDS=n of how many they are"
+  [ "$task" -lt "$parts" ] || die "SHARDS=$parts: there is no part $task, they count from 0"
+  PART=$task/$parts
 }
 
-# ----------------------------------------------------------------------------------------------------------- training
-
-SIGNALLED=""
-TERMINATED=""
-STEP_PID=""
-STATUS="none (never started)"
-# kill -USR1 reaches the tasks through srun (TERM would end them); each torchrun passes it on, see --signals-to-handle.
-on_usr1() { SIGNALLED=1; say "USR1: saving, then requeueing"; [ -z "$STEP_PID" ] || kill -USR1 "$STEP_PID" 2>/dev/null; }
-
-# distill DEFAULT_CONFIG [key=value ...]: one attempt of a training job
-distill() {
-  trap on_usr1 USR1
-  trap 'TERMINATED=1' TERM # of scancel, or of the time limit: the tasks have it as well
-  local default=$1; shift
-  CONFIG=$(absolute "${CONFIG:-$ROOT/$default}")
-  existing CONFIG "$CONFIG"
-  local stem=${CONFIG%.*}
-  case $stem in */configs/*) stem=${stem##*/configs/} ;; *) stem=${stem##*/} ;; esac
-  LOGDIR=$(absolute "${LOGDIR:-$ROOT/logs/$stem}")
-  RUN_SLURM=$LOGDIR/slurm/$SLURM_JOB_ID
-  ATTEMPT=$RUN_SLURM/attempt_$RESTART
-  mkdir -p "$ATTEMPT/exit_codes" || die "LOGDIR=$LOGDIR: the folder cannot be made"
-  rm -f "$ATTEMPT"/exit_codes/*
-  use_container "$LOGDIR"
-  overrides "$@"
-  check_nodes
-  freeze_config
-  snapshot "$ATTEMPT"
-  [ -n "$SIGNALLED" ] || run_attempt
-  settle
-}
-
-# Every node must see the code, the interpreter and the run folder, and have its GPUs: else some rank fails minutes later.
-check_nodes() {
-  local complaints
-  local seen=("$ROOT/train.py" "$ATTEMPT")
-  [[ $PYTHON != /* || -n ${CONTAINER:-} ]] || seen+=("$PYTHON")
-  # shellcheck disable=SC2016  # expanded on the nodes
-  complaints=$("${SRUN[@]}" --ntasks-per-node=1 bash -c '
-    for path in "$@"; do [ -e "$path" ] || echo "$SLURMD_NODENAME does not see $path: use a shared disk"; done
-    if hash nvidia-smi 2>/dev/null && [ "$(nvidia-smi -L | grep -c ^GPU)" -lt "$0" ]; then
-      echo "$SLURMD_NODENAME has fewer than $0 working GPUs"
-    fi' "$NPROC" "${seen[@]}" < /dev/null 2> "$ATTEMPT/check.txt") ||
-    die "srun could not start on every node: $(tail -n 1 "$ATTEMPT/check.txt")"
-  [ -z "$complaints" ] || die "$(head -n 1 <<< "$complaints")"
-}
-
-# The config as checked, overrides included, is kept by the job's first attempt and used by all: whoever edits the YAML
-# meanwhile changes the next job, not this one.
-freeze_config() {
-  [ -s "$RUN_SLURM/config.yaml" ] && return
-  local text
-  if ! text=$(one "$PYTHON" train.py --config_path "$CONFIG" --print_config "${OVERRIDDEN[@]}" 2> "$ATTEMPT/check.txt"); then
-    die "$(grep -h 'error: ' "$ATTEMPT/check.txt" | grep -v '^srun: ' | head -n 1 | grep . || tail -n 1 "$ATTEMPT/check.txt")"
-  fi
-  cp "$CONFIG" "$RUN_SLURM/original.yaml"
-  printf '%s\n' "$text" > "$RUN_SLURM/config.yaml"
-}
-
-# One torchrun a node. Rank numbers follow the nodes' names; %N: a log for each node, appended to by later attempts.
-run_attempt() {
-  export EXIT_CODES=$ATTEMPT/exit_codes
-  say "attempt $RESTART: $SLURM_JOB_NUM_NODES nodes x $NPROC processes, $MASTER_ADDR:$MASTER_PORT, logs in $RUN_SLURM"
-  # --wait: when one node's torchrun has ended, the others have 2 minutes to follow
-  "${SRUN[@]}" "${IMAGE[@]}" --wait=120 --ntasks-per-node=1 --open-mode=append --output="$RUN_SLURM/%N.log" \
-    "${INSIDE[@]}" "$PYTHON" -m torch.distributed.run \
-    --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$NPROC" --max_restarts=0 \
-    --rdzv_backend=c10d --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" --rdzv_id="$SLURM_JOB_ID.$RESTART" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-    train.py --config_path "$RUN_SLURM/config.yaml" --logdir "$LOGDIR" --resume auto < /dev/null &
-  STEP_PID=$!
-  # a trap interrupts wait, and srun goes on: wait again
-  while kill -0 "$STEP_PID" 2>/dev/null; do wait "$STEP_PID"; STATUS=$?; done
-  STEP_PID=""
-}
-
-# Finished, failed, or to go on? The ranks' own codes decide (torchrun makes 1 of all): 0 finished, 128 + n saved after
-# signal n, 75 lost another rank, anything else failed. No code at all: killed from outside, for instance by USR1 before
-# it could listen. A lost rank is most often a node's or a link's fault: the job goes on from its last checkpoint, on
-# other nodes if Slurm has drained the bad one; after two such attempts in a row it is more likely the code's.
-STUCK=75
-settle() {
-  local codes failed reason
-  codes=$(codes_of "$ATTEMPT")
-  failed=$(awk -v stuck=$STUCK '$1 > 0 && $1 < 128 && $1 != stuck' <<< "$codes" | tail -n 1)
-  [ -n "$failed" ] || ! is_stuck "$ATTEMPT" || ! is_stuck "$RUN_SLURM/attempt_$((RESTART - 1))" || failed=$STUCK
-  if [ -n "$failed" ]; then
-    reason=$(grep -h 'error: ' "$RUN_SLURM"/*.log | grep -v '^srun: ' | tail -n 1)
-    say "failed with code $failed, not requeued: ${reason:-see $RUN_SLURM/*.log}"
-    exit "$failed"
-  elif [ "$codes" = 0 ]; then
-    say "finished"
-    exit 0
-  elif [ -n "$TERMINATED" ] || { [ -z "$SIGNALLED" ] && ! is_stuck "$ATTEMPT"; }; then
-    say "stopped, not requeued (srun's status $STATUS, no USR1 alone): see $RUN_SLURM/*.log; sbatch again to resume"
-    exit 1
-  elif [ "$RESTART" -ge "$MAX_RESTARTS" ]; then
-    say "not requeued: $RESTART restarts are as many as MAX_RESTARTS allows: sbatch again to resume"
-    exit 1
-  fi
-  say "requeued$(is_stuck "$ATTEMPT" && echo " after losing a rank: see $RUN_SLURM/*.log")"
-  scontrol requeue "$SLURM_JOB_ID" || { say "error: Slurm refuses to requeue: sbatch again to resume"; exit 1; }
-  sleep 60 # Slurm ends this script
-}
-
-# codes_of ATTEMPT: the exit codes that its ranks left
-codes_of() { cat "$1"/exit_codes/* 2>/dev/null | sort -un; }
-
-# is_stuck ATTEMPT: some rank of it lost another one
-is_stuck() { codes_of "$1" | grep -qx $STUCK; }
+# shellcheck source=slurm/training.sh
+. "$ROOT/slurm/training.sh"

@@ -62,7 +62,7 @@ OPTIONS_OF_OTHERS = {
     "accelerate launch": {"--multi_gpu", "--cpu", "--num_processes"},
     "srun": {"--kill-on-bad-exit"},
     "ruff": {"--check"},
-    "sbatch": {"--nodes", "--signal"},
+    "sbatch": {"--nodes", "--signal", "--partition", "--account", "--export", "--array", "--gpus"},
     "scancel": {"--signal", "--batch"},
     "docker": {
         *("--tag", "--file", "--build-arg", "--rm", "--gpus", "--shm-size", "--user", "--env", "--volume"),
@@ -94,7 +94,7 @@ def spans(text: str) -> list[str]:
 def words() -> frozenset[str]:
     """Every identifier in the project's sources, these tests left out."""
     files = [p for p in ROOT.glob("*/**/*.py") if p.relative_to(ROOT).parts[0] not in (".venv", "logs")]
-    files += [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), ROOT / "Makefile"]
+    files += [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("slurm/*"), ROOT / "Makefile"]
     found: set[str] = set()
     for path in files:
         if path != Path(__file__).resolve():

@@ -19,6 +19,47 @@ settle
 """
 
 
+RUNNING = "JobState=RUNNING Reason=None Requeue=1 Restarts={restarts} PreemptTime=None"
+
+
+def settled(
+    folder: Path,
+    codes: tuple[int, ...],
+    *,
+    signalled: str = "",
+    terminated: str = "",
+    restarts: int = 0,
+    says: str = "",
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """How `settle` ends, and what it asks of Slurm, which holds `says` of the job."""
+    for attempt, ended in {"attempt_0": (138, 138), "attempt_1": (75, 143), f"attempt_{restarts}": codes}.items():
+        (folder / attempt / "exit_codes").mkdir(parents=True)
+        for rank, code in enumerate(ended):
+            (folder / attempt / f"exit_codes/rank_{rank}").write_text(f"{code}\n")
+    before, now = "train.py: error: of the attempt before\n", "train.py: error: no such key\nsrun: error: task 0\n"
+    (folder / "node0.log").write_text(now)
+    (folder / "node1.log").write_text(before)
+    (folder / f"attempt_{restarts}/node1.log.size").write_text(f"{len(before)}\n")
+    asked = folder / "asked"
+    asked.touch()
+    for name, answer in {"scontrol": f"[ $1 != --oneliner ] || echo {says!r}", "scancel": ""}.items():
+        program = folder / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(
+            f'#!/bin/bash\n{answer}\n[ "$2" = show ] || [ "$1" = show ] || echo {name} "$@" >> {asked}\n'
+        )
+        program.chmod(0o755)
+    body = BODY.format(bin=folder / "bin", folder=folder, signalled=signalled, terminated=terminated)
+    env = os.environ | {
+        "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "2", "NPROC": "1", "ROOT": str(ROOT),
+        "SLURM_RESTART_COUNT": str(restarts), "MAX_RESTARTS": "3",
+    }  # fmt: skip
+    done = subprocess.run(["bash", "-c", body], cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
+    assert done.stderr == ""
+    assert (folder / f"attempt_{restarts}/end.txt").read_text().strip() in done.stdout
+    return done, asked.read_text().splitlines()
+
+
 @pytest.mark.parametrize(
     ("codes", "signalled", "terminated", "restarts", "requeued", "status", "word"),
     [
@@ -47,22 +88,42 @@ def test_settle(
     tmp_path: Path, codes: tuple[int, ...], signalled: str, terminated: str, restarts: int, requeued: bool,
     status: int | None, word: str,
 ) -> None:  # fmt: skip
-    for attempt, ended in {"attempt_0": (138, 138), "attempt_1": (75, 143), f"attempt_{restarts}": codes}.items():
-        (tmp_path / attempt / "exit_codes").mkdir(parents=True)
-        for rank, code in enumerate(ended):
-            (tmp_path / attempt / f"exit_codes/rank_{rank}").write_text(f"{code}\n")
-    (tmp_path / "node0.log").write_text("train.py: error: no such key\nsrun: error: task 0\n")
-    scontrol = tmp_path / "bin/scontrol"
-    scontrol.parent.mkdir()
-    scontrol.write_text(f'#!/bin/bash\n[ "$1" = requeue ] && echo "$2" > {tmp_path}/asked\nexit 0\n')
-    scontrol.chmod(0o755)
-    body = BODY.format(bin=scontrol.parent, folder=tmp_path, signalled=signalled, terminated=terminated)
-    env = os.environ | {
-        "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n", "ROOT": str(ROOT), "SLURM_RESTART_COUNT": str(restarts),
-        "MAX_RESTARTS": "3",
-    }  # fmt: skip
-    done = subprocess.run(["bash", "-c", body], cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
-    assert (tmp_path / "asked").exists() == requeued
-    assert done.stderr == ""
-    assert done.returncode == (status or 0)
-    assert word.replace("code 2: ", "code 2, not requeued: ") in done.stdout
+    for says in ("", RUNNING.format(restarts=restarts)):
+        done, asked = settled(
+            tmp_path / (says and "running"),
+            codes,
+            signalled=signalled,
+            terminated=terminated,
+            restarts=restarts,
+            says=says,
+        )
+        assert ("scontrol requeue 12" in asked) == requeued
+        assert done.returncode == (status or 0)
+        assert word.replace("code 2: ", "code 2, not requeued: ") in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("says", "codes", "signalled", "terminated", "asks", "words"),
+    [
+        # what Slurm has decided counts, whatever the ranks say
+        ("PENDING Reason=NodeFail Restarts=1", (75,), "", "1", "", "Slurm requeues this job by itself (NodeFail)"),
+        ("PENDING Reason=NodeFail Restarts=1", (1, 75), "", "1", "", "Slurm requeues this job by itself"),
+        ("PENDING Reason=BeginTime Restarts=1", (143, 143), "", "1", "", "Slurm requeues this job by itself"),
+        ("NODE_FAIL Reason=NodeFail Requeue=0 Restarts=0", (75,), "", "1", "", "does not requeue this job (Requeue=0)"),
+        ("COMPLETING Reason=TimeLimit Restarts=0", (), "1", "1", "", "the time limit came before the state was saved"),
+        ("CANCELLED Reason=None Restarts=0", (143, 143), "", "1", "", "cancelled, not requeued"),
+        # it has decided nothing
+        ("RUNNING Restarts=0 PreemptTime=2026-01-01T00:00:00", (143, 143), "", "", "scontrol requeue", "a preemption"),
+        ("RUNNING Restarts=0", (143, 143), "", "", "scancel", "stopped as asked (SIGTERM), not requeued"),
+        ("RUNNING Restarts=0", (130, 130), "", "", "scancel", "stopped as asked (SIGINT), not requeued"),
+        ("RUNNING Restarts=0", (138, 138), "", "", "scontrol requeue", "requeued"),  # USR1 to the ranks alone
+        ("RUNNING Restarts=0", (143,), "", "", "", "failed, not requeued: ranks were killed"),  # the other was killed
+    ],
+)  # fmt: skip
+def test_the_last_line_is_what_slurm_will_do(
+    tmp_path: Path, says: str, codes: tuple[int, ...], signalled: str, terminated: str, asks: str, words: str
+) -> None:
+    done, asked = settled(tmp_path, codes, signalled=signalled, terminated=terminated, says=f"JobState={says}")
+    assert asked == ([f"{asks} 12"] if asks else [])
+    assert words in done.stdout
+    assert ("sbatch again" in done.stdout) == ("not requeue" in done.stdout)

@@ -7,17 +7,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from scripts.tiny_models import small_vae
 from tests import ROOT
 from tests.distributed.test_data_parallel import run
-from tests.small import SHORT, config
+from tests.small import ODE, SHORT, config
 from tests.trainer.test_trainer import curve, tensors
+from tests.utils.data.test_videos import encode
 from utils.checkpoint import list_checkpoints, step_of
 from utils.config import to_yaml
+from utils.data.latents import open_latents
 
 HERE = Path(__file__).parent
 FOLDER = Path(os.environ.get("SLURM_FIX_DIR") or Path(os.environ.get("TMPDIR", "/tmp"), "slurm-fixture"))
@@ -74,6 +77,15 @@ def ended(job: str, seconds: float = 400) -> list[str]:
     raise AssertionError(f"job {job} is still {states}")
 
 
+def until(happened: Callable[[], bool], job: str, folder: Path) -> None:
+    """Waits for something that a job does which has not ended."""
+    deadline = time.monotonic() + 120
+    while not happened() and time.monotonic() < deadline:
+        assert field(job, "JobState")[0] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), log(folder)
+        time.sleep(0.1)
+    assert happened(), log(folder)
+
+
 def small_yaml(folder: Path) -> Path:
     path = folder / "small.yaml"
     path.write_text(
@@ -91,10 +103,7 @@ def requeued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         folder, "distill_14b.slurm", "--sbatch:nodes=2", "--sbatch:time=30", f"training.max_steps={STEPS}",
         CONFIG="small.yaml", LOGDIR="run", OVERRIDES="seed=7 'name=in quotes'",
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (folder / "run/metrics.jsonl").is_file() and time.monotonic() < deadline:
-        assert field(job, "JobState")[0] in ("PENDING", "CONFIGURING", "RUNNING"), log(folder)
-        time.sleep(0.1)
+    until(lambda: (folder / "run/metrics.jsonl").is_file(), job, folder)
     slurm("scancel", "--signal=USR1", "--batch", job)
     yaml.write_text("name: edited meanwhile")  # of no concern to a job that runs
     (folder / "whole.yaml").write_text((folder / f"run/slurm/{job}/config.yaml").read_text())
@@ -168,9 +177,13 @@ def test_inference_in_a_container(requeued: tuple[Path, str], tmp_path: Path) ->
 def test_an_array_preprocesses_every_prompt_exactly_once(tmp_path: Path) -> None:
     small_yaml(tmp_path)
     prompts = ROOT / "configs/toy/prompts.txt"
-    settings = {"CONFIG": "small.yaml", "PROMPTS": str(prompts), "OUT": "text"}
+    # a cluster's partition, and an interpreter that only a file of its own names
+    (tmp_path / "cluster.sh").write_text(f"export ALSO=$of_nothing\nPYTHON={sys.executable}\n")
+    settings = {"SETUP": "cluster.sh", "PYTHON": "no-python", "SBATCH_PARTITION": "gpu"}
+    settings |= {"CONFIG": "small.yaml", "PROMPTS": str(prompts), "OUT": "text"}
     job = submit(tmp_path, "preprocess.slurm", "--sbatch:array=0-2", "--sbatch:time=30", **settings)
     assert ended(job) == ["COMPLETED"] * 3, log(tmp_path)
+    assert field(job, "Partition") == ["gpu"] * 3
     manifest = json.loads((tmp_path / "text/manifest.json").read_text())
     parts = [(part["first"], part["prompts"]) for part in manifest["shards"].values()]
     assert manifest["count"] == 9 == len(prompts.read_text().splitlines()) + 1  # and the negative prompt
@@ -184,7 +197,10 @@ def test_a_mistake_is_one_line_before_anything_is_launched(tmp_path: Path) -> No
     two = ["--sbatch:nodes=2", "--sbatch:time=30"]  # far beyond the 5 minutes before the end that USR1 comes at
     absent = submit(tmp_path, "distill_1.3b.slurm", *two, CONFIG="no.yaml", LOGDIR="a")
     wrong = submit(tmp_path, "distill_5b.slurm", *two, "training.max_stepz=5", CONFIG="small.yaml", LOGDIR="b")
-    for job, words in ((absent, "CONFIG="), (wrong, "training.max_stepz: unknown key")):
+    bare = submit(tmp_path, "distill_5b.slurm", *two, "--sbatch:export=NONE", CONFIG="small.yaml", LOGDIR="c")
+    for job, words in (
+        (absent, "CONFIG="), (wrong, "training.max_stepz: unknown key"), (bare, "--export=NONE keeps the settings"),
+    ):  # fmt: skip
         assert ended(job) == ["FAILED"]
         assert field(job, "Restarts") == ["0"]
         assert field(job, "ExitCode") == ["2:0"]
@@ -194,3 +210,53 @@ def test_a_mistake_is_one_line_before_anything_is_launched(tmp_path: Path) -> No
         assert words in said[0]
     assert not (tmp_path / "a").exists()
     assert not [*tmp_path.glob("b/slurm/*/node*.log")]
+
+
+@pytest.mark.slow
+def test_arrays_share_out_videos_and_trajectories_and_processes_a_task(tmp_path: Path) -> None:
+    for i in range(4):
+        encode(tmp_path / f"clips/{i}.mp4", 5)
+    small_vae("2.1").save_pretrained(tmp_path / "vae")
+    (tmp_path / "ode.yaml").write_text(to_yaml(config(ODE, ode={"pairs": 4, "steps": 6}, **SHORT)))
+    how = ["--sbatch:array=0-1", "--sbatch:time=30", "--rows", "1"]
+    latents = {"VIDEOS": "clips", "VAE": "vae", "OUT": "latents"}
+    video = submit(tmp_path, "preprocess_video.slurm", *how, "--bucket", "5x32x32", **latents)
+    ode = submit(tmp_path, "preprocess_ode.slurm", *how, CONFIG="ode.yaml", OUT="trajectories", NPROC="2")
+    assert ended(video) == ended(ode) == ["COMPLETED"] * 2, log(tmp_path)
+    assert len(open_latents(tmp_path / "latents")) == 4
+    assert len([*(tmp_path / "trajectories").glob("ode_0000?_of_00004.safetensors")]) == 4
+    assert log(tmp_path).count("2 files made") == 4  # of two tasks each; ranks of one say what theirs made
+
+
+@pytest.mark.slow
+def test_vbenchs_videos_are_made_by_the_processes_of_a_job(requeued: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "info.json").write_text(json.dumps([{"prompt_en": "the digit one", "dimension": ["scene"]}]))
+    job = submit(
+        tmp_path, "evaluate.slurm", "--sbatch:time=30", "--suite", "vbench", "--only_videos", "--prompts",
+        str(tmp_path / "info.json"), "--dimensions", "scene", "--videos", str(tmp_path / "videos"),
+        RUN=str(requeued[0] / "run"), NPROC="2",
+    )  # fmt: skip
+    assert ended(job) == ["COMPLETED"], log(tmp_path)
+    assert len([*(tmp_path / "videos").glob("*.mp4")]) == 5
+
+
+@pytest.mark.slow
+def test_a_failed_node_is_slurms_to_requeue_and_a_wanted_stop_is_no_failure(tmp_path: Path) -> None:
+    small_yaml(tmp_path)
+    job = submit(
+        tmp_path, "distill_14b.slurm", "--sbatch:nodes=2", "--sbatch:time=30", CONFIG="small.yaml", LOGDIR="run"
+    )
+    codes = tmp_path / f"run/slurm/{job}"
+    try:
+        until(lambda: (tmp_path / "run/metrics.jsonl").is_file(), job, tmp_path)
+        slurm("scontrol", "update", "nodename=node1", "state=down", "reason=test")
+        until(lambda: field(job, "Restarts") == ["1"] and field(job, "JobState") == ["PENDING"], job, tmp_path)
+    finally:
+        slurm("scontrol", "update", "nodename=node1", "state=resume")
+    assert "slurm: TERM: Slurm requeues this job by itself" in log(tmp_path)
+    assert "sbatch again" not in log(tmp_path)
+    until(lambda: "step" in (codes / "node0.log").read_text().split("attempt 1")[-1], job, tmp_path)
+    slurm("scancel", "--signal=TERM", job)
+    assert ended(job) == ["CANCELLED"]
+    assert "slurm: stopped as asked (SIGTERM), not requeued: sbatch again to resume" in log(tmp_path)
+    assert "failed" not in log(tmp_path)

@@ -71,6 +71,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_processes_of_one_part_of_an_array_share_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--config_path", str(folder / "run.yaml"), "--prompts", str(folder / "prompts.txt"), "--out", str(tmp_path)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert preprocess_text([*argv, "--shard", "1/2"]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"shard_0000{i}_of_00004.safetensors" for i in (2, 3)]
+
+
 def run(root: Path, *, encoder: bool = False, cache: bool = False, **changes: Any) -> RunConfig:
     return config(base(root, encoder=encoder, cache=cache), **changes)
 
