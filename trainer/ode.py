@@ -62,7 +62,7 @@ class ODETrainer(Trainer):
         visual_of = visual_reader(config.student, shape[0], self.device, has_first_frame=has_first_frame)
         self.stored = StoredPairs(Path(config.ode.path), shape, config.seed, config.ode.sigmas, visual_of)
         self.sigmas_S = self.stored.sigmas_S
-        self.task.check_captions(self.stored)
+        self.task.check_captions(self.stored.key, self.stored.captions)
         self._check_levels()
 
     def _check_levels(self) -> None:

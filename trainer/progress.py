@@ -18,6 +18,7 @@ from model.network import Expert
 from model.score import ScoreNet
 from trainer.networks import Trained
 from utils import distributed
+from utils.fields import show
 from utils.parallel.mesh import Mesh
 
 
@@ -77,6 +78,7 @@ def opening(extent: Extent, setting: Setting) -> list[str]:
         f"{mesh.replicate} x shard {mesh.shard} x sequence {mesh.sequence}), precision {training.precision.value}",
         *_idle_gpus(mesh.world),
         f"data       {config.data.kind}: " + ", ".join(_counted(n, name) for name, n in setting.counts.items()),
+        *dropped_captions(config),
         f"batch      {training.global_batch_size} = {mesh.dp_size} at once x {each} in turn x micro-batches of {size}",
         f"saved      {_cadence(extent)}",
         f"steps      {extent.total - extent.begins} to go: {extent.begins} of {extent.total} are done; the first is "
@@ -91,6 +93,14 @@ def _idle_gpus(ranks: int) -> list[str]:
     return [
         f"device     1 of this machine's {gpus} GPUs is used: torchrun --nproc_per_node {gpus} train.py ... takes all"
     ]
+
+
+def dropped_captions(config: RunConfig) -> list[str]:
+    """The line of a teacher that is to know what no caption is; none for other runs."""
+    if config.dropped_text is None:
+        return []
+    text = f"the negative prompt ({show(config.dropped_text)})" if config.dropped_text else "the empty text"
+    return [f"captions   {config.diffusion.caption_dropout:.3g} of them are dropped: the sample is trained with {text}"]
 
 
 def _networks(config: RunConfig, setting: Setting) -> dict[str, str]:
