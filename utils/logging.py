@@ -20,7 +20,7 @@ import torch
 
 from utils.reading import reason
 from utils.views import Lines, View, silence_threads
-from utils.wandb_files import last_step
+from utils.wandb_files import keep_last, last_step
 from utils.writing import Unwritten, write_text
 
 _WANDB_SECONDS = 60  # how long W&B may take to start or to finish before the run goes on without it
@@ -117,24 +117,25 @@ class RunLogger:
         self._view = View(str(self.path), "lines", lambda text: console.warning("%s", text))
         self._board: Any = None
         self._wandb: Any = None
-        self._told = -1  # the last step that W&B had before this process
+        self._told = self._known = -1  # the last steps that W&B has: now, and before this process
         self._want_board = tensorboard and is_main
         self._purge_step: int | None = None
         if not is_main:
             return
         self._rewrite(lambda entry: True)
         if wandb:
-            self._wandb, self._told = _start_wandb(self.run_dir, config_dict)
+            self._wandb, self._known = _start_wandb(self.run_dir, config_dict)
+            self._told = self._known
 
     def truncate_after(self, step: int) -> None:
         """Drop what was logged beyond ``step``, from which the run is resumed: no curve has doubled points."""
         if self.is_main:
             self._rewrite(lambda entry: entry["step"] <= step)
             self._purge_step = step + 1
-            if self._wandb is not None and self._told > step:
+            if self._wandb is not None and self._known > step:
                 console.info(
                     "W&B has steps up to %d from before this resume: it is told again from step %d on",
-                    self._told, self._told + 1,
+                    self._known, self._known + 1,
                 )  # fmt: skip
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -165,8 +166,14 @@ class RunLogger:
             self._to_tensorboard(lambda board: board.close())
             self._board = None
         if self._wandb is not None:
-            _within(_WANDB_SECONDS, self._wandb.finish, "W&B did not finish: `wandb sync` can upload the run later")
+            _within(_WANDB_SECONDS, self._finish_wandb, "W&B did not finish: `wandb sync` can upload the run later")
             self._wandb = None
+
+    def _finish_wandb(self) -> None:
+        run = self._wandb
+        run.finish()
+        if self._told >= 0:
+            keep_last(self.run_dir, str(run.id), self._told)
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         with self._view.showing():
@@ -212,13 +219,14 @@ class RunLogger:
             self._want_board, self._board = False, None
 
     def _to_wandb(self, step: int, values: Mapping[str, Any], videos: Mapping[str, Path] = {}) -> None:
-        if self._wandb is None or step <= self._told:
+        if self._wandb is None or step <= self._known:
             return
         try:
             import wandb
 
             shown = {name: wandb.Video(str(path)) for name, path in videos.items()}
             self._wandb.log({**values, **shown}, step=step)
+            self._told = max(self._told, step)
         except Exception as error:  # a tracker must not end a run, whatever it raises
             console.warning("W&B failed (%s): going on without it", " ".join(str(error).split()))
             self._wandb = None

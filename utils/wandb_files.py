@@ -1,7 +1,10 @@
-"""What a W&B run has been told already, by the files that it keeps in the run folder.
+"""What a W&B run has been told already: by a record of its last step, and by W&B's own files in the run folder.
 
-Such a file is 7 bytes of a header and then LevelDB's log format: blocks of 32 KiB with pieces of records, each piece
-after its checksum (4 bytes), length (2) and place in its record (1: whole, 1st, middle or last). A record is W&B's
+The record is written when a run has finished, for W&B writes on after that. A run that was killed has none, and W&B may
+have lost some of what it was told.
+
+W&B's file is 7 bytes of a header and then LevelDB's log format: blocks of 32 KiB with pieces of records, each piece
+after its checksum (4 bytes), length (2) and place in its record (1: whole, first, middle or last). A record is W&B's
 protobuf message.
 """
 
@@ -11,22 +14,31 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from utils.writing import write_text
+
 _HEADER, _BLOCK, _PIECE = 7, 32 * 1024, struct.Struct("<IHB")
+RECORD = "wandb_step.txt"
 _PADDING, _WHOLE, _FIRST, _LAST = 0, 1, 2, 4
 
 
-def last_step(run_dir: Path, run_id: str) -> int | None:
-    """The largest step of the run's history in its files, None where they have none.
+def keep_last(run_dir: Path, run_id: str, step: int) -> None:
+    """Records the last step that a run was told. Raises Unwritten."""
+    write_text(run_dir / RECORD, f"{run_id} {step}\n")
 
-    What a killed process did not write any more is not in them. Raises OSError, and what protobuf raises for a file of
-    another format.
-    """
+
+def last_step(run_dir: Path, run_id: str) -> int | None:
+    """The last step that a run was told, None for none. Raises OSError, and what protobuf raises for a file of another
+    format."""
     files = sorted(run_dir.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb"))
-    return max((step for file in files for step in steps(file)), default=None)
+    found = [step for file in files for step in steps(file)]
+    if (record := run_dir / RECORD).is_file():
+        whose, _, step = record.read_bytes().decode(errors="replace").strip().partition(" ")
+        found += [int(step)] if whose == run_id and step.isdecimal() else []
+    return max(found, default=None)
 
 
 def steps(file: Path) -> Iterator[int]:
-    """The step of each line of a file's history, in their order. Raises as `last_step`."""
+    """The step of each line of a file's history, in their order; a torn end is left out. Raises as `last_step`."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     for data in _records(file.read_bytes()):

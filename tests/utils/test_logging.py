@@ -250,6 +250,7 @@ def test_wandb_is_not_told_a_step_twice(tmp_path: Path, monkeypatch: pytest.Monk
         logger.video(step, "sample", tmp_path / "a.mp4")
     logger.close()
     assert sorted({step for step, _ in run.logged}) == [5, 6]
+    assert (tmp_path / "wandb_step.txt").read_text() == "abc 6\n"
     assert sorted(set(steps_of(tmp_path))) == [3, 4, 5, 6]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
+import time
 from pathlib import Path
 
 import pytest
 
 from utils.logging import RunLogger
-from utils.wandb_files import last_step, steps
+from utils.wandb_files import keep_last, last_step, steps
 
 
 def write_file(path: Path, histories: list[tuple[int, str]]) -> None:
@@ -46,6 +47,11 @@ def test_the_last_step_is_read_over_blocks_and_runs(tmp_path: Path) -> None:
     assert last_step(tmp_path, "abc") == 6
     second.write_bytes(second.read_bytes()[:-1])  # what a kill leaves
     assert last_step(tmp_path, "abc") == 5
+    keep_last(tmp_path, "abc", 7)
+    assert (last_step(tmp_path, "abc"), last_step(tmp_path, "xyz")) == (7, 9)
+    for damaged in (b"", b"\0" * 8, b"abc", b"abc x", b"abc -3"):
+        (tmp_path / "wandb_step.txt").write_bytes(damaged)
+        assert last_step(tmp_path, "abc") == 5
 
 
 def test_wandbs_files_have_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,5 +63,8 @@ def test_wandbs_files_have_each_step_once(tmp_path: Path, monkeypatch: pytest.Mo
         for step in range(done + 1, last + 1):
             logger.scalars(step, {"loss": float(step)})
         logger.close()
-    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert [list(steps(file)) for file in files] == [[1, 2, 3, 4, 5, 6], [7, 8]]
+    found, until = [], time.monotonic() + 60
+    while len(found) < 8 and time.monotonic() < until:  # W&B still writes when it says that it has finished
+        files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+        found = [step for file in files for step in steps(file)]
+    assert found == [1, 2, 3, 4, 5, 6, 7, 8]
