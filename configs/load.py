@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.checks import check_run
+from configs.earlier import completed
 from configs.schema import RunConfig
 from utils.config import from_plain, is_overlay, load
 from utils.errors import ConfigError
@@ -14,11 +15,14 @@ from utils.yaml_files import read_yaml
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that a YAML file describes, with ``key=value`` and overlays laid over it. Raises ConfigError."""
+    """The run that a YAML file describes, with ``key=value`` and overlays laid over it. Raises ConfigError.
+
+    What an earlier version saved is read as that version meant it.
+    """
     overlays = [Path(text) for text in overrides if is_overlay(text)]
     _refuse_swapped(Path(path), overlays)
     _refuse_recipes(overlays)
-    return checked(load(RunConfig, path, overrides))
+    return checked(load(RunConfig, path, overrides, read=lambda file: completed(read_yaml(file))))
 
 
 def _refuse_swapped(path: Path, overlays: Sequence[Path]) -> None:
@@ -54,7 +58,7 @@ def run_from_state(values: Mapping[str, Any]) -> RunConfig:
 
     Sections of version 0.1 had the keys of all their kinds: those that did nothing are left out.
     """
-    return checked(from_plain(RunConfig, values, other_kinds="dropped"))
+    return checked(from_plain(RunConfig, completed(values), other_kinds="dropped"))
 
 
 def checked(config: RunConfig) -> RunConfig:

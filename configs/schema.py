@@ -13,6 +13,7 @@ from configs.sections import (
     ConsistencyConfig,
     DiffusionConfig,
     DiffusionMode,
+    DroppedCaption,
     GuardConfig,
     LoggingConfig,
     ODEConfig,
@@ -102,6 +103,13 @@ class RunConfig:
     def few_steps(self) -> bool:
         """Whether the trained network is sampled by the step list, and not by a many-step solver."""
         return self.is_causal or self.trainer is not TrainerKind.diffusion
+
+    @property
+    def dropped_text(self) -> str | None:
+        """What trainer diffusion trains with in the place of a dropped caption; None for a run that drops none."""
+        if self.trainer is not TrainerKind.diffusion or self.diffusion.caption_dropout == 0:
+            return None
+        return self.data.negative_prompt if self.diffusion.dropped_caption is DroppedCaption.negative else ""
 
     @property
     def fps(self) -> int:

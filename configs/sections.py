@@ -27,6 +27,11 @@ class DiffusionMode(Enum):
     teacher_forcing = "teacher_forcing"  # noisy blocks look back at clean ones
 
 
+class DroppedCaption(Enum):
+    empty = "empty"
+    negative = "negative"
+
+
 class UpdateSchedule(Enum):
     joint = "joint"  # critic every iteration, student each `generator_update_interval`-th beside it
     alternating = "alternating"  # student each `generator_update_interval`-th instead of the critic
@@ -69,13 +74,16 @@ class ConsistencyConfig:
 class DiffusionConfig:
     """Flow-matching training.
 
-    caption_dropout: share of samples trained with the negative prompt.
+    caption_dropout: share of samples trained without their caption.
+    dropped_caption: what they are trained with in its place, the empty text or data.negative_prompt. null is the empty
+        text, but for a run that an earlier version began: it goes on with the negative prompt.
     clean_block_share: diffusion forcing's share of blocks given clean and left out of the loss.
     clean_noise_max: teacher forcing noises its clean half to U(0, this) timesteps.
     """
 
     mode: DiffusionMode = DiffusionMode.bidirectional
     caption_dropout: float = 0.1
+    dropped_caption: DroppedCaption | None = None
     clean_block_share: float = 0.0
     clean_noise_max: float = 0.0
 

@@ -23,7 +23,8 @@ from generation.sampling import Sampling
 from tasks.kinds.toy import ToyTask
 from utils.data.prompts import load_prompts
 from utils.errors import UserError
-from utils.metrics import Moments, diversity, drift, frame_luma, frechet_between, motion
+from utils.logging import console
+from utils.metrics import Moments, diversity, drift, few_samples, frame_luma, frechet_between, motion
 from worlds.toy_judge import ToyJudge
 
 Features = Callable[[Tensor], Tensor]  # pixels [B, T, C, h, w] -> [B, F, D]
@@ -86,12 +87,16 @@ def compare(generated: VideoSet, real: VideoSet) -> dict[str, dict[str, float]]:
     """`generated` and `real`: each set's summary; the former with its distances to the latter.
 
     fd_frames: Frechet distance with each frame a sample (an FID), fd_videos: with each video a sample, where both sets
-    are videos. Raises ValueError for fewer than two samples.
+    are videos. One of few samples is warned of: there is no floor beside it. Raises ValueError for fewer than two.
     """
     rows = {"generated": generated.summary(), "real": real.summary()}
-    rows["generated"]["fd_frames"] = frechet_between(generated.frames, real.frames)
+    sets = {"fd_frames": (generated.frames, real.frames)}
     if real.frames.count > real.count > 1 and generated.count > 1:
-        rows["generated"]["fd_videos"] = frechet_between(generated.videos, real.videos)
+        sets["fd_videos"] = (generated.videos, real.videos)
+    for name, (ours, theirs) in sets.items():
+        rows["generated"][name] = frechet_between(ours, theirs)
+        if few := few_samples(ours, theirs):
+            console.warning("%s: %s", name, few)
     return rows
 
 

@@ -19,7 +19,7 @@ from configs.schema import RunConfig
 from configs.sizes import trained_frames
 from generation.acceleration import UNCHANGED, Acceleration
 from generation.levels import chosen_levels, schedule_of
-from generation.refusals import refuse_inputs, refuse_unused
+from generation.refusals import beyond_training, refuse_inputs, refuse_unused, warn_once
 from generation.run_data import change_data
 from generation.sampling import Sampler, Sampling, StudentChoice
 from generation.two_experts import joined, refuse_half
@@ -211,6 +211,7 @@ class Generator:
         frames = self._frames(sampling, conditioning)
         kept = conditioning.initial_frames if self.causal else 0  # other networks make first frames again, or pin them
         causal = self._causal(sampling, frames, kept) if self.causal else None
+        warn_once(beyond_training(frames - kept, causal, self.trained_frames))
         blocks = [] if causal is None else causal.split(kept, frames - kept)[1]
         noise = self._noise(source, frames - kept, blocks) if causal is None or clip is not None else None
         start = None if clip is None or noise is None else self._start(clip, noise)
@@ -262,6 +263,7 @@ class Generator:
         initial, trained = conditioning.initial_frames, self.config.causal
         block = 1 if trained.independent_first_frame and not initial else trained.num_frame_per_block
         causal = self._causal(sampling, initial + block, initial)
+        warn_once(beyond_training(None, causal, self.trained_frames))
         source = Noise(sampling.seed, 0, ids, self.device)
         sigmas = self.step_list(sampling.steps, self.trained_frames)
         return self._open(conditioning, sampling, sigmas, causal, source, None)

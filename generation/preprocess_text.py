@@ -30,7 +30,8 @@ def preprocess_text(argv: Sequence[str]) -> int:
         type=Path,
         action="append",
         required=True,
-        help="file of prompts; may be given again. The run's validation prompts and negative prompt are added",
+        help="file of prompts; may be given again. The run's validation prompts and negative prompt are added, and "
+        "what it trains with in the place of dropped captions",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--shard", metavar="i/n", help="only part i of n, from 0 (default: all parts, of 1024 prompts)")
@@ -69,4 +70,5 @@ def _prompts(config: RunConfig, files: Sequence[Path]) -> list[str]:
             prompts += load_prompts(file)
         except (ValueError, OSError) as problem:
             raise UserError(f"{'--prompts' if file in files else 'validation.prompts'}: {problem}") from None
-    return [*prompts, config.data.negative_prompt]
+    dropped = [] if config.dropped_text is None else [config.dropped_text]
+    return [*prompts, config.data.negative_prompt, *dropped]

@@ -1,13 +1,18 @@
-"""What a network cannot do is refused before anything is made."""
+"""What a network cannot do is refused before anything is made, and what it was not trained for is said."""
 
 from __future__ import annotations
+
+import functools
 
 from torch import Tensor
 
 from configs.schema import RunConfig
 from generation.sampling import Sampling
 from model.family import FirstFrame
+from pipeline.causal import CausalConfig
+from utils import distributed
 from utils.errors import UserError
+from utils.logging import console
 
 
 def refuse_unused(sampling: Sampling, config: RunConfig, *, causal: bool, few_steps: bool, has_experts: bool) -> None:
@@ -71,3 +76,29 @@ def refuse_inputs(
         )
     if first_frames is None and clip is None and takes is FirstFrame.channels:
         raise UserError("this network makes videos from an image (model_type i2v): give --image")
+
+
+def beyond_training(made: int | None, causal: CausalConfig | None, trained: int) -> str:
+    """In one line, that a network is to see more frames at once than it was trained on; empty where it is not.
+
+    made: latent frames of the video, None for one without end.
+    causal: how blocks look back, None for a network that makes all frames at once.
+    trained: latent frames of the longest video that the network was trained on.
+    """
+    window = None if causal is None else causal.window_frames
+    seen = min((length for length in (made, window) if length is not None), default=0)
+    if seen <= trained:
+        return ""
+    what = f"a video of {seen}" if seen != window else f"a window of {seen}"
+    remedy = f"--frames {trained}" if causal is None else f"--window {trained}"
+    return (
+        f"{what} latent frames: this network was trained on {trained} at the most, and what it makes of more at once "
+        f"may fall apart: give {remedy}"
+    )
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Says what was not said before, on one rank."""
+    if text and distributed.is_main():
+        console.warning("%s", text)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from configs.earlier import going_on
 from configs.schema import RunConfig
 from configs.sections import TrainerKind
 from model.folders import part_folder
@@ -37,8 +38,10 @@ from tasks.stored import StoredImages, StoredLatents, StoredPairs
 from tasks.text import prompt_encoder
 from tasks.text_cache import TextCache
 from trainer.build import check_first_frames
+from trainer.caption_dropout import check_dropped_text
 from trainer.run_networks import sharing
 from trainer.weight_sources import open_init
+from utils import checkpoint
 from utils.data.prompts import load_prompts
 from utils.data.tensors import Statistics
 from utils.reading import reading
@@ -66,6 +69,8 @@ class Use:
 def check_files(recipe: Recipe, config: RunConfig) -> Iterator[Finding]:
     """A finding for each path that is absent, each use of one that does not fit, and each path that is right."""
     comments = recipe.comments()
+    if (begun := checkpoint.latest_sound(recipe.folder / "checkpoints")) is not None:
+        config = going_on(config, checkpoint.load_state(begun)["config"])
     found = uses(recipe, config, comments)
     blocked = False
     for path in dict.fromkeys(use.path for use in found):
@@ -233,8 +238,9 @@ def _lacks_prompts(config: RunConfig, data: EncodedData, cache: str) -> bool:
     shapes = config.student.prompt_shapes
     if not Path(cache).is_dir() or _problem(lambda: TextCache(Path(cache), shapes)):
         return True
+    dropped = [] if config.dropped_text is None else [config.dropped_text]
     files = [path for path in (data.prompts, config.validation.prompts) if path is not None and Path(path).is_file()]
-    wanted = [data.negative_prompt, *(prompt for path in files for prompt in load_prompts(path))]
+    wanted = [data.negative_prompt, *dropped, *(prompt for path in files for prompt in load_prompts(path))]
     return bool(TextCache(Path(cache), shapes).missing(wanted))
 
 
@@ -302,4 +308,4 @@ def _check_pairs(config: RunConfig, path: str) -> None:
 def _build(config: RunConfig) -> None:
     """What a run builds of its data before it trains, and what it refuses then."""
     check_first_frames(config)
-    build_task(config, torch.device("cpu"))
+    check_dropped_text(config, build_task(config, torch.device("cpu")))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from tasks.clips import Clips, Glimpse
 from utils.data.buckets import Size
 from utils.data.stream import Stream
 from utils.errors import ConfigError
-
-if TYPE_CHECKING:
-    from tasks.stored import Stored
 
 Shape = tuple[int, ...]
 Reward = Callable[[Tensor, Sequence[str]], Tensor]  # latents [B, F, C, H, W], prompts -> [B], higher is better
@@ -89,8 +86,8 @@ class Task(Protocol):
     def validation_visual(self, numbers: range, prompts: Sequence[str]) -> VisualConditioning:
         """Visual conditioning of validation's videos of these numbers."""
 
-    def check_captions(self, stored: Stored) -> None:
-        """Raises ConfigError for a stored caption that is known to have no embedding."""
+    def check_captions(self, key: str, captions: Sequence[str]) -> None:
+        """Raises ConfigError for a caption that is known to have no embedding. key: of the config, which needs them."""
 
     def decode(self, latents: Tensor) -> Tensor: ...
 

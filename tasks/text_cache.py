@@ -131,7 +131,8 @@ def check_shapes(encoded: Prompt, shapes: PromptShapes) -> None:
 
 # what a shard that is another's was made from, by the key of `Source.identity`
 _OTHERWISE = {
-    "prompts": "of other prompts (--prompts, validation.prompts and data.negative_prompt together)",
+    "prompts": "of other prompts (--prompts, validation.prompts, data.negative_prompt and diffusion.dropped_caption "
+    "together)",
     "encoder": "by another text encoder, precision or cleaning (data.text)",
 }
 

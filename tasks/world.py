@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -24,9 +24,6 @@ from utils.data.stream import Stream
 from utils.errors import ConfigError
 from worlds.glyphs import Split
 from worlds.toy import ToyBatch
-
-if TYPE_CHECKING:
-    from tasks.stored import Stored
 
 
 class World(Protocol):
@@ -185,12 +182,12 @@ class WorldTask:
     def validation_prompts(self, count: int) -> list[str]:
         return spread(self.library, count)
 
-    def check_captions(self, stored: Stored) -> None:
+    def check_captions(self, key: str, captions: Sequence[str]) -> None:
         try:
-            for caption in sorted(set(stored.captions)):  # the toy world has few
+            for caption in sorted(set(captions)):  # the toy world has few
                 self.encode_prompts([caption])
         except ValueError as problem:
-            raise ConfigError(f"{stored.key}: {problem}") from None
+            raise ConfigError(f"{key}: {problem}") from None
 
     def validation_visual(self, numbers: range, prompts: Sequence[str]) -> VisualConditioning:
         return (

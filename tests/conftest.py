@@ -55,6 +55,7 @@ FULL = {
     "tests/planning/test_plan.py::test_peak_is_that_of_a_real_run[checkpointed": "[plain]",
     "tests/test_extending.py::test_a_walk_runs[An_attention_backend]": "test_a_walk_runs[An_objective]",
     "tests/test_extending.py::test_a_walk_runs[An_optimizer]": "test_a_walk_runs[An_objective]",
+    "tests/utils/test_wandb_files.py::test_wandbs_files_have": "test_the_last_step; test_wandb_is_not_told_a_step_twice",
     "tests/utils/test_metrics.py::test_the_judge_is_trained_once": "test_real_videos_score_as_real",
     "tests/trainer/test_methods.py::test_it_trains_what_it_should_and_goes_on_exactly[reward]": "other objectives",
     "tests/trainer/test_trainer.py::test_defect_10_accumulation_gives_the_same_losses[distillation]": "[diffusion]",

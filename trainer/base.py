@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from configs.earlier import going_on
 from configs.schema import RunConfig
 from model.score import ScoreNet
 from model.types import Conditioning, Evaluations, Prompt
@@ -404,6 +405,7 @@ class Trainer(ABC):
         self.evaluations.load(state["evaluations"] if self.mesh.dp_rank == 0 else Evaluations().state())
         self.notices.reached(self.step, {})
         self._say([f"resumed from {path} at step {self.step}"])
+        self.config = going_on(self.config, state["config"])
         changes = config_changes(state, self.config)
         self.changed = bool(changes)
         changed = changed_since(state, changes, versions(self.device))

@@ -1,4 +1,4 @@
-"""Samples that are trained with the negative prompt in the place of their own.
+"""Samples that are trained with the negative prompt or the empty text in the place of their own.
 
 B batch
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from configs.schema import RunConfig
 from model.types import Conditioning
 from tasks.task import Task
+from utils.errors import ConfigError
 from utils.random import Noise
 
 ROLE = "caption_dropout"
@@ -32,3 +34,16 @@ def with_dropout(conditioning: Conditioning, task: Task, noise: Noise, share: fl
             for name, value in conditioning.prompt.items()
         }
     )
+
+
+def check_dropped_text(config: RunConfig, task: Task) -> None:
+    """Raises ConfigError where trainer diffusion drops captions for a text that is known to have no embedding."""
+    if config.dropped_text is None:
+        return
+    try:
+        task.check_captions("diffusion.caption_dropout", [config.dropped_text])
+    except ConfigError as problem:
+        raise ConfigError(
+            f"{problem}. With this recipe preprocess.py text encodes it too, and diffusion.dropped_caption=negative "
+            "takes the negative prompt instead"
+        ) from None

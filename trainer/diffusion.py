@@ -14,7 +14,7 @@ from model.schedule import TIMESTEPS, mix, shift_sigma
 from model.types import Conditioning, LossOutput
 from pipeline.diffusion_forcing import CleanContext, per_frame, teacher_forced_velocity
 from trainer.base import Trainer
-from trainer.caption_dropout import dropped
+from trainer.caption_dropout import check_dropped_text, dropped
 from trainer.micro_batch import MicroBatch
 
 
@@ -23,6 +23,10 @@ class DiffusionTrainer(Trainer):
 
     def build(self) -> None:
         self.networks = {"student": self.make.trained("student", self.config.training.max_steps)}
+
+    def _resume(self) -> None:
+        super()._resume()
+        check_dropped_text(self.config, self.task)  # which depends on the run that goes on
 
     def training_step(self) -> dict[str, float]:
         update = self.begin_update(self.networks["student"])
@@ -35,11 +39,10 @@ class DiffusionTrainer(Trainer):
         config = self.config.diffusion
         clips = self.task.real(micro.positions, micro.shape)
         latents = clips.latents
-        gone = dropped(micro.noise, config.caption_dropout)
-        prompts = [
-            self.task.negative_prompt if drop else text
-            for text, drop in zip(clips.captions, gone.tolist(), strict=True)
-        ]
+        prompts, instead = clips.captions, self.config.dropped_text
+        if instead is not None:
+            gone = dropped(micro.noise, config.caption_dropout).tolist()
+            prompts = [instead if drop else text for text, drop in zip(prompts, gone, strict=True)]
         conditioning = self.task.conditioning(prompts, clips.visual)
         noise = micro.noise.normal("noise", tuple(latents.shape[1:]))
         match config.mode:

@@ -64,7 +64,7 @@ class ODETrainer(Trainer):
         self.stored = stored = StoredPairs(Path(config.ode.path), shape, config.seed, config.ode.sigmas, visual_of)
         require_same_data(lambda: {"ode.path": stored.index()})
         self.sigmas_S = stored.sigmas_S
-        self.task.check_captions(stored)
+        self.task.check_captions(stored.key, stored.captions)
         self._check_levels()
 
     def _check_levels(self) -> None:

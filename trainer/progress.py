@@ -17,7 +17,9 @@ from model.family import FirstFrame
 from model.network import Expert
 from model.score import ScoreNet
 from trainer.networks import Trained
+from trainer.run_networks import left_uncompiled
 from utils import distributed
+from utils.fields import show
 from utils.parallel.mesh import Mesh
 
 
@@ -77,6 +79,8 @@ def opening(extent: Extent, setting: Setting) -> list[str]:
         f"{mesh.replicate} x shard {mesh.shard} x sequence {mesh.sequence}), precision {training.precision.value}",
         *_idle_gpus(mesh.world),
         f"data       {config.data.kind}: " + ", ".join(_counted(n, name) for name, n in setting.counts.items()),
+        *compiled(config, setting),
+        *dropped_captions(config),
         f"batch      {training.global_batch_size} = {mesh.dp_size} at once x {each} in turn x micro-batches of {size}",
         f"saved      {_cadence(extent)}",
         f"steps      {extent.total - extent.begins} to go: {extent.begins} of {extent.total} are done; the first is "
@@ -91,6 +95,32 @@ def _idle_gpus(ranks: int) -> list[str]:
     return [
         f"device     1 of this machine's {gpus} GPUs is used: torchrun --nproc_per_node {gpus} train.py ... takes all"
     ]
+
+
+def compiled(config: RunConfig, setting: Setting) -> list[str]:
+    """The lines of what parallel.compile compiles and what it leaves as it is; none for a run without."""
+    if not config.parallel.compile:
+        return []
+    sections = {"student": config.student, "critic": config.critic, "teacher": config.teacher}
+    here = [*setting.trained, *(["teacher"] if setting.teacher is not None else [])]
+    left = {name: why for name, why in left_uncompiled(config).items() if name in here}
+    blocks = [name for name in here if name in sections and name not in left]
+    reasons = [f"{name} ({why})" for name, why in left.items()]
+    reasons += [f"{name} (a head)" for name in here if name not in sections]
+    if sparse := [name for name in blocks if (section := sections[name]) is not None and section.sparse is not None]:
+        reasons.append(f"the sparse attention of {', '.join(sparse)} (its maps would be made anew at each call)")
+    return [
+        f"compiled   the blocks of {', '.join(blocks) or 'no network'}, at their first passes",
+        f"left       uncompiled: {'; '.join([*reasons, 'what lies outside the blocks, text encoders and codecs'])}",
+    ]
+
+
+def dropped_captions(config: RunConfig) -> list[str]:
+    """The line of a teacher that is to know what no caption is; none for other runs."""
+    if config.dropped_text is None:
+        return []
+    text = f"the negative prompt ({show(config.dropped_text)})" if config.dropped_text else "the empty text"
+    return [f"captions   {config.diffusion.caption_dropout:.3g} of them are dropped: the sample is trained with {text}"]
 
 
 def _networks(config: RunConfig, setting: Setting) -> dict[str, str]:

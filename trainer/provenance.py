@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from configs.earlier import completed
 from configs.load import run_from_state
 from configs.schema import RunConfig
 from utils.config import differences, to_plain
@@ -69,7 +70,7 @@ def config_changes(state: Mapping[str, Any], config: RunConfig) -> list[str]:
     try:
         saved = to_plain(run_from_state(state["config"]))
     except ConfigError:  # of a version with other keys
-        saved = state["config"]
+        saved = completed(state["config"])
     return differences(saved, to_plain(config))
 
 

@@ -11,7 +11,7 @@ from utils.config import save
 from utils.logging import console
 from utils.writing import Unwritten, writing
 
-LOGS = ("metrics.jsonl", "wandb_id.txt")
+LOGS = ("metrics.jsonl", "wandb_id.txt", "wandb_step.txt")
 RUN_FILES = (
     "checkpoints",
     "config.yaml",

@@ -45,6 +45,18 @@ def sharing(config: RunConfig) -> dict[str, LoraConfig]:
     return {name: net.lora for name, net in trained.items() if net is not None and net.lora and net.lora.share}
 
 
+def left_uncompiled(config: RunConfig) -> dict[str, str]:
+    """The networks that parallel.compile leaves as they are, each with the reason."""
+    if not config.is_causal:
+        return {}
+    found = {"student": "the context of a causal student grows from block to block, and Inductor fails on it"}
+    shared = sharing(config)
+    if "student" in shared:
+        others = ["teacher", *(name for name in shared if name != "student")]
+        found |= dict.fromkeys(others, "it shares the student's weights")
+    return found
+
+
 def random_heads(config: RunConfig) -> bool:
     """Whether networks without weights begin with random heads: in smoke tests, where a broken gradient must show."""
     return config.data.is_noise
@@ -80,7 +92,7 @@ class RunNetworks:
             first = config.student if "student" in adapters else config.critic
             assert first is not None
             network = replace(network, attention=first.attention, checkpointing=first.checkpointing)
-            compiled = compiled and not ("student" in adapters and config.is_causal)
+            compiled = compiled and "teacher" not in left_uncompiled(config)
             offload = offload or parallel.offload_optimizer
         sharding = Sharding(dtype, parallel.reshard_after_forward.teacher, offload, compiled)
         seed = config.seed if adapters else 0
@@ -161,8 +173,7 @@ class RunNetworks:
     def _placement(self, name: str) -> Placement:
         config, parallel = self.config, self.config.parallel
         reshard = parallel.reshard_after_forward.critic if name == "critic" else parallel.reshard_after_forward.student
-        # a causal student's context grows from block to block, and Inductor fails on it
-        compiled = parallel.compile and not (name == "student" and config.is_causal)
+        compiled = parallel.compile and name not in left_uncompiled(config)
         sharding = Sharding(compute_dtype(config), reshard, parallel.offload_optimizer, compiled)
         return Placement(self.mesh, parallel, sharding)
 

@@ -15,7 +15,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -44,7 +44,9 @@ _HASH = re.compile(r"\s*(?:#|(?!-\s)[^\s\"'\[{&*!|>%@`].*\s#)", re.DOTALL)
 # ---------------------------------------------------------------------------------------------------------------- load
 
 
-def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+def load(
+    schema: type[T], path: str | Path, overrides: Sequence[str] = (), read: Callable[[Path], dict[Any, Any]] = read_yaml
+) -> T:
     """Read ``path`` (YAML), lay ``overrides`` over it, return a checked instance of ``schema``.
 
     An override is ``a.b=value`` or an overlay: a YAML file that changes what is there and adds no optional section.
@@ -53,15 +55,16 @@ def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     layer that changes a section's ``kind`` drops what the layers below it say for the other kind alone (see
     utils/variants.py). An enum is written by its value (or name). ``__post_init__`` may raise ``ValueError``: when the
     message begins with a field's name, the path of the section is put before it.
+    ``read`` gives the values of a file that is there.
 
     Raises ConfigError: missing or malformed file, unknown key, wrong type, illegal value, failed ``__post_init__``.
     """
     overlays = [text for text in overrides if is_overlay(text)]
     pairs = [text for text in overrides if not is_overlay(text)]
     overriding: dict[Any, Any] = functools.reduce(merged, map(_parse_override, pairs), {})
-    values = _layered(schema, {}, _read_chain(Path(path), ()))
+    values = _layered(schema, {}, _read_chain(Path(path), (), read))
     for overlay in overlays:
-        layers = _read_chain(Path(overlay), ())
+        layers = _read_chain(Path(overlay), (), read)
         values = _layered(schema, values, [without_absent(schema, values, _layered(schema, {}, layers))])
     return from_plain(schema, _layered(schema, values, [overriding]))
 
@@ -118,14 +121,16 @@ def _first_blank(schema: type) -> DictConfig:
     return OmegaConf.structured(schema)
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict[Any, Any]]:
+def _read_chain(path: Path, seen: tuple[Path, ...], read: Callable[[Path], dict[Any, Any]]) -> list[dict[Any, Any]]:
     """Plain contents of ``path`` preceded by those of its bases, furthest first."""
     resolved = path.resolve()
     if len(seen) >= BASES:
         raise ConfigError(f"base: more than {BASES} files lie below {seen[0].name}: put them together")
     if resolved in seen:
         raise ConfigError(f"base: cycle {' -> '.join(p.name for p in (*seen, resolved))}: remove one `base:` line")
-    values = _read_yaml(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {str(path)!r} {absent(path, YAML)}")
+    values = read(path)
     base = values.pop("base", None)
     if base is None:
         return [values]
@@ -134,13 +139,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> list[dict[Any, Any]]:
     target = path.parent / base
     if not target.is_file():
         raise ConfigError(f"base: {base!r} in {path} {absent(target, YAML)}")
-    return [*_read_chain(target, (*seen, resolved)), values]
-
-
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    if not path.is_file():
-        raise ConfigError(f"config file {str(path)!r} {absent(path, YAML)}")
-    return read_yaml(path)
+    return [*_read_chain(target, (*seen, resolved), read), values]
 
 
 def _parse_override(text: str) -> dict[Any, Any]:

@@ -21,6 +21,7 @@ import torch
 from utils import distributed
 from utils.reading import reason
 from utils.views import Lines, View, silence_threads
+from utils.wandb_files import keep_last, last_step
 from utils.writing import Unwritten, write_text
 
 _WANDB_SECONDS = 60  # how long W&B may take to start or to finish before the run goes on without it
@@ -103,7 +104,8 @@ class RunLogger:
 
     They stop no run: what cannot be written is told once and counted. ``time`` is in seconds since the epoch. NaN and
     inf are written as Python's json does. Other processes than the main one write nothing. W&B works offline unless
-    WANDB_API_KEY is set, and is given up with one warning when it fails.
+    WANDB_API_KEY is set, and is given up with one warning when it fails. It is not told a step twice: it keeps what it
+    was told of steps that a resume does again.
     """
 
     def __init__(
@@ -122,19 +124,26 @@ class RunLogger:
         self._view = View(str(self.path), "lines", lambda text: console.warning("%s", text))
         self._board: Any = None
         self._wandb: Any = None
+        self._told = self._known = -1  # the last steps that W&B has: now, and before this process
         self._want_board = tensorboard and is_main
         self._purge_step: int | None = None
         if not is_main:
             return
         self._rewrite(lambda entry: True)
         if wandb:
-            self._wandb = _start_wandb(self.run_dir, config_dict)
+            self._wandb, self._known = _start_wandb(self.run_dir, config_dict)
+            self._told = self._known
 
     def truncate_after(self, step: int) -> None:
         """Drop what was logged beyond ``step``, from which the run is resumed: no curve has doubled points."""
         if self.is_main:
             self._rewrite(lambda entry: entry["step"] <= step)
             self._purge_step = step + 1
+            if self._wandb is not None and self._known > step:
+                console.info(
+                    "W&B has steps up to %d from before this resume: it is told again from step %d on",
+                    self._known, self._known + 1,
+                )  # fmt: skip
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers by name at ``step``."""
@@ -164,8 +173,14 @@ class RunLogger:
             self._to_tensorboard(lambda board: board.close())
             self._board = None
         if self._wandb is not None:
-            _within(_WANDB_SECONDS, self._wandb.finish, "W&B did not finish: `wandb sync` can upload the run later")
+            _within(_WANDB_SECONDS, self._finish_wandb, "W&B did not finish: `wandb sync` can upload the run later")
             self._wandb = None
+
+    def _finish_wandb(self) -> None:
+        run = self._wandb
+        run.finish()
+        if self._told >= 0:
+            keep_last(self.run_dir, str(run.id), self._told)
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         with self._view.showing():
@@ -211,29 +226,32 @@ class RunLogger:
             self._want_board, self._board = False, None
 
     def _to_wandb(self, step: int, values: Mapping[str, Any], videos: Mapping[str, Path] = {}) -> None:
-        if self._wandb is None:
+        if self._wandb is None or step <= self._known:
             return
         try:
             import wandb
 
             shown = {name: wandb.Video(str(path)) for name, path in videos.items()}
             self._wandb.log({**values, **shown}, step=step)
+            self._told = max(self._told, step)
         except Exception as error:  # a tracker must not end a run, whatever it raises
             console.warning("W&B failed (%s): going on without it", " ".join(str(error).split()))
             self._wandb = None
 
 
-def _start_wandb(run_dir: Path, config: Mapping[str, Any]) -> Any:
-    """A W&B run, or None with one warning line. Its id is kept in the run folder, so that a resume goes on in it."""
+def _start_wandb(run_dir: Path, config: Mapping[str, Any]) -> tuple[Any, int]:
+    """A W&B run and the last step that it has already, -1 for none; the run is None, with one warning line, where it
+    cannot start. Its id is kept in the run folder, so that a resume goes on in it."""
     online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE", "online") == "online"
     mode = "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "online" if online else "offline"
     id_file = run_dir / "wandb_id.txt"
-    started: list[Any] = []
+    started: list[tuple[Any, int]] = []
 
     def start() -> None:
         import wandb
 
         known = _known_id(id_file)
+        told = None if known is None else last_step(run_dir, known)
         run_dir.mkdir(parents=True, exist_ok=True)
         run = wandb.init(
             project="fewstep",
@@ -246,10 +264,10 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any]) -> Any:
             settings=wandb.Settings(init_timeout=_WANDB_SECONDS / 2, silent=True, console="off"),
         )
         write_text(id_file, str(run.id))
-        started.append(run)
+        started.append((run, -1 if told is None else told))
 
     _within(_WANDB_SECONDS, start, "W&B did not start: metrics are in metrics.jsonl")
-    return started[0] if started else None
+    return started[0] if started else (None, -1)
 
 
 def _known_id(file: Path) -> str | None:

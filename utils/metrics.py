@@ -15,6 +15,7 @@ from utils.distributed import all_reduce_
 
 LUMA_WEIGHTS = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709
 DRIFT_SHARE = 0.15
+ENOUGH = 10  # samples a dimension, below which the bias of a Frechet distance is no detail
 
 
 @dataclass
@@ -100,6 +101,18 @@ def frechet_between(a: Moments, b: Moments) -> float:
     trace_root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
     distance = (a.mean_D - b.mean_D).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root
     return max(distance.item(), 0.0)
+
+
+def few_samples(a: Moments, b: Moments) -> str:
+    """In words, that a Frechet distance of these moments says more of their numbers than of their laws; empty where
+    both have ENOUGH samples a dimension, or for moments of nothing."""
+    fewest = min(a.count, b.count)
+    if a.mean_D is None or fewest >= ENOUGH * len(a.mean_D):
+        return ""
+    return (
+        f"it is of {fewest} samples in {len(a.mean_D)} dimensions, fewer than {ENOUGH} a dimension: two such sets of "
+        "one law lie apart too, so compare it only with distances of the same numbers of samples"
+    )
 
 
 def frechet_distance(features_a_ND: Tensor, features_b_ND: Tensor) -> float:

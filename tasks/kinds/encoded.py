@@ -24,7 +24,7 @@ from tasks.clips import Clips, Glimpse
 from tasks.data import DataConfig, TextSource, if_present
 from tasks.first_frames import visual_reader
 from tasks.fitting import check_channels, fitting_vae, statistics_of
-from tasks.stored import Stored, StoredImages, StoredLatents
+from tasks.stored import StoredImages, StoredLatents
 from tasks.task import Shape, TaskContext, for_each, no_reward, repeated, spread
 from tasks.text import TextEmbeddings, encoder_hash, prompt_encoder, warn_once
 from utils.data.buckets import Size
@@ -223,11 +223,11 @@ class EncodedTask:
         try:
             if self.images is not None:
                 self.images.read(range(1))
-                self.check_captions(self.images)
+                self.check_captions(self.images.key, self.images.captions)
             if self.videos is not None:
                 if geometry.first_frame is FirstFrame.channels:
                     self.videos.read(range(1))
-                self.check_captions(self.videos)
+                self.check_captions(self.videos.key, self.videos.captions)
         except UserError as problem:
             raise ConfigError(str(problem)) from None
 
@@ -303,16 +303,16 @@ class EncodedTask:
                 raise UserError(f"data: {problem}") from None
             warn_once(f"data.text: only prompts of {self.text.config.cache} can be used: {problem}")
 
-    def check_captions(self, stored: Stored) -> None:
-        """Raises ConfigError if there is no encoder and the cache lacks a stored caption. With one it warns."""
+    def check_captions(self, key: str, captions: Sequence[str]) -> None:
+        """Raises ConfigError if there is no encoder and the cache lacks a caption. With one it warns."""
         if self.text.cache is None:
             return
         try:
-            self.text.check(stored.captions)
+            self.text.check(captions)
         except UserError as problem:
             raise ConfigError(str(problem)) from None
         except ValueError as problem:
-            raise ConfigError(f"{stored.key}: {problem}") from None
+            raise ConfigError(f"{key}: {problem}") from None
 
     @torch.no_grad()
     def image_conditioning(self, prompts: Sequence[str], pixels: Tensor, frames: int | None = None) -> Conditioning:

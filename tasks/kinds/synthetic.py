@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,10 +25,6 @@ from utils.data.stream import Stream
 from utils.errors import ConfigError
 from utils.random import Noise, keyed_seed
 from worlds.synthetic import SyntheticConfig
-
-if TYPE_CHECKING:
-    from tasks.stored import Stored
-
 
 CLIP_TOKENS = 257  # of ViT-H/14 at 224 pixels: 16 x 16 patches and the class
 
@@ -152,7 +148,7 @@ class SyntheticTask:
     def validation_prompts(self, count: int) -> list[str]:
         return spread(self.library, count)
 
-    def check_captions(self, stored: Stored) -> None:
+    def check_captions(self, key: str, captions: Sequence[str]) -> None:
         """Every text has an embedding."""
 
     def validation_visual(self, numbers: range, prompts: Sequence[str]) -> VisualConditioning:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests import forked
+from configs import rules
+from configs.load import load_run
+from tests import ROOT, forked
 from tests.distributed import zero
-from tests.small import config, save_networks
+from tests.small import NETWORKS, config, save_networks
 from trainer.build import build_trainer
 from utils.errors import ConfigError
+from utils.parallel.mesh import EngineKind, ParallelConfig
 
+RECIPE = ROOT / "configs/toy/self_forcing_dmd.yaml"
 Seen = dict[str, Tensor]
 PARTS = ("weight/student", "weight/critic", "square/student", "square/critic", "ema/student", "video")
 
@@ -79,6 +85,27 @@ def test_what_zero_cannot_do_is_refused_in_one_line(parallel: dict[str, object],
 def test_optimizers_of_whole_matrices_are_refused(optimizer: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=f"generator_training.optimizer: {message}.*fsdp2"):
         config(parallel={"engine": "deepspeed"}, generator_training={"optimizer": optimizer})
+
+
+def test_the_page_lists_what_is_refused_and_all_of_it() -> None:
+    """Each row of docs/scaling.md is refused for this engine alone, and whatever is refused for it has a row."""
+    page = (ROOT / "docs/scaling.md").read_text().split("| not with DeepSpeed |")[1].split("\n\n")[0]
+    rows = [re.findall(r"`([^`]*=[^`]*)`", line.split(" | ")[0]) for line in page.splitlines()[2:]]
+    common, said = ["data.real=true", *(f"{name}.attention=sdpa" for name in NETWORKS)], []
+    for overrides in rows:
+        load_run(RECIPE, [*common, *(text for text in overrides if "zero_stage" not in text)])
+        with pytest.raises(ConfigError) as caught:
+            load_run(RECIPE, [*common, "parallel.engine=deepspeed", *overrides])
+        said.append(str(caught.value))
+    tables = (*rules.DISTILLATION, *rules.OTHER_TRAINERS, *rules.NETWORKS, *rules.OPTIMIZERS)
+    for rule in tables:
+        ending = re.split(r"\{.*?\}", rule.says)[-1]
+        assert "engine deepspeed" not in rule.says or any(line.endswith(ending) for line in said), rule.says
+    for key in (field.name for field in fields(ParallelConfig) if field.default in (False, 1)):
+        try:
+            ParallelConfig(engine=EngineKind.deepspeed, **{key: 2 if key in ("replicate", "sequence") else True})
+        except ValueError:
+            assert any(line.startswith(f"parallel.{key} ") for line in said), key
 
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

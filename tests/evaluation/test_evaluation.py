@@ -25,6 +25,7 @@ from trainer.network_factory import NetworkSpec, build_network
 from utils import checkpoint, metrics
 from utils.config import to_plain
 from utils.errors import UserError
+from utils.logging import console
 from utils.metrics import Moments, diversity, drift, frame_luma, frechet_between, frechet_distance, moments_of, motion
 from utils.video import read_video, write_video
 from worlds import digit_net, toy_judge
@@ -221,7 +222,10 @@ def test_encoders_that_cannot_be_had_are_refused_in_one_line(tmp_path: Path) -> 
         load_features(tmp_path / "clip")
 
 
-def test_a_set_of_images_has_a_distance_and_no_motion() -> None:
+def test_a_set_of_images_has_a_distance_and_no_motion(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "propagate", True)
     torch.manual_seed(0)
     videos, images = torch.rand(4, 10, 3, 4, 4), torch.rand(6, 1, 3, 4, 4)
 
@@ -239,6 +243,8 @@ def test_a_set_of_images_has_a_distance_and_no_motion() -> None:
     assert rows["generated"]["appearance_drift"] > 0
     both = compare(video_set([videos], features), video_set([videos], features))["generated"]
     assert both["fd_videos"] == pytest.approx(0, abs=1e-9) == both["fd_frames"]
+    assert any(line.startswith("fd_frames: it is of 6 samples in 3 dimensions") for line in caplog.messages)
+    assert any(line.startswith("fd_videos: it is of 4 samples in 3 dimensions") for line in caplog.messages)
     assert VideoSet().count == 0
 
 

@@ -26,6 +26,8 @@ from model.wan.config import WanConfig
 from model.wan.image_encoder import image_channels, load_image_encoder
 from model.wan.text_encoder import load_text_encoder
 from model.wan.vae import load_vae
+from planning.files import check_files
+from planning.launch import Recipe
 from scripts.tiny_models import save_image_encoder, save_text_encoder, small_transformer, small_vae
 from tasks.build import build_task, task_to_sample
 from tasks.fitting import fitting_vae, statistics_of
@@ -47,6 +49,11 @@ CPU = torch.device("cpu")
 PROMPTS = ["a cat on a mat", "a hat on a cat", "a mat"]
 NEGATIVE = "no cat"
 NETWORK = {"overrides": {"in_dim": 16, "out_dim": 16, "text_dim": 32, "text_len": 8}}
+
+TEACHER: dict[str, Any] = {
+    "trainer": "diffusion", "teacher": None, "critic": None,
+    "diffusion": {"dropped_caption": "negative"},  # which the cache holds
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +381,7 @@ def test_training_on_stored_latents(folder: Path, tmp_path: Path) -> None:
     training = {"max_steps": 2, "critic_warmup_steps": 0}
     made = trainer(
         tmp_path / "run",
-        merged(small, {**changes, "trainer": "diffusion", "teacher": None, "critic": None, "training": training}),
+        merged(small, {**changes, **TEACHER, "training": training}),
     )
     assert made.train() == 0
     statistics = statistics_of(WanCodecs(), VAEConfig(path=str(folder / "pipeline")))
@@ -392,7 +399,7 @@ def test_training_on_the_latents_of_several_buckets(folder: Path, tmp_path: Path
     for number, part in enumerate((samples[:2], samples[2:])):
         write_latents(tmp_path / f"latents/{number}.safetensors", part, normalised=True)
     mixed = merged(base(folder), {
-        "trainer": "diffusion", "teacher": None, "critic": None, "data": {"latents": str(tmp_path / "latents")},
+        **TEACHER, "data": {"latents": str(tmp_path / "latents")},
         "training": {"max_steps": 6, "critic_warmup_steps": 0, "global_batch_size": 2, "micro_batch_size": 2},
     })  # fmt: skip
 
@@ -424,6 +431,27 @@ def test_training_on_the_latents_of_several_buckets(folder: Path, tmp_path: Path
     entries = [entry for entry in read_jsonl(tmp_path / "run/metrics.jsonl") if "student/loss" in entry]
     assert {value for entry in entries for key, value in entry.items() if key.endswith("/width")} == {4.0, 6.0}
     Generator.load(tmp_path / "run", CPU)  # sampling needs none of it
+
+
+def test_a_teacher_that_drops_captions_needs_the_empty_text(folder: Path, tmp_path: Path) -> None:
+    """Its recipe's cache has it, that of another recipe only the negative prompt, and the doctor finds it lacking."""
+    samples = [Sample(str(i), p, latents=torch.randn(3, 16, 4, 4)) for i, p in enumerate(PROMPTS)]
+    write_latents(tmp_path / "latents/a.safetensors", samples, normalised=True)
+    teacher = merged(base(folder), {
+        **TEACHER, "diffusion": {}, "data": {"latents": str(tmp_path / "latents")},
+        "training": {"max_steps": 1, "critic_warmup_steps": 0},
+    })  # fmt: skip
+    lacking = "diffusion.caption_dropout: prompt '' is not in the text cache .*preprocess.py text encodes it too"
+    with pytest.raises(ConfigError, match=lacking):
+        trainer(tmp_path / "run", teacher)
+    recipe = tmp_path / "teacher.yaml"
+    recipe.write_text(to_yaml(config(teacher)))
+    (found,) = (finding for finding in check_files(Recipe(recipe), config(teacher)) if not finding.ok)
+    assert found.what.startswith("diffusion.caption_dropout: prompt ''")
+    encoder = [f"data.text.encoder={folder / 'pipeline'}", "data.text.cache=null"]
+    argv = ["--config_path", str(recipe), "--prompts", str(folder / "prompts.txt"), "--out", str(tmp_path / "text")]
+    assert preprocess_text([*argv, *encoder]) == 0
+    assert trainer(tmp_path / "run", teacher, data={"text": {"cache": str(tmp_path / "text")}}).train() == 0
 
 
 @pytest.mark.parametrize("kind", ["videos", "trajectories"])

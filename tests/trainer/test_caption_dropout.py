@@ -1,7 +1,9 @@
-"""Caption dropout in distillation: who loses the prompt is a function of the sample alone, and all networks agree."""
+"""Caption dropout: who loses the prompt is a function of the sample alone, and all networks agree. A diffusion teacher
+learns the empty text in its place, but for runs that were begun when it was the negative prompt."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.load import load_run
 from model.types import Conditioning, VisualConditioning
-from tests.small import BRIEF, config, merged, trainer
+from tests.small import BRIEF, DIFFUSION, SHORT, config, merged, trainer
+from trainer import base
 from trainer.caption_dropout import with_dropout
 from trainer.distillation import ScoreDistillationTrainer
 from trainer.micro_batch import MicroBatch
+from utils.config import to_plain, to_yaml
 from utils.errors import ConfigError
 from utils.random import Noise, keyed_seed
 
@@ -86,3 +91,77 @@ def test_real_samples_lose_their_prompts_with_the_students(tmp_path: Path) -> No
 def test_it_is_refused_where_it_makes_no_sense(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         config(merged(BRIEF, {"rollout": {"caption_dropout": 0.5}}), **changes)
+
+
+NEGATIVE = "the digit three moving left"
+TEACHER = merged(
+    merged(DIFFUSION, SHORT),
+    {
+        "data": {"negative_prompt": NEGATIVE},
+        "diffusion": {"caption_dropout": 0.5},
+        "training": {"global_batch_size": 8, "micro_batch_size": 8, "max_steps": 2},
+    },
+)
+
+
+def as_saved_before(run: Any) -> dict[str, Any]:
+    """What a version without the key saved of a config."""
+    values: dict[str, Any] = to_plain(run)
+    values["diffusion"].pop("dropped_caption", None)
+    return values
+
+
+def trained_with(run: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that its next iteration trains with."""
+    seen: list[str] = []
+    conditioning = run.task.conditioning
+    monkeypatch.setattr(
+        run.task, "conditioning", lambda prompts, *rest: seen.extend(prompts) or conditioning(prompts, *rest)
+    )
+    run.training_step()
+    return seen
+
+
+def test_a_diffusion_teacher_learns_the_empty_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same samples lose their captions, whatever they are trained with instead."""
+    runs = {
+        text: trainer(tmp_path / str(text), TEACHER, diffusion={"dropped_caption": text})
+        for text in (None, "empty", "negative")
+    }
+    new, empty, negative = (trained_with(run, monkeypatch) for run in runs.values())
+    captions = runs[None].task.real(range(8)).captions
+    assert new == empty
+    assert 0 < empty.count("") < 8
+    assert [text or NEGATIVE for text in empty] == negative
+    assert all(text in ("", caption) for text, caption in zip(empty, captions, strict=True))
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_negative_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its recipe, which does not say the key, and later on too; a key that is said holds."""
+    with monkeypatch.context() as before:
+        before.setattr(base, "to_plain", as_saved_before)
+        trainer(tmp_path, TEACHER, max_steps=1, diffusion={"dropped_caption": "negative"}).train()
+    assert trainer(tmp_path, TEACHER).train() == 0
+    longer = {"training": {"max_steps": 3}}
+    for said, text in ((None, NEGATIVE), ("empty", "")):
+        again = trainer(tmp_path, merged(TEACHER, longer), diffusion={"dropped_caption": said})
+        assert again.step == 2
+        assert again.config.dropped_text == text
+    assert load_run(tmp_path / "config.yaml").dropped_text == NEGATIVE
+
+
+def test_what_an_earlier_version_saved_is_told_from_a_recipe(tmp_path: Path) -> None:
+    file, run = tmp_path / "config.yaml", config(TEACHER, diffusion={"dropped_caption": "negative"})
+    file.write_text(json.dumps(as_saved_before(run)))  # which is YAML too
+    assert load_run(file) == run
+    assert load_run(file, ["diffusion.dropped_caption=empty"]).dropped_text == ""
+    (tmp_path / "recipe.yaml").write_text(f"trainer: diffusion\ndata: {{negative_prompt: {NEGATIVE}}}\n")
+    assert load_run(tmp_path / "recipe.yaml").dropped_text == ""
+    (tmp_path / "over.yaml").write_text("base: config.yaml\nseed: 3\n")
+    assert load_run(tmp_path / "over.yaml").dropped_text == NEGATIVE
+    file.write_text(to_yaml(config(TEACHER)))
+    assert load_run(file).dropped_text == ""
+    assert config(TEACHER, diffusion={"caption_dropout": 0.0}).dropped_text is None
+    assert config(BRIEF).dropped_text is None

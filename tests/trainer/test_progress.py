@@ -16,11 +16,11 @@ from generation.command import inference_args, open_generator
 from generation.export import export, export_args
 from generation.videos import generate_videos
 from tests import ROOT, forked
-from tests.small import BRIEF, config, merged, trainer
+from tests.small import BRIEF, DIFFUSION, config, merged, trainer
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from trainer.command import train_args
-from trainer.progress import Extent, next_commands, short
+from trainer.progress import Extent, Setting, compiled, dropped_captions, next_commands, short
 from utils import checkpoint
 from utils.config import to_yaml
 from utils.logging import console
@@ -72,6 +72,38 @@ def test_a_run_says_what_it_is_and_what_to_do_next(said: pytest.LogCaptureFixtur
     assert (folder / "config.yaml").read_bytes() == kept
     other = "nothing was trained with the config that differs: give another --logdir for it"  # of another seed
     assert any(m.endswith(other) for m in said.messages)
+
+
+def test_a_teacher_says_what_it_learns_without_a_caption() -> None:
+    def line(**changes: object) -> list[str]:
+        return dropped_captions(config(DIFFUSION, **changes))
+
+    negative = {"data": {"negative_prompt": "the digit two"}, "diffusion": {"dropped_caption": "negative"}}
+    assert line() == ["captions   0.1 of them are dropped: the sample is trained with the empty text"]
+    assert line(**negative)[0].endswith("trained with the negative prompt ('the digit two')")
+    assert line(diffusion={"caption_dropout": 0.0}) == []
+
+
+def test_a_run_says_what_it_leaves_uncompiled(tmp_path: Path) -> None:
+    """And what it says is what is done: blocks of other networks have another forward than their class."""
+    networks = dict.fromkeys(("student", "critic", "teacher"), {"attention": "sdpa"})
+    changes = {**networks, "parallel": {"compile": True}, "data": {"real": True}, "objective": {"gan": {"weight": 0.1}}}
+    run = trainer(tmp_path, BRIEF, **changes)
+    setting = Setting(run.trained, run.teacher, run.mesh, run.device, {})
+    blocks, left = compiled(run.config, setting)
+    assert blocks == "compiled   the blocks of critic, teacher, at their first passes"
+    assert left.startswith("left       uncompiled: student (the context of a causal student grows from block to block")
+    heads = [name for name in run.trained if name not in run.networks]
+    assert heads and all(f"; {name} (a head)" in left for name in heads)
+    nets = {**{name: trained.net for name, trained in run.networks.items()}, "teacher": run.teacher.net}  # type: ignore[union-attr]
+    changed = {name for name, net in nets.items() if all("forward" in vars(unit) for unit in net.fsdp_units())}
+    assert changed == {"critic", "teacher"}
+    assert compiled(config(BRIEF), setting) == []
+    adapter = {"lora": {"rank": 2, "targets": ["q"]}}
+    shared = config(merged(BRIEF, changes), student=adapter, critic=adapter, objective={"gan": None})
+    _, left = compiled(shared, setting)
+    assert "; critic (it shares the student's weights)" in left
+    assert "; teacher (it shares the student's weights)" in left
 
 
 def test_a_stopped_run_says_how_to_go_on(said: pytest.LogCaptureFixture, tmp_path: Path) -> None:

@@ -237,6 +237,23 @@ def test_a_damaged_id_begins_a_new_run_in_wandb(
     assert run.finished
 
 
+def test_wandb_is_not_told_a_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume from before the last logged step does some steps again."""
+    (tmp_path / "wandb_id.txt").write_text("abc")
+    run = FakeRun()
+    fake_wandb(monkeypatch, lambda: run)
+    monkeypatch.setattr(logging, "last_step", lambda folder, run_id: {(tmp_path, "abc"): 4}[folder, run_id])
+    logger = RunLogger(tmp_path, {}, wandb=True)
+    logger.truncate_after(2)
+    for step in range(3, 7):
+        logger.scalars(step, {"loss": float(step)})
+        logger.video(step, "sample", tmp_path / "a.mp4")
+    logger.close()
+    assert sorted({step for step, _ in run.logged}) == [5, 6]
+    assert (tmp_path / "wandb_step.txt").read_text() == "abc 6\n"
+    assert sorted(set(steps_of(tmp_path))) == [3, 4, 5, 6]
+
+
 def test_wandb_that_fails_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
     def broken() -> None:
         raise RuntimeError("no\nnetwork")

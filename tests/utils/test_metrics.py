@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils.metrics import binomial_error, clipped_share, frechet_distance, luma, saturation
+from utils.metrics import (
+    Moments,
+    binomial_error,
+    clipped_share,
+    few_samples,
+    frechet_between,
+    frechet_distance,
+    luma,
+    saturation,
+)
 from worlds.toy import ToyWorld, ToyWorldConfig
 from worlds.toy_judge import METRICS, ToyJudge, centred, displacement
 
@@ -53,6 +62,19 @@ def test_frechet_distance_when_covariances_do_not_commute() -> None:
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("samples", "dimensions", "few"), [(16, 64, True), (159, 16, True), (160, 16, False)])
+def test_few_samples_of_one_law_lie_apart_and_are_said_to(samples: int, dimensions: int, few: bool) -> None:
+    sets = Moments(), Moments()
+    for part in sets:
+        part.add(torch.randn(samples, dimensions))
+    apart = frechet_between(*sets) / dimensions  # of a total variance of 1 a dimension
+    assert apart > (1 if samples < dimensions else 0)
+    assert apart < (2 if samples < dimensions else 0.1)
+    line = few_samples(*sets)
+    assert bool(line) == few
+    assert not few or f"of {samples} samples in {dimensions} dimensions" in line
 
 
 def test_frechet_distance_of_degenerate_features_is_that_of_their_means() -> None:
