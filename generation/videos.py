@@ -22,7 +22,7 @@ from generation.footage import read_footage
 from generation.generator import Generator
 from model.family import Network, Trait
 from utils import distributed
-from utils.config import config_hash
+from utils.compared import config_hash
 from utils.errors import ConfigError, UserError
 from utils.limits import check_size
 from utils.overlap import SideDecoder

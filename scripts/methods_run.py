@@ -27,7 +27,8 @@ from tasks.task import spread
 from trainer.base import RunOptions
 from trainer.build import build_trainer
 from utils import distributed
-from utils.config import config_hash, to_plain
+from utils.compared import config_hash
+from utils.config import to_plain
 from utils.errors import UserError
 from utils.logging import peak_memory_gib, read_jsonl
 from utils.tensor_files import save_file

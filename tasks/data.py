@@ -17,7 +17,7 @@ from model.network import NetworkConfig
 from model.types import LatentSize, PromptShapes
 from tasks.task import Task, TaskContext
 from tasks.text_cache import Encode, sizes
-from utils.config import config_hash
+from utils.compared import config_hash
 from utils.found import Registry
 from utils.variants import check_kind
 

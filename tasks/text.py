@@ -12,7 +12,7 @@ from model.network import NetworkConfig
 from model.text_encoder import PromptEncoder, TextConfig
 from model.types import Prompt
 from tasks.text_cache import TextCache, check_shapes
-from utils.config import config_hash
+from utils.compared import config_hash
 from utils.errors import ConfigError
 from utils.logging import warn
 

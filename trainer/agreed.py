@@ -12,7 +12,7 @@ from trainer.options import RunOptions
 from trainer.provenance import sources
 from utils import distributed
 from utils.agreement import ONE_COMMAND, require_agreement
-from utils.config import leaves
+from utils.compared import leaves
 
 
 def require_same_command(config: RunConfig, options: RunOptions) -> None:

@@ -32,7 +32,8 @@ from trainer.base import Trainer
 from trainer.micro_batch import MicroBatch
 from utils import activity, distributed
 from utils.agreement import on_main
-from utils.config import config_hash, differences, to_plain
+from utils.compared import config_hash, differences
+from utils.config import to_plain
 from utils.data.stream import Stream
 from utils.errors import ConfigError
 from utils.logging import Progress, console

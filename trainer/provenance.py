@@ -17,7 +17,8 @@ import torch
 from configs.earlier import completed
 from configs.load import run_from_state
 from configs.schema import RunConfig
-from utils.config import differences, to_plain
+from utils.compared import differences
+from utils.config import to_plain
 from utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

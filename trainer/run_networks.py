@@ -24,7 +24,7 @@ from trainer.networks import TrainedNetwork
 from trainer.origin import adapter_origin, base_digest
 from trainer.weight_sources import is_run, lag_of, stored_weights
 from trainer.zero import DeepSpeedEngine
-from utils.config import config_hash
+from utils.compared import config_hash
 from utils.errors import ConfigError
 from utils.logging import warn
 from utils.optim import NetworkOptimizer, TrainedConfig, trainable

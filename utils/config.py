@@ -10,12 +10,11 @@ import copy
 import dataclasses
 import difflib
 import functools
-import hashlib
 import json
 import math
 import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,7 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from utils.absent import absent
 from utils.errors import ConfigError
-from utils.fields import SHOWN, describe, field_types, hint_at, options_of, section_type, show, suggest
+from utils.fields import describe, field_types, hint_at, options_of, section_type, show, suggest
 from utils.reading import reading
 from utils.references import check_references, literal, refuse_calls
 from utils.variants import has_variants, kind_in, laid, merged, without_absent, without_other_kinds
@@ -359,44 +358,6 @@ def to_yaml(config: Any) -> str:
 def save(config: Any, path: str | Path) -> None:
     """Write ``to_yaml(config)``; folders on the way are made. Raises Unwritten."""
     write_text(Path(path), to_yaml(config))
-
-
-def config_hash(config: Any) -> str:
-    """sha256 (hex) of the canonical form: equal for equal configs, whatever the process or the order of keys."""
-    canonical = json.dumps(to_plain(config), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def diff(a: Any, b: Any) -> list[str]:
-    """Key paths, sorted, whose values differ between two configs (dataclasses or what ``to_plain`` made of them)."""
-    flat_a, flat_b = dict(_flatten(to_plain(a))), dict(_flatten(to_plain(b)))
-    absent = object()
-    keys = flat_a.keys() | flat_b.keys()
-    return sorted(key for key in keys if flat_a.get(key, absent) != flat_b.get(key, absent))
-
-
-def differences(theirs: Any, ours: Any, keys: Sequence[str] | None = None) -> list[str]:
-    """`key is 1 there and 2 here`, for each of `diff`'s keys that lies in one of `keys`, None for all."""
-    flat = [dict(_flatten(to_plain(config))) for config in (theirs, ours)]
-    shown = {
-        key: [json.dumps(values[key], default=str)[:SHOWN] if key in values else "absent" for values in flat]
-        for key in diff(theirs, ours)
-    }
-    chosen = [key for key in shown if keys is None or any(f"{key}.".startswith(f"{wanted}.") for wanted in keys)]
-    return [f"{key} is {shown[key][0]} there and {shown[key][1]} here" for key in chosen]
-
-
-def leaves(config: Any) -> dict[str, str]:
-    """Each value of a config as JSON, by its key path."""
-    return {key: json.dumps(value, default=str) for key, value in _flatten(to_plain(config))}
-
-
-def _flatten(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(plain, dict) or not plain:
-        yield path, plain
-        return
-    for key, value in plain.items():
-        yield from _flatten(value, f"{path}.{key}" if path else str(key))
 
 
 if __name__ == "__main__":  # `python -m utils.config import` of version 0.1

@@ -6,10 +6,8 @@ import json
 import logging
 import math
 import os
-import re
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,12 +17,11 @@ from typing import Any, TextIO
 import torch
 
 from utils import distributed
+from utils.damaged import set_aside
 from utils.reading import reason
 from utils.views import Lines, View, silence_threads
-from utils.wandb_files import keep_last, last_step
+from utils.wandb_log import WandbRun
 from utils.writing import Unwritten, write_text
-
-_WANDB_SECONDS = 60  # how long W&B may take to start or to finish before the run goes on without it
 
 console = logging.getLogger("fewstep")
 
@@ -91,21 +88,11 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
     return entries, damaged
 
 
-def _set_aside(path: Path, damaged: bytes) -> None:
-    """Adds what cannot be read of `path` to a file beside it, and says so in one line. Raises OSError."""
-    beside = path.with_name(f"{path.name}.damaged")
-    with beside.open("ab") as file:
-        file.write(damaged + b"\n")
-    console.warning("%s was damaged: %d bytes were moved to %s; the run goes on", path, len(damaged), beside)
-
-
 class RunLogger:
     """Metrics of a run: ``metrics.jsonl`` (one object a line: step, time, ...) and, when asked, TensorBoard and W&B.
 
     They stop no run: what cannot be written is told once and counted. ``time`` is in seconds since the epoch. NaN and
-    inf are written as Python's json does. Other processes than the main one write nothing. W&B works offline unless
-    WANDB_API_KEY is set, and is given up with one warning when it fails. It is not told a step twice: it keeps what it
-    was told of steps that a resume does again.
+    inf are written as Python's json does. Other processes than the main one write nothing.
     """
 
     def __init__(
@@ -123,27 +110,22 @@ class RunLogger:
         self._unchanged = False  # it could not be cut or mended, and that was told
         self._view = View(str(self.path), "lines", lambda text: console.warning("%s", text))
         self._board: Any = None
-        self._wandb: Any = None
-        self._told = self._known = -1  # the last steps that W&B has: now, and before this process
+        self._wandb: WandbRun | None = None
         self._want_board = tensorboard and is_main
         self._purge_step: int | None = None
         if not is_main:
             return
         self._rewrite(lambda entry: True)
         if wandb:
-            self._wandb, self._known = _start_wandb(self.run_dir, config_dict)
-            self._told = self._known
+            self._wandb = WandbRun(self.run_dir, config_dict)
 
     def truncate_after(self, step: int) -> None:
         """Drop what was logged beyond ``step``, from which the run is resumed: no curve has doubled points."""
         if self.is_main:
             self._rewrite(lambda entry: entry["step"] <= step)
             self._purge_step = step + 1
-            if self._wandb is not None and self._known > step:
-                console.info(
-                    "W&B has steps up to %d from before this resume: it is told again from step %d on",
-                    self._known, self._known + 1,
-                )  # fmt: skip
+            if self._wandb is not None:
+                self._wandb.resumed(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers by name at ``step``."""
@@ -152,7 +134,8 @@ class RunLogger:
         numbers = {name: float(value) for name, value in values.items()}
         self._write({"step": step, "time": time.time(), **numbers})
         self._to_tensorboard(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
-        self._to_wandb(step, numbers)
+        if self._wandb is not None:
+            self._wandb.log(step, numbers)
 
     def video(self, step: int, name: str, path: Path) -> None:
         """Log a video file that lies at ``path``: its place in the JSONL and TensorBoard, the file itself in W&B."""
@@ -161,7 +144,7 @@ class RunLogger:
         self._write({"step": step, "time": time.time(), "video": {name: os.path.relpath(path, self.run_dir)}})
         self._to_tensorboard(lambda board: board.add_text(name, str(path), step))
         if self._wandb is not None:
-            self._to_wandb(step, {}, {name: path})
+            self._wandb.log(step, {}, {name: path})
 
     def close(self) -> None:
         """Flush and close everything; W&B gets a bounded time for it."""
@@ -173,14 +156,8 @@ class RunLogger:
             self._to_tensorboard(lambda board: board.close())
             self._board = None
         if self._wandb is not None:
-            _within(_WANDB_SECONDS, self._finish_wandb, "W&B did not finish: `wandb sync` can upload the run later")
+            self._wandb.close()
             self._wandb = None
-
-    def _finish_wandb(self) -> None:
-        run = self._wandb
-        run.finish()
-        if self._told >= 0:
-            keep_last(self.run_dir, str(run.id), self._told)
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         with self._view.showing():
@@ -203,7 +180,7 @@ class RunLogger:
         entries, damaged = _read_lines(self.path)
         strange = [entry for entry in entries if type(entry.get("step")) is not int]
         if damaged or strange:
-            _set_aside(self.path, b"\n".join([*damaged, *(json.dumps(entry).encode() for entry in strange)]))
+            set_aside(self.path, b"\n".join([*damaged, *(json.dumps(entry).encode() for entry in strange)]))
         entries = [entry for entry in entries if entry not in strange and keep(entry)]
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
         if self.path.read_bytes().startswith(text.encode()):
@@ -224,80 +201,6 @@ class RunLogger:
         except Exception as error:  # it only shows what metrics.jsonl has, so it must not end a run
             console.warning("TensorBoard failed (%s): going on without it", " ".join(str(error).split()))
             self._want_board, self._board = False, None
-
-    def _to_wandb(self, step: int, values: Mapping[str, Any], videos: Mapping[str, Path] = {}) -> None:
-        if self._wandb is None or step <= self._known:
-            return
-        try:
-            import wandb
-
-            shown = {name: wandb.Video(str(path)) for name, path in videos.items()}
-            self._wandb.log({**values, **shown}, step=step)
-            self._told = max(self._told, step)
-        except Exception as error:  # a tracker must not end a run, whatever it raises
-            console.warning("W&B failed (%s): going on without it", " ".join(str(error).split()))
-            self._wandb = None
-
-
-def _start_wandb(run_dir: Path, config: Mapping[str, Any]) -> tuple[Any, int]:
-    """A W&B run and the last step that it has already, -1 for none; the run is None, with one warning line, where it
-    cannot start. Its id is kept in the run folder, so that a resume goes on in it."""
-    online = bool(os.environ.get("WANDB_API_KEY")) and os.environ.get("WANDB_MODE", "online") == "online"
-    mode = "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "online" if online else "offline"
-    id_file = run_dir / "wandb_id.txt"
-    started: list[tuple[Any, int]] = []
-
-    def start() -> None:
-        import wandb
-
-        known = _known_id(id_file)
-        told = None if known is None else last_step(run_dir, known)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        run = wandb.init(
-            project="fewstep",
-            name="/".join(run_dir.resolve().parts[-2:]),
-            id=known,
-            resume="allow" if online else None,
-            dir=str(run_dir),
-            config=dict(config),
-            mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(init_timeout=_WANDB_SECONDS / 2, silent=True, console="off"),
-        )
-        write_text(id_file, str(run.id))
-        started.append((run, -1 if told is None else told))
-
-    _within(_WANDB_SECONDS, start, "W&B did not start: metrics are in metrics.jsonl")
-    return started[0] if started else (None, -1)
-
-
-def _known_id(file: Path) -> str | None:
-    """The id in `file`; None where there is none, or none that W&B can have given."""
-    if not file.is_file():
-        return None
-    text = file.read_bytes()
-    if re.fullmatch(rb"\s*[\w.-]{1,128}\s*", text):
-        return text.decode().strip()
-    _set_aside(file, text)
-    return None
-
-
-def _within(seconds: float, action: Callable[[], object], lament: str) -> None:
-    """Run ``action`` in a thread; when it fails or takes longer than ``seconds``, warn in one line and go on."""
-    failure: list[str] = []
-
-    def guarded() -> None:
-        try:
-            action()
-        except Exception as error:  # a tracker must not end a run, whatever it raises
-            failure.append(" ".join(f"{type(error).__name__}: {error}".split()))
-
-    thread = threading.Thread(target=guarded, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        failure.append(f"no answer in {seconds:.0f} s")
-    if failure:
-        console.warning("%s (%s)", lament, failure[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ progress

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pytest
 
 from trainer import command
-from utils import cli, config
+from utils import cli, compared, config
 from utils.errors import ConfigError, UserError
 from utils.fields import check_modes
 from utils.variants import check_kinds
@@ -288,7 +288,7 @@ def test_saved_config_reads_back_equal(tmp_path: Path) -> None:
     again = config.load(Schema, tmp_path / "new" / "c.yaml")
     assert again == ODD
     assert config.from_plain(Schema, config.to_plain(ODD)) == ODD
-    assert config.config_hash(again) == config.config_hash(ODD)
+    assert compared.config_hash(again) == compared.config_hash(ODD)
     assert "kind: sid" in config.to_yaml(ODD)
 
 
@@ -299,15 +299,15 @@ def test_from_plain_checks_as_load_does() -> None:
 
 def test_hash_is_pinned_and_blind_to_the_order_of_keys() -> None:
     pinned = sha256(b'{"a":1,"b":{"c":2.5}}').hexdigest()
-    assert config.config_hash({"a": 1, "b": {"c": 2.5}}) == config.config_hash({"b": {"c": 2.5}, "a": 1}) == pinned
-    assert config.config_hash({"a": 1, "b": {"c": 2.25}}) != pinned
+    assert compared.config_hash({"a": 1, "b": {"c": 2.5}}) == compared.config_hash({"b": {"c": 2.5}, "a": 1}) == pinned
+    assert compared.config_hash({"a": 1, "b": {"c": 2.25}}) != pinned
 
 
 def test_diff_names_what_differs() -> None:
     other = replace(ODD, seed=5, gan=Optimizer(lr=2.0, betas=(0.1, 1 / 3)), student=Net(steps=[1]))
-    assert config.diff(ODD, other) == ["gan.lr", "seed", "student.steps"]
-    assert config.diff(ODD, config.to_plain(ODD)) == []
-    assert config.diff(Schema("x"), Schema("x", gan=Optimizer())) == ["gan", "gan.betas", "gan.fused", "gan.lr"]
+    assert compared.diff(ODD, other) == ["gan.lr", "seed", "student.steps"]
+    assert compared.diff(ODD, config.to_plain(ODD)) == []
+    assert compared.diff(Schema("x"), Schema("x", gan=Optimizer())) == ["gan", "gan.betas", "gan.fused", "gan.lr"]
 
 
 # ---------------------------------------------------------------------------------------------- sections with kinds

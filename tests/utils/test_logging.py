@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.utils.test_writing import files_of_at_most
-from utils import logging
+from utils import logging, wandb_log
 from utils.logging import Progress, RunLogger, peak_memory_gib, read_jsonl
 
 
@@ -242,7 +242,7 @@ def test_wandb_is_not_told_a_step_twice(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "wandb_id.txt").write_text("abc")
     run = FakeRun()
     fake_wandb(monkeypatch, lambda: run)
-    monkeypatch.setattr(logging, "last_step", lambda folder, run_id: {(tmp_path, "abc"): 4}[folder, run_id])
+    monkeypatch.setattr(wandb_log, "last_step", lambda folder, run_id: {(tmp_path, "abc"): 4}[folder, run_id])
     logger = RunLogger(tmp_path, {}, wandb=True)
     logger.truncate_after(2)
     for step in range(3, 7):
@@ -274,7 +274,7 @@ def test_wandb_that_fails_is_one_warning(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_wandb_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
-    monkeypatch.setattr(logging, "_WANDB_SECONDS", 0.05)
+    monkeypatch.setattr(wandb_log, "_SECONDS", 0.05)
     release = threading.Event()
     fake_wandb(monkeypatch, lambda: release.wait(30))
     logger = RunLogger(tmp_path, {}, wandb=True)
@@ -474,10 +474,10 @@ def test_wandb_that_cannot_show_a_video_is_given_up(
     def refused(path: str) -> None:
         raise OSError(28, "No space left on device")
 
-    shown = SimpleNamespace(log=lambda values, step: None, id="x", finish=lambda: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Video=refused))
-    logger = RunLogger(tmp_path, {})
-    logger._wandb = shown
+    run = SimpleNamespace(log=lambda values, step: None, id="x", finish=lambda: None)
+    fake_wandb(monkeypatch, lambda: run)
+    monkeypatch.setattr(sys.modules["wandb"], "Video", refused)
+    logger = RunLogger(tmp_path, {}, wandb=True)
     logger.video(1, "validation/ema", tmp_path / "x.mp4")
     assert len(warnings) == 1 and "W&B failed" in warnings[0]
     assert steps_of(tmp_path) == [1]

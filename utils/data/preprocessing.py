@@ -23,7 +23,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from utils.config import differences
+from utils.compared import differences
 from utils.data.clips import ImageClips, VideoClips
 from utils.data.parquet import read_metadata, write_parquet
 from utils.data.safetensors_shards import read_header, write_latents, write_trajectories
