@@ -166,7 +166,7 @@ by_slurm() { [ "$RESTARTS" -gt "$RESTART" ]; }
 # is_ending: Slurm is about to end this script
 is_ending() { [ -n "$STATE" ] && [ "$STATE" != RUNNING ]; }
 
-requeued_by_slurm() { echo "Slurm requeues this job by itself: it will go on from its last checkpoint"; }
+requeued_by_slurm() { echo "Slurm requeues this job by itself: it will go on from its last checkpoint, if it has one"; }
 
 # ended_by_slurm: why Slurm ends the job for good
 ended_by_slurm() {

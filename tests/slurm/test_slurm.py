@@ -79,7 +79,7 @@ def ended(job: str, seconds: float = 400) -> list[str]:
 
 def until(happened: Callable[[], bool], job: str, folder: Path) -> None:
     """Waits for something that a job does which has not ended."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not happened() and time.monotonic() < deadline:
         assert field(job, "JobState")[0] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), log(folder)
         time.sleep(0.1)
