@@ -11,11 +11,9 @@ snapshot() {
   } > "$1/revision.txt"
   git diff HEAD > "$1/changes.patch" 2>/dev/null || :
   scontrol show job "$SLURM_JOB_ID" > "$1/job.txt"
-  local file before=$RUN_SLURM/attempt_$((RESTART - 1))
-  for file in revision.txt changes.patch; do
-    [ ! -e "$before/$file" ] || cmp -s "$1/$file" "$before/$file" ||
-      say "warning: the code is not that of the attempt before: compare $before/$file and $1/$file"
-  done
+  local before=$RUN_SLURM/attempt_$((RESTART - 1))
+  [ ! -e "$before/revision.txt" ] || { cmp -s "$1/revision.txt" "$before/revision.txt" && cmp -s "$1/changes.patch" "$before/changes.patch"; } ||
+    say "warning: the code is not that of the attempt before: compare revision.txt and changes.patch of $before and $1"
 }
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -31,8 +29,8 @@ on_usr1() { SIGNALLED=1; say "USR1: saving, then requeueing"; [ -z "$STEP_PID" ]
 on_term() {
   TERMINATED=1
   ask_slurm
-  if by_slurm; then say "TERM: $(requeued_by_slurm)"
-  elif is_ending; then say "TERM: $(ended_by_slurm)"
+  if by_slurm; then close "$(requeued_by_slurm)"
+  elif is_ending; then close "$(ended_by_slurm)"
   else say "TERM: waiting for the ranks"; fi
 }
 
@@ -168,14 +166,16 @@ by_slurm() { [ "$RESTARTS" -gt "$RESTART" ]; }
 # is_ending: Slurm is about to end this script
 is_ending() { [ -n "$STATE" ] && [ "$STATE" != RUNNING ]; }
 
-requeued_by_slurm() { echo "Slurm requeues this job by itself ($REASON): it will go on from its last checkpoint"; }
+requeued_by_slurm() { echo "Slurm requeues this job by itself: it will go on from its last checkpoint, if it has one"; }
 
 # ended_by_slurm: why Slurm ends the job for good
 ended_by_slurm() {
   case $REASON in
     TimeLimit) echo "the time limit came before the state was saved, not requeued: sbatch again to resume, with more time to save (SAVE_SECONDS)" ;;
     NodeFail) echo "a node failed, and Slurm does not requeue this job (Requeue=$REQUEUE): sbatch again to resume" ;;
-    *) echo "cancelled, not requeued: sbatch again to resume" ;;
+    *)
+      if [ "$REQUEUE" = 0 ]; then echo "ended by Slurm, whose own line says why, not requeued (Requeue=0): sbatch again to resume"
+      else echo "cancelled, not requeued: sbatch again to resume"; fi ;;
   esac
 }
 
@@ -191,7 +191,7 @@ stop() {
   trap '' TERM
   local signal
   signal=$(codes_of "$ATTEMPT" | sed -n 's/130/SIGINT/p; s/143/SIGTERM/p' | tail -n 1)
-  close "stopped as asked (${signal:-SIGTERM}), not requeued: sbatch again to resume"
+  close "stopped as asked (${signal:-SIGTERM}; torchrun's exit code is then 1), not requeued: sbatch again to resume"
   [ "$STATE" != RUNNING ] || { scancel "$SLURM_JOB_ID" && sleep 60; } # Slurm ends this script
   exit 1
 }
@@ -206,9 +206,9 @@ requeue() {
   sleep 60 # Slurm ends this script
 }
 
-# close WORDS...: the attempt's last line
+# close WORDS...: the attempt's last line, once
 close() {
-  say "$*"
+  [ "$(cat "$ATTEMPT/end.txt" 2>/dev/null)" = "$*" ] || say "$*"
   echo "$*" > "$ATTEMPT/end.txt"
 }
 

@@ -88,34 +88,29 @@ def test_settle(
     tmp_path: Path, codes: tuple[int, ...], signalled: str, terminated: str, restarts: int, requeued: bool,
     status: int | None, word: str,
 ) -> None:  # fmt: skip
-    for says in ("", RUNNING.format(restarts=restarts)):
-        done, asked = settled(
-            tmp_path / (says and "running"),
-            codes,
-            signalled=signalled,
-            terminated=terminated,
-            restarts=restarts,
-            says=says,
-        )
-        assert ("scontrol requeue 12" in asked) == requeued
-        assert done.returncode == (status or 0)
-        assert word.replace("code 2: ", "code 2, not requeued: ") in done.stdout
+    says = RUNNING.format(restarts=restarts)
+    done, asked = settled(tmp_path, codes, signalled=signalled, terminated=terminated, restarts=restarts, says=says)
+    assert ("scontrol requeue 12" in asked) == requeued
+    assert done.returncode == (status or 0)
+    assert word.replace("code 2: ", "code 2, not requeued: ") in done.stdout
 
 
 @pytest.mark.parametrize(
     ("says", "codes", "signalled", "terminated", "asks", "words"),
     [
         # what Slurm has decided counts, whatever the ranks say
-        ("PENDING Reason=NodeFail Restarts=1", (75,), "", "1", "", "Slurm requeues this job by itself (NodeFail)"),
+        ("PENDING Reason=NodeFail Restarts=1", (75,), "", "1", "", "Slurm requeues this job by itself"),
         ("PENDING Reason=NodeFail Restarts=1", (1, 75), "", "1", "", "Slurm requeues this job by itself"),
         ("PENDING Reason=BeginTime Restarts=1", (143, 143), "", "1", "", "Slurm requeues this job by itself"),
         ("NODE_FAIL Reason=NodeFail Requeue=0 Restarts=0", (75,), "", "1", "", "does not requeue this job (Requeue=0)"),
         ("COMPLETING Reason=TimeLimit Restarts=0", (), "1", "1", "", "the time limit came before the state was saved"),
-        ("CANCELLED Reason=None Restarts=0", (143, 143), "", "1", "", "cancelled, not requeued"),
-        # it has decided nothing
+        ("COMPLETING Reason=None Requeue=0 Restarts=0", (75,), "", "1", "", "ended by Slurm, whose own line says why"),
+        ("COMPLETING Reason=None Requeue=1 Restarts=0", (143, 143), "", "1", "", "cancelled, not requeued"),
+        # it has decided nothing, or does not answer
+        ("", (143, 143), "", "1", "", "stopped as asked (SIGTERM;"),
         ("RUNNING Restarts=0 PreemptTime=2026-01-01T00:00:00", (143, 143), "", "", "scontrol requeue", "a preemption"),
-        ("RUNNING Restarts=0", (143, 143), "", "", "scancel", "stopped as asked (SIGTERM), not requeued"),
-        ("RUNNING Restarts=0", (130, 130), "", "", "scancel", "stopped as asked (SIGINT), not requeued"),
+        ("RUNNING Restarts=0", (143, 143), "", "", "scancel", "stopped as asked (SIGTERM;"),
+        ("RUNNING Restarts=0", (130, 130), "", "", "scancel", "stopped as asked (SIGINT;"),
         ("RUNNING Restarts=0", (138, 138), "", "", "scontrol requeue", "requeued"),  # USR1 to the ranks alone
         ("RUNNING Restarts=0", (143,), "", "", "", "failed, not requeued: ranks were killed"),  # the other was killed
     ],
