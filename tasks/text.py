@@ -107,11 +107,8 @@ class TextEmbeddings:
         return self.cache is not None and not self.config.encoder
 
     def contents(self) -> list[str]:
-        """What the cache was made of, as `Task.contents` has it; empty without one."""
-        if self.cache is None:
-            return []
-        made_with = " ".join(str(value) for value in self.cache.made_with.values())
-        return [f"{len(self.cache)} prompts of {made_with or 'an encoder'}\0{self.cache.encoder}", *self.cache.keys()]
+        """Those of the cache; empty without one."""
+        return [] if self.cache is None else self.cache.contents()
 
     def check(self, prompts: Iterable[str]) -> None:
         """Raises ValueError naming a prompt that training would not find. Where an encoder would make it, it warns."""

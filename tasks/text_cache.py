@@ -264,12 +264,11 @@ class TextCache:
                 f"{said(self.shapes)}: make a cache with the encoder of these networks"
             )
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def keys(self) -> list[str]:
-        """Hashes of the prompts, in order."""
-        return [f"an embedding\0{digest.hex()}" for digest in self._places]
+    def contents(self) -> list[str]:
+        """Its encoder, then each prompt, as `Task.contents` has them: their hashes are compared, and not shown."""
+        made_with = " ".join(str(value) for value in self.made_with.values()) or "an encoder that it does not name"
+        prompts = [f"the embedding of a prompt\0{key.hex()}" for key in self._places]
+        return [f"{len(prompts)} prompts of {made_with}\0{self.encoder}", *prompts]
 
     def missing(self, prompts: Iterable[str]) -> list[str]:
         """The prompts that the cache does not hold."""

@@ -26,9 +26,13 @@ FULL = {
     "tests/distributed/test_fsdp.py::test_any_split_trains_alike[2_sid]": "test_any_split_trains_alike[2_sharded]",
     "tests/distributed/test_fsdp.py::test_any_split_trains_alike[2_muon]": "test_any_split_trains_alike[2_sharded]",
     "tests/distributed/test_fsdp.py::test_any_split_trains_alike[2_replayed]": "test_any_split_trains_alike[2_sharded]",
-    "tests/distributed/test_data_parallel.py::test_defect_11_ranks_share_the_global_batch_and_give_its_losses[diffusion]": (
-        "[distillation]; torchrun itself: test_watchdog.py"
-    ),
+    "tests/distributed/test_data_parallel.py::test_defect_11_ranks_share": "test_any_split_trains_alike[2_sharded]",
+    "tests/benchmarks/test_gpu_check.py::test_each_failure_is_written_with_its_text[xdist]": "[plain]",
+    "tests/benchmarks/test_gpu_check.py::test_a_file_that_cannot_be_imported": "test_each_failure_is_written[plain]",
+    "tests/benchmarks/test_benchmarks.py::test_what_is_not_done_in_time": "test_a_worker_that_fails",
+    "tests/trainer/test_methods.py::test_weights_are_of_the_whole_batch_however_it_is_split[reward]": "other objectives",
+    "tests/trainer/test_multires.py::test_resume_is_exact_with_sizes_mixed[self_forcing_gan]": "the other recipes",
+    "tests/trainer/test_image_training.py::test_a_plan_of_an_i2v_run": "tests/planning/test_plan.py",
     "tests/distributed/test_data_parallel.py::test_ranks_that_ran_other_networks": "test_checkpoint_dcp.py",
     "tests/distributed/test_fsdp.py::test_ranks_hold_their_part[4_": "the same on two ranks",
     "tests/distributed/test_fsdp.py::test_hybrid_sharding_sums": "test_gradients_are_reduced, on two ranks",
@@ -90,11 +94,12 @@ FULL = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts tests of several processes, the long ones, first, and marks the tests of FULL.
+    """Puts tests of several processes, the long ones, first, then those that wait, and marks the tests of FULL.
 
     An entry of FULL whose file was collected whole and that names no test is an error.
     """
-    items.sort(key=lambda item: not item.nodeid.startswith(("tests/distributed/", "tests/slurm/")))
+    first = ("tests/distributed/", "tests/slurm/"), ("tests/serving/",)
+    items.sort(key=lambda item: next((i for i, rooms in enumerate(first) if item.nodeid.startswith(rooms)), len(first)))
     files = {item.nodeid.split("::")[0] for item in items}
     for prefix in FULL:
         found = [item for item in items if item.nodeid.startswith(prefix)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,42 +25,12 @@ def faulty(fault: str, ranks: int, path: Path, *more: str) -> tuple[str, set[int
         to_yaml(config(DIFFUSION, training={"max_steps": 8, "global_batch_size": 6, "micro_batch_size": 1}))
     )
     arguments = ["--config_path", str(yaml), "--logdir", str(path / "run"), *more]
-    launch = torchrun if fault == "killed" else forked_ranks
-    stderr, codes = launch(ranks, arguments, {"FAULT": fault, "NOTES": str(path)})
+    done = forked.run(ranks, FAULTY, *arguments, env={"FAULT": fault, "NOTES": str(path)}, timeout=200)
     notes = [(path / f"rank{rank}.txt").read_text().splitlines() for rank in range(ranks)]
     for lines in notes:
         with pytest.raises(ProcessLookupError):
             os.kill(int(lines[0]), 0)
-    return stderr, codes, [lines[1:] for lines in notes]
-
-
-def forked_ranks(ranks: int, arguments: list[str], env: dict[str, str]) -> tuple[str, set[int]]:
-    done = forked.run(ranks, FAULTY, *arguments, env=env, timeout=200)
-    return done.stderr, set(done.codes)
-
-
-def torchrun(ranks: int, arguments: list[str], env: dict[str, str]) -> tuple[str, set[int]]:
-    """The real launcher; the codes are those of its summary."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-        "-m",
-        FAULTY,
-    ]
-    done = subprocess.run(
-        [*command, *arguments],
-        cwd=forked.ROOT,
-        env=forked.environment() | env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode != 0
-    return done.stderr, {int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", done.stderr)}
+    return done.stderr, set(done.codes), [lines[1:] for lines in notes]
 
 
 def reports(stderr: str) -> list[str]:
