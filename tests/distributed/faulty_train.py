@@ -75,6 +75,8 @@ trainer.base.Update = FaultyUpdate  # type: ignore[misc, attr-defined]
 note(str(os.getpid()))
 if FAULT == "command" and RANK == ODD:
     sys.argv += ["seed=1", "--max_steps", "6", "--resume", "never"]
+if FAULT == "late" and RANK == ODD:
+    time.sleep(4)
 if FAULT == "disks":  # relative paths lead to a disk of each node
     os.chdir(NOTES / f"disk{RANK}")
     trainer.run.LOCK_TIMES = LockTimes(sight=0.5)

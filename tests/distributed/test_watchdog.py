@@ -83,6 +83,12 @@ def test_ranks_with_different_commands_do_not_start(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("mistake", ["student.presett=toy", "student.init=nowhere"], ids=["before", "after"])
+def test_a_mistake_is_one_line_though_a_rank_comes_late(tmp_path: Path, mistake: str) -> None:
+    """Found before the ranks have met, and after."""
+    assert "student" in refused(tmp_path, "late", mistake)
+
+
 LEFT, RIGHT, UP = (f"the digit two moving {way}" for way in ("left", "right", "up"))
 
 
