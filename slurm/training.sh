@@ -135,7 +135,7 @@ settle() {
   elif [ -n "$TERMINATED" ] || was_asked_to_stop; then
     stop
   elif [ -z "$SIGNALLED" ] && ! is_stuck "$ATTEMPT"; then
-    end 1 "failed, not requeued: ranks were killed from outside, for instance for want of memory (srun's status $STATUS):" \
+    end 1 "failed, not requeued: ranks were killed from outside, by a signal before they trained or for want of memory (srun's status $STATUS):" \
       "see $RUN_SLURM/*.log; sbatch again to resume"
   elif is_stuck "$ATTEMPT"; then
     requeue " after losing a rank: see $RUN_SLURM/*.log"
