@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from utils.errors import UserError
@@ -15,10 +16,16 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Stored(NamedTuple):
-    """One stored tensor: its shape is known, `read` fetches it."""
+    """One stored tensor: its shape is known, `read` fetches it.
+
+    dtype: as it is stored; None where that is not known beforehand.
+    raw: fetches it where it may be no real numbers; None where that is not possible.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    dtype: torch.dtype | None = None
+    raw: Callable[[], Tensor] | None = None
 
 
 class Weights(Protocol):

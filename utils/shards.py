@@ -124,6 +124,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
+def named_dtype(name: str) -> torch.dtype | None:
+    """The dtype of safetensors' name; None for one that torch, or this table, does not have."""
+    return _DTYPES.get(name)
+
+
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 

@@ -1,6 +1,7 @@
-"""Whose names a Wan DiT's parameters have: Wan's own, which are ours, or Diffusers'. Pure functions of names.
+"""Whose names a Wan DiT's parameters have: Wan's own, which are ours, Diffusers', or those of FastVideo's modules. Pure
+functions of names.
 
-Shapes are the same in both formats: nothing is split, joined or transposed.
+Shapes are the same in all formats: nothing is split, joined or transposed.
 """
 
 from __future__ import annotations
@@ -48,6 +49,29 @@ BLOCK = {
     )
 }  # fmt: skip
 
+# native name -> FastVideo's name (fastvideo/configs/models/dits/wanvideo.py, param_names_mapping), where its training
+# saves modules as they are
+FASTVIDEO_TOP = {
+    "patch_embedding": "patch_embedding.proj",
+    "text_embedding.0": "condition_embedder.text_embedder.fc_in",
+    "text_embedding.2": "condition_embedder.text_embedder.fc_out",
+    "time_embedding.0": "condition_embedder.time_embedder.mlp.fc_in",
+    "time_embedding.2": "condition_embedder.time_embedder.mlp.fc_out",
+    "time_projection.1": "condition_embedder.time_modulation.linear",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.fc_in",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.fc_out",
+}
+FASTVIDEO_BLOCK = {
+    "norm3": "self_attn_residual_norm.norm",
+    "ffn.0": "ffn.fc_in",
+    "ffn.2": "ffn.fc_out",
+    "cross_attn.o": "attn2.to_out",
+    "self_attn.o": "to_out",
+} | {
+    f"self_attn.{part}": name
+    for part, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("norm_q", "norm_q"), ("norm_k", "norm_k"))
+}
+
 GATE = re.compile(r"blocks\.\d+\.self_attn\.to_gate_compress\.")  # native names; only a sparse network has them
 UNUSED = re.compile(r"norm_added_q\.")  # of the first I2V conversions to Diffusers: no network reads it
 
@@ -77,6 +101,11 @@ def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:
 
 _TOP_BACK, _BLOCK_BACK = ({v: k for k, v in table.items()} for table in (TOP, BLOCK))
 _BLOCK_BACK["attn1.to_gate_compress"] = "self_attn.to_gate_compress"  # some trainers keep it within the attention
+_FASTVIDEO_BACK = tuple(
+    back | {theirs: native for native, theirs in table.items()}
+    for back, table in ((_TOP_BACK, FASTVIDEO_TOP), (_BLOCK_BACK, FASTVIDEO_BLOCK))
+)
+_BLOCKS = re.compile(r"(.+\.)blocks\.\d+\.")
 
 
 def to_diffusers_key(key: str) -> str:
@@ -87,6 +116,11 @@ def to_diffusers_key(key: str) -> str:
 def to_native_key(key: str) -> str:
     """The inverse of `to_diffusers_key`."""
     return _rename(key, _TOP_BACK, _BLOCK_BACK)
+
+
+def is_fastvideos(keys: Iterable[str]) -> bool:
+    """Whether they are names of FastVideo's modules."""
+    return any(".self_attn_residual_norm." in name or ".ffn.fc_in." in name for name in keys)
 
 
 def unwrapped(key: str) -> str:
@@ -111,6 +145,13 @@ def native_names(keys: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"weights hold '{name}' twice under different wrappers' names: keep one")
         seen.add(name)
         plain[key] = name
+    if prefixed := next((match for name in plain.values() if (match := _BLOCKS.match(name))), None):
+        raise ValueError(
+            f"names begin with '{prefixed[1]}', which no wrapper that is known leaves there: known are "
+            f"{', '.join(PREFIXES)}: rename them"
+        )
+    if is_fastvideos(plain.values()):
+        return {key: _rename(name, *_FASTVIDEO_BACK) for key, name in plain.items()}
     if detect_format(plain.values()) is Format.DIFFUSERS:
         return {key: to_native_key(name) for key, name in plain.items()}
     return plain

@@ -104,8 +104,16 @@ def geometry_from(config: Fields | None, shapes: Mapping[str, tuple[int, ...]]) 
     Raises ValueError when the shapes are not a Wan DiT's, or the geometry is not supported.
     """
     fields = (config or {}) | fields_of_shapes(shapes)
-    if missing := [name for name in ("dim", "ffn_dim", "num_layers") if name not in fields]:
-        raise ValueError(f"these weights do not say their {missing[0]}: they are not those of a whole Wan DiT")
+    told_by = {
+        "dim": "patch_embedding.weight",
+        "ffn_dim": "blocks.0.ffn.2.weight",
+        "num_layers": "blocks.0.self_attn.q.weight",
+    }
+    if missing := [tensor for field, tensor in told_by.items() if field not in fields]:
+        raise ValueError(
+            f"these weights have no {missing[0]}: they are a part of a Wan DiT, or of another network: give all of its "
+            "files"
+        )
     if config is None:
         fields |= {"num_heads": fields["dim"] // HEAD_DIM} if fields["dim"] % HEAD_DIM == 0 else {}
         fields |= {"qk_norm": "blocks.0.self_attn.norm_q.weight" in shapes}

@@ -16,7 +16,7 @@ from model.export import SHARD_BYTES, Dtype, Format
 from model.wan.config import WanConfig
 from model.wan.formats import to_diffusers_key
 from model.wan.geometry import diffusers_config, native_config
-from model.wan.weights import MARKER, SCALES
+from model.wan.quantised import FILE_MARK, SCALES
 from model.weights import Weights
 from utils.shards import write_stream
 
@@ -88,7 +88,7 @@ def save_weights(
         file = folder / f"{STEM}{suffix}.safetensors"
         kinds = {name: items[name].kind for name in part}
         if scaled and number == 1:
-            kinds[MARKER] = (FP8, (2,))  # two elements: multiply in 16 bits; ComfyUI reads one or none as in fp8
+            kinds[FILE_MARK] = (FP8, (2,))  # two elements: multiply in 16 bits; ComfyUI reads one or none as in fp8
         write_stream(file, kinds, lambda order: _values(weights, items, order, scaled), {"format": "pt"})
         total += sum(_bytes(kind) for kind in kinds.values())
         where |= dict.fromkeys(kinds, file.name)
@@ -118,7 +118,7 @@ def _bytes(kind: Kind) -> int:
 
 def _values(weights: Weights, items: dict[str, Item], order: Iterable[str], scaled: bool) -> Iterator[Tensor]:
     for name in order:
-        if name == MARKER:
+        if name == FILE_MARK:
             yield torch.zeros(2, dtype=FP8)
             continue
         item = items[name]

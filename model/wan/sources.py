@@ -6,6 +6,7 @@ Nothing is read here but names, headers and config.json: tensors are mapped, and
 from __future__ import annotations
 
 import functools
+import json
 import pickle
 import re
 import zipfile
@@ -23,8 +24,10 @@ from utils.absent import absent
 from utils.errors import UserError
 from utils.limits import check_size
 from utils.reading import read_json, reading
+from utils.shards import named_dtype
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+LAYERS = "_quantization_metadata"  # of a safetensors header: ComfyUI's word on each layer that it stores in fewer bits
 # folders of the experts of Wan2.2 A14B, which split the noise levels: Diffusers' names, Wan's own
 EXPERTS = {"high": ("transformer", "high_noise_model"), "low": ("transformer_2", "low_noise_model")}
 # what else lies beside Wan's own DiT as a torch file
@@ -102,6 +105,8 @@ def weight_files(path: str | Path) -> list[Path]:
         return [path]
     if not path.exists():
         raise ValueError(f"no weights at '{path}': it {absent(path)}: doctor.py says how to get what a recipe names")
+    if path.suffix == ".gguf":
+        refuse_stand_in(path)
     if not path.is_dir():
         raise ValueError(
             f"no weights at '{path}': give a .safetensors, .pt or .pth file, a folder of them, or a run's folder"
@@ -178,15 +183,48 @@ def _check_shard(file: Path, part: Mapping[str, Stored], others: Mapping[str, St
 
 
 def _open_safetensors(file: Path) -> dict[str, Stored]:
+    refuse_stand_in(file)
     with reading("weights", file):
         opened = safe_open(file, framework="pt")
-        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no mapping
+        views = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
+        kinds = {key: (tuple(view.get_shape()), named_dtype(view.get_dtype())) for key, view in views.items()}
+
+    def raw(key: str) -> Tensor:
+        with reading("weights", file):
+            return opened.get_tensor(key)  # type: ignore[no-any-return]
 
     def read(key: str) -> Tensor:
-        with reading("weights", file):
-            return real_numbers(opened.get_tensor(key), f"{file}: {key}")
+        return real_numbers(raw(key), f"{file}: {key}")
 
-    return {key: Stored(shape, functools.partial(read, key)) for key, shape in shapes.items()}
+    return {
+        key: Stored(shape, functools.partial(read, key), dtype, functools.partial(raw, key))
+        for key, (shape, dtype) in kinds.items()
+    }
+
+
+def layer_formats(path: str | Path) -> dict[str, str]:
+    """How layers are stored in eight bits or fewer, as ComfyUI says it in the header: JSON by the layer's stored name.
+    Raises ValueError."""
+    out: dict[str, str] = {}
+    for file in weight_files(path):
+        if file.suffix != ".safetensors":
+            continue
+        with reading("weights", file), safe_open(file, framework="pt") as opened:
+            layers = json.loads((opened.metadata() or {}).get(LAYERS, "{}")).get("layers", {})
+            out |= {name: json.dumps(layer) for name, layer in layers.items()}
+    return out
+
+
+def refuse_stand_in(file: Path) -> None:
+    """Raises ValueError for a file that stands where weights should be."""
+    with reading("weights", file), file.open("rb") as opened:
+        begins = opened.read(64)
+    if begins.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{file} is a pointer of git-lfs and not the file: run git lfs pull there, or fetch it with hf download"
+        )
+    if begins.startswith(b"GGUF"):
+        raise ValueError(f"{file} is a GGUF file, whose packed blocks are not read: take the bf16 or fp8 file")
 
 
 def groups_of(path: str | Path) -> frozenset[str]:
@@ -201,6 +239,7 @@ def groups_of(path: str | Path) -> frozenset[str]:
 def read_torch(file: Path) -> Any:
     """What a torch file holds, its tensors mapped. Raises ValueError for anything but tensors and plain values."""
     remedy = "fetch it again; one of a torch before 1.6 load and save anew"
+    refuse_stand_in(file)
     with reading("weights", file, remedy, says="cannot be mapped"):
         check_archive(file)
         try:
@@ -240,7 +279,12 @@ def _open_torch(file: Path, which: str) -> dict[str, Stored]:
     for key, value in state.items():
         where = f"{file}: {key}"
         check_tensor(value, where)
-        out[str(key)] = Stored(tuple(value.shape), functools.partial(real_numbers, value, where))
+        out[str(key)] = Stored(
+            tuple(value.shape),
+            functools.partial(real_numbers, value, where),
+            value.dtype,
+            functools.partial(torch.Tensor.detach, value),
+        )
     return out
 
 

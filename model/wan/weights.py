@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from model.export import Format
 from model.wan.config import WanConfig
-from model.wan.formats import GATE, UNUSED, detect_format, native_names, to_diffusers_key, to_native_key
+from model.wan.formats import GATE, UNUSED, detect_format, native_names, to_diffusers_key, to_native_key, unwrapped
 from model.wan.geometry import describe, differences, fields_of_shapes, geometry_from, read_config
-from model.wan.sources import config_file, located, open_tensors, weight_files
+from model.wan.quantised import dequantised
+from model.wan.sources import config_file, layer_formats, located, open_tensors, weight_files
 from model.weights import Shapes, State, Stored, Weights, misfits, shapes_of
 from utils import distributed
 
@@ -22,11 +22,7 @@ __all__ = [
     "native_names", "to_diffusers_key", "to_native", "to_native_key", "weight_files",
 ]  # fmt: skip
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALES = ("scale_weight", "weight_scale")  # what an fp8 matrix beside it is to be multiplied by
-NO_WEIGHTS = ("scale_input", "input_scale")  # of quantised activations, which we do not have
 PATCH = "patch_embedding.weight"
-MARKER = "scaled_fp8"  # ComfyUI's sign of such a file
 
 
 def to_native(state: Mapping[str, Tensor]) -> State:
@@ -98,30 +94,22 @@ class LazyWeights:
         try:
             place = located(path, expert)
             found = open_tensors(place, which)
-            found.pop(MARKER, None)
             file = config_file(place)
             self.config = None if file is None else read_config(file)
             named = {name: found[key] for key, name in _names(found).items()}
+            formats = {to_native_key(unwrapped(layer)): text for layer, text in layer_formats(place).items()}
+            self._stored = dequantised(named, formats)
         except ValueError as problem:
             raise ValueError(f"{path}: {problem}") from None
-        self._scales: dict[str, Stored] = {}
-        for name in [name for name in named if name.endswith(SCALES)]:
-            self._scales[f"{name.rpartition('.')[0]}.weight"] = named.pop(name)
-        self._stored = {name: stored for name, stored in named.items() if not name.endswith(NO_WEIGHTS)}
         self.linear_patch = len(self._stored[PATCH].shape) == 2 if PATCH in self._stored else False
         if self.linear_patch:
             self._stored[PATCH] = _as_convolution(self._stored[PATCH])
         self.shapes: Shapes = {name: stored.shape for name, stored in self._stored.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """(name, value) in this order, as stored; fp8 as the fp32 numbers that it stands for."""
+        """(name, value) in this order, as stored; eight bits as the fp32 numbers that they stand for."""
         for name in names:
-            value = self._stored[name].read()
-            if value.dtype in FP8:
-                value = value.float()
-                if name in self._scales:
-                    value *= self._scales[name].read().float()
-            yield name, value
+            yield name, self._stored[name].read()
 
     def geometry(self) -> WanConfig:
         """Their geometry, from config.json and shapes. Raises ValueError, naming the path."""
