@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -30,7 +30,7 @@ from model.path import Path
 from model.released import Released, Source, Student
 from model.text_encoder import PromptEncoder, TextConfig
 from model.types import Prompt, PromptShapes
-from model.weights import Weights, misfits, shapes_of
+from model.weights import Shapes, Weights, misfits, shapes_of
 from utils.fields import show
 from utils.parallel.sequence import SequenceParallel
 
@@ -222,8 +222,8 @@ class Family(Protocol):
         """Compares weights with the network that is to get them, by headers. Raises ValueError in one line."""
         ...
 
-    def open_lora(self, path: str, modules: Iterable[str], expert: str | None) -> Lora:
-        """The changes of a LoRA file to these modules of a base. Raises ValueError in one line."""
+    def open_lora(self, path: str, shapes: Shapes, expert: str | None) -> Lora:
+        """The changes of a LoRA file to a base of these shapes. Raises ValueError in one line."""
         ...
 
     def released(self, folder: FilePath) -> Released:
@@ -280,7 +280,7 @@ class PlainFamily:
         if found := misfits(shapes_of(dict(net.named_parameters())), weights.shapes):
             raise ValueError(f"weights do not fit this geometry: {found}: choose the geometry that they were made for")
 
-    def open_lora(self, path: str, modules: Iterable[str], expert: str | None) -> Lora:
+    def open_lora(self, path: str, shapes: Shapes, expert: str | None) -> Lora:
         raise ValueError(f"{path}: this family reads no LoRA files")
 
     def released(self, folder: FilePath) -> Released:

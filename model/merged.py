@@ -107,10 +107,12 @@ class MergedWeights:
 
     def _merged(self, name: str, value: Tensor) -> Tensor:
         module, _, leaf = name.rpartition(".")
+        if leaf not in ("weight", "bias"):
+            module, leaf = name, "weight"  # a bare parameter, such as a modulation
         out = value
         for lora, scale in self.loras:
             change = lora.changes.get(module)
-            if change is None or leaf not in ("weight", "bias"):
+            if change is None:
                 continue
             out = out.float()
             for stored in change.bias if leaf == "bias" else [change.diff] if change.diff is not None else []:
@@ -124,7 +126,8 @@ class MergedWeights:
 def _check(lora: Lora, shapes: Shapes) -> None:
     misfits = []
     for module, change in lora.changes.items():
-        shape, weight, bias = change.shape(), f"{module}.weight", f"{module}.bias"
+        shape, bias = change.shape(), f"{module}.bias"
+        weight = module if module in shapes else f"{module}.weight"
         if shape is not None and shapes.get(weight) != shape:
             misfits.append(f"{weight} {list(shape)} instead of {list(shapes[weight]) if weight in shapes else 'none'}")
         if any(shapes.get(bias) != stored.shape for stored in change.bias):

@@ -92,5 +92,4 @@ def with_loras(base: Weights, loras: Sequence[tuple[str | Path, float]], expert:
 
     expert: "high" or "low" where a file has changes for both.
     """
-    modules = {name.rpartition(".")[0] for name in base.shapes}
-    return MergedWeights(base, [(LoraFile(path, modules, expert), scale) for path, scale in loras])
+    return MergedWeights(base, [(LoraFile(path, base.shapes, expert), scale) for path, scale in loras])

@@ -42,8 +42,7 @@ def stored_weights(config: NetworkConfig) -> Weights:
         weights = config.family.open_weights(config.init, config.init_weights, config.expert)
     if not config.loras:
         return weights
-    modules = {name.rpartition(".")[0] for name in weights.shapes}
-    loras = [(config.family.open_lora(lora.path, modules, config.expert), lora.scale) for lora in config.loras]
+    loras = [(config.family.open_lora(lora.path, weights.shapes, config.expert), lora.scale) for lora in config.loras]
     return MergedWeights(weights, loras)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from model.wan.students import STUDENTS, student_of
 from model.wan.text_encoder import UMT5Prompts
 from model.wan.transformer import WanTransformer
 from model.wan.weights import LazyWeights, fit_network, geometry_of
-from model.weights import Weights
+from model.weights import Shapes, Weights
 
 
 class WanFamily:
@@ -82,8 +82,8 @@ class WanFamily:
     def check_fit(self, weights: Weights, net: Network) -> None:
         fit_network(weights, net, net.config)
 
-    def open_lora(self, path: str, modules: Iterable[str], expert: str | None) -> Lora:
-        return LoraFile(path, modules, expert)
+    def open_lora(self, path: str, shapes: Shapes, expert: str | None) -> Lora:
+        return LoraFile(path, shapes, expert)
 
     def released(self, folder: Path) -> Released:
         return released(folder)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from model.export import Format
 
 # what trainers' wrappers leave in front of names, and what FSDP, checkpointing and torch.compile leave anywhere
-PREFIXES = ("module.", "model.", "diffusion_model.", "net.")
+PREFIXES = ("module.", "model.", "diffusion_model.", "net.", "pipe.dit.")
 WITHIN = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 # native name -> Diffusers' name, of modules and bare parameters

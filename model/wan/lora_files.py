@@ -19,35 +19,52 @@ from model.export import ADAPTER_CONFIG
 from model.merged import Change
 from model.wan.formats import to_diffusers_key, to_native_key, unwrapped
 from model.wan.sources import located, open_tensors, weight_files
-from model.weights import State, Stored
+from model.weights import Shapes, State, Stored
+from utils.logging import warn
 from utils.reading import read_json, reading
 
 # trainers' names of the same two matrices, an adapter's name perhaps between them and the leaf
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(\.\w+)?\.(?P<leaf>weight|bias)"
 )
-_OTHER = re.compile(r"(?P<module>.+)\.(?P<part>alpha|diff|diff_b)")
+_OTHER = re.compile(r"(?P<module>.+)\.(?P<part>alpha|diff|diff_b|diff_m)")
 _DOWN = ("lora_A", "lora_down", "lora.down")
-_KOHYA = "lora_unet_"
+_JOINED = ("lora_unet_", "lora_transformer_")  # before names whose dots may be underscores
+_PATCH = "patch_embedding"
 _PEFT = "base_model.model."
 _EXPERTS = {"transformer.": "high", "transformer_2.": "low"}
+# other kinds of adapters, by the names of their factors
+_KINDS = {"DoRA": ("dora_scale", "lora_magnitude_vector"), "LoKr": ("lokr_w",), "LoHa": ("hada_w",)}
+# what only networks with CLIP tokens have: adapters made on one are laid over others, too
+_OF_IMAGES = re.compile(r"blocks\.\d+\.cross_attn\.(k_img|v_img|norm_k_img)|img_emb\.proj\.\d+|img_emb")
 
 
 class LoraFile:
     """The changes of one LoRA by the native name of the module, e.g. `blocks.0.self_attn.q`.
 
-    path: a file, a PEFT folder, or `owner/name/file` on the Hub; modules: native names of the base's modules, which
-    names joined by underscores (kohya) need. expert: 'high' or 'low' where the file has changes for both.
+    What only networks have that see an image is left out over weights of one that does not, with one warning.
+
+    path: a file, a PEFT folder, or `owner/name/file` on the Hub.
+    shapes: of the base, by native names.
+    expert: 'high' or 'low' where the file has changes for both.
+
     Raises ValueError in one line for what is no LoRA, or of a kind that is not supported.
     """
 
-    def __init__(self, path: str | Path, modules: Iterable[str], expert: str | None = None) -> None:
+    def __init__(self, path: str | Path, shapes: Shapes, expert: str | None = None) -> None:
         self.path = path
         try:
             place = located(path)
             stored = _of_expert(open_tensors(_adapter(place), "lora"), expert)
             self.alphas = _stated_alphas(place)
-            self.changes = _changes(stored, modules)
+            found = _changes(stored, {name.rpartition(".")[0] for name in shapes})
+            left_out = [name for name, change in found.items() if _is_for_images(name, change, shapes)]
+            self.changes = {name: change for name, change in found.items() if name not in left_out}
+            if left_out:
+                warn(
+                    f"{path}: {len(left_out)} of {len(found)} changes are left out: they are of a network that sees an "
+                    f"image, and these weights are not ({', '.join(left_out[:3])})"
+                )
         except ValueError as problem:
             raise ValueError(f"{path}: {problem}") from None
 
@@ -102,15 +119,21 @@ def _changes(stored: Mapping[str, Stored], modules: Iterable[str]) -> dict[str, 
         if match is None:
             unknown.append(key)
             continue
-        change = out.setdefault(_module(match["module"], joined), Change())
         part = match["part"]
+        module = _module(match["module"], joined)
+        # diff_m: LightX2V's name for the difference of a block's, or the head's, modulation
+        module, part = (f"{module}.modulation", "diff") if part == "diff_m" else (module, part)
+        change = out.setdefault(module, Change())
         if part == "diff_b" or match.groupdict().get("leaf") == "bias":
             change.bias.append(value)
         else:
             setattr(change, "down" if part in _DOWN else part if part in ("alpha", "diff") else "up", value)
+    for kind, parts in _KINDS.items():
+        if of_kind := [key for key in stored if any(f".{part}" in key for part in parts)]:
+            raise ValueError(f"it is a {kind} ({of_kind[0]}), which is not read: merge it where it was trained")
     if unknown or not out:
         raise ValueError(
-            f"{len(unknown)} names are not a LoRA's ({', '.join(unknown[:3])}): DoRA, LoKr and LoHa are not supported"
+            f"{len(unknown)} names are not a LoRA's ({', '.join(unknown[:3])}): give a file of LoRA alone"
             if out
             else f"no LoRA: it has no names like {unknown[:2]} with lora_A or lora_down"
         )
@@ -124,12 +147,21 @@ def _changes(stored: Mapping[str, Stored], modules: Iterable[str]) -> dict[str, 
 
 def _module(name: str, joined: Mapping[str, str]) -> str:
     """A module's native name."""
-    if name.startswith(_KOHYA):
-        return joined.get(name.removeprefix(_KOHYA), name)
+    if prefix := next((prefix for prefix in _JOINED if name.startswith(prefix)), None):
+        return joined.get(name.removeprefix(prefix).lstrip("_").replace(".", "_"), name)
     name = name.removeprefix(_PEFT)
     for prefix in _EXPERTS:
         name = name.removeprefix(prefix)
     return to_native_key(unwrapped(name))
+
+
+def _is_for_images(module: str, change: Change, shapes: Shapes) -> bool:
+    """Whether a change is of what only networks have that see an image, and these weights are of one that does not."""
+    if _OF_IMAGES.fullmatch(module):
+        return f"{module}.weight" not in shapes
+    base = shapes.get(f"{_PATCH}.weight", ())
+    theirs = change.diff.shape if change.diff is not None else ()
+    return module == _PATCH and len(base) == len(theirs) == 5 and theirs[1] > base[1] and theirs[0] == base[0]
 
 
 def _stated_alphas(place: Path) -> dict[str, Any] | None:

@@ -128,7 +128,7 @@ def _lora_config(folder: Path) -> Path:
 
 
 def _read_lora(folder: Path) -> None:
-    file = LoraFile(folder, ["blocks.0.self_attn.q"])
+    file = LoraFile(folder, {"blocks.0.self_attn.q.weight": (4, 4)})
     for module, change in file.changes.items():
         file.factor(module, change)
         for stored in (change.down, change.up):

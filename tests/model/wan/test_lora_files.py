@@ -68,6 +68,10 @@ def renamed(state: State, style: str) -> State:
                 "old diffusers": f"transformer.{theirs}.lora.{half}.weight",
                 "kohya": f"lora_unet_{name.replace('.', '_')}.lora_{half}.weight",
                 "down up": f"{name}.lora_{half}.weight",
+                "kohya, two underscores": f"lora_unet__{name.replace('.', '_')}.lora_{half}.weight",
+                "kohya, with dots": f"lora_unet_{name.replace('.', '_', 1)}.lora_{half}.weight",
+                "diffsynth": f"pipe.dit.{name}.lora_{letter}.default.weight",
+                "lora_transformer": f"lora_transformer_{theirs.replace('.', '_')}.lora_{half}.weight",
             }[style]
         ] = value
         if style in ("kohya", "down up"):
@@ -77,7 +81,11 @@ def renamed(state: State, style: str) -> State:
     return out
 
 
-@pytest.mark.parametrize("style", ["native", "peft", "diffusers", "old diffusers", "kohya", "down up"])
+STYLES = ["native", "peft", "diffusers", "old diffusers", "kohya", "down up"]
+STYLES += ["kohya, two underscores", "kohya, with dots", "diffsynth", "lora_transformer"]
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_any_trainers_names_are_the_same_change(base: Path, tmp_path: Path, style: str) -> None:
     state = adapter()
     save_file(renamed(state, style), tmp_path / "lora.safetensors")
@@ -159,6 +167,42 @@ def test_the_sum_is_rounded_once_to_what_the_base_is_stored_in(tmp_path: Path) -
     assert torch.equal(value, (plain["blocks.1.ffn.0.weight"].float() + up @ down).bfloat16())
 
 
+@pytest.mark.parametrize("name", ["blocks.0.diff_m", "blocks.0.modulation.diff"])
+def test_a_difference_of_a_modulation_is_added(base: Path, tmp_path: Path, name: str) -> None:
+    plain = dict(random_net(1).state_dict())
+    change = torch.randn(plain["blocks.0.modulation"].shape)
+    head = torch.randn(plain["head.modulation"].shape)
+    state = {f"diffusion_model.{name}": change, "diffusion_model.head.diff_m": head}
+    save_file(state, tmp_path / "lora.safetensors")
+    found = dict(with_loras(LazyWeights(base), [(tmp_path / "lora.safetensors", SCALE)]).read(plain))
+    torch.testing.assert_close(found.pop("blocks.0.modulation"), plain["blocks.0.modulation"] + SCALE * change)
+    torch.testing.assert_close(found.pop("head.modulation"), plain["head.modulation"] + SCALE * head)
+    assert all(torch.equal(value, plain[key]) for key, value in found.items())
+
+
+def test_changes_of_image_networks_are_left_out_with_one_warning(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    patch = random_net(1).patch_embedding.weight
+    more = {
+        "blocks.0.cross_attn.k_img.lora_A.weight": torch.ones(3, 48),
+        "blocks.0.cross_attn.k_img.lora_B.weight": torch.ones(48, 3),
+        "blocks.1.cross_attn.norm_k_img.diff": torch.ones(48),
+        "img_emb.proj.1.diff_b": torch.ones(48),
+        "patch_embedding.diff": torch.ones(patch.shape[0], 2 * patch.shape[1], *patch.shape[2:]),
+    }
+    state = {key: value for key, value in adapter().items() if "patch" not in key}
+    for name, tensors in {"plain": state, "image": state | more}.items():
+        save_file({f"diffusion_model.{key}": value for key, value in tensors.items()}, tmp_path / f"{name}.safetensors")
+    plain, image = (
+        dict(with_loras(LazyWeights(base), [(tmp_path / f"{name}.safetensors", 1.0)]).read(random_net(1).state_dict()))
+        for name in ("plain", "image")
+    )
+    assert all(torch.equal(value, plain[key]) for key, value in image.items())
+    [line] = caplog.messages
+    assert "image.safetensors: 4 of 8 changes are left out" in line
+
+
 def test_two_experts_in_one_file_are_told_apart(base: Path, tmp_path: Path) -> None:
     state = renamed(adapter(), "diffusers")
     low = {key.replace("transformer.", "transformer_2."): 2 * value for key, value in state.items()}
@@ -181,7 +225,10 @@ def test_two_experts_in_one_file_are_told_apart(base: Path, tmp_path: Path) -> N
         ({"head.head.lora_A.weight": torch.zeros(3, 7)}, "head.head.weight \\[12, 7\\] instead of \\[12, 48\\]"),
         ({"head.head.lora_A.weight": torch.zeros(2, 48)}, "head.head has ranks 2 and 3"),
         ({"blocks.0.ffn.2.lora_A.weight": torch.zeros(3, 64)}, "blocks.0.ffn.2 has no up matrix: the file is not whole"),
-        ({"head.head.dora_scale": torch.zeros(1)}, "1 names are not a LoRA's .*DoRA"),
+        ({"head.head.dora_scale": torch.zeros(1)}, "it is a DoRA \\(head.head.dora_scale\\), which is not read: merge it"),
+        ({"head.head.lokr_w1": torch.zeros(1)}, "it is a LoKr"),
+        ({"head.head.hada_w1_a": torch.zeros(1)}, "it is a LoHa"),
+        ({"head.head.something": torch.zeros(1)}, "1 names are not a LoRA's"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line(base: Path, tmp_path: Path, change: State, message: str) -> None:

@@ -199,8 +199,8 @@ def test_trainers_wrappings_are_taken_off(
 
 
 def test_an_unknown_wrapper_is_named(state: State) -> None:
-    with pytest.raises(ValueError, match=r"names begin with 'pipe\.dit\.', which no wrapper"):
-        native_names(f"pipe.dit.{name}" for name in state)
+    with pytest.raises(ValueError, match=r"names begin with 'student\.core\.', which no wrapper"):
+        native_names(f"student.core.{name}" for name in state)
 
 
 @pytest.mark.parametrize(
