@@ -29,8 +29,9 @@ from generation.generator import Generator
 from generation.sampling import Sampling, StudentChoice
 from model.network import Expert
 from utils import checkpoint, distributed
-from utils.cli import Parser, refuse_several_ranks
+from utils.cli import Parser, refuse_several_ranks, text_encoding
 from utils.errors import UserError
+from utils.reading import UTF8
 from utils.writing import check_writable, write_text
 
 __all__ = [  # the toy world's functions too, which scripts take from here
@@ -42,7 +43,7 @@ ENOUGH = 256  # videos below which a Frechet distance says more of their number 
 _OF_SUITES = {
     ("toy", "fid"): ("count", "split", "cache"),
     ("fid",): ("features", "real"),
-    ("fid", "vbench"): ("prompts", "batch"),
+    ("fid", "vbench"): ("prompts", "batch", "encoding"),
     ("vbench",): (
         *("videos", "augmented", "originals", "dimensions", "vbench_python", "download", "only_videos", "fps", "seed"),
     ),
@@ -71,6 +72,9 @@ def evaluation_parser() -> Parser:
     fid.add_argument("--real", type=Path, metavar="DIR", help="real videos or images (default: the toy world's own)")
     both = parser.add_argument_group("fid and vbench")
     both.add_argument("--prompts", type=Path, help="fid: a prompt file; vbench: a VBench_full_info.json")
+    both.add_argument(
+        "--encoding", type=text_encoding, help="of fid's --prompts, of --augmented and --originals (default: UTF-8)"
+    )
     both.add_argument(
         "--batch", type=int, help="videos made at once (default: what fits, at most 8; of the toy world 50)"
     )
@@ -153,6 +157,7 @@ def _fid(generator: Generator, args: argparse.Namespace) -> None:
         split=args.split,
         cache=args.cache,
         batch=args.batch,
+        encoding=args.encoding or UTF8,
     )
     rows = fid_suite.evaluate_fid(generator, asked, Sampling(steps=args.steps, guidance=args.guidance))
     print(fid_suite.report(rows))
@@ -174,6 +179,7 @@ def _vbench(generator: Generator, args: argparse.Namespace) -> None:
         only_videos=bool(args.only_videos),
         batch=args.batch or chosen_batch(generator, sampling, MOST, free_memory(generator.device)),
         fps=args.fps or generator.config.fps,
+        encoding=args.encoding or UTF8,
     )
     runs = [args.run] if args.low_run is None else [args.run, args.low_run]
     folders = [str(checkpoint.resolve_resume(str(run), run)) for run in runs]

@@ -25,6 +25,7 @@ from utils.data.prompts import load_prompts
 from utils.errors import UserError
 from utils.logging import console
 from utils.metrics import Moments, diversity, drift, few_samples, frame_luma, frechet_between, motion
+from utils.reading import UTF8
 from worlds.toy_judge import ToyJudge
 
 Features = Callable[[Tensor], Tensor]  # pixels [B, T, C, h, w] -> [B, F, D]
@@ -111,6 +112,7 @@ class FidArgs:
     split: "dev" or "test", which decides seeds and the toy world's prompts.
     cache: folder of the toy world's judge.
     batch: videos made at once, or None for what fits into memory, or 50 of the toy world.
+    encoding: of `prompts`.
     """
 
     features: str | None
@@ -120,6 +122,7 @@ class FidArgs:
     split: str
     cache: Path
     batch: int | None
+    encoding: str = UTF8
 
 
 def evaluate_fid(generator: Generator, args: FidArgs, sampling: Sampling) -> dict[str, dict[str, float]]:
@@ -162,7 +165,7 @@ def _prompts(generator: Generator, args: FidArgs, judge: ToyJudge | None) -> lis
     """`count` prompts, of the file (repeated from its start if it has fewer) or of the task."""
     if args.prompts is not None:
         try:
-            found = load_prompts(args.prompts)
+            found = load_prompts(args.prompts, args.encoding)
         except (ValueError, OSError) as problem:
             raise UserError(f"--prompts: {problem}") from None
         return [found[i % len(found)] for i in range(args.count)]

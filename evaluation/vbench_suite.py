@@ -32,7 +32,7 @@ from generation.sampling import Sampling
 from utils import distributed
 from utils.data.prompts import load_prompts
 from utils.errors import UserError
-from utils.reading import read_json
+from utils.reading import UTF8, read_json
 from utils.video import write_video
 from utils.writing import write_text, writing
 
@@ -59,6 +59,7 @@ class VBenchArgs:
     only_videos: whether videos are made and nothing is scored.
     batch: videos made at once.
     fps: frames a second of the videos.
+    encoding: of `augmented` and `originals`.
     """
 
     videos: Path
@@ -71,6 +72,7 @@ class VBenchArgs:
     only_videos: bool
     batch: int
     fps: int
+    encoding: str = UTF8
 
 
 def parse_dimensions(text: str | None) -> tuple[str, ...]:
@@ -144,7 +146,7 @@ def load_augmented(args: VBenchArgs) -> dict[str, str] | None:
             return found
         if args.originals is None:
             raise ValueError("a text file needs --originals: VBench's prompts (all_dimension.txt) in the same order")
-        texts, originals = load_prompts(args.augmented), load_prompts(args.originals)
+        texts, originals = (load_prompts(path, args.encoding) for path in (args.augmented, args.originals))
         if len(texts) != len(originals):
             raise ValueError(f"{args.augmented} has {len(texts)} prompts, --originals {len(originals)}: one for each")
         return dict(zip(originals, texts, strict=True))

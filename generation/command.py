@@ -19,10 +19,11 @@ from generation.sampling import Sampling, StudentChoice
 from generation.students import layouts
 from model.network import Expert, LoraWeights
 from pipeline.bidirectional_inference import Solver
-from utils.cli import Parser
+from utils.cli import Parser, text_encoding
 from utils.data.prompts import load_prompts
 from utils.errors import UserError
 from utils.limits import FPS, SHIFT, SIDE
+from utils.reading import UTF8
 
 FORMATS = ("mp4", "gif", "png", "safetensors")
 STEPS_HELP = (
@@ -69,7 +70,11 @@ def _parser() -> Parser:
     parser.add_argument("--negative_prompt", help="of a many-step --model (default: none)")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="one prompt")
-    text.add_argument("--prompts", type=Path, help="file of prompts (.txt, .csv, .jsonl); finished ones are skipped")
+    text.add_argument(
+        "--prompts", type=Path,
+        help="file of prompts (.txt, .csv, .jsonl, .parquet), or folder of .parquet; finished ones are skipped",
+    )  # fmt: skip
+    parser.add_argument("--encoding", type=text_encoding, help="of --prompts (default: UTF-8)")
     parser.add_argument("--out", type=Path, default=Path("videos"), help="folder, or a file for one prompt")
     parser.add_argument("--frames", type=int, help="latent frames in all (default: as trained)")
     parser.add_argument(
@@ -213,8 +218,10 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
             raise UserError(f"--{name} {value}: give a number of at least 1")
     if a.fps is not None and a.fps > FPS:
         raise UserError(f"--fps {a.fps}: give a number of at most {FPS}")
+    if a.encoding is not None and a.prompts is None:
+        raise UserError("--encoding is of a file: give --prompts, or leave it out")
     try:
-        prompts = (a.prompt,) if a.prompt is not None else tuple(load_prompts(a.prompts))
+        prompts = (a.prompt,) if a.prompt is not None else tuple(load_prompts(a.prompts, a.encoding or UTF8))
     except (ValueError, OSError) as problem:
         raise UserError(f"--prompts: {problem}") from None
     suffix = a.out.suffix.lstrip(".") if a.prompt is not None and a.out.suffix else a.format

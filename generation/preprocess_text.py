@@ -12,9 +12,10 @@ from tasks.task import TaskContext
 from tasks.text_cache import Shard, Source, check, write_shard
 from trainer.command import OVERRIDES
 from utils import distributed
-from utils.cli import Parser
+from utils.cli import Parser, text_encoding
 from utils.data.prompts import load_prompts
 from utils.errors import UserError
+from utils.reading import UTF8
 
 SHARD_PROMPTS = 1024  # what a killed process loses at most
 
@@ -30,8 +31,11 @@ def preprocess_text(argv: Sequence[str]) -> int:
         type=Path,
         action="append",
         required=True,
-        help="file of prompts; may be given again. The run's validation prompts and negative prompt are added, and "
-        "what it trains with in the place of dropped captions",
+        help="file of prompts, or folder of .parquet; may be given again. The run's validation prompts and negative "
+        "prompt are added, and what it trains with in the place of dropped captions",
+    )
+    parser.add_argument(
+        "--encoding", type=text_encoding, default=UTF8, help="of --prompts (default: UTF-8, which training reads)"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--shard", metavar="i/n", help="only part i of n, from 0 (default: all parts, of 1024 prompts)")
@@ -39,7 +43,7 @@ def preprocess_text(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     config = load_run(args.config_path, args.overrides)
     text = config.data.text_source(TaskContext(config.student, config.seed, distributed.device()))
-    source = Source.of(_prompts(config, args.prompts), text.identity, text.shapes, text.made_with)
+    source = Source.of(_prompts(config, args.prompts, args.encoding), text.identity, text.shapes, text.made_with)
     if args.check:
         check(args.out, source)
         print(f"{args.out}: each of {len(source.prompts)} prompts is there exactly once")
@@ -61,13 +65,13 @@ def _shards(shard: str | None, prompts: int) -> list[Shard]:
     return [Shard(i, count) for i in range(rank, count, ranks)]
 
 
-def _prompts(config: RunConfig, files: Sequence[Path]) -> list[str]:
+def _prompts(config: RunConfig, files: Sequence[Path], encoding: str) -> list[str]:
     """What training will ask for: the files' prompts, and the run's own."""
     prompts = []
     validation_file = config.validation.prompts
     for file in [*files, *([Path(validation_file)] if validation_file else [])]:
         try:
-            prompts += load_prompts(file)
+            prompts += load_prompts(file, encoding if file in files else UTF8)
         except (ValueError, OSError) as problem:
             raise UserError(f"{'--prompts' if file in files else 'validation.prompts'}: {problem}") from None
     dropped = [] if config.dropped_text is None else [config.dropped_text]

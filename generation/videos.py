@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from generation.batch import chosen_batch, free_memory
 from generation.command import InferenceArgs
 from generation.footage import read_footage
 from generation.generator import Generator
+from generation.places import places, same_settings
 from model.family import Network, Trait
 from utils import distributed
 from utils.compared import config_hash
@@ -28,11 +25,10 @@ from utils.limits import check_size
 from utils.overlap import SideDecoder
 from utils.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from utils.parallel.sequence import apply_sequence_parallel, check_degree
-from utils.reading import read_json
 from utils.shards import is_finite
 from utils.tensor_files import save_file
 from utils.video import eight_bits, write_video
-from utils.writing import check_writable, drop_partials, whole_file, write_text, writing
+from utils.writing import check_writable, drop_partials, whole_file
 
 
 def team(args: InferenceArgs, generator: Generator) -> Mesh:
@@ -59,7 +55,7 @@ def team(args: InferenceArgs, generator: Generator) -> Mesh:
 
 def check_out(args: InferenceArgs) -> None:
     """Raises UserError where no video can be written: before a network is loaded for it."""
-    paths, resumable = _paths(args)
+    paths, resumable = places(args)
     check_writable(args.out if resumable else paths[0], "--out", folder=resumable)
 
 
@@ -67,7 +63,7 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
     """Writes one file a prompt and says where; of a prompt file those that exist are skipped. Returns the exit code.
 
     Videos are keyed by their prompt's number in the list, so they are the same over any number of processes."""
-    paths, resumable = _paths(args)
+    paths, resumable = places(args)
     _same_checkpoints(generator)
     mesh, footage = team(args, generator), read_footage(generator, args.footage, args.sampling)
     fps, batch = args.fps or generator.config.fps, args.batch or _fitting(generator, args, mesh)
@@ -75,7 +71,7 @@ def generate_videos(generator: Generator, args: InferenceArgs) -> int:
         size = generator.task.pixel_size(1)
         check_size("pixels", size.height * size.width * args.scale**2, f"--scale {args.scale}", unit="pixels")
     if resumable:
-        _same_settings(args, generator.checkpoints, fps, batch)
+        same_settings(args, paths, generator.checkpoints, fps, batch)
     # one process looks: others may see a network's files later, or those of one that is at work already
     missing = [i for i, path in enumerate(paths) if not (resumable and path.is_file())]
     todo = sorted(distributed.union(missing if distributed.is_main() else ()))
@@ -166,22 +162,6 @@ def _decoded(blocks: Iterable[Tensor], decoder: SideDecoder | None) -> Iterator[
         yield begun()
 
 
-def slug(prompt: str, most: int = 48) -> str:
-    """A file name made of a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:most].rstrip("-") or "empty"
-
-
-def _paths(args: InferenceArgs) -> tuple[list[Path], bool]:
-    """Where each prompt's video goes, and whether existing ones are kept. Raises UserError."""
-    if not args.from_file and args.out.suffix:
-        return [args.out], False
-    with writing("--out", args.out):
-        is_file = args.out.exists() and not args.out.is_dir()
-    if is_file:
-        raise UserError(f"--out {args.out} is a file: give a folder")
-    return [args.out / f"{i:04d}_{slug(prompt)}.{args.suffix}" for i, prompt in enumerate(args.prompts)], args.from_file
-
-
 def _write(
     parts: Iterator[Tensor], paths: Sequence[Path], prompts: Sequence[str], args: InferenceArgs, fps: int
 ) -> None:
@@ -215,39 +195,3 @@ def _same_checkpoints(generator: Generator) -> None:
     loaded = config_hash(list(generator.checkpoints))
     if set(distributed.all_gather_text(loaded)) != {loaded}:
         raise UserError("--run: processes have found different checkpoints, for it is being trained: give --checkpoint")
-
-
-def _same_settings(args: InferenceArgs, checkpoints: Sequence[str], fps: int, batch: int) -> None:
-    """Keeps what the folder's videos were made with beside them, and refuses to go on with anything else."""
-    settings = {
-        "source": checkpoints or str(args.source),  # a run may have another one by now
-        "weights": args.weights,
-        "image": None if args.footage.image is None else str(args.footage.image),
-        "video": None if args.footage.video is None else str(args.footage.video),
-        "extend": args.footage.extend,
-        "image_encoder": args.image_encoder,
-        "size": args.size,
-        "loras": [asdict(lora) for lora in args.loras],
-        "low_loras": [asdict(lora) for lora in args.low_loras],
-        "lora_scale": args.lora_scale,
-        "fp8": args.acceleration.fp8,
-        "tiny_decoder": args.tiny_decoder,
-        "scale": args.scale,
-        "fps": fps,
-        "batch": batch,
-        "prompts": hashlib.sha256("\n".join(args.prompts).encode()).hexdigest(),
-        **asdict(args.sampling),
-    }
-    file = args.out / "settings.json"
-    settings = json.loads(json.dumps(settings))  # as they come back
-    if file.is_file():
-        stored = read_json("settings", file, "give another --out, or delete it with its videos")
-        stored["image"] = None if stored.get("image") == "None" else stored.get("image")  # as version 0.1 wrote it
-        changed = sorted(key for key in settings if key != "batch" and stored.get(key) != settings[key])
-        if changed:
-            raise UserError(
-                f"the videos in {args.out} were made with other settings ({', '.join(changed)}): give another --out"
-                + (f", or their --checkpoint (in {file})" if "source" in changed else "")
-            )
-    if distributed.is_main():
-        write_text(file, json.dumps(settings, indent=1), "--out")

@@ -239,7 +239,7 @@ def _lacks_prompts(config: RunConfig, data: EncodedData, cache: str) -> bool:
     if not Path(cache).is_dir() or _problem(lambda: TextCache(Path(cache), shapes)):
         return True
     dropped = [] if config.dropped_text is None else [config.dropped_text]
-    files = [path for path in (data.prompts, config.validation.prompts) if path is not None and Path(path).is_file()]
+    files = [path for path in (data.prompts, config.validation.prompts) if path is not None and Path(path).exists()]
     wanted = [data.negative_prompt, *dropped, *(prompt for path in files for prompt in load_prompts(path))]
     return bool(TextCache(Path(cache), shapes).missing(wanted))
 

@@ -95,7 +95,7 @@ def cache_remedy(recipe: Recipe, config: RunConfig, cache: str) -> str:
     command = (
         f"python preprocess.py text {recipe.arguments(with_logdir=False)} --prompts {prompts or 'FILE'} --out {cache}"
     )
-    if prompts is None or not Path(prompts).is_file():
+    if prompts is None or not Path(prompts).exists():
         return command
     most = len(set(load_prompts(prompts))) * 2 * sum(map(math.prod, config.student.prompt_shapes.values()))
     return f"{command}   (at most {size_text(most)})"

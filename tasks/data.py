@@ -47,7 +47,7 @@ class DataConfig:
     kind: where prompts, real samples and the way to pixels come from.
     real: whether training may look at real videos; false is data-free, from prompts alone.
     first_frame: whether networks are given the first frame of real videos; null gives it to image-to-video ones.
-    prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet), null for the kind's own.
+    prompts: a file of prompts to train on (.txt, .csv, .jsonl, .parquet) or a folder of .parquet; null: the kind's own.
     negative_prompt: what guidance leads away from.
     """
 

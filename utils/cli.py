@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
 import math
 import os
@@ -17,8 +18,20 @@ from utils import distributed, ranks
 from utils.errors import AgreedError, UserError
 from utils.fields import show
 from utils.launcher import EXIT_STUCK, LauncherGone
+from utils.reading import UTF8
 from utils.watchdog import EXIT_REFUSED, CollectiveError, RefusedElsewhere
 from utils.writing import REFUSALS, refusal
+
+
+def text_encoding(name: str) -> str:
+    """Type of an option: an encoding of text that Python knows. UTF-8 may begin with a mark."""
+    try:
+        b"text".decode(name, "replace")
+        return UTF8 if codecs.lookup(name).name == "utf-8" else name
+    except (LookupError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is no encoding of text: give utf-16, cp1252, gb18030, ..."
+        ) from None
 
 
 class ShowDefaults(argparse.HelpFormatter):

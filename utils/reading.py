@@ -12,6 +12,7 @@ from utils.errors import UserError
 from utils.limits import check_size
 
 REMEDY = "fetch it or make it again"
+UTF8 = "utf-8-sig"  # which may begin with a mark
 LONGEST = 300  # characters of a library's words that are worth showing
 # no file's failure; the last is a defect of ours
 _OTHERS = (KeyboardInterrupt, SystemExit, GeneratorExit, NameError)
@@ -60,11 +61,25 @@ def reason(problem: BaseException) -> str:
     return (text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}...") or type(problem).__name__
 
 
-def read_text(what: str, path: Path, remedy: str = REMEDY) -> str:
-    """A text file in UTF-8, which may begin with a mark. Raises UserError, also for one larger than `Limits.text`."""
+def read_text(what: str, path: Path, remedy: str = REMEDY, *, encoding: str = UTF8) -> str:
+    """A text file, in which \\r\\n has become \\n. Raises UserError, also for one larger than `Limits.text`."""
     with reading(what, path, remedy):
         check_size("text", path.stat().st_size, path)
-        return path.read_text(encoding="utf-8-sig")
+        return decoded(path.read_bytes(), f"{what}: {path}" if what else path, encoding).replace("\r\n", "\n")
+
+
+def decoded(data: bytes, where: object, encoding: str = UTF8) -> str:
+    """Text of these bytes. Raises UserError with the first line that has other ones."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as problem:
+        before, byte = problem.object[: problem.start], problem.object[problem.start]
+        line = before.decode(encoding, "replace").count("\n") + 1
+        name = "UTF-8" if encoding == UTF8 else encoding
+        raise UserError(
+            f"{where}, line {line} is not in {name} (byte 0x{byte:02x}): save the file as UTF-8, or name its encoding "
+            "where the command has --encoding"
+        ) from None
 
 
 def read_json(what: str, path: Path, remedy: str = REMEDY) -> dict[str, Any]:

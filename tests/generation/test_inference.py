@@ -14,8 +14,9 @@ from generation.acceleration import Acceleration
 from generation.command import inference_args
 from generation.generator import Generator
 from generation.live import Live, Pace
+from generation.places import slug
 from generation.sampling import Sampling, StudentChoice
-from generation.videos import Rate, check_out, generate_videos, slug
+from generation.videos import Rate, check_out, generate_videos
 from model.attention.captured import Captured
 from model.attention.kv_cache import KVCache
 from model.network import NetworkConfig

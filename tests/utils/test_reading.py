@@ -121,7 +121,7 @@ def test_sparse_and_odd_prompt_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with refused("asks for 1073741824 bytes and the limit is"):
         load_prompts(tmp_path / "p.txt")
     for name, text in [
-        ("p.csv", 'prompt\n"' + "a" * 200_000 + '"\n'),
+        ("p.csv", 'prompt\n"' + "a" * 2_000_000 + '"\n'),
         ("a.jsonl", '{"prompt": "\\ud800"}'),
         ("b.jsonl", "[" * 100_000),
     ]:

@@ -173,7 +173,7 @@ def test_prompt_files(tmp_path: Path, name: str, text: str) -> None:
         ("a.csv", "", "needs a column"),
         ("a.jsonl", '{"prompt": "x"}\n{"text": 1}\n', "line 2 needs a text field"),
         ("a.jsonl", "{", "line 1 is not JSON"),
-        ("a.pdf", "x", "give a .txt, .csv, .jsonl, .parquet file"),
+        ("a.pdf", "x", "give a .txt, .csv, .jsonl, .parquet file, or a folder"),
         ("missing.txt", None, "no such file"),
     ],
 )

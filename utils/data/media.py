@@ -7,7 +7,6 @@ Where nothing has a caption all captions are empty; where only some lack one, th
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import tarfile
@@ -18,11 +17,12 @@ from typing import Any, BinaryIO, Final
 
 from utils.data.shard_files import arrow, column_values, found_files
 from utils.data.stream import CorruptSample
+from utils.data.text_files import csv_table, text_lines
 from utils.errors import UserError
 from utils.fields import show
 from utils.limits import check_size
 from utils.logging import warn
-from utils.reading import read_text, reading
+from utils.reading import decoded, read_text, reading
 
 VIDEOS: Final = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".gif")
 IMAGES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -75,7 +75,7 @@ class Media:
             raise CorruptSample(f"{self.name} has no caption: no .txt and no .json beside it")
         part, suffix = self.caption
         with reading("", f"{self.name}: its caption ({suffix})", "", error=CorruptSample):
-            text = part.read("line").decode("utf-8-sig")
+            text = decoded(part.read("line"), f"{self.name}: its caption ({suffix})")
             found = text if suffix == ".txt" else caption_of(json.loads(text))
             (found or "").encode()  # JSON may hold what UTF-8 cannot
         if not found or not found.strip():
@@ -177,9 +177,9 @@ def _rows(table: Path) -> Iterator[Mapping[str, Any]]:
     if not table.is_file():
         raise UserError(f"data: no such table of captions: {table}")
     if table.suffix == ".csv":
-        yield from csv.DictReader(io.StringIO(read_text("data", table), newline=""))
+        yield from csv_table("data", table)[1]
     elif table.suffix == ".jsonl":
-        yield from (json.loads(line) for line in read_text("data", table).splitlines() if line.strip())
+        yield from (json.loads(line) for line in text_lines("data", table) if line.strip())
     elif table.suffix == ".json":
         yield from json.loads(read_text("data", table))
     elif table.suffix == ".parquet":

@@ -2,62 +2,75 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import json
 from pathlib import Path
 
 import torch
 
-from utils.data.shard_files import arrow, column_values
+from utils.data.shard_files import arrow, column_values, found_files, whole
+from utils.data.text_files import csv_table, text_lines
 from utils.errors import UserError
 from utils.fields import show
 from utils.limits import check_size
 from utils.random import generator
-from utils.reading import read_text, reading
+from utils.reading import UTF8, reading
 
 _COLUMNS = ("prompt", "caption")
 
 
-def load_prompts(path: str | Path) -> list[str]:
-    """Prompts of a .txt (one a line), .csv, .jsonl or .parquet file (field `prompt` or `caption`), in order.
+def load_prompts(path: str | Path, encoding: str = UTF8) -> list[str]:
+    """Prompts of a .txt (one a line), .csv, .jsonl or .parquet file (field `prompt` or `caption`), in order, or of all
+    .parquet files under a folder, in the order of their names. Blank ones are skipped.
 
-    Blank ones are skipped.
+    encoding: of a text file.
 
-    Raises ValueError if the file is absent, of another kind, without such a field, or holds no prompt.
+    Raises ValueError if there is no such file, or one of another kind, without such a field, or that holds no prompt.
     """
     path = Path(path)
-    readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise ValueError(f"prompts: cannot read {path}; give a {', '.join(readers)} file")
-    if not path.is_file():
-        raise ValueError(f"prompts: no such file: {path}")
-    with reading("prompts", path):
-        prompts = [prompt.strip() for prompt in readers[path.suffix](path) if prompt.strip()]
-        longest = max((len(prompt.encode()) for prompt in prompts), default=0)  # refuses what UTF-8 cannot hold, too
-        check_size("line", longest, f"prompts: a prompt of {path}")
+    files = whole(found_files(path, ".parquet"), path) if path.is_dir() else [path]
+    prompts: list[str] = []
+    held = 0
+    for file in files:
+        prompts += (part := _file_prompts(file, encoding))
+        held += sum(map(len, part))
+        check_size("text", held, f"prompts: {path}")
     if not prompts:
         raise ValueError(f"prompts: {path} holds no prompt; write at least one")
     return prompts
 
 
-def _read_txt(path: Path) -> list[str]:
-    return read_text("prompts", path).splitlines()
+def _file_prompts(path: Path, encoding: str) -> list[str]:
+    texts = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    if path.suffix not in (*texts, ".parquet"):
+        raise ValueError(
+            f"prompts: cannot read {path}; give a {', '.join(texts)}, .parquet file, or a folder of .parquet files"
+        )
+    if not path.is_file():
+        raise ValueError(f"prompts: no such file: {path}")
+    with reading("prompts", path):
+        found = _read_parquet(path) if path.suffix == ".parquet" else texts[path.suffix](path, encoding)
+        prompts = [prompt.strip() for prompt in found if prompt.strip()]
+        longest = max((len(prompt.encode()) for prompt in prompts), default=0)  # refuses what UTF-8 cannot hold, too
+        check_size("line", longest, f"prompts: a prompt of {path}")
+    return prompts
 
 
-def _read_csv(path: Path) -> list[str]:
-    reader = csv.DictReader(io.StringIO(read_text("prompts", path), newline=""))
-    found = list(reader.fieldnames or [])
+def _read_txt(path: Path, encoding: str) -> list[str]:
+    return text_lines("prompts", path, encoding)
+
+
+def _read_csv(path: Path, encoding: str) -> list[str]:
+    found, rows = csv_table("prompts", path, encoding)
     column = next((name for name in _COLUMNS if name in found), None)
     if column is None:
         raise UserError(f"prompts: {path} needs a column 'prompt' or 'caption', it has {show(found)}")
-    return [row[column] or "" for row in reader]
+    return [row[column] for row in rows]
 
 
-def _read_jsonl(path: Path) -> list[str]:
+def _read_jsonl(path: Path, encoding: str) -> list[str]:
     prompts = []
-    for number, line in enumerate(read_text("prompts", path).splitlines(), start=1):
+    for number, line in enumerate(text_lines("prompts", path, encoding), start=1):
         if not line.strip():
             continue
         with reading("prompts", f"{path}, line {number}", "", says="is not JSON"):
