@@ -353,10 +353,11 @@ def newest_whole(root: Path) -> Path:
         try:
             verify(path)
         except UserError as problem:
-            console.warning("left out: %s", problem)
+            console.warning("left out: %s", problem.__cause__ or problem)  # its cause advises nothing
             continue
-        if ruined(path) is None:
+        if (what := ruined(path)) is None:
             return path
+        console.warning("left out: %s: its weights are not finite (%s)", path, what)
     names = f"none of {', '.join(path.name for path in found)} is whole" if found else "it holds no checkpoint"
     raise UserError(f"--resume {LAST_GOOD}: {root}: {names}: start anew with --resume never")
 

@@ -106,6 +106,8 @@ def _refuse_missing(path: Path, files: Iterable[str], sizes: Mapping[str, int]) 
         file = path / name
         if not file.is_file():
             raise _Harmed(f"{file} is missing: the checkpoint is damaged")
+        if name not in sizes:
+            raise _Harmed(f"{path / STATE} does not name {name}: the checkpoint is damaged")
         if (size := file.stat().st_size) != sizes[name]:
             raise _Harmed(f"{file} is truncated or changed: {size} bytes of {sizes[name]}")
 
@@ -132,7 +134,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     if manifest["format"] not in READABLE:
         known = " and ".join(map(str, READABLE))
         raise UserError(f"{file} has format {manifest['format']}, this code reads {known}: use the code that wrote it")
-    if manifest["format"] != 1 and checksum(manifest["state"]) != dict(manifest.get("crc32") or {}).get("state"):
+    checksums = manifest.get("crc32")
+    of_state = checksums.get("state") if isinstance(checksums, dict) else None
+    if manifest["format"] != 1 and checksum(manifest["state"]) != of_state:
         raise _Harmed(f"{file} is corrupt (its checksum is another)")
     return manifest
 

@@ -132,6 +132,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         code = EXIT_REFUSED
         if distributed.is_main() or not isinstance(error, AgreedError):
             _say_error(one_line(error))
+        else:  # a launcher that misses one rank ends the others: rank 0 has to speak first
+            time.sleep(SAME_ERROR_SECONDS)
     except MemoryError as error:
         code = 2
         last = traceback.extract_tb(error.__traceback__)[-1]

@@ -30,8 +30,8 @@ from utils.logging import console
 _FRAMES = 8  # of a stack are shown
 _STACKS = 3  # of odd ranks are shown
 _FAILED, _REFUSED = "failed", "refused"  # keys: a rank ended by a defect, or by what its user can put right
-_AFTER_FAILURE = 30.0  # seconds that a rank may still wait for one that has failed
-_AFTER_REFUSAL = 5.0  # the same for one that refused to run, which has said why by then
+# seconds that a rank may wait for another one after it heard that this one has ended: who refused has said why by then
+_AFTER = {_FAILED: 30.0, _REFUSED: 5.0}
 EXIT_REFUSED = 2  # of a rank that refused to run, and of those that wait for it
 
 
@@ -108,6 +108,7 @@ class Watchdog:
         self._seen = activity.current()
         self._held = 0.0
         self._beat = 0
+        self._heard: dict[str, float] = {}  # by key: how long this rank had been in its activity when it heard of it
         self._excuses: dict[int, int] = {}  # by rank: the beat at which its slow work last excused our waiting
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -155,9 +156,8 @@ class Watchdog:
             try:
                 if self._store is not None:
                     self._publish()
-                    over = self._held > self._limit() and not self._excused()
-                else:
-                    over = self._held > self._own_limit()
+                    self._listen()
+                over = self._held > self._limit() and not self._excused()
             except RuntimeError as problem:  # of the store: its host is gone
                 launcher.lose(f"the store of the ranks ({_one_line(problem)})")
                 self._store, over = None, False
@@ -178,23 +178,28 @@ class Watchdog:
         return self.config.slow_after_seconds if self._seen.slow else self.config.stuck_after_seconds
 
     def _limit(self) -> float:
+        return min([self._own_limit(), *(held + _AFTER[key] for key, held in self._heard.items())])
+
+    def _listen(self) -> None:
+        """Remembers that another rank has ended: the store may end with it. Tells a rank that waits to be heard."""
         assert self._store is not None
-        limits = [self._own_limit()]
-        limits += [_AFTER_FAILURE] if self._store.check([_FAILED]) else []
-        limits += [_AFTER_REFUSAL] if self._store.check([_REFUSED]) else []
-        return min(limits)
+        for key in _AFTER:
+            if key in self._heard:
+                self._heard[key] = min(self._heard[key], self._held)  # it has moved on since
+            elif self._store.check([key]):
+                self._heard[key] = self._held
+                self._store.set(f"heard/{self.rank}", "")
 
     def _is_refused(self) -> bool:
-        """Whether another rank has refused to run. False where that cannot be asked."""
+        """Whether another rank has refused to run. False where that is not known and cannot be asked."""
         try:
-            return self._store is not None and self._store.check([_REFUSED])
+            return _REFUSED in self._heard or (self._store is not None and self._store.check([_REFUSED]))
         except RuntimeError:  # of the store: its host is gone
             return False
 
     def _excused(self) -> bool:
         """Whether another rank is alive in slow work of its own, for which this one may have to wait."""
-        assert self._store is not None
-        if self._seen.slow or self._store.check([_FAILED]) or self._store.check([_REFUSED]):
+        if self._store is None or self._seen.slow or self._heard:
             return False
         for rank, place in self._places("at").items():
             alive = place.beat > self._excuses.get(rank, -1)
@@ -234,8 +239,21 @@ class Watchdog:
             self._publish(ended=why)
             if key is not None:
                 self._store.set(key, str(self.rank))
+            if key == _REFUSED and self.rank == 0 and not rendezvous.attempt():
+                self._wait_until_heard()
         except RuntimeError as problem:
             console.warning("watchdog: could not tell the other ranks: %s", _one_line(problem))
+
+    def _wait_until_heard(self) -> None:
+        """On the rank that keeps the store, which ends with it: until all others know that it refused, or have left."""
+        assert self._store is not None
+        deadline = time.monotonic() + _AFTER[_REFUSED]
+        while time.monotonic() < deadline:
+            left = {rank for rank, place in self._places("at").items() if place.ended is not None}
+            heard = {rank for rank in range(self.size) if self._store.check([f"heard/{rank}"])}
+            if len(left | heard) == self.size:
+                return
+            time.sleep(0.05)
 
     # -------------------------------------------------------------------------------------------------- the report
 

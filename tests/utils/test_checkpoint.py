@@ -262,6 +262,19 @@ def test_a_damaged_state_is_named(tmp_path: Path, text: str) -> None:
         checkpoint.load_state(path)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [lambda manifest: manifest["files"].pop("student.safetensors"), lambda manifest: manifest.update(crc32=[1])],
+)
+def test_a_state_that_names_too_little_is_damaged(tmp_path: Path, damage: Callable[[dict[str, Any]], Any]) -> None:
+    path = checkpoint.save(tmp_path, 2, tensors(), {})
+    manifest = json.loads((path / "state.json").read_text())
+    damage(manifest)
+    (path / "state.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="step_00000002/state.json "):
+        checkpoint.verify(path)
+
+
 def test_another_format_and_an_unknown_name_are_refused(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 2, tensors(), {})
     with pytest.raises(UserError, match="has no 'ema': it has critic, student"):

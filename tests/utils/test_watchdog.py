@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -145,8 +146,38 @@ def test_slow_work_has_its_own_limit_and_nobody_waits_long_for_one_that_failed()
     assert dog._limit() == 600
     dog._store.set("failed", "1")
     says(dog, place(5, "validation", 1, slow=True))
+    dog._listen()
     assert dog._limit() == 30
     assert not dog._excused()
+
+
+def test_who_refuses_has_time_to_say_why_however_long_others_waited_for_it(dog: Watchdog) -> None:
+    assert dog._store is not None
+    dog.config = WatchdogConfig(stuck_after_seconds=600, slow_after_seconds=3600)
+    dog._held = 60
+    dog._listen()
+    assert dog._limit() == 600
+    dog._store.set("refused", "1")
+    dog._listen()
+    assert dog._limit() == 65
+    dog._held = 0  # it has moved on
+    dog._listen()
+    assert dog._limit() == 5
+    dog._store = None  # it ended with the rank that kept it
+    assert dog._is_refused()
+
+
+def test_rank_0_keeps_its_store_until_the_others_know_that_it_refused(dog: Watchdog) -> None:
+    other = Watchdog(dog.config)
+    other.rank, other.size, other._store = 1, 2, dog._store
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(dog._end, "UserError: no file", "refused")
+        while not other._is_refused():
+            assert not ending.done()
+        other._listen()
+        ending.result()
+    assert dog._store is not None
+    assert dog._store.check(["heard/1"])
 
 
 def test_without_the_store_a_rank_reports_itself(capfd: pytest.CaptureFixture[str], dog: Watchdog) -> None:
