@@ -112,7 +112,10 @@ def _parser() -> Parser:
     )
     parser.add_argument("--low_lora", action="append", default=[], metavar="FILE", help="of the low-noise expert")
     parser.add_argument(
-        "--lora_scale", type=float, help="by how much --lora counts; without one, the run's own adapter (default: 1)"
+        "--lora_scale",
+        type=_strengths,
+        metavar="S|HIGH,LOW",
+        help="by how much --lora counts, and --low_lora; without one, the run's own adapter (default: 1)",
     )
     speed = add_speed(parser)
     speed.add_argument(
@@ -230,7 +233,10 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
     _refuse_for_others(a)
     source = a.run or a.checkpoint if a.model is None else model_of(a, a.negative_prompt or "")
     footage = footage_args(a)
-    scale = 1.0 if a.lora_scale is None else a.lora_scale
+    strengths: tuple[float, ...] = a.lora_scale or (1.0,)
+    if len(strengths) == 2 and not a.low_lora:
+        said = ",".join(f"{strength:g}" for strength in strengths)
+        raise UserError(f"--lora_scale {said}: two strengths are for two experts: give --low_lora")
     return InferenceArgs(
         source=source,
         low_run=a.low_run,
@@ -246,9 +252,9 @@ def inference_args(argv: Sequence[str] | None = None) -> InferenceArgs:
         from_file=a.prompts is not None,
         image_encoder=a.image_encoder,
         size=size_of(a),
-        loras=tuple(LoraWeights(path, scale) for path in a.lora),
-        low_loras=tuple(LoraWeights(path, scale) for path in a.low_lora),
-        lora_scale=1.0 if a.lora or a.low_lora else scale,
+        loras=tuple(LoraWeights(path, strengths[0]) for path in a.lora),
+        low_loras=tuple(LoraWeights(path, strengths[-1]) for path in a.low_lora),
+        lora_scale=1.0 if a.lora or a.low_lora else strengths[0],
         tiny_decoder=a.tiny_decoder,
         acceleration=acceleration_of(a),
         sequence=a.sequence_parallel,
@@ -269,6 +275,17 @@ def _sampling(a: argparse.Namespace) -> Sampling:
         block_steps=a.block_steps,
         noisy_context=a.noisy_context,
     )
+
+
+def _strengths(text: str) -> tuple[float, ...]:
+    """One number, or that of each expert: 3.0,1.5."""
+    try:
+        numbers = tuple(map(float, text.split(",")))
+    except ValueError:
+        numbers = ()
+    if not 1 <= len(numbers) <= 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, nor two with a comma between: high noise, low noise")
+    return numbers
 
 
 def _refuse_for_others(a: argparse.Namespace) -> None:

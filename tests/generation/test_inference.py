@@ -367,6 +367,19 @@ def test_size_of_a_run(run: Path, tmp_path: Path) -> None:
             Generator.load(run, CPU, size=size)
 
 
+def test_each_expert_has_its_strength() -> None:
+    command = ["--model", "m", "--prompt", "p", "--out", "o", "--steps", "4"]
+    loras = ["--lora", "h.safetensors", "--low_lora", "l.safetensors"]
+    for text, expected in {"3.0,1.5": (3.0, 1.5), "0.5": (0.5, 0.5)}.items():
+        args = inference_args([*command, *loras, "--lora_scale", text])
+        assert (args.loras[0].scale, args.low_loras[0].scale) == expected
+    with pytest.raises(UserError, match="two strengths are for two experts"):
+        inference_args([*command, *loras[:2], "--lora_scale", "3,1.5"])
+    for wrong in ("a", "1,2,3", "nan,1", ""):
+        with pytest.raises(UserError, match="--lora_scale"):
+            inference_args([*command, *loras, "--lora_scale", wrong])
+
+
 def test_a_lora_scale_needs_an_adapter(run: Path) -> None:
     with pytest.raises(UserError, match="--lora_scale 0.5: this run trained no adapter"):
         Generator.load(run, CPU, student=StudentChoice(lora_scale=0.5))
