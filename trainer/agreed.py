@@ -26,8 +26,8 @@ def require_same_command(config: RunConfig, options: RunOptions) -> None:
         "--disable-wandb": str(not options.wandb),
     }
     versions = {"Python": platform.python_version(), "torch": str(torch.__version__)}
-    code = [f"{path}\0{digest}" for path, digest in sources().items()]
-    require_agreement({**command, **leaves(config), **versions, "the code": code}, ONE_COMMAND)
+    code = {path: f"a file\0{digest}" for path, digest in sources().items()}
+    require_agreement({**command, **leaves(config), **versions, **code}, ONE_COMMAND)
 
 
 def require_same_data(contents: Callable[[], Mapping[str, Sequence[str]]]) -> None:

@@ -89,6 +89,8 @@ class Trainer(ABC):
         self.room: Room | None = None
         self.videos = View("validation videos", "videos", warn)
         self.validation_prompts = read_prompts(config.validation, self.task)
+        if config.validation.prompts is not None:
+            require_same_data(lambda: {"validation.prompts": self.validation_prompts})
         self.networks: dict[str, TrainedNetwork] = {}
         self.heads: dict[str, Trained] = {}
         self.extras: dict[str, Extra] = {}

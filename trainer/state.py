@@ -57,8 +57,10 @@ def load_run(
         refuse_other_origin(name, trained.origin, saved.get("adapter"), path)
         _refuse_other_geometry(name, tensors[name], layout.get(name, {}), path)
         if set(saved["optimizers"]) != set(trained.optimizer.optimizers):
+            theirs, mine = (" and ".join(of) for of in (saved["optimizers"], trained.optimizer.optimizers))
             raise UserError(
-                f"{path}: {name} was trained with {', '.join(saved['optimizers'])}: set that optimizer kind"
+                f"{path}: {name} was trained with {theirs}, and this run's optimizer.kind is of {mine}: set the kind "
+                "of that run, or --resume never"
             )
         for kind, optimizer in trained.optimizer.optimizers.items():
             group_name, named = f"{name}_{kind}", trained.optimizer.names_of(kind).items()

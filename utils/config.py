@@ -228,7 +228,8 @@ def _set_leaf(node: DictConfig, key: str, value: Any, hint: Any, where: str) -> 
         section: Any = section_type(hint)
         if has_variants(section) and value in list(section.variants()):
             raise ConfigError(f"{where}: {show(value)} is a kind of this section: write {where}.kind={value}") from None
-        raise ConfigError(f"{where}: {show(value)} is not allowed: give {describe(hint)}") from None
+        empty = f' (the empty one is ""; on a command line {where}=\'""\')' if value is None and hint is str else ""
+        raise ConfigError(f"{where}: {show(value)} is not allowed: give {describe(hint)}{empty}") from None
 
 
 def _convert(value: Any, hint: Any, where: str, root: type) -> Any:

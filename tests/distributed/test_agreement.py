@@ -28,6 +28,7 @@ def test_what_differs_is_named_with_its_values_and_ranks(tmp_path: Path) -> None
         ([{"items": prompts}, {"items": prompts[:-1]}, {"items": prompts}], "items, number 1000 differs: ranks 0, 2: prompt 999, rank 1: nothing"),
         ([{"items": []}, {"items": ["a"]}, {"items": []}], "items, number 1 differs: ranks 0, 2: nothing, rank 1: a"),
         ([{"code": ["a.py\0aa", "b.py\0bb"]}, {"code": ["a.py\0aa", "b.py\0cc"]}, {"code": ["a.py\0aa", "b.py\0bb"]}], "code, number 2 (b.py) is not the same: ranks 0, 2: one, rank 1: another"),
+        ([{"a.py": "a file\0aa"}, {"a.py": "a file\0cc", "b.py": "a file\0bb"}, {"a.py": "a file\0aa"}], "a.py (a file) is not the same: ranks 0, 2: one, rank 1: another; b.py differs: ranks 0, 2: absent, rank 1: a file"),
         ([{"a": long + "1"}, {"a": long + "2"}, {"a": long + "1"}], f"a differs: ranks 0, 2: ...{'x' * 20}1, rank 1: ...{'x' * 20}2"),
         ([{str(i): "1" for i in range(7)}, {str(i): "2" for i in range(7)}, {}], "; and 2 more: mend it"),
     ]  # fmt: skip

@@ -92,23 +92,29 @@ def test_a_mistake_is_one_line_though_a_rank_comes_late(tmp_path: Path, mistake:
 LEFT, RIGHT, UP = (f"the digit two moving {way}" for way in ("left", "right", "up"))
 
 
+DIFFER = f"number 2 differs: rank 0: {RIGHT}, rank 1: {UP}: "
+
+
 @pytest.mark.parametrize(
-    ("other", "expected"),
+    ("key", "other", "expected"),
     [
-        ([LEFT, UP], f"the ranks do not run the same: data.prompts, number 2 differs: rank 0: {RIGHT}, rank 1: {UP}: "),
-        ([], "rank 1: data: prompts: no such file: prompts.txt"),
-        ([LEFT, RIGHT], "--logdir run: rank 1 on "),
+        ("data.prompts", [LEFT, UP], f"the ranks do not run the same: data.prompts, {DIFFER}"),
+        ("validation.prompts", [LEFT, UP], f"the ranks do not run the same: validation.prompts, {DIFFER}"),
+        ("data.prompts", [], "rank 1: data: prompts: no such file: prompts.txt"),
+        ("data.prompts", [LEFT, RIGHT], "--logdir run: rank 1 on "),
     ],
-    ids=["prompts", "no prompts", "folder"],
+    ids=["prompts", "validation", "no prompts", "folder"],
 )
-def test_ranks_on_nodes_with_other_files_do_not_start(tmp_path: Path, other: list[str], expected: str) -> None:
+def test_ranks_on_nodes_with_other_files_do_not_start(
+    tmp_path: Path, key: str, other: list[str], expected: str
+) -> None:
     for name, prompts in {"disk0": [LEFT, RIGHT], "disk1": other}.items():
         (tmp_path / name).mkdir()
         if prompts:
             (tmp_path / name / "prompts.txt").write_text("\n".join(prompts))
     # prompts are compared on a folder that both see
     logdir = "run" if other == [LEFT, RIGHT] else str(tmp_path / "run")
-    assert refused(tmp_path, "disks", "data.prompts=prompts.txt", "--logdir", logdir).startswith(expected)
+    assert refused(tmp_path, "disks", f"{key}=prompts.txt", "--logdir", logdir).startswith(expected)
 
 
 def test_one_ranks_bad_numbers_are_its_own_and_no_rank_takes_the_update(tmp_path: Path) -> None:

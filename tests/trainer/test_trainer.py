@@ -397,7 +397,10 @@ def test_teacher_is_frozen_in_bf16_and_trained_networks_are_fp32_masters(tmp_pat
     ("changes", "message"),
     [
         ({"student": {"overrides": {"dim": 48}}, "teacher": NETWORK}, "another geometry"),
-        ({"generator_training": {"optimizer": {"kind": "muon"}}}, "student was trained with adamw"),
+        (
+            {"generator_training": {"optimizer": {"kind": "muon"}}},
+            "student was trained with adamw, and this run's optimizer.kind is of adamw and muon: ",
+        ),
         ({"ema": {"decay": None}}, None),
     ],
 )

@@ -204,6 +204,7 @@ MISTAKES = [
     ("", ["data=a ${ cat"], ["data:", "'a ${ cat'", r"write \${"]),
     *((f"data: {bare}", [], ["data:", "give text, in quotes"]) for bare in ("no", "010", "12:30:45", "1e3", "0x1F")),
     ("names: [cat, off]", [], ["names[1]:", "False", "give text, in quotes"]),
+    ("data:", [], ["data:", "None", 'give text (the empty one is ""']),
     ("", ["data=no"], ["data:", "False", """on a command line data='"..."'"""]),
     ("critic: {optimizer: {lr: -1}}", [], ["critic.optimizer.lr=-1.0 is not positive: give a number above 0"]),
     ("gan: {lr: -1}", [], ["gan.lr=-1.0 is not positive"]),
