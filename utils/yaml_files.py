@@ -7,6 +7,7 @@ often as they are repeated, and what is no text, number, list or section in YAML
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ DEPTH = 32  # lists and sections in each other; a recipe has 5
 LITERAL = r"write \${ for these characters themselves (\\${ within double quotes)"
 _TAG = "tag:yaml.org,2002:"
 _TAGS = {None, "!", *(f"{_TAG}{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq"))}
+# whole numbers that YAML reads in base 8 and 60, which nobody means: 010 is 8, 16:9 is 969
+_OTHER_BASES = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*|[-+]?[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _PARSER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -54,7 +57,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 def check_yaml(text: str, where: object) -> None:
     """Raises ConfigError for YAML that is nested too deep, repeats too much, or repeats itself within itself, and for
-    dates, bytes, sets and objects; yaml.YAMLError for what is no YAML."""
+    dates, bytes, sets, objects and numbers in base 8 or 60; yaml.YAMLError for what is no YAML."""
     sizes: dict[str, int] = {}  # of what is named by an anchor, without what is still open
     begun: list[tuple[str | None, int]] = []  # the anchors of open lists and sections, and how many values lie before
     count = 0
@@ -69,6 +72,9 @@ def check_yaml(text: str, where: object) -> None:
                 name = event.tag.removeprefix(_TAG)
                 raise ConfigError(f"{line}: !!{name} is neither text nor a number, list or section: write it as text")
             count += 1
+            if isinstance(event, yaml.ScalarEvent) and not event.style and _OTHER_BASES.fullmatch(event.value):
+                number = yaml.safe_load(event.value)
+                raise ConfigError(f"{line}: {event.value} is the number {number} in YAML: write {number}, or quote it")
             if isinstance(event, yaml.CollectionStartEvent):
                 begun.append((event.anchor, count))
                 sizes.pop(event.anchor or "", None)

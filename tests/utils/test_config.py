@@ -202,7 +202,13 @@ MISTAKES = [
     ("data: a ${5:00} fee", [], ["data:", "close the ${...}", r"write \${"]),
     (r"data: a \\${oc.env:HOME}", [], ["data:", "calls oc.env", "HOME is of this machine's environment"]),
     ("", ["data=a ${ cat"], ["data:", "'a ${ cat'", r"write \${"]),
-    *((f"data: {bare}", [], ["data:", "give text, in quotes"]) for bare in ("no", "010", "12:30:45", "1e3", "0x1F")),
+    *((f"data: {bare}", [], ["data:", "give text, in quotes"]) for bare in ("no", "1e3", "0x1F")),
+    *(
+        (f"{key}: {bare}", [], ["line 1: ", f"{bare} is the number {number} in YAML: write {number}, or quote it"])
+        for key in ("data", "seed")
+        for bare, number in {"010": 8, "-007": -7, "12:30:45": 45045, "16:9": 969}.items()
+    ),
+    ("", ["seed=010"], ["seed=010", "is the number 8 in YAML"]),
     ("names: [cat, off]", [], ["names[1]:", "False", "give text, in quotes"]),
     ("data:", [], ["data:", "None", 'give text (the empty one is ""']),
     ("", ["data=no"], ["data:", "False", """on a command line data='"..."'"""]),
