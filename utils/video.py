@@ -78,6 +78,8 @@ def read_image(path: str | Path) -> Tensor:
     """An image file as RGB [3, H, W] in [0, 1]. Raises ValueError if there is no such file or it is no image."""
     path = _existing(path)
     with reading("image: cannot decode", path, says="is no image"), open_image(path, f"image: {path}") as image:
+        if is_deep(image):
+            return torch.from_numpy(deep_pixels(image)).permute(2, 0, 1)
         return _to_float(np.asarray(image.convert("RGB"))[None])[0]
 
 
@@ -94,6 +96,44 @@ def open_image(file: Path | BinaryIO, name: str) -> Any:
         image.close()
         raise
     return image
+
+
+def is_deep(image: Any) -> bool:
+    """Whether an opened image of Pillow's has 16 bits a channel, of which `convert` would keep 8 or clip them.
+
+    Raises UserError for numbers of 32 bits, whose white is not known.
+    """
+    if image.mode in ("I", "F"):
+        raise UserError("its pixels are numbers of 32 bits, whose white is not known: save it with 8 or 16 bits")
+    return image.mode.startswith("I;16") or any(";16" in mode for mode in _raw_modes(image))
+
+
+def deep_pixels(image: Any) -> NDArray[np.float32]:
+    """RGB [H, W, 3] in [0, 1] of an image that `is_deep`; transparency is left out. Raises what the decoders raise."""
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.float32) / 65535
+        return grey[..., None].repeat(3, axis=-1)
+    import av
+
+    here = image.fp.tell()
+    image.fp.seek(0)
+    with av.open(image.fp, "r") as container:
+        container.streams.video[0].codec_context.options = {"max_pixels": str(limits().pixels)}
+        frame = next(container.decode(video=0))
+    image.fp.seek(here)  # Pillow goes on reading, for EXIF behind the pixels
+    name = frame.format.name
+    if name.startswith("ya16"):  # grey with transparency
+        grey = frame.to_ndarray(format="gray16le").astype(np.float32) / 65535
+        return grey[..., None].repeat(3, axis=-1)
+    if not name.startswith(("rgb48", "rgba64")):
+        raise UserError(f"its pixels are {name}: save it with 8 or 16 bits of RGB")
+    return frame.to_ndarray(format="rgb48le").astype(np.float32) / 65535
+
+
+def _raw_modes(image: Any) -> list[str]:
+    """How Pillow names the stored pixels of each tile, such as "RGB;16B"."""
+    args = [tile[3] for tile in getattr(image, "tile", [])]
+    return [str(part) for each in args for part in (each if isinstance(each, tuple) else (each,))]
 
 
 def grid(videos_BTCHW: Tensor, columns: int | None = None, padding: int = 1, value: float = 0.5) -> Tensor:

@@ -25,7 +25,7 @@ from utils.logging import warn
 from utils.reading import decoded, read_text, reading
 
 VIDEOS: Final = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".gif")
-IMAGES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FILE_COLUMNS: Final = ("file", "file_name", "filename", "path", "video", "video_path", "image", "image_path")
 CAPTION_COLUMNS: Final = ("caption", "prompt", "text", "cap")
 
