@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
@@ -111,8 +112,7 @@ def is_deep(image: Any) -> bool:
 def deep_pixels(image: Any) -> NDArray[np.float32]:
     """RGB [H, W, 3] in [0, 1] of an image that `is_deep`; transparency is left out. Raises what the decoders raise."""
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.float32) / 65535
-        return grey[..., None].repeat(3, axis=-1)
+        return _of_levels(np.asarray(image)[..., None].repeat(3, axis=-1))
     import av
 
     here = image.fp.tell()
@@ -121,13 +121,20 @@ def deep_pixels(image: Any) -> NDArray[np.float32]:
         container.streams.video[0].codec_context.options = {"max_pixels": str(limits().pixels)}
         frame = next(container.decode(video=0))
     image.fp.seek(here)  # Pillow goes on reading, for EXIF behind the pixels
-    name = frame.format.name
-    if name.startswith("ya16"):  # grey with transparency
-        grey = frame.to_ndarray(format="gray16le").astype(np.float32) / 65535
-        return grey[..., None].repeat(3, axis=-1)
-    if not name.startswith(("rgb48", "rgba64")):
-        raise UserError(f"its pixels are {name}: save it with 8 or 16 bits of RGB")
-    return frame.to_ndarray(format="rgb48le").astype(np.float32) / 65535
+    packed = re.fullmatch(r"(ya16|rgb48|rgba64)(le|be)", frame.format.name)
+    if packed is None:
+        raise UserError(f"its pixels are {frame.format.name}: save it with 8 or 16 bits of RGB")
+    # as they lie there: swscale's way from ya16 to gray16 errs now and then
+    plane, width = frame.planes[0], {"ya16": 2, "rgb48": 3, "rgba64": 4}[packed[1]]
+    rows = np.frombuffer(plane, np.uint8)[: frame.height * plane.line_size].reshape(frame.height, plane.line_size)
+    stored = rows[:, : frame.width * width * 2].copy().view("<u2" if packed[2] == "le" else ">u2")
+    levels = stored.reshape(frame.height, frame.width, width)
+    return _of_levels(levels[..., :3] if width > 2 else levels[..., :1].repeat(3, axis=-1))
+
+
+def _of_levels(levels: NDArray[Any]) -> NDArray[np.float32]:
+    """Numbers of 16 bits as shares of white."""
+    return np.asarray(levels, np.float32) / np.float32(65535)
 
 
 def _raw_modes(image: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -56,7 +57,7 @@ def tiff(image: Deep, compression: str = "raw") -> bytes:
         return file.getvalue()
     codec = av.CodecContext.create("tiff", "w")
     codec.width, codec.height, codec.pix_fmt = WIDTH, HEIGHT, "rgb48le"
-    codec.time_base, codec.options = 1, {"compression_algo": compression}
+    codec.time_base, codec.options = Fraction(1), {"compression_algo": compression}
     packets = [*codec.encode(av.VideoFrame.from_ndarray(image, format="rgb48le")), *codec.encode(None)]
     return b"".join(bytes(packet) for packet in packets)
 
