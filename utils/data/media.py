@@ -75,7 +75,7 @@ class Media:
             raise CorruptSample(f"{self.name} has no caption: no .txt and no .json beside it")
         part, suffix = self.caption
         with reading("", f"{self.name}: its caption ({suffix})", "", error=CorruptSample):
-            text = decoded(part.read("line"), f"{self.name}: its caption ({suffix})")
+            text = decoded(part.read("line"), f"{self.name}: its caption ({suffix}) cannot be read")
             found = text if suffix == ".txt" else caption_of(json.loads(text))
             (found or "").encode()  # JSON may hold what UTF-8 cannot
         if not found or not found.strip():
