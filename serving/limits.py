@@ -35,8 +35,8 @@ class Limits:
     waiting: int = 8
     connections: int = 64
     max_frames: int = 600
-    prompt_chars: int = 500
-    message_bytes: int = 8192
+    prompt_chars: int = 4000
+    message_bytes: int = 49152
     messages_per_second: int = 20
     mistakes: int = 5
     ahead: int = 24

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from itertools import chain
@@ -78,6 +79,8 @@ def read_image(path: str | Path) -> Tensor:
     """An image file as RGB [3, H, W] in [0, 1]. Raises ValueError if there is no such file or it is no image."""
     path = _existing(path)
     with reading("image: cannot decode", path, says="is no image"), open_image(path, f"image: {path}") as image:
+        if is_deep(image):
+            return torch.from_numpy(deep_pixels(image)).permute(2, 0, 1)
         return _to_float(np.asarray(image.convert("RGB"))[None])[0]
 
 
@@ -94,6 +97,50 @@ def open_image(file: Path | BinaryIO, name: str) -> Any:
         image.close()
         raise
     return image
+
+
+def is_deep(image: Any) -> bool:
+    """Whether an opened image of Pillow's has 16 bits a channel, of which `convert` would keep 8 or clip them.
+
+    Raises UserError for numbers of 32 bits, whose white is not known.
+    """
+    if image.mode in ("I", "F"):
+        raise UserError("its pixels are numbers of 32 bits, whose white is not known: save it with 8 or 16 bits")
+    return image.mode.startswith("I;16") or any(";16" in mode for mode in _raw_modes(image))
+
+
+def deep_pixels(image: Any) -> NDArray[np.float32]:
+    """RGB [H, W, 3] in [0, 1] of an image that `is_deep`; transparency is left out. Raises what the decoders raise."""
+    if image.mode.startswith("I;16"):
+        return _of_levels(np.asarray(image)[..., None].repeat(3, axis=-1))
+    import av
+
+    here = image.fp.tell()
+    image.fp.seek(0)
+    with av.open(image.fp, "r") as container:
+        container.streams.video[0].codec_context.options = {"max_pixels": str(limits().pixels)}
+        frame = next(container.decode(video=0))
+    image.fp.seek(here)  # Pillow goes on reading, for EXIF behind the pixels
+    packed = re.fullmatch(r"(ya16|rgb48|rgba64)(le|be)", frame.format.name)
+    if packed is None:
+        raise UserError(f"its pixels are {frame.format.name}: save it with 8 or 16 bits of RGB")
+    # as they lie there: swscale's way from ya16 to gray16 errs now and then
+    plane, width = frame.planes[0], {"ya16": 2, "rgb48": 3, "rgba64": 4}[packed[1]]
+    rows = np.frombuffer(plane, np.uint8)[: frame.height * plane.line_size].reshape(frame.height, plane.line_size)
+    stored = rows[:, : frame.width * width * 2].copy().view("<u2" if packed[2] == "le" else ">u2")
+    levels = stored.reshape(frame.height, frame.width, width)
+    return _of_levels(levels[..., :3] if width > 2 else levels[..., :1].repeat(3, axis=-1))
+
+
+def _of_levels(levels: NDArray[Any]) -> NDArray[np.float32]:
+    """Numbers of 16 bits as shares of white."""
+    return np.asarray(levels, np.float32) / np.float32(65535)
+
+
+def _raw_modes(image: Any) -> list[str]:
+    """How Pillow names the stored pixels of each tile, such as "RGB;16B"."""
+    args = [tile[3] for tile in getattr(image, "tile", [])]
+    return [str(part) for each in args for part in (each if isinstance(each, tuple) else (each,))]
 
 
 def grid(videos_BTCHW: Tensor, columns: int | None = None, padding: int = 1, value: float = 0.5) -> Tensor:

@@ -108,7 +108,7 @@ FRAMES = {
         frame(1, b"\xc3", last=False) + frame(0, b"("),
         frame(1, b"\xff") + frame(8, struct.pack("!H", 1000)),  # and is gone at once
     ],
-    "a message of more than --message_bytes": [frame(1, b"x" * 9000), frame(1, b"x" * 5000, last=False) * 2],
+    "a message of more than --message_bytes": [frame(1, b"x" * 50_000), frame(1, b"x" * 30_000, last=False) * 2],
 }
 
 

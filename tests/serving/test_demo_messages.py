@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -21,6 +22,7 @@ def test_messages() -> None:
     assert parse('{"type": "prompt", "prompt": "x"}', limits) == Switch("x")
     assert parse('{"type": "shown", "frames": 0}', limits) == Shown(0)
     assert parse('{"type": "stop"}', limits) == Stop()
+    assert parse(json.dumps({"type": "start", "prompt": "😀" * 4000}), limits) == Start("😀" * 4000, None)
 
 
 @pytest.mark.parametrize(
@@ -30,11 +32,11 @@ def test_messages() -> None:
         ("[1]", "not a JSON object"),
         ("null", "not a JSON object"),
         ("{", "not a JSON object"),
-        ("[" * 8000, "not a JSON object"),
-        ('{"a":' * 1600, "not a JSON object"),
+        ("[" * 48_000, "not a JSON object"),
+        ('{"a":' * 9600, "not a JSON object"),
         ('{"type": "stop", "type": "stop"}', "not a JSON object"),
         ('{"type": "shown", "frames": NaN}', "not a JSON object"),
-        ('{"type": "shown", "frames": ' + "9" * 8000 + "}", "not a JSON object"),
+        ('{"type": "shown", "frames": ' + "9" * 48_000 + "}", "not a JSON object"),
         ("{}", "its type has to be one of start, prompt, shown, stop"),
         ('{"type": ["stop"]}', "its type has to be"),
         ('{"type": "load"}', "its type has to be"),
@@ -43,7 +45,7 @@ def test_messages() -> None:
         ('{"type": "start"}', "prompt: type a text"),
         ('{"type": "start", "prompt": 3}', "prompt: type a text"),
         ('{"type": "prompt", "prompt": " \\n "}', "prompt: type a text"),
-        ('{"type": "prompt", "prompt": "' + "x" * 501 + '"}', "501 characters: 500 are the most"),
+        ('{"type": "prompt", "prompt": "' + "x" * 4001 + '"}', "4001 characters: 4000 are the most"),
         ('{"type": "prompt", "prompt": "a\\u0000b"}', "control characters"),
         ('{"type": "prompt", "prompt": "\\ud83d"}', "control characters"),
         ('{"type": "start", "prompt": "x", "seed": -1}', "seed: give a whole number from 0 to 2147483647"),
@@ -101,7 +103,7 @@ def test_rate_is_an_average_with_a_burst() -> None:
     [
         ({"users": 0}, "--users 0: give a number of at least 1"),
         ({"waiting": -1}, "--waiting -1: give a number of at least 0"),
-        ({"prompt_chars": 1000}, "--message_bytes 8192: --prompt_chars 1000 may take 12256"),
+        ({"prompt_chars": 5000}, "--message_bytes 49152: --prompt_chars 5000 may take 60256"),
         ({"users": 60}, "--connections 64: --users and --waiting need 68"),
     ],
 )
@@ -140,7 +142,7 @@ def test_a_prompt_is_left_out_and_hides_no_path(prompt: str) -> None:
         ("--run x --users 0", "--users 0: give a number of at least 1"),
         ("--run x --fps 0", "--fps 0: give a number from 1 to 120"),
         ("--run x --port 70000", "--port 70000: give a number from 0 to 65535"),
-        ("--run x --prompt_chars 5000", "--message_bytes 8192: --prompt_chars 5000 may take 60256"),
+        ("--run x --prompt_chars 5000", "--message_bytes 49152: --prompt_chars 5000 may take 60256"),
         ("--run x --frame 3", "unknown option --frame"),
     ],
 )

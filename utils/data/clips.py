@@ -32,7 +32,7 @@ from utils.limits import check_size, limits
 from utils.logging import warn
 from utils.random import keyed_seed
 from utils.reading import read_json, reading
-from utils.video import open_image
+from utils.video import deep_pixels, is_deep, open_image
 from utils.writing import write_text
 
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF: the tag, and its values where height and width are swapped
@@ -263,10 +263,27 @@ def decode_image(media: Media, size: Size) -> Tensor:
     from PIL import Image, ImageOps
 
     with _decoding(media), media.part.open() as file, open_image(file, media.name) as image:
+        if is_deep(image):
+            return _deep_image(image, size, media.name)
         upright = ImageOps.exif_transpose(image).convert("RGB")
         height, width = _covered(upright, size, media.name)
         pixels = np.asarray(upright.resize((width, height), Image.Resampling.BICUBIC))
     return torch.from_numpy(_middle(pixels, size).copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def _deep_image(image: Any, size: Size, name: str) -> Tensor:
+    """`decode_image` of 16 bits, whose channels Pillow scales as floats."""
+    from PIL import Image, ImageOps
+
+    channels = []
+    for channel in np.moveaxis(deep_pixels(image), -1, 0):
+        picture = Image.fromarray(np.ascontiguousarray(channel))
+        picture.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+        upright = ImageOps.exif_transpose(picture)
+        height, width = _covered(upright, size, name)
+        scaled = np.asarray(upright.resize((width, height), Image.Resampling.BICUBIC))
+        channels.append(torch.from_numpy(_middle(scaled, size).copy()))
+    return torch.stack(channels)[None].clamp(0, 1)  # bicubic weights overshoot
 
 
 def _decoding(media: Media) -> AbstractContextManager[None]:

@@ -25,7 +25,7 @@ from utils.logging import warn
 from utils.reading import decoded, read_text, reading
 
 VIDEOS: Final = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v", ".gif")
-IMAGES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FILE_COLUMNS: Final = ("file", "file_name", "filename", "path", "video", "video_path", "image", "image_path")
 CAPTION_COLUMNS: Final = ("caption", "prompt", "text", "cap")
 
@@ -75,7 +75,7 @@ class Media:
             raise CorruptSample(f"{self.name} has no caption: no .txt and no .json beside it")
         part, suffix = self.caption
         with reading("", f"{self.name}: its caption ({suffix})", "", error=CorruptSample):
-            text = decoded(part.read("line"), f"{self.name}: its caption ({suffix})")
+            text = decoded(part.read("line"), f"{self.name}: its caption ({suffix}) cannot be read")
             found = text if suffix == ".txt" else caption_of(json.loads(text))
             (found or "").encode()  # JSON may hold what UTF-8 cannot
         if not found or not found.strip():

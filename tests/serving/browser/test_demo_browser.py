@@ -227,7 +227,7 @@ def test_what_the_page_never_says_is_refused(browser: Browser) -> None:
             visitor.expect(alert).to_have_text("message: not a JSON object: reload the page")
             visitor.page.evaluate("document.getElementById('error').textContent = ''")
         visitor.says("Streaming.")
-        visitor.page.evaluate("sockets[0].send('x'.repeat(9000))")
+        visitor.page.evaluate("sockets[0].send('x'.repeat(50000))")
         visitor.expect(alert).to_contain_text("Disconnected:")
         visitor.start("two")
         visitor.shows("#caption", "“two”")

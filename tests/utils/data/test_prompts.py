@@ -14,6 +14,8 @@ import pytest
 from evaluation.command import evaluation_parser
 from evaluation.fid_suite import FidArgs, _prompts
 from generation.command import inference_args
+from generation.preprocess_text import preprocess_text
+from tasks.text_cache import TextCache
 from utils.cli import text_encoding
 from utils.data.media import IMAGES, find_media
 from utils.data.prompts import load_prompts
@@ -87,6 +89,23 @@ def test_programs_take_an_encoding(tmp_path: Path) -> None:
     for wrong in ("rot13", "no-such", "a\0b"):
         with pytest.raises(argparse.ArgumentTypeError):
             text_encoding(wrong)
+
+
+def test_text_is_encoded_from_files_of_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("чайка\n".encode("koi8-r"))
+    (tmp_path / "rows").mkdir()
+    pq.write_table(pa.table({"prompt": ["волна"]}), tmp_path / "rows/0.parquet")
+    (tmp_path / "validation.txt").write_text("лодка", encoding="utf-8")  # which the run reads itself
+    command = [
+        *("--config_path", "configs/wan2.2_5b/dmd_3step.yaml", "teacher=null", "critic=null", "trainer=diffusion"),
+        *("data.real=true", "student.overrides={text_len: 3, text_dim: 4}", "data.kind=synthetic"),
+        *("data.prompts=null", f"validation.prompts={tmp_path / 'validation.txt'}"),
+        *("--prompts", str(tmp_path / "a.txt"), "--prompts", str(tmp_path / "rows"), "--out", str(tmp_path / "out")),
+    ]
+    with one_line(r"a\.txt, line 1 is not in UTF-8"):
+        preprocess_text(command)
+    preprocess_text([*command, "--encoding", "koi8-r"])
+    assert TextCache(tmp_path / "out", {"text": (3, 4)}).missing(["чайка", "волна", "лодка"]) == []
 
 
 def test_csv_cells_of_any_length(tmp_path: Path) -> None:
