@@ -31,13 +31,12 @@ def init(timeout: timedelta | None = None) -> None:
         torch.cuda.set_device(device())
     if world_size() == 1 or dist.is_initialized():
         return
-    store = rendezvous.launcher_store(rank(), world_size(), timeout or dist.default_pg_timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         timeout=timeout,
-        store=store,
-        rank=-1 if store is None else rank(),  # -1: by the environment, as torch does it
-        world_size=-1 if store is None else world_size(),
+        store=rendezvous.joined_store(rank(), world_size(), timeout or dist.default_pg_timeout),
+        rank=rank(),
+        world_size=world_size(),
         device_id=device() if torch.cuda.is_available() else None,
     )
 

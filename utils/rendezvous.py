@@ -19,26 +19,46 @@ from utils.errors import UserError
 _ASKED = "fewstep/asked"  # how many ranks have asked, in all attempts
 _LOOK = 0.02  # seconds between two looks of rank 0
 
+# how long ranks wait for each other where no launcher ends them: one may have ended over a mistake before it came
+JOIN = timedelta(minutes=10)
+
 _attempt = ""
 
 
 def attempt() -> str:
-    """The name of this attempt, the same on all ranks; empty where each attempt has a store of its own."""
+    """The name of this attempt, the same on all ranks."""
     return _attempt
 
 
-def launcher_store(rank: int, size: int, timeout: timedelta) -> dist.Store | None:
-    """This attempt's part of the store that torchrun keeps; None where rank 0 keeps a store itself.
+def launcher_keeps_store() -> bool:
+    """Whether torchrun keeps the store, and not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
-    timeout: how long ranks wait for each other.
 
-    Raises UserError if a rank does not come.
+def joined_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """This attempt's part of the store that torchrun, or else rank 0, keeps.
+
+    timeout: how long ranks wait for each other under torchrun. Without it they wait for JOIN at most.
+
+    Raises UserError if a rank does not come, or the port is taken.
     """
     global _attempt
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
-    _attempt = name_attempt(store, rank, size, timeout)
+    kept = launcher_keeps_store()
+    patience = timeout if kept else min(timeout, JOIN)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    begins = rank == 0 and not kept
+    try:
+        store = dist.TCPStore(
+            host, port, is_master=begins, timeout=patience, wait_for_workers=False, multi_tenant=begins
+        )
+    except dist.DistError as error:
+        what = (
+            "is taken, or not this machine's: give another MASTER_PORT"
+            if begins
+            else "has nobody: look at rank 0's log"
+        )
+        raise UserError(f"{host}:{port}, where ranks meet, {what} ({' '.join(str(error).split())[:120]})") from None
+    _attempt = name_attempt(store, rank, size, patience)
     return dist.PrefixStore(_attempt, store)
 
 

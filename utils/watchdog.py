@@ -239,7 +239,7 @@ class Watchdog:
             self._publish(ended=why)
             if key is not None:
                 self._store.set(key, str(self.rank))
-            if key == _REFUSED and self.rank == 0 and not rendezvous.attempt():
+            if key == _REFUSED and self.rank == 0 and not rendezvous.launcher_keeps_store():
                 self._wait_until_heard()
         except RuntimeError as problem:
             console.warning("watchdog: could not tell the other ranks: %s", _one_line(problem))
