@@ -36,6 +36,8 @@ FULL = {
     "tests/distributed/test_watchdog.py::test_a_mistake_is_one_line_though_a_rank_comes_late[before]": "[after]",
     "tests/serving/browser/test_demo_browser.py::test_two_at_once": "tests/serving/test_demo.py, without a browser",
     "tests/serving/browser/test_demo_browser.py::test_what_the_page_never_says": "tests/serving/test_demo_messages.py",
+    "tests/serving/browser/test_demo_browser.py::test_nothing_is_drawn_after_a_stop": "tests/serving/test_demo.py",
+    "tests/serving/browser/test_demo_browser.py::test_page_fits_and_reads_well_without_a_mouse[size1]": "[size0]",
     "tests/serving/browser/test_demo_browser.py::test_a_restart_in_mid_stream": "test_a_video_has_an_end",
     "tests/tasks/test_text_cache.py::test_the_command": "its other tests; test_named_prompts.py",
     "tests/distributed/test_data_parallel.py::test_ranks_that_ran_other_networks": "test_checkpoint_dcp.py",
