@@ -20,6 +20,7 @@ from torch import Tensor
 from model.folders import fingerprint, pipeline_folder
 from model.types import Prompt
 from utils.fields import check_modes
+from utils.logging import warn
 from utils.precision import Dtype
 
 _PAD, _EOS, _UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -290,7 +291,4 @@ def _fix_text() -> Callable[[str], str] | None:
 
 @functools.cache
 def _warn_of_ftfy() -> None:
-    warnings.warn(
-        "ftfy is not installed, so prompts beyond ASCII are not cleaned quite as Wan does: pip install ftfy",
-        stacklevel=4,
-    )
+    warn("ftfy is not installed, so prompts beyond ASCII are not cleaned quite as Wan does: pip install ftfy")

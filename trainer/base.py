@@ -73,7 +73,6 @@ class Trainer(ABC):
         distributed.set_timeout(config.watchdog.group_timeout(), self.mesh.groups)
         self.evaluations = Evaluations()
         self.task = build_task(config, self.device)
-        require_same_data(self.task.contents)
         self.sizes = DrawnSizes(config, self.task.latent_shape)
         self.make = RunNetworks(config, self.evaluations, self.device, self.mesh)
         self.micro_batches_per_rank = micro_batches(config.training, self.mesh.dp_size)
@@ -89,8 +88,8 @@ class Trainer(ABC):
         self.room: Room | None = None
         self.videos = View("validation videos", "videos", warn)
         self.validation_prompts = read_prompts(config.validation, self.task)
-        if config.validation.prompts is not None:
-            require_same_data(lambda: {"validation.prompts": self.validation_prompts})
+        shown = {} if config.validation.prompts is None else {"validation.prompts": self.validation_prompts}
+        require_same_data(lambda: {**self.task.contents(), **shown})
         self.networks: dict[str, TrainedNetwork] = {}
         self.heads: dict[str, Trained] = {}
         self.extras: dict[str, Extra] = {}

@@ -50,10 +50,16 @@ def code(root: Path, digests: Mapping[str, str]) -> str:
     return "+".join(filter(None, [revision, digest[:12]]))
 
 
+@functools.cache
+def this_code() -> str:
+    """`code` of the project, as `sources` has it."""
+    return code(ROOT, sources())
+
+
 def versions(device: torch.device) -> dict[str, str | None]:
     """Versions by name, for a checkpoint's state. cuda is None for a run on the CPU."""
     return {
-        "fewstep": f"{_version(ROOT / 'pyproject.toml')} ({code(ROOT, sources())})",
+        "fewstep": f"{_version(ROOT / 'pyproject.toml')} ({this_code()})",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
