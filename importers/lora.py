@@ -1,7 +1,8 @@
-"""Adapters of other projects' recipes: their options, the layers that they name, and what differs here."""
+"""Adapters of other projects' recipes: the layers that they name, and whose weights an adapter lies on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from importers.recipe import Recipe, Untranslated
@@ -15,16 +16,15 @@ FASTVIDEO_LAYERS = {
     "blocks.0.ffn.fc_in": "ffn.0", "blocks.0.ffn.fc_out": "ffn.2",
     "blocks.0.attn2.add_k_proj": "cross_attn.k_img", "blocks.0.attn2.add_v_proj": "cross_attn.v_img",
 }  # fmt: skip
-FASTVIDEO_DEFAULT = ["to_q", "to_k", "to_v", "to_out", "k_proj", "v_proj"]
+# its default, in which to_qkv and to_gate_compress are of no dense Wan block, and q_proj and its like of no Wan block
+FASTVIDEO_DEFAULT = [
+    "q_proj", "k_proj", "v_proj", "o_proj", "to_q", "to_k", "to_v", "to_out", "to_qkv", "to_gate_compress",
+]  # fmt: skip
 
 
-def rank(recipe: Recipe, value: Any) -> None:
-    recipe.set("adapter.rank", int(value))
-
-
-def alpha(recipe: Recipe, value: Any) -> None:
-    if value is not None:  # without a value it is the rank, as here
-        recipe.set("adapter.alpha", float(value))
+def adapter_keys(*networks: str) -> tuple[str, ...]:
+    """The section `lora` of these networks, whose keys several options decide together."""
+    return tuple(f"{name}.lora" for name in networks)
 
 
 def names_of(value: Any) -> list[str]:
@@ -32,80 +32,33 @@ def names_of(value: Any) -> list[str]:
     return [name.strip() for name in (value.split(",") if isinstance(value, str) else map(str, value)) if name.strip()]
 
 
-def fastvideo_targets(recipe: Recipe, value: Any) -> None:
-    recipe.set("adapter.names", names_of(value))
-
-
-def simpletuner_kind(recipe: Recipe, value: Any) -> None:
-    if value not in ("lora", "full"):
-        raise Untranslated("lora or full")
-    recipe.set("adapter.on", value == "lora")
-
-
-def simpletuner_type(recipe: Recipe, value: Any) -> None:
-    if value != "standard":
-        raise Untranslated("there is none of this here: a plain LoRA of its rank was taken")
-
-
-def no_dropout(recipe: Recipe, value: Any) -> None:
-    recipe.set("adapter.dropout", float(value))
-
-
-def put_adapter(recipe: Recipe, names: tuple[str, ...], adapter: dict[str, Any], targets: list[str]) -> None:
-    """Sets `lora` of these networks. An adapter shares the teacher's weights if its network starts from them."""
-    teacher = (recipe.get("teacher.preset"), recipe.get("teacher.init"))
-    for name in names:
-        share = (recipe.get(f"{name}.preset"), recipe.get(f"{name}.init")) == teacher
-        said = {"rank": adapter["rank"], "alpha": adapter.get("alpha"), "targets": list(targets), "share": share}
-        recipe.set(f"{name}.lora", said)
-        if share:
-            recipe.notes.append(f"{name}.lora.share: the adapter lies on the teacher's own copy of the weights")
-        else:
-            recipe.notes.append(
-                f"{name}.lora.share: false, as {name} does not start from the teacher's weights: a frozen copy more"
-            )
-
-
-def finish_fastvideo(recipe: Recipe) -> None:
-    """In FastVideo student and critic are both adapters; a target is any part of a layer's name."""
-    adapter = recipe.values.pop("adapter", {})
-    if not adapter.get("on"):
-        if adapter:
-            recipe.left.append("lora_rank and its like: without lora_training all weights are trained")
-        return
-    if "rank" not in adapter:
-        recipe.fill("student.lora.rank, critic.lora.rank", "lora_training needs a lora_rank: 64 was put")
-        adapter["rank"] = 64
-    names = adapter.get("names", FASTVIDEO_DEFAULT)
-    has_image = recipe.get("student.preset") == "i2v-14b"
+def fastvideo_targets(names: Sequence[str], *, has_image: bool) -> list[str]:
+    """Our layers that hold one of these texts in FastVideo's name of them. Raises Untranslated for a name that no layer
+    holds, but for those of its default list."""
     known = {other: ours for other, ours in FASTVIDEO_LAYERS.items() if has_image or not ours.endswith("_img")}
+    held = {name: [ours for other, ours in known.items() if name in other] for name in names}
+    if unknown := [name for name, found in held.items() if not found and name not in FASTVIDEO_DEFAULT]:
+        raise Untranslated(f"{', '.join(unknown)} is in the name of no linear layer of a block")
     found = [ours for other, ours in known.items() if any(name in other for name in names)]
-    if "names" in adapter and (unknown := [name for name in names if not any(name in other for other in known)]):
-        recipe.left.append(f"lora_target_modules: {', '.join(unknown)} (no linear layer of a block here)")
     if not found:
-        recipe.fill("student.lora.targets, critic.lora.targets", "none was understood: the attention layers were put")
-    put_adapter(recipe, ("student", "critic"), adapter, _short(found) or ATTENTION)
+        raise Untranslated("no linear layer of a block has such a name")
+    return short(found)
 
 
-def _short(layers: list[str]) -> list[str]:
+def short(layers: Iterable[str]) -> list[str]:
     """`q` for a layer that both attentions have, the whole name for one of a single one."""
+    layers = list(layers)
     ends = [layer.rpartition(".")[2] for layer in layers]
     return list(dict.fromkeys(e if ends.count(e) == 2 else layer for e, layer in zip(ends, layers, strict=True)))
 
 
-def finish_simpletuner(recipe: Recipe) -> None:
-    """SimpleTuner's student is a LoRA on the attention layers by default; its critic trains all weights."""
-    adapter = recipe.values.pop("adapter", {})
-    if not adapter.get("on", True):
-        if adapter.keys() - {"on"}:
-            recipe.left.append("lora_rank and its like: model_type full trains all weights")
-        return
-    if "on" not in adapter:
-        recipe.notes.append("model_type: not given, and a LoRA by its default")
-    put_adapter(recipe, ("student",), {"rank": 16, **adapter}, ATTENTION)
-    recipe.notes.append(
-        "critic.lora: null, as its critic trains all weights; a critic.lora like the student's would save that copy"
+def put_adapter(recipe: Recipe, network: str, rank: int, alpha: float | None, targets: Sequence[str]) -> None:
+    """Sets `lora` of a network. An adapter shares the teacher's weights if its network starts from them."""
+    teacher = (recipe.get("teacher.preset"), recipe.get("teacher.init"))
+    share = (recipe.get(f"{network}.preset"), recipe.get(f"{network}.init")) == teacher
+    recipe.set(f"{network}.lora", {"rank": rank, "alpha": alpha, "targets": list(targets), "share": share})
+    recipe.notes[f"{network}.lora.share"] = (
+        "the adapter lies on the teacher's own copy of the weights"
+        if share
+        else f"{network} does not start from the teacher's weights, so its adapter has a frozen copy of its own"
     )
-    if adapter.get("dropout", 0.1):
-        said = adapter.get("dropout", "0.1 by its default")
-        recipe.left.append(f"lora_dropout: {said} (an adapter has no dropout here)")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Any
 
 
@@ -11,24 +13,53 @@ class Untranslated(ValueError):
     """An option's value has no counterpart here; the message says why, or what to do instead."""
 
 
+class Outcome(Enum):
+    """What became of an option."""
+
+    carried = "carried over"
+    same = "no effect on the result"  # or the same here whatever a recipe says
+    refused = "refused"
+    left_out = "left out"  # it would be refused, and was allowed
+
+
+@dataclass
+class Line:
+    """One option of theirs.
+
+    option: its name.
+    value: what it says.
+    is_default: whether it is their default, which the file does not write.
+    keys: ours that it decides.
+    outcome: what became of it.
+    why: of what was not carried over, the reason; else how its meaning differs here, "" for not at all.
+    """
+
+    option: str
+    value: Any
+    is_default: bool
+    keys: tuple[str, ...]
+    outcome: Outcome
+    why: str = ""
+
+
 @dataclass
 class Recipe:
     """A run in the making.
 
     values: our keys, nested.
-    left: options that were not carried over, and why.
-    notes: what differs in meaning.
-    missing: our keys that the file cannot tell.
+    staged: what rules leave for the dialect's `finish`, by names of their own.
+    notes: by our key, how its meaning differs.
+    missing: by our key, what the file cannot tell and is to be filled in.
+    refused: what is not understood and belongs to no single option.
+    lines: their options, in order.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
-    left: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-
-    def fill(self, key: str, what: str) -> None:
-        """Lists a key that is to be filled in by hand."""
-        self.missing.append(f"{key} ({what})")
+    staged: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
 
     def set(self, path: str, value: Any) -> None:
         """Sets one of our keys, as in `recipe.set("ema.decay", 0.99)`."""
@@ -45,20 +76,61 @@ class Recipe:
             node = node.get(key) if isinstance(node, dict) else None
         return node
 
+    def drop(self, path: str) -> None:
+        """Takes one of our keys out, if it was set."""
+        *sections, key = path.split(".")
+        node: Any = self.values
+        for section in sections:
+            node = node.get(section, {})
+        node.pop(key, None)
 
-# An option's rule: our key, a function of (recipe, value) that sets what it means, or None for what means nothing here.
-Rule = str | Callable[[Recipe, Any], None] | None
+    def refuse(self, option: str, why: str) -> None:
+        """Refuses an option of the file after all options are read, or what no single option says."""
+        line = next((line for line in self.lines if line.option == option), None)
+        if line is None:
+            self.refused.append(f"{option}: {why}")
+        else:
+            line.outcome, line.why = Outcome.refused, why
+
+
+Carry = Callable[[Recipe, Any], None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of an option.
+
+    keys: ours that it decides; none for an option that changes nothing here.
+    carry: sets them. Raises Untranslated for a value that has no counterpart here, and TypeError or ValueError for one
+    that the option does not take.
+    why: how its meaning differs, or why it has no effect; "" for the same meaning.
+    """
+
+    keys: tuple[str, ...]
+    carry: Carry
+    why: str = ""
 
 
 @dataclass(frozen=True)
 class Dialect:
     """One project's way to write a recipe.
 
-    rules: of its options, by name.
-    start: our keys and values that hold before its options are read.
+    name: as import_recipe.py is told it.
+    rules: of its options, by name, where `*` stands for any text.
+    defaults: values of its options that a file leaves out, as its code has them.
+    start: our keys and values that none of its options says.
     finish: what can be done only after all options are read.
     """
 
+    name: str
     rules: Mapping[str, Rule]
+    defaults: Mapping[str, Any]
     start: Mapping[str, Any]
     finish: Callable[[Recipe], None]
+
+    def rule(self, option: str) -> Rule | None:
+        """The option's rule; None if there is none."""
+        if option in self.rules:
+            return self.rules[option]
+        patterns = (rule for name, rule in self.rules.items() if "*" in name and fnmatchcase(option, name))
+        return next(patterns, None)

@@ -1,4 +1,4 @@
-"""Rules that several tables of `importers/tables.py` share. Each is a rule of one option, or makes one."""
+"""Rules that several dialects share. Each function makes the rule of one option; see `importers/recipe.py`."""
 
 from __future__ import annotations
 
@@ -6,155 +6,197 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from importers.data import preset_of
-from importers.recipe import Recipe, Untranslated
+from importers.recipe import Carry, Recipe, Rule, Untranslated
+
+STUDENT, CRITIC = "generator_training", "critic_training"
 
 
-def network(name: str) -> Callable[[Recipe, Any], None]:
-    """A model's name or path: the geometry by the size in it, the weights by itself."""
-
-    def rule(recipe: Recipe, value: Any) -> None:
-        recipe.set(f"{name}.init", str(value))
-        if (size := preset_of(str(value))) is not None:
-            recipe.set(f"{name}.preset", size)
-        else:
-            recipe.fill(f"{name}.preset", f"the size is not in the name '{value}': check what was put")
-
-    return rule
+def real(value: Any) -> float:
+    """A finite number, also as text such as `1e-5`, which YAML takes for no number. Raises ValueError."""
+    number = math.nan if isinstance(value, bool) else float(value)
+    if not math.isfinite(number):
+        raise ValueError("a number")
+    return number
 
 
-def spread_base(recipe: Recipe) -> None:
-    """Gives `base`, the model of all networks, to the networks whose model no option names."""
-    base = recipe.get("base")
-    size = preset_of(base or "")
-    if size is None:
-        recipe.fill("student.preset", f"the size is not in the name '{base}': check what was put")
-    for name in ("student", "teacher", "critic"):
-        if recipe.get(f"{name}.preset") is None:
-            recipe.set(f"{name}.preset", size or "1.3b")
-        if recipe.get(f"{name}.init") is None and base is not None:
-            recipe.set(f"{name}.init", base)
+def integer(value: Any) -> int:
+    """A whole number, also as text. Raises ValueError."""
+    if (number := real(value)) != int(number):
+        raise ValueError("a whole number")
+    return int(number)
 
 
-def text(path: str) -> Callable[[Recipe, Any], None]:
-    return lambda recipe, value: recipe.set(path, str(value))
+def truth(value: Any) -> bool:
+    """True or false, also as text. Raises ValueError."""
+    if str(value).lower() not in ("true", "false"):
+        raise ValueError("true or false")
+    return str(value).lower() == "true"
 
 
-def weights(path: str) -> Callable[[Recipe, Any], None]:
-    return lambda recipe, value: recipe.set(f"{path}.init", str(value))
+def listed(value: Any) -> list[Any]:
+    """A list, or `1,2,3` or `1|2|3` as one. Raises TypeError."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.replace("|", ",").split(",") if part.strip()]
+    return [value] if isinstance(value, int | float) else list(value)
 
 
-def plus_one(path: str) -> Callable[[Recipe, Any], None]:
-    return lambda recipe, value: recipe.set(path, float(value) + 1)
+def to(path: str, read: Callable[[Any], Any], why: str = "") -> Rule:
+    """Our key is what `read` makes of the value."""
+    return Rule((path,), lambda recipe, value: recipe.set(path, read(value)), why)
 
 
-def both(key: str) -> Callable[[Recipe, Any], None]:
-    def rule(recipe: Recipe, value: Any) -> None:
-        for section in ("generator_training", "critic_training"):
-            recipe.set(f"{section}.optimizer.{key}", float(value))
-
-    return rule
+def number(path: str, why: str = "") -> Rule:
+    return to(path, real, why)
 
 
-def number(path: str) -> Callable[[Recipe, Any], None]:
-    return lambda recipe, value: recipe.set(path, float(value))
+def whole(path: str, why: str = "") -> Rule:
+    return to(path, integer, why)
 
 
-def whole(path: str) -> Callable[[Recipe, Any], None]:
-    return lambda recipe, value: recipe.set(path, int(value))
+def flag(path: str, why: str = "") -> Rule:
+    return to(path, truth, why)
 
 
-def flag(path: str) -> Callable[[Recipe, Any], None]:
-    def rule(recipe: Recipe, value: Any) -> None:
-        if str(value).lower() not in ("true", "false"):
-            raise ValueError("true or false")
-        recipe.set(path, str(value).lower() == "true")
+def text(path: str, why: str = "") -> Rule:
+    def read(value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError("text")
+        return value
 
-    return rule
+    return to(path, read, why)
 
 
-def steps(path: str) -> Callable[[Recipe, Any], None]:
+def plus_one(path: str) -> Rule:
+    """A guidance scale s of cond + s (cond - uncond), which is w = s + 1 here."""
+    return to(path, lambda value: real(value) + 1, "w = s + 1: theirs is added to the conditional")
+
+
+def stage(name: str, read: Callable[[Any], Any], *keys: str, why: str = "") -> Rule:
+    """Left for the dialect's `finish` under this name; keys: ours that it will decide."""
+    return Rule(keys, lambda recipe, value: recipe.staged.update({name: read(value)}), why)
+
+
+def both(key: str) -> Rule:
+    """One number of both optimizers."""
+    paths = tuple(f"{section}.optimizer.{key}" for section in (STUDENT, CRITIC))
+
+    def carry(recipe: Recipe, value: Any) -> None:
+        for path in paths:
+            recipe.set(path, real(value))
+
+    return Rule(paths, carry)
+
+
+def steps(path: str) -> Rule:
     """A list or `1000,757,522`; a last 0 is no step here."""
 
-    def rule(recipe: Recipe, value: Any) -> None:
-        listed = [int(step) for step in (value.split(",") if isinstance(value, str) else value)]
-        recipe.set(path, listed[:-1] if listed and listed[-1] == 0 else listed)
+    def read(value: Any) -> list[int]:
+        found = [integer(step) for step in listed(value)]
+        return found[:-1] if found and found[-1] == 0 else found
 
-    return rule
+    return to(path, read)
 
 
-def beta(section: str, index: int) -> Callable[[Recipe, Any], None]:
-    def rule(recipe: Recipe, value: Any) -> None:
-        path = f"{section}.optimizer.betas"
+def beta(section: str, index: int) -> Rule:
+    """One of an optimizer's two betas; the other one is their default, or is read too."""
+    path = f"{section}.optimizer.betas"
+
+    def carry(recipe: Recipe, value: Any) -> None:
         betas = list(recipe.get(path) or [0.0, 0.999])
-        betas[index] = float(value)
+        betas[index] = real(value)
         recipe.set(path, betas)
 
-    return rule
+    return Rule((path,), carry)
 
 
-def betas(*sections: str) -> Callable[[Recipe, Any], None]:
-    def rule(recipe: Recipe, value: Any) -> None:
-        pair = [float(part) for part in (value.split(",") if isinstance(value, str) else value)]
-        for section in sections:
-            recipe.set(f"{section}.optimizer.betas", list(pair))
+def betas(section: str) -> Rule:
+    """`0.9,0.999` or a list."""
 
-    return rule
+    def read(value: Any) -> list[float]:
+        pair = [real(part) for part in listed(value)]
+        if len(pair) != 2:
+            raise ValueError("two numbers")
+        return pair
+
+    return to(f"{section}.optimizer.betas", read)
 
 
-def checkpointing(recipe: Recipe, value: Any) -> None:
+def _checkpointing(recipe: Recipe, value: Any) -> None:
     on = str(value).lower() in ("true", "full")
-    if not on and str(value).lower() != "false":
-        raise Untranslated("choose none, full or selective for each network's checkpointing")
+    if not on and str(value).lower() not in ("false", "none"):
+        raise Untranslated("choose full or none, or set our checkpointing of each network afterwards")
     for name in ("student", "critic"):
-        recipe.set(f"{name}.checkpointing", "full" if on else "none")
+        if recipe.get(name) is not None:
+            recipe.set(f"{name}.checkpointing", "full" if on else "none")
 
 
-def precision(recipe: Recipe, value: Any) -> None:
-    known = {"true": "bf16", "bf16": "bf16", "false": "fp32", "no": "fp32", "fp32": "fp32"}
-    if str(value).lower() not in known:
-        raise Untranslated("choose bf16 or fp32 for training.precision")
-    recipe.set("training.precision", known[str(value).lower()])
+checkpointing = Rule(("student.checkpointing", "critic.checkpointing"), _checkpointing)
+
+_PRECISIONS = {"true": "bf16", "bf16": "bf16", "bfloat16": "bf16", "false": "fp32", "no": "fp32", "fp32": "fp32",
+               "float32": "fp32"}  # fmt: skip
 
 
-def one_of(path: str, known: dict[str, Any]) -> Callable[[Recipe, Any], None]:
-    def rule(recipe: Recipe, value: Any) -> None:
-        if str(value) not in known:
-            raise Untranslated(f"there is none of this here: {path} is one of {', '.join(map(str, known.values()))}")
-        recipe.set(path, known[str(value)])
-
-    return rule
+def _precision(value: Any) -> str:
+    if str(value).lower() not in _PRECISIONS:
+        raise Untranslated("passes are in bf16 or fp32 here")
+    return _PRECISIONS[str(value).lower()]
 
 
-def must_be(*accepted: Any) -> Callable[[Recipe, Any], None]:
-    """An option that has a fixed value here; other values have no counterpart."""
-
-    def rule(recipe: Recipe, value: Any) -> None:
-        if value not in accepted:
-            raise Untranslated(f"it is {accepted[0]} here")
-
-    return rule
+precision = to("training.precision", _precision)
 
 
-def shape(recipe: Recipe, value: Any) -> None:
-    """[B, F, C, H, W] of latents."""
-    _, frames, _, height, width = value
-    recipe.set("size", {"frames": int(frames), "height": int(height), "width": int(width)})
+def one_of(path: str, known: dict[Any, Any], why: str = "") -> Rule:
+    """Their word for each of ours; another word has no counterpart."""
+
+    def read(value: Any) -> Any:
+        if value not in known:
+            raise Untranslated(f"only {', '.join(map(str, known))} can be carried over")
+        return known[value]
+
+    return to(path, read, why)
 
 
-def critic_learns_ode(recipe: Recipe, value: Any) -> None:
-    if value != "score_distillation":
-        raise Untranslated("this table is of its score_distillation trainer")
+def must_be(*accepted: Any, why: str = "") -> Rule:
+    """An option that has these values here, whatever a recipe says; others have no counterpart."""
+
+    def carry(recipe: Recipe, value: Any) -> None:
+        said = real(value) if isinstance(value, str) and isinstance(accepted[0], float) else value
+        if not any(said == known and isinstance(said, bool) == isinstance(known, bool) for known in accepted):
+            raise Untranslated(why or f"it is {accepted[0]} here, and nothing sets it")
+
+    return Rule((), carry, why or f"it is {accepted[0]} here")
 
 
-def finish_updates(recipe: Recipe) -> None:
-    """Iterations before the average begins are updates of the student here; the critic takes the student's defaults."""
+def refused(why: str) -> Rule:
+    """An option that nothing here does, whatever its value. Null, false and an empty value ask for nothing."""
+
+    def carry(recipe: Recipe, value: Any) -> None:
+        if value not in (None, False, "", [], {}):
+            raise Untranslated(why)
+
+    return Rule((), carry, "it is off")
+
+
+def later(what: str) -> Rule:
+    """An option that asks for what a later version will support."""
+    return refused(f"{what}: a later version will support it")
+
+
+def harmless(why: str, *names: str) -> dict[str, Rule]:
+    """Options that change nothing of the result. why: what they are for."""
+    carry: Carry = lambda recipe, value: None  # noqa: E731
+    return {name: Rule((), carry, why) for name in names}
+
+
+LOGGING = "what is logged or stored, and where"
+SPEED = "speed or memory alone"
+VALIDATING = "what is sampled for the eye during training"
+UNREAD = "their code reads it nowhere"
+
+
+def student_updates(recipe: Recipe) -> None:
+    """Iterations before the average begins are updates of the student here."""
     interval = recipe.get("training.generator_update_interval") or 1
-    if (start := recipe.get("ema.start")) is not None:
+    if (start := recipe.get("ema.start")) is not None and interval > 1:
         recipe.set("ema.start", math.ceil(start / interval))
-    student = recipe.get("generator_training.optimizer") or {}
-    critic = recipe.get("critic_training.optimizer") or {}
-    recipe.set("critic_training.optimizer", {**student, **critic})
-    if recipe.get("ema.enabled") is False:
-        recipe.set("ema.decay", None)
-    recipe.values.get("ema", {}).pop("enabled", None)
+        recipe.notes["ema.start"] = f"iteration {start} is the student's update {math.ceil(start / interval)}"

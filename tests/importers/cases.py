@@ -1,0 +1,35 @@
+"""Recipes of other projects as tests import them. `recipes/` holds one of each dialect, written for these tests, with
+each option that its table knows once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from configs.load import run_from_plain
+from configs.schema import RunConfig
+from importers.dialects import DIALECTS
+from importers.read import read_options
+from importers.recipe import Outcome, Recipe
+from importers.translate import refusals, translate
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_of(dialect: str, options: dict[str, Any], *allow: str, preset: str | None = None) -> Recipe:
+    return translate(DIALECTS[dialect], options, allow, preset)
+
+
+def imported(dialect: str, *files: Path, **changes: Any) -> tuple[Recipe, RunConfig]:
+    """A recipe that nothing of is refused, and its run. changes: options in place of the files' own."""
+    recipe = recipe_of(dialect, {**read_options(*files), **changes})
+    assert refusals(recipe) == []
+    return recipe, run_from_plain(recipe.values)
+
+
+def refused(dialect: str, options: dict[str, Any]) -> dict[str, str]:
+    """Options that are refused, and why; what belongs to none stands under ""."""
+    recipe = recipe_of(dialect, options)
+    found = {line.option: line.why for line in recipe.lines if line.outcome is Outcome.refused}
+    return {**found, **({"": "\n".join(recipe.refused)} if recipe.refused else {})}
