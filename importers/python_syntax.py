@@ -15,7 +15,8 @@ PROGRAM = "method"  # what a file builds on: the module of `create_config`, or t
 def python_options(text: str, path: Path) -> dict[str, Any]:
     """The values that a config's `create_config` assigns, by their names behind `config.`.
 
-    A value is a literal, arithmetic on literals, or a name, which becomes that name as text. The module whose `create_config` the file calls is the option `method`. Raises ConfigError at the first line that is anything
+    A value is a literal, arithmetic on literals, or a name, which becomes that name as text. The module whose
+    `create_config` the file calls is the option `method`. Raises ConfigError at the first line that is anything
     else, for what it does is not known.
     """
     try:
