@@ -22,7 +22,7 @@ import torch
 from tests import ROOT
 from tests.fuzz.program import ended
 from tests.fuzz.test_readers import KINDS
-from tests.importers.test_importers import SELF_FORCING
+from tests.importers.cases import RECIPES
 
 MUTATIONS, MANY = 4, 16
 RUN = ROOT / "tests/fixtures/old_runs/gan"
@@ -64,7 +64,7 @@ def good(folder: Path) -> None:
     """Input that every case accepts."""
     shutil.copytree(RUN, folder / "run")
     (folder / "p.csv").write_text('prompt\n"the digit three moving left"\n"the digit zero moving up"\n')
-    (folder / "r.yaml").write_text(SELF_FORCING)
+    shutil.copy(RECIPES / "self_forcing.yaml", folder / "r.yaml")
 
 
 def tried(case: Case, folder: Path, change: Callable[[bytes], bytes]) -> str:

@@ -33,3 +33,14 @@ def refused(dialect: str, options: dict[str, Any]) -> dict[str, str]:
     recipe = recipe_of(dialect, options)
     found = {line.option: line.why for line in recipe.lines if line.outcome is Outcome.refused}
     return {**found, **({"": "\n".join(recipe.refused)} if recipe.refused else {})}
+
+
+def cases() -> list[tuple[Path, ...]]:
+    """The files of each recipe: a file whose name ends with `_backends` is the second one of the one before it."""
+    files = sorted(file for file in RECIPES.iterdir() if not file.stem.endswith("_backends"))
+    return [(file, *file.parent.glob(f"{file.stem}_backends.*")) for file in files]
+
+
+def dialect_of(file: Path) -> str:
+    """The dialect that a file of `recipes/` is named after, as `longlive2_ar.yaml` is of `longlive2`."""
+    return max((name for name in DIALECTS if file.stem.startswith(name)), key=len)
