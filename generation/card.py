@@ -11,9 +11,11 @@ from typing import Any
 from configs.experts import expert_of
 from configs.schema import RunConfig
 from configs.sizes import schedule_at, sizes_of
+from generation.adapters import comfyui_file
 from generation.base import Base, base_of
+from generation.comfyui import in_comfyui
 from generation.find import Found
-from model.export import ADAPTER_FILE, Dtype, Pipeline
+from model.export import ADAPTER_FILE, Dtype, LoraNames, Pipeline
 from model.released import Source
 from model.schedule import TIMESTEPS, unshift_sigma
 from model.types import LatentSize
@@ -35,6 +37,7 @@ class Exported:
     boundary: the noise level that parts two experts, None for one network.
     licence: under which it is given, None where nothing says it.
     name: of the folder.
+    names: whose names an adapter has.
     """
 
     found: Found
@@ -44,6 +47,11 @@ class Exported:
     boundary: float | None
     licence: str | None
     name: str
+    names: LoraNames = LoraNames.diffusers
+
+    @property
+    def is_for_comfyui(self) -> bool:
+        return self.format == "lora" and self.names is LoraNames.comfyui
 
     @property
     def config(self) -> RunConfig:
@@ -109,17 +117,18 @@ def _metadata(exported: Exported) -> list[str]:
     if repos:
         lines += ["base_model:", *(f"- {repo}" for repo in repos)]
         lines.append(f"base_model_relation: {'adapter' if exported.format == 'lora' else 'finetune'}")
-    if exported.format != "native":
+    if exported.format != "native" and not exported.is_for_comfyui:
         lines.append("library_name: diffusers")
     task = "image-to-video" if exported.pipeline.takes_image else "text-to-video"
     return [*lines, f"pipeline_tag: {task}", "tags:", "- fewstep", "---"]
 
 
 def _what(exported: Exported) -> str:
+    adapter = "for ComfyUI" if exported.is_for_comfyui else "for Diffusers, and in the folder peft for PEFT"
     what = {
         "diffusers": "a pipeline of Diffusers without text encoder and VAE",
         "native": "weights under the names of the model's authors",
-        "lora": "an adapter (LoRA) for Diffusers, and in the folder peft for PEFT",
+        "lora": f"an adapter (LoRA) {adapter}",
     }[exported.format]
     stored = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8 (float8_e4m3fn)"}[exported.dtype.value]
     return f"{what}, in {stored}" + ("" if exported.boundary is None else ", both experts")
@@ -130,6 +139,8 @@ def _sampling(exported: Exported) -> list[str]:
         return ["This is the critic of a distillation. It knows the student's videos, and is not meant to make any."]
     lines = _table(_settings(exported))
     config = exported.config
+    if exported.is_for_comfyui:
+        return [*lines, "", *in_comfyui(config, exported.bases[0], exported.pipeline, comfyui_file(exported.name))]
     if exported.boundary is None and (side := expert_of(config)) is not None:
         return [*lines, "", f"This is the {side}-noise expert of two: videos need the other one too."]
     code = _code(exported)

@@ -9,21 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from configs.experts import expert_of
 from configs.schema import RunConfig
+from generation.adapters import comfyui_file, save_lora, trained_adapter
 from generation.base import base_of, sources_of
 from generation.card import CARD, Exported, card, scheduler_config
 from generation.find import Found, find
 from generation.push import Push, check_push, push
 from generation.two_experts import joined
-from model.export import ADAPTER_CONFIG, ADAPTER_FILE, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
+from model.export import SHARD_BYTES, Dtype, Format, LoraNames, Pipeline
 from model.network import Expert
-from utils import checkpoint
 from utils.cli import Parser, refuse_several_ranks
 from utils.errors import UserError
-from utils.shards import write_file
 from utils.writing import whole_folder, writing
 
 LIBRARY = "diffusers"
@@ -46,6 +43,7 @@ class ExportArgs:
     base: repository of the base model, where the run does not say it.
     licence: of what is exported, None for the base model's.
     push: where to upload it, None for nowhere.
+    names: whose names an adapter gets.
     """
 
     run: Path | None
@@ -59,6 +57,7 @@ class ExportArgs:
     base: str | None = None
     licence: str | None = None
     push: Push | None = None
+    names: LoraNames = LoraNames.diffusers
 
 
 def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
@@ -71,6 +70,8 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
     )
     parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, for both in one export")
     parser.add_argument("--format", choices=("diffusers", "native", "lora"), help="required with --run, no default")
+    names = [kind.value for kind in LoraNames]
+    parser.add_argument("--names", choices=names, help="whose names --format lora writes (default: diffusers)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument("--dtype", choices=[kind.value for kind in Dtype], default="fp32", help="default: fp32")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: the average, where there is one")
@@ -97,6 +98,8 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
         raise UserError(f"--{unused[0]} is for an export of --run: without one, --push uploads --out as it is")
     if a.low_run is not None and a.format == "lora":
         raise UserError("--low_run is for --format diffusers or native: export each adapter alone")
+    if a.names is not None and a.format != "lora":
+        raise UserError("--names is for --format lora: the other formats have names of their own")
     return ExportArgs(
         run=a.run,
         format=a.format or "",
@@ -109,6 +112,7 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
         base=a.base,
         licence=a.licence,
         push=None if a.push is None else Push(a.push, a.public),
+        names=LoraNames(a.names or "diffusers"),
     )
 
 
@@ -140,7 +144,7 @@ def export(args: ExportArgs) -> Path:
             f"--run {args.run}: a {side}-noise expert makes no pipeline alone: {pair}, or use --format native"
         )
     exported = described(args, found, tuple(parts.values()), boundary)
-    write = adapter_writer(args, found) if args.format == "lora" else weights_writer(args, exported, parts)
+    write = adapter_writer(args, exported) if args.format == "lora" else weights_writer(args, exported, parts)
 
     def whole(folder: Path) -> None:
         write(folder)
@@ -157,17 +161,17 @@ def described(args: ExportArgs, found: Found, parts: Sequence[Found], boundary: 
     if licence is None and args.push is not None:
         remedy = bases[0].remedy(sources_of(found.network))
         raise UserError(f"--push: the licence is unknown ({bases[0].told().rstrip('.')}): {remedy}")
-    return Exported(found, args.format, args.dtype, bases, boundary, licence, args.out.resolve().name)
+    return Exported(found, args.format, args.dtype, bases, boundary, licence, args.out.resolve().name, args.names)
 
 
-def adapter_writer(args: ExportArgs, found: Found) -> Callable[[Path], None]:
+def adapter_writer(args: ExportArgs, exported: Exported) -> Callable[[Path], None]:
     """What writes the adapter into a folder. Raises UserError for a network that has none."""
     if args.dtype is Dtype.fp8:
         raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
-    state, alpha = lora_of(found)
-    if args.dtype is Dtype.bf16:
-        state = {name: value.bfloat16() for name, value in state.items()}
-    return lambda folder: save_lora(folder, found.exporter, state, alpha)
+    found = exported.found
+    adapter = trained_adapter(found)
+    file = comfyui_file(exported.name) if args.names is LoraNames.comfyui else None
+    return lambda folder: save_lora(folder, found.exporter, adapter, args.dtype, file)
 
 
 def weights_writer(args: ExportArgs, exported: Exported, parts: Mapping[str, Found]) -> Callable[[Path], None]:
@@ -215,31 +219,6 @@ def model_index(config: RunConfig, pipeline: Pipeline) -> dict[str, Any]:
     """The pipeline's parts: those that are not exported are passed to `from_pretrained`."""
     scheduler = scheduler_config(config)["_class_name"]
     return {"_class_name": pipeline.name, "scheduler": [LIBRARY, scheduler], **pipeline.index}
-
-
-# ---------------------------------------------------------------------------------------------------------------- LoRA
-
-
-def lora_of(found: Found) -> tuple[dict[str, Tensor], float]:
-    """(adapter under native names, `blocks.0.self_attn.q.lora_A.weight`; alpha) of a network that is one. Raises
-    UserError for any other."""
-    lora = found.network.lora
-    if lora is None:
-        raise UserError(
-            f"--format lora: {found.folder} trained all weights, and has no adapter: use --format diffusers or native"
-        )
-    stored = checkpoint.StoredGroup(found.folder, found.group)
-    return dict(stored.read(stored.shapes)), lora.scale * lora.rank
-
-
-def save_lora(folder: Path, exporter: Exporter, state: Mapping[str, Tensor], alpha: float) -> None:
-    """An adapter alone: `ADAPTER_FILE` for Diffusers, and `peft/` for PEFT. Raises ValueError."""
-    weights = {name: value.contiguous() for name, value in exporter.lora_to_diffusers(state, alpha).items()}
-    write_file(folder / ADAPTER_FILE, weights)
-    (folder / "peft").mkdir()
-    adapter, config = exporter.lora_to_peft(state, alpha)
-    write_file(folder / "peft" / "adapter_model.safetensors", {k: v.contiguous() for k, v in adapter.items()})
-    _json(folder / "peft" / ADAPTER_CONFIG, config)
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -32,6 +33,7 @@ _DOWN = ("lora_A", "lora_down", "lora.down")
 _JOINED = ("lora_unet_", "lora_transformer_")  # before names whose dots may be underscores
 _PATCH = "patch_embedding"
 _PEFT = "base_model.model."
+_COMFYUI = "diffusion_model."
 _EXPERTS = {"transformer.": "high", "transformer_2.": "low"}
 # other kinds of adapters, by the names of their factors
 _KINDS = {"DoRA": ("dora_scale", "lora_magnitude_vector"), "LoKr": ("lokr_w",), "LoHa": ("hada_w",)}
@@ -230,6 +232,27 @@ def lora_to_peft(state: Mapping[str, Tensor], alpha: float) -> tuple[State, dict
         "bias": "none", "lora_dropout": 0.0, "inference_mode": True,
     }  # fmt: skip
     return out, config
+
+
+def lora_to_comfyui(
+    state: Mapping[str, Tensor], alpha: float, differences: Mapping[str, Tensor] | None = None
+) -> State:
+    """A LoRA as ComfyUI and most other programs read it: native names, with an alpha beside each pair.
+
+    state: as above.
+    alpha: of all pairs; stored in fp32, whatever the factors are.
+    differences: what is added to whole parameters, by their native names, which may be those of biases.
+    Raises ValueError.
+    """
+    out: State = {}
+    for module, (down, up) in _pairs(state).items():
+        name = f"{_COMFYUI}{module}"
+        out |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(alpha)}
+    for parameter, value in (differences or {}).items():
+        module, _, leaf = parameter.rpartition(".")
+        ending = {"weight": f"{module}.diff", "bias": f"{module}.diff_b"}.get(leaf, f"{parameter}.diff")
+        out[f"{_COMFYUI}{ending}"] = value
+    return out
 
 
 def _pairs(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
