@@ -11,11 +11,12 @@ from typing import Any
 from configs.experts import expert_of
 from configs.schema import RunConfig
 from configs.sizes import schedule_at, sizes_of
-from generation.adapters import comfyui_file
+from generation.adapters import comfyui_file, error_table, told
 from generation.base import Base, base_of
 from generation.comfyui import in_comfyui
 from generation.find import Found
 from model.export import ADAPTER_FILE, Dtype, LoraNames, Pipeline
+from model.extraction import Extraction
 from model.released import Source
 from model.schedule import TIMESTEPS, unshift_sigma
 from model.types import LatentSize
@@ -38,6 +39,7 @@ class Exported:
     licence: under which it is given, None where nothing says it.
     name: of the folder.
     names: whose names an adapter has.
+    extraction: what an adapter holds of a difference, None for one that was trained and for other formats.
     """
 
     found: Found
@@ -48,6 +50,7 @@ class Exported:
     licence: str | None
     name: str
     names: LoraNames = LoraNames.diffusers
+    extraction: Extraction | None = None
 
     @property
     def is_for_comfyui(self) -> bool:
@@ -74,6 +77,8 @@ def card(exported: Exported) -> str:
     """README.md of an exported folder, of every format."""
     config = exported.config
     said = list(dict.fromkeys(base.told() for base in exported.bases))
+    if exported.extraction is not None:
+        said = [f"It is the difference from {exported.bases[0].itself}, extracted by SVD, and lies on these weights."]
     lines = [
         *_metadata(exported),
         f"# {config.name}",
@@ -86,6 +91,7 @@ def card(exported: Exported) -> str:
         "",
         *_sampling(exported),
         "",
+        *_extraction(exported),
         "## Training",
         "",
         *_table(_training(exported)),
@@ -154,6 +160,17 @@ def _sampling(exported: Exported) -> list[str]:
     if config.is_causal:
         lines += ["", "It was trained to generate block by block; this pipeline denoises all frames at once."]
     return lines
+
+
+def _extraction(exported: Exported) -> list[str]:
+    """What the adapter holds of the difference, and what other ranks would."""
+    if exported.extraction is None:
+        return []
+    rows = "| rank | relative error over all matrices |\n|---|---|\n" + "\n".join(
+        f"| {rank} | {error} |" for rank, error in error_table(exported.extraction)
+    )
+    lines = told(exported.extraction, exported.names)
+    return ["## Extraction", "", rows, "", " ".join(lines), ""]
 
 
 def _settings(exported: Exported) -> dict[str, str]:
@@ -303,7 +320,7 @@ def _adapted(exported: Exported) -> str:
     (base,) = exported.bases
     if base.is_whole_start:
         return f'base = "{base.repo}"  # the model that the adapter lies on'
-    return 'base = "BASE"  # put a folder in Diffusers\' layout here, with the weights that the adapter was trained on'
+    return 'base = "BASE"  # put a folder in Diffusers\' layout here, with the weights that the adapter lies on'
 
 
 def _load_adapter(exported: Exported) -> list[str]:

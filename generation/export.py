@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,20 +12,35 @@ from typing import Any
 
 from configs.experts import expert_of
 from configs.schema import RunConfig
-from generation.adapters import comfyui_file, save_lora, trained_adapter
+from generation.adapters import (
+    EXTRACTED_RANK,
+    Adapter,
+    base_network,
+    comfyui_file,
+    error_table,
+    extracted,
+    save_lora,
+    told,
+    trained_adapter,
+)
 from generation.base import base_of, sources_of
 from generation.card import CARD, Exported, card, scheduler_config
 from generation.find import Found, find
 from generation.push import Push, check_push, push
 from generation.two_experts import joined
 from model.export import SHARD_BYTES, Dtype, Format, LoraNames, Pipeline
+from model.extraction import Extraction
 from model.network import Expert
 from utils.cli import Parser, refuse_several_ranks
 from utils.errors import UserError
+from utils.limits import RANK
+from utils.logging import warn
 from utils.writing import whole_folder, writing
 
 LIBRARY = "diffusers"
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a repository
+Writer = Callable[[Path], Extraction | None]  # fills a folder, and tells what it holds of a difference
+_OF_A_RUN = ("low_run", "format", "base", "licence", "names", "rank")  # options
 LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
@@ -40,10 +56,12 @@ class ExportArgs:
     network: "student" or "critic".
     shard_bytes: the most that a file holds, None for one file.
     low: run of the low-noise expert.
-    base: repository of the base model, where the run does not say it.
+    base: repository of the base model, where the run does not say it; for an adapter of a run that trained all weights
+        what is subtracted: a file, a folder, a run or a repository.
     licence: of what is exported, None for the base model's.
     push: where to upload it, None for nowhere.
     names: whose names an adapter gets.
+    rank: of an adapter that is extracted, None for `EXTRACTED_RANK`.
     """
 
     run: Path | None
@@ -58,6 +76,7 @@ class ExportArgs:
     licence: str | None = None
     push: Push | None = None
     names: LoraNames = LoraNames.diffusers
+    rank: int | None = None
 
 
 def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
@@ -80,26 +99,28 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
         "--shard_gb", "--shard-gb", type=float, default=SHARD_BYTES / 1e9, metavar="GB",
         help="largest file (default 5); 0 for one file whatever its size, as ComfyUI wants it",
     )  # fmt: skip
-    parser.add_argument("--base", metavar="owner/name", help="base model on the Hub (default: what the run began from)")
+    parser.add_argument(
+        "--base", metavar="A", help="base model on the Hub, owner/name (default: what the run began from); for "
+        "--format lora of a run that trained all weights what is subtracted: a file, a folder, a run or owner/name",
+    )  # fmt: skip
+    rank_help = f"of the adapter that --format lora --base A extracts (default: {EXTRACTED_RANK})"
+    parser.add_argument("--rank", type=int, help=rank_help)
     parser.add_argument("--licence", metavar="NAME", help="of what is exported (default: the base model's)")
     parser.add_argument("--push", metavar="owner/name", help="upload DIR to this repository of the Hub, made private")
     parser.add_argument("--public", action="store_true", help="make the repository of --push public")
     a = parser.parse_args(argv)
     if not 0 <= a.shard_gb < float("inf"):
         raise UserError(f"--shard_gb {a.shard_gb}: give a size in GB, or 0 for one file")
-    _check_names(a.base, a.licence, a.push)
+    _check_names(None if a.format == "lora" else a.base, a.licence, a.push)
     if a.public and a.push is None:
         raise UserError("--public is for --push: say where to")
     if a.run is None and a.push is None:
         raise UserError("--run is missing: give a run's folder")
     if a.run is not None and a.format is None:
         raise UserError("--format is missing: choose diffusers, native or lora")
-    if a.run is None and (unused := [n for n in ("low_run", "format", "base", "licence") if getattr(a, n) is not None]):
+    if a.run is None and (unused := [n for n in _OF_A_RUN if getattr(a, n) is not None]):
         raise UserError(f"--{unused[0]} is for an export of --run: without one, --push uploads --out as it is")
-    if a.low_run is not None and a.format == "lora":
-        raise UserError("--low_run is for --format diffusers or native: export each adapter alone")
-    if a.names is not None and a.format != "lora":
-        raise UserError("--names is for --format lora: the other formats have names of their own")
+    _check_adapter(a)
     return ExportArgs(
         run=a.run,
         format=a.format or "",
@@ -113,7 +134,20 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
         licence=a.licence,
         push=None if a.push is None else Push(a.push, a.public),
         names=LoraNames(a.names or "diffusers"),
+        rank=a.rank,
     )
+
+
+def _check_adapter(a: Namespace) -> None:
+    """What goes with --format lora and with no other."""
+    if a.low_run is not None and a.format == "lora":
+        raise UserError("--low_run is for --format diffusers or native: export each adapter alone")
+    if a.names is not None and a.format != "lora":
+        raise UserError("--names is for --format lora: the other formats have names of their own")
+    if a.rank is not None and (a.format != "lora" or a.base is None):
+        raise UserError("--rank is of an adapter that is extracted: give --format lora and --base A with it")
+    if a.rank is not None and not 1 <= a.rank <= RANK:
+        raise UserError(f"--rank {a.rank}: give a whole number from 1 to {RANK}")
 
 
 def _check_names(base: str | None, licence: str | None, repo: str | None) -> None:
@@ -143,20 +177,38 @@ def export(args: ExportArgs) -> Path:
         raise UserError(
             f"--run {args.run}: a {side}-noise expert makes no pipeline alone: {pair}, or use --format native"
         )
+    if args.format == "lora":
+        _check_lora(args, found)
     exported = described(args, found, tuple(parts.values()), boundary)
     write = adapter_writer(args, exported) if args.format == "lora" else weights_writer(args, exported, parts)
 
     def whole(folder: Path) -> None:
-        write(folder)
-        (folder / CARD).write_text(card(exported))
+        extraction = write(folder)
+        (folder / CARD).write_text(card(replace(exported, extraction=extraction)))
 
     return written(args.out, whole)
+
+
+def _check_lora(args: ExportArgs, found: Found) -> None:
+    """Raises UserError for what does not go with a network's adapter."""
+    if args.dtype is Dtype.fp8:
+        raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
+    if (lora := found.network.lora) is None:
+        return
+    _check_names(args.base, None, None)
+    if args.rank is not None:
+        raise UserError(f"--rank {args.rank}: {found.folder} trained an adapter of rank {lora.rank}: leave it out")
 
 
 def described(args: ExportArgs, found: Found, parts: Sequence[Found], boundary: float | None) -> Exported:
     """What the card says. Raises UserError where it is to be pushed, and no licence is known."""
     bases = tuple(base_of(part.network, args.base) for part in parts)
     known = {base.licence for base in bases}
+    if subtracted := _subtracted(args, found):
+        # the sum has a licence where it is that of what was subtracted, too
+        stated = args.base if NAME.fullmatch(subtracted) and not Path(subtracted).exists() else None
+        bases = (base_of(base_network(found, subtracted)),)
+        known = {bases[0].licence, base_of(found.network, stated).licence}
     licence = args.licence or (known.pop() if len(known) == 1 else None)
     if licence is None and args.push is not None:
         remedy = bases[0].remedy(sources_of(found.network))
@@ -164,17 +216,38 @@ def described(args: ExportArgs, found: Found, parts: Sequence[Found], boundary: 
     return Exported(found, args.format, args.dtype, bases, boundary, licence, args.out.resolve().name, args.names)
 
 
-def adapter_writer(args: ExportArgs, exported: Exported) -> Callable[[Path], None]:
-    """What writes the adapter into a folder. Raises UserError for a network that has none."""
-    if args.dtype is Dtype.fp8:
-        raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
+def _subtracted(args: ExportArgs, found: Found) -> str | None:
+    """The base whose difference is to be written as an adapter, None for any other export."""
+    return args.base if args.format == "lora" and found.network.lora is None else None
+
+
+def adapter_writer(args: ExportArgs, exported: Exported) -> Writer:
+    """What writes the adapter into a folder, and gives what it holds of a difference. Raises UserError."""
     found = exported.found
-    adapter = trained_adapter(found)
     file = comfyui_file(exported.name) if args.names is LoraNames.comfyui else None
-    return lambda folder: save_lora(folder, found.exporter, adapter, args.dtype, file)
+    base = _subtracted(args, found)
+    trained = None if base is not None else trained_adapter(found)
+
+    def write(folder: Path) -> Extraction | None:
+        if trained is not None:
+            save_lora(folder, found.exporter, trained, args.dtype, file)
+            return None
+        assert base is not None
+        extraction = extracted(found, base, args.rank or EXTRACTED_RANK, args.dtype)
+        for rank, error in error_table(extraction):
+            print(f"rank {rank}: error {error}")
+        for line in told(extraction, args.names):
+            print(line)
+        if extraction.differences and args.names is not LoraNames.comfyui:
+            warn(f"--format lora: {told(extraction, args.names)[-1]} --names comfyui writes them, too")
+        adapter = Adapter(extraction.state, float(extraction.rank), extraction.differences)
+        save_lora(folder, found.exporter, adapter, args.dtype, file)
+        return extraction
+
+    return write
 
 
-def weights_writer(args: ExportArgs, exported: Exported, parts: Mapping[str, Found]) -> Callable[[Path], None]:
+def weights_writer(args: ExportArgs, exported: Exported, parts: Mapping[str, Found]) -> Writer:
     """What writes the weights into a folder. parts: the networks by their folders in a pipeline. Raises UserError."""
     found, exporter, names = exported.found, exported.found.exporter, Format(args.format)
     weights = {name: part.weights() for name, part in parts.items()}

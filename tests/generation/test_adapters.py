@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from generation import export
 from generation.find import find
 from model.wan.weights import LazyWeights
-from tests.generation.test_export import exported
+from tests.generation.test_export import BIDIRECTIONAL, exported, stock  # noqa: F401
 from tests.generation.test_two_experts import HIGH, LOW
 from tests.nets import random_net, with_loras
 from tests.small import DISTILLATION, config, merged
@@ -118,3 +120,163 @@ def test_names_of_an_adapter_are_for_adapters(format: str) -> None:
     with pytest.raises(UserError, match="--names is for --format lora") as error:
         export.export_args(["--run", "run", "--format", format, "--out", "out", "--names", "comfyui"])
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- extraction
+
+
+def whole_run(folder: Path, state: State, **changes: Any) -> Path:
+    run = config(DISTILLATION, **merged(BIDIRECTIONAL, changes))
+    checkpoint.save(folder / "checkpoints", 5, {"student": state}, {"config": to_plain(run)})
+    return folder
+
+
+def moved(weights: State, rank: int | None, *, others: bool) -> State:
+    """Each matrix with a change of this rank (None for any), and with `others` each other parameter changed too."""
+    generator, out = torch.Generator().manual_seed(9), {}
+    for name, value in weights.items():
+        matrix = name.endswith(".weight") and value.ndim > 1
+        change = torch.randn(value.shape, generator=generator)
+        if matrix and rank is not None:
+            flat = value.flatten(1)
+            up, down = (torch.randn(side, rank, generator=generator) for side in flat.shape)
+            change = (up @ down.T).view(value.shape)
+        out[name] = value + 0.05 * change if matrix or others else value
+    return out
+
+
+def error(found: Tensor, expected: Tensor, start: Tensor) -> tuple[float, float]:
+    return float((found.double() - expected.double()).square().sum()), float((expected - start).double().square().sum())
+
+
+def table(page: str) -> dict[int, float]:
+    """Rank -> relative error."""
+    return {
+        int(rank): float(value) / 100
+        for rank, value in re.findall(r"^\| (\d+)(?: \(full\))? \| ([\d.e+-]+)% \|$", page, re.M)
+    }
+
+
+@pytest.mark.parametrize("names", ["diffusers", "comfyui"])
+def test_an_exact_change_of_low_rank_comes_back(base: Path, tmp_path: Path, names: str) -> None:
+    weights = load_file(base)
+    expected = moved(weights, 3, others=False)
+    run = whole_run(tmp_path / "run", expected)
+    folder = exported(run, tmp_path / "out", "--base", str(base), "--rank", "3", "--names", names, format="lora")
+    found = dict(with_loras(LazyWeights(base), [(folder, 1.0)]).read(weights))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6)
+    page = (folder / "README.md").read_text()
+    errors = table(page)
+    assert errors[3] < 1e-5 and errors[4] < 1e-5
+    assert "Nothing but matrices differs." in page and "from local weights named base.safetensors" in page
+    if names == "diffusers":
+        config, state = (
+            json.loads((folder / "peft/adapter_config.json").read_text()),
+            load_file(folder / "peft/adapter_model.safetensors"),
+        )
+        assert config["r"] == config["lora_alpha"] == 3
+        assert {value.shape[0] for key, value in state.items() if "lora_A" in key} == {3}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_error_of_each_rank_is_that_of_the_merged_weights(base: Path, tmp_path: Path, dtype: str) -> None:
+    """Beside ComfyUI's names lies all that is no matrix, so that is exact; of the matrices only the tail is absent."""
+    weights = load_file(base)
+    expected = moved(weights, None, others=True)
+    run = whole_run(tmp_path / "run", expected)
+    told: list[dict[int, float]] = []
+    for rank in (4, 5, 32, 64):
+        options = ["--base", str(base), "--rank", str(rank), "--names", "comfyui", "--dtype", dtype]
+        folder = exported(run, tmp_path / str(rank), *options, format="lora")
+        page = (folder / "README.md").read_text()
+        told.append(table(page))
+        found = as_comfyui(folder / f"{rank}.safetensors", weights)
+        ours = dict(with_loras(LazyWeights(base), [(folder, 1.0)]).read(weights))
+        squares = [0.0, 0.0]
+        for name, value in expected.items():
+            torch.testing.assert_close(ours[name].double(), found[name], rtol=1e-5, atol=1e-5)
+            if name.endswith(".weight") and value.ndim > 1:
+                squares = [a + b for a, b in zip(squares, error(found[name], value, weights[name]), strict=True)]
+            else:
+                close(found[name], value, 1e-6 if dtype == "fp32" else 2**-8)
+        measured = (squares[0] / squares[1]) ** 0.5
+        if dtype == "fp32":
+            assert measured == pytest.approx(told[-1][min(rank, 32)], rel=5e-3, abs=1e-5)
+        stored = float(re.findall(r"as it is stored it lacks ([\d.e+-]+)%", page)[0]) / 100
+        assert measured == pytest.approx(stored, rel=5e-3, abs=1e-5)
+        assert "blocks.N.modulation" in page and "blocks.N.self_attn.q.bias" in page and "head.modulation" in page
+    assert told[0] == {rank: told[1][rank] for rank in told[0]}
+    assert 1 > told[0][4] > told[0][8] > told[0][16] > told[0][32] == 0.0
+    assert sorted(told[1]) == [4, 5, 8, 16, 32]
+
+
+def test_what_diffusers_has_no_names_for_is_told_and_counted(
+    base: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    stock: Any,  # noqa: F811
+) -> None:
+    """Stock Diffusers lays the rest over its own network, the patch embedding included."""
+    weights = load_file(base)
+    expected = moved(weights, None, others=True)
+    run = whole_run(tmp_path / "run", expected)
+    folder = exported(run, tmp_path / "out", "--base", str(base), format="lora")
+    others = [name for name, value in weights.items() if not name.endswith(".weight") or value.ndim < 2]
+    change = {name: float((expected[name] - weights[name]).double().square().sum()) for name in weights}
+    share = 100 * (sum(change[name] for name in others) / sum(change.values())) ** 0.5
+    [line] = [record.getMessage() for record in caplog.records if record.name == "fewstep"]
+    assert f"It lacks {len(others)} other parameters ({share:.3g}% of the whole change)" in line
+    assert line.endswith("--names comfyui writes them, too")
+    assert (
+        f"It lacks {len(others)} other parameters ({share:.3g}% of the whole change)"
+        in (folder / "README.md").read_text()
+    )
+    mixed = {name: weights[name] if name in others else expected[name] for name in weights}
+    plain = exported(whole_run(tmp_path / "plain", weights), tmp_path / "theirs")
+    net = stock.WanTransformer3DModel.from_pretrained(plain, subfolder="transformer")
+    net.load_lora_adapter(folder, weight_name="pytorch_lora_weights.safetensors", prefix="transformer")
+    geometry = config().student.geometry()
+    ours = random_net(0, geometry)
+    ours.load_state_dict(mixed)
+    x, sigma = torch.randn(1, 3, geometry.in_dim, 4, 6), torch.tensor([0.4])
+    text = torch.randn(1, geometry.text_len, geometry.text_dim)
+    with torch.no_grad():
+        found = net(x.transpose(1, 2), 1000 * sigma, text, return_dict=False)[0].transpose(1, 2)
+        torch.testing.assert_close(found, ours(x, sigma, text), rtol=1e-4, atol=1e-4)
+
+
+def test_the_base_may_be_a_run_or_a_pipelines_folder(base: Path, tmp_path: Path) -> None:
+    weights = load_file(base)
+    run, before = whole_run(tmp_path / "run", moved(weights, 2, others=False)), whole_run(tmp_path / "before", weights)
+    pipeline = exported(before, tmp_path / "pipeline")
+    out = [
+        exported(run, tmp_path / f"out{i}", "--base", str(a), "--rank", "2", format="lora")
+        for i, a in enumerate((base, before, pipeline))
+    ]
+    first, *rest = [load_file(folder / "pytorch_lora_weights.safetensors") for folder in out]
+    assert all(torch.equal(value, other[key]) for other in rest for key, value in first.items())
+    assert "It is the difference from the run small" in (out[1] / "README.md").read_text()
+
+
+def test_what_cannot_be_extracted_is_one_line(base: Path, tmp_path: Path) -> None:
+    weights = load_file(base)
+    run, other = whole_run(tmp_path / "run", weights), tmp_path / "other.safetensors"
+    save_file({key: value for key, value in weights.items() if "blocks.1." not in key}, other)
+    adapted = adapter_run(tmp_path / "adapted", base)
+    cases = [
+        (run, ["--base", str(base)], "no matrix of these weights differs from the base's"),
+        (run, ["--base", str(other)], "not of one geometry: .* missing|unexpected"),
+        (run, ["--base", str(tmp_path / "none.safetensors")], "no weights at"),
+        (run, ["--base", "owner/name"], "'owner/name' is no local path, and HF_HUB_OFFLINE is set"),
+        (run, ["--rank", "3"], "--rank is of an adapter that is extracted"),
+        (run, ["--rank", "0", "--base", str(base)], "--rank 0: give a whole number from 1"),
+        (run, ["--dtype", "fp8", "--base", str(base)], "--dtype fp8 is for whole weights"),
+        (adapted, ["--rank", "3", "--base", "owner/name"], "trained an adapter of rank 3: leave it out"),
+        (adapted, ["--base", str(base)], "give a repository of the Hub as owner/name"),
+    ]
+    for folder, options, message in cases:
+        with pytest.raises(UserError, match=message) as refused:
+            exported(folder, tmp_path / "out", *options, format="lora")
+        assert "\n" not in str(refused.value)
+        assert not (tmp_path / "out").exists()
