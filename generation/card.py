@@ -11,9 +11,10 @@ from typing import Any
 from configs.experts import expert_of
 from configs.schema import RunConfig
 from configs.sizes import schedule_at, sizes_of
-from generation.adapters import comfyui_file, error_table, told
+from generation.adapters import comfyui_file
 from generation.base import Base, base_of
 from generation.comfyui import in_comfyui
+from generation.extracted import section
 from generation.find import Found
 from model.export import ADAPTER_FILE, Dtype, LoraNames, Pipeline
 from model.extraction import Extraction
@@ -91,7 +92,7 @@ def card(exported: Exported) -> str:
         "",
         *_sampling(exported),
         "",
-        *_extraction(exported),
+        *(section(exported.extraction, exported.names) if exported.extraction else ()),
         "## Training",
         "",
         *_table(_training(exported)),
@@ -115,17 +116,24 @@ def addressed(text: str, name: str) -> str:
 
 
 def _metadata(exported: Exported) -> list[str]:
-    """As https://huggingface.co/docs/hub/model-cards reads it."""
-    repos = list(dict.fromkeys(base.repo for base in exported.bases if base.repo is not None))
+    relation = "adapter" if exported.format == "lora" else "finetune"
+    library = exported.format != "native" and not exported.is_for_comfyui
+    return metadata(exported.bases, exported.licence, relation, exported.pipeline, of_diffusers=library)
+
+
+def metadata(
+    bases: Sequence[Base], licence: str | None, relation: str, pipeline: Pipeline, *, of_diffusers: bool
+) -> list[str]:
+    """As https://huggingface.co/docs/hub/model-cards reads it. relation: to the bases."""
+    repos = list(dict.fromkeys(base.repo for base in bases if base.repo is not None))
     lines = ["---"]
-    if exported.licence is not None:
-        lines.append(f"license: {exported.licence.lower()}")
+    if licence is not None:
+        lines.append(f"license: {licence.lower()}")
     if repos:
-        lines += ["base_model:", *(f"- {repo}" for repo in repos)]
-        lines.append(f"base_model_relation: {'adapter' if exported.format == 'lora' else 'finetune'}")
-    if exported.format != "native" and not exported.is_for_comfyui:
+        lines += ["base_model:", *(f"- {repo}" for repo in repos), f"base_model_relation: {relation}"]
+    if of_diffusers:
         lines.append("library_name: diffusers")
-    task = "image-to-video" if exported.pipeline.takes_image else "text-to-video"
+    task = "image-to-video" if pipeline.takes_image else "text-to-video"
     return [*lines, f"pipeline_tag: {task}", "tags:", "- fewstep", "---"]
 
 
@@ -160,17 +168,6 @@ def _sampling(exported: Exported) -> list[str]:
     if config.is_causal:
         lines += ["", "It was trained to generate block by block; this pipeline denoises all frames at once."]
     return lines
-
-
-def _extraction(exported: Exported) -> list[str]:
-    """What the adapter holds of the difference, and what other ranks would."""
-    if exported.extraction is None:
-        return []
-    rows = "| rank | relative error over all matrices |\n|---|---|\n" + "\n".join(
-        f"| {rank} | {error} |" for rank, error in error_table(exported.extraction)
-    )
-    lines = told(exported.extraction, exported.names)
-    return ["## Extraction", "", rows, "", " ".join(lines), ""]
 
 
 def _settings(exported: Exported) -> dict[str, str]:

@@ -12,29 +12,27 @@ from typing import Any
 
 from configs.experts import expert_of
 from configs.schema import RunConfig
-from generation.adapters import (
+from generation.adapters import comfyui_file, save_lora, trained_adapter
+from generation.base import Base, base_of, sources_of
+from generation.card import CARD, Exported, card, metadata, scheduler_config
+from generation.extracted import (
     EXTRACTED_RANK,
-    Adapter,
+    adapter_of,
     base_network,
-    comfyui_file,
-    error_table,
+    card_of_files,
     extracted,
-    save_lora,
-    told,
-    trained_adapter,
+    network_of_files,
+    say,
 )
-from generation.base import base_of, sources_of
-from generation.card import CARD, Exported, card, scheduler_config
 from generation.find import Found, find
 from generation.push import Push, check_push, push
 from generation.two_experts import joined
 from model.export import SHARD_BYTES, Dtype, Format, LoraNames, Pipeline
 from model.extraction import Extraction
-from model.network import Expert
+from model.network import Expert, NetworkConfig
 from utils.cli import Parser, refuse_several_ranks
 from utils.errors import UserError
 from utils.limits import RANK
-from utils.logging import warn
 from utils.writing import whole_folder, writing
 
 LIBRARY = "diffusers"
@@ -48,7 +46,7 @@ LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]*")
 class ExportArgs:
     """What was asked for.
 
-    run: the run, None to push `out` as it is.
+    run: the run, None for `model`, or to push `out` as it is.
     format: "diffusers", "native" or "lora"; empty without a run.
     out: the folder.
     dtype: in which weights are stored.
@@ -62,6 +60,7 @@ class ExportArgs:
     push: where to upload it, None for nowhere.
     names: whose names an adapter gets.
     rank: of an adapter that is extracted, None for `EXTRACTED_RANK`.
+    model: weights of no run, from which `base` is subtracted.
     """
 
     run: Path | None
@@ -77,6 +76,7 @@ class ExportArgs:
     push: Push | None = None
     names: LoraNames = LoraNames.diffusers
     rank: int | None = None
+    model: str | None = None
 
 
 def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
@@ -86,6 +86,9 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
         "--run",
         type=Path,
         help="run folder, or one checkpoint: required (no default), but for --push of an --out",
+    )
+    parser.add_argument(
+        "--model", metavar="B", help="weights of no run, for --format lora --base A: a file, a folder or owner/name"
     )
     parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, for both in one export")
     parser.add_argument("--format", choices=("diffusers", "native", "lora"), help="required with --run, no default")
@@ -111,14 +114,16 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
     a = parser.parse_args(argv)
     if not 0 <= a.shard_gb < float("inf"):
         raise UserError(f"--shard_gb {a.shard_gb}: give a size in GB, or 0 for one file")
-    _check_names(None if a.format == "lora" else a.base, a.licence, a.push)
     if a.public and a.push is None:
         raise UserError("--public is for --push: say where to")
-    if a.run is None and a.push is None:
+    if a.model is not None:
+        _check_model(a)
+    _check_names(None if a.format == "lora" else a.base, a.licence, a.push)
+    if a.run is None and a.model is None and a.push is None:
         raise UserError("--run is missing: give a run's folder")
     if a.run is not None and a.format is None:
         raise UserError("--format is missing: choose diffusers, native or lora")
-    if a.run is None and (unused := [n for n in _OF_A_RUN if getattr(a, n) is not None]):
+    if a.run is None and a.model is None and (unused := [n for n in _OF_A_RUN if getattr(a, n) is not None]):
         raise UserError(f"--{unused[0]} is for an export of --run: without one, --push uploads --out as it is")
     _check_adapter(a)
     return ExportArgs(
@@ -135,7 +140,17 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
         push=None if a.push is None else Push(a.push, a.public),
         names=LoraNames(a.names or "diffusers"),
         rank=a.rank,
+        model=a.model,
     )
+
+
+def _check_model(a: Namespace) -> None:
+    if a.run is not None:
+        raise UserError("--model and --run are two networks: give one of them")
+    if a.format != "lora" or a.base is None:
+        raise UserError("--model is what --format lora subtracts --base A from: give both")
+    if a.network != "student":
+        raise UserError("--network is of a --run: --model is a network by itself")
 
 
 def _check_adapter(a: Namespace) -> None:
@@ -200,20 +215,53 @@ def _check_lora(args: ExportArgs, found: Found) -> None:
         raise UserError(f"--rank {args.rank}: {found.folder} trained an adapter of rank {lora.rank}: leave it out")
 
 
+def export_difference(args: ExportArgs) -> Path:
+    """The difference of stored weights from others as an adapter, whole or not at all. Raises UserError."""
+    assert args.model is not None
+    assert args.base is not None
+    if args.dtype is Dtype.fp8:
+        raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
+    base, name = args.base, args.out.resolve().name
+    network, weights = network_of_files(args.model, args.weights)
+    exporter = network.family.exporter
+    if "lora" not in exporter.formats:
+        raise UserError(f"--format lora: for networks of preset {network.preset} there is no adapter")
+    (before,), known = _base_of_difference(network, base)
+    licence = args.licence or (known.pop() if len(known) == 1 else None)
+    if licence is None and args.push is not None:
+        raise UserError(f"--push: the licence is unknown ({before.told().rstrip('.')}): give --licence NAME")
+    for_comfyui = args.names is LoraNames.comfyui
+    pipeline = exporter.pipeline(network.geometry(), None)
+
+    def whole(folder: Path) -> None:
+        extraction = extracted(weights, network, base, args.rank or EXTRACTED_RANK, args.dtype)
+        say(extraction, args.names)
+        save_lora(folder, exporter, adapter_of(extraction), args.dtype, comfyui_file(name) if for_comfyui else None)
+        head = metadata((before,), licence, "adapter", pipeline, of_diffusers=not for_comfyui)
+        page = card_of_files(name, base_of(network), before, pipeline, extraction, args.names, head)
+        (folder / CARD).write_text(page)
+
+    return written(args.out, whole)
+
+
 def described(args: ExportArgs, found: Found, parts: Sequence[Found], boundary: float | None) -> Exported:
     """What the card says. Raises UserError where it is to be pushed, and no licence is known."""
     bases = tuple(base_of(part.network, args.base) for part in parts)
     known = {base.licence for base in bases}
     if subtracted := _subtracted(args, found):
-        # the sum has a licence where it is that of what was subtracted, too
-        stated = args.base if NAME.fullmatch(subtracted) and not Path(subtracted).exists() else None
-        bases = (base_of(base_network(found, subtracted)),)
-        known = {bases[0].licence, base_of(found.network, stated).licence}
+        bases, known = _base_of_difference(found.network, subtracted)
     licence = args.licence or (known.pop() if len(known) == 1 else None)
     if licence is None and args.push is not None:
         remedy = bases[0].remedy(sources_of(found.network))
         raise UserError(f"--push: the licence is unknown ({bases[0].told().rstrip('.')}): {remedy}")
     return Exported(found, args.format, args.dtype, bases, boundary, licence, args.out.resolve().name, args.names)
+
+
+def _base_of_difference(network: NetworkConfig, base: str) -> tuple[tuple[Base], set[str | None]]:
+    """(what an extracted adapter lies on, the licences of that and of what it was subtracted from)."""
+    stated = base if NAME.fullmatch(base) and not Path(base).exists() else None
+    before = base_of(base_network(network, base))
+    return (before,), {before.licence, base_of(network, stated).licence}
 
 
 def _subtracted(args: ExportArgs, found: Found) -> str | None:
@@ -233,15 +281,9 @@ def adapter_writer(args: ExportArgs, exported: Exported) -> Writer:
             save_lora(folder, found.exporter, trained, args.dtype, file)
             return None
         assert base is not None
-        extraction = extracted(found, base, args.rank or EXTRACTED_RANK, args.dtype)
-        for rank, error in error_table(extraction):
-            print(f"rank {rank}: error {error}")
-        for line in told(extraction, args.names):
-            print(line)
-        if extraction.differences and args.names is not LoraNames.comfyui:
-            warn(f"--format lora: {told(extraction, args.names)[-1]} --names comfyui writes them, too")
-        adapter = Adapter(extraction.state, float(extraction.rank), extraction.differences)
-        save_lora(folder, found.exporter, adapter, args.dtype, file)
+        extraction = extracted(found.weights(), found.network, base, args.rank or EXTRACTED_RANK, args.dtype)
+        say(extraction, args.names)
+        save_lora(folder, found.exporter, adapter_of(extraction), args.dtype, file)
         return extraction
 
     return write
@@ -300,8 +342,8 @@ def main() -> int:
     if args.push is not None:
         check_push(args.push)
     out = args.out
-    if args.run is not None:
-        out = export(args)
+    if args.run is not None or args.model is not None:
+        out = export(args) if args.run is not None else export_difference(args)
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         print(f"{args.format} in {args.dtype.value}, {size / 1e9:.2f} GB -> {out}")
     if args.push is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from generation import export
 from generation.find import find
+from model.wan.geometry import native_config
 from model.wan.weights import LazyWeights
 from tests.generation.test_export import BIDIRECTIONAL, exported, stock  # noqa: F401
 from tests.generation.test_two_experts import HIGH, LOW
@@ -280,3 +282,45 @@ def test_what_cannot_be_extracted_is_one_line(base: Path, tmp_path: Path) -> Non
             exported(folder, tmp_path / "out", *options, format="lora")
         assert "\n" not in str(refused.value)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", ["diffusers", "comfyui"])
+def test_two_files_are_subtracted_as_a_run_and_a_file_are(
+    base: Path, tmp_path: Path, names: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of Self-Forcing's layout and Wan's own: no run says anything of either."""
+    weights = load_file(base)
+    expected = moved(weights, 2, others=True)
+    groups = {"generator": weights, "generator_ema": {f"model.{key}": value for key, value in expected.items()}}
+    torch.save(groups, tmp_path / "student.pt")
+    (tmp_path / "config.json").write_text(json.dumps(native_config(config().student.geometry())))  # says its heads
+    options = ["--base", str(base), "--rank", "2", "--names", names, "--licence", "mit"]
+    run = exported(whole_run(tmp_path / "run", expected), tmp_path / "a/out", *options, format="lora")
+    argv = ["export.py", "--model", str(tmp_path / "student.pt"), "--format", "lora", "--out", str(tmp_path / "b/out")]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*argv, *options])
+    assert export.main() == 0
+    folder, said = tmp_path / "b/out", capsys.readouterr().out
+    ((theirs, ours),) = zip(run.glob("*.safetensors"), folder.glob("*.safetensors"), strict=True)
+    assert theirs.name == ours.name
+    assert theirs.read_bytes() == ours.read_bytes()
+    page = (folder / "README.md").read_text()
+    assert "license: mit" in page and table(page) == table((run / "README.md").read_text())
+    assert "the difference of local weights named student.pt from local weights named base.safetensors" in page
+    assert ("load_lora_weights" in page) == (names == "diffusers") == ("models/loras" not in page)
+    assert "rank 2: error" in said and "It has rank 2" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run", "r", "--base", "A"], "--model and --run are two networks"),
+        (["--format", "native", "--base", "A"], "--model is what --format lora subtracts"),
+        ([], "--model is what --format lora subtracts"),
+        (["--network", "critic", "--base", "A"], "--network is of a --run"),
+    ],
+)
+def test_what_goes_with_files_is_one_line(options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        export.export_args(["--model", "B", "--format", "lora", "--out", "out", *options])
+    assert "\n" not in str(refused.value)
