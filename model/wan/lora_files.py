@@ -19,7 +19,7 @@ from torch import Tensor
 from model.export import ADAPTER_CONFIG
 from model.merged import Change
 from model.wan.formats import to_diffusers_key, to_native_key, unwrapped
-from model.wan.sources import located, open_tensors, weight_files
+from model.wan.sources import CRITIC_LORA, LORA_GROUP, groups_of, located, open_tensors, weight_files
 from model.weights import Shapes, State, Stored
 from utils.logging import warn
 from utils.reading import read_json, reading
@@ -58,6 +58,8 @@ class LoraFile:
         try:
             place = located(path)
             stored = _of_expert(open_tensors(_adapter(place), "lora"), expert)
+            if groups_of(_adapter(place)) >= {LORA_GROUP, CRITIC_LORA}:
+                warn(f"{path} holds two adapters: the generator's is taken, and {CRITIC_LORA} is left out")
             self.alphas = _stated_alphas(place)
             found = _changes(stored, {name.rpartition(".")[0] for name in shapes})
             left_out = [name for name, change in found.items() if _is_for_images(name, change, shapes)]
