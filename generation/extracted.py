@@ -71,12 +71,13 @@ def say(extraction: Extraction, names: LoraNames) -> None:
     """The error by rank, and what the adapter lacks, on the console."""
     for rank, error in error_table(extraction):
         print(f"rank {rank}: error {error}")
-    *first, last = told(extraction, names)
-    print("\n".join(first))
+    print("\n".join(told(extraction, names)))
     if extraction.differences and names is LoraNames.diffusers:
-        warn(f"--format lora: {last} --names comfyui writes them, too")
-    else:
-        print(last)
+        share = _percent(extraction.share_of_others)
+        warn(
+            f"--format lora: {len(extraction.differences)} parameters that are no matrices are left out, {share} of "
+            "the whole change: --names comfyui writes them, too"
+        )
 
 
 def error_table(extraction: Extraction) -> list[tuple[str, str]]:

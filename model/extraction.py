@@ -68,6 +68,7 @@ def extract(
 ) -> Extraction:
     """`weights` minus `base`, one parameter in memory at a time.
 
+    weights, base: of one geometry.
     rank: of the adapter; at most the full one is taken.
     dtype: what the factors are rounded to. The decomposition is in fp32.
     device: where it is computed.
@@ -95,7 +96,7 @@ def extract(
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is a linear layer's or a convolution's, by which an adapter may lie."""
+    """Whether a parameter is a linear layer's or a convolution's, beside which an adapter may lie."""
     return name.endswith(".weight") and len(shape) >= 2
 
 
@@ -112,11 +113,19 @@ def _square(value: Tensor) -> float:
     return float(value.double().square().sum())
 
 
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and V^T, the last of a wide matrix by its transpose: LAPACK takes four times as long for it as it is."""
+    if matrix.shape[0] >= matrix.shape[1]:
+        return torch.linalg.svd(matrix, full_matrices=False)  # type: ignore[return-value]
+    v, s, uh = torch.linalg.svd(matrix.T, full_matrices=False)
+    return uh.T, s, v.T
+
+
 def _add_matrix(out: Extraction, name: str, change: Tensor, dtype: torch.dtype) -> None:
     """Factors share each singular value: up = U sqrt(S), down = sqrt(S) V^T. Matrices of fewer sides than the rank get
     zeros, so that all have one rank, as PEFT's files want it."""
     matrix, rank = change.flatten(1), out.rank
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = _svd(matrix)
     squares = s.double().square()
     out.total += float(squares.sum())
     for other in out.tails:
