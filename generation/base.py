@@ -45,6 +45,13 @@ class Base:
         """Whether the run began from a repository's own weights as they are, and the family knows its layout."""
         return self.source is not None and not self.runs and not self.loras
 
+    @property
+    def itself(self) -> str:
+        """What the weights are that a network began from, in a few words."""
+        if self.runs:
+            return f"the run {self.runs[0]}"
+        return self.repo or f"local weights named {self.named}"
+
     def told(self) -> str:
         """It in sentences."""
         if self.repo is not None:

@@ -11,9 +11,13 @@ from typing import Any
 from configs.experts import expert_of
 from configs.schema import RunConfig
 from configs.sizes import schedule_at, sizes_of
+from generation.adapters import comfyui_file
 from generation.base import Base, base_of
+from generation.comfyui import in_comfyui
+from generation.extracted import section
 from generation.find import Found
-from model.export import ADAPTER_FILE, Dtype, Pipeline
+from model.export import ADAPTER_FILE, Dtype, LoraNames, Pipeline
+from model.extraction import Extraction
 from model.released import Source
 from model.schedule import TIMESTEPS, unshift_sigma
 from model.types import LatentSize
@@ -35,6 +39,8 @@ class Exported:
     boundary: the noise level that parts two experts, None for one network.
     licence: under which it is given, None where nothing says it.
     name: of the folder.
+    names: whose names an adapter has.
+    extraction: what an adapter holds of a difference, None for one that was trained and for other formats.
     """
 
     found: Found
@@ -44,6 +50,12 @@ class Exported:
     boundary: float | None
     licence: str | None
     name: str
+    names: LoraNames = LoraNames.diffusers
+    extraction: Extraction | None = None
+
+    @property
+    def is_for_comfyui(self) -> bool:
+        return self.format == "lora" and self.names is LoraNames.comfyui
 
     @property
     def config(self) -> RunConfig:
@@ -66,6 +78,8 @@ def card(exported: Exported) -> str:
     """README.md of an exported folder, of every format."""
     config = exported.config
     said = list(dict.fromkeys(base.told() for base in exported.bases))
+    if exported.extraction is not None:
+        said = [f"It is the difference from {exported.bases[0].itself}, extracted by SVD, and lies on these weights."]
     lines = [
         *_metadata(exported),
         f"# {config.name}",
@@ -78,6 +92,7 @@ def card(exported: Exported) -> str:
         "",
         *_sampling(exported),
         "",
+        *(section(exported.extraction, exported.names) if exported.extraction else ()),
         "## Training",
         "",
         *_table(_training(exported)),
@@ -101,25 +116,33 @@ def addressed(text: str, name: str) -> str:
 
 
 def _metadata(exported: Exported) -> list[str]:
-    """As https://huggingface.co/docs/hub/model-cards reads it."""
-    repos = list(dict.fromkeys(base.repo for base in exported.bases if base.repo is not None))
+    relation = "adapter" if exported.format == "lora" else "finetune"
+    library = exported.format != "native" and not exported.is_for_comfyui
+    return metadata(exported.bases, exported.licence, relation, exported.pipeline, of_diffusers=library)
+
+
+def metadata(
+    bases: Sequence[Base], licence: str | None, relation: str, pipeline: Pipeline, *, of_diffusers: bool
+) -> list[str]:
+    """As https://huggingface.co/docs/hub/model-cards reads it. relation: to the bases."""
+    repos = list(dict.fromkeys(base.repo for base in bases if base.repo is not None))
     lines = ["---"]
-    if exported.licence is not None:
-        lines.append(f"license: {exported.licence.lower()}")
+    if licence is not None:
+        lines.append(f"license: {licence.lower()}")
     if repos:
-        lines += ["base_model:", *(f"- {repo}" for repo in repos)]
-        lines.append(f"base_model_relation: {'adapter' if exported.format == 'lora' else 'finetune'}")
-    if exported.format != "native":
+        lines += ["base_model:", *(f"- {repo}" for repo in repos), f"base_model_relation: {relation}"]
+    if of_diffusers:
         lines.append("library_name: diffusers")
-    task = "image-to-video" if exported.pipeline.takes_image else "text-to-video"
+    task = "image-to-video" if pipeline.takes_image else "text-to-video"
     return [*lines, f"pipeline_tag: {task}", "tags:", "- fewstep", "---"]
 
 
 def _what(exported: Exported) -> str:
+    adapter = "for ComfyUI" if exported.is_for_comfyui else "for Diffusers, and in the folder peft for PEFT"
     what = {
         "diffusers": "a pipeline of Diffusers without text encoder and VAE",
         "native": "weights under the names of the model's authors",
-        "lora": "an adapter (LoRA) for Diffusers, and in the folder peft for PEFT",
+        "lora": f"an adapter (LoRA) {adapter}",
     }[exported.format]
     stored = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8 (float8_e4m3fn)"}[exported.dtype.value]
     return f"{what}, in {stored}" + ("" if exported.boundary is None else ", both experts")
@@ -130,6 +153,8 @@ def _sampling(exported: Exported) -> list[str]:
         return ["This is the critic of a distillation. It knows the student's videos, and is not meant to make any."]
     lines = _table(_settings(exported))
     config = exported.config
+    if exported.is_for_comfyui:
+        return [*lines, "", *in_comfyui(config, exported.bases[0], exported.pipeline, comfyui_file(exported.name))]
     if exported.boundary is None and (side := expert_of(config)) is not None:
         return [*lines, "", f"This is the {side}-noise expert of two: videos need the other one too."]
     code = _code(exported)
@@ -292,7 +317,7 @@ def _adapted(exported: Exported) -> str:
     (base,) = exported.bases
     if base.is_whole_start:
         return f'base = "{base.repo}"  # the model that the adapter lies on'
-    return 'base = "BASE"  # put a folder in Diffusers\' layout here, with the weights that the adapter was trained on'
+    return 'base = "BASE"  # put a folder in Diffusers\' layout here, with the weights that the adapter lies on'
 
 
 def _load_adapter(exported: Exported) -> list[str]:

@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from configs.experts import expert_of
 from configs.schema import RunConfig
-from generation.base import base_of, sources_of
-from generation.card import CARD, Exported, card, scheduler_config
+from generation.adapters import comfyui_file, save_lora, trained_adapter
+from generation.base import Base, base_of, sources_of
+from generation.card import CARD, Exported, card, metadata, scheduler_config
+from generation.extracted import (
+    EXTRACTED_RANK,
+    adapter_of,
+    base_network,
+    card_of_files,
+    extracted,
+    network_of_files,
+    say,
+)
 from generation.find import Found, find
 from generation.push import Push, check_push, push
 from generation.two_experts import joined
-from model.export import ADAPTER_CONFIG, ADAPTER_FILE, SHARD_BYTES, Dtype, Exporter, Format, Pipeline
-from model.network import Expert
-from utils import checkpoint
+from model.export import SHARD_BYTES, Dtype, Format, LoraNames, Pipeline
+from model.extraction import Extraction
+from model.network import Expert, NetworkConfig
 from utils.cli import Parser, refuse_several_ranks
 from utils.errors import UserError
-from utils.shards import write_file
+from utils.limits import RANK
 from utils.writing import whole_folder, writing
 
 LIBRARY = "diffusers"
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # of a repository
+Writer = Callable[[Path], Extraction | None]  # fills a folder, and tells what it holds of a difference
+_OF_A_RUN = ("low_run", "format", "base", "licence", "names", "rank")  # options
 LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
@@ -35,7 +46,7 @@ LICENCE = re.compile(r"[A-Za-z0-9][\w.+-]*")
 class ExportArgs:
     """What was asked for.
 
-    run: the run, None to push `out` as it is.
+    run: the run, None for `model`, or to push `out` as it is.
     format: "diffusers", "native" or "lora"; empty without a run.
     out: the folder.
     dtype: in which weights are stored.
@@ -43,9 +54,13 @@ class ExportArgs:
     network: "student" or "critic".
     shard_bytes: the most that a file holds, None for one file.
     low: run of the low-noise expert.
-    base: repository of the base model, where the run does not say it.
+    base: repository of the base model, where the run does not say it; for an adapter of a run that trained all weights
+        what is subtracted: a file, a folder, a run or a repository.
     licence: of what is exported, None for the base model's.
     push: where to upload it, None for nowhere.
+    names: whose names an adapter gets.
+    rank: of an adapter that is extracted, None for `EXTRACTED_RANK`.
+    model: weights of no run, from which `base` is subtracted.
     """
 
     run: Path | None
@@ -59,6 +74,9 @@ class ExportArgs:
     base: str | None = None
     licence: str | None = None
     push: Push | None = None
+    names: LoraNames = LoraNames.diffusers
+    rank: int | None = None
+    model: str | None = None
 
 
 def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
@@ -69,8 +87,13 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
         type=Path,
         help="run folder, or one checkpoint: required (no default), but for --push of an --out",
     )
+    parser.add_argument(
+        "--model", metavar="B", help="weights of no run, for --format lora --base A: a file, a folder or owner/name"
+    )
     parser.add_argument("--low_run", type=Path, help="run of the low-noise expert, for both in one export")
     parser.add_argument("--format", choices=("diffusers", "native", "lora"), help="required with --run, no default")
+    names = [kind.value for kind in LoraNames]
+    parser.add_argument("--names", choices=names, help="whose names --format lora writes (default: diffusers)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument("--dtype", choices=[kind.value for kind in Dtype], default="fp32", help="default: fp32")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: the average, where there is one")
@@ -79,24 +102,30 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
         "--shard_gb", "--shard-gb", type=float, default=SHARD_BYTES / 1e9, metavar="GB",
         help="largest file (default 5); 0 for one file whatever its size, as ComfyUI wants it",
     )  # fmt: skip
-    parser.add_argument("--base", metavar="owner/name", help="base model on the Hub (default: what the run began from)")
+    parser.add_argument(
+        "--base", metavar="A", help="base model on the Hub, owner/name (default: what the run began from); for "
+        "--format lora of a run that trained all weights what is subtracted: a file, a folder, a run or owner/name",
+    )  # fmt: skip
+    rank_help = f"of the adapter that --format lora --base A extracts (default: {EXTRACTED_RANK})"
+    parser.add_argument("--rank", type=int, help=rank_help)
     parser.add_argument("--licence", metavar="NAME", help="of what is exported (default: the base model's)")
     parser.add_argument("--push", metavar="owner/name", help="upload DIR to this repository of the Hub, made private")
     parser.add_argument("--public", action="store_true", help="make the repository of --push public")
     a = parser.parse_args(argv)
     if not 0 <= a.shard_gb < float("inf"):
         raise UserError(f"--shard_gb {a.shard_gb}: give a size in GB, or 0 for one file")
-    _check_names(a.base, a.licence, a.push)
     if a.public and a.push is None:
         raise UserError("--public is for --push: say where to")
-    if a.run is None and a.push is None:
+    if a.model is not None:
+        _check_model(a)
+    _check_names(None if a.format == "lora" else a.base, a.licence, a.push)
+    if a.run is None and a.model is None and a.push is None:
         raise UserError("--run is missing: give a run's folder")
     if a.run is not None and a.format is None:
         raise UserError("--format is missing: choose diffusers, native or lora")
-    if a.run is None and (unused := [n for n in ("low_run", "format", "base", "licence") if getattr(a, n) is not None]):
+    if a.run is None and a.model is None and (unused := [n for n in _OF_A_RUN if getattr(a, n) is not None]):
         raise UserError(f"--{unused[0]} is for an export of --run: without one, --push uploads --out as it is")
-    if a.low_run is not None and a.format == "lora":
-        raise UserError("--low_run is for --format diffusers or native: export each adapter alone")
+    _check_adapter(a)
     return ExportArgs(
         run=a.run,
         format=a.format or "",
@@ -109,7 +138,31 @@ def export_args(argv: Sequence[str] | None = None) -> ExportArgs:
         base=a.base,
         licence=a.licence,
         push=None if a.push is None else Push(a.push, a.public),
+        names=LoraNames(a.names or "diffusers"),
+        rank=a.rank,
+        model=a.model,
     )
+
+
+def _check_model(a: Namespace) -> None:
+    if a.run is not None:
+        raise UserError("--model and --run are two networks: give one of them")
+    if a.format != "lora" or a.base is None:
+        raise UserError("--model is what --format lora subtracts --base A from: give both")
+    if a.network != "student":
+        raise UserError("--network is of a --run: --model is a network by itself")
+
+
+def _check_adapter(a: Namespace) -> None:
+    """What goes with --format lora and with no other."""
+    if a.low_run is not None and a.format == "lora":
+        raise UserError("--low_run is for --format diffusers or native: export each adapter alone")
+    if a.names is not None and a.format != "lora":
+        raise UserError("--names is for --format lora: the other formats have names of their own")
+    if a.rank is not None and (a.format != "lora" or a.base is None):
+        raise UserError("--rank is of an adapter that is extracted: give --format lora and --base A with it")
+    if a.rank is not None and not 1 <= a.rank <= RANK:
+        raise UserError(f"--rank {a.rank}: give a whole number from 1 to {RANK}")
 
 
 def _check_names(base: str | None, licence: str | None, repo: str | None) -> None:
@@ -139,12 +192,54 @@ def export(args: ExportArgs) -> Path:
         raise UserError(
             f"--run {args.run}: a {side}-noise expert makes no pipeline alone: {pair}, or use --format native"
         )
+    if args.format == "lora":
+        _check_lora(args, found)
     exported = described(args, found, tuple(parts.values()), boundary)
-    write = adapter_writer(args, found) if args.format == "lora" else weights_writer(args, exported, parts)
+    write = adapter_writer(args, exported) if args.format == "lora" else weights_writer(args, exported, parts)
 
     def whole(folder: Path) -> None:
-        write(folder)
-        (folder / CARD).write_text(card(exported))
+        extraction = write(folder)
+        (folder / CARD).write_text(card(replace(exported, extraction=extraction)))
+
+    return written(args.out, whole)
+
+
+def _check_lora(args: ExportArgs, found: Found) -> None:
+    """Raises UserError for what does not go with a network's adapter."""
+    if args.dtype is Dtype.fp8:
+        raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
+    if (lora := found.network.lora) is None:
+        return
+    _check_names(args.base, None, None)
+    if args.rank is not None:
+        raise UserError(f"--rank {args.rank}: {found.folder} trained an adapter of rank {lora.rank}: leave it out")
+
+
+def export_difference(args: ExportArgs) -> Path:
+    """The difference of stored weights from others as an adapter, whole or not at all. Raises UserError."""
+    assert args.model is not None
+    assert args.base is not None
+    if args.dtype is Dtype.fp8:
+        raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
+    base, name = args.base, args.out.resolve().name
+    network, weights = network_of_files(args.model, args.weights)
+    exporter = network.family.exporter
+    if "lora" not in exporter.formats:
+        raise UserError(f"--format lora: for networks of preset {network.preset} there is no adapter")
+    (before,), known = _base_of_difference(network, base)
+    licence = args.licence or (known.pop() if len(known) == 1 else None)
+    if licence is None and args.push is not None:
+        raise UserError(f"--push: the licence is unknown ({before.told().rstrip('.')}): give --licence NAME")
+    for_comfyui = args.names is LoraNames.comfyui
+    pipeline = exporter.pipeline(network.geometry(), None)
+
+    def whole(folder: Path) -> None:
+        extraction = extracted(weights, network, base, args.rank or EXTRACTED_RANK, args.dtype)
+        say(extraction, args.names)
+        save_lora(folder, exporter, adapter_of(extraction), args.dtype, comfyui_file(name) if for_comfyui else None)
+        head = metadata((before,), licence, "adapter", pipeline, of_diffusers=not for_comfyui)
+        page = card_of_files(name, base_of(network), before, pipeline, extraction, args.names, head)
+        (folder / CARD).write_text(page)
 
     return written(args.out, whole)
 
@@ -153,24 +248,48 @@ def described(args: ExportArgs, found: Found, parts: Sequence[Found], boundary: 
     """What the card says. Raises UserError where it is to be pushed, and no licence is known."""
     bases = tuple(base_of(part.network, args.base) for part in parts)
     known = {base.licence for base in bases}
+    if subtracted := _subtracted(args, found):
+        bases, known = _base_of_difference(found.network, subtracted)
     licence = args.licence or (known.pop() if len(known) == 1 else None)
     if licence is None and args.push is not None:
         remedy = bases[0].remedy(sources_of(found.network))
         raise UserError(f"--push: the licence is unknown ({bases[0].told().rstrip('.')}): {remedy}")
-    return Exported(found, args.format, args.dtype, bases, boundary, licence, args.out.resolve().name)
+    return Exported(found, args.format, args.dtype, bases, boundary, licence, args.out.resolve().name, args.names)
 
 
-def adapter_writer(args: ExportArgs, found: Found) -> Callable[[Path], None]:
-    """What writes the adapter into a folder. Raises UserError for a network that has none."""
-    if args.dtype is Dtype.fp8:
-        raise UserError("--dtype fp8 is for whole weights: give an adapter fp32 or bf16")
-    state, alpha = lora_of(found)
-    if args.dtype is Dtype.bf16:
-        state = {name: value.bfloat16() for name, value in state.items()}
-    return lambda folder: save_lora(folder, found.exporter, state, alpha)
+def _base_of_difference(network: NetworkConfig, base: str) -> tuple[tuple[Base], set[str | None]]:
+    """(what an extracted adapter lies on, the licences of that and of what it was subtracted from)."""
+    stated = base if NAME.fullmatch(base) and not Path(base).exists() else None
+    before = base_of(base_network(network, base))
+    return (before,), {before.licence, base_of(network, stated).licence}
 
 
-def weights_writer(args: ExportArgs, exported: Exported, parts: Mapping[str, Found]) -> Callable[[Path], None]:
+def _subtracted(args: ExportArgs, found: Found) -> str | None:
+    """The base whose difference is to be written as an adapter, None for any other export."""
+    return args.base if args.format == "lora" and found.network.lora is None else None
+
+
+def adapter_writer(args: ExportArgs, exported: Exported) -> Writer:
+    """What writes the adapter into a folder, and gives what it holds of a difference. Raises UserError."""
+    found = exported.found
+    file = comfyui_file(exported.name) if args.names is LoraNames.comfyui else None
+    base = _subtracted(args, found)
+    trained = None if base is not None else trained_adapter(found)
+
+    def write(folder: Path) -> Extraction | None:
+        if trained is not None:
+            save_lora(folder, found.exporter, trained, args.dtype, file)
+            return None
+        assert base is not None
+        extraction = extracted(found.weights(), found.network, base, args.rank or EXTRACTED_RANK, args.dtype)
+        say(extraction, args.names)
+        save_lora(folder, found.exporter, adapter_of(extraction), args.dtype, file)
+        return extraction
+
+    return write
+
+
+def weights_writer(args: ExportArgs, exported: Exported, parts: Mapping[str, Found]) -> Writer:
     """What writes the weights into a folder. parts: the networks by their folders in a pipeline. Raises UserError."""
     found, exporter, names = exported.found, exported.found.exporter, Format(args.format)
     weights = {name: part.weights() for name, part in parts.items()}
@@ -217,39 +336,14 @@ def model_index(config: RunConfig, pipeline: Pipeline) -> dict[str, Any]:
     return {"_class_name": pipeline.name, "scheduler": [LIBRARY, scheduler], **pipeline.index}
 
 
-# ---------------------------------------------------------------------------------------------------------------- LoRA
-
-
-def lora_of(found: Found) -> tuple[dict[str, Tensor], float]:
-    """(adapter under native names, `blocks.0.self_attn.q.lora_A.weight`; alpha) of a network that is one. Raises
-    UserError for any other."""
-    lora = found.network.lora
-    if lora is None:
-        raise UserError(
-            f"--format lora: {found.folder} trained all weights, and has no adapter: use --format diffusers or native"
-        )
-    stored = checkpoint.StoredGroup(found.folder, found.group)
-    return dict(stored.read(stored.shapes)), lora.scale * lora.rank
-
-
-def save_lora(folder: Path, exporter: Exporter, state: Mapping[str, Tensor], alpha: float) -> None:
-    """An adapter alone: `ADAPTER_FILE` for Diffusers, and `peft/` for PEFT. Raises ValueError."""
-    weights = {name: value.contiguous() for name, value in exporter.lora_to_diffusers(state, alpha).items()}
-    write_file(folder / ADAPTER_FILE, weights)
-    (folder / "peft").mkdir()
-    adapter, config = exporter.lora_to_peft(state, alpha)
-    write_file(folder / "peft" / "adapter_model.safetensors", {k: v.contiguous() for k, v in adapter.items()})
-    _json(folder / "peft" / ADAPTER_CONFIG, config)
-
-
 def main() -> int:
     args = export_args()
     refuse_several_ranks("export.py")
     if args.push is not None:
         check_push(args.push)
     out = args.out
-    if args.run is not None:
-        out = export(args)
+    if args.run is not None or args.model is not None:
+        out = export(args) if args.run is not None else export_difference(args)
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         print(f"{args.format} in {args.dtype.value}, {size / 1e9:.2f} GB -> {out}")
     if args.push is not None:

@@ -24,6 +24,13 @@ class Format(Enum):
     DIFFUSERS = "diffusers"
 
 
+class LoraNames(Enum):
+    """Whose names an adapter has. diffusers: Diffusers' and PEFT's. comfyui: ComfyUI's, which most programs know."""
+
+    diffusers = "diffusers"
+    comfyui = "comfyui"
+
+
 class Dtype(Enum):
     """What weights are stored in. fp8: float8_e4m3fn of the blocks' matrices, bf16 of all else."""
 
@@ -91,6 +98,13 @@ class Exporter(Protocol):
         """An adapter of ours under PEFT's names, and its adapter_config.json. Raises ValueError."""
         ...
 
+    def lora_to_comfyui(self, state: Mapping[str, Tensor], alpha: float, differences: Mapping[str, Tensor]) -> State:
+        """An adapter of ours under ComfyUI's names, with alpha. Raises ValueError.
+
+        differences: what is added to parameters that no adapter lies beside, by their names.
+        """
+        ...
+
 
 class NoExporter:
     """Of a family whose files nothing else reads yet. It knows no format, and refuses: ValueError, one line."""
@@ -114,6 +128,9 @@ class NoExporter:
         raise self._refusal()
 
     def lora_to_peft(self, state: Mapping[str, Tensor], alpha: float) -> tuple[State, dict[str, Any]]:
+        raise self._refusal()
+
+    def lora_to_comfyui(self, state: Mapping[str, Tensor], alpha: float, differences: Mapping[str, Tensor]) -> State:
         raise self._refusal()
 
     def _refusal(self) -> ValueError:

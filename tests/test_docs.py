@@ -273,6 +273,23 @@ def test_a_wrong_name_is_found(span: str) -> None:
     assert problem(span)
 
 
+def rows_without_test(text: str) -> list[str]:
+    """Of the tables whose last column is called test, the rows that name none."""
+    tables = re.findall(r"^\|[^\n]*\| test \|\n\|[-|]+\|\n((?:\|[^\n]*\n)+)", text, re.M)
+    rows = [row for table in tables for row in table.splitlines()]
+    return [row for row in rows if not re.search(r"`(tests/[\w/]+(\.py(::\w+)?)?|make \w+)`[^|]*\|$", row)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_row_that_is_to_name_a_test_does(page: str) -> None:
+    assert rows_without_test(read(page)) == []
+
+
+def test_a_row_without_a_test_is_found() -> None:
+    head = "| names | test |\n|---|---|\n"
+    assert rows_without_test(f"{head}| a | `tests/a.py::test_a` |\n| b | |\n") == ["| b | |"]
+
+
 def commands(text: str) -> Iterator[str]:
     """Lines of shell examples. Those that quote an error are a test of their own."""
     for body in fences(text, "bash"):

@@ -12,7 +12,7 @@ from model.export import Dtype, Format, Pipeline
 from model.family import FirstFrame
 from model.schedule import TIMESTEPS
 from model.wan.config import WanConfig
-from model.wan.lora_files import lora_to_diffusers, lora_to_peft
+from model.wan.lora_files import lora_to_comfyui, lora_to_diffusers, lora_to_peft
 from model.wan.save import save_model
 from model.weights import State, Weights
 
@@ -28,7 +28,7 @@ BASES = {  # by model type, and whether the network sees CLIP's tokens: whose ot
 
 
 class WanExporter:
-    """Weights in Wan's own layout or Diffusers', adapters in Diffusers' or PEFT's."""
+    """Weights in Wan's own layout or Diffusers', adapters in Diffusers', PEFT's or ComfyUI's."""
 
     formats = ("diffusers", "native", "lora")
     networks = ("transformer", "transformer_2")
@@ -82,3 +82,6 @@ class WanExporter:
 
     def lora_to_peft(self, state: Mapping[str, Tensor], alpha: float) -> tuple[State, dict[str, Any]]:
         return lora_to_peft(state, alpha)
+
+    def lora_to_comfyui(self, state: Mapping[str, Tensor], alpha: float, differences: Mapping[str, Tensor]) -> State:
+        return lora_to_comfyui(state, alpha, differences)

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from model.export import ADAPTER_CONFIG
 from model.merged import Change
 from model.wan.formats import to_diffusers_key, to_native_key, unwrapped
-from model.wan.sources import located, open_tensors, weight_files
+from model.wan.sources import CRITIC_LORA, LORA_GROUP, groups_of, located, open_tensors, weight_files
 from model.weights import Shapes, State, Stored
 from utils.logging import warn
 from utils.reading import read_json, reading
@@ -32,6 +33,7 @@ _DOWN = ("lora_A", "lora_down", "lora.down")
 _JOINED = ("lora_unet_", "lora_transformer_")  # before names whose dots may be underscores
 _PATCH = "patch_embedding"
 _PEFT = "base_model.model."
+_COMFYUI = "diffusion_model."
 _EXPERTS = {"transformer.": "high", "transformer_2.": "low"}
 # other kinds of adapters, by the names of their factors
 _KINDS = {"DoRA": ("dora_scale", "lora_magnitude_vector"), "LoKr": ("lokr_w",), "LoHa": ("hada_w",)}
@@ -56,6 +58,8 @@ class LoraFile:
         try:
             place = located(path)
             stored = _of_expert(open_tensors(_adapter(place), "lora"), expert)
+            if groups_of(_adapter(place)) >= {LORA_GROUP, CRITIC_LORA}:
+                warn(f"{path} holds two adapters: the generator's is taken, and {CRITIC_LORA} is left out")
             self.alphas = _stated_alphas(place)
             found = _changes(stored, {name.rpartition(".")[0] for name in shapes})
             left_out = [name for name, change in found.items() if _is_for_images(name, change, shapes)]
@@ -230,6 +234,27 @@ def lora_to_peft(state: Mapping[str, Tensor], alpha: float) -> tuple[State, dict
         "bias": "none", "lora_dropout": 0.0, "inference_mode": True,
     }  # fmt: skip
     return out, config
+
+
+def lora_to_comfyui(
+    state: Mapping[str, Tensor], alpha: float, differences: Mapping[str, Tensor] | None = None
+) -> State:
+    """A LoRA as ComfyUI and most other programs read it: native names, with an alpha beside each pair.
+
+    state: as above.
+    alpha: of all pairs; stored in fp32, whatever the factors are.
+    differences: what is added to whole parameters, by their native names, which may be those of biases.
+    Raises ValueError.
+    """
+    out: State = {}
+    for module, (down, up) in _pairs(state).items():
+        name = f"{_COMFYUI}{module}"
+        out |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(alpha)}
+    for parameter, value in (differences or {}).items():
+        module, _, leaf = parameter.rpartition(".")
+        ending = {"weight": f"{module}.diff", "bias": f"{module}.diff_b"}.get(leaf, f"{parameter}.diff")
+        out[f"{_COMFYUI}{ending}"] = value
+    return out
 
 
 def _pairs(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -34,9 +34,9 @@ EXPERTS = {"high": ("transformer", "high_noise_model"), "low": ("transformer_2",
 OTHER_MODELS = re.compile(r"models_t5|models_clip|VAE|vae")
 
 # groups of a Self-Forcing, CausVid or LongLive checkpoint by `which`, the first that is there
-LORA_GROUP = "generator_lora"
+LORA_GROUP, CRITIC_LORA = "generator_lora", "critic_lora"  # adapters, each of which may be alone
 GROUPS = {"ema": ("generator_ema", "generator"), "raw": ("generator",), "critic": ("critic",), "lora": (LORA_GROUP,)}
-KNOWN_GROUPS = {name for names in GROUPS.values() for name in names}
+KNOWN_GROUPS = {name for names in GROUPS.values() for name in names} | {CRITIC_LORA}
 NESTED = ("state_dict", "model", "module", "model_state_dict")
 
 
@@ -294,7 +294,7 @@ def _group(state: Any, which: str) -> Any:
         return state
     if groups := KNOWN_GROUPS & state.keys():
         found = next((name for name in GROUPS[which] if name in state), None)
-        if groups == {LORA_GROUP}:  # whoever wanted a network says that this is none
+        if LORA_GROUP in groups <= {LORA_GROUP, CRITIC_LORA}:  # whoever wanted a network says that this is none
             found = LORA_GROUP
         if found is None:
             raise ValueError(f"the file has no {GROUPS[which][0]}: it has {', '.join(map(str, state))}")

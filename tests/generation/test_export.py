@@ -14,8 +14,9 @@ from torch import Tensor
 
 from configs.schema import RunConfig
 from generation import export
+from generation.adapters import Adapter, save_lora
 from model.attention.backends import Backend
-from model.export import NoExporter
+from model.export import Dtype, NoExporter
 from model.wan.export import WanExporter
 from model.wan.family import FAMILY
 from model.wan.transformer import WanTransformer
@@ -247,7 +248,8 @@ def test_an_adapter_is_written_for_diffusers_and_peft(tmp_path: Path) -> None:
     state: dict[str, Tensor] = {
         "blocks.0.self_attn.q.lora_A.weight": torch.randn(2, 6), "blocks.0.self_attn.q.lora_B.weight": torch.randn(6, 2),
     }  # fmt: skip
-    folder = export.written(tmp_path / "lora", lambda folder: export.save_lora(folder, WanExporter(), state, 4.0))
+    adapter = Adapter(state, 4.0)
+    folder = export.written(tmp_path / "lora", lambda folder: save_lora(folder, WanExporter(), adapter, Dtype.fp32))
     assert {str(file.relative_to(folder)) for file in folder.rglob("*.*")} == {
         "pytorch_lora_weights.safetensors", "peft/adapter_model.safetensors", "peft/adapter_config.json",
     }  # fmt: skip

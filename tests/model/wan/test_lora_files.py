@@ -218,6 +218,46 @@ def test_two_experts_in_one_file_are_told_apart(base: Path, tmp_path: Path) -> N
         with_loras(LazyWeights(base), [(tmp_path / "low.safetensors", 1.0)], "high")
 
 
+def as_longlive(file: Path, roles: dict[str, int]) -> State:
+    """A file as LongLive's trainer saves it, by PEFT's own functions: adapters of blocks' linear layers, by role and
+    seed. Returns the generator's merged weights, by PEFT, too."""
+    peft = pytest.importorskip("peft")
+    saved: dict[str, object] = {"step": 3000}
+    merged: State = {}
+    for role, seed in roles.items():
+        net = random_net(1)
+        layers = [name for name, module in net.named_modules() if isinstance(module, torch.nn.Linear)]
+        targets = [name for name in layers if name.startswith("blocks.")]
+        wrapped = peft.get_peft_model(net, peft.LoraConfig(r=3, lora_alpha=3, target_modules=targets))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in wrapped.named_parameters():
+                if "lora_" in name:
+                    p.copy_(torch.randn(p.shape, generator=generator))
+        saved[role] = {key: value.clone() for key, value in peft.get_peft_model_state_dict(wrapped).items()}
+        if role == "generator_lora":
+            merged = dict(wrapped.merge_and_unload().state_dict())
+    torch.save(saved, file)
+    return merged
+
+
+def test_of_longlives_two_adapters_the_generators_is_taken(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a file says no alpha. Its recipe's is as large as the rank, as ours is where nothing is said."""
+    file = tmp_path / "lora.pt"
+    expected = as_longlive(file, {"generator_lora": 5, "critic_lora": 6})
+    for name, value in with_loras(LazyWeights(base), [(file, 1.0)]).read(expected):
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+    [line] = caplog.messages
+    assert line == f"{file} holds two adapters: the generator's is taken, and critic_lora is left out"
+    with pytest.raises(ValueError, match="this is a LoRA: give the base weights here"):
+        LazyWeights(file)
+    as_longlive(file, {"critic_lora": 6})
+    with pytest.raises(ValueError, match="the file has no generator_lora: it has step, critic_lora"):
+        with_loras(LazyWeights(base), [(file, 1.0)])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
