@@ -34,7 +34,7 @@ SUFFIXES = "py|sh|yaml|yml|toml|md|txt|bib|cff|gif|json|jsonl|safetensors|html|s
 MADE_BY_RUNS = ("logs/", ".venv/", "site/")  # not in the repository
 SECTIONS = {field.name for field in dataclasses.fields(RunConfig)}
 NEW_IN_AN_EXAMPLE = {"objective.kind=huber_dmd", "objective.huber_c=0.5"}
-OF_OTHERS = {"owner/name", "VBench_full_info.json"}
+OF_OTHERS = {"owner/name", "VBench_full_info.json", "default_config.yaml", "config.json"}
 PROGRAMS = {
     "train.py": "trainer/command.py",
     "inference.py": "generation/command.py",
@@ -47,6 +47,7 @@ PROGRAMS = {
     ),
     "evaluate.py": "evaluation/command.py",
     "export.py": "generation/export.py",
+    "import_recipe.py": "import_recipe.py",
     "benchmarks.train_step": "benchmarks/train_step.py",
     "benchmarks.streaming": "benchmarks/streaming.py",
     "benchmarks.attention": "benchmarks/attention.py",
