@@ -23,7 +23,7 @@ def finish_data(recipe: Recipe) -> None:
         recipe.set("validation.fps", 24 if is_5b else 16)
     _parts(recipe)
     missing = recipe.missing
-    if recipe.get("data.prompts") is None:
+    if recipe.get("data.prompts") is None and recipe.get("data.latents") is None:
         missing["data.prompts"] = "a file of prompts (.txt, .csv, .jsonl, .parquet)"
     missing["data.text.cache"] = "a folder of `python preprocess.py text`; without it the encoder stays in memory"
     if not recipe.get("data.negative_prompt"):

@@ -46,6 +46,8 @@ class Line:
 class Recipe:
     """A run in the making.
 
+    form: the table that its options are of.
+    aliases: names of its options by those that `refuse` is told, where they differ.
     values: our keys, nested.
     staged: what rules leave for the dialect's `finish`, by names of their own.
     notes: by our key, how its meaning differs.
@@ -54,6 +56,8 @@ class Recipe:
     lines: their options, in order.
     """
 
+    form: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     staged: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -86,7 +90,8 @@ class Recipe:
 
     def refuse(self, option: str, why: str) -> None:
         """Refuses an option of the file after all options are read, or what no single option says."""
-        line = next((line for line in self.lines if line.option == option), None)
+        names = (option, self.aliases.get(option))
+        line = next((line for line in self.lines if line.option in names or line.option.endswith(f".{option}")), None)
         if line is None:
             self.refused.append(f"{option}: {why}")
         else:
@@ -120,6 +125,9 @@ class Dialect:
     defaults: values of its options that a file leaves out, as its code has them.
     start: our keys and values that none of its options says.
     finish: what can be done only after all options are read.
+    forms: tables of its other file forms, or of its other programs.
+    fits: for one of such forms, whether options are of it.
+    aliases: names of its options by those of the table that it shares rules with.
     """
 
     name: str
@@ -127,6 +135,13 @@ class Dialect:
     defaults: Mapping[str, Any]
     start: Mapping[str, Any]
     finish: Callable[[Recipe], None]
+    forms: tuple[Dialect, ...] = ()
+    fits: Callable[[Mapping[str, Any]], bool] = lambda options: True
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, options: Mapping[str, Any]) -> Dialect:
+        """The first of its forms that these options are of; itself where it has none, or none fits."""
+        return next((form for form in self.forms if form.fits(options)), self)
 
     def rule(self, option: str) -> Rule | None:
         """The option's rule; None if there is none."""

@@ -10,6 +10,8 @@ import yaml
 from importers.recipe import Line, Outcome, Recipe
 from utils.fields import show
 
+NOTHING = "(nothing)"
+
 
 def to_text(recipe: Recipe, source: str) -> str:
     """The YAML, below a header that says where it is from, what is not in it, what differs and what is to be added."""
@@ -61,16 +63,17 @@ def table(recipe: Recipe) -> str:
 
 def _ours(recipe: Recipe, line: Line) -> str:
     if line.outcome is not Outcome.carried:
-        return "(nothing)"
+        return NOTHING
     found = dict(leaves(recipe.values))
     inside = {k: v for k, v in found.items() if any(k == key or k.startswith(f"{key}.") for key in line.keys)}
-    return ", ".join(f"{key}: {show(value)}" for key, value in inside.items()) or "(nothing)"
+    return ", ".join(f"{key}: {show(value)}" for key, value in inside.items()) or NOTHING
 
 
 def _remark(recipe: Recipe, line: Line) -> str:
     if line.outcome is Outcome.carried:
         noted = [recipe.notes[key] for key in line.keys if key in recipe.notes]
-        return "; ".join(dict.fromkeys(filter(None, [line.why, *noted])))
+        idle = "no effect beside the other options" if _ours(recipe, line) == NOTHING else ""
+        return "; ".join(dict.fromkeys(filter(None, [line.why, *noted]))) or idle
     return f"{line.outcome.value}: {line.why}"
 
 

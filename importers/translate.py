@@ -25,7 +25,8 @@ def translate(
     allow: options that are left out where they would be refused.
     preset: geometry of models whose name does not tell it, None for none.
     """
-    recipe = Recipe(staged={"preset": preset})
+    dialect = dialect.of(options)
+    recipe = Recipe(form=dialect.name, aliases=dialect.aliases, staged={"preset": preset})
     for path, value in dialect.start.items():
         recipe.set(path, copy.deepcopy(value))
     absent = {name: value for name, value in dialect.defaults.items() if name not in options}

@@ -1,7 +1,16 @@
-"""One module for each project whose recipes are read: what its options mean here. See `importers/recipe.py`."""
+"""One module for each project, or each of its forms, whose recipes are read: what its options mean here. See
+`importers/recipe.py`.
+"""
 
 from __future__ import annotations
 
-from importers.dialects import self_forcing
+import dataclasses
 
-DIALECTS = {module.DIALECT.name: module.DIALECT for module in (self_forcing,)}
+from importers.dialects import fastvideo, fastvideo_modular, fastvideo_nested, self_forcing
+
+# the first form that fits counts: a modular file has sections `training` too
+_FASTVIDEO = dataclasses.replace(
+    fastvideo.BIDIRECTIONAL,
+    forms=(fastvideo_modular.MODULAR, fastvideo_nested.NESTED_CAUSAL, fastvideo_nested.NESTED, fastvideo.CAUSAL),
+)
+DIALECTS = {dialect.name: dialect for dialect in (self_forcing.DIALECT, _FASTVIDEO)}

@@ -80,7 +80,9 @@ SHARED: dict[str, Rule] = {
     "model_kwargs.timestep_shift": number("schedule.timestep_shift"),
     "model_kwargs.local_attn_size": Rule(("causal.window_frames",), window),
     "model_kwargs.sink_size": whole("causal.sink_frames"),
-    "guidance_scale": stage("guidance", lambda value: value, "objective.real_guidance_scale"),
+    "guidance_scale": stage(
+        "guidance", lambda value: value, "objective.real_guidance_scale", why="it counts without real_guidance_scale"
+    ),
     "real_guidance_scale": plus_one("objective.real_guidance_scale"),
     "fake_guidance_scale": plus_one("objective.fake_guidance_scale"),
     "denoising_loss_type": one_of("objective.critic_loss", {"flow": "flow", "x0": "x0"}),

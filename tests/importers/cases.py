@@ -7,11 +7,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from configs.load import run_from_plain
 from configs.schema import RunConfig
 from importers.dialects import DIALECTS
 from importers.read import read_options
-from importers.recipe import Outcome, Recipe
+from importers.recipe import Dialect, Outcome, Recipe
 from importers.translate import refusals, translate
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -44,3 +46,21 @@ def cases() -> list[tuple[Path, ...]]:
 def dialect_of(file: Path) -> str:
     """The dialect that a file of `recipes/` is named after, as `longlive2_ar.yaml` is of `longlive2`."""
     return max((name for name in DIALECTS if file.stem.startswith(name)), key=len)
+
+
+def form_of(dialect: str, options: dict[str, Any]) -> Dialect:
+    return DIALECTS[dialect].of(options)
+
+
+REFUSED: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "refused.yaml").read_text())
+
+
+def base_of(form: str) -> tuple[str, dict[str, Any]]:
+    """The first recipe that options of `refused.yaml` are laid over: its dialect, and its options."""
+    wanted, _, kind = form.partition(", modular, ")
+    for files in cases():
+        dialect, options = dialect_of(files[0]), read_options(*files)
+        name = form_of(dialect, options).name
+        if name == form or (kind and name == f"{wanted}, modular" and "method.chunk_size" in options):
+            return dialect, options
+    raise AssertionError(f"no recipe of {form}")

@@ -69,7 +69,7 @@ def test_check_prints_the_table_alone(
     assert run(monkeypatch, FILE, "--check") == 0
     rows = capsys.readouterr().out.splitlines()
     assert rows[0].split() == ["theirs", "ours", "how", "it", "differs"]
-    (guidance,) = [row for row in rows if row.startswith("guidance_scale: 3.0 ")]
+    (guidance,) = [row for row in rows if row.startswith("real_guidance_scale: 3.0 ")]
     assert "objective.real_guidance_scale: 4.0" in guidance and guidance.endswith("added to the conditional")
     assert run(monkeypatch, FILE, tmp_path / "more.yaml", "--check") == 2
     said = capsys.readouterr()
