@@ -17,6 +17,7 @@ from importers.recipe import Dialect, Outcome, Recipe
 from importers.translate import refusals, translate
 
 RECIPES = Path(__file__).parent / "recipes"
+REFUSED_RECIPES = Path(__file__).parent / "refused_recipes"  # whole recipes that no run here is like
 
 
 def recipe_of(dialect: str, options: dict[str, Any], *allow: str, preset: str | None = None) -> Recipe:
@@ -39,7 +40,16 @@ def refused(dialect: str, options: dict[str, Any]) -> dict[str, str]:
 
 def cases() -> list[tuple[Path, ...]]:
     """The files of each recipe: a file whose name ends with `_backends` is the second one of the one before it."""
-    files = sorted(file for file in RECIPES.iterdir() if not file.stem.endswith("_backends"))
+    return _grouped(RECIPES)
+
+
+def all_cases() -> list[tuple[Path, ...]]:
+    """Those of `cases`, and the recipes that are refused as a whole."""
+    return [*cases(), *_grouped(REFUSED_RECIPES)]
+
+
+def _grouped(folder: Path) -> list[tuple[Path, ...]]:
+    files = sorted(file for file in folder.iterdir() if not file.stem.endswith("_backends"))
     return [(file, *file.parent.glob(f"{file.stem}_backends.*")) for file in files]
 
 
@@ -58,7 +68,7 @@ REFUSED: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "re
 def base_of(form: str) -> tuple[str, dict[str, Any]]:
     """The first recipe that options of `refused.yaml` are laid over: its dialect, and its options."""
     wanted, _, kind = form.partition(", modular, ")
-    for files in cases():
+    for files in all_cases():
         dialect, options = dialect_of(files[0]), read_options(*files)
         name = form_of(dialect, options).name
         if name == form or (kind and name == f"{wanted}, modular" and "method.chunk_size" in options):

@@ -15,7 +15,7 @@ from importers.recipe import Dialect, Outcome, Recipe
 from importers.report import leaves, table, to_text
 from importers.rules import harmless, later, must_be, number, plus_one, refused, whole
 from importers.translate import refusals, translate
-from tests.importers.cases import REFUSED, base_of, cases, dialect_of, form_of, imported, recipe_of
+from tests.importers.cases import REFUSED, all_cases, base_of, cases, dialect_of, form_of, imported, recipe_of
 
 # tables of the same options as another one's, whose recipe has each
 BESIDE = {"fastvideo, causal students", "fastvideo, --config", "fastvideo, --config, causal students"}
@@ -112,7 +112,7 @@ def test_a_table_is_whole(form: str) -> None:
     """Each option that it knows stands in a recipe of these tests, or among what is refused; so do its defaults."""
     known, dialect = set(REFUSED.get(form, {})), FORMS[form]
     assert [option for option in dialect.defaults if dialect.rule(option) is None] == []
-    for files in cases():
+    for files in all_cases():
         options = read_options(*files)
         if form_of(dialect_of(files[0]), options).name.startswith(form) or form in BESIDE:
             known |= options.keys()
