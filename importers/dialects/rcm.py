@@ -1,8 +1,9 @@
 """rCM (arXiv 2510.08431): command lines of Hydra, `-m scripts.train ... -- experiment=NAME model.config.x=...`.
 
 Read in NVlabs/rcm, `rcm/configs/experiments/rcm/wan2pt1_t2v.py` at 97578b7d and
-`rcm/models/t2v_model_distill_rcm.py` at 20207e56. Its loss is that of a continuous-time consistency model beside DMD, and
-its DMD alone rolls out 1 to 4 steps at random times. Nothing here does either, so every recipe is refused; `--check` shows what its options are here.
+`rcm/models/t2v_model_distill_rcm.py` at 20207e56. Its loss is that of a continuous-time consistency model beside DMD.
+Its DMD alone rolls out 1 to 4 steps at random times. Nothing here does either, so every recipe is refused; `--check`
+shows what its options are here.
 """
 
 from __future__ import annotations
