@@ -9,15 +9,21 @@ from typing import Any
 from utils.errors import ConfigError
 
 ROOT = "config"
+
+
+class Code(str):
+    """A value that a file computes, as its text: it says nothing, for it is never run."""
+
+
 PROGRAM = "method"  # what a file builds on: the module of `create_config`, or the class that it names
 
 
 def python_options(text: str, path: Path) -> dict[str, Any]:
     """The values that a config's `create_config` assigns, by their names behind `config.`.
 
-    A value is a literal, arithmetic on literals, or a name, which becomes that name as text. The module whose
-    `create_config` the file calls is the option `method`. Raises ConfigError at the first line that is anything
-    else, for what it does is not known.
+    A value is a literal, arithmetic on literals, or a name, which becomes that name as text; anything else is computed,
+    and becomes Code. The module whose `create_config` the file calls is the option `method`. Raises ConfigError at the
+    first line that is no assignment, for what it does is not known.
     """
     try:
         tree = ast.parse(text)
@@ -37,7 +43,7 @@ def python_options(text: str, path: Path) -> dict[str, Any]:
         if isinstance(target, ast.Name) and target.id == ROOT and isinstance(value, ast.Call) and not value.args:
             options[PROGRAM] = _base(value, modules, path)
         elif (name := dotted(target)) is not None and name.startswith(f"{ROOT}."):
-            options |= _assigned(name.removeprefix(f"{ROOT}."), value, path)
+            options |= _assigned(name.removeprefix(f"{ROOT}."), value)
         else:
             raise _no_assignment(path, statement)
     return options
@@ -81,44 +87,45 @@ def dotted(node: ast.AST) -> str | None:
     return None
 
 
-def _assigned(name: str, node: ast.expr, path: Path) -> dict[str, Any]:
+def _assigned(name: str, node: ast.expr) -> dict[str, Any]:
     """The options of one assignment: of a mapping by its keys."""
-    value = value_of(node, path)
+    try:
+        value = value_of(node)
+    except ValueError:
+        value = Code(ast.unparse(node))
     if isinstance(value, dict):
         return {f"{name}.{key}": entry for key, entry in value.items()}
     return {name: value}
 
 
-def value_of(node: ast.expr, path: Path) -> Any:
-    """A literal, arithmetic on literals, or the name of something. Raises ConfigError for anything else."""
+def value_of(node: ast.expr) -> Any:
+    """A literal, arithmetic on literals, or the name of something. Raises ValueError for anything else."""
     match node:
         case ast.Constant():
             return node.value
         case ast.List() | ast.Tuple():
-            return [value_of(entry, path) for entry in node.elts]
+            return [value_of(entry) for entry in node.elts]
         case ast.Dict() if all(isinstance(key, ast.Constant) for key in node.keys):
-            return {key.value: value_of(v, path) for key, v in zip(node.keys, node.values, strict=True)}  # type: ignore[union-attr]
+            return {key.value: value_of(v) for key, v in zip(node.keys, node.values, strict=True)}  # type: ignore[union-attr]
         case ast.UnaryOp(op=ast.USub()) | ast.BinOp():
-            return _computed(node, path)
-        case ast.JoinedStr():
-            return ast.unparse(node)
+            return _computed(node)
     if (name := dotted(node)) is not None:
         return name
-    raise _no_assignment(path, node)
+    raise ValueError("computed")
 
 
-def _computed(node: ast.expr, path: Path) -> float | int:
+def _computed(node: ast.expr) -> float | int:
     match node:
         case ast.Constant(value=int() | float()):
             return node.value  # type: ignore[return-value]
         case ast.UnaryOp(op=ast.USub()):
-            return -_computed(node.operand, path)
+            return -_computed(node.operand)
         case ast.BinOp(op=ast.Add()):
-            return _computed(node.left, path) + _computed(node.right, path)
+            return _computed(node.left) + _computed(node.right)
         case ast.BinOp(op=ast.Sub()):
-            return _computed(node.left, path) - _computed(node.right, path)
+            return _computed(node.left) - _computed(node.right)
         case ast.BinOp(op=ast.Mult()):
-            return _computed(node.left, path) * _computed(node.right, path)
-        case ast.BinOp(op=ast.Div()) if (divisor := _computed(node.right, path)) != 0:
-            return _computed(node.left, path) / divisor
-    raise _no_assignment(path, node)
+            return _computed(node.left) * _computed(node.right)
+        case ast.BinOp(op=ast.Div()) if (divisor := _computed(node.right)) != 0:
+            return _computed(node.left) / divisor
+    raise ValueError("computed")

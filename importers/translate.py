@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from importers.networks import NETWORKS
+from importers.python_syntax import Code
 from importers.recipe import Dialect, Line, Outcome, Recipe, Untranslated
 from utils.fields import show
 
@@ -51,6 +52,8 @@ def _line(dialect: Dialect, recipe: Recipe, name: str, value: Any, *, is_default
     shown = "…" if SECRET.search(name) and value else value
     if rule is None:
         return Line(name, shown, is_default, (), Outcome.refused, "it is not known here")
+    if isinstance(value, Code) and rule.keys:
+        return Line(name, shown, is_default, rule.keys, Outcome.refused, "it is computed: write the value itself")
     try:
         rule.carry(recipe, copy.deepcopy(value))
     except Untranslated as problem:
