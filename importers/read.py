@@ -53,10 +53,10 @@ def named(entries: Sequence[Mapping[str, Any]], word: str) -> dict[str, Any]:
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one mapping by full name. Leading dashes of a name, as some JSON recipes have them, are left
-    out."""
+    """Nested sections as one mapping by full name; an empty one is a value. Leading dashes of a name, as some JSON
+    recipes have them, are left out."""
     out: dict[str, Any] = {}
     for key, value in node.items():
         name = f"{prefix}{str(key).lstrip('-')}"
-        out |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        out |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
     return out

@@ -36,8 +36,8 @@ def shell_options(text: str, path: Path) -> dict[str, Any]:
     known: dict[str, str] = {}
     for name, value in _ASSIGNMENT.findall(text):
         known[name] = _filled(value.strip("\"'"), known)
-    options: dict[str, Any] = {VARIABLES[name]: value for name, value in known.items() if name in VARIABLES}
-    text = text.replace("\\\n", " ")
+    text = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#")).replace("\\\n", " ")
+    options = _environment(text, known)
     program = re.search(
         r"(?:torchrun|accelerate\s+launch|python3?)\b[^\n]*?([\w./$@{}-]+\.py|-m\s+[\w.]+)(?=\s|$)", text
     )
@@ -54,6 +54,15 @@ def shell_options(text: str, path: Path) -> dict[str, Any]:
     if not found:
         raise ConfigError(f"{path}: has no --option of a training command: give the script that starts the training")
     return {**options, **found}
+
+
+def _environment(text: str, known: dict[str, str]) -> dict[str, Any]:
+    """What VARIABLES are set to, also in front of a command; of several values the last counts."""
+    options: dict[str, Any] = {}
+    for name, option in VARIABLES.items():
+        for value in re.findall(rf"(?<![\w$]){name}=(\"[^\"]*\"|'[^']*'|[^\s;]+)", text):
+            options[option] = _filled(value.strip("\"'"), known)
+    return options
 
 
 def _filled(word: str, known: dict[str, str]) -> str:

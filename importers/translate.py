@@ -32,6 +32,8 @@ def translate(
         recipe.set(path, copy.deepcopy(value))
     absent = {name: value for name, value in dialect.defaults.items() if name not in options}
     for name, value in {**options, **absent}.items():
+        if value == {} and dialect.rule(name) is None:
+            continue  # an empty section
         recipe.lines.append(_line(dialect, recipe, name, value, is_default=name in absent))
     dialect.finish(recipe)
     for line in recipe.lines:

@@ -15,10 +15,12 @@ from importers.data import finish_data, put_sizes
 from importers.dialects.fastvideo_parts import (
     adapters,
     batch,
+    check_models,
+    curves,
     phase,
     ratio,
-    refuse_other_curves,
     shift_of,
+    single,
     sparse,
 )
 from importers.lora import adapter_keys, names_of
@@ -54,6 +56,11 @@ SIZES = ("data.wan.frames", "data.wan.height", "data.wan.width")
 GLOBAL = "training.global_batch_size"
 SPARSE = ("student.sparse.sparsity", "student.sparse.ramp_step", "student.sparse.ramp_every")
 LORA = adapter_keys("student", "critic")
+NEEDED = (
+    "program", "pretrained_model_name_or_path", "learning_rate", "weight_decay", "dmd_denoising_steps", "num_latent_t",
+    "num_height", "num_width", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "sp_size",
+    "hsdp_shard_dim",
+)  # fmt: skip
 JUDGED = 21  # latent frames that its self-forcing judges
 
 
@@ -101,7 +108,7 @@ COMMON: dict[str, Rule] = {
     "boundary_ratio": refused("two experts are trained one at a time here"),
     "workload_type": must_be("t2v"),
     "training_cfg_rate": must_be(0.0, why="it zeroes text embeddings; here a dropped prompt is the negative one"),
-    "train_batch_size": whole("training.micro_batch_size"),
+    "train_batch_size": to("training.micro_batch_size", single),
     "gradient_accumulation_steps": stage("accumulation", integer, GLOBAL),
     "sp_size": whole("parallel.sequence"),
     "hsdp_replicate_dim": stage("replicate", integer, "parallel.replicate", GLOBAL),
@@ -171,7 +178,7 @@ COMMON: dict[str, Rule] = {
                "group_resolution", "ema_update_after"),
 }  # fmt: skip
 COMMON_DEFAULTS = {
-    "gradient_accumulation_steps": 1, "sp_size": 1, "hsdp_replicate_dim": 1, "seed": 42, "betas": "0.9,0.999",
+    "hsdp_replicate_dim": 1, "seed": 42, "betas": "0.9,0.999",
     "fake_score_betas": "0.9,0.999", "fake_score_learning_rate": 0.0, "max_grad_norm": None, "lr_scheduler": "constant",
     "fake_score_lr_scheduler": "constant", "lr_warmup_steps": 10, "use_ema": False, "ema_decay": 0.999,
     "ema_start_step": 0, "min_timestep_ratio": 0.2, "max_timestep_ratio": 0.98, "real_score_guidance_scale": 3.5,
@@ -220,10 +227,12 @@ def finish(recipe: Recipe) -> None:
         other = recipe.staged.get(option)
         if other is not None and other != recipe.staged.get("base"):
             recipe.refuse(option, "its code loads pretrained_model_name_or_path in its place: make them the same")
+    check_models(recipe)
+    said = {line.option for line in recipe.lines}
+    needed = [recipe.aliases.get(option, option) for option in NEEDED]
+    recipe.refused += [f"{name}: the file leaves it out, and its code needs it" for name in needed if name not in said]
     batch(recipe)
     shift_of(recipe)
-    if not recipe.get("schedule.denoising_step_list"):
-        recipe.refused.append("dmd_denoising_steps: the file names no steps, and its code then has none for Wan")
     if recipe.get(f"{CRITIC}.optimizer.lr") is None:
         recipe.set(f"{CRITIC}.optimizer.lr", recipe.get(f"{STUDENT}.optimizer.lr"))
     if not recipe.staged.get("use_ema"):
@@ -232,7 +241,7 @@ def finish(recipe: Recipe) -> None:
         recipe.notes["ema.decay"] = "its code keeps an average all the same, and without use_ema shows it nowhere"
     elif recipe.get("ema.decay") == 0:
         recipe.set("ema.decay", None)
-    refuse_other_curves(recipe, counts_iterations=recipe.get("rollout.kind") != "self_forcing")
+    curves(recipe, counts_iterations=recipe.get("rollout.kind") != "self_forcing")
     phase(recipe)
     sparse(recipe)
     adapters(recipe)
@@ -264,11 +273,8 @@ def finish_self_forcing(recipe: Recipe) -> None:
 
 
 def is_causal(options: Mapping[str, Any]) -> bool:
-    """Whether options are of the launcher of causal students: by the program, or where none is named, by an option that
-    it alone reads."""
-    if "program" in options:
-        return options["program"] == SELF_FORCING
-    return bool({"dfake_gen_update_ratio", "num_frame_per_block"} & options.keys())
+    """Whether options are of the launcher of causal students. Without the program nobody knows what is trained."""
+    return options.get("program") == SELF_FORCING
 
 
 CAUSAL = Dialect(

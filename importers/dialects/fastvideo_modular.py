@@ -2,8 +2,8 @@
 
 Read in hao-ai-lab/FastVideo, `fastvideo/train/**`: configs at 00e61a50, `dmd2.py` at b2b7de39 and 038384e1,
 `self_forcing.py` at 2b434bdc. Guidance is uncond + w (cond - uncond), as here; the launchers of `fastvideo.py` have
-w - 1. Its DMD2Method exists in three generations under one name. The first is taken, whose critic makes a rollout of
-its own in every iteration. Options that only the third has are not known.
+w - 1. Its DMD2Method exists in three generations under one name. The second is taken (038384e1), whose critic learns
+from the student's own sample where both are trained. Options that only the third has are not known.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from importers.data import finish_data, put_sizes
-from importers.dialects.fastvideo_parts import batch, phase, ratio, refuse_other_curves, shift_of
+from importers.dialects.fastvideo_parts import batch, check_models, curves, phase, ratio, shift_of, single
 from importers.lora import FASTVIDEO_DEFAULT, adapter_keys, fastvideo_targets, names_of, put_adapter
 from importers.networks import NETWORKS, model, weights
 from importers.recipe import Dialect, Recipe, Rule, Untranslated
@@ -144,7 +144,7 @@ RULES: dict[str, Rule] = {
     f"{T}distributed.reduce_dtype": must_be("fp32", "float32"),
     f"{T}data.data_path": stage("stored", lambda value: value, "data.latents"),
     f"{T}data.preprocessed_data_type": must_be("t2v", "text_only", why="the rollout says what is read"),
-    f"{T}data.train_batch_size": to("training.micro_batch_size", lambda v: integer(v) or 1),
+    f"{T}data.train_batch_size": to("training.micro_batch_size", single),
     f"{T}data.training_cfg_rate": must_be(0.0, why=ZEROED),
     f"{T}data.seed": whole("seed"),
     f"{T}data.num_latent_t": size("frames", "size"),
@@ -175,8 +175,8 @@ RULES: dict[str, Rule] = {
     "callbacks.grad_clip.max_grad_norm": Rule(CLIPPED, clip),
     "callbacks.ema.decay": number("ema.decay"),
     "callbacks.ema.start_iter": whole("ema.start"),
-    **harmless("which callback it is", "callbacks.grad_clip._target_", "callbacks.ema._target_",
-               "callbacks.validation._target_"),
+    **harmless("which callback it is", "callbacks.grad_clip", "callbacks.ema", "callbacks.grad_clip._target_",
+               "callbacks.ema._target_", "callbacks.validation._target_"),
     **harmless(LOGGING, f"{T}tracker.*", f"{T}checkpoint.output_dir", "callbacks.grad_clip.log_grad_norms",
                "callbacks.latent_vis.*"),
     **harmless(SPEED, f"{T}data.dataloader_num_workers", f"{T}distributed.pin_cpu_memory",
@@ -216,10 +216,11 @@ def finish(recipe: Recipe) -> None:
             recipe.set(key, 0.0 if key.endswith("min_sigma") else 1.0)
             recipe.notes[key] = "its self-forcing takes no ratio: levels of 0 to 1"
     shift_of(recipe)
-    refuse_other_curves(recipe, counts_iterations=False)
+    curves(recipe, counts_iterations=False)
+    check_models(recipe)
     for section in (STUDENT, CRITIC):
         if "clip_norm" not in recipe.get(f"{section}.optimizer"):
-            recipe.set(f"{section}.optimizer.clip_norm", None)  # without the callback nothing is clipped
+            recipe.set(f"{section}.optimizer.clip_norm", 1.0 if _has(recipe, "grad_clip") else None)
     _average(recipe)
     phase(recipe)
     _adapters(recipe)
@@ -236,6 +237,7 @@ def _inputs(recipe: Recipe, kind: str) -> None:
         if rollout != "backward_simulation":
             recipe.refuse("method.rollout_mode", "its self-forcing simulates its inputs")
         recipe.set("rollout.kind", "self_forcing")
+        recipe.set("rollout.reuse_rollout", False)
         for key, value in OF_SELF_FORCING.items():
             section = "causal" if key in ("chunk_size", "context_noise") else "rollout"
             path = f"{section}.{'num_frame_per_block' if key == 'chunk_size' else key}"
@@ -248,6 +250,9 @@ def _inputs(recipe: Recipe, kind: str) -> None:
             recipe.refuse("training.data.num_latent_t", f"{frames} are not whole blocks of {block}")
         return
     recipe.set("rollout.kind", rollout)
+    recipe.notes["rollout.reuse_rollout"] = (
+        "as DMD2Method has it at 038384e1; before, its critic made a rollout of its own"
+    )
     if rollout is None:
         recipe.refused.append("method.rollout_mode: the file does not say where the student's samples come from")
     if rollout == "noised_data":
@@ -265,12 +270,18 @@ def _ranks(recipe: Recipe) -> None:
     batch(recipe)
 
 
+def _has(recipe: Recipe, callback: str) -> bool:
+    """Whether the file has a section of this callback, which then acts by its defaults."""
+    return any(line.option.startswith(f"callbacks.{callback}") for line in recipe.lines)
+
+
 def _average(recipe: Recipe) -> None:
     """Its average follows every iteration, those of the critic alone too: N of its steps are one update of ours."""
     interval, decay = recipe.get("training.generator_update_interval") or 1, recipe.get("ema.decay")
-    if decay is None:
-        recipe.set("ema.decay", 0.9999 if recipe.get("ema.start") is not None else None)
-    elif interval > 1:
+    if decay is None and _has(recipe, "ema"):
+        decay = 0.9999
+    recipe.set("ema.decay", decay)
+    if decay is not None and interval > 1:
         recipe.set("ema.decay", math.pow(decay, interval))
         recipe.notes["ema.decay"] = f"{decay} to the power of {interval}, as its average follows every iteration"
 
@@ -304,7 +315,7 @@ MODULAR = Dialect(
         **{name: {} for name in NETWORKS},
         "data": {"kind": "wan", "real": False},
         "objective.kind": "dmd",
-        "rollout": {"reuse_rollout": False},
+        "rollout": {"reuse_rollout": True},
         "training.precision": "bf16",
         f"{STUDENT}.optimizer": {"kind": "adamw"},
         f"{CRITIC}.optimizer": {"kind": "adamw"},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from importers.lora import FASTVIDEO_DEFAULT, fastvideo_targets, put_adapter
 from importers.networks import NETWORKS
 from importers.recipe import Recipe, Untranslated
-from importers.rules import CRITIC, STUDENT, real
+from importers.rules import CRITIC, STUDENT, integer, real
 
 # flow_shift of its pipeline configs (fastvideo/configs/pipelines/wan.py), by what a model's name holds
 SHIFTS = (
@@ -65,23 +66,72 @@ def phase(recipe: Recipe) -> None:
         recipe.notes["ema.start"] = f"iteration {start}, counted in updates of the student"
 
 
-def refuse_other_curves(recipe: Recipe, *, counts_iterations: bool) -> None:
-    """A constant rate is the same here, with a warm-up too. Other curves count iterations up to max_train_steps.
+@dataclass(frozen=True)
+class Counted:
+    """How a network's rate is counted.
 
-    counts_iterations: whether the student's warm-up counts iterations, not its updates.
+    updates: of the network in the run.
+    horizon: steps of the schedule in which it would end.
+    pace: steps of the schedule an update.
     """
-    warmup, interval = recipe.staged.get("warmup", 0), recipe.get("training.generator_update_interval") or 1
-    for option, name, section in (
-        ("lr_scheduler", "curve", STUDENT), ("fake_score_lr_scheduler", "critic_curve", CRITIC)
-    ):  # fmt: skip
+
+    updates: int
+    horizon: int
+    pace: int = 1
+
+
+def curves(recipe: Recipe, *, counts_iterations: bool) -> None:
+    """Both networks' rates. Each schedule ends with max_train_steps of its own steps.
+
+    counts_iterations: whether the student's schedule goes on in every iteration, and not with its updates alone.
+    """
+    total, interval = recipe.get("training.max_steps") or 0, recipe.get("training.generator_update_interval") or 1
+    student = Counted(total // interval, total, interval if counts_iterations else 1)
+    for option, name, section, counted in (
+        ("lr_scheduler", "curve", STUDENT, student),
+        ("fake_score_lr_scheduler", "critic_curve", CRITIC, Counted(total, total)),
+    ):
         curve = recipe.staged.get(name, "constant")
-        if curve not in ("constant", "constant_with_warmup"):
-            recipe.refuse(option, "its curve is none of ours: constant and constant_with_warmup are")
-        every = interval if counts_iterations and section == STUDENT else 1
-        updates = math.ceil(warmup / every) if curve == "constant_with_warmup" else 0
-        recipe.set(f"{section}.lr_schedule", {"kind": "constant", "warmup_steps": updates})
-        if updates:
-            recipe.notes[f"{section}.lr_schedule.warmup_steps"] = "its first update has a rate of 0, ours 1 / this"
+        if problem := _curve(recipe, section, curve, recipe.staged.get("warmup", 0), counted):
+            recipe.refuse(option, problem)
+
+
+def _curve(recipe: Recipe, section: str, kind: str, warmup: int, counted: Counted) -> str | None:
+    """Sets `lr_schedule` of a network. Returns why it has no counterpart, None if it has one."""
+    path = f"{section}.lr_schedule"
+    if kind == "constant":  # whatever the warm-up says
+        recipe.set(path, {"kind": "constant", "warmup_steps": 0})
+        return None
+    if kind not in ("constant_with_warmup", "linear", "cosine"):
+        return "only constant, constant_with_warmup, linear and cosine have a counterpart"
+    decays = kind != "constant_with_warmup"
+    first, last = math.ceil(warmup / counted.pace), counted.horizon // counted.pace
+    if kind == "cosine" and counted.updates != last:
+        return f"its code ends the cosine at {last} updates of this network, which are {counted.updates} in the run"
+    floor = 1 - (counted.updates - first) / (last - first) if first < counted.updates < last else 0.0
+    recipe.set(path, {"kind": kind if decays else "constant", "warmup_steps": first, "floor": floor if decays else 0.0})
+    if first:
+        recipe.notes[f"{path}.warmup_steps"] = "its first update has a rate of 0, ours 1 / this"
+    if decays and floor:
+        recipe.notes[f"{path}.floor"] = f"theirs would reach 0 at update {last}, and the run has {counted.updates}"
+    return None
+
+
+def single(value: Any) -> int:
+    """A micro-batch, for all samples of which its code draws one noise level and one exit step."""
+    if (integer(value) or 1) != 1:
+        raise Untranslated("its code draws one noise level for a whole micro-batch: choose 1, and accumulate more")
+    return 1
+
+
+def check_models(recipe: Recipe) -> None:
+    """Models of two experts, and of images, are trained otherwise."""
+    for network in NETWORKS:
+        preset = recipe.get(f"{network}.preset") or ""
+        if "a14b" in preset:
+            recipe.refused.append(f"{network}: its code trains both experts of this model in one run, ours one of them")
+        elif preset.startswith("i2v"):
+            recipe.refused.append(f"{network}: image-to-video recipes of it are not carried over")
 
 
 def sparse(recipe: Recipe) -> None:
@@ -99,7 +149,12 @@ def sparse(recipe: Recipe) -> None:
         section |= {"sparsity": top, "ramp_step": step, "ramp_every": every}
         recipe.notes["student.sparse.sparsity"] = f"its ramp of {step} ends at {top}"
         recipe.notes["student.sparse.ramp_every"] = "it climbs in the last of these iterations, ours in the next one"
+    if staged.get("lora"):
+        recipe.refuse("lora_training", "its adapters train the gates of sparse attention, and ours do not")
+        return
     recipe.set("student.sparse", section)
+    recipe.set("critic.sparse", {"sparsity": 0.0, "cube": [4, 4, 4]})
+    recipe.notes["critic.sparse"] = "its code runs the critic through the same kernel, with all tiles and a gate"
 
 
 def adapters(recipe: Recipe) -> None:

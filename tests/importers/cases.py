@@ -39,7 +39,7 @@ def refused(dialect: str, options: dict[str, Any]) -> dict[str, str]:
 
 
 def cases() -> list[tuple[Path, ...]]:
-    """The files of each recipe: a file whose name ends with `_backends` is the second one of the one before it."""
+    """The files of each recipe: a file whose name ends with `_second` belongs to the one before it."""
     return _grouped(RECIPES)
 
 
@@ -49,8 +49,8 @@ def all_cases() -> list[tuple[Path, ...]]:
 
 
 def _grouped(folder: Path) -> list[tuple[Path, ...]]:
-    files = sorted(file for file in folder.iterdir() if not file.stem.endswith("_backends"))
-    return [(file, *file.parent.glob(f"{file.stem}_backends.*")) for file in files]
+    files = sorted(file for file in folder.iterdir() if not file.stem.endswith("_second"))
+    return [(file, *file.parent.glob(f"{file.stem}_second.*")) for file in files]
 
 
 def dialect_of(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from importers.translate import refusals
 from model.lora import linear_layers
 from model.wan.config import geometry
 from model.wan.transformer import WanTransformer
-from tests.importers.cases import RECIPES, imported, recipe_of
+from tests.importers.cases import RECIPES, cases, imported, recipe_of
 
 SHELL, CAUSAL = RECIPES / "fastvideo.sh", RECIPES / "fastvideo_causal.sh"
-NESTED, MODULAR = RECIPES / "fastvideo_nested.yaml", RECIPES / "fastvideo_modular.yaml"
+NESTED = (RECIPES / "fastvideo_nested.yaml", RECIPES / "fastvideo_nested_second.sh")
+MODULAR = RECIPES / "fastvideo_modular.yaml"
 MODULAR_CAUSAL = RECIPES / "fastvideo_modular_causal.yaml"
 
 
@@ -43,9 +45,7 @@ def test_a_script() -> None:
     assert run.student.init == "weights/start"
     assert run.critic is not None and run.teacher is not None
     assert (run.teacher.preset, run.critic.init) == ("14b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    lora = run.student.lora
-    assert lora is not None and run.critic.lora == lora  # student and critic alike
-    assert (lora.rank, lora.alpha, lora.targets, lora.share) == (64, 32.0, ["q", "v", "ffn.0", "ffn.2"], False)
+    assert run.student.lora is None and run.critic.lora is None  # lora_rank counts with lora_training
 
 
 def test_the_ramp_of_sparsity() -> None:
@@ -53,6 +53,7 @@ def test_the_ramp_of_sparsity() -> None:
     _, run = imported("fastvideo", SHELL)
     sparse = run.student.sparse
     assert sparse is not None and sparse.cube == [4, 4, 4]
+    assert run.critic is not None and run.critic.sparse is not None and run.critic.sparse.sparsity == 0.0
     theirs = [0.03 * min(step // 50, int(0.8 / 0.03)) for step in range(1, 2001)]
     ours = [sparse.at(iteration) for iteration in range(2000)]
     off = [step for step in range(2000) if abs(ours[step] - theirs[step]) > 1e-9]
@@ -64,13 +65,17 @@ def test_the_ramp_of_sparsity() -> None:
     assert run.student.sparse is None and "student.sparse" in recipe.notes
 
 
+LEAST: dict[str, Any] = {  # what the parser asks for
+    "program": "wan_distillation_pipeline.py", "pretrained_model_name_or_path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "learning_rate": 1e-5, "weight_decay": 0.01, "dmd_denoising_steps": "1000,757,522", "data_path": "data/latents",
+    "num_latent_t": 16, "num_height": 448, "num_width": 832, "max_train_steps": 4000, "train_batch_size": 1,
+    "gradient_accumulation_steps": 1, "sp_size": 1, "hsdp_shard_dim": 8,
+}  # fmt: skip
+
+
 def test_what_a_script_leaves_out() -> None:
     """The parser's values, not the data class's."""
-    options = {
-        "pretrained_model_name_or_path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "learning_rate": 1e-5,
-        "weight_decay": 0.01, "dmd_denoising_steps": "1000,757,522", "data_path": "data/latents",
-    }  # fmt: skip
-    recipe, run = imported("fastvideo", **options)
+    _, run = imported("fastvideo", **LEAST)
     assert run.generator_training.optimizer.clip_norm is None
     assert run.generator_training.optimizer.betas == run.critic_training.optimizer.betas == [0.9, 0.999]
     assert run.critic_training.optimizer.lr == 1e-5  # its 0 is the student's
@@ -78,30 +83,34 @@ def test_what_a_script_leaves_out() -> None:
     assert run.schedule.score_timestep_shift == 3.0  # of the 1.3B at 480p
     assert run.objective.real_guidance_scale == 4.5
     assert run.ema.decay is None  # without use_ema
-    assert run.seed == 42
-    assert "training.global_batch_size" in recipe.missing
+    assert (run.seed, run.training.global_batch_size) == (42, 8)
     assert run.teacher is not None and run.teacher.init == run.student.init
-    _, run = imported("fastvideo", **options, use_ema=True)
+    _, run = imported("fastvideo", **LEAST, use_ema=True)
     assert run.ema.decay == 0.999
-    _, run = imported("fastvideo", **options, simulate_generator_forward=True)
+    _, run = imported("fastvideo", **LEAST, simulate_generator_forward=True)
     assert (run.rollout.kind, run.data.real, run.data.latents) == ("backward_simulation", False, None)
 
 
-@pytest.mark.parametrize(
-    ("missing", "says"),
-    [
-        ("dmd_denoising_steps", "dmd_denoising_steps: the file names no steps"),
-        ("data_path", "data_path: without simulate_generator_forward"),
-        ("pretrained_model_name_or_path", "student: the file names no weights"),
-    ],
-)
-def test_what_a_script_must_say(missing: str, says: str) -> None:
-    options = {
-        "pretrained_model_name_or_path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "learning_rate": 1e-5, "flow_shift": 8,
-        "dmd_denoising_steps": "1000", "data_path": "data/latents",
-    }  # fmt: skip
-    del options[missing]
-    assert any(line.startswith(says) for line in refusals(recipe_of("fastvideo", options)))
+@pytest.mark.parametrize("missing", LEAST)
+def test_what_a_script_must_say(missing: str) -> None:
+    told = refusals(recipe_of("fastvideo", {name: value for name, value in LEAST.items() if name != missing}))
+    assert any(line.startswith(f"{missing}: ") for line in told)
+
+
+def test_rates_that_fall() -> None:
+    """The bidirectional launcher's in every iteration; the causal one's with the student's updates, up to the same
+    number, so that they fall by a fifth of the way alone."""
+    _, run = imported("fastvideo", SHELL, lr_scheduler="linear", fake_score_lr_scheduler="cosine")
+    student, critic = run.generator_training.lr_schedule, run.critic_training.lr_schedule
+    theirs = [max(0.0, (4000 - 5 * update) / (4000 - 50)) for update in range(10, 800)]
+    assert [student.factor(update, 800) for update in range(10, 800)] == pytest.approx(theirs)
+    assert critic.factor(2025, 4000) == pytest.approx(0.5)
+    _, run = imported("fastvideo", CAUSAL, lr_scheduler="linear", lr_warmup_steps=0)
+    student = run.generator_training.lr_schedule
+    assert [student.factor(update, 120) for update in range(120)] == pytest.approx([1 - u / 600 for u in range(120)])
+    told = refusals(recipe_of("fastvideo", {**read_options(CAUSAL), "lr_scheduler": "cosine"}))
+    assert told == ["lr_scheduler: 'cosine': its code ends the cosine at 600 updates of this network, which are 120 in "
+                    "the run"]  # fmt: skip
 
 
 def test_a_causal_student() -> None:
@@ -119,14 +128,19 @@ def test_a_causal_student() -> None:
 
 
 def test_a_config_file_says_what_a_script_says() -> None:
-    recipe, run = imported("fastvideo", NESTED)
+    recipe, run = imported("fastvideo", *NESTED)
     assert recipe.form == "fastvideo, --config"
     assert (run.objective.real_guidance_scale, run.schedule.score_timestep_shift) == (4.5, 8.0)
     assert (run.training.global_batch_size, run.training.critic_warmup_steps) == (8, 4)
     assert (run.ema.decay, run.student.init) == (0.99, "weights/start")
-    assert run.rollout.kind == "backward_simulation"
-    options = {**read_options(NESTED), "training.lora.enabled": True, "training.lora.rank": 4}
-    options |= {"training.lora.target_modules": ["norm"], "training.optimizer.lr_scheduler": "cosine"}
+    assert (run.rollout.kind, run.training.max_steps) == ("backward_simulation", 3000)  # the script's word counts
+    lora = run.student.lora
+    assert run.critic is not None and run.critic.lora is not None and lora is not None
+    assert (lora.rank, lora.alpha, lora.targets) == (64, 32.0, ["q", "v", "ffn.0", "ffn.2"])
+    assert not lora.share  # it lies on other weights than the teacher's
+    assert run.critic.lora == dataclasses.replace(lora, share=True)  # student and critic alike
+    options = {**read_options(*NESTED), "training.lora.target_modules": ["norm"]}
+    options |= {"training.optimizer.lr_scheduler": "polynomial"}
     told = [line.split(":")[0] for line in refusals(recipe_of("fastvideo", options))]
     assert told == ["training.optimizer.lr_scheduler", "training.lora.target_modules"]  # by the names of the file
 
@@ -142,15 +156,14 @@ def test_the_modular_trainer() -> None:
     assert run.training.global_batch_size == 8  # of 8 GPUs in 4 groups, times 2
     assert (run.parallel.sequence, run.parallel.shard) == (2, 4)
     assert run.training.critic_warmup_steps == 4
-    assert not run.rollout.reuse_rollout
+    assert run.rollout.reuse_rollout
     assert run.student.lora is not None and run.critic is not None and run.critic.lora is None
 
 
 def test_what_a_modular_file_leaves_out() -> None:
     gone = ("method.generator_update_interval", "method.real_score_guidance_scale", "method.min_timestep_ratio",
-            "method.max_timestep_ratio", "callbacks.grad_clip.max_grad_norm", "callbacks.ema.decay",
-            "callbacks.ema.start_iter", "models.student.flow_shift", "training.distributed.sp_size")  # fmt: skip
-    options = {name: value for name, value in read_options(MODULAR).items() if name not in gone}
+            "method.max_timestep_ratio", "models.student.flow_shift", "training.distributed.sp_size")  # fmt: skip
+    options = {n: v for n, v in read_options(MODULAR).items() if n not in gone and not n.startswith("callbacks.")}
     recipe = recipe_of("fastvideo", options)
     assert refusals(recipe) == []
     get = recipe.get
@@ -170,32 +183,28 @@ def test_a_causal_student_of_the_modular_trainer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "preset", "size"),
-    [
-        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "14b", (21, 60, 104)),
-        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "5b", (31, 44, 80)),
-        ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "i2v-14b", (21, 60, 104)),
-        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "a14b", (21, 60, 104)),
-    ],
+    ("name", "preset", "shift"),
+    [("Wan-AI/Wan2.1-T2V-14B-Diffusers", "14b", 5.0), ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "5b", 5.0)],
 )
-def test_models(name: str, preset: str, size: tuple[int, int, int]) -> None:
-    """Each model gives its geometry, its size and its parts, and what it needs beside the recipe is listed."""
-    recipe, run = imported("fastvideo", pretrained_model_name_or_path=name, learning_rate=1e-5, data_path="data",
-                           dmd_denoising_steps="1000")  # fmt: skip
+def test_models(name: str, preset: str, shift: float) -> None:
+    """Each model gives its geometry, its parts and its shift."""
+    _, run = imported("fastvideo", **{**LEAST, "pretrained_model_name_or_path": name})
     assert run.teacher is not None and run.critic is not None
     assert {run.student.preset, run.teacher.preset, run.critic.preset} == {preset}
-    assert (run.data.wan.frames, run.data.wan.height, run.data.wan.width) == size
     assert run.data.vae.path == run.student.init == name
     assert run.validation.fps == (24 if preset == "5b" else 16)
-    assert ("data.image_encoder" in recipe.missing) == (preset == "i2v-14b")
-    assert ("student.expert" in recipe.missing) == (preset == "a14b")
+    assert run.schedule.score_timestep_shift == shift
+    assert run.data.wan.height == (28 if preset == "5b" else 56)  # 448 pixels
+
+
+@pytest.mark.parametrize("name", ["Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"])
+def test_models_that_are_trained_otherwise(name: str) -> None:
+    told = refusals(recipe_of("fastvideo", {**LEAST, "pretrained_model_name_or_path": name}))
+    assert {line.split(":")[0] for line in told} == {"student", "teacher", "critic"}
 
 
 def test_a_name_that_tells_no_size_needs_a_preset() -> None:
-    options: dict[str, Any] = {
-        "pretrained_model_name_or_path": "checkpoints/mine", "learning_rate": 1e-5, "flow_shift": 8, "data_path": "data",
-        "dmd_denoising_steps": "1000",
-    }  # fmt: skip
+    options = {**LEAST, "pretrained_model_name_or_path": "checkpoints/mine", "flow_shift": 8}
     told = refusals(recipe_of("fastvideo", options))
     assert [line.split(":")[0] for line in told] == ["student", "teacher", "critic"]
     assert all("give --preset" in line for line in told)
@@ -212,9 +221,18 @@ def test_targets_are_layers() -> None:
 
 
 def test_forms_are_told_apart() -> None:
-    forms = {file.name: DIALECTS["fastvideo"].of(read_options(file)).name for file in RECIPES.glob("fastvideo*")}
+    found = [files for files in cases() if files[0].name.startswith("fastvideo")]
+    forms = {files[0].name: DIALECTS["fastvideo"].of(read_options(*files)).name for files in found}
     assert forms == {
         "fastvideo.sh": "fastvideo", "fastvideo_causal.sh": "fastvideo, causal students",
         "fastvideo_nested.yaml": "fastvideo, --config", "fastvideo_modular.yaml": "fastvideo, modular",
         "fastvideo_modular_causal.yaml": "fastvideo, modular",
     }  # fmt: skip
+
+
+def test_a_section_of_a_callback_acts_by_its_defaults() -> None:
+    options = {name: value for name, value in read_options(MODULAR).items() if not name.startswith("callbacks.")}
+    recipe = recipe_of("fastvideo", {**options, "callbacks.grad_clip": {}, "callbacks.ema": {}})
+    assert refusals(recipe) == []
+    assert recipe.get("generator_training.optimizer.clip_norm") == 1.0
+    assert recipe.get("ema.decay") == pytest.approx(0.9999**5)

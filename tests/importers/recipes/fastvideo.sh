@@ -114,7 +114,7 @@ dmd_args=(
   --VSA_decay_rate 0.03
   --VSA_decay_interval_steps 50
   --VSA_cache_tile_buf False
-  --lora_training True
+  --lora_training False
   --lora_rank 64
   --lora_alpha 32
   --lora_target_modules to_q to_v ffn
