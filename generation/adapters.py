@@ -15,6 +15,7 @@ from model.weights import State
 from utils import checkpoint
 from utils.errors import UserError
 from utils.shards import write_file
+from utils.writing import write_text
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def save_lora(folder: Path, exporter: Exporter, adapter: Adapter, dtype: Dtype, 
     (folder / "peft").mkdir()
     weights, config = exporter.lora_to_peft(state, adapter.alpha)
     write_file(folder / "peft" / "adapter_model.safetensors", _contiguous(weights))
-    (folder / "peft" / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_text(folder / "peft" / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _stored(state: Mapping[str, Tensor], dtype: Dtype) -> State:

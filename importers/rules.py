@@ -26,6 +26,21 @@ def integer(value: Any) -> int:
     return int(number)
 
 
+MOST = 10**9  # of anything that is counted
+
+
+def positive(value: Any) -> int:
+    """A whole number of at least 1. Raises ValueError."""
+    if not 1 <= (number := integer(value)) <= MOST:
+        raise ValueError("a whole number of at least 1")
+    return number
+
+
+def optional(value: Any) -> float | None:
+    """A number, or none. Raises ValueError."""
+    return None if value is None else real(value)
+
+
 def truth(value: Any) -> bool:
     """True or false, also as text. Raises ValueError."""
     if str(value).lower() not in ("true", "false"):
@@ -51,6 +66,10 @@ def number(path: str, why: str = "") -> Rule:
 
 def whole(path: str, why: str = "") -> Rule:
     return to(path, integer, why)
+
+
+def count(path: str, why: str = "") -> Rule:
+    return to(path, positive, why)
 
 
 def flag(path: str, why: str = "") -> Rule:

@@ -35,7 +35,9 @@ def translate(
         if value == {} and dialect.rule(name) is None:
             continue  # an empty section
         recipe.lines.append(_line(dialect, recipe, name, value, is_default=name in absent))
-    dialect.finish(recipe)
+        if recipe.lines[-1].outcome is Outcome.refused and name in dialect.defaults and name not in absent:
+            _line(dialect, recipe, name, dialect.defaults[name], is_default=True)  # as if the file left it out
+    _finish(dialect, recipe)
     for line in recipe.lines:
         if line.outcome is Outcome.refused and line.option in allow:
             line.outcome = Outcome.left_out
@@ -44,6 +46,15 @@ def translate(
             recipe.refused.append(f"{name}: the file names no weights for it, and it would start from random ones")
     recipe.refused += [f"--allow {name}: the file has no such option" for name in allow if name not in options]
     return recipe
+
+
+def _finish(dialect: Dialect, recipe: Recipe) -> None:
+    """What options that are refused leave unsaid may end it early: they are told, and what it would add is not."""
+    try:
+        dialect.finish(recipe)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        if not any(line.outcome is Outcome.refused for line in recipe.lines):
+            raise
 
 
 SECRET = re.compile(r"key|token|secret|password|webhook", re.IGNORECASE)
@@ -60,7 +71,7 @@ def _line(dialect: Dialect, recipe: Recipe, name: str, value: Any, *, is_default
         rule.carry(recipe, copy.deepcopy(value))
     except Untranslated as problem:
         return Line(name, shown, is_default, rule.keys, Outcome.refused, str(problem))
-    except (TypeError, ValueError, KeyError, AttributeError) as problem:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
         why = f"this is not what it takes ({problem}): mend the file"
         return Line(name, shown, is_default, rule.keys, Outcome.refused, why)
     return Line(name, shown, is_default, rule.keys, Outcome.carried if rule.keys else Outcome.same, rule.why)

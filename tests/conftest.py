@@ -40,6 +40,7 @@ FULL = {
     "tests/serving/browser/test_demo_browser.py::test_page_fits_and_reads_well_without_a_mouse[size1]": "[size0]",
     "tests/serving/browser/test_demo_browser.py::test_a_restart_in_mid_stream": "test_a_video_has_an_end",
     "tests/tasks/test_text_cache.py::test_the_command": "its other tests; test_named_prompts.py",
+    "tests/importers/test_translate.py::test_no_value_is_an_error_of_ours": "test_what_a_table_refuses",
     "tests/importers/test_training.py": "test_translate.py: each recipe loads, and the tests of its dialect",
     "tests/distributed/test_data_parallel.py::test_ranks_that_ran_other_networks": "test_checkpoint_dcp.py",
     "tests/distributed/test_fsdp.py::test_ranks_hold_their_part[4_": "the same on two ranks",

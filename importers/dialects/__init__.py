@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from importers.dialects import fastgen, fastvideo, fastvideo_modular, fastvideo_nested, rcm, self_forcing
+from importers.dialects import fastgen, fastvideo, fastvideo_modular, fastvideo_nested, rcm, self_forcing, simpletuner
 
 # the first form that fits counts: a modular file has sections `training` too
 _FASTVIDEO = dataclasses.replace(
     fastvideo.BIDIRECTIONAL,
     forms=(fastvideo_modular.MODULAR, fastvideo_nested.NESTED_CAUSAL, fastvideo_nested.NESTED, fastvideo.CAUSAL),
 )
-DIALECTS = {dialect.name: dialect for dialect in (self_forcing.DIALECT, _FASTVIDEO, fastgen.DIALECT, rcm.DIALECT)}
+DIALECTS = {
+    dialect.name: dialect
+    for dialect in (self_forcing.DIALECT, _FASTVIDEO, simpletuner.DIALECT, fastgen.DIALECT, rcm.DIALECT)
+}

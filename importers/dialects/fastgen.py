@@ -21,6 +21,7 @@ from importers.rules import (
     STUDENT,
     VALIDATING,
     betas,
+    count,
     flag,
     harmless,
     integer,
@@ -28,6 +29,7 @@ from importers.rules import (
     must_be,
     number,
     one_of,
+    positive,
     real,
     refused,
     stage,
@@ -100,6 +102,12 @@ def levels(value: Any) -> list[float]:
     return found[:-1]
 
 
+def few(value: Any) -> int:
+    if (number := positive(value)) > 1000:
+        raise ValueError("at most 1000")
+    return number
+
+
 def density(recipe: Recipe, value: Any) -> None:
     if value not in ("shifted", "uniform"):
         raise Untranslated("only shifted and uniform levels can be drawn here")
@@ -110,7 +118,7 @@ RULES: dict[str, Rule] = {
     "method": Rule(("objective.kind", "rollout.kind"), method),
     f"{M}net": net("student"),
     f"{M}teacher": net("teacher"),
-    f"{M}net.chunk_size": whole("causal.num_frame_per_block"),
+    f"{M}net.chunk_size": count("causal.num_frame_per_block"),
     **optimizer("net", STUDENT),
     **optimizer("fake_score", CRITIC),
     f"{M}net_scheduler.warm_up_steps": warmup(STUDENT),
@@ -123,8 +131,8 @@ RULES: dict[str, Rule] = {
     f"{M}gan_loss_weight_gen": must_be(
         0.0, why="the heads of its discriminator: a later version will support them; 0 is DMD alone"
     ),
-    f"{M}student_update_freq": whole("training.generator_update_interval"),
-    f"{M}student_sample_steps": stage("steps", integer, "schedule.denoising_step_list"),
+    f"{M}student_update_freq": count("training.generator_update_interval"),
+    f"{M}student_sample_steps": stage("steps", few, "schedule.denoising_step_list"),
     f"{M}student_sample_type": must_be("sde", why="a step's noise is drawn anew here"),
     f"{M}sample_t_cfg.time_dist_type": Rule(SCORES, density),
     f"{M}sample_t_cfg.shift": stage("shift", real, *SCORES),
@@ -146,13 +154,13 @@ RULES: dict[str, Rule] = {
     f"{M}enable_gradient_in_rollout": must_be(True),
     f"{M}start_gradient_frame": must_be(0),
     f"{T}callbacks.grad_clip.grad_norm": number(f"{STUDENT}.optimizer.clip_norm"),
-    f"{T}max_iter": whole("training.max_steps"),
-    f"{T}save_ckpt_iter": whole("checkpoint.every"),
+    f"{T}max_iter": count("training.max_steps"),
+    f"{T}save_ckpt_iter": count("checkpoint.every"),
     f"{T}seed": whole("seed"),
     f"{T}batch_size_global": to("training.global_batch_size", lambda value: None if value is None else integer(value)),
-    f"{T}grad_accum_rounds": stage("accumulation", integer, "training.global_batch_size"),
+    f"{T}grad_accum_rounds": stage("accumulation", positive, "training.global_batch_size"),
     f"{T}augment_pipe": refused("augmentation is none of a distillation's here"),
-    "dataloader_train.batch_size": whole("training.micro_batch_size"),
+    "dataloader_train.batch_size": count("training.micro_batch_size"),
     **harmless("its loader: data.latents or data.prompts", "dataloader_train", "dataloader_train.img_size",
                "dataloader_train.sequence_length", "dataloader_train.datatags", f"{M}enable_preprocessors"),
     **harmless("the frames of input_shape", f"{M}net.total_num_frames"),

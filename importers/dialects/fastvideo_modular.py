@@ -27,11 +27,14 @@ from importers.rules import (
     betas,
     both,
     checkpointing,
+    count,
     flag,
     harmless,
     integer,
     must_be,
     number,
+    optional,
+    positive,
     real,
     refused,
     stage,
@@ -81,14 +84,14 @@ def role_rules(role: str) -> dict[str, Rule]:
     }  # fmt: skip
     if trained:
         rules |= {
-            "lora.rank": stage(f"{role}_rank", integer, *keys),
-            "lora.alpha": stage(f"{role}_alpha", lambda value: value, *keys),
+            "lora.rank": stage(f"{role}_rank", positive, *keys),
+            "lora.alpha": stage(f"{role}_alpha", optional, *keys),
             "lora.target_modules": stage(f"{role}_names", names_of, *keys),
         }
     if role == "student":
         rules |= {
             "transformer_override_safetensor": weights("student"),
-            "num_frames_per_block": stage("block", integer, "causal.num_frame_per_block"),
+            "num_frames_per_block": stage("block", positive, "causal.num_frame_per_block"),
         }
     return {f"models.{role}.{name}": rule for name, rule in rules.items()}
 
@@ -100,7 +103,7 @@ def sampled(recipe: Recipe, value: Any) -> None:
 
 
 def size(key: str, name: str = "pixels") -> Rule:
-    return Rule((f"data.wan.{key}",), lambda r, v: put_sizes(r, name, **{key: integer(v)}) if v else None)
+    return Rule((f"data.wan.{key}",), lambda r, v: put_sizes(r, name, **{key: positive(v)}) if v else None)
 
 
 def clip(recipe: Recipe, value: Any) -> None:
@@ -128,7 +131,7 @@ RULES: dict[str, Rule] = {
     f"{M}fake_score_lr_scheduler": stage("critic_curve", str, f"{CRITIC}.lr_schedule.kind"),
     f"{M}cfg_uncond.text": must_be("negative_prompt", why="what guidance leads away from is data.negative_prompt"),
     f"{M}cfg_uncond.on_missing": Rule((), lambda r, v: None, "the prompt is always there"),
-    f"{M}chunk_size": whole("causal.num_frame_per_block"),
+    f"{M}chunk_size": count("causal.num_frame_per_block"),
     f"{M}student_sample_type": must_be("sde", why="a step's noise is drawn anew here"),
     f"{M}same_step_across_blocks": flag("rollout.same_step_across_blocks"),
     f"{M}last_step_only": flag("rollout.last_step_only"),
@@ -136,10 +139,10 @@ RULES: dict[str, Rule] = {
     f"{M}enable_gradient_in_rollout": must_be(True),
     f"{M}start_gradient_frame": must_be(0),
     f"{M}gradient_block_mode": must_be("all"),
-    f"{T}distributed.num_gpus": stage("num_gpus", integer, GLOBAL),
-    f"{T}distributed.sp_size": stage("sp_size", integer, "parallel.sequence", GLOBAL),
-    f"{T}distributed.hsdp_replicate_dim": stage("replicate", integer, "parallel.replicate", GLOBAL),
-    f"{T}distributed.hsdp_shard_dim": stage("shard", integer, "parallel.shard", GLOBAL),
+    f"{T}distributed.num_gpus": stage("num_gpus", positive, GLOBAL),
+    f"{T}distributed.sp_size": stage("sp_size", positive, "parallel.sequence", GLOBAL),
+    f"{T}distributed.hsdp_replicate_dim": stage("replicate", positive, "parallel.replicate", GLOBAL),
+    f"{T}distributed.hsdp_shard_dim": stage("shard", positive, "parallel.shard", GLOBAL),
     f"{T}distributed.tp_size": must_be(1),
     f"{T}distributed.reduce_dtype": must_be("fp32", "float32"),
     f"{T}data.data_path": stage("stored", lambda value: value, "data.latents"),
@@ -157,7 +160,7 @@ RULES: dict[str, Rule] = {
     f"{T}optimizer.lr_warmup_steps": stage("warmup", integer, f"{STUDENT}.lr_schedule.warmup_steps",
                                           f"{CRITIC}.lr_schedule.warmup_steps"),
     f"{T}optimizer.max_grad_norm": refused("its code clips by the callback grad_clip alone: say it there"),
-    f"{T}loop.max_train_steps": whole("training.max_steps"),
+    f"{T}loop.max_train_steps": count("training.max_steps"),
     f"{T}loop.gradient_accumulation_steps": stage("accumulation", lambda v: integer(v) or 1, GLOBAL),
     f"{T}checkpoint.resume_from_checkpoint": must_be("", None, "latest", why="a run of theirs cannot be resumed here"),
     f"{T}checkpoint.training_state_checkpointing_steps": to("checkpoint.every", lambda v: integer(v) or 100),

@@ -144,7 +144,9 @@ def sparse(recipe: Recipe) -> None:
         recipe.notes["student.sparse"] = "none: VSA_sparsity counts with FASTVIDEO_ATTENTION_BACKEND=VIDEO_SPARSE_ATTN"
         return
     section: dict[str, Any] = {"sparsity": sparsity, "cube": [4, 4, 4]}
-    if every > 1:
+    if every > 1 and step <= 0:
+        recipe.refuse("VSA_decay_rate", "a ramp needs a step above 0")
+    elif every > 1:
         top = round(int(sparsity / step) * step, 6)
         section |= {"sparsity": top, "ramp_step": step, "ramp_every": every}
         recipe.notes["student.sparse.sparsity"] = f"its ramp of {step} ends at {top}"

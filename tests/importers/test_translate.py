@@ -134,3 +134,17 @@ def test_what_a_table_refuses(form: str, option: str) -> None:
     options |= flat({option: value}) if isinstance(value, dict) else {option: value}
     told = refusals(recipe_of(dialect, options))
     assert any(line.startswith(option) for line in told), told
+
+
+GARBAGE: tuple[Any, ...] = (None, "x", -1, 0, 2.5, 10**30, float("nan"), True, [], ["x", 1])
+
+
+@pytest.mark.parametrize("files", [pytest.param(files, id=files[0].name) for files in all_cases()])
+def test_no_value_is_an_error_of_ours(files: tuple[Path, ...]) -> None:
+    """Whatever an option says, and whichever is left out, the options are carried over or refused, and all is told."""
+    dialect, options = dialect_of(files[0]), read_options(*files)
+    decisive = [name for name in options if (rule := form_of(dialect, options).rule(name)) is not None and rule.keys]
+    for option in decisive:
+        rest = {name: value for name, value in options.items() if name != option}
+        for recipe in [recipe_of(dialect, rest), *(recipe_of(dialect, {**options, option: g}) for g in GARBAGE)]:
+            assert all("\n" not in line for line in refusals(recipe))
