@@ -39,6 +39,7 @@ class Case:
 def check_precision(case: Case) -> None:
     """Each input in bf16, then all of them, then each in fp64: the outputs are those of fp32, cast at most."""
     exact = case.run(**case.inputs)
+    assert {x.dtype for x in exact.values()} == {torch.float32}
     names = list(case.inputs)
     wide = [[name] for name in names if name not in case.widens]
     trials = [(torch.bfloat16, [name]) for name in names] + [(torch.bfloat16, names)]

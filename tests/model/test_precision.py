@@ -17,7 +17,7 @@ from model.f_distill import Divergence, RatioBins, RatioClip, RatioWeighting, de
 from model.gan import Adversarial, NoisedSamples, Penalty, discriminator_loss, gan_loss, gradient_penalty, with_term
 from model.ladd import ladd_sigma
 from model.ode_regression import ode_regression_loss
-from model.path import EDM, VP, Path
+from model.path import EDM, VP, Flow, Path
 from model.phased import noised_on, phase_start, phased_critic_loss, phased_dmd_loss
 from model.query import Guidance, ScoreQuery
 from model.reward import reward_weights
@@ -134,6 +134,11 @@ def weighting(divergence: Divergence = Divergence.js) -> RatioWeighting:
     return RatioWeighting(divergence, total=lambda x: x, bins=RatioBins())
 
 
+def binned(r: Tensor, sigma: Tensor) -> Outputs:
+    bins = RatioBins()
+    return {"out": bins.normalised(r, sigma, lambda x: x).float(), "means": bins.means}
+
+
 def f_distilled(x0: Tensor, noise: Tensor, fake: Tensor, real: Tensor, answer: Tensor) -> Outputs:
     def loss(query: ScoreQuery) -> LossOutput:
         return f_distill_loss(query, judged(answer)[0], weighting(), gan_weight=0.5)
@@ -156,13 +161,16 @@ def through(path: Path) -> Any:
 def pinned(x: Tensor, sigma: Tensor, initial: Tensor, answer: Tensor) -> Outputs:
     score, net = answering(answer, flat=True)
     score = ScoreNet(net, "pinned", pins_initial=True)
-    return {"out": score.velocity(x, sigma, Conditioning(TEXT, initial))}
+    condition = Conditioning(TEXT, initial)
+    return {"out": score.velocity(x, sigma, condition), "seen": net.seen[0], "finished": score.finished(x, condition)}
 
 
 def logits(answer: Tensor, x: Tensor) -> Outputs:
     return {"out": judged(answer)[0].logits(x, SIGMA, Conditioning(TEXT))}
 
 
+LEVELS_OF_BINS = rough(12, 63).sigmoid().bfloat16().float()
+IN_NEXT_BIN = torch.tensor([0.69921875])  # 10 times it is 7 in bf16
 ROUGH = {"x": rough(1, *SHAPE), "noise": rough(2, *SHAPE), "sigma": LEVEL}
 WHOLE = {"x0": whole(3, *SHAPE), "noise": whole(4, *SHAPE)}
 SCORES = {"fake": rough(5, *SHAPE), "real": rough(6, *SHAPE)}
@@ -191,13 +199,11 @@ FUNCTIONS = {
         lambda logits, sigma: dict(zip(("weight", "ratio"), f_weights(logits, sigma, weighting()), strict=True)),
         {"logits": rough(10, B, 4), "sigma": LEVEL},
     ),
-    "RatioBins": Case(
-        lambda r, sigma: {"out": (bins := RatioBins()).normalised(r, sigma, lambda x: x), "means": bins.means},
-        {"r": rough(11, 64).abs(), "sigma": rough(12, 64).sigmoid().bfloat16().float()}, widens="r",
-    ),
+    "RatioBins": Case(binned, {"r": rough(11, 64).abs(), "sigma": torch.cat([LEVELS_OF_BINS, IN_NEXT_BIN])}),
     "reward_weights": Case(by_name(reward_weights, "r", beta=0.7, total=lambda x: x), {"r": rough(13, 8)}),
     "ScoreNet.velocity, pinned": Case(
-        pinned, {"x": rough(14, *SHAPE), "sigma": LEVEL, "initial": rough(15, B, 1, *SHAPE[2:]), **ANSWER}
+        pinned, {"x": rough(14, *SHAPE), "sigma": LEVEL, "initial": rough(15, B, 1, *SHAPE[2:]), **ANSWER},
+        like={"seen": "x", "finished": "x"},
     ),
     "ScoreNet.velocity": Case(
         lambda x, answer: {"out": answering(answer, flat=True)[0].velocity(x, SIGMA, TEXT)},
@@ -205,6 +211,10 @@ FUNCTIONS = {
     ),
     "Discriminator.logits": Case(logits, {**ANSWER, "x": rough(14, *SHAPE)}, widens=("x", "answer")),
     "gradient_penalty": Case(moved, {**WHOLE, "direction": rough(16, *SHAPE), **ANSWER}, like={"seen": "x0"}),
+    "path flow": Case(
+        through(Flow()), {"x": ROUGH["x"], "sigma": LEVEL, **ANSWER}, like={"seen": "x", "time": "sigma"},
+        widens=("sigma", "answer"),
+    ),
     **{
         f"path {name}": Case(
             through(path), {"x": ROUGH["x"], "sigma": LEVEL, **ANSWER}, like={"seen": "x"},
@@ -297,8 +307,9 @@ def test_what_is_logged_or_judged_holds_no_graph(name: str) -> None:
     check_graphs(LOSSES[name])
 
 
-def test_ratios_hold_no_graph() -> None:
+def test_ratios_and_detached_rollouts_hold_no_graph() -> None:
     assert not density_ratio(rough(1, B, 4).requires_grad_(), RatioClip()).requires_grad
+    assert not Rollout(rough(1, *SHAPE).requires_grad_()).detach().x0.requires_grad
     assert not reward_weights(rough(1, B).requires_grad_(), 1.0, lambda x: x).requires_grad
 
 
@@ -307,13 +318,39 @@ def test_heads_in_bf16_give_logits_in_fp32() -> None:
     assert judge.logits(rough(1, *SHAPE), SIGMA, Conditioning(TEXT)).dtype is torch.float32
 
 
-def test_adjacent_levels_are_fp32_whatever_the_default() -> None:
+def test_levels_and_means_of_ratios_are_fp32_whatever_the_default() -> None:
+    r = rough(11, B).abs()
     torch.set_default_dtype(torch.float64)
     try:
         levels = adjacent(torch.tensor([0, 1]), (1.0, 0.7))
+        made = RatioBins()
+        kept = made.means.dtype
+        made.normalised(r, LEVEL, lambda x: x)
     finally:
         torch.set_default_dtype(torch.float32)
     assert [level.dtype for level in levels] == [torch.float32] * 2
+    assert (kept, made.means.dtype) == (torch.float32, torch.float32)
+
+
+def test_sid_takes_its_normaliser_for_a_constant() -> None:
+    """x_sigma = (1 - s) x0 + .., the networks' velocity falls by 1/2 a unit of x, so that x0 by them is linear in x0."""
+    x0 = WHOLE["x0"].clone().requires_grad_()
+    loss = two_scores(x0, WHOLE["noise"], **SCORES, loss=sid_loss)["loss"]
+    s = SIGMA.reshape(-1, 1, 1, 1, 1)
+    x = mix(x0, WHOLE["noise"], SIGMA)
+    fake, real = (x - s * (SCORES[name] + 0.5 * x + shift) for name, shift in (("fake", 1.0), ("real", 3.0)))
+    scale = torch.tensor((x0 - real).abs().flatten(1).mean(1).tolist()).reshape(-1, 1, 1, 1, 1)
+    expected = ((real - fake) * ((real - x0) - (real - fake)) / scale)[:, MASK].mean()
+    (actual,), (by_hand,) = torch.autograd.grad(loss, x0), torch.autograd.grad(expected, x0)
+    torch.testing.assert_close(actual, by_hand)
+
+
+def test_a_judge_gives_no_gradient_to_frames_that_no_loss_judges() -> None:
+    x0 = WHOLE["x0"].clone().requires_grad_()
+    loss = student_gan(x0, WHOLE["noise"], WHOLE["x0"], **ANSWER, kind=Adversarial.softplus)["loss"]
+    (gradient,) = torch.autograd.grad(loss, x0)
+    assert not gradient[:, ~MASK].any()
+    assert gradient[:, MASK].all()
 
 
 def test_the_gap_of_the_scores_is_that_of_the_judged_frames() -> None:

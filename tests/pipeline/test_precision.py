@@ -15,7 +15,7 @@ from pipeline.bidirectional_inference import euler_trajectory, from_clip, unipc_
 from pipeline.bidirectional_training import backward_simulation, noised_data
 from pipeline.causal import CausalConfig, VideoShape
 from pipeline.causal_inference import Branch, causal_trajectory
-from pipeline.denoise import context_input, write_context
+from pipeline.denoise import ExitPass, context_input, denoise_block, write_context
 from tests.nets import KeyedNoise, conditioning, latents, random_net
 from tests.precision import SHAPE, Answer, Case, Outputs, answering, check_precision, rough, whole
 
@@ -100,6 +100,22 @@ def test_one_noise_level_for_all_samples_is_fp32_whatever_the_latents() -> None:
         with_gradient=False,
     )
     assert torch.equal(told[0], torch.full((B,), 0.3))
+
+
+def test_levels_are_fp32_whatever_the_default() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        noised, _ = from_clip(ANSWER, ANSWER, STEPS, 0.7)
+        student, _ = score()
+        told: list[Tensor] = []
+        student = student.through(lambda x, sigma, text: told.append(sigma) or x)
+        denoise_block(student, ANSWER, TEXT, (1.0, 0.3), ExitPass(0), block=0, source=KeyedNoise(2, B), cache=None)
+        trajectory = euler_trajectory(student, ANSWER, TEXT, NEGATIVE, STEPS, 1.0)
+        next(trajectory), next(trajectory)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {noised.dtype, *(sigma.dtype for sigma in told)} == {torch.float32}
+    assert len(told) == 2
 
 
 def test_a_context_is_written_without_a_graph() -> None:
