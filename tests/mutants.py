@@ -15,15 +15,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from os import chdir
 from pathlib import Path
 
-from cosmic_ray.commands.init import init
+from cosmic_ray.ast import ast_nodes, get_ast_from_path
 from cosmic_ray.mutating import mutate_and_test
-from cosmic_ray.work_db import WorkDB, use_db
-from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem
+from cosmic_ray.operators.operator import Operator
+from cosmic_ray.plugins import get_operator, operator_names
+from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome
 
 ROOMS = ("model", "pipeline", "utils")
 # types are written with |, and what a function is decorated with or catches is no formula
@@ -43,25 +44,22 @@ def copied(root: Path, to: Path) -> None:
     (to / ".venv").symlink_to((root / ".venv").resolve())
 
 
-def drawn(seed: int) -> list[WorkItem]:
+def drawn(rooms: Sequence[str], seed: int) -> list[MutationSpec]:
     """All mutants of the rooms, in an order that the seed sets."""
-    modules = [path for room in ROOMS for path in sorted(Path(room).rglob("*.py")) if path.name != "kernels.py"]
-    with use_db("mutants.sqlite", WorkDB.Mode.create) as database:
-        init(modules, database, {})
-        items = sorted(
-            (item for item in database.work_items if not operator(item).startswith(SKIPPED)),
-            key=lambda item: (item.mutations[0].module_path, place(item), operator(item), item.mutations[0].occurrence),
-        )
-    random.Random(seed).shuffle(items)
-    return items
+    names = [name for name in sorted(operator_names()) if not name.removeprefix("core/").startswith(SKIPPED)]
+    operators = {name: get_operator(name)() for name in names if not get_operator(name).arguments()}
+    modules = [path for room in rooms for path in sorted(Path(room).rglob("*.py")) if path.name != "kernels.py"]
+    mutants = [mutant for module in modules for mutant in mutants_of(module, operators)]
+    random.Random(seed).shuffle(mutants)
+    return mutants
 
 
-def operator(item: WorkItem) -> str:
-    return item.mutations[0].operator_name.removeprefix("core/")
-
-
-def place(item: WorkItem) -> tuple[int, int]:
-    return item.mutations[0].start_pos
+def mutants_of(module: Path, operators: Mapping[str, Operator]) -> Iterator[MutationSpec]:
+    nodes = list(ast_nodes(get_ast_from_path(module)))
+    for name, operator in operators.items():
+        places = (place for node in nodes for place in operator.mutation_positions(node))
+        for occurrence, (start, end) in enumerate(places):
+            yield MutationSpec(module, name, occurrence, start, end)
 
 
 @cache
@@ -90,10 +88,10 @@ def command(files: Sequence[str]) -> str:
     return shlex.join([".venv/bin/python", "-B", "-m", "pytest", *quick, *files])
 
 
-def outcome(item: WorkItem) -> str:
+def outcome(mutant: MutationSpec) -> str:
     """killed, survived, or nothing: an operator that has nothing to change at its place."""
-    for tests in tests_of(item.mutations[0].module_path):
-        result = mutate_and_test(item.mutations, tests, LIMIT)
+    for tests in tests_of(mutant.module_path):
+        result = mutate_and_test([mutant], tests, LIMIT)
         if result.worker_outcome is WorkerOutcome.NO_TEST:
             return "nothing"
         if result.worker_outcome is not WorkerOutcome.NORMAL:
@@ -107,6 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0, help="no mutant is begun after them")
     parser.add_argument("--count", type=int, help="mutants at most")
+    parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=ROOMS)
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     told = parser.parse_args()
     end = time.monotonic() + 60 * told.minutes
@@ -114,15 +113,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copied(Path.cwd(), Path(folder))
         chdir(folder)
-        items = drawn(told.seed)
-        for item in items[: told.count]:
+        mutants = drawn(told.rooms, told.seed)
+        for mutant in mutants[: told.count]:
             if time.monotonic() > end:
                 break
-            counts[found := outcome(item)] += 1
-            line, column = place(item)
-            print(f"{found:9} {item.mutations[0].module_path}:{line}:{column + 1} {operator(item)}", flush=True)
+            counts[found := outcome(mutant)] += 1
+            (line, column), name = mutant.start_pos, mutant.operator_name.removeprefix("core/")
+            print(f"{found:9} {mutant.module_path}:{line}:{column + 1} {name}", flush=True)
         chdir("/")  # the folder goes
-    print(f"{counts['killed']} killed, {counts['survived']} survived, of {len(items)} mutants, seed {told.seed}")
+    print(f"{counts['killed']} killed, {counts['survived']} survived, of {len(mutants)} mutants, seed {told.seed}")
     return 0
 
 
