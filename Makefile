@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := passive
 export DS_BUILD_OPS := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart quickstart-from-scratch test test-all test-fast lint format bench gpu-check methods soak docs clean distclean
+.PHONY: help venv quickstart quickstart-from-scratch test test-all test-fast lint format bench gpu-check methods soak mutants docs clean distclean
 
 help:
 	@echo 'make quickstart   distils the teacher that ships into a causal 2-step student; videos, table, report (5 to 6 minutes on 2 cores)'
@@ -25,6 +25,7 @@ help:
 	@echo 'make lint         ruff and mypy        make format      let ruff rewrite'
 	@echo 'make methods      every method from the same teachers, 3 seeds each: docs/methods.md (an hour or more on 2 cores)'
 	@echo 'make soak         small runs killed 200 times, on disks that fill, under clocks that jump: nothing differs (half an hour)'
+	@echo 'make mutants      changed operators, comparisons and constants of model/, pipeline/ and utils/: how many the tests kill (an hour)'
 	@echo 'make bench        cost of a training step, of streaming and of attention; make gpu-check: tests and true sizes on one GPU'
 	@echo 'make docs         the site of docs/ with search, in site/'
 	@echo 'make venv         only set up .venv    make clean       remove caches (distclean: .venv too)'
@@ -132,6 +133,18 @@ methods: $(STAMP)
 # ARGS="--kills 20 --ranks 1 2" is a short one
 soak: $(STAMP)
 	@OMP_NUM_THREADS=1 $(RUN) -m tests.soak $(ARGS)
+
+# in an environment of its own; ARGS="--count 20 --seed 1" is a short one
+MUTANTS := $(VENV)/mutants
+MUTANTS_STAMP := $(MUTANTS)/.stamp-8.7.0
+
+$(MUTANTS_STAMP):
+	@$(or $(PYTHON),python3) -m venv --clear $(MUTANTS)
+	@$(MUTANTS)/bin/python -m pip --disable-pip-version-check install --quiet cosmic-ray==8.7.0
+	@touch $@
+
+mutants: $(STAMP) $(MUTANTS_STAMP)
+	@OMP_NUM_THREADS=1 $(MUTANTS)/bin/python tests/mutants.py $(ARGS)
 
 # the site of docs/ in site/, with an environment of its own: it needs no torch
 DOCS := $(VENV)/docs

@@ -32,12 +32,12 @@ def decoupled_dmd_loss(
         raise ValueError(f"decoupled DMD has no guided score to rescale: set guidance rescale {guidance.rescale} to 0")
     rollout, x0, sigma = query.rollout, query.rollout.x0, query.sigma
     with torch.no_grad():
-        x_sigma = mix(x0.detach(), query.noise, sigma)
+        x_sigma = mix(x0, query.noise, sigma)
         fake_x0 = query.fake.guided_x0(x_sigma, sigma, conditioning, guidance.negative, guidance.fake)
         matching = kl_gradient(x0, fake_x0, query.real.x0(x_sigma, sigma, conditioning))
         augmentation = torch.zeros_like(matching)
         if guidance.real != 1.0 and cfg_weight != 0.0:
-            x_cfg = mix(x0.detach(), cfg_noise, cfg_sigma)
+            x_cfg = mix(x0, cfg_noise, cfg_sigma)
             velocities = query.real.branches(x_cfg, cfg_sigma, conditioning, guidance.negative)
             cond, uncond = (velocity_to_x0(x_cfg, velocity, cfg_sigma) for velocity in velocities)
             augmentation = cfg_weight * (guidance.real - 1) * kl_gradient(x0, uncond, cond)

@@ -100,7 +100,7 @@ def critic_loss(
     x0_target: the error is that of x0 in place of the velocity's.
     """
     x0 = rollout.x0.detach()
-    weight = None if rollout.frame_mask is None else rollout.frame_mask.float().expand(x0.shape[:2])
+    weight = None if rollout.frame_mask is None else rollout.frame_mask.expand(x0.shape[:2])
     return flow_matching_loss(
         lambda x, s: fake.velocity(x, s, conditioning), x0, noise, sigma, weight=weight, x0_target=x0_target
     )

@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from model.types import at_least_fp32
+
 Prediction = Literal["eps", "v"]
 
 ROUNDING = 1e-6  # by how much a step list in fp32 may miss the ends of a path
@@ -97,7 +99,7 @@ class Flow(Path):
         return x, sigma
 
     def velocity(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        return _at_least_fp32(prediction)
+        return at_least_fp32(prediction)
 
     def start_noise(self, eps: Tensor) -> Tensor:
         return eps
@@ -196,10 +198,10 @@ class VP(Path):
         return _level(self.alphas_cumprod[0])
 
     def inputs(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return (_at_least_fp32(x) / _norm(_over(sigma, x))).to(x.dtype), self.timestep(sigma)
+        return (at_least_fp32(x) / _norm(_over(sigma, x))).to(x.dtype), self.timestep(sigma)
 
     def velocity(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        s, x, said = _over(sigma, x), _at_least_fp32(x), _at_least_fp32(prediction)
+        s, x, said = _over(sigma, x), at_least_fp32(x), at_least_fp32(prediction)
         match self.prediction:
             case "eps":
                 return (said - x) / (1 - s)
@@ -209,7 +211,7 @@ class VP(Path):
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Index of the timestep in [0, N - 1], fp32 at least, of noise levels sigma of any shape."""
-        sigma = _at_least_fp32(sigma)
+        sigma = at_least_fp32(sigma)
         levels = self._table(sigma)
         last = len(levels) - 1
         s = sigma.clamp(levels[0], levels[-1])
@@ -266,24 +268,20 @@ class EDM(Path):
         return self.sigma_min / (1 + self.sigma_min)
 
     def inputs(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        s = _at_least_fp32(sigma)
-        scaled = _at_least_fp32(x) / _norm(_over(sigma, x), self.sigma_data)
+        s = at_least_fp32(sigma)
+        scaled = at_least_fp32(x) / _norm(_over(sigma, x), self.sigma_data)
         return scaled.to(x.dtype), (s.log() - (-s).log1p()) / 4
 
     def velocity(self, prediction: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         s, d = _over(sigma, x), self.sigma_data
         norm = _norm(s, d)
-        seen = _at_least_fp32(x) / norm
-        return ((s - (1 - s) * d**2) * seen - d * _at_least_fp32(prediction)) / norm
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        seen = at_least_fp32(x) / norm
+        return ((s - (1 - s) * d**2) * seen - d * at_least_fp32(prediction)) / norm
 
 
 def _over(sigma: Tensor, x: Tensor) -> Tensor:
     """sigma [B] or [B, F] shaped as `expand_like` does it, in fp64 where it is that: `expand_like` rounds to fp32."""
-    return _at_least_fp32(sigma).reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
+    return at_least_fp32(sigma).reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
 
 
 def _level(alpha_cumprod: float) -> float:

@@ -20,7 +20,7 @@ def reward_weights(reward: Tensor, beta: float, total: Total) -> Tensor:
     """
     if beta <= 0:
         raise ValueError(f"beta of the reward's weight exp(r / beta) must be positive, got {beta}")
-    r = reward.detach().double()
+    r = reward.double()
     count = torch.full_like(r[:1], len(r)).sum()
     sums = total(torch.stack([r.sum(), count]))
     # about the mean and bounded, so that no reward overflows: 600 is far beyond what leaves any other sample a weight

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from model.types import expand_like
+from model.types import at_least_fp32, expand_like
 from utils.limits import SHIFT
 
 Number = TypeVar("Number", float, Tensor)
@@ -23,12 +23,17 @@ TIMESTEPS = 1000.0  # the network's time embedding and YAML step lists count 0..
 
 
 def shift_sigma(u: Number, shift: float) -> Number:
-    """s u / (1 + (s - 1) u): moves uniform noise levels towards noise (SD3, arXiv 2403.03206, eq. 23)."""
+    """s u / (1 + (s - 1) u): moves uniform noise levels towards noise (SD3, arXiv 2403.03206, eq. 23).
+
+    A tensor comes back in fp32, or in fp64 where it is that.
+    """
+    u = at_least_fp32(u) if isinstance(u, Tensor) else u
     return shift * u / (1 + (shift - 1) * u)
 
 
 def unshift_sigma(sigma: Number, shift: float) -> Number:
     """The inverse of `shift_sigma`."""
+    sigma = at_least_fp32(sigma) if isinstance(sigma, Tensor) else sigma
     return sigma / (shift - (shift - 1) * sigma)
 
 

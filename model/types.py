@@ -180,3 +180,8 @@ class Evaluations:
 def expand_like(sigma: Tensor, x: Tensor) -> Tensor:
     """sigma [B] or [B, F] shaped so that it broadcasts over x [B, F, ...], in fp32."""
     return sigma.to(torch.float32).reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 where it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -49,6 +49,7 @@ def test_bad_step_lists_are_one_line(steps: list[float]) -> None:
     [
         {"denoising_step_list": [500.0, 750.0]}, {"timestep_shift": 0.0}, {"score_timestep_shift": -1.0},
         {"min_sigma": 0.5, "max_sigma": 0.5}, {"max_sigma": 1.5}, {"min_score_timestep": 1000.0},
+        {"max_score_timestep": 20.0, "min_sigma": 0.02}, {"max_score_timestep": 19.0, "min_sigma": 0.02},
     ],
     ids=lambda bad: next(iter(bad)),
 )  # fmt: skip
