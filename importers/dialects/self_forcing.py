@@ -1,4 +1,4 @@
-"""Self-Forcing (arXiv 2506.08009): its YAML over `configs/default_config.yaml`.
+"""Self-Forcing (arXiv 2506.08009): its YAML over its `default_config.yaml`.
 
 Its own trainer is the only one that is carried over. Guidance is cond + s (cond - uncond). A network whose name is left
 out is Wan2.1's 1.3B, and `ts_schedule` is true where a file does not say it.
@@ -30,6 +30,7 @@ from importers.rules import (
     one_of,
     plus_one,
     precision,
+    real,
     stage,
     steps,
     student_updates,
@@ -75,7 +76,7 @@ SHARED: dict[str, Rule] = {
     "warp_denoising_step": flag("schedule.warp_denoising_step"),
     "ts_schedule": flag("schedule.ts_schedule"),
     "ts_schedule_max": flag("schedule.ts_schedule_max"),
-    "min_score_timestep": number("schedule.min_score_timestep"),
+    "min_score_timestep": stage("least_score", real, "schedule.min_score_timestep"),
     "num_train_timestep": must_be(1000),
     "timestep_shift": number("schedule.score_timestep_shift"),
     "model_kwargs.timestep_shift": number("schedule.timestep_shift"),
@@ -153,17 +154,31 @@ RULES: dict[str, Rule] = {
 def finish(recipe: Recipe) -> None:
     """The parts that all dialects of this ancestry share."""
     guide(recipe)
+    bound(recipe)
     spread_base(recipe, BASE)
     if (rate := recipe.get(f"{STUDENT}.optimizer.lr")) is not None and recipe.get(f"{CRITIC}.optimizer.lr") is None:
         recipe.set(f"{CRITIC}.optimizer.lr", rate)
     if recipe.get("objective.kind") != "sid":
         recipe.drop("objective.sid_alpha")
-    if recipe.get("training.global_batch_size") is None:
-        recipe.missing["training.global_batch_size"] = "GPUs times batch_size, as its code has it"
-    if recipe.get("training.max_steps") is None:
-        recipe.missing["training.max_steps"] = "its code trains until somebody ends it"
+    put_batch(recipe)
     finish_data(recipe)
     student_updates(recipe)
+
+
+def put_batch(recipe: Recipe, accumulation: int = 1) -> None:
+    """What the file cannot tell of the loop."""
+    if recipe.get("training.global_batch_size") is None:
+        recipe.missing["training.global_batch_size"] = f"GPUs times batch_size times {accumulation}, as its code has it"
+    if recipe.get("training.max_steps") is None:
+        recipe.missing["training.max_steps"] = "its code trains until somebody ends it"
+
+
+def bound(recipe: Recipe) -> None:
+    """Its least score timestep is drawn before the shift; ours bounds the shifted level."""
+    shift, least = recipe.get("schedule.score_timestep_shift") or 1.0, recipe.staged.get("least_score", 0.0) / 1000
+    recipe.set("schedule.min_score_timestep", round(1000 * shift * least / (1 + (shift - 1) * least), 6))
+    if least:
+        recipe.notes["schedule.min_score_timestep"] = "of the shifted level; theirs is drawn before the shift"
 
 
 def guide(recipe: Recipe) -> None:
