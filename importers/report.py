@@ -16,10 +16,12 @@ NOTHING = "(nothing)"
 def to_text(recipe: Recipe, source: str) -> str:
     """The YAML, below a header that says where it is from, what is not in it, what differs and what is to be added."""
     left = [line for line in recipe.lines if line.outcome is Outcome.left_out]
+    defaults = [line for line in recipe.lines if line.is_default and line.outcome is Outcome.carried]
     same = [line for line in recipe.lines if line.outcome is Outcome.same and not line.is_default]
     parts = [
         ("Left out, though it may change the result", [_with_reason(line) for line in left]),
         ("Without effect on the result here", [_with_reason(line) for line in same]),
+        ("Not in the file, and as its code has it then", [f"{line.option}: {show(line.value)}" for line in defaults]),
         ("Means something else here", [f"{key}: {why}" for key, why in differences(recipe).items()]),
         ("To fill in", [f"{key}: {what}" for key, what in recipe.missing.items()]),
     ]

@@ -1,4 +1,4 @@
-"""LongLive 2 (arXiv 2605.18739): YAML in sections `algorithm`, `training`, `model_kwargs`, `data`, `inference`.
+"""LongLive 2: YAML in sections `algorithm`, `training`, `model_kwargs`, `data`, `inference`.
 
 Read in NVlabs/LongLive, `train_dmd.yaml` at 6e66269c, and in a copy of its `train_ar.yaml` (yyang181/LongLive at
 708f9786). Its DMD has a causal teacher and a causal critic, a normaliser for each block and sinks for each shot. Its

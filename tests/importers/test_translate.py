@@ -54,6 +54,7 @@ def test_every_option_has_an_outcome() -> None:
     assert recipe.get("generator_training.optimizer.lr") == 1e-5  # YAML has it as text
     assert recipe.get("objective.real_guidance_scale") == 4.0  # their default, by the same rule
     assert [line.option for line in recipe.lines if line.is_default] == ["guide"]
+    assert "# Not in the file, and as its code has it then:\n#   guide: 3.0\n" in to_text(recipe, "x")
     for text in (table(recipe), to_text(recipe, "x")):
         assert "hunter2" not in text
 
