@@ -214,7 +214,8 @@ def finish(recipe: Recipe) -> None:
     _inputs(recipe, kind)
     _ranks(recipe)
     if kind == "self_forcing":
-        staged.pop("step_shift", None)  # its steps are warped by pipeline.flow_shift too
+        staged.pop("step_shift", None)
+        recipe.notes["schedule.timestep_shift"] = "pipeline.flow_shift, by which its self-forcing warps steps too"
         for key in ("schedule.min_sigma", "schedule.max_sigma"):
             recipe.set(key, 0.0 if key.endswith("min_sigma") else 1.0)
             recipe.notes[key] = "its self-forcing takes no ratio: levels of 0 to 1"
