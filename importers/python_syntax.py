@@ -27,8 +27,8 @@ def python_options(text: str, path: Path) -> dict[str, Any]:
     """
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not Python that can be read ({error}): fix it") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{path}: not Python that can be read ({error or 'it is nested too deep'}): fix it") from None
     function = next((n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "create_config"), None)
     if function is None:
         raise ConfigError(f"{path}: has no function create_config: give a config of FastGen's experiments")

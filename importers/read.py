@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from importers.python_syntax import python_options
 from importers.shell import shell_options
 from utils.errors import ConfigError
 from utils.reading import reading
-from utils.yaml_files import check_yaml, recipe_text
+from utils.yaml_files import read_yaml, recipe_text
 
 SHELL = (".sh", ".slurm", ".bash", ".sbatch")
 
@@ -37,14 +35,28 @@ def _options_of(path: Path) -> dict[str, Any]:
         return shell_options(text, path)
     if path.suffix == ".py":
         return python_options(text, path)
-    with reading("recipe", path, "fix it", says="is neither YAML nor JSON", error=ConfigError):
-        check_yaml("" if path.suffix == ".json" else text, path)
-        loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    if isinstance(loaded, list) and loaded and all(isinstance(entry, dict) for entry in loaded):
-        loaded = named(loaded, "backend")
-    if not isinstance(loaded, dict) or not loaded:
+    loaded = _json(text, path) if path.suffix == ".json" else read_yaml(path)
+    options = flat(named(loaded, "backend") if isinstance(loaded, list) else loaded)
+    if not options or all(value == {} for value in options.values()):
         raise ConfigError(f"{path}: holds no options: give a file of `key: value` lines")
-    return flat(loaded)
+    return options
+
+
+def _json(text: str, path: Path) -> Any:
+    """Sections, or a list of them. Raises ConfigError, also for a name that stands twice in a section."""
+    with reading("recipe", path, "fix it", says="is not valid JSON", error=ConfigError):
+        loaded = json.loads(text, object_pairs_hook=_section)
+    if isinstance(loaded, dict) or (isinstance(loaded, list) and all(isinstance(entry, dict) for entry in loaded)):
+        return loaded
+    raise ConfigError(f"{path}: holds no options: give a file of sections")
+
+
+def _section(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    section = dict(pairs)
+    if len(section) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands twice in a section")
+    return section
 
 
 def named(entries: Sequence[Mapping[str, Any]], word: str) -> dict[str, Any]:

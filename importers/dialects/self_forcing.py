@@ -120,8 +120,7 @@ SHARED: dict[str, Rule] = {
     "causal": must_be(True),
     "i2v": must_be(False),
     **harmless(
-        LOGGING, "wandb_host", "wandb_key", "wandb_entity", "wandb_project", "wandb_save_dir", "disable_wandb",
-        "logdir", "config_name", "no_save", "no_visualize",
+        LOGGING, "wandb*", "disable_wandb", "logdir", "config_name", "no_save", "no_visualize",
     ),
     **harmless(
         SPEED, "generator_fsdp_wrap_strategy", "real_score_fsdp_wrap_strategy", "fake_score_fsdp_wrap_strategy",

@@ -118,7 +118,10 @@ def test_python_that_is_no_plain_assignment_is_refused_by_its_line(line: str, nu
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.yaml", "a: [1", "neither YAML nor JSON"),
+        ("a.yaml", "a: [1", "not valid YAML"),
+        ("a.yaml", "a: 1\na: 2", "found duplicate key a"),
+        ("a.json", '{"a": 1, "a": 2}', "a stands twice in a section"),
+        ("a.json", "[{}]", "holds no options"),
         ("a.json", "[1]", "holds no options"),
         ("a.json", "{}", "holds no options"),
         ("a.sh", "echo 'open", "close its quotes"),
