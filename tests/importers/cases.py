@@ -4,6 +4,8 @@ each option that its table knows once.
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,23 @@ RECIPES = Path(__file__).parent / "recipes"
 REFUSED_RECIPES = Path(__file__).parent / "refused_recipes"  # whole recipes that no run here is like
 
 
+@cache
+def _read(files: tuple[Path, ...]) -> dict[str, Any]:
+    return read_options(*files)
+
+
+def options_of(*files: Path) -> dict[str, Any]:
+    """The options of files that no test changes, read once."""
+    return copy.deepcopy(_read(files))
+
+
 def recipe_of(dialect: str, options: dict[str, Any], *allow: str, preset: str | None = None) -> Recipe:
     return translate(DIALECTS[dialect], options, allow, preset)
 
 
 def imported(dialect: str, *files: Path, **changes: Any) -> tuple[Recipe, RunConfig]:
     """A recipe that nothing of is refused, and its run. changes: options in place of the files' own."""
-    recipe = recipe_of(dialect, {**read_options(*files), **changes})
+    recipe = recipe_of(dialect, {**(options_of(*files) if files else {}), **changes})
     assert refusals(recipe) == []
     return recipe, run_from_plain(recipe.values)
 
@@ -69,7 +81,7 @@ def base_of(form: str) -> tuple[str, dict[str, Any]]:
     """The first recipe that options of `refused.yaml` are laid over: its dialect, and its options."""
     wanted, _, kind = form.partition(", modular, ")
     for files in all_cases():
-        dialect, options = dialect_of(files[0]), read_options(*files)
+        dialect, options = dialect_of(files[0]), options_of(*files)
         name = form_of(dialect, options).name
         if name == form or (kind and name == f"{wanted}, modular" and "method.chunk_size" in options):
             return dialect, options

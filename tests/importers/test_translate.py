@@ -10,12 +10,22 @@ import pytest
 import yaml
 
 from importers.dialects import DIALECTS
-from importers.read import flat, read_options
+from importers.read import flat
 from importers.recipe import Dialect, Outcome, Recipe
 from importers.report import leaves, table, to_text
 from importers.rules import harmless, later, must_be, number, plus_one, refused, whole
 from importers.translate import refusals, translate
-from tests.importers.cases import REFUSED, all_cases, base_of, cases, dialect_of, form_of, imported, recipe_of
+from tests.importers.cases import (
+    REFUSED,
+    all_cases,
+    base_of,
+    cases,
+    dialect_of,
+    form_of,
+    imported,
+    options_of,
+    recipe_of,
+)
 
 OF_COMMANDS = {"program", "config"}  # what a script says of a file
 EMPTY = {"callbacks.ema", "callbacks.grad_clip"}  # sections, as options where nothing stands in them
@@ -116,7 +126,7 @@ def test_a_table_is_whole(form: str) -> None:
     known, dialect = {*REFUSED.get(form, {}), *OF_COMMANDS, *EMPTY}, FORMS[form]
     assert [option for option in dialect.defaults if dialect.rule(option) is None] == []
     for files in all_cases():
-        options = read_options(*files)
+        options = options_of(*files)
         if form_of(dialect_of(files[0]), options).name.startswith(form) or form in BESIDE:
             known |= options.keys()
     if form not in BESIDE:
@@ -143,7 +153,7 @@ GARBAGE: tuple[Any, ...] = (None, "x", -1, 0, 2.5, 10**30, float("nan"), True, [
 @pytest.mark.parametrize("files", [pytest.param(files, id=files[0].name) for files in all_cases()])
 def test_no_value_is_an_error_of_ours(files: tuple[Path, ...]) -> None:
     """Whatever an option says, and whichever is left out, the options are carried over or refused, and all is told."""
-    dialect, options = dialect_of(files[0]), read_options(*files)
+    dialect, options = dialect_of(files[0]), options_of(*files)
     decisive = [name for name in options if (rule := form_of(dialect, options).rule(name)) is not None and rule.keys]
     for option in decisive:
         rest = {name: value for name, value in options.items() if name != option}
