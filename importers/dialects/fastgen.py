@@ -2,9 +2,10 @@
 
 Read in NVlabs/FastGen, `fastgen/methods/distribution_matching/{dmd2,self_forcing}.py` at a6b24978 and f7d84562,
 `fastgen/networks/noise_schedule.py` at 2a1a495f, `fastgen/configs/net.py` at 060b8570, and in copies of it
-`fastgen/configs/{config,opt,callbacks}.py` and `methods/config_dmd2.py`. Guidance is w. Student and critic take turns.
-Only the student's gradients are clipped. The heads that its Wan recipes judge with are none of ours yet, so a recipe
-with a discriminator is refused.
+`fastgen/configs/{config,opt,callbacks}.py`, `methods/config_{dmd2,self_forcing}.py` and `fastgen/trainer.py`. Guidance
+is w. Student and critic take turns: iterations count from 1, and each N-th is the student's. Only the student's
+gradients are clipped. The heads that its Wan recipes judge with are none of ours yet, so a recipe with a discriminator
+is refused.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ RULES: dict[str, Rule] = {
     f"{M}enable_gradient_in_rollout": must_be(True),
     f"{M}start_gradient_frame": must_be(0),
     f"{T}callbacks.grad_clip.grad_norm": number(f"{STUDENT}.optimizer.clip_norm"),
-    f"{T}max_iter": count("training.max_steps"),
+    f"{T}max_iter": to("training.max_steps", lambda value: positive(integer(value) - 1), "it counts from 1 up to it"),
     f"{T}save_ckpt_iter": count("checkpoint.every"),
     f"{T}seed": whole("seed"),
     f"{T}batch_size_global": to("training.global_batch_size", lambda value: None if value is None else integer(value)),
@@ -184,11 +185,12 @@ DEFAULTS = {
     **{f"{M}{name}_optimizer.{key}": value for name in ("net", "fake_score")
        for key, value in (("lr", 1e-4), ("betas", [0.9, 0.999]), ("weight_decay", 0.01), ("optim_type", "adamw"))},
     f"{M}guidance_scale": None, f"{M}fake_score_pred_type": None, f"{M}gan_loss_weight_gen": 0.001,
-    f"{M}student_update_freq": 5, f"{M}student_sample_steps": 1, f"{M}sample_t_cfg.time_dist_type": "polynomial",
+    f"{M}student_update_freq": 5,
     f"{M}sample_t_cfg.shift": 5.0, f"{M}sample_t_cfg.min_t": 0.002, f"{M}sample_t_cfg.max_t": 80.0,
     f"{M}precision": "float32", f"{T}callbacks.grad_clip.grad_norm": 10.0, f"{T}max_iter": 1000000,
     f"{T}save_ckpt_iter": 5000, f"{T}seed": 0, f"{M}use_ema": False,
 }  # fmt: skip
+METHOD_STEPS = {"dmd": 1, "self_forcing": 4}  # of a file without student_sample_steps
 HIGHEST = 0.999  # level of its rectified flow's pure noise
 
 
@@ -200,7 +202,7 @@ def finish(recipe: Recipe) -> None:
         return
     _networks(recipe, causal=kind == "self_forcing")
     _steps(recipe, kind)
-    _scores(recipe)
+    _scores(recipe, kind)
     if recipe.get("training.precision") == "bf16" and staged.get("stored") != "float32":
         recipe.refuse(
             f"{M}precision",
@@ -212,7 +214,8 @@ def finish(recipe: Recipe) -> None:
         recipe.drop("training.global_batch_size")
         rounds = staged.get("accumulation", 1)
         recipe.missing["training.global_batch_size"] = f"GPUs times dataloader_train.batch_size times {rounds}"
-    recipe.notes["training.update_schedule"] = "student and critic take turns: which one begins was not read"
+    recipe.set("training.critic_warmup_steps", recipe.get("training.generator_update_interval") - 1)
+    recipe.notes["training.critic_warmup_steps"] = "the student's first turn is iteration N"
     recipe.set("ema.decay", None)
     finish_data(recipe)
 
@@ -225,7 +228,10 @@ def _networks(recipe: Recipe, *, causal: bool) -> None:
         return
     if student[1] != causal:
         recipe.refuse(f"{M}net", "config_self_forcing takes a causal network, and config_dmd2 another one")
-    teacher = recipe.staged.get("teacher") or (student[0], False)
+    teacher = recipe.staged.get("teacher") or student
+    if teacher[1]:
+        recipe.refuse(f"{M}teacher", "its scores would be causal, for the teacher is the student's network or another "
+                      "causal one: name a network like Wan_1_3B_Config")  # fmt: skip
     for role, (name, _) in zip(NETWORKS, (student, teacher, teacher), strict=True):
         put_model(recipe, role, name)
     if causal and recipe.get("causal.num_frame_per_block") is None:
@@ -234,18 +240,23 @@ def _networks(recipe: Recipe, *, causal: bool) -> None:
 
 def _steps(recipe: Recipe, kind: str) -> None:
     """One step from noise, or a list; a bidirectional student of several steps starts from noised videos."""
-    count, steps = recipe.staged["steps"], recipe.get("schedule.denoising_step_list")
+    count, steps = recipe.staged.get("steps", METHOD_STEPS[kind]), recipe.get("schedule.denoising_step_list")
     if steps is None:
         steps = [HIGHEST * 1000 * (1 - i / count) for i in range(count)]
         recipe.set("schedule.denoising_step_list", steps)
         recipe.notes["schedule.denoising_step_list"] = "evenly down from 999, as its code has it without a t_list"
-    if count != len(steps) and not (kind == "self_forcing" and count == 1):
-        recipe.refuse(f"{M}student_sample_steps", f"t_list has {len(steps)}")
+    if count != len(steps):
+        recipe.refuse(f"{M}student_sample_steps", f"it is {count}, and t_list has {len(steps)}")
+    elif kind == "dmd" and count == 1 and steps != [HIGHEST * 1000]:
+        recipe.refuse(
+            f"{M}sample_t_cfg.t_list", "a student of one step learns from pure noise, 0.999, whatever it says"
+        )
     recipe.set("schedule.warp_denoising_step", False)
     if kind == "self_forcing":
         recipe.set("rollout.kind", "self_forcing")
         if recipe.get("rollout.same_step_across_blocks") is None:
-            recipe.refused.append(f"{M}same_step_across_blocks: the file leaves it out: write it")
+            recipe.set("rollout.same_step_across_blocks", True)
+            recipe.notes["rollout.same_step_across_blocks"] = "as its config_self_forcing has it"
     elif count == 1:
         recipe.set("rollout.kind", "backward_simulation")
     else:
@@ -254,9 +265,14 @@ def _steps(recipe: Recipe, kind: str) -> None:
         recipe.missing["data.latents"] = "made by `python preprocess.py video`: its students start from noised videos"
 
 
-def _scores(recipe: Recipe) -> None:
+def _scores(recipe: Recipe, kind: str) -> None:
     """u of [min_t, max_t], shifted and then within these bounds. Our bounds are of the shifted level."""
     staged = recipe.staged
+    if staged.get("density") is None and kind == "dmd":
+        recipe.refuse(
+            f"{M}sample_t_cfg.time_dist_type",
+            "config_dmd2 has polynomial, which Wan's levels do not know: write shifted or uniform",
+        )
     shift = staged["shift"] if staged.get("density") == "shifted" else 1.0
     low, high = staged["low"], min(staged["high"], HIGHEST)
     recipe.set("schedule.score_timestep_shift", shift)

@@ -3,7 +3,7 @@
 Read in NVlabs/rcm, `rcm/configs/experiments/rcm/wan2pt1_t2v.py` at 97578b7d and
 `rcm/models/t2v_model_distill_rcm.py` at 20207e56. Its loss is that of a continuous-time consistency model beside DMD.
 Its DMD alone rolls out 1 to 4 steps at random times. Nothing here does either, so every recipe is refused; `--check`
-shows what its options are here.
+shows what its options are here. Guidance is cond + g (cond - uncond). Student and critic take turns.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from importers.rules import (
     integer,
     must_be,
     number,
+    plus_one,
     refused,
     stage,
     truth,
@@ -41,6 +42,11 @@ EXPERIMENTS = {
         f"{M}tangent_warmup": 300, f"{M}teacher_ckpt": "assets/checkpoints/Wan2.1-T2V-14B.dcp/model",
     },
 }  # fmt: skip
+# what an experiment brings where no other word says it, whichever comes first
+OF_EXPERIMENT = {
+    "optimizer.lr": f"{STUDENT}.optimizer.lr", f"{M}optimizer_fake_score.lr": f"{CRITIC}.optimizer.lr",
+    f"{M}student_update_freq": "training.generator_update_interval",
+}  # fmt: skip
 CONSISTENCY = "of its consistency loss, which is none of ours"
 
 
@@ -48,8 +54,6 @@ def experiment(recipe: Recipe, value: Any) -> None:
     if value not in EXPERIMENTS:
         raise Untranslated(f"only {' and '.join(EXPERIMENTS)} are known")
     recipe.staged["experiment"] = value
-    for section, key in ((STUDENT, "optimizer.lr"), (CRITIC, f"{M}optimizer_fake_score.lr")):
-        recipe.set(f"{section}.optimizer.lr", EXPERIMENTS[value][key])
 
 
 def frames(recipe: Recipe, value: Any) -> None:
@@ -58,7 +62,7 @@ def frames(recipe: Recipe, value: Any) -> None:
 
 RULES: dict[str, Rule] = {
     "program": must_be("scripts.train"),
-    "experiment": Rule((f"{STUDENT}.optimizer.lr", f"{CRITIC}.optimizer.lr"), experiment),
+    "experiment": Rule(tuple(OF_EXPERIMENT.values()), experiment),
     "optimizer.lr": number(f"{STUDENT}.optimizer.lr"),
     "optimizer.weight_decay": number(f"{STUDENT}.optimizer.weight_decay"),
     "optimizer.betas": betas(STUDENT),
@@ -66,7 +70,7 @@ RULES: dict[str, Rule] = {
     f"{M}optimizer_fake_score.weight_decay": number(f"{CRITIC}.optimizer.weight_decay"),
     f"{M}optimizer_fake_score.betas": betas(CRITIC),
     f"{M}teacher_ckpt": stage("teacher", str, *(f"{name}.init" for name in NETWORKS)),
-    f"{M}teacher_guidance": number("objective.real_guidance_scale"),
+    f"{M}teacher_guidance": plus_one("objective.real_guidance_scale"),
     f"{M}student_update_freq": count("training.generator_update_interval"),
     f"{M}timestep_shift": number("schedule.score_timestep_shift"),
     f"{M}state_t": Rule(("data.wan.frames",), frames),
@@ -105,15 +109,19 @@ DEFAULTS = {
 
 def finish(recipe: Recipe) -> None:
     """What its options are here, and why a run of them would be another method's."""
-    known = EXPERIMENTS[str(recipe.staged.get("experiment") or DEFAULTS["experiment"])]
+    name = str(recipe.staged.get("experiment") or DEFAULTS["experiment"])
+    known = EXPERIMENTS[name]
+    for option, path in OF_EXPERIMENT.items():
+        if recipe.get(path) is None:
+            recipe.set(path, known[option])
     teacher = recipe.staged.get("teacher") or known[f"{M}teacher_ckpt"]
-    for name in NETWORKS:
-        put_model(recipe, name, str(teacher))
+    for network in NETWORKS:
+        put_model(recipe, network, str(teacher))
     recipe.set(f"{STUDENT}.optimizer.clip_norm", None)
     finish_data(recipe)
     recipe.refused.append(
-        "rCM: its consistency loss (sCM) and its DMD over random times in TrigFlow are none of ours, and a DMD run of "
-        "these options would be another method's: configs/wan2.1_1.3b/dmd_3step.yaml is our own DMD"
+        f"{name}: its consistency loss (sCM) and its DMD over random times in TrigFlow are none of ours, and a DMD run "
+        "of these options would be another method's: configs/wan2.1_1.3b/dmd_3step.yaml is our own DMD"
     )
 
 
@@ -124,6 +132,7 @@ DIALECT = Dialect(
         "data": {"kind": "wan", "real": False},
         "objective.kind": "dmd",
         "rollout.kind": "backward_simulation",
+        "training.update_schedule": "alternating",
         f"{STUDENT}.optimizer": {"kind": "adamw"},
         f"{CRITIC}.optimizer": {"kind": "adamw"},
     },

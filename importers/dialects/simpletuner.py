@@ -1,16 +1,19 @@
 """SimpleTuner's `config.json` for `distillation_method: dmd`, and its data backends as a second file.
 
-Read in bghira/SimpleTuner, `simpletuner/helpers/distillation/dmd/distiller.py` at 2eb7b31c and the DMD quickstart
+Read in bghira/SimpleTuner, `simpletuner/helpers/distillation/dmd/distiller.py` at 2eb7b31c, `self_forcing/pipeline.py`
+at f1ac2e21 and `scheduler.py` at 90969929 beside it, `documentation/DATALOADER.md` at 04265fc1 and the DMD quickstart
 (`documentation/distillation/FASTWAN_DMD.md`) at 0763a4ff. Guidance is uncond + w (cond - uncond), where 0 is none. Its
 student learns by flow matching on its videos in every iteration too, and in each N-th by DMD beside it; here it learns
-by DMD alone. Its scores draw a level for each frame; here a video has one.
+by DMD alone. Its scores draw a level for each frame; here a video has one. It takes the level of a timestep by place in
+the scheduler's table, and its critic's output for the noise; here both are as in the papers. It rolls out as many
+frames as its videos have.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from importers.data import finish_data, put_sizes
+from importers.data import STRIDE_T, finish_data, put_sizes
 from importers.lora import ATTENTION, adapter_keys, put_adapter
 from importers.networks import NETWORKS, base, spread_base
 from importers.recipe import Dialect, Recipe, Rule, Untranslated
@@ -92,6 +95,13 @@ def flavour(recipe: Recipe, value: Any) -> None:
     recipe.staged["flavour"] = FLAVOURS[value]
 
 
+def frames(recipe: Recipe, value: Any) -> None:
+    known = recipe.staged.get("pixels", {}).get("frames")
+    if known not in (None, positive(value)):
+        raise Untranslated(f"other videos of it have {known} frames, and all have as many here")
+    put_sizes(recipe, "pixels", frames=positive(value))
+
+
 def low_bits(recipe: Recipe, value: Any) -> None:
     """Raises Untranslated for base weights of few bits."""
     if value not in (None, "no_change"):
@@ -118,7 +128,6 @@ RULES: dict[str, Rule] = {
     f"{D}independent_first_frame": flag("causal.independent_first_frame"),
     f"{D}same_step_across_blocks": flag("rollout.same_step_across_blocks"),
     f"{D}last_step_only": flag("rollout.last_step_only"),
-    f"{D}num_training_frames": Rule(("data.wan.frames",), lambda r, v: put_sizes(r, "size", frames=positive(v))),
     f"{D}context_noise": number("causal.context_noise"),
     f"{D}ts_schedule": flag("schedule.ts_schedule"),
     f"{D}ts_schedule_max": flag("schedule.ts_schedule_max"),
@@ -141,7 +150,7 @@ RULES: dict[str, Rule] = {
     "seed": whole("seed"),
     "use_ema": stage("use_ema", truth, "ema.decay"),
     "ema_decay": number("ema.decay"),
-    "ema_update_interval": count("ema.every"),
+    "ema_update_interval": stage("ema_every", positive, "ema.every", "ema.decay"),
     "ema_validation": one_of("validation.weights", {"ema_only": "ema", "none": "raw", "comparison": "both"}),
     "checkpointing_steps": count("checkpoint.every"),
     "checkpoint_step_interval": count("checkpoint.every"),
@@ -175,15 +184,16 @@ RULES: dict[str, Rule] = {
     **harmless(SOURCE, "data_backend_config", "aspect_bucket_rounding", "resolution", "resolution_type",
                "minimum_image_size", "delete_problematic_images", "disable_bucket_pruning"),
     **harmless("max_train_steps ends the run", "num_train_epochs", "ignore_final_epochs"),
+    **harmless("the rollout is as long as its videos", f"{D}num_training_frames"),
     **harmless(UNREAD, f"{D}simulate_generator_forward", f"{D}fake_score_lr_scheduler", f"{D}min_lr_ratio",
                f"{D}min_score_timestep", f"{D}timestep_shift", f"{D}fake_score_use_ema", f"{D}adversarial_weight",
                f"{D}shift"),
-    f"{B}num_frames": Rule(("data.wan.frames",), lambda r, v: put_sizes(r, "pixels", frames=positive(v))),
+    f"{B}video.num_frames": Rule(("data.wan.frames",), frames),
+    **harmless("its loader reads video.num_frames", f"{B}num_frames"),
     f"{B}dataset_type": must_be("video", "text_embeds", why="its videos and their texts alone"),
     **harmless(SOURCE, f"{B}id", f"{B}type", f"{B}cache_dir", f"{B}cache_dir_vae", f"{B}resolution_type", f"{B}crop",
                f"{B}frame_interval", f"{B}resolution", f"{B}minimum_image_size", f"{B}repeats", f"{B}default",
-               f"{B}instance_data_dir", f"{B}caption_strategy", f"{B}disabled", f"{B}video.num_frames",
-               f"{B}video.min_frames"),
+               f"{B}instance_data_dir", f"{B}caption_strategy", f"{B}disabled", f"{B}video.min_frames"),
 }  # fmt: skip
 DEFAULTS: dict[str, Any] = {
     "distillation_method": "dmd", f"{D}dmd_denoising_steps": "1000,757,522", f"{D}generator_update_interval": 1,
@@ -191,7 +201,7 @@ DEFAULTS: dict[str, Any] = {
     f"{D}fake_score_weight_decay": 0.01, f"{D}fake_score_betas": [0.9, 0.999], f"{D}fake_score_eps": 1e-8,
     f"{D}fake_score_grad_clip": 1.0, f"{D}min_timestep_ratio": 0.02, f"{D}max_timestep_ratio": 0.98,
     f"{D}num_frame_per_block": 3, f"{D}independent_first_frame": False, f"{D}same_step_across_blocks": False,
-    f"{D}last_step_only": False, f"{D}num_training_frames": 21, f"{D}context_noise": 0, f"{D}ts_schedule": True,
+    f"{D}last_step_only": False, f"{D}context_noise": 0, f"{D}ts_schedule": True,
     f"{D}ts_schedule_max": False, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01,
     "adam_epsilon": 1e-8, "grad_clip_method": "value", "max_grad_norm": 2.0, "train_batch_size": 1,
     "gradient_accumulation_steps": 1, "use_ema": False, "ema_decay": 0.995, "model_type": "lora", "lora_rank": 16,
@@ -213,11 +223,16 @@ def finish(recipe: Recipe) -> None:
     recipe.set("training.critic_warmup_steps", interval - 1)
     recipe.notes["training.critic_warmup_steps"] = f"its DMD begins in iteration {interval}"
     recipe.notes["objective.kind"] = "its student learns by flow matching on its videos too, in every iteration"
+    recipe.set("objective.critic_loss", "flow")
+    recipe.notes["objective.critic_loss"] = "its critic's output is held against the noise, here against the velocity"
+    recipe.notes["schedule.denoising_step_list"] = (
+        "timestep t is the level t/1000; there it is entry t of the scheduler's table, which falls from pure noise"
+    )
     recipe.notes["schedule.score_timestep_shift"] = "none: it draws whole timesteps evenly, one for each frame"
     recipe.missing[GLOBAL] = f"{recipe.get('training.micro_batch_size') * staged['accumulation']} times the GPUs"
     _exit_steps(recipe)
-    if not staged["use_ema"]:
-        recipe.set("ema.decay", None)
+    _average(recipe)
+    _whole_blocks(recipe)
     spread_base(recipe, staged.get("flavour", FLAVOURS["t2v-480p-1.3b-2.1"]))
     if staged["is_lora"]:
         alpha = staged.get("lora_alpha")
@@ -233,6 +248,33 @@ def _exit_steps(recipe: Recipe) -> None:
         recipe.set("rollout.same_step_across_blocks", True)
         recipe.notes["rollout.same_step_across_blocks"] = (
             "it draws a step for each block and takes the last one's for ts_schedule; here that needs one for all"
+        )
+
+
+def _average(recipe: Recipe) -> None:
+    """Its average follows iterations, ours the student's updates, which are each N-th of them."""
+    if not recipe.staged["use_ema"]:
+        recipe.set("ema.decay", None)
+        return
+    interval, every = recipe.get("training.generator_update_interval"), recipe.staged.get("ema_every", 1)
+    if every % interval == 0:
+        recipe.set("ema.every", every // interval)
+        recipe.notes["ema.every"] = f"each {every} iterations, of which each {interval}-th is an update of the student"
+    elif interval % every == 0 and 0 <= (decay := recipe.get("ema.decay")) <= 1:
+        recipe.set("ema.decay", decay ** (interval // every))
+        recipe.notes["ema.decay"] = f"{decay} to the power of {interval // every}: of all iterations up to an update"
+    else:
+        recipe.refuse("ema_update_interval", f"it falls on no whole number of the student's updates, each {interval}")
+
+
+def _whole_blocks(recipe: Recipe) -> None:
+    if (pixels := recipe.staged.get("pixels", {}).get("frames")) is None:
+        return
+    count = (pixels - 1) // STRIDE_T + 1
+    block, first = recipe.get("causal.num_frame_per_block"), int(recipe.get("causal.independent_first_frame"))
+    if count <= first or (count - first) % block:
+        recipe.refuse(
+            "video.num_frames", f"{count} latent frames are not whole blocks of {block}, and its code stops at that"
         )
 
 

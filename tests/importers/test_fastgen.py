@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,16 @@ def test_dmd() -> None:
     assert (run.training.global_batch_size, run.seed) == (64, 7)
 
 
+def test_iterations_count_from_one() -> None:
+    """`for i in range(1, max_iter)`, in which the student has those that N divides."""
+    recipe, run = imported("fastgen", DMD)
+    theirs = [i % 5 == 0 for i in range(1, 6000)]
+    assert run.training.max_steps == len(theirs) == 5999
+    assert [run.training.trains_generator(step) for step in range(5999)] == theirs
+    assert [run.training.trains_critic(step) for step in range(5999)] == [not student for student in theirs]
+    assert "training.critic_warmup_steps" in recipe.notes
+
+
 def test_levels_are_shifted_between_bounds() -> None:
     """u of [min_t, max_t], shifted, then within min_t and max_t."""
     _, run = imported("fastgen", DMD)
@@ -52,9 +63,40 @@ def test_self_forcing() -> None:
     assert "training.global_batch_size" in recipe.missing
 
 
+def test_self_forcing_defaults_are_its_methods() -> None:
+    """Four steps, one exit step for all blocks and even levels, where config_dmd2 has one step and polynomial ones."""
+    options = read_options(SELF_FORCING)
+    for name in ("student_sample_steps", "sample_t_cfg.t_list", "same_step_across_blocks",
+                 "sample_t_cfg.time_dist_type"):  # fmt: skip
+        del options[f"model.{name}"]
+    recipe = recipe_of("fastgen", options)
+    assert refusals(recipe) == []
+    assert recipe.get("schedule.denoising_step_list") == pytest.approx([999, 749.25, 499.5, 249.75])
+    assert recipe.get("rollout.same_step_across_blocks") is True
+    assert recipe.get("schedule.score_timestep_shift") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("file", "left_out", "changes", "says"),
+    [
+        (DMD, "sample_t_cfg.time_dist_type", {}, "model.sample_t_cfg.time_dist_type: config_dmd2 has polynomial"),
+        (DMD, "student_sample_steps", {}, "model.student_sample_steps: it is 1, and t_list has 4"),
+        (DMD, "", {"student_sample_steps": 1, "sample_t_cfg.t_list": [0.9, 0.0]}, "model.sample_t_cfg.t_list"),
+        (SELF_FORCING, "", {"student_sample_steps": 1}, "model.student_sample_steps: 1: it is 1, and t_list has 4"),
+        (SELF_FORCING, "teacher", {}, "model.teacher: its scores would be causal"),
+        (SELF_FORCING, "", {"teacher": "CausalWan_14B_Config"}, "model.teacher: 'CausalWan_14B_Config': its scores"),
+    ],
+)
+def test_what_its_code_would_do_otherwise(file: Path, left_out: str, changes: dict[str, Any], says: str) -> None:
+    options = {**read_options(file), **{f"model.{name}": value for name, value in changes.items()}}
+    options.pop(f"model.{left_out}", None)
+    (problem,) = refusals(recipe_of("fastgen", options))
+    assert problem.startswith(says)
+
+
 def test_words_of_a_command_come_after_the_file() -> None:
     recipe, run = imported("fastgen", DMD, Path(__file__).parent / "fastgen_overrides.sh")
-    assert (run.training.max_steps, run.objective.real_guidance_scale) == (100, 4.0)
+    assert (run.training.max_steps, run.objective.real_guidance_scale) == (99, 4.0)
     assert refusals(recipe) == []
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from importers.read import read_options
 from importers.translate import refusals
 from model.network import LoraConfig
 from tests.importers.cases import RECIPES, imported, recipe_of
@@ -20,12 +23,53 @@ def test_both_files() -> None:
     assert (run.schedule.timestep_shift, run.schedule.score_timestep_shift) == (5.0, 1.0)
     assert (run.schedule.min_score_timestep, run.schedule.max_score_timestep) == (20, 980)
     assert run.schedule.ts_schedule and run.rollout.same_step_across_blocks
-    assert (run.ema.decay, run.ema.every) == (0.99, 5)
+    assert (run.ema.decay, run.ema.every) == (0.99, 1)  # each 5th iteration is an update
     assert (run.data.wan.frames, run.data.text.quantization.value) == (21, "int8")
     assert run.student.lora == LoraConfig(rank=128, alpha=64.0, targets=["q", "k", "v", "o"], share=True)
     assert run.critic is not None and run.critic.lora is None
-    assert {"critic.lora", "objective.kind", "schedule.score_timestep_shift"} <= recipe.notes.keys()
+    notes = {"critic.lora", "objective.kind", "objective.critic_loss", "schedule.denoising_step_list"}
+    assert {*notes, "schedule.score_timestep_shift"} <= recipe.notes.keys()
     assert "training.global_batch_size" in recipe.missing  # it grows with the GPUs
+
+
+def test_frames_are_those_of_its_videos() -> None:
+    """Its rollout takes the shape of the batch; num_training_frames bounds nothing."""
+    videos = "backend.videos.video.num_frames"
+    changes = {videos: 105, "distillation_config.num_training_frames": 21}
+    _, run = imported("simpletuner", CONFIG, BACKENDS, **changes)
+    assert run.data.wan.frames == 27
+    recipe, run = imported("simpletuner", CONFIG)
+    assert run.data.wan.frames == 21 and "data.wan.frames" in recipe.missing
+    options = read_options(CONFIG, BACKENDS)
+    (problem,) = refusals(recipe_of("simpletuner", {**options, videos: 121}))
+    assert problem.startswith(f"{videos}: 121: 31 latent frames are not whole blocks of 3")
+    (problem,) = refusals(recipe_of("simpletuner", {**options, "backend.more.video.num_frames": 49}))
+    assert problem.startswith("backend.more.video.num_frames: 49: other videos of it have 81 frames")
+
+
+@pytest.mark.parametrize(
+    ("every", "interval", "ours"),
+    [(1, 5, (0.99**5, 1)), (5, 5, (0.99, 1)), (10, 5, (0.99, 2)), (2, 4, (0.99**2, 1)), (3, 1, (0.99, 3))],
+)
+def test_its_average_follows_iterations(every: int, interval: int, ours: tuple[float, int]) -> None:
+    """The same average of a weight that only the student's updates change."""
+    changes = {"ema_update_interval": every, "distillation_config.generator_update_interval": interval}
+    _, run = imported("simpletuner", CONFIG, BACKENDS, **changes)
+    assert run.ema.decay == pytest.approx(ours[0])
+    assert run.ema.every == ours[1]
+    theirs = mine = 0.0
+    for iteration in range(1, 40 + interval):  # up to the student's next update
+        update = iteration // interval
+        theirs = 0.99 * theirs + 0.01 * update if iteration % every == 0 else theirs
+    for update in range(1, 40 // interval + 1):
+        mine = ours[0] * mine + (1 - ours[0]) * update if update % ours[1] == 0 else mine
+    assert mine == pytest.approx(theirs)
+
+
+def test_an_average_beside_the_updates_is_refused() -> None:
+    options = {**read_options(CONFIG, BACKENDS), "ema_update_interval": 3}
+    (problem,) = refusals(recipe_of("simpletuner", options))
+    assert problem.startswith("ema_update_interval: 3: it falls on no whole number")
 
 
 def test_what_the_quickstart_asks_of_a_later_version() -> None:
