@@ -50,7 +50,7 @@ def main() -> int:
     if args.check:
         print(table(recipe), end="")
     if problems:
-        print(f"import_recipe.py: error: {refusal(source, problems)}", file=sys.stderr)
+        print(f"import_recipe.py: error: {refusal(source, problems)}", file=sys.stderr, flush=True)
         return 2
     if not args.check:
         put_out(to_text(recipe, source), args.out)
