@@ -27,6 +27,7 @@ from importers.rules import (
     refused,
     stage,
     student_updates,
+    to,
     truth,
 )
 
@@ -57,7 +58,7 @@ RULES: dict[str, Rule] = {
     **ADAPTER,
     "image_or_video_shape": Rule(("data.wan.height", "data.wan.width"), shape),
     "gradient_accumulation_steps": stage("accumulation", positive, "training.global_batch_size"),
-    "max_iters": count("training.max_steps"),
+    "max_iters": to("training.max_steps", lambda value: positive(value) + 1, "it ends after one iteration more"),
     "max_checkpoints": count("checkpoint.keep_last"),
     "min_num_training_frames": stage("least", positive, "data.wan.frames"),
     "num_training_frames": stage("most", positive, "rollout.num_training_frames"),
@@ -88,6 +89,9 @@ def finish(recipe: Recipe) -> None:
     if "rank" in staged:
         for network in ("student", "critic") if staged.get("critic_too", True) else ("student",):
             put_adapter(recipe, network, staged["rank"], staged.get("alpha"), BLOCK)
+        recipe.set("ema.decay", None)
+        recipe.drop("ema.start")
+        recipe.notes["ema.decay"] = "its code keeps no average of adapters"
     self_forcing.put_batch(recipe, staged["accumulation"])
     if recipe.get(f"{CRITIC}.optimizer.lr") is None:
         recipe.set(f"{CRITIC}.optimizer.lr", recipe.get(f"{STUDENT}.optimizer.lr"))

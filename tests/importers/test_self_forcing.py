@@ -68,13 +68,15 @@ def test_longlive() -> None:
     _, run = imported("longlive", LONGLIVE)
     assert (run.causal.window_frames, run.causal.sink_frames) == (12, 3)
     assert (run.data.wan.frames, run.rollout.num_training_frames) == (21, 27)
-    assert (run.training.max_steps, run.checkpoint.keep_last) == (700, 3)
+    assert (run.training.max_steps, run.checkpoint.keep_last) == (701, 3)
     assert run.objective.real_guidance_scale == 4.0
     lora = run.student.lora
     assert run.critic is not None and lora is not None and run.critic.lora is not None
     assert (lora.rank, lora.alpha, lora.targets) == (256, 128.0, ["q", "k", "v", "o", "ffn.0", "ffn.2"])
     options = {name: value for name, value in read_options(LONGLIVE).items() if not name.startswith("adapter")}
-    assert recipe_of("longlive", options).get("student.lora") is None
+    plain = recipe_of("longlive", options)
+    assert plain.get("student.lora") is None
+    assert (run.ema.decay, plain.get("ema.decay")) == (None, 0.99)  # of adapters it keeps no average
     options = {**read_options(LONGLIVE), "adapter.apply_to_critic": False}
     assert recipe_of("longlive", options).get("critic.lora") is None
 

@@ -85,12 +85,17 @@ def test_what_the_quickstart_asks_of_a_later_version() -> None:
 
 
 def test_its_defaults() -> None:
-    recipe = recipe_of("simpletuner", {"optimizer": "adamw", "learning_rate": 1e-4, "use_ema": True})
+    recipe = recipe_of("simpletuner", {"optimizer": "torch-adamw", "learning_rate": 1e-4, "use_ema": True})
     assert refusals(recipe) == []
     get = recipe.get
     assert get("schedule.denoising_step_list") == [1000, 757, 522]
     assert (get("generator_training.optimizer.clip_value"), get("ema.decay")) == (2.0, 0.995)
-    assert get("student.lora.rank") == 16  # a LoRA, where model_type is left out
+    assert get("student.lora") is None and get("training.micro_batch_size") == 4
+    assert get("generator_training.optimizer.betas") == [0.9, 0.999]
     assert get("teacher.init") == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    full = recipe_of("simpletuner", {"optimizer": "adamw", "learning_rate": 1e-4, "model_type": "full", "lora_rank": 4})
-    assert full.get("student.lora") is None
+    adapter = {"optimizer": "torch-adamw", "learning_rate": 1e-4, "model_type": "lora"}
+    assert recipe_of("simpletuner", adapter).get("student.lora.rank") == 16
+    for name in ("adamw", "optimi-lion"):
+        (problem,) = refusals(recipe_of("simpletuner", {**adapter, "optimizer": name}))
+        assert problem.startswith(f"optimizer: '{name}': AdamW alone is ours; its name of ours is torch-adamw")
+    assert refusals(recipe_of("simpletuner", {"learning_rate": 1e-4})) != []  # its code needs an optimizer
