@@ -2,8 +2,9 @@
 
 Read in tianweiy/CausVid, `causvid/dmd.py` at ab7dcce2, and in copies of it `train_distillation.py` and
 `wan_causal_dmd.yaml`. Guidance is cond + s (cond - uncond). One rate and one pair of betas are both networks'. There is
-no average. Its causal student learns from noised videos, a level for each block, and where its list ends in 0 from
-clean ones too: nothing here does that, so its recipes with a bidirectional student alone are carried over.
+no average. Its causal student learns from noised videos, a level for each block, which is our diffusion_forcing. A list
+that ends in 0, as those of its published causal recipes do, trains it on clean blocks too, which is none of ours. The
+student's shift is 8, whatever a file says.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from importers.data import finish_data, put_sizes
+from importers.dialects.self_forcing import flow, seed
 from importers.networks import NETWORKS, put_model, weights
 from importers.recipe import Dialect, Recipe, Rule, Untranslated
 from importers.rules import (
@@ -18,8 +20,10 @@ from importers.rules import (
     LOGGING,
     SPEED,
     STUDENT,
+    UNREAD,
     checkpointing,
     count,
+    flag,
     harmless,
     integer,
     listed,
@@ -27,6 +31,7 @@ from importers.rules import (
     number,
     one_of,
     plus_one,
+    positive,
     precision,
     real,
     refused,
@@ -34,10 +39,10 @@ from importers.rules import (
     text,
     to,
     truth,
-    whole,
 )
 
-CAUSAL = "its causal student learns from noised videos, a level for each block, which is none of ours"
+SHIFT = 8.0  # of the student's steps, in its code
+CAUSAL_NETS, CAUSAL_TASKS = {"wan": False, "causal_wan": True}, {"bidirectional_video": False, "causal_video": True}
 BOTH = (STUDENT, CRITIC)
 
 
@@ -65,6 +70,17 @@ def levels(value: Any) -> list[int]:
     return found
 
 
+def causal(name: str, known: dict[str, bool]) -> Rule:
+    """Whether the student's network, or its task, goes block by block."""
+
+    def carry(recipe: Recipe, value: Any) -> None:
+        if value not in known:
+            raise Untranslated(f"only {', '.join(known)} can be carried over")
+        recipe.staged[name] = known[value]
+
+    return Rule(("rollout.kind",), carry)
+
+
 def shape(recipe: Recipe, value: Any) -> None:
     """[B, F, C, H, W] of latents."""
     _, frames, channels, height, width = map(integer, value)
@@ -79,26 +95,26 @@ def trained(role: str) -> Rule:
 
 RULES: dict[str, Rule] = {
     "model_name": must_be("wan"),
-    "generator_name": must_be("wan", why=CAUSAL),
+    "generator_name": causal("net", CAUSAL_NETS),
     "real_name": must_be("wan"),
     "fake_name": must_be("wan"),
     "generator_ckpt": weights("student"),
-    "generator_task": must_be("bidirectional_video", why=CAUSAL),
-    "generator_task_type": must_be("bidirectional_video", why=CAUSAL),
+    "generator_task": causal("task", CAUSAL_TASKS),
+    "generator_task_type": causal("task_type", CAUSAL_TASKS),
     "real_task_type": must_be("bidirectional_video"),
     "fake_task_type": must_be("bidirectional_video"),
     "i2v": must_be(False),
     **{f"{role}_grad.model": trained(role) for role in ("generator", "real_score", "fake_score")},
     "distillation_loss": one_of("objective.kind", {"dmd": "dmd"}),
     "denoising_step_list": to("schedule.denoising_step_list", levels),
-    "warp_denoising_step": must_be(False),
+    "warp_denoising_step": flag("schedule.warp_denoising_step"),
     "backward_simulation": stage("simulated", truth, "rollout.kind"),
     "num_train_timestep": must_be(1000),
     "timestep_shift": number("schedule.score_timestep_shift"),
     "real_guidance_scale": plus_one("objective.real_guidance_scale"),
-    "denoising_loss_type": one_of("objective.critic_loss", {"flow": "flow"}),
+    "denoising_loss_type": to("objective.critic_loss", flow),
     "mixed_precision": precision,
-    "seed": whole("seed"),
+    "seed": Rule(("seed",), seed),
     "lr": Rule(tuple(f"{section}.optimizer.lr" for section in BOTH), rate),
     "beta1": one_beta(0),
     "beta2": one_beta(1),
@@ -109,36 +125,58 @@ RULES: dict[str, Rule] = {
     "dfake_gen_update_ratio": count("training.generator_update_interval"),
     "image_or_video_shape": Rule(("data.wan.frames", "data.wan.height", "data.wan.width"), shape),
     "gradient_checkpointing": checkpointing,
-    "num_frame_per_block": Rule((), lambda recipe, value: None, "of a causal student"),
+    "num_frame_per_block": stage("block", positive, "causal.num_frame_per_block", why="of a causal student"),
     "model_path": refused("its code loads the 1.3B of its own folder"),
+    **harmless(UNREAD, "extra_noise_step"),
+    **harmless("of another stage's trainer", "max_pair"),
     **harmless(LOGGING, "wandb_host", "wandb_key", "wandb_entity", "wandb_project", "wandb_name", "output_path",
                "no_save", "no_visualize"),
     **harmless(SPEED, "sharding_strategy", *(f"{role}_fsdp_{what}" for what in ("wrap_strategy", "transformer_module")
                for role in ("generator", "real_score", "fake_score", "text_encoder"))),
 }  # fmt: skip
-DEFAULTS = {"backward_simulation": True, "timestep_shift": 1.0, "beta1": 0.9, "beta2": 0.999, "seed": 0}
+DEFAULTS = {
+    "backward_simulation": True, "timestep_shift": 1.0, "beta1": 0.9, "beta2": 0.999, "seed": 0,
+    "warp_denoising_step": False, "num_frame_per_block": 1,
+}  # fmt: skip
 
 
 def finish(recipe: Recipe) -> None:
     for name in NETWORKS:
         put_model(recipe, name, "Wan2.1-T2V-1.3B")
-    stored = recipe.staged.get("stored")
-    if recipe.staged["simulated"]:
-        recipe.set("rollout.kind", "backward_simulation")
-        recipe.set("data.prompts", stored)
-    else:
-        recipe.set("rollout.kind", "noised_data")
-        recipe.values["data"] |= {"real": True, "latents": stored}
-        recipe.notes["data.latents"] = "its LMDB of trajectories, of which the clean ends are read"
+    _rollout(recipe)
     for section in BOTH:
         recipe.set(f"{section}.optimizer.weight_decay", 0.01)
         recipe.set(f"{section}.optimizer.clip_norm", 10.0)
-    recipe.set("schedule.warp_denoising_step", False)
+    recipe.set("schedule.timestep_shift", SHIFT)
     recipe.set("ema.decay", None)
     micro = recipe.get("training.micro_batch_size") or 1
     recipe.missing["training.global_batch_size"] = f"{micro} times the GPUs"
     recipe.missing["training.max_steps"] = "its code trains until somebody ends it"
     finish_data(recipe)
+
+
+def _rollout(recipe: Recipe) -> None:
+    """Simulated from noise, or noised from videos: one level a sample, or one a block of a causal student."""
+    staged = recipe.staged
+    net, simulated, stored = staged.get("net", False), staged["simulated"], staged.get("stored")
+    task = staged.get("task_type", staged.get("task", False))
+    if net != task:
+        recipe.refuse("generator_name", "its task is the other kind's: causal_wan and causal_video go together here")
+    said = {line.option for line in recipe.lines}
+    for name in ("real_task_type", "fake_task_type"):
+        if staged.get("task", False) and name not in said:
+            recipe.refuse(name, "left out it is generator_task: scores of a level for each block are none of ours")
+    if net and simulated:
+        recipe.refuse("backward_simulation", "its causal student is simulated nowhere, and its code stops at that")
+    if simulated:
+        recipe.set("rollout.kind", "backward_simulation")
+        recipe.set("data.prompts", stored)
+        return
+    recipe.set("rollout.kind", "diffusion_forcing" if net else "noised_data")
+    recipe.values["data"] |= {"real": True, "latents": stored}
+    recipe.notes["data.latents"] = "its LMDB of trajectories, of which the clean ends are read"
+    if net:
+        recipe.set("causal.num_frame_per_block", staged["block"])
 
 
 DIALECT = Dialect(

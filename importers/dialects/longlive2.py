@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from importers.data import finish_data, put_sizes
-from importers.dialects.longlive import ADAPTER, BLOCK
-from importers.lora import put_adapter
+from importers.dialects.longlive import ADAPTER, put_adapters
 from importers.networks import NETWORKS, put_model, weights
 from importers.recipe import Dialect, Recipe, Rule
 from importers.rules import (
@@ -29,6 +28,7 @@ from importers.rules import (
     flag,
     harmless,
     integer,
+    later,
     must_be,
     number,
     one_of,
@@ -100,6 +100,7 @@ RULES: dict[str, Rule] = {
     "inference.multi_shot_rope_offset": refused("an offset of a shot is none of ours"),
     "infra.mixed_precision": precision,
     "infra.gradient_checkpointing": checkpointing,
+    "infra.*quant*": later("arithmetic in NVFP4"),
     "infra.sequence_parallel_size": count("parallel.sequence"),
     "logging.seed": whole("seed"),
     **harmless("of its first stage", f"{A}causal", f"{A}teacher_forcing", f"{T}error_recycling.*",
@@ -118,9 +119,7 @@ def finish(recipe: Recipe) -> None:
     staged = recipe.staged
     for name in NETWORKS:
         put_model(recipe, name, str(staged.get("model") or "Wan2.2-TI2V-5B"))
-    if "rank" in staged:
-        for network in ("student", "critic") if staged.get("critic_too", True) else ("student",):
-            put_adapter(recipe, network, staged["rank"], staged.get("alpha"), BLOCK)
+    put_adapters(recipe)
     finish_data(recipe)
     recipe.refused.append(
         "LongLive 2: its DMD normalises each block, samples evenly spaced steps and pins a sink for each shot, and its "

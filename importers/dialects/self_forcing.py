@@ -1,7 +1,10 @@
 """Self-Forcing (arXiv 2506.08009): its YAML over its `default_config.yaml`.
 
 Its own trainer is the only one that is carried over. Guidance is cond + s (cond - uncond). A network whose name is left
-out is Wan2.1's 1.3B, and `ts_schedule` is true where a file does not say it.
+out is Wan2.1's 1.3B, and `ts_schedule` is true where a file does not say it. Its bounds lie on the score's timestep
+before the shift, so they are ours where both shifts are one.
+
+Read in guandeh17/Self-Forcing, `model/dmd.py` at 42be74d7, and in copies of its `default_config.yaml`.
 """
 
 from __future__ import annotations
@@ -67,6 +70,12 @@ def seed(recipe: Recipe, value: Any) -> None:
         recipe.notes["seed"] = "its 0 draws a seed anew for every run; here it is the number 0"
 
 
+def flow(value: Any) -> str:
+    if value != "flow":
+        raise Untranslated("flow alone can run there: its other losses need a table that its scheduler does not have")
+    return "flow"
+
+
 # what every project that grew out of this code reads alike
 SHARED: dict[str, Rule] = {
     "generator_ckpt": weights("student"),
@@ -78,7 +87,7 @@ SHARED: dict[str, Rule] = {
     "ts_schedule_max": flag("schedule.ts_schedule_max"),
     "min_score_timestep": stage("least_score", real, "schedule.min_score_timestep"),
     "num_train_timestep": must_be(1000),
-    "timestep_shift": number("schedule.score_timestep_shift"),
+    "timestep_shift": to("schedule.score_timestep_shift", lambda value: max(real(value), 1.0), "1 or less is none"),
     "model_kwargs.timestep_shift": number("schedule.timestep_shift"),
     "model_kwargs.local_attn_size": Rule(("causal.window_frames",), window),
     "model_kwargs.sink_size": whole("causal.sink_frames"),
@@ -87,7 +96,7 @@ SHARED: dict[str, Rule] = {
     ),
     "real_guidance_scale": plus_one("objective.real_guidance_scale"),
     "fake_guidance_scale": plus_one("objective.fake_guidance_scale"),
-    "denoising_loss_type": one_of("objective.critic_loss", {"flow": "flow", "x0": "x0"}),
+    "denoising_loss_type": to("objective.critic_loss", flow),
     "trainer": one_of("trainer", {"score_distillation": "score_distillation"}),
     "mixed_precision": precision,
     "seed": Rule(("seed",), seed),
@@ -119,6 +128,10 @@ SHARED: dict[str, Rule] = {
     "load_raw_video": must_be(False),
     "causal": must_be(True),
     "i2v": must_be(False),
+    "backward_simulation": must_be(True),
+    **harmless(
+        "of another stage's trainer", "teacher_forcing", "noise_augmentation_max_timestep", "max_pair",
+    ),
     **harmless(
         LOGGING, "wandb*", "disable_wandb", "logdir", "config_name", "no_save", "no_visualize",
     ),
@@ -133,6 +146,13 @@ SHARED: dict[str, Rule] = {
     **harmless(UNREAD, "discriminator_lr_multiplier"),
 }  # fmt: skip
 
+# options without a default in its code, and our key of each
+REQUIRED = {
+    "objective.kind": "distribution_loss", "objective.critic_loss": "denoising_loss_type",
+    "objective.real_guidance_scale": "guidance_scale", "schedule.denoising_step_list": "denoising_step_list",
+    f"{STUDENT}.optimizer.lr": "lr", "ema.decay": "ema_weight", "ema.start": "ema_start_step",
+    "training.generator_update_interval": "dfake_gen_update_ratio", "training.precision": "mixed_precision",
+}  # fmt: skip
 SHARED_DEFAULTS = {
     "real_name": BASE, "fake_name": BASE, "warp_denoising_step": False, "ts_schedule": True, "ts_schedule_max": False,
     "min_score_timestep": 0, "timestep_shift": 1.0, "model_kwargs.timestep_shift": 8.0, "seed": 0,
@@ -152,7 +172,9 @@ RULES: dict[str, Rule] = {
 
 def finish(recipe: Recipe) -> None:
     """The parts that all dialects of this ancestry share."""
+    require(recipe)
     guide(recipe)
+    exit_bounds(recipe)
     bound(recipe)
     spread_base(recipe, BASE)
     if (rate := recipe.get(f"{STUDENT}.optimizer.lr")) is not None and recipe.get(f"{CRITIC}.optimizer.lr") is None:
@@ -162,6 +184,35 @@ def finish(recipe: Recipe) -> None:
     put_batch(recipe)
     finish_data(recipe)
     student_updates(recipe)
+
+
+def require(recipe: Recipe) -> None:
+    """What its code has no default for is to be filled in, where the file leaves it out."""
+    said = {line.option for line in recipe.lines} | ({"guidance_scale"} if "guidance" in recipe.staged else set())
+    said |= {"guidance_scale"} if "real_guidance_scale" in said else set()
+    for key, option in REQUIRED.items():
+        if option not in said:
+            recipe.missing[key] = f"the file leaves {option} out, and its code has no default"
+    if recipe.get("ema.start") == 0 and recipe.get("ema.decay") is not None:
+        recipe.notes["ema.start"] = "its average begins with the base model's weights, not with generator_ckpt's"
+
+
+def exit_bounds(recipe: Recipe) -> None:
+    """Where blocks leave at steps of their own it has no bounds; else they are taken before the score's shift."""
+    switches = [name for name in ("ts_schedule", "ts_schedule_max") if recipe.get(f"schedule.{name}")]
+    if recipe.get("rollout.same_step_across_blocks") is False:
+        for name in switches:
+            recipe.set(f"schedule.{name}", False)
+            recipe.notes[f"schedule.{name}"] = "without effect there where blocks leave at steps of their own"
+        return
+    shifts = recipe.get("schedule.timestep_shift"), recipe.get("schedule.score_timestep_shift")
+    within = len(recipe.get("schedule.denoising_step_list") or []) > 1  # else the bounds are pure noise and none
+    for name in switches if within and shifts[0] != shifts[1] else []:
+        recipe.refuse(
+            name,
+            f"its bound is a step's level under model_kwargs.timestep_shift {shifts[0]}, shifted by timestep_shift "
+            f"{shifts[1]}; here it is the step's own level. Make both shifts one, or set it to false",
+        )
 
 
 def put_batch(recipe: Recipe, accumulation: int = 1) -> None:
@@ -181,11 +232,16 @@ def bound(recipe: Recipe) -> None:
 
 
 def guide(recipe: Recipe) -> None:
-    """`guidance_scale` counts where no real_guidance_scale is given; the critic's is then none."""
+    """`guidance_scale` counts where no real_guidance_scale is said; the critic's is then none, whatever is said."""
     scale = recipe.staged.get("guidance")
     if scale is not None and recipe.get("objective.real_guidance_scale") is None:
         plus_one("objective.real_guidance_scale").carry(recipe, scale)
         recipe.notes["objective.real_guidance_scale"] = "w = s + 1: theirs is added to the conditional"
+        if recipe.get("objective.fake_guidance_scale") is not None:
+            recipe.set("objective.fake_guidance_scale", 1.0)
+            recipe.notes["objective.fake_guidance_scale"] = (
+                "fake_guidance_scale is read beside real_guidance_scale alone"
+            )
 
 
 DIALECT = Dialect(
